@@ -1,0 +1,165 @@
+"""Every way the library can fail.
+
+::
+
+    Qcow2Error
+    ├── NotQcow2(ValueError)             wrong magic, too short
+    ├── FormatError                      offset, field: the bytes contradict the specification
+    │   └── LimitExceeded                name, value, limit
+    ├── Unsupported(NotImplementedError) feature: valid, not handled
+    ├── SnapshotNotFound(LookupError)    wanted, choices: no such snapshot, or several of that name
+    ├── MissingFile(FileNotFoundError)   role "backing" | "data", name, where it was looked for
+    ├── ForbiddenReference               name, why: the policy refused to follow it
+    ├── Locked(PermissionError)          method: needs a key, or the key is wrong
+    └── ReadError(OSError)               offset, length: the evidence itself could not be read
+
+Messages are one sentence, composed here and nowhere else; text from evidence inside them is
+escaped by :func:`printable`, so they are safe on a terminal. All of them survive pickling, because
+they cross process borders in worker pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+# Characters that make shown text differ from stored text: the invisible marks U+200B..U+200F, the
+# separators and bidi overrides U+2028..U+202E, the invisible operators and bidi isolates
+# U+2060..U+206F, the byte order mark, interlinear annotations, and the Arabic letter mark.
+_INVISIBLE = (
+    frozenset(range(0x200B, 0x2010))
+    | frozenset(range(0x2028, 0x202F))
+    | frozenset(range(0x2060, 0x2070))
+    | frozenset(range(0xFFF9, 0xFFFC))
+    | {0x061C, 0xFEFF}
+)
+
+
+def printable(text: str | bytes, limit: int = 1023) -> str:
+    """Return ``text`` with everything escaped that a terminal or a reader could be fooled by.
+
+    Control characters, bidi and other invisible marks, lone surrogates and undecodable bytes
+    become backslash escapes; a backslash is doubled so that the result is unambiguous. At most
+    ``limit`` characters of input are shown; a cut is marked with an ellipsis.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    pieces = [_escape(character) for character in text[:limit]]
+    return "".join(pieces) + ("…" if len(text) > limit else "")
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if character == "\\":
+        return "\\\\"
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: one undecodable byte
+        return f"\\x{code - 0xDC00:02x}"
+    if character.isprintable() and code not in _INVISIBLE:
+        return character
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class Qcow2Error(Exception):
+    """The root: catch this to catch everything the library raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        # ``args`` holds the message alone, also for the OSError family, whose own constructor
+        # would read two arguments as errno and strerror.
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Callable[..., Qcow2Error], tuple[object, ...]]:
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+def _rebuild(kind: type[Qcow2Error], state: dict[str, object]) -> Qcow2Error:
+    error = kind.__new__(kind, state.get("message"))
+    error.args = (state.get("message"),)
+    error.__dict__.update(state)
+    return error
+
+
+class NotQcow2(Qcow2Error, ValueError):
+    """The file does not start as a QCOW image does."""
+
+
+class FormatError(Qcow2Error):
+    """The bytes contradict the specification; ``offset`` is a file offset in bytes or None."""
+
+    def __init__(self, message: str, *, offset: int | None = None, field: str = "") -> None:
+        where = "" if offset is None else f" (file offset {offset:#x})"
+        super().__init__(f"{message}{where}")
+        self.offset = offset
+        self.field = field
+
+
+class LimitExceeded(FormatError):
+    """A number chosen by the image is above what we, or QEMU, accept."""
+
+    def __init__(self, name: str, value: int, limit: int, *, offset: int | None = None) -> None:
+        super().__init__(f"{name} is {value}, the limit is {limit}", offset=offset, field=name)
+        self.name = name
+        self.value = value
+        self.limit = limit
+
+
+class Unsupported(Qcow2Error, NotImplementedError):
+    """Valid, but not handled here; ``feature`` says what."""
+
+    def __init__(self, feature: str) -> None:
+        super().__init__(f"not supported: {feature}")
+        self.feature = feature
+
+
+class SnapshotNotFound(Qcow2Error, LookupError):
+    """No snapshot, or more than one, answers to the name; ``choices`` lists ``id (name)``."""
+
+    def __init__(self, wanted: str, choices: Iterable[str], *, ambiguous: bool = False) -> None:
+        self.choices = tuple(choices)
+        listed = ", ".join(self.choices) or "none"
+        if ambiguous:
+            message = f"snapshot {printable(wanted)!r} is ambiguous, use an ID: {listed}"
+        else:
+            message = f"no snapshot {printable(wanted)!r}; the image holds: {listed}"
+        super().__init__(message)
+        self.wanted = wanted
+        self.ambiguous = ambiguous
+
+
+class MissingFile(Qcow2Error, FileNotFoundError):
+    """A backing or data file the image names is not there; ``tried`` lists where we looked."""
+
+    def __init__(self, role: str, name: str, tried: Iterable[str] = ()) -> None:
+        self.tried = tuple(tried)
+        looked = f", looked for at {', '.join(map(printable, self.tried))}" if self.tried else ""
+        super().__init__(f"{role} file {printable(name)!r} is missing{looked}")
+        self.role = role
+        self.name = name
+
+
+class ForbiddenReference(Qcow2Error):
+    """The policy refused to follow a name found in the image."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"reference {printable(name)!r} is not followed: {why}")
+        self.name = name
+        self.why = why
+
+
+class Locked(Qcow2Error, PermissionError):
+    """The content is encrypted and no key, or the wrong one, was given."""
+
+    def __init__(self, method: str, why: str = "a passphrase is needed") -> None:
+        super().__init__(f"the image is encrypted ({method}): {why}")
+        self.method = method
+
+
+class ReadError(Qcow2Error, OSError):
+    """The evidence itself could not be read."""
+
+    def __init__(self, message: str, *, offset: int, length: int) -> None:
+        super().__init__(f"{message} (file offset {offset:#x}, {length} bytes)")
+        self.offset = offset
+        self.length = length

@@ -1,0 +1,155 @@
+"""The vocabulary of observations: what was seen, where, and how much it matters.
+
+Nothing here knows how a QCOW2 image is parsed. A finding observes ("cluster 0x50000 is claimed by
+L2[3] and by snapshot 2"); the examiner concludes.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1  # of Report.to_dict(); raised when a reader of an older one would be misled
+
+EVIDENCE_LIMIT = 100  # items listed per finding; the count says how many there were
+
+
+class Severity(enum.IntEnum):
+    """How much a finding matters; ordered, so that thresholds compare."""
+
+    INFO = 0
+    LOW = 1
+    MEDIUM = 2
+    HIGH = 3
+    CRITICAL = 4
+
+    @property
+    def label(self) -> str:
+        """The word shown to people: ``Info``, ``Low``, ``Medium``, ``High`` or ``Critical``."""
+        return self.name.capitalize()
+
+    @classmethod
+    def parse(cls, text: str) -> Severity:
+        """Return the severity called ``text``, in any case; ValueError lists the names."""
+        try:
+            return cls[text.upper()]
+        except KeyError:
+            raise ValueError(f"unknown severity {text!r}, choose from {', '.join(s.label for s in cls)}") from None
+
+
+Value = int | str | bool | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One observed value and where it stands.
+
+    ``offset`` and ``length`` are bytes in ``file`` (empty: the image itself); ``guest_offset`` is
+    bytes in the virtual disk; ``snapshot`` is a snapshot ID, empty for the active state.
+    """
+
+    field: str
+    value: Value
+    offset: int | None = None
+    length: int | None = None
+    structure: str = ""
+    guest_offset: int | None = None
+    snapshot: str = ""
+    file: str = ""
+
+    def to_dict(self) -> dict[str, Value]:
+        """Return the item without its empty parts, for JSON."""
+        shown: dict[str, Value] = {"field": self.field, "value": self.value}
+        for name in ("offset", "length", "structure", "guest_offset", "snapshot", "file"):
+            value = getattr(self, name)
+            if value is not None and value != "":
+                shown[name] = value
+        return shown
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One observation: a stable code, a graded severity, and the evidence for it.
+
+    ``count`` is how many items there were before the list was capped. ``scope`` names the chain
+    member it is about (empty: the image itself); ``explained_by`` lists codes that account for it.
+    """
+
+    code: str
+    severity: Severity
+    title: str
+    note: str
+    evidence: tuple[Evidence, ...] = ()
+    count: int = 0
+    scope: str = ""
+    confidence: str = "certain"
+    explained_by: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "severity": self.severity.label,
+            "title": self.title,
+            "note": self.note,
+            "confidence": self.confidence,
+            "scope": self.scope,
+            "explained_by": list(self.explained_by),
+            "count": self.count,
+            "evidence": [item.to_dict() for item in self.evidence],
+        }
+
+
+def capped(items: Iterable[Evidence], limit: int = EVIDENCE_LIMIT) -> tuple[tuple[Evidence, ...], int]:
+    """Return the first ``limit`` items and how many there were."""
+    kept: list[Evidence] = []
+    count = 0
+    for item in items:
+        if count < limit:
+            kept.append(item)
+        count += 1
+    return tuple(kept), count
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything one audit saw. Plain data: it pickles, and it never holds an open file.
+
+    ``image`` identifies what was audited (path, size, format facts), ``check`` carries the
+    counters of ``qemu-img check --output=json`` where they were computed.
+    """
+
+    image: Mapping[str, Any]
+    findings: tuple[Finding, ...] = ()
+    check: Mapping[str, Any] | None = None
+    depth: str = "triage"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    @property
+    def worst(self) -> Severity | None:
+        """The highest severity found, None when there is nothing."""
+        return max((finding.severity for finding in self.findings), default=None)
+
+    def at_least(self, severity: Severity) -> tuple[Finding, ...]:
+        """Return the findings at or above ``severity``, worst first."""
+        return tuple(f for f in self.findings if f.severity >= severity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data; docs/findings.md documents the schema."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "depth": self.depth,
+            "image": dict(self.image),
+            "check": None if self.check is None else dict(self.check),
+            "findings": [finding.to_dict() for finding in self.findings],
+            "details": dict(self.details),
+        }
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Return :meth:`to_dict` as text; ASCII only, so it is safe on any terminal."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=True)

@@ -1,0 +1,33 @@
+"""The cap on every number an image can choose, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KiB = 1024
+MiB = 1024 * KiB
+GiB = 1024 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one image may cost. Sizes are bytes. The defaults read everything QEMU reads."""
+
+    l1_bytes: int = 32 * MiB  # what QEMU accepts for the active table and each snapshot's
+    refcount_table_bytes: int = 8 * MiB  # what QEMU accepts
+    snapshots: int = 65_536  # what QEMU accepts
+    snapshot_table_bytes: int = 64 * MiB  # what QEMU accepts
+    snapshot_extra_bytes: int = 1024  # what QEMU accepts
+    name_bytes: int = 1023  # backing and bitmap names, what QEMU accepts
+    bitmaps: int = 65_535  # what QEMU accepts
+    bitmap_directory_bytes: int = 65_535 * KiB  # what QEMU accepts
+    bitmap_table_entries: int = 0x8000000  # what QEMU accepts
+    bitmap_data_bytes: int = 512 * MiB  # what QEMU accepts
+    chain_depth: int = 200  # QEMU has none; sixty were seen to work, backup tools make dozens
+    table_cache_bytes: int = 32 * MiB  # cached L1 and L2 pages per image: 256 GiB of 64 KiB clusters
+    cluster_cache_bytes: int = 8 * MiB  # inflated clusters kept per disk; 128 of 64 KiB
+    luks_iterations: int = 200_000_000  # PBKDF2 rounds per slot: minutes, not years
+    luks_payload_bytes: int = 64 * MiB  # LUKS header area with key material
+
+
+DEFAULT_LIMITS = Limits()
