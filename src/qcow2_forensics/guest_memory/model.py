@@ -1,0 +1,104 @@
+"""What guest memory is made of, as plain immutable records.
+
+Everything here is made once per stream, or once per run of pages, and holds ordinary Python
+integers: nothing of numpy leaves the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Region(NamedTuple):
+    """A range of guest-physical addresses and the part of a RAM block that answers for it."""
+
+    address: int
+    length: int
+    block: str
+    block_offset: int
+
+    @property
+    def end(self) -> int:
+        """The first address after the region."""
+        return self.address + self.length
+
+
+class MemoryRun(NamedTuple):
+    """A piece of guest memory: bytes at a stream offset, or ``length`` times one fill byte.
+
+    Exactly one of ``offset`` (a position in the stream that :class:`GuestMemory` was made from) and
+    ``fill`` (0..255) is not None.
+    """
+
+    address: int
+    length: int
+    offset: int | None
+    fill: int | None
+
+
+class Chunk(NamedTuple):
+    """A contiguous, completely readable range to hand to a scanner.
+
+    A signature that starts within the first ``own`` bytes is this chunk's; the bytes after them are
+    overlap, and signatures that start there are the next chunk's as well.
+    """
+
+    address: int
+    length: int
+    own: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One RAM block of the stream, as the machine named it, in the order of the stream."""
+
+    name: str
+    size: int
+    address: int | None = None
+    """Where the block lies inside its container, which only x-ignore-shared streams tell."""
+    pages_offset: int | None = None
+    """Where a mapped-ram stream keeps the block's pages."""
+    recorded: int = 0
+    """Bytes the stream tells about; the rest was never sent and reads as an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the RAM blocks lie in guest-physical space and how that was decided."""
+
+    method: str
+    """"cmos", "machine" (the table of machine types) or "none", what decided the split."""
+    order: str
+    """"single", "srat", "offsets", or "names": what decided the order of the blocks."""
+    below_4g: int
+    """Bytes of RAM below 4 GiB, without hot-plugged modules."""
+    above_4g: int
+    """Bytes of RAM above 4 GiB, without hot-plugged modules."""
+    notes: tuple[str, ...] = ()
+    """One sentence per decision, in the order they were made."""
+    assumptions: tuple[str, ...] = ()
+    """What could not be shown from the stream and was taken from habit; empty is best."""
+    unplaced: tuple[str, ...] = ()
+    """Blocks that lie at no known address: firmware, video memory, device ROMs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device section of the stream; ``offset`` and ``length`` are its body in the stream."""
+
+    name: str
+    instance: int
+    version: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The registers of one virtual processor, by their usual lower-case names (``cr3``, ``rip``)."""
+
+    index: int
+    architecture: str
+    registers: Mapping[str, int] = field(default_factory=dict)
