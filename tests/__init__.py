@@ -1,0 +1,1 @@
+"""Tests of qcow2-forensics: one file per subject, real tools as the oracle."""

@@ -1,0 +1,76 @@
+"""Fixtures every test may use: image factories in a temporary folder, and the evidence case."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import qemu
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def make_image(tmp_path: Path) -> Callable[..., Path]:
+    """A factory: ``make_image("name.qcow2", "1M", "write -P 1 0 64k", cluster_size="4k")``.
+
+    Creates an image with qemu-img, then runs the qemu-io commands on it.
+    """
+    qemu.need()
+
+    def make(name: str = "disk.qcow2", size: int | str = "1M", *commands: str, **options: Any) -> Path:
+        path = qemu.create(tmp_path / name, size, **options)
+        if commands:
+            qemu.io(path, *commands, fmt=options.get("fmt", "qcow2"), secret=options.get("secret"))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def base_image(make_image: Callable[..., Path]) -> Path:
+    """A 1 MiB disk of 64 KiB clusters whose first three hold 0x11, 0x22 and 0x33, made by QEMU.
+
+    Layout: header 0, refcount table 0x10000, refcount block 0x20000, L1 0x30000, L2 0x40000,
+    data 0x50000 to 0x80000.
+    """
+    writes = ("write -P 0x11 0 64k", "write -P 0x22 64k 64k", "write -P 0x33 128k 64k")
+    return make_image("base.qcow2", "1M", *writes, cluster_size="64k")
+
+
+@dataclass(frozen=True)
+class EvidenceCase:
+    """The evidence case: a disk with two memory snapshots, what is known to be true of it, symbols."""
+
+    image: Path
+    truth: dict[str, Any]
+    symbols: Path  # folder for Volatility's -s, holding linux/*.json.xz
+
+
+@pytest.fixture(scope="session")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> EvidenceCase:
+    """The case that QCOW2_EVIDENCE points to, decompressed once per run."""
+    folder = os.environ.get("QCOW2_EVIDENCE")
+    if not folder or not (Path(folder) / "case.qcow2.xz").is_file():
+        pytest.skip("the evidence case is absent: set QCOW2_EVIDENCE to its folder")
+    source = Path(folder)
+    target = tmp_path_factory.mktemp("evidence")
+    image = target / "case.qcow2"
+    with lzma.open(source / "case.qcow2.xz") as packed, image.open("wb") as out:
+        shutil.copyfileobj(packed, out, 1 << 20)
+    symbols = target / "symbols"
+    (symbols / "linux").mkdir(parents=True)
+    for item in source.glob("*.json.xz"):
+        shutil.copyfile(item, symbols / "linux" / item.name)
+    return EvidenceCase(image, json.loads((source / "truth.json").read_text()), symbols)
