@@ -1,0 +1,346 @@
+"""Turns a guest range into runs that tile it exactly: data, zero, hole, compressed.
+
+A :class:`Mapping` is one L1 table, the active one or a snapshot's, and the L2 tables under it.
+Tables are read in slices on first use and kept, within a budget, as arrays of integers.
+
+::
+
+    guest offset  ->  L1 index | L2 index | offset in cluster
+                         |          |
+                     L1 entry -> L2 entry -> host cluster, zeros, nothing, or a compressed stream
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .errors import FormatError
+from .image import Image
+from .limits import KiB
+from .structures import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    QCOW1_COMPRESSED,
+    SECTOR,
+    SUBCLUSTERS,
+    ZERO,
+    compressed_descriptor,
+    qcow1_compressed_descriptor,
+)
+
+_SLICE_BYTES = 64 * KiB  # of an L2 table, read and cached together
+
+
+class Kind(enum.IntEnum):
+    """What a run of guest bytes is."""
+
+    DATA = 0  # stored at host_offset
+    ZERO = 1  # reads as zeros, whatever a backing file holds
+    HOLE = 2  # not in this image: the backing file's bytes, or zeros without one
+    COMPRESSED = 3  # (part of) one compressed cluster
+
+
+class Run(NamedTuple):
+    """``length`` guest bytes at ``offset`` of one kind.
+
+    ``host_offset`` is that of the first byte for DATA, of preallocated space under ZERO and HOLE
+    (None without), and of the stream for COMPRESSED, whose ``size`` bytes hold it at most.
+    """
+
+    offset: int
+    length: int
+    kind: Kind
+    host_offset: int | None = None
+    size: int = 0
+
+
+# What one L2 slice is: an array of entries, or the reason it holds none.
+Slice = array[int]
+
+
+class Mapping:
+    """The guest-to-host mapping of one L1 table.
+
+    ``eof_zeros`` gives QEMU's answer for tables past the end of the file: zeros, so nothing is
+    mapped there. Without it they are a :class:`FormatError`. ``filled_tables`` counts them.
+    """
+
+    def __init__(self, image: Image, l1_table_offset: int, l1_size: int, *, eof_zeros: bool = False) -> None:
+        header = image.header
+        self.image = image
+        self.l1_table_offset = l1_table_offset
+        self.l1_size = l1_size
+        self.filled_tables = 0
+        self._eof_zeros = eof_zeros
+        self._version = header.version
+        self._data_file = header.external_data
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self._entry_words = header.l2_entry_size // 8
+        self._table_bytes = header.l2_entries * header.l2_entry_size
+        slice_entries = min(header.l2_entries, _SLICE_BYTES // header.l2_entry_size)
+        self._slices_per_table = header.l2_entries // slice_entries
+        self.slice_mask = slice_entries - 1
+        self.slice_shift = self.cluster_bits + slice_entries.bit_length() - 1
+        self.slice_span = 1 << self.slice_shift
+        self._slice_bytes = slice_entries * header.l2_entry_size
+        # A guest slice number -> its entries; empty where no L2 table is. First in, first out.
+        self.slices: dict[int, Slice] = {}
+        self._slices_kept = max(16, image.limits.table_cache_bytes // self._slice_bytes)
+        self._l1_pages: dict[int, Slice] = {}
+        self._l1_page_entries = 8 * KiB
+        self._scan = (
+            self._qcow1_runs if self._version == 1 else self._extended_runs if header.extended_l2 else self._standard_runs
+        )
+
+    # --- tables --------------------------------------------------------------------------------
+
+    def l1_page(self, number: int) -> Slice:
+        """Return entries ``number * 8192`` onwards of the L1 table, fewer at its end."""
+        page = self._l1_pages.get(number)
+        if page is None:
+            first = number * self._l1_page_entries
+            count = max(0, min(self._l1_page_entries, self.l1_size - first))
+            page = self._load(self.l1_table_offset + first * 8, count, "L1 table")
+            self._l1_pages[number] = page
+        return page
+
+    def l1_entry(self, index: int) -> int:
+        """Return an L1 entry; 0 past the end of the table."""
+        if not 0 <= index < self.l1_size:
+            return 0
+        return self.l1_page(index // self._l1_page_entries)[index % self._l1_page_entries]
+
+    def l2_table_offset(self, index: int) -> int:
+        """Return the host offset of the L2 table in an L1 slot, 0 for none; checked for alignment."""
+        entry = self.l1_entry(index)
+        if not entry:
+            return 0
+        offset = entry if self._version == 1 else entry & OFFSET_MASK
+        if self._version == 1:
+            if entry > 2**63 - 1 - self._table_bytes:
+                raise self._bad_l1(index, "is beyond any file")
+        elif offset & (self.cluster_size - 1):
+            raise self._bad_l1(index, "names an unaligned L2 table")
+        return offset
+
+    def _bad_l1(self, index: int, what: str) -> FormatError:
+        at = self.l1_table_offset + index * 8
+        return FormatError(f"L1[{index}] {what}", offset=at, field="l1_entry")
+
+    def slice(self, number: int) -> Slice:
+        """Return the entries of guest slice ``number``; empty where there is no L2 table."""
+        entries = self.slices.get(number)
+        if entries is None:
+            l1_index, part = divmod(number, self._slices_per_table)
+            table = self.l2_table_offset(l1_index)
+            if table:
+                entries = self._load(table + part * self._slice_bytes, self._slice_bytes // 8, f"L2[{l1_index}] table")
+            else:
+                entries = array("Q")
+            while len(self.slices) >= self._slices_kept:
+                self.slices.pop(next(iter(self.slices)), None)
+            self.slices[number] = entries
+        return entries
+
+    def _load(self, offset: int, count: int, structure: str) -> Slice:
+        if self._eof_zeros and offset + count * 8 > self.image.file_size:
+            self.filled_tables += 1
+            data = self.image.read(offset, count * 8)
+            entries = array("Q", bytes(count * 8))
+            whole = len(data) // 8 * 8
+            padded = data[:whole] + data[whole:].ljust(8, b"\0") if len(data) > whole else data
+            for at, entry in enumerate(memoryview(padded).cast("B")[i : i + 8] for i in range(0, len(padded), 8)):
+                entries[at] = int.from_bytes(entry, "big")
+            return entries
+        return self.image.table(offset, count, structure)
+
+    # --- runs ----------------------------------------------------------------------------------
+
+    def runs(self, offset: int, length: int) -> Iterator[Run]:
+        """Yield runs that tile ``[offset, offset + length)`` exactly, coalesced.
+
+        The range may reach past the L1 table: nothing is mapped there. Raises
+        :class:`FormatError` at the first cluster that cannot be read, naming its entry.
+        """
+        pending: Run | None = None
+        for run in self._pieces(offset, length):
+            if pending is None:
+                pending = run
+                continue
+            if _continues(pending, run):
+                pending = Run(pending.offset, pending.length + run.length, pending.kind, pending.host_offset)
+            else:
+                yield pending
+                pending = run
+        if pending is not None:
+            yield pending
+
+    def _pieces(self, offset: int, length: int) -> Iterator[Run]:
+        end = offset + length
+        while offset < end:
+            number = offset >> self.slice_shift
+            entries = self.slices.get(number)
+            if entries is None:
+                entries = self.slice(number)
+            if entries:
+                stop = min(end, (number + 1) << self.slice_shift)
+                yield from self._scan(entries, number, offset, stop)
+            else:
+                stop = min(end, self._next_table(offset))
+                yield Run(offset, stop - offset, Kind.HOLE)
+            offset = stop
+
+    def _next_table(self, offset: int) -> int:
+        """Return where the guest range without L2 tables that holds ``offset`` ends."""
+        span = self.slice_span * self._slices_per_table
+        index = offset // span + 1
+        while index < self.l1_size:
+            page = self.l1_page(index // self._l1_page_entries)
+            first = index % self._l1_page_entries
+            found = next((at for at in range(first, len(page)) if page[at]), None) if any(page) else None
+            if found is not None:
+                return (index - first + found) * span
+            index += len(page) - first
+        return 2**64
+
+    # One generator per entry format. Each yields the runs of one slice between two guest offsets;
+    # ``host`` arithmetic is relative to the offset inside the first cluster.
+
+    def _standard_runs(self, entries: Slice, number: int, offset: int, stop: int) -> Iterator[Run]:
+        bits, size, mask = self.cluster_bits, self.cluster_size, self.slice_mask
+        special = COMPRESSED | ZERO | (OFFSET_MASK & (size - 1))
+        while offset < stop:
+            index = (offset >> bits) & mask
+            entry = entries[index]
+            inside = offset & (size - 1)
+            if entry & COMPRESSED:
+                run_end = min(stop, offset - inside + size)
+                yield self._compressed(entry, number, index, offset, run_end - offset)
+                offset = run_end
+                continue
+            last = ((stop - 1) >> bits) & mask
+            # The usual case: entries that continue the first one, as a cluster or as nothing.
+            step = size if entry & OFFSET_MASK else 0
+            expected = entry + step
+            index += 1
+            while index <= last and entries[index] == expected:
+                expected += step
+                index += 1
+            run_end = min(stop, (number << self.slice_shift) + (index << bits))
+            host = entry & OFFSET_MASK
+            if entry & special or self._data_file:
+                kind, start = self._special(entry, number, offset, inside)
+            elif host:
+                kind, start = Kind.DATA, host + inside
+            else:
+                kind, start = Kind.HOLE, None
+            yield Run(offset, run_end - offset, kind, start)
+            offset = run_end
+
+    def _special(self, entry: int, number: int, offset: int, inside: int) -> tuple[Kind, int | None]:
+        """Classify an entry that is not plain data or nothing; raise for what QEMU cannot read."""
+        host = entry & OFFSET_MASK
+        if entry & ZERO:
+            if self._version < 3:
+                raise self._bad_entry(number, offset, "has the zero flag, which version 2 does not know")
+            kind = Kind.ZERO
+        elif host or (entry & COPIED and self._data_file):
+            kind = Kind.DATA
+        else:
+            return Kind.HOLE, None
+        if not host and kind == Kind.ZERO:
+            return kind, None
+        self._check_host(host, number, offset, inside)
+        return kind, host + inside
+
+    def _check_host(self, host: int, number: int, offset: int, inside: int) -> None:
+        if host & (self.cluster_size - 1):
+            raise self._bad_entry(number, offset, f"names the unaligned host offset {host:#x}")
+        if self._data_file and host != offset - inside:
+            raise self._bad_entry(number, offset, f"maps to {host:#x} in the data file, not to its guest offset")
+
+    def _extended_runs(self, entries: Slice, number: int, offset: int, stop: int) -> Iterator[Run]:
+        bits, size, mask = self.cluster_bits, self.cluster_size, self.slice_mask
+        subcluster = size // SUBCLUSTERS
+        full = 0xFFFF_FFFF
+        while offset < stop:
+            index = (offset >> bits) & mask
+            entry, bitmap = entries[2 * index], entries[2 * index + 1]
+            inside = offset & (size - 1)
+            run_end = min(stop, offset - inside + size)
+            if entry & COMPRESSED:
+                yield self._compressed(entry, number, index, offset, run_end - offset)
+                offset = run_end
+                continue
+            allocated, zeros = bitmap & full, bitmap >> 32
+            host = entry & OFFSET_MASK
+            present = bool(host) or bool(self._data_file and entry & COPIED)
+            if allocated & zeros:
+                raise self._bad_entry(number, offset, "has subclusters that are both allocated and zero")
+            if allocated and not present:
+                raise self._bad_entry(number, offset, "has allocated subclusters without a cluster")
+            if present and (host & (size - 1) or self._data_file):
+                self._check_host(host, number, offset, inside)
+            while offset < run_end:
+                at = (offset & (size - 1)) // subcluster
+                bit = 1 << at
+                kind = Kind.DATA if allocated & bit else Kind.ZERO if zeros & bit else Kind.HOLE
+                same = allocated if kind == Kind.DATA else zeros if kind == Kind.ZERO else ~(allocated | zeros)
+                at += 1
+                while at < SUBCLUSTERS and same >> at & 1:
+                    at += 1
+                piece_end = min(run_end, offset - (offset & (size - 1)) + at * subcluster)
+                start = host + (offset & (size - 1)) if present else None
+                yield Run(offset, piece_end - offset, kind, start)
+                offset = piece_end
+
+    def _qcow1_runs(self, entries: Slice, number: int, offset: int, stop: int) -> Iterator[Run]:
+        bits, size, mask = self.cluster_bits, self.cluster_size, self.slice_mask
+        while offset < stop:
+            entry = entries[(offset >> bits) & mask]
+            inside = offset & (size - 1)
+            length = min(stop, offset - inside + size) - offset
+            if not entry:
+                yield Run(offset, length, Kind.HOLE)
+            elif entry & QCOW1_COMPRESSED:
+                host, stored = qcow1_compressed_descriptor(entry, bits)
+                yield Run(offset, length, Kind.COMPRESSED, host, stored)
+            elif entry % SECTOR:
+                raise self._bad_entry(number, offset, f"names the unaligned host offset {entry:#x}")
+            else:
+                yield Run(offset, length, Kind.DATA, entry + inside)
+            offset += length
+
+    def _compressed(self, entry: int, number: int, index: int, offset: int, length: int) -> Run:
+        if self._data_file:
+            raise self._bad_entry(number, offset, "is compressed, which an external data file cannot hold")
+        host, size = compressed_descriptor(entry, self.cluster_bits)
+        return Run(offset, length, Kind.COMPRESSED, host, size)
+
+    def entry_offset(self, offset: int) -> int | None:
+        """Return the file offset of the L2 entry for a guest offset, None without an L2 table."""
+        number = offset >> self.slice_shift
+        l1_index, part = divmod(number, self._slices_per_table)
+        table = self.l2_table_offset(l1_index)
+        if not table:
+            return None
+        index = (offset >> self.cluster_bits) & self.slice_mask
+        return table + part * self._slice_bytes + index * self._entry_words * 8
+
+    def _bad_entry(self, number: int, offset: int, what: str) -> FormatError:
+        at = self.entry_offset(offset)
+        return FormatError(f"the L2 entry of guest offset {offset:#x} {what}", offset=at, field="l2_entry")
+
+
+def _continues(first: Run, second: Run) -> bool:
+    """Whether two neighbouring runs are one: same kind, and host bytes that follow each other."""
+    if first.kind != second.kind or first.kind == Kind.COMPRESSED:
+        return False
+    if first.host_offset is None or second.host_offset is None:
+        return first.host_offset is second.host_offset
+    return first.host_offset + first.length == second.host_offset

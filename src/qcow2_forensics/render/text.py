@@ -1,0 +1,91 @@
+"""A report for people: grouped by severity, as wide as the terminal, one screen when all is well."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ..findings import Evidence, Finding, Report, Severity
+from .escape import hexadecimal, shown_value, text, wrap
+from .facts import check_line, heading, name
+
+DEFAULT_WIDTH = 100
+ITEMS = 5  # evidence items shown per finding; -v shows all that were kept
+_COLOURS = {
+    Severity.CRITICAL: "\x1b[1;37;41m",
+    Severity.HIGH: "\x1b[1;31m",
+    Severity.MEDIUM: "\x1b[33m",
+    Severity.LOW: "\x1b[36m",
+    Severity.INFO: "\x1b[2m",
+}
+_PLAIN = "\x1b[0m"
+
+
+def render_text(report: Report, *, width: int = DEFAULT_WIDTH, colour: bool = False, items: int = ITEMS) -> str:
+    """Return the report as text; nothing from evidence can reach the terminal unescaped.
+
+    ``items`` is how many evidence items each finding shows; Info findings are one line each
+    unless ``items`` is above the default.
+    """
+    lines = [*wrap(name(report), width), *wrap(heading(report), width, "  ")]
+    checked = check_line(report.check)
+    if checked:
+        lines += wrap(f"check: {checked}", width, "  ")
+    lines += [f"  {summary(report)} (depth {text(report.depth, 20)})"]
+    for severity in sorted(Severity, reverse=True):
+        group = [finding for finding in report.findings if finding.severity is severity]
+        if group:
+            lines += ["", _paint(severity.label.upper(), severity, colour)]
+            for finding in group:
+                lines += _finding(finding, width, items, colour)
+    return "\n".join(lines) + "\n"
+
+
+def summary(report: Report) -> str:
+    """Return how many findings there are of each severity, worst first."""
+    counts = Counter(finding.severity for finding in report.findings)
+    if not counts:
+        return "no findings"
+    return ", ".join(f"{counts[severity]} {severity.label}" for severity in sorted(counts, reverse=True))
+
+
+def _paint(shown: str, severity: Severity, colour: bool) -> str:
+    return f"{_COLOURS[severity]}{shown}{_PLAIN}" if colour else shown
+
+
+def _finding(finding: Finding, width: int, items: int, colour: bool) -> Iterator[str]:
+    scope = f" [{text(finding.scope, 200)}]" if finding.scope else ""
+    first, *rest = wrap(f"{finding.code}  {text(finding.title)}{scope}", width, "  ")
+    if colour:
+        first = first.replace(finding.code, _paint(finding.code, finding.severity, True), 1)
+    yield first
+    yield from (f"  {line}" for line in rest)
+    if finding.severity is Severity.INFO and items <= ITEMS:
+        return
+    if finding.note:
+        yield from wrap(text(finding.note), width, "      ")
+    if finding.explained_by:
+        yield from wrap(f"explained by {', '.join(map(text, finding.explained_by))}", width, "      ")
+    if finding.confidence != "certain":
+        yield f"      confidence: {text(finding.confidence, 40)}"
+    for item in finding.evidence[:items]:
+        yield from wrap(evidence_line(item), width, "        ")
+    total = max(finding.count, len(finding.evidence))
+    if total > min(items, len(finding.evidence)):
+        yield f"        and {total - min(items, len(finding.evidence))} more"
+
+
+def evidence_line(item: Evidence) -> str:
+    """Return one evidence item: ``field = value at 0x123+8 in structure``."""
+    parts = [f"{text(item.field, 100)} = {shown_value(item.field, item.value)}"]
+    if item.offset is not None:
+        parts.append(f"at {hexadecimal(item.offset)}" + (f"+{item.length}" if item.length else ""))
+    if item.structure:
+        parts.append(f"in {text(item.structure, 100)}")
+    if item.guest_offset is not None:
+        parts.append(f"guest {hexadecimal(item.guest_offset)}")
+    if item.snapshot:
+        parts.append(f"snapshot {text(item.snapshot, 100)}")
+    if item.file:
+        parts.append(f"of {text(item.file, 300)}")
+    return " ".join(parts)
