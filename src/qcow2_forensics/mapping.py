@@ -30,6 +30,7 @@ from .structures import (
     ZERO,
     compressed_descriptor,
     qcow1_compressed_descriptor,
+    words,
 )
 
 _SLICE_BYTES = 64 * KiB  # of an L2 table, read and cached together
@@ -150,13 +151,7 @@ class Mapping:
     def _load(self, offset: int, count: int, structure: str) -> Slice:
         if self._eof_zeros and offset + count * 8 > self.image.file_size:
             self.filled_tables += 1
-            data = self.image.read(offset, count * 8)
-            entries = array("Q", bytes(count * 8))
-            whole = len(data) // 8 * 8
-            padded = data[:whole] + data[whole:].ljust(8, b"\0") if len(data) > whole else data
-            for at, entry in enumerate(memoryview(padded).cast("B")[i : i + 8] for i in range(0, len(padded), 8)):
-                entries[at] = int.from_bytes(entry, "big")
-            return entries
+            return words(self.image.read(offset, count * 8).ljust(count * 8, b"\0"))
         return self.image.table(offset, count, structure)
 
     # --- runs ----------------------------------------------------------------------------------
@@ -225,7 +220,7 @@ class Mapping:
                 continue
             last = ((stop - 1) >> bits) & mask
             # The usual case: entries that continue the first one, as a cluster or as nothing.
-            step = size if entry & OFFSET_MASK else 0
+            step = size if entry & OFFSET_MASK or (self._data_file and entry & COPIED) else 0
             expected = entry + step
             index += 1
             while index <= last and entries[index] == expected:

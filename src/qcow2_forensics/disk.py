@@ -1,0 +1,335 @@
+"""Bytes as the guest saw them: mapping, codec, key and backing disk put together.
+
+A :class:`Disk` refuses to guess: opening it raises the first problem that makes reading unsound,
+and a read that meets bytes it cannot vouch for raises, naming the structure and the file offset.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Literal, NamedTuple, Protocol
+
+from .codecs import inflate, unzstd
+from .errors import FormatError, Locked, Qcow2Error, printable
+from .header_rules import DISK, SNAPSHOTS, snapshot_part
+from .image import Image
+from .mapping import Kind, Mapping, Run
+from .source import Source, source_name
+from .stream import SourceStream
+from .structures import COMPRESSED, OFFSET_MASK, SECTOR, ZERO, Compression, Crypt, SnapshotEntry
+
+EofPolicy = Literal["strict", "zeros"]
+
+_COPIED_OR_OFFSET = (1 << 63) | OFFSET_MASK
+
+
+class Extent(NamedTuple):
+    """``length`` guest bytes of one kind; ``depth`` counts backing files, 0 is this image.
+
+    ``host_offset`` is in the file at that depth (its data file when it has one), None for bytes
+    that are stored nowhere or only compressed.
+    """
+
+    offset: int
+    length: int
+    kind: Kind
+    host_offset: int | None
+    depth: int
+
+
+class Decryptor(Protocol):
+    """Turns stored sectors into guest sectors; offsets and length are multiples of 512."""
+
+    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes: ...
+
+
+class Layer(Protocol):
+    """What a disk needs of its backing file; :class:`Disk` and :class:`RawDisk` are layers."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    def read(self, offset: int, length: int, /) -> bytes: ...
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]: ...
+
+    def close(self) -> None: ...
+
+
+class RawDisk:
+    """A file whose bytes are the disk: a raw backing file. A cut last sector ends in zeros."""
+
+    depth = 1  # layers from here to the bottom of the chain
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.name = source_name(source)
+        self.size = -(-source.size // SECTOR) * SECTOR
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` bytes, fewer only at the end."""
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        stored = min(length, self.source.size - offset)
+        return (self.source.read(offset, stored) if stored > 0 else b"").ljust(length, b"\0")
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Yield the range as one piece of data."""
+        end = self.size if length is None else min(self.size, offset + length)
+        if offset < end:
+            yield Extent(offset, end - offset, Kind.DATA, offset, 0)
+
+    def close(self) -> None:
+        close = getattr(self.source, "close", None)
+        if close is not None:
+            close()
+
+
+class Disk:
+    """The active state of an image, or one of its snapshots, as a positional source.
+
+    ``backing`` supplies what this image does not hold; without one that reads as zeros, unless
+    ``unbacked`` is an error to raise instead. ``data`` is the external data file. ``eof`` says
+    what structures and clusters past the end of the file are: errors, or zeros as in QEMU, then
+    counted in :attr:`filled`. Closes ``image``, ``backing`` and ``data`` with itself.
+
+    Threads may share a disk, and it survives a fork: it has no position, and its caches hold only
+    bytes that any reader would find.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        snapshot: SnapshotEntry | None = None,
+        backing: Layer | None = None,
+        data: Source | None = None,
+        decryptor: Decryptor | None = None,
+        eof: EofPolicy = "strict",
+        unbacked: Qcow2Error | None = None,
+        unlocker: Callable[[str | bytes], Decryptor] | None = None,
+    ) -> None:
+        if snapshot is None:
+            image.require(DISK)
+        else:
+            image.require(DISK, SNAPSHOTS, snapshot_part(snapshot.index))
+        header = image.header
+        self.image = image
+        self.name = image.name
+        self.snapshot = snapshot
+        self.backing = backing
+        self.eof: EofPolicy = eof
+        self.filled = {"clusters": 0, "bytes": 0}
+        self.size = image.disk_size
+        l1_table_offset, l1_size = header.l1_table_offset, header.l1_size
+        if snapshot is not None:
+            l1_table_offset, l1_size = snapshot.l1_table_offset, snapshot.l1_size
+            if snapshot.disk_size is not None:
+                self.size = snapshot.disk_size // SECTOR * SECTOR
+        self.mapping = Mapping(image, l1_table_offset, l1_size, eof_zeros=eof == "zeros")
+        if eof == "strict" and l1_size and header.version != 1:
+            image.read_exactly(l1_table_offset, 8, "the L1 table")
+        self._unbacked = unbacked
+        self._unlocker = unlocker
+        self._encrypted = header.crypt_method != Crypt.NONE
+        self._decryptor = decryptor
+        self._data = data
+        self._host: Source = data if data is not None else image.source
+        self._inflate = unzstd if header.compression_type == Compression.ZSTD else inflate
+        self._clusters: dict[tuple[int, int], bytes] = {}
+        self._clusters_kept = max(2, image.limits.cluster_cache_bytes >> header.cluster_bits)
+        self._lock = threading.Lock()
+        # For the fast path of read().
+        self._cluster_size = header.cluster_size
+        self._inside_mask = header.cluster_size - 1
+        self._cluster_bits = header.cluster_bits
+        self._slices = self.mapping.slices
+        self._slice_shift = self.mapping.slice_shift
+        self._slice_mask = self.mapping.slice_mask
+        plain = header.version != 1 and not header.extended_l2 and not self._encrypted and data is None
+        # Bits that take an entry off the fast path; all of them where the format is not the plain one.
+        self._not_plain = ~_COPIED_OR_OFFSET & (2**64 - 1) | COMPRESSED | ZERO | (OFFSET_MASK & self._inside_mask)
+        if not plain:
+            self._not_plain = 2**64 - 1
+
+    # --- facts -------------------------------------------------------------------------------
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether this disk, or a disk below it, is encrypted and has no key yet."""
+        below = isinstance(self.backing, Disk) and self.backing.is_locked
+        return below or (self._encrypted and self._decryptor is None)
+
+    @property
+    def depth(self) -> int:
+        """Layers from here to the bottom of the chain, 1 without a backing file."""
+        return 1 + (self.backing.depth if self.backing is not None else 0)
+
+    def unlock(self, passphrase: str | bytes) -> None:
+        """Derive the keys of every locked layer; raises :class:`Locked` when the passphrase is wrong."""
+        if self._encrypted and self._decryptor is None and self._unlocker is not None:
+            self._decryptor = self._unlocker(passphrase)
+        if isinstance(self.backing, Disk):
+            self.backing.unlock(passphrase)
+
+    # --- bytes -------------------------------------------------------------------------------
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` guest bytes at ``offset``, fewer only at the end of the disk."""
+        inside = offset & self._inside_mask
+        if 0 < length <= self._cluster_size - inside and offset + length <= self.size:
+            # Fast path: within one plain cluster whose table is cached.
+            entries = self._slices.get(offset >> self._slice_shift)
+            if entries:
+                entry = entries[(offset >> self._cluster_bits) & self._slice_mask]
+                if entry and not entry & self._not_plain:
+                    host = entry & OFFSET_MASK
+                    if host:
+                        data = self._host.read(host + inside, length)
+                        if len(data) == length:
+                            return data
+        if offset < 0 or length < 0:
+            raise ValueError(f"negative offset or length: {offset}, {length}")
+        return self.read_mapped(offset, min(length, self.size - offset))
+
+    def read_mapped(self, offset: int, length: int) -> bytes:
+        """Like :meth:`read`, but not clipped to the disk: VM state lies past its end."""
+        if length <= 0:
+            return b""
+        pieces = [self._piece(run) for run in self.mapping.runs(offset, length)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _piece(self, run: Run) -> bytes:
+        """Return the bytes of one run, exactly as long as the run."""
+        if run.kind == Kind.DATA:
+            assert run.host_offset is not None
+            return self._stored(run.host_offset, run.offset, run.length)
+        if run.kind == Kind.ZERO:
+            return bytes(run.length)
+        if run.kind == Kind.COMPRESSED:
+            inside = run.offset & self._inside_mask
+            return self._cluster(run)[inside : inside + run.length]
+        return self._unallocated(run.offset, run.length)
+
+    def _unallocated(self, offset: int, length: int) -> bytes:
+        if self.backing is None:
+            if self._unbacked is not None and offset < self.size:
+                raise self._unbacked
+            return bytes(length)
+        # Past the end of the disk (VM state) the backing file has no say.
+        below = min(length, self.backing.size - offset, self.size - offset)
+        return self.backing.read(offset, below).ljust(length, b"\0") if below > 0 else bytes(length)
+
+    def _stored(self, host: int, guest: int, length: int) -> bytes:
+        if not self._encrypted:
+            data = self._host.read(host, length) if host < self._host.size else b""
+            return data if len(data) == length else self._fill(data, host, length)
+        if self._decryptor is None:
+            raise Locked(Crypt(self.image.header.crypt_method).name)
+        before = guest % SECTOR
+        whole = -(-(before + length) // SECTOR) * SECTOR
+        host -= before
+        data = self._host.read(host, whole) if host < self._host.size else b""
+        if len(data) != whole:
+            data = self._fill(data, host, whole)
+        return self._decryptor.decrypt(data, host, guest - before)[before : before + length]
+
+    def _fill(self, data: bytes, host: int, length: int) -> bytes:
+        """Pad what the end of the file cut off.
+
+        Normal for the rest of the file's last cluster; a cluster wholly past the end is an error,
+        or with ``eof="zeros"`` zeros that are counted.
+        """
+        end = self._host.size
+        last_cluster_end = -(-end // self._cluster_size) * self._cluster_size
+        beyond = host + length - max(host, last_cluster_end)
+        if beyond > 0:
+            if self.eof == "strict":
+                at = max(host, last_cluster_end)
+                raise FormatError(
+                    f"a data cluster lies past the end of {printable(source_name(self._host))} at {end:#x}",
+                    offset=at,
+                    field="data cluster",
+                )
+            with self._lock:
+                self.filled["clusters"] += -(-beyond // self._cluster_size)
+                self.filled["bytes"] += beyond
+        return data.ljust(length, b"\0")
+
+    def _cluster(self, run: Run) -> bytes:
+        """Return the whole decompressed cluster that holds ``run``; compressed data is never encrypted."""
+        assert run.host_offset is not None
+        key = (run.host_offset, run.size)
+        cluster = self._clusters.get(key)
+        if cluster is None:
+            stored = self.image.read(run.host_offset, run.size)
+            try:
+                cluster = self._inflate(stored.ljust(run.size, b"\0"), self._cluster_size)
+            except ValueError as error:
+                cut = f", {run.size - len(stored)} bytes past the end of the file" if len(stored) < run.size else ""
+                raise FormatError(
+                    f"the compressed cluster of guest offset {run.offset & ~self._inside_mask:#x} "
+                    f"cannot be decoded: {error}{cut}",
+                    offset=run.host_offset,
+                    field="compressed cluster",
+                ) from None
+            with self._lock:
+                while len(self._clusters) >= self._clusters_kept:
+                    del self._clusters[next(iter(self._clusters))]
+                self._clusters[key] = cluster
+        return cluster
+
+    # --- maps --------------------------------------------------------------------------------
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Yield extents that tile the range, clipped to the disk, through the whole chain."""
+        if offset < 0 or (length is not None and length < 0):
+            raise ValueError(f"negative offset or length: {offset}, {length}")
+        end = self.size if length is None else min(self.size, offset + length)
+        if offset >= end:
+            return
+        for run in self.mapping.runs(offset, end - offset):
+            if run.kind != Kind.HOLE or self.backing is None:
+                host = None if run.kind == Kind.COMPRESSED else run.host_offset
+                yield Extent(run.offset, run.length, run.kind, host, 0)
+                continue
+            below = max(0, min(run.length, self.backing.size - run.offset))
+            if below:
+                for piece in self.backing.extents(run.offset, below):
+                    yield piece._replace(depth=piece.depth + 1)
+            if below < run.length:
+                yield Extent(run.offset + below, run.length - below, Kind.HOLE, None, 0)
+
+    def open(self) -> io.RawIOBase:
+        """Return a seekable file object over the disk."""
+        return SourceStream(self, self.name)
+
+    # --- life --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close every file of the chain that was opened for this disk; closing twice is fine."""
+        self.image.close()
+        if self.backing is not None:
+            self.backing.close()
+        close = getattr(self._data, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"snapshot {printable(self.snapshot.id)}" if self.snapshot is not None else "active state"
+        return f"<Disk {printable(self.name)}, {state}, {self.size} bytes>"
