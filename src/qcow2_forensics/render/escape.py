@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import unicodedata
+from collections.abc import Iterator
 
 from ..errors import printable
 from ..findings import Value
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # what spreadsheets take for a formula or a command
-_BIG = 0x1_0000  # numbers from here on are also shown in hexadecimal when they are offsets
 
 
 def text(value: object, limit: int = 1023) -> str:
@@ -74,28 +74,28 @@ def wrap(shown: str, width: int, indent: str = "") -> list[str]:
     room = max(width - columns(indent), 20)
     lines: list[str] = []
     line = ""
-    for word in shown.split(" "):
-        while columns(word) > room:
-            if line:
-                lines.append(line)
-                line = ""
-            head = _head(word, room)
-            lines.append(head)
-            word = word[len(head) :]
+    for word in _cut_words(shown, room):
         joined = f"{line} {word}" if line else word
-        if columns(joined) > room:
+        if line and columns(joined) > room:
             lines.append(line)
             line = word
         else:
             line = joined
     lines.append(line)
-    return [indent + line for line in lines if line] or [indent.rstrip()]
+    return [indent + line for line in lines]
 
 
-def _head(word: str, room: int) -> str:
-    taken = 0
-    for index, character in enumerate(word):
-        taken += columns(character)
-        if taken > room:
-            return word[: max(index, 1)]
-    return word
+def _cut_words(shown: str, room: int) -> Iterator[str]:
+    for word in shown.split(" "):
+        if len(word) * 2 <= room or columns(word) <= room:
+            yield word
+            continue
+        piece, taken = "", 0
+        for character in word:
+            wide = columns(character)
+            if taken + wide > room:
+                yield piece
+                piece, taken = "", 0
+            piece += character
+            taken += wide
+        yield piece

@@ -1,0 +1,171 @@
+"""A report as something to read: nothing from evidence acts on the reader's screen or spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+
+import pytest
+
+from qcow2_forensics.findings import Evidence, Finding, Report, Severity
+from qcow2_forensics.render import FORMATS, render
+from qcow2_forensics.render.escape import cell, columns, size, wrap
+
+HOSTILE = "\x1b[31m<script>alert(1)</script>\u202egpj\x00=cmd|'/C calc'!A0 & \"q\" \udcff"
+
+
+def report(*findings: Finding, **image: object) -> Report:
+    facts = {"path": "disk.qcow2", "name": "disk.qcow2", "version": 3, "virtual_size": 1 << 30, **image}
+    return Report(facts, findings, {"check-errors": 0, "total-clusters": 8, "allocated-clusters": 2}, "standard")
+
+
+def hostile_report() -> Report:
+    evidence = (Evidence("backing_file", HOSTILE, 504, 12, HOSTILE, 0, HOSTILE, HOSTILE),)
+    finding = Finding("QCOW2-X", Severity.HIGH, HOSTILE, HOSTILE, evidence, scope=HOSTILE, explained_by=(HOSTILE,))
+    states = [{"kind": "snapshot", "id": HOSTILE, "name": HOSTILE, "date": HOSTILE, "note": HOSTILE, "parent": None}]
+    picture = {
+        "cluster_size": 512,
+        "per_cell": 1,
+        "owners": [["snapshot:" + HOSTILE, HOSTILE]],
+        "counts": [1],
+        "cells": [[[0, 1]]],
+    }
+    facts = {"path": HOSTILE, "name": HOSTILE, "version": 3, "encryption": HOSTILE, "backing_file": HOSTILE}
+    return Report(facts, (finding,), None, "deep", {"map": picture, "lineage": {"states": states}})
+
+
+@pytest.mark.parametrize("as_format", FORMATS)
+def test_text_from_evidence_carries_no_control_or_bidi_characters_into_any_format(as_format: str) -> None:
+    shown = render(hostile_report(), as_format)
+    assert not [c for c in shown if (ord(c) < 32 and c not in "\n\r") or c == "\u202e" or 0xD800 <= ord(c) < 0xE000]
+    shown.encode("utf-8")
+
+
+def test_page_escapes_markup_and_runs_no_script() -> None:
+    page = render(hostile_report(), "html")
+    assert "<script" not in page.lower()
+    assert "&lt;script&gt;" in page
+    assert "default-src 'none'" in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+class _Tags(html.parser.HTMLParser):
+    VOID = frozenset({"meta", "rect", "circle", "path", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if tag not in {"meta", "circle", "path"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_every_tag_of_the_page_is_closed_in_order_and_none_has_a_handler() -> None:
+    parser = _Tags()
+    parser.feed(render(hostile_report(), "html"))
+    assert parser.open == []
+
+
+def test_healthy_image_fits_on_one_screen() -> None:
+    shown = render(report(Finding("QCOW2-WRITER-PROFILE", Severity.INFO, "Written by QEMU 5.2 or later", "note")))
+    assert len(shown.splitlines()) <= 12
+    assert "no errors" in shown
+    assert "1 Info" in shown
+
+
+def test_findings_are_grouped_worst_first() -> None:
+    shown = render(
+        report(
+            Finding("QCOW2-LOW", Severity.LOW, "low", ""),
+            Finding("QCOW2-CRITICAL", Severity.CRITICAL, "critical", ""),
+            Finding("QCOW2-MEDIUM", Severity.MEDIUM, "medium", ""),
+        )
+    )
+    assert shown.index("CRITICAL") < shown.index("MEDIUM") < shown.index("LOW")
+
+
+def test_text_keeps_within_the_width_also_with_wide_characters() -> None:
+    shown = render(report(Finding("QCOW2-X", Severity.HIGH, "漢字" * 60, "long " * 60)), width=60)
+    assert max(columns(line) for line in shown.splitlines()) <= 60
+
+
+def test_wrap_loses_no_character() -> None:
+    line = "a" * 55 + " 漢字漢字漢字漢字漢字漢字漢字 short " + "b" * 7
+    assert "".join("".join(wrap(line, 24)).split()) == "".join(line.split())
+
+
+def test_no_colour_codes_unless_asked_for() -> None:
+    finding = Finding("QCOW2-X", Severity.HIGH, "title", "")
+    assert "\x1b" not in render(report(finding))
+    assert "\x1b[1;31m" in render(report(finding), colour=True)
+
+
+def test_capped_evidence_says_how_much_more_there_is() -> None:
+    items = tuple(Evidence("host", n) for n in range(100))
+    assert "and 4995 more" in render(report(Finding("QCOW2-X", Severity.HIGH, "t", "n", items, count=5000)))
+    assert "and 4980 more" in render(report(Finding("QCOW2-X", Severity.HIGH, "t", "n", items, count=5000)), "html")
+
+
+def test_json_line_is_one_line_and_leaves_the_pictures_out() -> None:
+    line = render(hostile_report(), "jsonl")
+    assert line.count("\n") == 1
+    data = json.loads(line)
+    assert data["details"] == {}
+    assert data["findings"][0]["evidence"][0]["value"] == HOSTILE
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "|calc", "%0A"])
+def test_csv_text_never_starts_a_formula(text: str) -> None:
+    shown = str(cell(text))
+    assert not shown.startswith(("=", "+", "-", "@", "\t", "\r", "|", "%"))
+    assert not shown.lstrip().startswith(("=", "+", "-", "@"))
+
+
+def test_csv_keeps_numbers_as_numbers_and_has_one_row_per_evidence_item() -> None:
+    finding = Finding("QCOW2-X", Severity.HIGH, "t", "n", (Evidence("a", -5, 16), Evidence("b", "text")), count=2)
+    bare = Finding("QCOW2-Y", Severity.LOW, "t", "n")
+    rows = list(csv.DictReader(io.StringIO(render(report(finding, bare), "csv"))))
+    assert [(row["code"], row["field"], row["value"], row["offset"]) for row in rows] == [
+        ("QCOW2-X", "a", "-5", "16"),
+        ("QCOW2-X", "b", "text", ""),
+        ("QCOW2-Y", "", "", ""),
+    ]
+
+
+def test_unknown_format_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="text, json, jsonl, csv, html"):
+        render(report(), "xml")
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (1 << 40, "1 TiB"), (1 << 70, "1024 EiB")],
+)
+def test_sizes_read_as_people_write_them(count: int, shown: str) -> None:
+    assert size(count) == shown
+
+
+def test_cell_shared_by_many_owners_still_shows_the_rarest() -> None:
+    picture = {
+        "cluster_size": 512,
+        "per_cell": 1001,
+        "owners": [["active", "Active data"], ["leaked", "Leaked"]],
+        "counts": [1000, 1],
+        "cells": [[[0, 1000], [1, 1]]],
+    }
+    page = render(Report({"path": "x"}, (), None, "deep", {"map": picture}), "html")
+    heights = [float(part.split('"')[0]) for part in page.split('height="')[1:] if 'class="o-leaked"' in page]
+    leaked = page.split('class="o-leaked"')[1].split('height="')[1].split('"')[0]
+    assert heights
+    assert float(leaked) >= 1.0
