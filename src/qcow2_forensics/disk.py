@@ -7,12 +7,13 @@ and a read that meets bytes it cannot vouch for raises, naming the structure and
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol
 
+from .cache import Fifo
 from .codecs import inflate, unzstd
+from .encryption import Decryptor
 from .errors import FormatError, Locked, Qcow2Error, printable
 from .header_rules import DISK, SNAPSHOTS, snapshot_part
 from .image import Image
@@ -38,12 +39,6 @@ class Extent(NamedTuple):
     kind: Kind
     host_offset: int | None
     depth: int
-
-
-class Decryptor(Protocol):
-    """Turns stored sectors into guest sectors; offsets and length are multiples of 512."""
-
-    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes: ...
 
 
 class Layer(Protocol):
@@ -143,9 +138,9 @@ class Disk:
         self._data = data
         self._host: Source = data if data is not None else image.source
         self._inflate = unzstd if header.compression_type == Compression.ZSTD else inflate
-        self._clusters: dict[tuple[int, int], bytes] = {}
-        self._clusters_kept = max(2, image.limits.cluster_cache_bytes >> header.cluster_bits)
-        self._lock = threading.Lock()
+        self._clusters: Fifo[tuple[int, int], bytes] = Fifo(
+            max(2, image.limits.cluster_cache_bytes >> header.cluster_bits)
+        )
         # For the fast path of read().
         self._cluster_size = header.cluster_size
         self._inside_mask = header.cluster_size - 1
@@ -258,16 +253,15 @@ class Disk:
                     offset=at,
                     field="data cluster",
                 )
-            with self._lock:
-                self.filled["clusters"] += -(-beyond // self._cluster_size)
-                self.filled["bytes"] += beyond
+            self.filled["clusters"] += -(-beyond // self._cluster_size)
+            self.filled["bytes"] += beyond
         return data.ljust(length, b"\0")
 
     def _cluster(self, run: Run) -> bytes:
         """Return the whole decompressed cluster that holds ``run``; compressed data is never encrypted."""
         assert run.host_offset is not None
         key = (run.host_offset, run.size)
-        cluster = self._clusters.get(key)
+        cluster = self._clusters.entries.get(key)
         if cluster is None:
             stored = self.image.read(run.host_offset, run.size)
             try:
@@ -280,10 +274,7 @@ class Disk:
                     offset=run.host_offset,
                     field="compressed cluster",
                 ) from None
-            with self._lock:
-                while len(self._clusters) >= self._clusters_kept:
-                    del self._clusters[next(iter(self._clusters))]
-                self._clusters[key] = cluster
+            self._clusters.add(key, cluster)
         return cluster
 
     # --- maps --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .cache import Fifo
 from .errors import FormatError
 from .image import Image
 from .limits import KiB
@@ -59,7 +60,6 @@ class Run(NamedTuple):
     size: int = 0
 
 
-# What one L2 slice is: an array of entries, or the reason it holds none.
 Slice = array[int]
 
 
@@ -89,9 +89,8 @@ class Mapping:
         self.slice_shift = self.cluster_bits + slice_entries.bit_length() - 1
         self.slice_span = 1 << self.slice_shift
         self._slice_bytes = slice_entries * header.l2_entry_size
-        # A guest slice number -> its entries; empty where no L2 table is. First in, first out.
-        self.slices: dict[int, Slice] = {}
-        self._slices_kept = max(16, image.limits.table_cache_bytes // self._slice_bytes)
+        self._cache: Fifo[int, Slice] = Fifo(max(16, image.limits.table_cache_bytes // self._slice_bytes))
+        self.slices = self._cache.entries  # guest slice number -> its entries, empty where no L2 table is
         self._l1_pages: dict[int, Slice] = {}
         self._l1_page_entries = 8 * KiB
         self._scan = (
@@ -143,9 +142,7 @@ class Mapping:
                 entries = self._load(table + part * self._slice_bytes, self._slice_bytes // 8, f"L2[{l1_index}] table")
             else:
                 entries = array("Q")
-            while len(self.slices) >= self._slices_kept:
-                self.slices.pop(next(iter(self.slices)), None)
-            self.slices[number] = entries
+            self._cache.add(number, entries)
         return entries
 
     def _load(self, offset: int, count: int, structure: str) -> Slice:

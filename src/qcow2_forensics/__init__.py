@@ -1,0 +1,108 @@
+"""QCOW2 disk images as evidence: read everything QEMU reads, and say what the image hides.
+
+::
+
+    import qcow2_forensics as q
+
+    with q.open_disk("disk.qcow2", snapshot="before-incident") as disk:
+        disk.read(0, 512)
+    report = q.audit("disk.qcow2")
+
+Reading needs nothing but the standard library and zstd; numpy is imported only by the auditor and
+by guest memory, on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .chain import open_disk, open_image, open_vm_state
+from .disk import Disk, Extent
+from .errors import (
+    ForbiddenReference,
+    FormatError,
+    LimitExceeded,
+    Locked,
+    MissingFile,
+    NotQcow2,
+    Qcow2Error,
+    ReadError,
+    SnapshotNotFound,
+    Unsupported,
+)
+from .findings import Evidence, Finding, Report, Severity
+from .image import Image
+from .limits import DEFAULT_LIMITS, Limits
+from .mapping import Kind
+from .resolver import Resolver
+from .source import FileSource, Source, StreamSource
+from .stream import SourceStream
+from .vm_state import VmState
+
+if TYPE_CHECKING:
+    from .audit import audit, audit_path
+    from .compare import compare
+    from .guest_memory import GuestMemory, open_guest_memory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "Disk",
+    "Evidence",
+    "Extent",
+    "FileSource",
+    "Finding",
+    "ForbiddenReference",
+    "FormatError",
+    "GuestMemory",
+    "Image",
+    "Kind",
+    "LimitExceeded",
+    "Limits",
+    "Locked",
+    "MissingFile",
+    "NotQcow2",
+    "Qcow2Error",
+    "ReadError",
+    "Report",
+    "Resolver",
+    "Severity",
+    "SnapshotNotFound",
+    "Source",
+    "SourceStream",
+    "StreamSource",
+    "Unsupported",
+    "VmState",
+    "__version__",
+    "audit",
+    "audit_path",
+    "compare",
+    "open_disk",
+    "open_guest_memory",
+    "open_image",
+    "open_vm_state",
+]
+
+# Names whose modules need numpy or much time to import: loaded on first use.
+_LAZY = {
+    "GuestMemory": "guest_memory",
+    "audit": "audit",
+    "audit_path": "audit",
+    "compare": "compare",
+    "open_guest_memory": "guest_memory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{module}", __name__), name)
+    globals()[name] = value  # a submodule of the same name would shadow it otherwise
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,109 @@
+"""Backing files in other formats: recognised always, read through an optional library.
+
+VMDK and VHD/VHDX are read with libyal's libvmdk and libvhdi where installed (the ``formats``
+extra); anything else is :class:`Unsupported` by name, never raw bytes by mistake.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from .disk import Extent
+from .errors import FormatError, ReadError, Unsupported, printable
+from .mapping import Kind
+from .source import Source, source_name
+from .stream import SourceStream
+
+_PROBE_BYTES = 512
+_MAGICS = (
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"QED\0", "qed"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"LUKS\xba\xbe", "luks"),
+)
+_LIBRARIES = {"vmdk": "pyvmdk", "vhdx": "pyvhdi", "vpc": "pyvhdi"}
+
+
+def probe(source: Source) -> str:
+    """Return QEMU's name of the format ``source`` starts as; ``raw`` when nothing matches."""
+    head = source.read(0, _PROBE_BYTES)
+    if head[:4] == b"QFI\xfb":
+        return "qcow" if head[4:8] == b"\0\0\0\1" else "qcow2"
+    for offset, magic, kind in _MAGICS:
+        if head[offset : offset + len(magic)] == magic:
+            return kind
+    return "raw"
+
+
+def open_foreign(kind: str, source: Source) -> ForeignDisk:
+    """Open a backing file of another format; raises :class:`Unsupported` naming it."""
+    library = _LIBRARIES.get(kind)
+    if library is None:
+        raise Unsupported(f"a backing file of format {printable(kind)}")
+    try:
+        module = importlib.import_module(library)
+    except ImportError:
+        raise Unsupported(
+            f"a backing file of format {kind} without {library}; pip install 'qcow2-forensics[formats]'"
+        ) from None
+    return ForeignDisk(kind, source, module)
+
+
+class ForeignDisk:
+    """A backing disk read by a libyal library, under a lock: its handles have a position."""
+
+    depth = 1
+
+    def __init__(self, kind: str, source: Source, module: Any) -> None:
+        self.source = source
+        self.name = source_name(source)
+        self._kind = kind
+        self._lock = threading.Lock()
+        self._handle = module.handle() if kind == "vmdk" else module.file()
+        try:
+            self._handle.open_file_object(SourceStream(source))
+            if kind == "vmdk":
+                self._handle.open_extent_data_files_as_file_objects([SourceStream(source)])
+            self.size = int(self._handle.get_media_size())
+        except (OSError, AttributeError) as error:
+            raise FormatError(f"{printable(self.name)} cannot be read as {kind}: {printable(str(error), 200)}") from None
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` bytes, fewer only at the end."""
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        pieces = []
+        with self._lock:
+            while length > 0:
+                try:
+                    data = bytes(self._handle.read_buffer_at_offset(length, offset))
+                except OSError as error:
+                    why = f"{printable(self.name)} ({self._kind}): {printable(str(error), 200)}"
+                    raise ReadError(why, offset=offset, length=length) from None
+                if not data:
+                    raise ReadError(f"{printable(self.name)} ended early", offset=offset, length=length)
+                pieces.append(data)
+                offset += len(data)
+                length -= len(data)
+        return b"".join(pieces)
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Yield the range as one piece of data stored nowhere in particular."""
+        end = self.size if length is None else min(self.size, offset + length)
+        if offset < end:
+            yield Extent(offset, end - offset, Kind.DATA, None, 0)
+
+    def close(self) -> None:
+        close = getattr(self.source, "close", None)
+        if close is not None:
+            close()
