@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from .cache import Fifo
 from .errors import FormatError
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     size: int = 0
 
 
-Slice = array[int]
+Slice: TypeAlias = "array[int]"
 
 
 class Mapping:
