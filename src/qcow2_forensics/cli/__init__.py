@@ -1,0 +1,89 @@
+"""The ``qcow2-forensics`` command: parses, calls, prints, returns an exit code.
+
+Each subcommand is a module here with ``add_parser(subparsers)``, which sets ``run`` to a function
+of the parsed arguments that returns the exit code: 0 done, 1 findings at or above ``--fail-on``,
+2 could not complete. Errors are one sentence on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import Qcow2Error, printable
+
+COMMANDS = (
+    "info",
+    "audit",
+    "snapshots",
+    "map",
+    "export",
+    "memory",
+    "diff",
+    "timeline",
+    "residue",
+    "demo",
+    "doctor",
+)
+
+EXIT_DONE = 0
+EXIT_FINDINGS = 1
+EXIT_FAILED = 2
+EXIT_INTERRUPTED = 130
+
+_EPILOG = """examples:
+  qcow2-forensics audit disk.qcow2
+  qcow2-forensics snapshots disk.qcow2
+  qcow2-forensics export disk.qcow2 state.raw --snapshot before-incident
+  qcow2-forensics diff disk.qcow2 --from before-incident --to active --files
+  qcow2-forensics demo
+
+Evidence is only ever read. "qcow2-forensics COMMAND --help" shows more examples.
+"""
+
+
+def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Return the parser with the given subcommands; all of them by default."""
+    parser = argparse.ArgumentParser(
+        prog="qcow2-forensics",
+        description="Read, audit and compare QCOW2 disk images as evidence.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qcow2-forensics {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in commands:
+        importlib.import_module(f".{command}", __name__).add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Only the module of the command asked for is imported: start-up time is part of triage.
+    commands = given[:1] if given and given[0] in COMMANDS else COMMANDS
+    args = build_parser(commands).parse_args(given)
+    try:
+        return int(args.run(args))
+    except Qcow2Error as error:
+        return fail(str(error))
+    except BrokenPipeError:
+        # The reader of our output went away; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        name = f"{printable(str(error.filename))}: " if error.filename else ""
+        return fail(f"{name}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("qcow2-forensics: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def fail(message: str) -> int:
+    """Print one sentence on standard error and return the exit code for failure."""
+    print(f"qcow2-forensics: {message}", file=sys.stderr)
+    return EXIT_FAILED

@@ -1,0 +1,97 @@
+"""``export``: write any state of the disk to a raw file, sparse and hashed on the way."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from typing import Any, BinaryIO
+
+from ..disk import Disk
+from ..errors import printable
+from ..limits import MiB
+from ..mapping import Kind
+from .opening import add_disk_arguments, add_image_argument, open_from
+from .output import Progress, atomic_writer, human_size
+
+_CHUNK = 4 * MiB
+_ZEROS = bytes(MiB)
+
+_EPILOG = """examples:
+  qcow2-forensics export disk.qcow2 disk.raw
+  qcow2-forensics export disk.qcow2 before.raw --snapshot before-incident
+  qcow2-forensics export overlay.qcow2 own.raw --no-backing
+
+The output is sparse, and gets its name only when it is whole. Its SHA-256 is printed.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``export`` to the command line."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a state of the disk to a raw file",
+        description="Write the disk, as it is or as a snapshot has it, to a sparse raw file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_argument(parser)
+    parser.add_argument("output", metavar="OUT", help="the raw file to write")
+    add_disk_arguments(parser)
+    parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    parser.add_argument("--no-hash", action="store_true", help="do not compute the SHA-256 of the raw bytes")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the summary")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export one disk and print what was written."""
+    with open_from(args) as disk:
+        with atomic_writer(args.output, force=args.force) as out, Progress("export", disk.size) as progress:
+            digest = write_raw(disk, out, progress, hashed=not args.no_hash)
+        summary = {
+            "output": printable(args.output),
+            "size": disk.size,
+            "sha256": digest,
+            "filled_bytes": disk.filled["bytes"],
+        }
+    if args.format == "json":
+        print(json.dumps(summary))
+        return 0
+    print(f"{summary['output']}: {disk.size} bytes ({human_size(disk.size)})")
+    if digest:
+        print(f"sha256 {digest}")
+    if disk.filled["bytes"]:
+        print(f"{disk.filled['bytes']} bytes past the end of the image were filled with zeros")
+    return 0
+
+
+def write_raw(disk: Disk, out: BinaryIO, progress: Progress, *, hashed: bool = True) -> str | None:
+    """Write ``disk`` to an empty file, leaving holes for zeros; return the SHA-256 in hex."""
+    digest = hashlib.sha256() if hashed else None
+    for extent in disk.extents():
+        if extent.kind in (Kind.ZERO, Kind.HOLE):
+            _hash_zeros(digest, extent.length, progress)
+            continue
+        out.seek(extent.offset)
+        done = 0
+        while done < extent.length:
+            data = disk.read(extent.offset + done, min(_CHUNK, extent.length - done))
+            out.write(data)
+            if digest is not None:
+                digest.update(data)
+            done += len(data)
+            progress.advance(len(data))
+    out.truncate(disk.size)
+    return digest.hexdigest() if digest is not None else None
+
+
+def _hash_zeros(digest: Any, length: int, progress: Progress) -> None:
+    if digest is None:
+        progress.advance(length)
+        return
+    while length:
+        step = min(length, len(_ZEROS))
+        digest.update(_ZEROS[:step] if step < len(_ZEROS) else _ZEROS)
+        progress.advance(step)
+        length -= step

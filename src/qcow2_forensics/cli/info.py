@@ -1,0 +1,170 @@
+"""``info``: every fact of header and extensions, each with its file offset."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .. import structures
+from ..errors import printable
+from ..image import Image
+from ..structures import Autoclear, Compatible, Compression, Crypt, ExtensionType, Incompatible
+from .opening import add_image_argument
+from .output import human_size
+
+_EPILOG = """examples:
+  qcow2-forensics info disk.qcow2
+  qcow2-forensics info disk.qcow2 --format json | jq .header.cluster_bits
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``info`` to the command line."""
+    parser = subparsers.add_parser(
+        "info",
+        help="show what the header says",
+        description="Show every fact of the header, its extensions and its tables, with file offsets.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_argument(parser)
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts of one image."""
+    with Image(args.image) as image:
+        facts = collect(image)
+    print(json.dumps(facts, indent=2) if args.format == "json" else _as_text(facts))
+    return 0
+
+
+def collect(image: Image) -> dict[str, Any]:
+    """Return what one image says of itself; text from the image is escaped."""
+    header = image.header
+    sane = not any(problem.field in ("version", "cluster_bits") for problem in image.header_problems)
+    facts: dict[str, Any] = {
+        "file": printable(image.name),
+        "file_size": image.file_size,
+        "version": header.version,
+        "virtual_size": image.disk_size,
+        "cluster_size": image.cluster_size if sane else None,
+        "header": {
+            field.name: {"offset": field.offset, "length": field.length, "value": _field_value(header, field.name)}
+            for field in header.fields
+        },
+        "incompatible_features": _flags(Incompatible, header.incompatible_features),
+        "compatible_features": _flags(Compatible, header.compatible_features),
+        "autoclear_features": _flags(Autoclear, header.autoclear_features),
+        "encryption": _name(Crypt, header.crypt_method),
+        "compression": _name(Compression, header.compression_type),
+        "backing_file": None if image.backing_name is None else printable(image.backing_name),
+        "backing_format": None if image.backing_format is None else printable(image.backing_format),
+        "data_file": None if image.data_file_name is None else printable(image.data_file_name),
+        "extensions": [
+            {
+                "type": f"{item.type:#010x}",
+                "name": _name(ExtensionType, item.type),
+                "offset": item.offset,
+                "length": item.length,
+            }
+            for item in image.extensions
+        ],
+        "feature_names": [
+            {"kind": row.kind, "bit": row.bit, "name": printable(row.name)} for row in image.feature_names
+        ],
+        "snapshots": [
+            {
+                "id": printable(entry.id),
+                "name": printable(entry.name),
+                "offset": entry.offset,
+                "l1_table_offset": entry.l1_table_offset,
+                "l1_size": entry.l1_size,
+                "date_sec": entry.date_sec,
+                "date_nsec": entry.date_nsec,
+                "vm_clock_nsec": entry.vm_clock_nsec,
+                "vm_state_size": entry.vm_state_size,
+                "disk_size": entry.disk_size,
+                "icount": entry.icount,
+            }
+            for entry in (image.snapshots if sane else ())
+        ],
+        "bitmaps": [
+            {
+                "name": printable(entry.name),
+                "offset": entry.offset,
+                "granularity": entry.granularity,
+                "flags": _flags(structures.BitmapFlag, entry.flags),
+                "table_offset": entry.table_offset,
+                "table_size": entry.table_size,
+            }
+            for entry in (image.bitmaps if sane else ())
+        ],
+        "problems": [
+            {"code": problem.code, "message": problem.message, "offset": problem.offset} for problem in image.problems
+        ],
+    }
+    return facts
+
+
+def _field_value(header: structures.Header, name: str) -> int | str:
+    return printable(structures.MAGIC.decode("latin-1")) if name == "magic" else int(getattr(header, name))
+
+
+def _flags(kind: Any, value: int) -> list[str]:
+    known = [flag.name.lower() for flag in kind if value & flag]
+    unknown = value & ~sum(kind)
+    return known + ([f"unknown ({unknown:#x})"] if unknown else [])
+
+
+def _name(kind: Any, value: int) -> str:
+    return kind(value).name.lower() if value in tuple(kind) else f"unknown ({value:#x})"
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    lines = [
+        f"file             {facts['file']}",
+        f"file size        {facts['file_size']} ({human_size(facts['file_size'])})",
+        f"virtual size     {facts['virtual_size']} ({human_size(facts['virtual_size'])})",
+        f"encryption       {facts['encryption']}",
+        f"compression      {facts['compression']}",
+    ]
+    for key in ("backing_file", "backing_format", "data_file"):
+        if facts[key] is not None:
+            lines.append(f"{key.replace('_', ' '):16} {facts[key]}")
+    for key in ("incompatible_features", "compatible_features", "autoclear_features"):
+        if facts[key]:
+            lines.append(f"{key.split('_')[0]:16} {', '.join(facts[key])}")
+    lines.append("header")
+    lines += [
+        f"  {field['offset']:#06x}  {name:24} {_shown(name, field['value'])}" for name, field in facts["header"].items()
+    ]
+    if facts["extensions"]:
+        lines.append("extensions")
+        lines += [f"  {e['offset']:#06x}  {e['name']:24} {e['length']} bytes" for e in facts["extensions"]]
+    if facts["snapshots"]:
+        lines.append("snapshots")
+        lines += [
+            f"  {s['offset']:#x}  {s['id']} ({s['name']}), disk {_size_or_none(s['disk_size'])}, "
+            f"VM state {human_size(s['vm_state_size'])}"
+            for s in facts["snapshots"]
+        ]
+    if facts["bitmaps"]:
+        lines.append("bitmaps")
+        lines += [f"  {b['offset']:#x}  {b['name']}, granularity {b['granularity']}" for b in facts["bitmaps"]]
+    if facts["problems"]:
+        lines.append("problems")
+        lines += [f"  {p['code']}: {p['message']}" for p in facts["problems"]]
+    return "\n".join(lines)
+
+
+def _shown(name: str, value: int | str) -> str:
+    if isinstance(value, int) and ("offset" in name or "features" in name):
+        return f"{value:#x}"
+    return str(value)
+
+
+def _size_or_none(size: int | None) -> str:
+    return "size not recorded" if size is None else human_size(size)

@@ -1,0 +1,110 @@
+"""``map``: where every guest range is stored, as ``qemu-img map`` shows it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ..disk import Disk
+from ..mapping import Kind
+from .opening import add_disk_arguments, add_image_argument, open_from
+
+_EPILOG = """examples:
+  qcow2-forensics map disk.qcow2
+  qcow2-forensics map disk.qcow2 --snapshot 1 --format json
+
+The JSON has the fields of "qemu-img map --output=json" and the same ranges.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``map`` to the command line."""
+    parser = subparsers.add_parser(
+        "map",
+        help="show where guest ranges are stored",
+        description="Show for every guest range whether it is data, zeros or nothing, and where it is stored.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_argument(parser)
+    add_disk_arguments(parser)
+    parser.add_argument(
+        "--format", choices=("text", "json", "jsonl"), default="text", help="output format (default: text)"
+    )
+    parser.set_defaults(run=run)
+
+
+class MapEntry(NamedTuple):
+    """One row of ``qemu-img map --output=json``; ``offset`` is None where it has none."""
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    offset: int | None
+
+    def to_dict(self) -> dict[str, int | bool]:
+        row = {name: value for name, value in self._asdict().items() if value is not None}
+        return row
+
+
+def entries(disk: Disk) -> Iterator[MapEntry]:
+    """Yield the rows of the map, neighbours that say the same joined as QEMU joins them."""
+    pending: MapEntry | None = None
+    for extent in disk.extents():
+        data = extent.kind in (Kind.DATA, Kind.COMPRESSED)
+        absent = extent.kind == Kind.HOLE
+        entry = MapEntry(
+            extent.offset,
+            extent.length,
+            extent.depth,
+            not absent,
+            not data,
+            data,
+            extent.host_offset,
+        )
+        if pending is not None and _joins(pending, entry):
+            pending = pending._replace(length=pending.length + entry.length)
+            continue
+        if pending is not None:
+            yield pending
+        pending = entry
+    if pending is not None:
+        yield pending
+
+
+def _joins(first: MapEntry, second: MapEntry) -> bool:
+    if first[2:6] != second[2:6] or (first.offset is None) != (second.offset is None):
+        return False
+    return first.offset is None or second.offset is None or first.offset + first.length == second.offset
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the map of one disk."""
+    with open_from(args) as disk:
+        rows = entries(disk)
+        if args.format == "json":
+            _print_json(rows)
+        elif args.format == "jsonl":
+            for row in rows:
+                print(json.dumps(row.to_dict()))
+        else:
+            print(f"{'Start':>18} {'Length':>14} {'Kind':<8} {'Depth':>5} {'Host offset':>18}")
+            for row in rows:
+                kind = "data" if row.data else "zero" if row.present else "absent"
+                host = "" if row.offset is None else f"{row.offset:#x}"
+                print(f"{row.start:>#18x} {row.length:>#14x} {kind:<8} {row.depth:>5} {host:>18}")
+    return 0
+
+
+def _print_json(rows: Iterator[MapEntry]) -> None:
+    separator = "["
+    for row in rows:
+        sys.stdout.write(f"{separator}{json.dumps(row.to_dict())}")
+        separator = ",\n"
+    sys.stdout.write("[]\n" if separator == "[" else "]\n")

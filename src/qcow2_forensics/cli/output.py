@@ -1,0 +1,101 @@
+"""What long-running commands share: progress on a terminal, files that appear only when whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from ..errors import Qcow2Error, printable
+
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def human_size(count: int) -> str:
+    """Return a size for people: ``1.5 GiB``, whole bytes below a KiB."""
+    value = float(count)
+    for unit in UNITS:
+        if abs(value) < 1024 or unit == UNITS[-1]:
+            return f"{count} {unit}" if unit == UNITS[0] else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+class Progress:
+    """One line on standard error, only when that is a terminal; a context manager.
+
+    ``total`` is in bytes, or in items with ``unit``.
+    """
+
+    def __init__(self, label: str, total: int, *, unit: str = "bytes", stream: TextIO | None = None) -> None:
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._stream = stream or sys.stderr
+        self._shown = self._stream.isatty()
+        self._done = 0
+        self._started = time.monotonic()
+        self._next = self._started + 0.2
+
+    def advance(self, count: int) -> None:
+        """Count further bytes or items, and redraw at most ten times a second."""
+        self._done += count
+        if self._shown:
+            now = time.monotonic()
+            if now >= self._next:
+                self._next = now + 0.1
+                self._draw(now)
+
+    def _draw(self, now: float) -> None:
+        share = self._done / self._total if self._total else 1.0
+        elapsed = max(now - self._started, 1e-9)
+        if self._unit == "bytes":
+            amount = f"{human_size(self._done)} of {human_size(self._total)}, {human_size(int(self._done / elapsed))}/s"
+        else:
+            amount = f"{self._done} of {self._total} {self._unit}"
+        left = f", {elapsed / share - elapsed:.0f} s left" if 0 < share < 1 else ""
+        self._stream.write(f"\r{self._label}: {share:4.0%}  {amount}{left}\x1b[K")
+        self._stream.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+
+class OutputExists(Qcow2Error):
+    """An output file is already there and nobody said to replace it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{printable(str(path))} exists; use --force to replace it")
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[BinaryIO]:
+    """Yield a binary file that gets its final name only when the block ends well.
+
+    On any exception, an interrupt included, nothing is left behind.
+    """
+    target = Path(path)
+    if os.path.lexists(target) and not force:
+        raise OutputExists(target)
+    if target.exists() and not target.is_file():
+        raise Qcow2Error(f"{printable(str(target))} is not a regular file")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "w+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
