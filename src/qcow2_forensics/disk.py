@@ -163,9 +163,24 @@ class Disk:
         return below or (self._encrypted and self._decryptor is None)
 
     @property
+    def host(self) -> Source:
+        """Where this layer's clusters are stored: the image, or its external data file."""
+        return self._host
+
+    @property
+    def unbacked(self) -> Qcow2Error | None:
+        """What a read raises where a backing file that was not opened would answer."""
+        return self._unbacked
+
+    @property
     def depth(self) -> int:
         """Layers from here to the bottom of the chain, 1 without a backing file."""
         return 1 + (self.backing.depth if self.backing is not None else 0)
+
+    @property
+    def unbacked(self) -> Qcow2Error | None:
+        """Why the backing file is not there, None when it is or none is named; reads that need it raise this."""
+        return self._unbacked
 
     def unlock(self, passphrase: str | bytes) -> None:
         """Derive the keys of every locked layer; raises :class:`Locked` when the passphrase is wrong."""
