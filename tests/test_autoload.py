@@ -31,6 +31,8 @@ STAND_INS = {
     "plaso/cli/image_export_tool.py": "",
     "plaso/engine/__init__.py": "",
     "plaso/engine/path_helper.py": "",
+    "plaso/output/__init__.py": "",
+    "plaso/output/mediator.py": "",
     "plaso/parsers/__init__.py": "",
     "plaso/parsers/mediator.py": "",
     "plaso/preprocessors/__init__.py": "",
@@ -312,6 +314,17 @@ def test_startup_files_name_the_same_function() -> None:
 
 def real(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
+
+
+@real("dfvfs")
+def test_hook_awaits_exactly_the_modules_the_back_end_has_parts_for() -> None:
+    result = run_real(
+        """
+        from dfvfs_qcow2 import autoload
+        print(sorted(hook.AWAITED ^ set(autoload.PARTS)))
+        """
+    )
+    assert result.stdout.strip() == "['volatility3.framework.constants']", result.stderr
 
 
 def run_real(code: str) -> subprocess.CompletedProcess[str]:

@@ -40,6 +40,7 @@ _DFVFS = (
     "plaso.cli.storage_media_tool",
     "plaso.cli.image_export_tool",
     "plaso.engine.path_helper",
+    "plaso.output.mediator",
     "plaso.parsers.mediator",
     "plaso.preprocessors",
 )

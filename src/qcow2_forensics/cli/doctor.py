@@ -1,0 +1,245 @@
+"""``qcow2-forensics doctor``: whether our part is active in each framework here, and if not, why.
+
+Every answer is taken from the framework itself, imported as its own tools import it: Volatility's
+plugin path, dfVFS's resolver. What is installed but does not work is shown with its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import printable
+
+_HOOK = "qcow2_forensics_autoload"
+_VARIABLE = "QCOW2_FORENSICS_AUTOLOAD"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Our part in one framework. ``version`` is None where the framework is not installed."""
+
+    framework: str
+    version: str | None
+    active: bool
+    where: str  # what makes it active: a folder or a module's file
+    problem: str  # why it is not, as far as the framework says
+    advice: str  # what to type
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """One optional library; ``version`` is None where it is not installed."""
+
+    name: str
+    version: str | None
+    purpose: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Everything doctor found out."""
+
+    version: str
+    python: str
+    executable: str
+    hook: str  # "running", "off" or "missing"
+    hook_file: str
+    plugin_folder: str
+    frameworks: tuple[Part, ...]
+    libraries: tuple[Library, ...]
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether our part is active in every framework that is installed."""
+        return all(part.active for part in self.frameworks if part.version is not None)
+
+
+class _Inactive(Exception):
+    """Our part is not active; the message says what was seen."""
+
+
+def diagnose() -> Diagnosis:
+    """Import each installed framework and ask it who reads QCOW2 images."""
+    hook, hook_file, folder = _hook()
+    frameworks = (
+        _examine("Volatility 3", "volatility3", "volatility", _volatility, f"vol -p {folder} ..."),
+        _examine("dfVFS", "dfvfs", "dfvfs", _dfvfs, "import dfvfs_qcow2 before dfvfs is used"),
+        _examine("plaso", "plaso", "plaso", _plaso, "python -m dfvfs_qcow2 log2timeline ..."),
+        _examine("pytsk3", "pytsk3", "tsk", _pytsk3, "pip install --force-reinstall qcow2-forensics"),
+    )
+    return Diagnosis(
+        version=_version("qcow2-forensics") or "not installed, run from a checkout",
+        python=platform.python_version(),
+        executable=sys.executable,
+        hook=hook,
+        hook_file=hook_file,
+        plugin_folder=folder,
+        frameworks=frameworks,
+        libraries=(
+            _library("numpy", "numpy", "guest memory, the full audit", ""),
+            _library("cryptography", "cryptography", "encrypted images", "luks"),
+            _library("isal", "isal", "faster zlib clusters", "fast"),
+            _zstd(),
+        ),
+    )
+
+
+def _hook() -> tuple[str, str, str]:
+    # Asked first: importing every framework makes the hook leave the import system.
+    try:
+        module = importlib.import_module(_HOOK)
+    except ImportError:
+        return "missing", "", ""
+    if module.is_installed():
+        state = "running"
+    else:
+        state = "off" if os.environ.get(_VARIABLE) else "missing"
+    return state, str(module.__file__), str(module.plugin_folder())
+
+
+def _examine(framework: str, name: str, extra: str, ask: Callable[[], str], otherwise: str) -> Part:
+    if importlib.util.find_spec(name) is None:
+        return Part(framework, None, False, "", "not installed", f"pip install 'qcow2-forensics[{extra}]'")
+    version = _version(name) or "unknown version"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        try:
+            where = ask()
+        except _Inactive as error:
+            return Part(framework, version, False, "", _seen(str(error), caught), _advice(otherwise))
+        except Exception as error:  # noqa: BLE001 - whatever a framework or our part raises is the diagnosis
+            why = f"{type(error).__name__}: {error}"
+            return Part(framework, version, False, "", _seen(why, caught), _advice(otherwise))
+    return Part(framework, version, True, where, "", "")
+
+
+def _seen(why: str, caught: list[warnings.WarningMessage]) -> str:
+    # The import hook shows what went wrong as a warning that no filter hides.
+    said = [str(message.message) for message in caught if "qcow2-forensics" in str(message.message)]
+    return "; ".join([why, *said])
+
+
+def _advice(otherwise: str) -> str:
+    if os.environ.get(_VARIABLE):
+        return f"unset {_VARIABLE}, or: {otherwise}"
+    return otherwise
+
+
+def _volatility() -> str:
+    constants = importlib.import_module("volatility3.framework.constants")
+    folders = [Path(path) / "qcow2" for path in constants.PLUGINS_PATH]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise _Inactive("no folder of its plugin path holds our plugins")
+    importlib.import_module("volatility3.plugins")
+    for path in sorted(folder.glob("[!_]*.py")):
+        importlib.import_module(f"volatility3.plugins.qcow2.{path.stem}")
+    return str(folder.parent)
+
+
+def _dfvfs() -> str:
+    importlib.import_module("dfvfs.resolver.resolver")
+    manager = importlib.import_module("dfvfs.resolver_helpers.manager")
+    reader = type(manager.ResolverHelperManager.GetHelper("QCOW"))
+    if not reader.__module__.startswith("dfvfs_qcow2."):
+        raise _Inactive(f"QCOW images are read by {reader.__module__}")
+    return str(importlib.import_module(reader.__module__).__file__)
+
+
+def _plaso() -> str:
+    importlib.import_module("plaso.cli.log2timeline_tool")
+    importlib.import_module("plaso.cli.image_export_tool")
+    return _dfvfs()
+
+
+def _pytsk3() -> str:
+    return str(importlib.import_module("pytsk3_qcow2").__file__)
+
+
+def _library(name: str, distribution: str, purpose: str, extra: str) -> Library:
+    advice = f"pip install 'qcow2-forensics[{extra}]'" if extra else f"pip install {distribution}"
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return Library(distribution, None, purpose, advice)
+    return Library(distribution, _version(distribution) or "unknown version", purpose, "")
+
+
+def _zstd() -> Library:
+    if sys.version_info >= (3, 14) and importlib.util.find_spec("compression.zstd") is not None:
+        return Library("zstd", f"Python {platform.python_version()}", "zstd clusters", "")
+    return _library("backports.zstd", "backports.zstd", "zstd clusters", "")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+_HOOK_STATES = {
+    "running": "running, from {file}",
+    "off": f"switched off by {_VARIABLE}={{value}}",
+    "missing": "not running: pip install qcow2-forensics into the environment of the tool",
+}
+
+
+def as_text(diagnosis: Diagnosis) -> str:
+    """Return the diagnosis as lines for a person."""
+    hook = _HOOK_STATES[diagnosis.hook].format(file=diagnosis.hook_file, value=os.environ.get(_VARIABLE, ""))
+    lines = [
+        f"qcow2-forensics {diagnosis.version}",
+        f"Python {diagnosis.python}, {diagnosis.executable}",
+        f"auto-load hook: {hook}",
+        "",
+    ]
+    for part in diagnosis.frameworks:
+        state = "active" if part.active else "NOT ACTIVE" if part.version else "-"
+        lines.append(f"{part.framework:<14} {part.version or 'not installed':<18} {state:<11} {part.where}".rstrip())
+        if part.version and part.problem:
+            lines.append(f"{'':<14} seen: {part.problem}")
+        if part.advice:
+            lines.append(f"{'':<14} type: {part.advice}")
+    lines.append("")
+    for library in diagnosis.libraries:
+        lines.append(f"{library.name:<14} {library.version or 'not installed':<18} {library.purpose}")
+        if library.advice:
+            lines.append(f"{'':<14} type: {library.advice}")
+    if diagnosis.plugin_folder:
+        lines += ["", f"Volatility's plugin path by hand: vol -p {diagnosis.plugin_folder} ..."]
+    return "\n".join(printable(line) for line in lines)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``doctor`` to the command line."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="show whether our part is active in Volatility 3, dfVFS, plaso and pytsk3",
+        description="Show whether our part is active in each framework of this environment, and what to do if not. "
+        "Exit code 0: active in every framework that is installed; 1: not.",
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the diagnosis; 0 when our part is active in every framework that is installed."""
+    diagnosis = diagnose()
+    if arguments.format == "json":
+        print(json.dumps({**asdict(diagnosis), "healthy": diagnosis.is_healthy}, indent=2))
+    else:
+        print(as_text(diagnosis))
+    return 0 if diagnosis.is_healthy else 1
