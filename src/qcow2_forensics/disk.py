@@ -304,7 +304,8 @@ class Disk:
         for run in self.mapping.runs(offset, end - offset):
             if run.kind != Kind.HOLE or self.backing is None:
                 host = None if run.kind == Kind.COMPRESSED else run.host_offset
-                yield Extent(run.offset, run.length, run.kind, host, 0)
+                kind = Kind.MISSING if run.kind == Kind.HOLE and self._unbacked is not None else run.kind
+                yield Extent(run.offset, run.length, kind, host, 0)
                 continue
             below = max(0, min(run.length, self.backing.size - run.offset))
             if below:

@@ -35,6 +35,7 @@ from .structures import (
 )
 
 _SLICE_BYTES = 64 * KiB  # of an L2 table, read and cached together
+L1_PAGE = 8192  # L1 entries read and kept together
 
 
 class Kind(enum.IntEnum):
@@ -44,6 +45,7 @@ class Kind(enum.IntEnum):
     ZERO = 1  # reads as zeros, whatever a backing file holds
     HOLE = 2  # not in this image: the backing file's bytes, or zeros without one
     COMPRESSED = 3  # (part of) one compressed cluster
+    MISSING = 4  # extents only: would come from a backing file that is not here; reading it raises
 
 
 class Run(NamedTuple):
@@ -92,7 +94,6 @@ class Mapping:
         self._cache: Fifo[int, Slice] = Fifo(max(16, image.limits.table_cache_bytes // self._slice_bytes))
         self.slices = self._cache.entries  # guest slice number -> its entries, empty where no L2 table is
         self._l1_pages: dict[int, Slice] = {}
-        self._l1_page_entries = 8 * KiB
         self._scan = (
             self._qcow1_runs if self._version == 1 else self._extended_runs if header.extended_l2 else self._standard_runs
         )
@@ -100,12 +101,18 @@ class Mapping:
     # --- tables --------------------------------------------------------------------------------
 
     def l1_page(self, number: int) -> Slice:
-        """Return entries ``number * 8192`` onwards of the L1 table, fewer at its end."""
+        """Return entries ``number * 8192`` onwards of the L1 table.
+
+        Fewer at its end, and where the file ends inside the table: :meth:`l1_entry` then raises.
+        """
         page = self._l1_pages.get(number)
         if page is None:
-            first = number * self._l1_page_entries
-            count = max(0, min(self._l1_page_entries, self.l1_size - first))
-            page = self._load(self.l1_table_offset + first * 8, count, "L1 table")
+            first = number * L1_PAGE
+            offset = self.l1_table_offset + first * 8
+            count = max(0, min(L1_PAGE, self.l1_size - first))
+            if not self._eof_zeros:
+                count = min(count, max(0, self.image.file_size - offset) // 8)
+            page = self._load(offset, count, "the L1 table")
             self._l1_pages[number] = page
         return page
 
@@ -113,7 +120,10 @@ class Mapping:
         """Return an L1 entry; 0 past the end of the table."""
         if not 0 <= index < self.l1_size:
             return 0
-        return self.l1_page(index // self._l1_page_entries)[index % self._l1_page_entries]
+        page = self.l1_page(index // L1_PAGE)
+        if index % L1_PAGE >= len(page):
+            raise self._bad_l1(index, "lies past the end of the file")
+        return page[index % L1_PAGE]
 
     def l2_table_offset(self, index: int) -> int:
         """Return the host offset of the L2 table in an L1 slot, 0 for none; checked for alignment."""
@@ -139,7 +149,7 @@ class Mapping:
             l1_index, part = divmod(number, self._slices_per_table)
             table = self.l2_table_offset(l1_index)
             if table:
-                entries = self._load(table + part * self._slice_bytes, self._slice_bytes // 8, f"L2[{l1_index}] table")
+                entries = self._load(table + part * self._slice_bytes, self._slice_bytes // 8, f"the L2 table of L1[{l1_index}]")
             else:
                 entries = array("Q")
             self._cache.add(number, entries)
@@ -192,12 +202,15 @@ class Mapping:
         span = self.slice_span * self._slices_per_table
         index = offset // span + 1
         while index < self.l1_size:
-            page = self.l1_page(index // self._l1_page_entries)
-            first = index % self._l1_page_entries
-            found = next((at for at in range(first, len(page)) if page[at]), None) if any(page) else None
-            if found is not None:
-                return (index - first + found) * span
-            index += len(page) - first
+            page = self.l1_page(index // L1_PAGE)
+            first = index % L1_PAGE
+            if any(page):
+                for at in range(first, len(page)):
+                    if page[at]:
+                        return (index - first + at) * span
+            if index - first + len(page) < min(self.l1_size, index - first + L1_PAGE):
+                return (index - first + max(first, len(page))) * span  # cut off by the end of the file
+            index += L1_PAGE - first
         return 2**64
 
     # One generator per entry format. Each yields the runs of one slice between two guest offsets;

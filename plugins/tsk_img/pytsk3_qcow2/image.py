@@ -1,0 +1,215 @@
+"""``pytsk3.Img_Info`` over any state of a QCOW2 image.
+
+What pytsk3 does with an exception from a Python image was found by trying (version 20260715):
+a direct ``read`` passes it on as it is, while a read that libtsk asked for turns every exception into
+``RuntimeError`` with our sentence in it, and fails the whole call. A short answer instead ends a file
+early without an error. So errors are raised, and ``unreadable="short"`` is for callers that look at
+:attr:`Img_Info.read_errors` afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import pytsk3
+
+from qcow2_forensics import open_disk
+from qcow2_forensics import open_image as open_metadata
+from qcow2_forensics.disk import Disk, EofPolicy
+from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error, printable
+from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
+from qcow2_forensics.source import PathOrSource
+from qcow2_forensics.structures import Crypt, SnapshotEntry
+
+if TYPE_CHECKING:
+    from qcow2_forensics.chain import MissingPolicy, Passphrase, SnapshotName
+    from qcow2_forensics.findings import Finding
+    from qcow2_forensics.resolver import Resolver
+
+Unreadable = Literal["raise", "short"]
+
+_ERRORS_KEPT = 100  # of read_errors; a damaged image can fail a million reads
+
+
+def _as_io_error(error: Qcow2Error) -> OSError:
+    """Return the error as the one class that pytsk3 scripts catch; the sentence is kept."""
+    if isinstance(error, OSError):
+        return error
+    translated = OSError(str(error))
+    translated.__cause__ = error
+    return translated
+
+
+def _locked_method(disk: Disk) -> str:
+    """Return the encryption of the first layer that has a method; the locked one, in practice."""
+    methods: list[str] = []
+    layer: object = disk
+    while isinstance(layer, Disk):
+        if layer.image.header.crypt_method != Crypt.NONE:
+            methods.append(Crypt(layer.image.header.crypt_method).name)
+        layer = layer.backing
+    return ", ".join(methods)
+
+
+class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in for
+    """The active state of a QCOW2 image, or one snapshot, for ``Volume_Info`` and ``FS_Info``.
+
+    ``url`` is a path, a binary file object, a source of the image's bytes, or an open
+    :class:`~qcow2_forensics.disk.Disk`, which then stays the caller's to close. ``snapshot`` is an
+    ID or a name; the other options are those of :func:`qcow2_forensics.open_disk`. Everything
+    that fails raises ``IOError``. ``unreadable`` says what libtsk gets where the image cannot be
+    read: an error, or the bytes before it (see the module).
+    """
+
+    def __init__(
+        self,
+        url: PathOrSource | Disk,
+        snapshot: SnapshotName = None,
+        passphrase: Passphrase = None,
+        resolver: Resolver | None = None,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        eof: EofPolicy = "strict",
+        missing: MissingPolicy = "refuse",
+        unreadable: Unreadable = "raise",
+    ) -> None:
+        self.read_errors: list[str] = []
+        self._unreadable = unreadable
+        self._findings: tuple[Finding, ...] | None = None
+        self._owned = not isinstance(url, Disk)
+        self._closed = False
+        try:
+            self._disk = (
+                url
+                if isinstance(url, Disk)
+                else open_disk(url, snapshot, passphrase, resolver, limits, eof=eof, missing=missing)
+            )
+            if self._disk.is_locked:
+                self.close()
+                raise Locked(_locked_method(self._disk))
+        except Qcow2Error as error:
+            raise _as_io_error(error) from error.__cause__
+        self._size = self._disk.size
+        super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
+
+    # --- what libtsk calls -------------------------------------------------------------------
+
+    def get_size(self) -> int:
+        """Return the size of the disk in bytes; also after :meth:`close`, as pytsk3 does."""
+        return self._size
+
+    def read(self, off: int, len: int) -> bytes:  # noqa: A002 - pytsk3's own argument name
+        """Return ``len`` bytes at ``off``, fewer only at the end of the disk; ``IOError`` past it."""
+        if self._closed:
+            raise OSError("the image is closed")
+        if off < 0 or len < 0:
+            raise OSError(f"negative offset or length: {off}, {len}")
+        if off >= self._size:
+            raise OSError(f"read offset {off} is past the end of the disk at {self._size}")
+        try:
+            return self._disk.read(off, len)
+        except Qcow2Error as error:
+            if self._unreadable == "raise":
+                raise _as_io_error(error) from error.__cause__
+            return self._readable_part(off, len, error)
+
+    def _readable_part(self, offset: int, length: int, error: Qcow2Error) -> bytes:
+        """Record the error and return the bytes before it, sector by sector from the start."""
+        sentence = str(error)
+        if sentence not in self.read_errors and len_(self.read_errors) < _ERRORS_KEPT:
+            self.read_errors.append(sentence)
+        good, bad = 0, length
+        while bad - good > 512:  # everything up to `good` reads, up to `bad` does not
+            middle = good + max(512, (bad - good) // 2 // 512 * 512)
+            try:
+                self._disk.read(offset + good, middle - good)
+                good = middle
+            except Qcow2Error:
+                bad = middle
+        return self._disk.read(offset, good)
+
+    def close(self) -> None:
+        """Close the image and its chain; closing twice is fine, reading afterwards raises ``IOError``."""
+        self._closed = True
+        disk = getattr(self, "_disk", None)
+        if disk is not None and self._owned:
+            disk.close()
+
+    # --- what scripts ask --------------------------------------------------------------------
+
+    @property
+    def disk(self) -> Disk:
+        """The disk behind this object, for ranges and extents."""
+        return self._disk
+
+    @property
+    def snapshot(self) -> SnapshotEntry | None:
+        """The snapshot shown, None for the active state."""
+        return self._disk.snapshot
+
+    @property
+    def state(self) -> str:
+        """What to call this state: the snapshot's name (its ID when it has none), or ``active``."""
+        shown = self._disk.snapshot
+        return "active" if shown is None else shown.name or shown.id
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the auditor observes about the image file; audited on first use, then kept."""
+        if self._findings is None:
+            from qcow2_forensics import audit
+
+            self._findings = audit(self._disk.image.source).findings
+        return self._findings
+
+    def __enter__(self) -> Img_Info:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<pytsk3_qcow2.Img_Info {printable(self._disk.name)}, {printable(self.state)}, {self._size} bytes>"
+
+
+len_ = len  # `read` has an argument called len, as pytsk3's has
+
+
+def open_image(
+    path: str | os.PathLike[str],
+    snapshot: SnapshotName = None,
+    passphrase: Passphrase = None,
+    resolver: Resolver | None = None,
+) -> pytsk3.Img_Info:
+    """Return an :class:`Img_Info` for a QCOW image and pytsk3's own for anything else.
+
+    Anything else has no snapshots: asking for one there is an ``IOError``.
+    """
+    try:
+        open_metadata(path).close()
+    except NotQcow2 as error:
+        if snapshot is not None:
+            raise OSError(f"{printable(os.fspath(path))} is not a QCOW image and has no snapshots") from error
+    except OSError:
+        pass  # pytsk3 says what is wrong with the path: a directory, a split raw image, nothing there
+    else:
+        return Img_Info(path, snapshot, passphrase, resolver)
+    return pytsk3.Img_Info(os.fspath(path))
+
+
+def states(
+    path: PathOrSource, passphrase: Passphrase = None, resolver: Resolver | None = None
+) -> Iterator[Img_Info]:
+    """Yield every state of an image: each snapshot in the order of its table, then the active one.
+
+    Each is open until the caller closes it or lets it go. ``state.state`` is what to call it.
+    """
+    try:
+        with open_metadata(path) as image:
+            entries = image.snapshots
+    except Qcow2Error as error:
+        raise _as_io_error(error) from error.__cause__
+    for wanted in (*entries, None):
+        yield Img_Info(path, wanted, passphrase, resolver)

@@ -1,0 +1,300 @@
+"""Which guest ranges differ between two states: from the mappings first, from the bytes last.
+
+Two states of one image share most of their clusters, and two L1 tables that name the same L2 table
+share everything under it. Such ranges are equal without being read::
+
+    before   L1: [ T1 | T2 | T3 | -- ]       T1, T2 equal: skipped at once
+    after    L1: [ T1 | T2 | T9 | -- ]       T3 / T9: entries compared
+                             |
+             L2: [ A | B | C ] / [ A | X | C ]   A, C equal: skipped; B / X read and compared
+
+so that the cost is metadata plus the clusters that the two states do not share.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from .disk import Disk, Layer, RawDisk
+from .errors import Qcow2Error
+from .limits import MiB
+from .mapping import Kind
+from .structures import SECTOR, Crypt
+
+_CHUNK = 1 * MiB  # read of each side at a time
+_WINDOW_CLUSTERS = 4096  # whose mappings are compared at a time: bounds what is kept
+_WINDOW_BYTES = 64 * MiB  # at least, so that tiny clusters do not mean tiny windows
+_BLOCK = 4096  # compared before its sectors are
+
+
+class Change(enum.StrEnum):
+    """What became of a range between the first state and the second."""
+
+    CHANGED = "changed"  # both states store bytes, and they differ
+    WRITTEN = "written"  # the first state holds nothing there, which reads as zeros
+    ZEROED = "zeroed"  # the second state holds nothing there, which reads as zeros
+    ADDED = "added"  # past the end of the first state's disk
+    REMOVED = "removed"  # past the end of the second state's disk
+    UNREADABLE = "unreadable"  # one of them cannot be read: whether they differ is unknown
+
+
+class Difference(NamedTuple):
+    """``length`` guest bytes at ``offset``, whole sectors; ``note`` says why a range is unreadable."""
+
+    offset: int
+    length: int
+    change: Change
+    note: str = ""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+class _Piece(NamedTuple):
+    """``length`` guest bytes and what stands for them; equal ``content`` means equal bytes.
+
+    None is zeros, stored nowhere. ``stored`` tells whether there are bytes to read.
+    """
+
+    offset: int
+    length: int
+    content: tuple[object, ...] | None
+    stored: bool
+
+
+# Layers not to look into, by id(): two states that reach one of them at the same offset are equal there.
+_Opaque = dict[int, tuple[object, ...]]
+
+
+class _Candidate(NamedTuple):
+    """A range that the mappings cannot prove equal."""
+
+    offset: int
+    length: int
+    change: Change
+    note: str = ""
+
+
+def compare(before: Layer, after: Layer) -> Iterator[Difference]:
+    """Yield the ranges where ``after`` differs from ``before``, in order, whole sectors, coalesced.
+
+    Takes two states of one image, an overlay and its backing disk, or any two disks. Where one disk
+    is longer the rest of it is one difference. What cannot be read is yielded as such, with the
+    reason; it never passes as equal.
+    """
+    common = min(before.size, after.size)
+    yield from _coalesced(_differences(before, after, common))
+    if before.size > common:
+        yield Difference(common, before.size - common, Change.REMOVED)
+    elif after.size > common:
+        yield Difference(common, after.size - common, Change.ADDED)
+
+
+def _differences(before: Layer, after: Layer, end: int) -> Iterator[Difference]:
+    shared_until = _shared_tables(before, after)
+    opaque = _common_layers(before, after)
+    cluster = max(_cluster_size(before), _cluster_size(after))
+    window = max(_WINDOW_CLUSTERS * cluster, _WINDOW_BYTES)
+    position = 0
+    while position < end:
+        position = min(end, shared_until(position))
+        stop = min(end, position + window)
+        for candidate in _candidates(before, after, position, stop, cluster, opaque):
+            if candidate.change is Change.UNREADABLE:
+                yield Difference(*candidate)
+            else:
+                yield from _unequal_bytes(before, after, candidate)
+        position = stop
+
+
+# --- what the mappings prove -------------------------------------------------------------------
+
+
+def _file(layer: Layer) -> object:
+    """Return what identifies the file that ``layer`` stores its own bytes in."""
+    source = layer.host if isinstance(layer, Disk) else getattr(layer, "source", layer)
+    return getattr(source, "identity", None) or id(source)
+
+
+def _keys(layer: Layer | None) -> Iterator[tuple[object, ...]]:
+    """Yield a key for each layer from the bottom of the chain up: equal keys are equal disks."""
+    below: tuple[object, ...] = ()
+    for member in reversed(list(_chain(layer))):
+        table = (member.image.header.version, member.mapping.l1_table_offset) if isinstance(member, Disk) else ()
+        below = (type(member), _file(member), member.size, table, below)
+        yield below
+
+
+def _common_layers(before: Layer, after: Layer) -> _Opaque:
+    """Return the layers of either chain that the other one holds too, and their keys."""
+    keys = [list(_keys(layer)) for layer in (before, after)]
+    both = set(keys[0]) & set(keys[1])
+    members = [reversed(list(_chain(layer))) for layer in (before, after)]
+    return {
+        id(member): key for side in (0, 1) for member, key in zip(members[side], keys[side], strict=True) if key in both
+    }
+
+
+def _chain(layer: Layer | None) -> Iterator[Layer]:
+    while layer is not None:
+        yield layer
+        layer = layer.backing if isinstance(layer, Disk) else None
+
+
+def _cluster_size(layer: Layer) -> int:
+    return max((member.image.cluster_size for member in _chain(layer) if isinstance(member, Disk)), default=SECTOR)
+
+
+def _shared_tables(before: Layer, after: Layer) -> Callable[[int], int]:
+    """Return a function that tells how far from an offset the two states share their L2 tables."""
+    if isinstance(before, Disk) and isinstance(after, Disk) and _file(before) == _file(after):
+        backing = [list(_keys(disk.backing)) for disk in (before, after)]
+        unbacked = [disk.unbacked is not None for disk in (before, after)]
+        if backing[0] == backing[1] and unbacked[0] == unbacked[1]:
+            first, second = before.mapping, after.mapping
+            return lambda offset: first.shared_until(second, offset)
+    return lambda offset: offset
+
+
+def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator[_Piece]:
+    """Tile a range of ``layer`` with pieces, without looking into the layers of ``opaque``."""
+    if id(layer) in opaque or not isinstance(layer, Disk):
+        # A raw file's bytes may also be what a qcow2 with an external data file maps.
+        where = opaque.get(id(layer)) or ("raw" if isinstance(layer, RawDisk) else "foreign", _file(layer))
+        yield _Piece(offset, length, (*where, offset), True)
+        return
+    file = ("encrypted" if layer.image.header.crypt_method != Crypt.NONE else "raw", _file(layer))
+    for run in layer.mapping.runs(offset, length):
+        if run.kind == Kind.DATA:
+            yield _Piece(run.offset, run.length, (*file, run.host_offset), True)
+        elif run.kind == Kind.COMPRESSED:
+            inside = run.offset & (layer.image.cluster_size - 1)
+            packed = ("compressed", _file(layer), run.host_offset, run.size, inside)
+            yield _Piece(run.offset, run.length, packed, True)
+        elif run.kind == Kind.ZERO:
+            yield _Piece(run.offset, run.length, None, False)
+        elif layer.backing is None and layer.unbacked is not None:
+            yield _Piece(run.offset, run.length, ("unbacked", _file(layer), run.offset), True)
+        else:
+            below = min(run.length, layer.backing.size - run.offset) if layer.backing is not None else 0
+            if layer.backing is not None and below > 0:
+                yield from _pieces(layer.backing, run.offset, below, opaque)
+            rest = max(0, below)
+            if rest < run.length:
+                yield _Piece(run.offset + rest, run.length - rest, None, False)
+
+
+def _unproven(
+    before: Layer, after: Layer, start: int, end: int, opaque: _Opaque
+) -> Iterator[_Candidate]:
+    """Yield the parts of a range whose pieces are not the same in both."""
+    lefts = _pieces(before, start, end - start, opaque)
+    rights = _pieces(after, start, end - start, opaque)
+    left, right = next(lefts), next(rights)
+    while True:
+        length = min(left.length, right.length)
+        if left.content != right.content:
+            change = Change.CHANGED if left.stored and right.stored else Change.ZEROED if left.stored else Change.WRITTEN
+            yield _Candidate(left.offset, length, change)
+        if left.offset + length >= end:
+            return
+        left = _rest(left, length) if left.length > length else next(lefts)
+        right = _rest(right, length) if right.length > length else next(rights)
+
+
+def _rest(piece: _Piece, taken: int) -> _Piece:
+    """Return a piece without its first bytes; places in a file move on with it."""
+    content = piece.content
+    if content is not None:
+        *where, place = content
+        content = (*where, place + taken) if isinstance(place, int) else content
+    return _Piece(piece.offset + taken, piece.length - taken, content, piece.stored)
+
+
+def _candidates(
+    before: Layer, after: Layer, start: int, end: int, cluster: int, opaque: _Opaque
+) -> Iterator[_Candidate]:
+    """Yield what the mappings leave open; a mapping that cannot be read is narrowed to its cluster."""
+    if start >= end:
+        return
+    try:
+        found = list(_unproven(before, after, start, end, opaque))
+        if opaque:
+            # What differs from a shared layer may still be proved equal by looking into that layer.
+            found = [
+                inner
+                for outer in found
+                for inner in _unproven(before, after, outer.offset, outer.offset + outer.length, {})
+            ]
+    except Qcow2Error as error:
+        if end - start <= cluster:
+            yield _Candidate(start, end - start, Change.UNREADABLE, str(error))
+            return
+        middle = start + max(cluster, (end - start) // 2 // cluster * cluster)
+        yield from _candidates(before, after, start, middle, cluster, opaque)
+        yield from _candidates(before, after, middle, end, cluster, opaque)
+        return
+    yield from found
+
+
+# --- what the bytes say ------------------------------------------------------------------------
+
+
+def _unequal_bytes(before: Layer, after: Layer, candidate: _Candidate) -> Iterator[Difference]:
+    end = candidate.offset + candidate.length
+    for offset in range(candidate.offset, end, _CHUNK):
+        yield from _unequal_chunk(before, after, offset, min(_CHUNK, end - offset), candidate.change)
+
+
+def _unequal_chunk(before: Layer, after: Layer, offset: int, length: int, change: Change) -> Iterator[Difference]:
+    try:
+        left, right = before.read(offset, length), after.read(offset, length)
+    except Qcow2Error as error:
+        if length <= _BLOCK:
+            yield Difference(offset, length, Change.UNREADABLE, str(error))
+            return
+        middle = max(_BLOCK, length // 2 // _BLOCK * _BLOCK)
+        yield from _unequal_chunk(before, after, offset, middle, change)
+        yield from _unequal_chunk(before, after, offset + middle, length - middle, change)
+        return
+    for start, stop in unequal_sectors(left, right):
+        yield Difference(offset + start, stop - start, change)
+
+
+def unequal_sectors(left: bytes, right: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the runs of sectors in which two equally long pieces differ."""
+    if left == right:
+        return
+    started: int | None = None
+    for block in range(0, len(left), _BLOCK):
+        size = min(_BLOCK, len(left) - block)
+        if left[block : block + size] == right[block : block + size]:
+            if started is not None:
+                yield started, block
+                started = None
+            continue
+        for at in range(block, block + size, SECTOR):
+            if left[at : at + SECTOR] != right[at : at + SECTOR]:
+                started = at if started is None else started
+            elif started is not None:
+                yield started, at
+                started = None
+    if started is not None:
+        yield started, len(left)
+
+
+def _coalesced(found: Iterable[Difference]) -> Iterator[Difference]:
+    pending: Difference | None = None
+    for item in found:
+        if pending is None:
+            pending = item
+        elif pending.end == item.offset and pending.change is item.change:  # the first reason stands for all
+            pending = pending._replace(length=pending.length + item.length)
+        else:
+            yield pending
+            pending = item
+    if pending is not None:
+        yield pending
