@@ -1,0 +1,49 @@
+"""qcow2-forensics as the QCOW back-end of dfVFS and plaso.
+
+``import dfvfs_qcow2`` is all it takes: from then on dfVFS reads QCOW images of every version with
+this reader in place of its built-in one, in programs that were imported before as well as after.
+The type indicator stays ``QCOW`` and the path specifications of the active state stay what they
+are, so a ``.plaso`` file made with this back-end is readable everywhere.
+
+An internal snapshot is the path specification ``... > QCOW > ENCODED_STREAM``; see :mod:`.names`::
+
+    import dfvfs_qcow2
+
+    for path_spec in dfvfs_qcow2.snapshot_path_specs(qcow_path_spec):
+        file_object = resolver.Resolver.OpenFileObject(path_spec)
+
+    for finding in dfvfs_qcow2.findings(qcow_path_spec):
+        print(finding.severity.label, finding.code, finding.message)
+
+Nothing of dfVFS is imported here; each part is put in place when the module it replaces has been
+imported (see :mod:`.autoload`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import autoload
+
+if TYPE_CHECKING:
+    from .inspection import audit, findings, snapshot_path_specs, snapshots
+
+__all__ = ["audit", "findings", "is_active", "snapshot_path_specs", "snapshots"]
+
+_LAZY = frozenset(("audit", "findings", "snapshot_path_specs", "snapshots"))
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from . import inspection
+
+        return getattr(inspection, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def is_active() -> bool:
+    """Return whether dfVFS reads QCOW images with this back-end in this process."""
+    return autoload.is_active()
+
+
+autoload.install()

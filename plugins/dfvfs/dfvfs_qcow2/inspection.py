@@ -1,0 +1,103 @@
+"""What an image says about itself, by path specification: snapshots, findings.
+
+The functions take a QCOW path specification, or any that leads through one: the innermost image
+is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dfvfs.lib import definitions
+from dfvfs.path import factory
+from dfvfs.resolver import resolver as dfvfs_resolver
+
+from qcow2_forensics.image import Image
+from qcow2_forensics.structures import SnapshotEntry
+
+from .names import SnapshotKey, encoding_method, parse_encoding_method
+from .opening import only_os_errors, password_of
+from .references import PathSpecResolver
+from .sources import open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qcow2_forensics.findings import Finding, Report
+
+
+def qcow_path_specs(path_spec: Any) -> Iterator[Any]:
+    """Yield the QCOW path specifications among a path specification and its parents, innermost first."""
+    while path_spec is not None:
+        if path_spec.type_indicator == definitions.TYPE_INDICATOR_QCOW:
+            yield path_spec
+        path_spec = path_spec.parent
+
+
+def snapshot_of(path_spec: Any) -> tuple[Any, SnapshotKey] | None:
+    """Return the innermost snapshot a path specification lies in, with its key; None for none."""
+    while path_spec is not None:
+        if path_spec.type_indicator == definitions.TYPE_INDICATOR_ENCODED_STREAM:
+            key = parse_encoding_method(path_spec.encoding_method)
+            if key is not None:
+                return path_spec, key
+        path_spec = path_spec.parent
+    return None
+
+
+def open_image(path_spec: Any, resolver_context: Any = None) -> Image:
+    """Open the metadata of the image; raises OSError."""
+    qcow = _innermost(path_spec)
+    with only_os_errors():
+        return Image(open_source(qcow.parent, _context(resolver_context)))
+
+
+def snapshots(path_spec: Any, resolver_context: Any = None) -> tuple[SnapshotEntry, ...]:
+    """Return the entries of the image's snapshot table; raises OSError."""
+    with only_os_errors():
+        return open_image(path_spec, resolver_context).snapshots
+
+
+def snapshot_path_spec(path_spec: Any, entry: SnapshotEntry) -> Any:
+    """Return the path specification of a snapshot of the image."""
+    return factory.Factory.NewPathSpec(
+        definitions.TYPE_INDICATOR_ENCODED_STREAM,
+        encoding_method=encoding_method(entry.index, entry.name_bytes),
+        parent=_innermost(path_spec),
+    )
+
+
+def snapshot_path_specs(path_spec: Any, resolver_context: Any = None) -> list[Any]:
+    """Return the path specifications of all snapshots of the image, in table order; raises OSError."""
+    return [snapshot_path_spec(path_spec, entry) for entry in snapshots(path_spec, resolver_context)]
+
+
+def audit(path_spec: Any, resolver_context: Any = None, depth: str = "standard") -> Report:
+    """Audit the image and return the whole report; raises OSError only if it cannot be opened."""
+    import qcow2_forensics
+
+    qcow = _innermost(path_spec)
+    context = _context(resolver_context)
+    with only_os_errors():
+        source = open_source(qcow.parent, context)
+        report: Report = qcow2_forensics.audit(
+            source, depth=depth, passphrase=password_of(qcow), resolver=PathSpecResolver(context, source)
+        )
+        return report
+
+
+def findings(path_spec: Any, resolver_context: Any = None, depth: str = "standard") -> Sequence[Finding]:
+    """Return the findings of an audit of the image."""
+    return audit(path_spec, resolver_context, depth).findings
+
+
+def _innermost(path_spec: Any) -> Any:
+    for qcow in qcow_path_specs(path_spec):
+        return qcow
+    raise ValueError("the path specification leads through no QCOW image")
+
+
+def _context(resolver_context: Any) -> Any:
+    # The default context has no public name.
+    return resolver_context or dfvfs_resolver.Resolver._resolver_context  # noqa: SLF001

@@ -1,0 +1,146 @@
+"""Path specifications become disks, once: dfVFS opens the same image again and again.
+
+A file object lives as long as somebody holds it, which in plaso is often one file of the timeline.
+So the few disks used last are kept per resolver context, with their tables, decompressed clusters
+and derived keys, and given out again while their files are unchanged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from dfvfs.lib import errors as dfvfs_errors
+from dfvfs.resolver import resolver as dfvfs_resolver
+
+from qcow2_forensics import __version__
+from qcow2_forensics.chain import open_disk
+from qcow2_forensics.disk import Disk
+from qcow2_forensics.errors import Locked, Qcow2Error, printable
+from qcow2_forensics.image import Image
+from qcow2_forensics.source import FileSource, Source, source_name
+
+from .names import SnapshotKey
+from .references import PathSpecResolver
+from .sources import open_source
+
+logger = logging.getLogger("dfvfs_qcow2")
+
+_KEPT = 4  # disks per resolver context; each may hold tens of MiB of tables and clusters
+
+_kept: WeakKeyDictionary[Any, OrderedDict[tuple[Any, ...], OpenedDisk]] = WeakKeyDictionary()
+_lock = threading.Lock()
+_announced: set[tuple[int, str]] = set()
+
+
+class OpenedDisk:
+    """A disk, the files it stands on, and the passphrases that did not open it."""
+
+    def __init__(self, disk: Disk, sources: list[Source]) -> None:
+        self.disk = disk
+        self._files = [source for source in sources if isinstance(source, FileSource)]
+        self._wrong: set[str | bytes] = set()
+
+    def is_current(self) -> bool:
+        """Whether the files are still the ones that were opened."""
+        try:
+            return all(_is_same(source, os.stat(source.path)) for source in self._files)
+        except OSError:
+            return False
+
+    def unlock(self, passphrase: str | bytes | None) -> bool:
+        """Try a passphrase, each only once: deriving keys is slow. Returns whether the disk is open."""
+        if not self.disk.is_locked:
+            return True
+        if not passphrase or passphrase in self._wrong:
+            return False
+        try:
+            self.disk.unlock(passphrase)
+        except Locked:
+            self._wrong.add(passphrase)
+        return not self.disk.is_locked
+
+
+def _is_same(source: FileSource, status: os.stat_result) -> bool:
+    return source.identity == (status.st_dev, status.st_ino) and source.mtime_ns == status.st_mtime_ns
+
+
+def password_of(path_spec: Any) -> str | bytes | None:
+    """Return the password the key chain holds for a QCOW path specification."""
+    key_chain = dfvfs_resolver.Resolver.key_chain
+    if getattr(path_spec, "password", None):
+        key_chain.ExtractCredentialsFromPathSpec(path_spec)
+    password: str | bytes | None = key_chain.GetCredential(path_spec, "password")
+    return password
+
+
+def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None = None) -> OpenedDisk:
+    """Open the active state of a QCOW path specification, or a snapshot; raises OSError only.
+
+    A disk without its key opens locked, if no password in the key chain fits. A backing file that
+    is missing or refused makes the reads that need it fail, and no others.
+    """
+    key = (os.getpid(), path_spec.comparable, snapshot)
+    with _lock:
+        kept = _kept.setdefault(resolver_context, OrderedDict())
+        opened = kept.get(key)
+        if opened is not None and opened.is_current():
+            kept.move_to_end(key)
+            return opened
+    with only_os_errors():
+        opened = _open(path_spec, resolver_context, snapshot)
+        opened.unlock(password_of(path_spec))
+    with _lock:
+        kept[key] = opened
+        kept.move_to_end(key)
+        while len(kept) > _KEPT:
+            kept.popitem(last=False)
+    return opened
+
+
+def _open(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None) -> OpenedDisk:
+    source = open_source(path_spec.parent, resolver_context)
+    entry = None
+    if snapshot is not None:
+        entry = find_entry(Image(source), snapshot)
+    resolver = PathSpecResolver(resolver_context, source)
+    disk = open_disk(source, snapshot=entry, resolver=resolver, missing="raise")
+    _announce(path_spec, source)
+    if disk.unbacked is not None:
+        logger.warning("%s: %s; reads that need it fail", printable(source_name(source)), disk.unbacked)
+    return OpenedDisk(disk, [source, *resolver.opened])
+
+
+def find_entry(image: Image, snapshot: SnapshotKey) -> Any:
+    """Return the table entry a key means; OSError when the table no longer has it there."""
+    for entry in image.snapshots:
+        if entry.index == snapshot.index and entry.name_bytes == snapshot.name:
+            return entry
+    raise OSError(f"{printable(image.name)} has no snapshot {snapshot.position} named {printable(snapshot.name)!r}")
+
+
+@contextmanager
+def only_os_errors() -> Iterator[None]:
+    """Turn what the library raises into OSError, the one error dfVFS, libyal and plaso expect."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Qcow2Error as error:
+        raise OSError(str(error)) from error
+    except dfvfs_errors.BackEndError as error:
+        raise OSError(printable(str(error), 500)) from error
+
+
+def _announce(path_spec: Any, source: Source) -> None:
+    """Log once per process and image what reads it, so that reports can say so."""
+    key = (os.getpid(), path_spec.comparable)
+    if key not in _announced:
+        _announced.add(key)
+        logger.info("QCOW back-end qcow2-forensics %s reads %s", __version__, printable(source_name(source)))

@@ -1,0 +1,41 @@
+"""The QCOW path specification: the built-in one, which may also carry a password.
+
+Without a password it has the attributes, the comparable string and the serialised form of the
+built-in one, so hashes and ``.plaso`` files stay the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dfvfs.path import factory
+from dfvfs.path import qcow_path_spec as stock
+
+_Stock: Any = stock.QCOWPathSpec
+
+
+class QCOWPathSpec(_Stock):
+    """QCOW image path specification; ``password`` is an attribute only when one is given."""
+
+    def __init__(self, password: str | None = None, parent: Any = None, **kwargs: Any) -> None:
+        super().__init__(parent=parent, **kwargs)
+        if password:
+            self.password = password
+
+    @property
+    def comparable(self) -> str:
+        """The key of caches and hashes; two passwords must not share an open file."""
+        password = getattr(self, "password", None)
+        text: str = self._GetComparable(sub_comparable_string=f"password: {password}" if password else "")
+        return text
+
+
+def register() -> None:
+    """Replace the built-in class in the factory and in its own module."""
+    if stock.QCOWPathSpec is not QCOWPathSpec:
+        factory.Factory.DeregisterPathSpec(stock.QCOWPathSpec)
+        factory.Factory.RegisterPathSpec(QCOWPathSpec)
+        stock.QCOWPathSpec = QCOWPathSpec
+
+
+register()

@@ -1,0 +1,77 @@
+"""Files named by dfVFS path specifications as positional sources.
+
+A file of the operating system is read with ``pread``: no position is shared with forked workers
+or with anybody else who has the path specification open. Everything else is a private dfVFS file
+object, read under a lock.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from dfvfs.lib import definitions
+from dfvfs.lib import errors as dfvfs_errors
+from dfvfs.resolver_helpers import manager
+
+from qcow2_forensics.errors import Qcow2Error, ReadError, printable
+from qcow2_forensics.source import FileSource, Source
+
+
+class FileObjectSource:
+    """A dfVFS file object as a source; ``path_spec`` says where it is."""
+
+    def __init__(self, path_spec: Any, resolver_context: Any) -> None:
+        self.path_spec = path_spec
+        self.name = display_name(path_spec)
+        self.identity = ("dfvfs", path_spec.comparable)
+        self._lock = threading.Lock()
+        # Not through the resolver's cache: an object from there has a position others move.
+        helper = manager.ResolverHelperManager.GetHelper(path_spec.type_indicator)
+        self._file_object = helper.NewFileObject(resolver_context, path_spec)
+        self._file_object.Open()
+        self.size = int(self._file_object.get_size())
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` bytes at ``offset``, fewer only at the end."""
+        wanted = min(length, self.size - offset)
+        pieces: list[bytes] = []
+        try:
+            with self._lock:
+                self._file_object.seek(offset, os.SEEK_SET)
+                while wanted > 0:
+                    data = self._file_object.read(wanted)
+                    if not data:
+                        raise ReadError(f"{printable(self.name)} ended early", offset=offset, length=length)
+                    pieces.append(data)
+                    wanted -= len(data)
+        except Qcow2Error:
+            raise
+        except (OSError, dfvfs_errors.BackEndError) as error:
+            why = f"{printable(self.name)}: {printable(str(error), 300)}"
+            raise ReadError(why, offset=offset, length=length) from error
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def open_source(path_spec: Any, resolver_context: Any) -> Source:
+    """Open the file a path specification means; raises OSError or a dfVFS error."""
+    location = getattr(path_spec, "location", None)
+    is_os = path_spec.type_indicator == definitions.TYPE_INDICATOR_OS and not path_spec.HasParent()
+    if is_os and location and hasattr(os, "pread"):
+        try:
+            return FileSource(location)
+        except Qcow2Error:
+            pass  # not a regular file nor a block device: dfVFS knows more kinds
+    return FileObjectSource(path_spec, resolver_context)
+
+
+def display_name(path_spec: Any) -> str:
+    """Return the locations of a path specification from the outermost file inwards."""
+    places: list[str] = []
+    while path_spec is not None:
+        location = getattr(path_spec, "location", None)
+        if location:
+            places.append(str(location))
+        path_spec = path_spec.parent
+    return ":".join(reversed(places)) or "stream"

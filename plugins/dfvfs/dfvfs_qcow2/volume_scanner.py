@@ -1,0 +1,193 @@
+"""Snapshots as volumes to choose: ``VolumeScanner.GetBasePathSpecs`` scans those asked for as well.
+
+What is asked for is, in this order: the attribute ``qcow_snapshots`` of the scanner's options, what
+a command line tool asks for around the scan (:func:`asking`), and the environment variable
+``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``none``, ``1,3..5`` or a name. The default is none, with
+a hint when there are some.
+
+Each snapshot is scanned like an image of its own, so partitions, volume managers, shadow copies and
+encryption inside it go the normal way.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from dfvfs.helpers import volume_scanner as stock
+from dfvfs.lib import definitions
+from dfvfs.lib import errors as dfvfs_errors
+
+from qcow2_forensics.errors import SnapshotNotFound, printable
+from qcow2_forensics.structures import SnapshotEntry
+
+from .inspection import snapshot_path_spec, snapshots
+from .selection import Selection
+
+VARIABLE = "DFVFS_QCOW2_SNAPSHOTS"
+_LISTED = 20  # snapshots named in a hint
+
+logger = logging.getLogger("dfvfs_qcow2")
+
+
+@dataclass
+class Request:
+    """What a tool asks for around a scan, and what the scan has to say to its user."""
+
+    selection: Selection | None = None
+    option: str = ""  # the option that would have asked, for the hint
+    notices: list[str] = field(default_factory=list)
+    source_type: str | None = None
+
+
+_request: ContextVar[Request | None] = ContextVar("qcow_snapshots_request", default=None)
+
+
+@contextmanager
+def asking(request: Request) -> Iterator[Request]:
+    """Make scans inside the block answer ``request``."""
+    token = _request.set(request)
+    try:
+        yield request
+    finally:
+        _request.reset(token)
+
+
+def _wanted(options: Any, request: Request | None) -> Selection | None:
+    text = getattr(options, "qcow_snapshots", None)
+    if text is None and request is not None and request.selection is not None:
+        return request.selection
+    text = text if text is not None else os.environ.get(VARIABLE)
+    if not text:
+        return None
+    try:
+        return Selection(text)
+    except ValueError as error:
+        raise dfvfs_errors.ScannerError(str(error)) from error
+
+
+def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) -> list[Any]:
+    """Determine the base path specifications of the active state, then of the chosen snapshots."""
+    options = options or stock.VolumeScannerOptions()
+    request = _request.get()
+    selection = _wanted(options, request)
+
+    scan_context = scanner._ScanSource(source_path)
+    scanner._source_path = source_path
+    scanner._source_type = scan_context.source_type
+
+    failure: dfvfs_errors.ScannerError | None = None
+    base_path_specs: list[Any] = []
+    try:
+        base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
+    except dfvfs_errors.ScannerError as error:
+        if selection is None or not selection.wants_any:
+            raise
+        failure = error
+
+    found: list[Any] = []
+    for qcow in _images(scan_context.GetRootScanNode()):
+        entries = _entries(qcow, request)
+        if entries and selection is None:
+            _tell(request, _hint(entries, request), logging.INFO)
+        elif selection is not None and selection.wants_any and not scan_context.IsLockedScanNode(qcow):
+            for entry in _chosen(selection, entries):
+                found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), entry, options, request)
+
+    if failure is not None:
+        if not found:
+            raise failure
+        _tell(request, f"The active state could not be scanned: {failure}", logging.WARNING)
+    if found:
+        if scan_context.source_type != definitions.SOURCE_TYPE_STORAGE_MEDIA_DEVICE:
+            # The scan of an image without a file system in its active state calls it a file.
+            if scan_context.source_type == definitions.SOURCE_TYPE_FILE:
+                base_path_specs = []
+            scanner._source_type = definitions.SOURCE_TYPE_STORAGE_MEDIA_IMAGE
+        base_path_specs = [*base_path_specs, *found]
+    return base_path_specs
+
+
+def _images(scan_node: Any) -> Iterator[Any]:
+    """Yield the QCOW path specifications the scan found, outermost first."""
+    pending = [scan_node] if scan_node is not None else []
+    while pending:
+        node = pending.pop(0)
+        if node.type_indicator == definitions.TYPE_INDICATOR_QCOW:
+            yield node.path_spec
+        pending.extend(node.sub_nodes)
+
+
+def _entries(qcow: Any, request: Request | None) -> tuple[SnapshotEntry, ...]:
+    try:
+        return snapshots(qcow)
+    except OSError as error:
+        _tell(request, f"The snapshot table could not be read: {error}", logging.WARNING)
+        return ()
+
+
+def _chosen(selection: Selection, entries: tuple[SnapshotEntry, ...]) -> list[SnapshotEntry]:
+    try:
+        return [entries[index] for index in selection.choose(entries)]
+    except SnapshotNotFound as error:
+        raise dfvfs_errors.ScannerError(str(error)) from error
+
+
+def _scan_snapshot(scanner: Any, path_spec: Any, entry: SnapshotEntry, options: Any, request: Request | None) -> list[Any]:
+    """Return the base path specifications in a snapshot; none, with a warning, if it cannot be read."""
+    name = f"snapshot {entry.index + 1} ({printable(entry.name, 64)})"
+    try:
+        scan_context = scanner._ScanSourcePathSpec(path_spec)
+        base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
+    except (dfvfs_errors.ScannerError, dfvfs_errors.BackEndError, OSError) as error:
+        _tell(request, f"Unable to scan {name}: {printable(str(error), 500)}", logging.WARNING)
+        return []
+    # What has no file system comes back as it was asked for.
+    base_path_specs = [item for item in base_path_specs if item.comparable != path_spec.comparable]
+    if not base_path_specs:
+        _tell(request, f"No supported file system found in {name}.", logging.WARNING)
+    return base_path_specs
+
+
+def _hint(entries: tuple[SnapshotEntry, ...], request: Request | None) -> str:
+    how = request.option if request is not None and request.option else f"{VARIABLE}=all"
+    lines = [f"The image holds {len(entries)} internal snapshot(s) that are not processed; {how} processes them:"]
+    lines += [f"  {describe(entry)}" for entry in entries[:_LISTED]]
+    if len(entries) > _LISTED:
+        lines.append(f"  ... and {len(entries) - _LISTED} more")
+    return "\n".join(lines)
+
+
+def describe(entry: SnapshotEntry) -> str:
+    """Return one line about a snapshot: position, ID, name, time."""
+    try:
+        taken = datetime.fromtimestamp(entry.date_sec, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, OSError, ValueError):
+        taken = f"time {entry.date_sec}"
+    return f"{entry.index + 1}: {printable(entry.name, 64)} (ID {printable(entry.id, 64)}, {taken})"
+
+
+def _tell(request: Request | None, text: str, level: int) -> None:
+    if request is not None:
+        request.notices.append(text)
+    else:
+        logger.log(level, "%s", text)
+
+
+def register() -> None:
+    """Replace the scanner's method; scanners that inherit it, as plaso's does, follow."""
+    if not getattr(stock.VolumeScanner.GetBasePathSpecs, "reads_qcow_snapshots", False):
+        replacement: Any = functools.wraps(stock.VolumeScanner.GetBasePathSpecs)(_get_base_path_specs)
+        replacement.reads_qcow_snapshots = True
+        stock.VolumeScanner.GetBasePathSpecs = replacement
+
+
+
+register()
