@@ -9,8 +9,8 @@ from typing import Literal
 from .disk import Disk, EofPolicy, Layer, RawDisk
 from .encryption import Decryptor, unlock
 from .errors import (
-    FormatError,
     ForbiddenReference,
+    FormatError,
     LimitExceeded,
     MissingFile,
     Qcow2Error,

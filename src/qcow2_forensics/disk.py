@@ -168,11 +168,6 @@ class Disk:
         return self._host
 
     @property
-    def unbacked(self) -> Qcow2Error | None:
-        """What a read raises where a backing file that was not opened would answer."""
-        return self._unbacked
-
-    @property
     def depth(self) -> int:
         """Layers from here to the bottom of the chain, 1 without a backing file."""
         return 1 + (self.backing.depth if self.backing is not None else 0)
@@ -218,15 +213,14 @@ class Disk:
 
     def _piece(self, run: Run) -> bytes:
         """Return the bytes of one run, exactly as long as the run."""
-        if run.kind == Kind.DATA:
-            assert run.host_offset is not None
-            return self._stored(run.host_offset, run.offset, run.length)
         if run.kind == Kind.ZERO:
             return bytes(run.length)
+        if run.kind == Kind.HOLE or run.host_offset is None:
+            return self._unallocated(run.offset, run.length)
         if run.kind == Kind.COMPRESSED:
             inside = run.offset & self._inside_mask
-            return self._cluster(run)[inside : inside + run.length]
-        return self._unallocated(run.offset, run.length)
+            return self._cluster(run.host_offset, run.size, run.offset)[inside : inside + run.length]
+        return self._stored(run.host_offset, run.offset, run.length)
 
     def _unallocated(self, offset: int, length: int) -> bytes:
         if self.backing is None:
@@ -272,21 +266,20 @@ class Disk:
             self.filled["bytes"] += beyond
         return data.ljust(length, b"\0")
 
-    def _cluster(self, run: Run) -> bytes:
-        """Return the whole decompressed cluster that holds ``run``; compressed data is never encrypted."""
-        assert run.host_offset is not None
-        key = (run.host_offset, run.size)
+    def _cluster(self, host: int, size: int, guest: int) -> bytes:
+        """Return the whole cluster in a compressed stream; compressed data is never encrypted."""
+        key = (host, size)
         cluster = self._clusters.entries.get(key)
         if cluster is None:
-            stored = self.image.read(run.host_offset, run.size)
+            stored = self.image.read(host, size)
             try:
-                cluster = self._inflate(stored.ljust(run.size, b"\0"), self._cluster_size)
+                cluster = self._inflate(stored.ljust(size, b"\0"), self._cluster_size)
             except ValueError as error:
-                cut = f", {run.size - len(stored)} bytes past the end of the file" if len(stored) < run.size else ""
+                cut = f", {size - len(stored)} bytes past the end of the file" if len(stored) < size else ""
                 raise FormatError(
-                    f"the compressed cluster of guest offset {run.offset & ~self._inside_mask:#x} "
+                    f"the compressed cluster of guest offset {guest & ~self._inside_mask:#x} "
                     f"cannot be decoded: {error}{cut}",
-                    offset=run.host_offset,
+                    offset=host,
                     field="compressed cluster",
                 ) from None
             self._clusters.add(key, cluster)

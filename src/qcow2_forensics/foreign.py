@@ -75,7 +75,9 @@ class ForeignDisk:
                 self._handle.open_extent_data_files_as_file_objects([SourceStream(source)])
             self.size = int(self._handle.get_media_size())
         except (OSError, AttributeError) as error:
-            raise FormatError(f"{printable(self.name)} cannot be read as {kind}: {printable(str(error), 200)}") from None
+            raise FormatError(
+                f"{printable(self.name)} cannot be read as {kind}: {printable(str(error), 200)}"
+            ) from None
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes, fewer only at the end."""

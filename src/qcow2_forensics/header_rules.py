@@ -92,9 +92,7 @@ class _Rules:
         code: str = "QCOW2-HEADER-INVALID",
     ) -> Problem:
         value = getattr(self.header, field)
-        return Problem(
-            code, message, field, value, self.header.offset_of(field), frozenset(blocks), limit, unsupported
-        )
+        return Problem(code, message, field, value, self.header.offset_of(field), frozenset(blocks), limit, unsupported)
 
 
 def _qcow1(rules: _Rules, limits: Limits) -> Iterator[Problem]:
@@ -108,9 +106,7 @@ def _qcow1(rules: _Rules, limits: Limits) -> Iterator[Problem]:
     if not 6 <= header.l2_bits <= 13:
         yield rules.bad("l2_bits", f"l2_bits {header.l2_bits} is outside 6..13", DISK)
     if header.crypt_method not in (Crypt.NONE, Crypt.AES):
-        yield rules.bad(
-            "crypt_method", f"encryption method {header.crypt_method} is unknown", DISK, unsupported=True
-        )
+        yield rules.bad("crypt_method", f"encryption method {header.crypt_method} is unknown", DISK, unsupported=True)
     if header.l1_size > INT32_MAX // 8:
         yield rules.bad("l1_size", "the L1 table is too large", DISK, limit=INT32_MAX // 8)
     if header.backing_file_offset and header.backing_file_size > limits.name_bytes:
@@ -127,9 +123,7 @@ def _qcow2(rules: _Rules, limits: Limits, names: list[FeatureName]) -> Iterator[
     yield from _backing_name(rules, limits)
     yield from _size_and_l1(rules, limits)
     if header.crypt_method not in tuple(Crypt):
-        yield rules.bad(
-            "crypt_method", f"encryption method {header.crypt_method} is unknown", DISK, unsupported=True
-        )
+        yield rules.bad("crypt_method", f"encryption method {header.crypt_method} is unknown", DISK, unsupported=True)
     yield from _refcounts(rules, limits)
     yield from _snapshots(rules, limits)
 
@@ -192,9 +186,7 @@ def _size_and_l1(rules: _Rules, limits: Limits) -> Iterator[Problem]:
         yield rules.bad("l1_size", "the L1 table is too large", DISK, limit=limits.l1_bytes // 8)
     needed = -(-header.size // header.l2_span)
     if needed > header.l1_size:
-        yield rules.bad(
-            "l1_size", f"the L1 table has {header.l1_size} entries, the disk size needs {needed}", DISK
-        )
+        yield rules.bad("l1_size", f"the L1 table has {header.l1_size} entries, the disk size needs {needed}", DISK)
     if header.l1_table_offset % header.cluster_size or header.l1_table_offset + table_bytes > INT64_MAX:
         yield rules.bad("l1_table_offset", "the L1 table is not aligned to a cluster", DISK)
 

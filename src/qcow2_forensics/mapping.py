@@ -94,9 +94,10 @@ class Mapping:
         self._cache: Fifo[int, Slice] = Fifo(max(16, image.limits.table_cache_bytes // self._slice_bytes))
         self.slices = self._cache.entries  # guest slice number -> its entries, empty where no L2 table is
         self._l1_pages: dict[int, Slice] = {}
-        self._scan = (
-            self._qcow1_runs if self._version == 1 else self._extended_runs if header.extended_l2 else self._standard_runs
-        )
+        if self._version == 1:
+            self._scan = self._qcow1_runs
+        else:
+            self._scan = self._extended_runs if header.extended_l2 else self._standard_runs
 
     # --- tables --------------------------------------------------------------------------------
 
@@ -149,7 +150,8 @@ class Mapping:
             l1_index, part = divmod(number, self._slices_per_table)
             table = self.l2_table_offset(l1_index)
             if table:
-                entries = self._load(table + part * self._slice_bytes, self._slice_bytes // 8, f"the L2 table of L1[{l1_index}]")
+                offset = table + part * self._slice_bytes
+                entries = self._load(offset, self._slice_bytes // 8, f"the L2 table of L1[{l1_index}]")
             else:
                 entries = array("Q")
             self._cache.add(number, entries)
@@ -225,7 +227,7 @@ class Mapping:
             inside = offset & (size - 1)
             if entry & COMPRESSED:
                 run_end = min(stop, offset - inside + size)
-                yield self._compressed(entry, number, index, offset, run_end - offset)
+                yield self._compressed(entry, offset, run_end - offset)
                 offset = run_end
                 continue
             last = ((stop - 1) >> bits) & mask
@@ -239,7 +241,7 @@ class Mapping:
             run_end = min(stop, (number << self.slice_shift) + (index << bits))
             host = entry & OFFSET_MASK
             if entry & special or self._data_file:
-                kind, start = self._special(entry, number, offset, inside)
+                kind, start = self._special(entry, offset, inside)
             elif host:
                 kind, start = Kind.DATA, host + inside
             else:
@@ -247,12 +249,12 @@ class Mapping:
             yield Run(offset, run_end - offset, kind, start)
             offset = run_end
 
-    def _special(self, entry: int, number: int, offset: int, inside: int) -> tuple[Kind, int | None]:
+    def _special(self, entry: int, offset: int, inside: int) -> tuple[Kind, int | None]:
         """Classify an entry that is not plain data or nothing; raise for what QEMU cannot read."""
         host = entry & OFFSET_MASK
         if entry & ZERO:
             if self._version < 3:
-                raise self._bad_entry(number, offset, "has the zero flag, which version 2 does not know")
+                raise self._bad_entry(offset, "has the zero flag, which version 2 does not know")
             kind = Kind.ZERO
         elif host or (entry & COPIED and self._data_file):
             kind = Kind.DATA
@@ -260,16 +262,16 @@ class Mapping:
             return Kind.HOLE, None
         if not host and kind == Kind.ZERO:
             return kind, None
-        self._check_host(host, number, offset, inside)
+        self._check_host(host, offset, inside)
         return kind, host + inside
 
-    def _check_host(self, host: int, number: int, offset: int, inside: int) -> None:
+    def _check_host(self, host: int, offset: int, inside: int) -> None:
         if host & (self.cluster_size - 1):
-            raise self._bad_entry(number, offset, f"names the unaligned host offset {host:#x}")
+            raise self._bad_entry(offset, f"names the unaligned host offset {host:#x}")
         if self._data_file and host != offset - inside:
-            raise self._bad_entry(number, offset, f"maps to {host:#x} in the data file, not to its guest offset")
+            raise self._bad_entry(offset, f"maps to {host:#x} in the data file, not to its guest offset")
 
-    def _extended_runs(self, entries: Slice, number: int, offset: int, stop: int) -> Iterator[Run]:
+    def _extended_runs(self, entries: Slice, _number: int, offset: int, stop: int) -> Iterator[Run]:
         bits, size, mask = self.cluster_bits, self.cluster_size, self.slice_mask
         subcluster = size // SUBCLUSTERS
         full = 0xFFFF_FFFF
@@ -279,18 +281,18 @@ class Mapping:
             inside = offset & (size - 1)
             run_end = min(stop, offset - inside + size)
             if entry & COMPRESSED:
-                yield self._compressed(entry, number, index, offset, run_end - offset)
+                yield self._compressed(entry, offset, run_end - offset)
                 offset = run_end
                 continue
             allocated, zeros = bitmap & full, bitmap >> 32
             host = entry & OFFSET_MASK
             present = bool(host) or bool(self._data_file and entry & COPIED)
             if allocated & zeros:
-                raise self._bad_entry(number, offset, "has subclusters that are both allocated and zero")
+                raise self._bad_entry(offset, "has subclusters that are both allocated and zero")
             if allocated and not present:
-                raise self._bad_entry(number, offset, "has allocated subclusters without a cluster")
+                raise self._bad_entry(offset, "has allocated subclusters without a cluster")
             if present and (host & (size - 1) or self._data_file):
-                self._check_host(host, number, offset, inside)
+                self._check_host(host, offset, inside)
             while offset < run_end:
                 at = (offset & (size - 1)) // subcluster
                 bit = 1 << at
@@ -304,7 +306,7 @@ class Mapping:
                 yield Run(offset, piece_end - offset, kind, start)
                 offset = piece_end
 
-    def _qcow1_runs(self, entries: Slice, number: int, offset: int, stop: int) -> Iterator[Run]:
+    def _qcow1_runs(self, entries: Slice, _number: int, offset: int, stop: int) -> Iterator[Run]:
         bits, size, mask = self.cluster_bits, self.cluster_size, self.slice_mask
         while offset < stop:
             entry = entries[(offset >> bits) & mask]
@@ -316,14 +318,14 @@ class Mapping:
                 host, stored = qcow1_compressed_descriptor(entry, bits)
                 yield Run(offset, length, Kind.COMPRESSED, host, stored)
             elif entry % SECTOR:
-                raise self._bad_entry(number, offset, f"names the unaligned host offset {entry:#x}")
+                raise self._bad_entry(offset, f"names the unaligned host offset {entry:#x}")
             else:
                 yield Run(offset, length, Kind.DATA, entry + inside)
             offset += length
 
-    def _compressed(self, entry: int, number: int, index: int, offset: int, length: int) -> Run:
+    def _compressed(self, entry: int, offset: int, length: int) -> Run:
         if self._data_file:
-            raise self._bad_entry(number, offset, "is compressed, which an external data file cannot hold")
+            raise self._bad_entry(offset, "is compressed, which an external data file cannot hold")
         host, size = compressed_descriptor(entry, self.cluster_bits)
         return Run(offset, length, Kind.COMPRESSED, host, size)
 
@@ -337,7 +339,7 @@ class Mapping:
         index = (offset >> self.cluster_bits) & self.slice_mask
         return table + part * self._slice_bytes + index * self._entry_words * 8
 
-    def _bad_entry(self, number: int, offset: int, what: str) -> FormatError:
+    def _bad_entry(self, offset: int, what: str) -> FormatError:
         at = self.entry_offset(offset)
         return FormatError(f"the L2 entry of guest offset {offset:#x} {what}", offset=at, field="l2_entry")
 

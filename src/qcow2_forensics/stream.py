@@ -60,7 +60,7 @@ class SourceStream(io.RawIOBase):
         view[: len(data)] = data
         return len(data)
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, _data: ReadableBuffer, /) -> int:
         raise io.UnsupportedOperation("evidence is read-only")
 
     def _check_open(self) -> None:

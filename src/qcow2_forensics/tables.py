@@ -106,7 +106,9 @@ def read_snapshot_table(image: Metadata) -> tuple[tuple[SnapshotEntry, ...], tup
         if at - header.snapshots_offset > limits.snapshot_table_bytes:
             size = at - header.snapshots_offset
             text = "the snapshot table is too large"
-            problems.append(_table_problem(at, "snapshot_table", size, text, SNAPSHOTS, limit=limits.snapshot_table_bytes))
+            problems.append(
+                _table_problem(at, "snapshot_table", size, text, SNAPSHOTS, limit=limits.snapshot_table_bytes)
+            )
             break
     return tuple(found), tuple(problems)
 
@@ -148,9 +150,7 @@ def _read_snapshot(
     return None
 
 
-def _table_problem(
-    at: int, field: str, value: int, message: str, *blocks: str, limit: int | None = None
-) -> Problem:
+def _table_problem(at: int, field: str, value: int, message: str, *blocks: str, limit: int | None = None) -> Problem:
     parts = frozenset(blocks or (SNAPSHOTS,))
     return Problem("QCOW2-SNAPSHOT-TABLE-INVALID", message, field, value, at, parts, limit)
 
@@ -183,9 +183,7 @@ def _bitmap_problem(at: int, message: str) -> Problem:
     return Problem("QCOW2-BITMAP-INVALID", message, "bitmap_directory", 0, at, frozenset({BITMAPS}))
 
 
-def _read_directory(
-    image: Metadata, extension: Extension
-) -> tuple[tuple[BitmapEntry, ...], tuple[Problem, ...]]:
+def _read_directory(image: Metadata, extension: Extension) -> tuple[tuple[BitmapEntry, ...], tuple[Problem, ...]]:
     facts = structures.parse_bitmaps_extension(extension.data)
     limits, cluster_size = image.limits, image.header.cluster_size
     if facts.reserved:

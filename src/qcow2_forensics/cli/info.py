@@ -131,12 +131,10 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"encryption       {facts['encryption']}",
         f"compression      {facts['compression']}",
     ]
-    for key in ("backing_file", "backing_format", "data_file"):
-        if facts[key] is not None:
-            lines.append(f"{key.replace('_', ' '):16} {facts[key]}")
-    for key in ("incompatible_features", "compatible_features", "autoclear_features"):
-        if facts[key]:
-            lines.append(f"{key.split('_')[0]:16} {', '.join(facts[key])}")
+    names = [key for key in ("backing_file", "backing_format", "data_file") if facts[key] is not None]
+    lines += [f"{key.replace('_', ' '):16} {facts[key]}" for key in names]
+    flags = [key for key in ("incompatible_features", "compatible_features", "autoclear_features") if facts[key]]
+    lines += [f"{key.split('_')[0]:16} {', '.join(facts[key])}" for key in flags]
     lines.append("header")
     lines += [
         f"  {field['offset']:#06x}  {name:24} {_shown(name, field['value'])}" for name, field in facts["header"].items()

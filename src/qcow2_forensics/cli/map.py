@@ -49,8 +49,7 @@ class MapEntry(NamedTuple):
     offset: int | None
 
     def to_dict(self) -> dict[str, int | bool]:
-        row = {name: value for name, value in self._asdict().items() if value is not None}
-        return row
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def entries(disk: Disk) -> Iterator[MapEntry]:

@@ -15,7 +15,7 @@ from ..image import Image
 from ..resolver import Resolver
 from ..vm_state import VmState
 
-PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"
+PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
 
 
 def add_image_argument(parser: argparse.ArgumentParser) -> None:
