@@ -13,7 +13,6 @@ from typing import Any
 
 from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
-from dfvfs.resolver_helpers import manager
 
 from qcow2_forensics.errors import Qcow2Error, ReadError, printable
 from qcow2_forensics.source import FileSource, Source
@@ -27,6 +26,9 @@ class FileObjectSource:
         self.name = display_name(path_spec)
         self.identity = ("dfvfs", path_spec.comparable)
         self._lock = threading.Lock()
+        # Not at import: this module is imported while dfvfs.resolver_helpers is being equipped.
+        from dfvfs.resolver_helpers import manager
+
         # Not through the resolver's cache: an object from there has a position others move.
         helper = manager.ResolverHelperManager.GetHelper(path_spec.type_indicator)
         self._file_object = helper.NewFileObject(resolver_context, path_spec)
