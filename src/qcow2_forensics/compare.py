@@ -187,9 +187,7 @@ def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator
                 yield _Piece(run.offset + rest, run.length - rest, None, False)
 
 
-def _unproven(
-    before: Layer, after: Layer, start: int, end: int, opaque: _Opaque
-) -> Iterator[_Candidate]:
+def _unproven(before: Layer, after: Layer, start: int, end: int, opaque: _Opaque) -> Iterator[_Candidate]:
     """Yield the parts of a range whose pieces are not the same in both."""
     lefts = _pieces(before, start, end - start, opaque)
     rights = _pieces(after, start, end - start, opaque)
@@ -197,7 +195,9 @@ def _unproven(
     while True:
         length = min(left.length, right.length)
         if left.content != right.content:
-            change = Change.CHANGED if left.stored and right.stored else Change.ZEROED if left.stored else Change.WRITTEN
+            change = (
+                Change.CHANGED if left.stored and right.stored else Change.ZEROED if left.stored else Change.WRITTEN
+            )
             yield _Candidate(left.offset, length, change)
         if left.offset + length >= end:
             return

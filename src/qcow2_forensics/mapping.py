@@ -215,6 +215,35 @@ class Mapping:
             index += L1_PAGE - first
         return 2**64
 
+    def shared_until(self, other: Mapping, offset: int) -> int:
+        """Return where the two mappings first name different L2 tables, at or after ``offset``.
+
+        ``offset`` itself when its own L2 table differs. Both must map the same file: what they
+        share is then equal byte for byte, whether it can be read or not. Costs L1 pages only.
+        """
+        mask = 2**64 - 1 if self._version == 1 else OFFSET_MASK
+        span = self.slice_span * self._slices_per_table
+        index = offset // span
+        while index < max(self.l1_size, other.l1_size):
+            number, first = divmod(index, L1_PAGE)
+            mine, theirs = self._whole_l1_page(number), other._whole_l1_page(number)
+            if mine is None or theirs is None:
+                return max(offset, index * span)  # cut off by the end of the file
+            if mine != theirs:
+                for at in range(first, max(len(mine), len(theirs))):
+                    one = mine[at] if at < len(mine) else 0
+                    two = theirs[at] if at < len(theirs) else 0
+                    if (one ^ two) & mask:
+                        return max(offset, (index - first + at) * span)
+            index += L1_PAGE - first
+        return 2**64
+
+    def _whole_l1_page(self, number: int) -> Slice | None:
+        """Return an L1 page, empty past the table, None where the file ends inside it."""
+        count = min(L1_PAGE, self.l1_size - number * L1_PAGE)
+        page = self.l1_page(number) if count > 0 else array("Q")
+        return page if len(page) == max(0, count) else None
+
     # One generator per entry format. Each yields the runs of one slice between two guest offsets;
     # ``host`` arithmetic is relative to the offset inside the first cluster.
 

@@ -199,9 +199,7 @@ def open_image(
     return pytsk3.Img_Info(os.fspath(path))
 
 
-def states(
-    path: PathOrSource, passphrase: Passphrase = None, resolver: Resolver | None = None
-) -> Iterator[Img_Info]:
+def states(path: PathOrSource, passphrase: Passphrase = None, resolver: Resolver | None = None) -> Iterator[Img_Info]:
     """Yield every state of an image: each snapshot in the order of its table, then the active one.
 
     Each is open until the caller closes it or lets it go. ``state.state`` is what to call it.
