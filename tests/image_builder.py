@@ -180,8 +180,8 @@ def empty(path: Path) -> Path:
 class Builder:
     """Collects guest clusters and table entries, then writes one image.
 
-    Clusters are handed out in call order after the header, the refcount table and the active L1;
-    refcounts follow from what was placed. ``fields`` overrides header bytes at the end:
+    Clusters are handed out in call order after the header and the active L1; the refcount table and
+    its blocks come last and follow from what was placed. ``fields`` overrides header bytes at the end:
     ``{offset: (value, length)}``.
     """
 
@@ -214,8 +214,7 @@ class Builder:
         self._l2: dict[int, int] = {}  # L1 index to L2 offset
         self._end = 0
         self._place(self.cluster_size)  # the header
-        if self.version > 1:
-            self.reftable = self._place(self.cluster_size)
+        self.reftable = self.reftable_clusters = 0
         self.l1 = self._place(max(8 * self.l1_size, 8))
 
     def _place(self, length: int, at: int | None = None) -> int:
@@ -304,14 +303,17 @@ class Builder:
     def _count(self) -> None:
         bits = 1 << self.refcount_order
         per_block = self.cluster_size * 8 // bits
-        table = bytearray(self.cluster_size)
+        most = self._end // self.cluster_size // per_block + 2  # blocks, themselves not yet counted
+        self.reftable_clusters = -(-8 * (most + most // per_block + 2) // self.cluster_size)
+        self.reftable = self._place(self.reftable_clusters * self.cluster_size)
+        table = bytearray(self.reftable_clusters * self.cluster_size)
         blocks: dict[int, int] = {}
-        todo = set(self.references)
+        todo = {cluster // per_block for cluster in self.references}
         while todo:  # a refcount block is itself counted, maybe by another block
-            number = todo.pop() // per_block
+            number = todo.pop()
             if number not in blocks:
                 blocks[number] = self._place(self.cluster_size)
-                todo.add(blocks[number] // self.cluster_size)
+                todo.add(blocks[number] // self.cluster_size // per_block)
         for number, offset in blocks.items():
             block = bytearray(self.cluster_size)
             for slot in range(per_block):
@@ -322,8 +324,8 @@ class Builder:
                     block[slot * bits // 8 : (slot + 1) * bits // 8] = count.to_bytes(bits // 8, "big")
             self._chunks[offset] = block
             table[8 * number : 8 * number + 8] = offset.to_bytes(8, "big")
-        if len(table) != self.cluster_size:
-            raise ValueError("the refcount table of this builder is one cluster")
+        if len(table) != self.reftable_clusters * self.cluster_size:
+            raise ValueError("the refcount table is too small for its blocks")
         self._chunks[self.reftable] = table
 
     def _header(self, snapshots_offset: int) -> bytes:
@@ -339,7 +341,7 @@ class Builder:
         head = struct.pack(
             ">IQIIQQIIQ",
             *(self.cluster_bits, self.size, self.crypt_method, self.l1_size, self.l1),
-            *(self.reftable, 1, len(self._snapshots), snapshots_offset),
+            *(self.reftable, self.reftable_clusters, len(self._snapshots), snapshots_offset),
         )
         if self.version > 2:
             incompatible = self.incompatible | self.extended_l2 << 4 | (self.compression_type != 0) << 3

@@ -6,7 +6,8 @@ have succeeded and did not raises :class:`QemuError` with its words. Tests that 
 name, unless ``QCOW2_REQUIRE_QEMU=1``, which turns the skip into a failure.
 
 Encrypted images take ``secret``; anything QEMU can be told about an image goes in ``opts``, which
-become ``--image-opts`` (for example ``{"pass-discard-snapshot": "off"}``).
+become ``--image-opts`` (for example ``{"pass-discard-snapshot": "off"}``). QEMU takes relative data
+file names, and backing names such as ``file:x``, from the folder it runs in: ``cwd``.
 """
 
 from __future__ import annotations
@@ -178,19 +179,24 @@ def create(
     backing: Name | None = None,
     backing_format: str | None = None,
     secret: str | None = None,
+    encrypt: Options | None = None,
     unsafe: bool = False,
     cwd: Name | None = None,
     **options: object,
 ) -> Path:
     """Create an image; ``options`` are those of ``-o``, with underscores where QEMU has them.
 
-    Dotted ones (``encrypt.format``) are passed as ``**{"encrypt.format": "luks"}``. ``unsafe`` does
-    not look at the backing file.
+    A ``secret`` encrypts it: with LUKS and quick key derivation, unless ``encrypt`` says otherwise
+    (``{"format": "aes"}``, ``{"format": "luks", "cipher-mode": "cbc"}``). ``unsafe`` does not look
+    at the backing file.
     """
     args: list[str] = [*_secret(secret), "-f", fmt]
     wanted = dict(options)
     if secret is not None:
-        wanted.setdefault("encrypt.key-secret", "key0")
+        method = dict(encrypt or {"format": "luks"})
+        if method["format"] == "luks":
+            method.setdefault("iter-time", 10)
+        wanted |= {f"encrypt.{key}": value for key, value in method.items()} | {"encrypt.key-secret": "key0"}
     if wanted:
         args += ["-o", _joined(wanted)]
     if unsafe:
@@ -215,6 +221,7 @@ def io(
     read_only: bool = False,
     check: bool = True,
     timeout: float = TIMEOUT,
+    cwd: Name | None = None,
 ) -> Outcome:
     """Run qemu-io commands such as ``write -P 0x11 0 64k`` on an image, all in one process."""
     options, name = _target(path, fmt, secret, opts)
@@ -222,7 +229,7 @@ def io(
     args = [*options, *(["-r", "-U"] if read_only else [])]
     for command in commands:
         args += ["-c", command]
-    outcome = run("qemu-io", *args, name, check=check, timeout=timeout)
+    outcome = run("qemu-io", *args, name, check=check, timeout=timeout, cwd=cwd)
     if check and re.search(r"failed:", outcome.text):
         raise QemuError(["qemu-io", *args, name], outcome)
     return outcome
@@ -274,6 +281,7 @@ def convert(
     check: bool = True,
     timeout: float = TIMEOUT,
     target_options: Options | None = None,
+    cwd: Name | None = None,
 ) -> Outcome:
     """Run ``qemu-img convert`` from ``path`` (one of its snapshots when named) to ``target``."""
     options, name = _target(path, fmt, secret, opts)
@@ -284,7 +292,7 @@ def convert(
         args.append("-c")
     if target_options:
         args += ["-o", _joined(target_options)]
-    return img("convert", *args, "-O", target_format, name, target, check=check, timeout=timeout)
+    return img("convert", *args, "-O", target_format, name, target, check=check, timeout=timeout, cwd=cwd)
 
 
 def raw_bytes(
@@ -294,15 +302,41 @@ def raw_bytes(
     snapshot: str | None = None,
     secret: str | None = None,
     opts: Options | None = None,
+    cwd: Name | None = None,
 ) -> bytes:
     """Return the whole disk, or one snapshot's, as QEMU converts it to raw. For small disks."""
     with tempfile.TemporaryDirectory(prefix="qcow2-oracle-") as folder:
         target = Path(folder) / "raw"
-        convert(path, target, fmt=fmt, snapshot=snapshot, secret=secret, opts=opts)
+        convert(path, target, fmt=fmt, snapshot=snapshot, secret=secret, opts=opts, cwd=cwd)
         return target.read_bytes()
 
 
-_DUMP_LINE = re.compile(r"^[0-9a-f]{8,}:((?: {1,2}[0-9a-f]{2})+)", re.MULTILINE)
+_DUMP_LINE = re.compile(r"^[0-9a-f]{8,}:  ((?:[0-9a-f]{2} ){1,16})", re.MULTILINE)
+_READ_END = re.compile(r"^read (?:failed: .*|\d+/\d+ bytes at offset .*)$|^.*out of range.*$", re.MULTILINE)
+
+
+def reads(
+    path: Name,
+    ranges: Iterable[tuple[int, int]],
+    *,
+    fmt: str = "qcow2",
+    secret: str | None = None,
+    opts: Options | None = None,
+    timeout: float = TIMEOUT,
+    cwd: Name | None = None,
+) -> list[bytes | None]:
+    """Return the bytes of guest ranges as one qemu-io process reads them, None for each it cannot."""
+    commands = [f"read -v {offset} {length}" for offset, length in ranges]
+    outcome = io(
+        path, *commands, fmt=fmt, secret=secret, opts=opts, read_only=True, check=False, timeout=timeout, cwd=cwd
+    )
+    found: list[bytes | None] = []
+    start = 0
+    for end in _READ_END.finditer(outcome.text):
+        lines = _DUMP_LINE.findall(outcome.text, start, end.start())
+        found.append(bytes.fromhex("".join(lines)) if lines else None)
+        start = end.end()
+    return found if len(found) == len(commands) else [None] * len(commands)
 
 
 def read(
@@ -314,12 +348,10 @@ def read(
     secret: str | None = None,
     opts: Options | None = None,
     timeout: float = TIMEOUT,
+    cwd: Name | None = None,
 ) -> bytes | None:
     """Return the bytes of one guest range as qemu-io reads them, None when it cannot."""
-    command = f"read -v {offset} {length}"
-    outcome = io(path, command, fmt=fmt, secret=secret, opts=opts, read_only=True, check=False, timeout=timeout)
-    data = b"".join(bytes.fromhex(line.replace(" ", "")) for line in _DUMP_LINE.findall(outcome.text))
-    return data if outcome.ok and len(data) == length else None
+    return reads(path, [(offset, length)], fmt=fmt, secret=secret, opts=opts, timeout=timeout, cwd=cwd)[0]
 
 
 def map_json(
@@ -328,10 +360,11 @@ def map_json(
     fmt: str = "qcow2",
     secret: str | None = None,
     opts: Options | None = None,
+    cwd: Name | None = None,
 ) -> list[dict[str, Any]]:
     """Return what ``qemu-img map --output=json`` prints."""
     options, name = _target(path, fmt, secret, opts)
-    outcome = img("map", *options, "-U", "--output=json", name)
+    outcome = img("map", *options, "-U", "--output=json", name, cwd=cwd)
     ranges: list[dict[str, Any]] = json.loads(outcome.stdout)
     return ranges
 
@@ -349,10 +382,11 @@ def check_json(
     secret: str | None = None,
     opts: Options | None = None,
     timeout: float = TIMEOUT,
+    cwd: Name | None = None,
 ) -> Check:
     """Run ``qemu-img check`` without repairing anything."""
     options, name = _target(path, fmt, secret, opts)
-    outcome = img("check", *options, "-U", "--output=json", name, check=False, timeout=timeout)
+    outcome = img("check", *options, "-U", "--output=json", name, check=False, timeout=timeout, cwd=cwd)
     counters: dict[str, Any] | None
     try:
         counters = json.loads(outcome.stdout)
