@@ -28,6 +28,13 @@ class Limits:
     cluster_cache_bytes: int = 8 * MiB  # inflated clusters kept per disk; 128 of 64 KiB
     luks_iterations: int = 200_000_000  # PBKDF2 rounds per slot: minutes, not years
     luks_payload_bytes: int = 64 * MiB  # LUKS header area with key material
+    stream_name_bytes: int = 1024  # a machine type name; QEMU's own are under 40
+    guest_memory_bytes: int = 1 << 52  # all RAM blocks of a stream: what x86-64 can address
+    ram_blocks: int = 4096  # RAM blocks of a stream; a large machine has dozens
+    ram_runs: int = 1 << 24  # pages after joining like neighbours: a 64 GiB guest without any; 512 MiB while indexing
+    device_state_bytes: int = 64 * MiB  # everything after RAM; seen 0.02 to 0.4 MiB
+    device_description_bytes: int = 16 * MiB  # the JSON after it; seen under 0.2 MiB
+    decompressed_stream_bytes: int = 1024 * GiB  # a compressed save file, written to disk once
 
 
 DEFAULT_LIMITS = Limits()

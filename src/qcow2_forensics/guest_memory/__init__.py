@@ -15,9 +15,14 @@ The package needs numpy, so nothing that reads disks imports it.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
+from ..chain import Passphrase, SnapshotName, open_disk, open_vm_state
+from ..errors import NotQcow2, SnapshotNotFound, printable
 from ..limits import DEFAULT_LIMITS, Limits
-from ..source import PathOrSource
+from ..source import PathOrSource, Source, as_source, source_name
 from .containers import StreamWindow, find_stream
+from .grammar import MAGIC
 from .memory import GuestMemory
 from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, Region
 
@@ -38,12 +43,51 @@ __all__ = [
 
 def open_guest_memory(
     origin: PathOrSource,
-    snapshot: str | None = None,
-    passphrase: str | bytes | None = None,
+    snapshot: SnapshotName = None,
+    passphrase: Passphrase = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> GuestMemory:
-    """Return the guest memory in a qcow2 snapshot (the latest that holds any when None) or a stream file.
+    """Open the guest memory in a qcow2 snapshot (the latest that holds any when None) or in a stream file.
 
-    ``origin`` is a qcow2 image, a bare migration stream, a libvirt save file or a Proxmox state volume.
+    ``origin`` is a qcow2 image, a bare migration stream, a libvirt save file or a Proxmox state volume,
+    which may itself be a qcow2 disk. Close the result, or use it as a context manager.
+
+    Raises what :func:`open_vm_state` and :class:`GuestMemory` raise.
     """
-    raise NotImplementedError
+    with ExitStack() as undo:
+        source = as_source(origin)
+        if source is not origin:
+            undo.callback(_close, source)
+        stream = find_stream(source, limits=limits)
+        if stream is None:
+            stream = _inside_qcow2(source, snapshot, passphrase, limits)
+        elif snapshot is not None:
+            raise SnapshotNotFound(str(snapshot), ())
+        if stream is not source:
+            undo.callback(_close, stream)
+        memory = GuestMemory(stream, limits)
+        memory.on_close(undo.pop_all().close)
+        return memory
+
+
+def _inside_qcow2(source: Source, snapshot: SnapshotName, passphrase: Passphrase, limits: Limits) -> Source:
+    """Return the stream of a snapshot, or the disk itself when that is what holds a stream."""
+    try:
+        return open_vm_state(source, snapshot, passphrase, limits)
+    except NotQcow2 as error:
+        name = printable(source_name(source))
+        raise NotQcow2(f"{name} is neither a QCOW2 image nor a QEMU memory stream") from error
+    except SnapshotNotFound:
+        if snapshot is not None:
+            raise
+        disk = open_disk(source, None, passphrase, limits=limits, follow=False)
+        if not disk.is_locked and disk.read(0, len(MAGIC)) == MAGIC:
+            return disk
+        disk.close()
+        raise
+
+
+def _close(source: Source) -> None:
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()

@@ -1,0 +1,123 @@
+"""Segments become a run index: for every page of a block, what the stream says of it last."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Int64s = npt.NDArray[np.int64]
+
+MISSING = -1 - 256  # a value no run has: the stream says nothing of these pages
+
+
+class PageRun(NamedTuple):
+    """Pages ``first`` to ``first + pages`` of a block: ``value`` as in :mod:`.pages`, or MISSING."""
+
+    first: int
+    pages: int
+    value: int
+
+
+class RunIndex:
+    """The runs of one block: sorted, not overlapping, nothing for pages that were never recorded.
+
+    Page ``first + i`` of a data run lies at stream offset ``value + i * stride``. The columns are
+    ``array('q')``, so that looking one page up makes no numpy scalar.
+    """
+
+    def __init__(self, first: array[int], pages: array[int], value: array[int], stride: int) -> None:
+        self.first = first
+        self.pages = pages
+        self.value = value
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def recorded(self) -> int:
+        """Return the number of pages the stream tells about."""
+        return sum(self.pages)
+
+    def runs(self, page: int, pages: int) -> Iterator[PageRun]:
+        """Yield runs that tile the asked range exactly, MISSING ones included."""
+        end = page + pages
+        number = max(0, bisect_right(self.first, page) - 1)
+        while page < end:
+            if number >= len(self.first):
+                yield PageRun(page, end - page, MISSING)
+                return
+            first, value = self.first[number], self.value[number]
+            if page < first:
+                stop = min(first, end)
+                yield PageRun(page, stop - page, MISSING)
+                page = stop
+                continue
+            stop = min(first + self.pages[number], end)
+            if page < stop:
+                if value >= 0:
+                    value += (page - first) * self.stride
+                yield PageRun(page, stop - page, value)
+                page = stop
+            number += 1
+
+
+def build(segments: array[int], blocks: int, stride: int) -> list[RunIndex]:
+    """Return one index per block from segments in the order of the stream; the last one wins."""
+    table = np.frombuffer(segments, dtype=np.int64).reshape(-1, 4) if segments else np.empty((0, 4), np.int64)
+    order = np.argsort(table[:, 0], kind="stable")
+    table = table[order]
+    bounds = np.searchsorted(table[:, 0], np.arange(blocks + 1))
+    return [_one(table[bounds[n] : bounds[n + 1], 1:], stride) for n in range(blocks)]
+
+
+def _one(table: Int64s, stride: int) -> RunIndex:
+    first, pages, value = table[:, 0], table[:, 1], table[:, 2]
+    order = np.argsort(first, kind="stable")
+    ends = first + pages
+    if len(table) > 1 and bool((first[order][1:] < ends[order][:-1]).any()):
+        first, pages, value = _last_wins(first, ends, value, stride)
+    else:
+        first, pages, value = first[order], pages[order], value[order]
+    first, pages, value = _join(first, pages, value, stride)
+    return RunIndex(_column(first), _column(pages), _column(value), stride)
+
+
+def _last_wins(first: Int64s, ends: Int64s, value: Int64s, stride: int) -> tuple[Int64s, Int64s, Int64s]:
+    """Paint the segments in order over the cells between all their edges.
+
+    A segment covers at most as many cells as it has pages, and each page cost the stream a record, so
+    the work is bounded by the length of the stream whatever it says.
+    """
+    edges = np.unique(np.concatenate((first, ends)))
+    owner = np.full(len(edges) - 1, -1, dtype=np.int64)
+    low = np.searchsorted(edges, first).tolist()
+    high = np.searchsorted(edges, ends).tolist()
+    for number, (begin, end) in enumerate(zip(low, high, strict=True)):
+        owner[begin:end] = number
+    cells = np.flatnonzero(owner >= 0)
+    owner = owner[cells]
+    begin_page = edges[cells]
+    into = (begin_page - first[owner]) * stride
+    values = np.where(value[owner] >= 0, value[owner] + into, value[owner])
+    return begin_page, edges[cells + 1] - begin_page, values
+
+
+def _join(first: Int64s, pages: Int64s, value: Int64s, stride: int) -> tuple[Int64s, Int64s, Int64s]:
+    """Join neighbours that continue one another."""
+    if len(first) < 2:
+        return first, pages, value
+    adjacent = first[1:] == first[:-1] + pages[:-1]
+    expected = np.where(value[:-1] >= 0, value[:-1] + pages[:-1] * stride, value[:-1])
+    starts = np.flatnonzero(np.concatenate(([True], ~(adjacent & (value[1:] == expected)))))
+    return first[starts], np.add.reduceat(pages, starts), value[starts]
+
+
+def _column(values: Int64s) -> array[int]:
+    column = array("q")
+    column.frombytes(np.ascontiguousarray(values, dtype=np.int64).tobytes())
+    return column

@@ -1,0 +1,289 @@
+"""Which RAM block answers for which guest-physical address, decided from evidence.
+
+The split of x86 memory at the PCI hole is written in CMOS by the machine itself; the order of NUMA
+nodes is in the SRAT that QEMU made for the guest. Both can be absent or overwritten by the guest,
+so each is used only when its numbers add up to the RAM that the stream lists; a table of machine
+types is the last resort. What was used, and what had to be assumed, is part of the result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ..errors import printable
+from ..limits import GiB, KiB, MiB
+from .model import Block, Layout, Region
+from .srat import Affinity, memory_affinities
+
+FOUR_GIB: Final = 4 * GiB
+_DEFAULT_NAMES = ("pc.ram", "microvm.ram", "mach-virt.ram")
+_HOLE = 0xA0000, 0x100000  # QEMU leaves this out of node 0 in the SRAT
+_ALIGN_MODULE = 2 * MiB
+
+# Where RAM starts on machines that are not PCs.
+_BASES = (
+    (re.compile(r"virt-\d"), "aarch64", GiB),
+    (re.compile(r"virt-rhel"), "aarch64", GiB),
+    (re.compile(r"sbsa-ref"), "aarch64", 1 << 40),
+)
+_NOT_RAM = re.compile(
+    r"(?!/objects/).*/.*"  # device and firmware blocks carry a path; old machine types give backends one too
+    r"|(pc|isa)[.-](bios|rom)|vga\.vram|qxl\..*|.*\.(vram|rom|vgavram|bios|flash\d*|mrom)"
+    r"|virt\.flash\d|system\.flash\d|kvmvapic|efi-.*"
+)
+
+
+@dataclass(slots=True)
+class _Decision:
+    method: str = "none"
+    order: str = "single"
+    below: int = 0
+    above: int = 0
+    above_base: int = FOUR_GIB
+    notes: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+
+
+def place(
+    machine: str,
+    blocks: Sequence[Block],
+    cmos: bytes | None,
+    read_block: Callable[[str, int, int], bytes],
+    architecture: str = "",
+) -> tuple[str, Layout, tuple[Region, ...]]:
+    """Return the architecture, how the layout was decided, and the regions in order of address."""
+    made = _Decision()
+    ranges = memory_affinities(blocks, read_block)
+    if ranges:
+        made.notes.append(f"the SRAT names {len(ranges)} memory ranges")
+    candidates = [block for block in blocks if block.size and not _NOT_RAM.fullmatch(block.name)]
+    system = _system_blocks(candidates, ranges, cmos, made)
+    total = sum(block.size for block in system)
+    architecture, base = _architecture(machine, cmos, architecture, blocks)
+    if not system or (not architecture and not ranges):
+        made.notes.append(f"machine type {printable(machine)!r} is not known, no block is placed")
+        return architecture, _layout(made, blocks, ()), ()
+    if architecture == "x86":
+        _split(machine, total, cmos, ranges, made)
+        spans = [(0, made.below), (made.above_base, made.above)]
+    else:
+        if not architecture:
+            base = min(item.base for item in ranges)
+            made.method = "srat"
+            made.notes.append(f"RAM starts at {base:#x}, the lowest address of the SRAT")
+        else:
+            made.method = "machine"
+            made.notes.append(f"RAM starts at {base:#x} on machine type {printable(machine)!r}")
+        spans = [(base, total)]
+        made.above = total
+    regions = _tile(system, spans)
+    end = max(region.end for region in regions)
+    regions += _modules([block for block in candidates if block not in system], ranges, end, made)
+    regions.sort()
+    _check(regions, ranges, made)
+    return architecture, _layout(made, blocks, regions), tuple(regions)
+
+
+def _layout(made: _Decision, blocks: Sequence[Block], regions: Sequence[Region]) -> Layout:
+    placed = {region.block for region in regions}
+    return Layout(
+        method=made.method,
+        order=made.order,
+        below_4g=made.below,
+        above_4g=made.above,
+        notes=tuple(made.notes),
+        assumptions=tuple(made.assumptions),
+        unplaced=tuple(block.name for block in blocks if block.name not in placed),
+    )
+
+
+def _architecture(machine: str, cmos: bytes | None, architecture: str, blocks: Sequence[Block]) -> tuple[str, int]:
+    for pattern, name, base in _BASES:
+        if pattern.match(machine):
+            return name, base
+    if any(block.name == "mach-virt.ram" for block in blocks):
+        return "aarch64", GiB
+    if any(block.name.startswith("riscv_virt_board") for block in blocks):
+        return "riscv", 2 * GiB
+    pc = re.match(r"pc|q35|microvm|rhel|isapc|xenfv", machine) or any(block.name == "pc.bios" for block in blocks)
+    return ("x86", 0) if cmos is not None or pc or architecture == "x86" else (architecture, 0)
+
+
+def _system_blocks(
+    candidates: list[Block], ranges: Sequence[Affinity], cmos: bytes | None, made: _Decision
+) -> list[Block]:
+    """Choose the blocks the machine started with, in the order of their addresses."""
+    named = [block for block in candidates if block.name in _DEFAULT_NAMES]
+    if len(named) == 1:
+        made.notes.append(f"block {named[0].name!r} is the machine's RAM by its name")
+        return named
+    if len(candidates) == 1:
+        made.notes.append(f"block {printable(candidates[0].name)!r} is the only one that can be RAM")
+        return candidates
+    offsets = _by_offsets(candidates)
+    if offsets:
+        made.order = "offsets"
+        made.notes.append("the stream tells where each block lies")
+        return offsets
+    if ordered := _by_nodes(candidates, ranges, made):
+        made.order = "srat"
+        return ordered
+    wanted = _cmos_split(cmos)
+    for block in candidates:
+        if wanted and block.size == sum(wanted):
+            made.notes.append(f"block {printable(block.name)!r} has the size that CMOS tells")
+            return [block]
+    if candidates:
+        made.order = "names"
+        made.assumptions.append("blocks are taken to lie in the order of their names")
+    return sorted(candidates, key=_natural)
+
+
+def _by_offsets(candidates: list[Block]) -> list[Block]:
+    """Order by the offsets of an x-ignore-shared stream, when they tile one container."""
+    known = sorted(((block.address, block) for block in candidates if block.address is not None), key=lambda p: p[0])
+    position = 0
+    for address, block in known:
+        if address != position:
+            return []
+        position += block.size
+    return [block for _, block in known] if len(known) == len(candidates) else []
+
+
+def _natural(block: Block) -> list[tuple[int, str]]:
+    """Sort ``node10`` after ``node9``."""
+    parts = re.findall(r"\d+|\D+", block.name)
+    return [(int(part), "") if part.isdecimal() and part.isascii() else (-1, part) for part in parts]
+
+
+def _by_nodes(candidates: list[Block], ranges: Sequence[Affinity], made: _Decision) -> list[Block]:
+    """Give every NUMA node the block of its size, nodes in order; empty when the sizes do not match."""
+    nodes: dict[int, int] = {}
+    for item in ranges:
+        if not item.hotplug and not item.fixed:
+            nodes[item.node] = nodes.get(item.node, 0) + item.length
+    left = sorted(candidates, key=_natural)
+    chosen = []
+    for number, (node, size) in enumerate(sorted(nodes.items())):
+        wanted = {size, size + _HOLE[1] - _HOLE[0]} if number == 0 else {size}
+        fits = [block for block in left if block.size in wanted]
+        if not fits:
+            return []
+        if len(fits) > 1 and len(nodes) > 1:
+            made.assumptions.append(f"of {len(fits)} blocks as large as node {node}, the first by name is taken")
+        chosen.append(fits[0])
+        left.remove(fits[0])
+    if chosen:
+        made.notes.append("blocks are matched to the nodes of the SRAT by their sizes")
+    return chosen
+
+
+def _cmos_split(cmos: bytes | None) -> tuple[int, int] | None:
+    """Return the bytes below and above 4 GiB that the machine wrote into CMOS."""
+    if cmos is None:
+        return None
+    above_16m = int.from_bytes(cmos[0x34:0x36], "little")
+    low = 16 * MiB + 64 * KiB * above_16m if above_16m else MiB + KiB * int.from_bytes(cmos[0x30:0x32], "little")
+    return low, 64 * KiB * int.from_bytes(cmos[0x5B:0x5E], "little")
+
+
+def _split(machine: str, total: int, cmos: bytes | None, ranges: Sequence[Affinity], made: _Decision) -> None:
+    """Decide how much of x86 RAM lies below the PCI hole."""
+    split = _cmos_split(cmos)
+    if split and split[0] <= total and split[0] < FOUR_GIB and (total - sum(split)) % (1 << 40) == 0:
+        made.method = "cmos"
+        made.below, made.above = split[0], total - split[0]
+        made.notes.append(f"CMOS tells {made.below:#x} bytes below 4 GiB and {made.above:#x} above, which adds up")
+    else:
+        made.method = "machine"
+        made.below = min(total, _table(machine, total))
+        made.above = total - made.below
+        why = "holds no memory sizes" if split is None else "does not add up to the RAM of the stream"
+        made.notes.append(f"CMOS {why}; the table of machine types tells {made.below:#x} bytes below 4 GiB")
+    high = [item.base for item in ranges if item.base >= FOUR_GIB and not item.hotplug and not item.fixed]
+    if made.above and high and min(high) != FOUR_GIB:
+        made.above_base = min(high)
+        made.notes.append(f"the SRAT puts the RAM above 4 GiB at {made.above_base:#x}")
+
+
+def _table(machine: str, total: int) -> int:
+    """Return the bytes below the PCI hole that a machine type leaves by default."""
+    found = re.search(r"(\d+)\.(\d+)", machine)
+    version = (int(found[1]), int(found[2])) if found else (99, 0)
+    modern = version >= (2, 0) or machine.startswith("rhel")
+    if "microvm" in machine:
+        return 3 * GiB
+    if "q35" in machine:
+        large = 0xB0000000
+        return total if total < large else (2 * GiB if modern else large)
+    large = 0xE0000000
+    return total if total < large else (3 * GiB if modern else large)
+
+
+def _tile(blocks: Sequence[Block], spans: Sequence[tuple[int, int]]) -> list[Region]:
+    """Lay the blocks end to end into the spans ``(address, length)``."""
+    regions = []
+    queue = [(address, length) for address, length in spans if length]
+    for block in blocks:
+        offset = 0
+        while offset < block.size and queue:
+            address, length = queue.pop(0)
+            part = min(length, block.size - offset)
+            regions.append(Region(address, part, block.name, offset))
+            offset += part
+            if part < length:
+                queue.insert(0, (address + part, length - part))
+    return regions
+
+
+def _modules(left: Sequence[Block], ranges: Sequence[Affinity], end: int, made: _Decision) -> list[Region]:
+    """Place plugged memory modules into the hot-plug window."""
+    regions = []
+    fixed = [item for item in ranges if item.fixed]
+    windows = [item for item in ranges if item.hotplug and not item.fixed]
+    waiting = []
+    for block in sorted(left, key=_natural):
+        exact = next((item for item in fixed if item.length <= block.size < item.length + 2 * MiB), None)
+        if exact is None:
+            waiting.append(block)
+            continue
+        fixed.remove(exact)
+        regions.append(Region(exact.base, exact.length, block.name, 0))
+        made.notes.append(f"module {printable(block.name)!r} lies where the SRAT has it, at {exact.base:#x}")
+    if not waiting:
+        return regions
+    if windows:
+        address, room = windows[0].base, sum(item.length for item in windows)
+        made.notes.append(f"the hot-plug window of the SRAT starts at {address:#x}")
+    else:
+        address, room = -(-max(end, FOUR_GIB) // GiB) * GiB, 1 << 60
+        made.assumptions.append(f"no hot-plug window is described; it is taken to start at {address:#x}")
+    if len(waiting) > 1:
+        made.assumptions.append("memory modules are taken to lie in the order of their names")
+    for block in waiting:
+        if block.size <= room:
+            regions.append(Region(address, block.size, block.name, 0))
+            made.notes.append(
+                f"module {printable(block.name)!r} is placed at {address:#x}, the next place in the window"
+            )
+            step = -(-block.size // _ALIGN_MODULE) * _ALIGN_MODULE
+            address, room = address + step, room - step
+    return regions
+
+
+def _check(regions: Sequence[Region], ranges: Sequence[Affinity], made: _Decision) -> None:
+    """Hold the result against the SRAT, which knows every address but not the blocks."""
+    fixed = [item for item in ranges if not item.hotplug]
+    if not fixed or not regions:
+        return
+    for item in fixed:
+        covered = sum(
+            max(0, min(region.end, item.base + item.length) - max(region.address, item.base)) for region in regions
+        )
+        if covered != item.length and item.base >= _HOLE[1]:
+            made.assumptions.append(f"the SRAT has RAM at {item.base:#x} where no block was placed")
+            return
+    made.notes.append("every range of the SRAT is covered")
