@@ -1,0 +1,169 @@
+"""Facts in, findings out: what an examiner needs to know about an image, and where it stands.
+
+::
+
+    report = audit("disk.qcow2")                  # tables and refcounts
+    report = audit("disk.qcow2", depth="deep")    # free space and slack too
+
+Nothing in the evidence makes it raise: an unreadable image is a report with a finding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..chain import Passphrase
+from ..errors import FormatError, NotQcow2, Qcow2Error, ReadError
+from ..findings import Evidence, Finding, Report, Severity, Value
+from ..image import Image
+from ..limits import DEFAULT_LIMITS, Limits
+from ..resolver import Resolver
+from ..source import PathOrSource, source_name
+from ..structures import Crypt
+from .facts import Facts
+from .rules import RULES, Depth, Rule, apply, explain
+
+UNREADABLE = "QCOW2-UNREADABLE"
+INCOMPLETE = "QCOW2-AUDIT-INCOMPLETE"
+
+
+def catalog() -> dict[str, Rule]:
+    """Return every rule by its code, in the order of the catalog."""
+    for name in _MODULES:  # importing a rule module registers its rules
+        if find_spec(f"{__name__}.{name}") is not None:
+            import_module(f"{__name__}.{name}")
+    return RULES
+
+
+_MODULES = (
+    "header",
+    "integrity",
+    "overlap",
+    "residual",
+    "history",
+    "provenance",
+    "encryption",
+    "references",
+)
+
+
+def audit(
+    origin: PathOrSource | Image,
+    depth: str | Depth = "standard",
+    passphrase: Passphrase = None,
+    resolver: Resolver | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Report:
+    """Return everything one audit saw of an image; never raises for bad evidence.
+
+    ``depth`` is ``"triage"`` (header, extensions, snapshots, names), ``"standard"`` (all tables)
+    or ``"deep"`` (free space, slack, every cluster decoded). ``resolver`` says which files named
+    by the image may be looked at.
+    """
+    wanted = Depth.parse(depth)
+    rules = catalog()
+    path = _path_of(origin)
+    name = str(path) if path is not None else origin.name if isinstance(origin, Image) else source_name(origin)
+    try:
+        image = origin if isinstance(origin, Image) else Image(origin, limits=limits)
+    except (Qcow2Error, OSError) as error:
+        return Report(_unopened(name, path), (_unreadable(error),), depth=wanted.label)
+    try:
+        facts = Facts(image, path=path, depth=wanted, passphrase=passphrase, resolver=resolver, limits=limits)
+        findings = explain(_findings(rules, facts))
+        check = facts.census.check if wanted >= Depth.STANDARD and facts.has_census else None
+        return Report(_identity(facts, name), findings, check, wanted.label)
+    finally:
+        if not isinstance(origin, Image):
+            image.close()
+
+
+def audit_path(path: str | os.PathLike[str], depth: str = "standard") -> Report:
+    """Audit one file by name: a plain function of plain values, for worker pools."""
+    return audit(path, depth)
+
+
+def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:
+    failures: list[Evidence] = []
+    for entry in rules.values():
+        if entry.depth > facts.depth or not _sound(entry, facts):
+            continue
+        findings, error = apply(entry, facts)
+        yield from findings
+        if error is not None:
+            failures.append(_failure(entry.code, error))
+    if failures:
+        yield Finding(
+            INCOMPLETE,
+            Severity.MEDIUM,
+            "some rules could not finish",
+            "what these rules would have said is not known: consistent with damaged metadata or unreadable media",
+            tuple(failures),
+            len(failures),
+        )
+
+
+def _sound(entry: Rule, facts: Facts) -> bool:
+    if entry.needs == "geometry":
+        return facts.has_geometry
+    return entry.needs == "header" or facts.has_census
+
+
+def _failure(code: str, error: Qcow2Error | OSError) -> Evidence:
+    offset = error.offset if isinstance(error, (FormatError, ReadError)) else None
+    return Evidence(code, str(error), offset)
+
+
+def _unreadable(error: Qcow2Error | OSError) -> Finding:
+    what = "the file is not a QCOW image" if isinstance(error, NotQcow2) else "the file could not be read"
+    note = "nothing in it was examined"
+    return Finding(UNREADABLE, Severity.HIGH, what, note, (_failure("error", error),), 1)
+
+
+# --- what was audited ----------------------------------------------------------------------------
+
+
+def _path_of(origin: object) -> Path | None:
+    if isinstance(origin, Image):
+        return _path_of(origin.source)
+    if isinstance(origin, (str, os.PathLike)):
+        return Path(origin)
+    path = getattr(origin, "path", None)
+    return path if isinstance(path, Path) else None
+
+
+def _unopened(name: str, path: Path | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"path": name}
+    try:
+        if path is not None:
+            facts["file_size"] = path.stat().st_size
+    except OSError:
+        facts["file_size"] = None
+    return facts
+
+
+def _identity(facts: Facts, name: str) -> dict[str, Value]:
+    image, header = facts.image, facts.header
+    known: dict[str, Value] = {
+        "path": name,
+        "file_size": image.file_size,
+        "version": header.version,
+        "virtual_size": header.size,
+    }
+    if facts.has_geometry:
+        known["cluster_size"] = header.cluster_size
+        known["snapshots"] = len(image.snapshots) if header.version > 1 else 0
+        known["bitmaps"] = len(image.bitmaps) if header.version > 1 else 0
+    known["backing_file"] = image.backing_name
+    known["backing_format"] = image.backing_format if header.version > 1 else None
+    known["data_file"] = image.data_file_name if header.external_data else None
+    known["encryption"] = {0: None, 1: "aes", 2: "luks"}.get(header.crypt_method, str(header.crypt_method))
+    known["refcount_bits"] = header.refcount_bits if header.version > 1 and header.refcount_order <= 6 else None
+    if header.crypt_method == Crypt.NONE:
+        del known["encryption"]
+    return known

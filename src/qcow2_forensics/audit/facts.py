@@ -1,0 +1,107 @@
+"""What rules may look at: one image, and what can be worked out about it, each thing once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from ..chain import Passphrase
+from ..findings import Evidence, Value
+from ..header_rules import Problem
+from ..image import Image
+from ..limits import DEFAULT_LIMITS, Limits
+from ..resolver import Resolver
+from ..structures import Header
+from .rules import Depth
+
+if TYPE_CHECKING:
+    from ..census import Census
+
+T = TypeVar("T")
+
+
+class Facts:
+    """One image under audit. Everything expensive is computed on first use and kept.
+
+    ``path`` is where the image stands when it was opened by name, else None: rules about backing
+    and data files need it. What only some rules share they compute with :meth:`once`.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        path: Path | None = None,
+        depth: Depth = Depth.STANDARD,
+        passphrase: Passphrase = None,
+        resolver: Resolver | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.image = image
+        self.path = path
+        self.depth = depth
+        self.passphrase = passphrase
+        self.resolver = resolver
+        self.limits = limits
+        self._memory: dict[Callable[[Facts], object], object] = {}
+
+    @property
+    def header(self) -> Header:
+        """The header of the image."""
+        return self.image.header
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes per cluster; sound where :attr:`has_geometry`."""
+        return self.image.header.cluster_size
+
+    @cached_property
+    def has_geometry(self) -> bool:
+        """Whether version and cluster size are known ones, so that offsets mean something."""
+        header = self.header
+        low, high = (9, 16) if header.version == 1 else (9, 21)
+        return header.version in (1, 2, 3) and low <= header.cluster_bits <= high
+
+    @cached_property
+    def has_census(self) -> bool:
+        """Whether tables can be walked: version 2 or 3 with known geometry."""
+        return self.has_geometry and self.header.version in (2, 3)
+
+    @cached_property
+    def census(self) -> Census:
+        """Who claims each host cluster, and what its refcount says; costs a pass over all metadata."""
+        from ..census import take_census
+
+        return take_census(self.image)
+
+    def once(self, function: Callable[[Facts], T]) -> T:
+        """Return ``function(self)``, computed once per audit and shared between rules."""
+        if function not in self._memory:
+            self._memory[function] = function(self)
+        return cast(T, self._memory[function])
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return host bytes, fewer only at the end of the file."""
+        return self.image.read(offset, length)
+
+    # --- evidence ------------------------------------------------------------------------------
+
+    def field(self, name: str, value: Value = None) -> Evidence:
+        """Return a header field as evidence, with another reading of its value if given."""
+        header = self.header
+        place = next((field for field in header.fields if field.name == name), None)
+        stored = getattr(header, name) if value is None else value
+        if place is None:
+            return Evidence(name, stored, structure="header")
+        return Evidence(name, stored, place.offset, place.length, "header")
+
+    def problems(self, code: str) -> tuple[Problem, ...]:
+        """Return the problems of the image that belong to one code."""
+        return tuple(problem for problem in self.image.problems if problem.code == code)
+
+    def problem_evidence(self, problem: Problem, structure: str = "header") -> Evidence:
+        """Return a problem as evidence: the field is what is wrong, the value is what stands there."""
+        told = f"{problem.field}: {problem.message}" if problem.field else problem.message
+        return Evidence(told, problem.value, problem.offset, structure=structure)
