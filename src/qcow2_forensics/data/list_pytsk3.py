@@ -1,0 +1,11 @@
+"""List /home/alice in every state of a QCOW2 image, with pytsk3: list_pytsk3.py demo.qcow2."""
+
+import sys
+
+import pytsk3
+import pytsk3_qcow2
+
+for state in pytsk3_qcow2.states(sys.argv[1]):
+    file_system = pytsk3.FS_Info(state, offset=2048 * 512)
+    names = [entry.info.name.name.decode() for entry in file_system.open_dir("/home/alice") if entry.info.meta]
+    print(f"{state.state_name}: {', '.join(sorted(name for name in names if name not in ('.', '..')))}")
