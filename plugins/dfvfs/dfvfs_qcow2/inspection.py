@@ -16,7 +16,7 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 from qcow2_forensics.image import Image
 from qcow2_forensics.structures import SnapshotEntry
 
-from .names import SnapshotKey, encoding_method, parse_encoding_method
+from .names import encoding_method
 from .opening import only_os_errors, password_of
 from .references import PathSpecResolver
 from .sources import open_source
@@ -33,17 +33,6 @@ def qcow_path_specs(path_spec: Any) -> Iterator[Any]:
         if path_spec.type_indicator == definitions.TYPE_INDICATOR_QCOW:
             yield path_spec
         path_spec = path_spec.parent
-
-
-def snapshot_of(path_spec: Any) -> tuple[Any, SnapshotKey] | None:
-    """Return the innermost snapshot a path specification lies in, with its key; None for none."""
-    while path_spec is not None:
-        if path_spec.type_indicator == definitions.TYPE_INDICATOR_ENCODED_STREAM:
-            key = parse_encoding_method(path_spec.encoding_method)
-            if key is not None:
-                return path_spec, key
-        path_spec = path_spec.parent
-    return None
 
 
 def open_image(path_spec: Any, resolver_context: Any = None) -> Image:

@@ -14,12 +14,13 @@ index 1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from qcow2_forensics.errors import printable
 
 PREFIX = "qcow2-snapshot:"
+_ENCODED_STREAM = "ENCODED_STREAM"  # dfVFS's type indicator
 _SHOWN_NAME = 64  # characters of a name inside a display name
 _SHOWN_IN_FOLDER = 32  # and inside a folder's name
 
@@ -49,6 +50,17 @@ def parse_encoding_method(method: str) -> SnapshotKey | None:
     if not colon or not index.isascii() or not index.isdigit() or len(index) > 9:
         return None
     return SnapshotKey(int(index), unquote_to_bytes(name))
+
+
+def snapshot_of(path_spec: Any) -> SnapshotKey | None:
+    """Return the innermost snapshot that a dfVFS path specification lies in, None for none."""
+    while path_spec is not None:
+        if path_spec.type_indicator == _ENCODED_STREAM:
+            key = parse_encoding_method(path_spec.encoding_method)
+            if key is not None:
+                return key
+        path_spec = path_spec.parent
+    return None
 
 
 def label(key: SnapshotKey) -> str:

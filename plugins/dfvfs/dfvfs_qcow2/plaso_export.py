@@ -1,0 +1,33 @@
+"""image_export puts the files of each snapshot in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from plaso.cli import image_export_tool as stock
+
+from .names import folder, snapshot_of
+from .wrapping import wrap_method
+
+
+def _create_destination(
+    stock_method: Any,
+    tool: Any,
+    source_file_entry: Any,
+    file_system_path_spec: Any,
+    source_data_stream_name: Any,
+    destination_path: str,
+) -> Any:
+    key = snapshot_of(source_file_entry.path_spec)
+    if key is not None:
+        destination_path = os.path.join(destination_path, folder(key))
+    return stock_method(tool, source_file_entry, file_system_path_spec, source_data_stream_name, destination_path)
+
+
+def register() -> None:
+    """Wrap the method, once."""
+    wrap_method(stock.ImageExportTool, "_CreateSanitizedDestination", _create_destination)
+
+
+register()

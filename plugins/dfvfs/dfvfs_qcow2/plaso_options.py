@@ -1,0 +1,72 @@
+"""``--qcow_snapshots`` in log2timeline, psteal and image_export.
+
+The tools share one base class for images; its methods that add, parse and use the options for
+shadow copies are wrapped. plaso's own list parser is not used: in this release it cannot parse
+``--vss_stores 1,2`` when the tool runs unattended.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plaso.cli import logger
+from plaso.cli import storage_media_tool as stock
+from plaso.lib import errors
+
+from .selection import Selection
+from .volume_scanner import Request, asking
+from .wrapping import wrap_method
+
+_HELP = (
+    "Define the internal snapshots of a QCOW image that need to be processed, besides its active state. "
+    'A range of snapshots can be defined as: "3..5". Multiple snapshots can be defined as: "1,3,5". Ranges and '
+    'lists can also be combined as: "1,3..5". The first snapshot is 1. A snapshot can also be given by its name. '
+    'All snapshots can be defined as: "all" and no snapshots as: "none", which is the default.'
+)
+
+
+def _add_options(stock_method: Any, tool: Any, argument_group: Any) -> None:
+    stock_method(tool, argument_group)
+    argument_group.add_argument(
+        "--qcow_snapshots",
+        "--qcow-snapshots",
+        dest="qcow_snapshots",
+        action="store",
+        metavar="SNAPSHOTS",
+        type=str,
+        default=None,
+        help=_HELP,
+    )
+
+
+def _parse_options(stock_method: Any, tool: Any, options: Any) -> None:
+    stock_method(tool, options)
+    text = getattr(options, "qcow_snapshots", None)
+    try:
+        tool._qcow_selection = Selection(text) if text else None
+    except ValueError as error:
+        raise errors.BadConfigOption(str(error)) from error
+
+
+def _scan_source(stock_method: Any, tool: Any, source_path: str) -> None:
+    request = Request(getattr(tool, "_qcow_selection", None), "--qcow_snapshots all")
+    with asking(request):
+        try:
+            stock_method(tool, source_path)
+        finally:
+            for notice in request.notices:
+                logger.warning(notice)
+                tool._output_writer.Write(f"{notice}\n\n")
+
+
+def register() -> None:
+    """Wrap the methods, once."""
+    for name, function in (
+        ("AddVSSProcessingOptions", _add_options),
+        ("_ParseVSSProcessingOptions", _parse_options),
+        ("ScanSource", _scan_source),
+    ):
+        wrap_method(stock.StorageMediaTool, name, function)
+
+
+register()

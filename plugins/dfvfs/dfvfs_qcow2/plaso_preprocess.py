@@ -1,0 +1,165 @@
+"""The image tells its own story: findings as warnings, snapshots as events.
+
+The plugin runs once per image. The stock ``pinfo --sections warnings`` shows the warnings, and the
+stock psort the events.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from dfdatetime import posix_time
+from plaso.containers import events
+from plaso.preprocessors import interface, manager
+
+from qcow2_forensics.errors import Qcow2Error, printable
+
+from .inspection import audit, open_image, qcow_path_specs, snapshot_path_spec
+from .names import SnapshotKey, label
+
+if TYPE_CHECKING:
+    from qcow2_forensics.findings import Finding
+    from qcow2_forensics.structures import SnapshotEntry
+
+PLUGIN_NAME = "qcow2"
+DATA_TYPE = "qcow2:snapshot"
+_MOST = 1000  # warnings, and snapshots, per image: a crafted image could fill the storage file
+_NANOSECONDS = 1_000_000_000
+
+_Stock: Any = interface.FileSystemArtifactPreprocessorPlugin
+_StockEventData: Any = events.EventData
+
+
+class QCOWSnapshotEventData(_StockEventData):
+    """An internal snapshot was taken; the clock is that of the virtualisation host."""
+
+    DATA_TYPE = DATA_TYPE
+
+    def __init__(self) -> None:
+        super().__init__(data_type=DATA_TYPE)
+        self.creation_time: Any = None
+        self.display_name: str | None = None
+        self.disk_size: int | None = None
+        self.identifier: str | None = None
+        self.name: str | None = None
+        self.position: int | None = None
+        self.vm_clock: int | None = None
+        self.vm_state_size: int | None = None
+
+
+class QCOWPlugin(_Stock):
+    """Audits each QCOW image that leads to a file system that plaso preprocesses."""
+
+    ARTIFACT_DEFINITION_NAME = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+    def Collect(  # noqa: N802
+        self,
+        mediator: Any,
+        artifact_definition: Any,  # noqa: ARG002 - plaso's signature
+        searcher: Any,  # noqa: ARG002
+        file_system: Any,
+    ) -> None:
+        """Write warnings and events about the images a file system lies in."""
+        seen = self._seen.setdefault(mediator, set())
+        for path_spec in qcow_path_specs(file_system._path_spec):
+            if path_spec.comparable not in seen:
+                seen.add(path_spec.comparable)
+                _tell_findings(mediator, path_spec)
+                _tell_snapshots(mediator, path_spec)
+
+
+class _Location:
+    """Stands where plaso's mediator keeps the file entry that a warning is about."""
+
+    def __init__(self, path_spec: Any) -> None:
+        self.path_spec = path_spec
+
+
+def _tell_findings(mediator: Any, path_spec: Any) -> None:
+    before = mediator._file_entry
+    mediator.SetFileEntry(_Location(path_spec))
+    try:
+        try:
+            findings = audit(path_spec).findings
+        except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
+            why = f"{type(error).__name__}: {printable(str(error), 500)}"
+            mediator.ProducePreprocessingWarning(PLUGIN_NAME, f"the image could not be audited: {why}")
+            return
+        for finding in findings[:_MOST]:
+            mediator.ProducePreprocessingWarning(PLUGIN_NAME, describe(finding))
+        if len(findings) > _MOST:
+            mediator.ProducePreprocessingWarning(PLUGIN_NAME, f"{len(findings) - _MOST} more findings")
+    finally:
+        mediator.SetFileEntry(before)
+
+
+def describe(finding: Finding) -> str:
+    """Return a finding as one line."""
+    return f"{finding.severity.label} {finding.code}: {printable(finding.message, 2000)}"
+
+
+def _tell_snapshots(mediator: Any, path_spec: Any) -> None:
+    try:
+        entries = open_image(path_spec).snapshots[:_MOST]
+    except (OSError, Qcow2Error):
+        return  # the audit has said so
+    if not entries:
+        return
+    for entry in entries:
+        stream = events.EventDataStream()
+        stream.path_spec = snapshot_path_spec(path_spec, entry)
+        mediator.AddArtifact(stream)
+        event_data = _event_data(entry)
+        event_data.SetEventDataStreamIdentifier(stream.GetIdentifier())
+        event_data._event_values_hash = events.CalculateEventValuesHash(event_data, stream)
+        mediator.AddArtifact(event_data)
+        event = events.EventObject()
+        event.date_time = event_data.creation_time
+        event.timestamp = event_data.creation_time.GetPlasoTimestamp()
+        event.timestamp_desc = "Snapshot Creation Time"
+        event.SetEventDataIdentifier(event_data.GetIdentifier())
+        mediator.AddArtifact(event)
+    _count(mediator, len(entries))
+
+
+def _event_data(entry: SnapshotEntry) -> QCOWSnapshotEventData:
+    event_data = QCOWSnapshotEventData()
+    event_data._parser_chain = PLUGIN_NAME
+    event_data.creation_time = posix_time.PosixTimeInNanoseconds(
+        timestamp=entry.date_sec * _NANOSECONDS + min(entry.date_nsec, _NANOSECONDS - 1)
+    )
+    event_data.display_name = label(SnapshotKey(entry.index, entry.name_bytes))
+    event_data.disk_size = entry.disk_size
+    event_data.identifier = printable(entry.id)
+    event_data.name = printable(entry.name)
+    event_data.position = entry.index + 1
+    event_data.vm_clock = entry.vm_clock_nsec
+    event_data.vm_state_size = entry.vm_state_size
+    return event_data
+
+
+def _count(mediator: Any, number_of_events: int) -> None:
+    """Add the events to the counters that pinfo shows; extraction adds its own to the same totals."""
+    writer = mediator._storage_writer
+    if hasattr(writer, "GetParsersCounter"):
+        writer.UpdateParsersCounter(
+            writer.GetParsersCounter(), Counter({PLUGIN_NAME: number_of_events, "total": number_of_events})
+        )
+        writer.UpdateDataTypesCounter(
+            writer.GetDataTypesCounter(), Counter({DATA_TYPE: number_of_events, "total": number_of_events})
+        )
+
+
+def register() -> None:
+    """Register the plugin, once."""
+    if QCOWPlugin.__name__.lower() not in manager.PreprocessPluginsManager._plugins:
+        manager.PreprocessPluginsManager.RegisterPlugins([QCOWPlugin])
+
+
+register()
