@@ -24,6 +24,8 @@ COPIED = 1 << 63
 COMPRESSED = 1 << 62
 ZERO = 1
 
+PASSPHRASE = "correct horse, battery"  # of every encrypted image made here
+
 EXT_BACKING_FORMAT = 0xE2792ACA
 EXT_FEATURE_NAMES = 0x6803F857
 EXT_BITMAPS = 0x23852875
@@ -144,6 +146,10 @@ def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
 @functools.cache
 def _template(kind: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix="qcow2-base-") as folder:
+        if kind == "luks":
+            path = qemu.create(Path(folder) / kind, "1M", cluster_size="64k", secret=PASSPHRASE)
+            qemu.io(path, "write -P 0x11 0 64k", secret=PASSPHRASE)
+            return path.read_bytes()
         path = qemu.create(Path(folder) / kind, "1M", cluster_size="64k")
         if kind == "B":
             qemu.io(path, "write -P 0x11 0 64k", "write -P 0x22 64k 64k", "write -P 0x33 128k 64k")
@@ -170,6 +176,12 @@ def base_s(path: Path) -> Path:
 def empty(path: Path) -> Path:
     """Write an image of 1 MiB without data. Made by QEMU."""
     path.write_bytes(_template("empty"))
+    return path
+
+
+def luks(path: Path) -> Path:
+    """Write a LUKS image whose first cluster holds 0x11. Made by QEMU, unlocked by PASSPHRASE."""
+    path.write_bytes(_template("luks"))
     return path
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qcow2_forensics import errors
-from tests import qemu
 from tests.hostile import Answer
 from tests.image_builder import (
     COPIED,
@@ -21,11 +20,13 @@ from tests.image_builder import (
     EXT_BITMAPS,
     EXT_CRYPTO,
     EXT_DATA_FILE,
+    PASSPHRASE,
     Builder,
     Poke,
     compressed_entry,
     deflate,
     extension,
+    luks,
 )
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
@@ -186,8 +187,7 @@ def _luks(name: str, *edits: tuple[int, int, int]) -> Callable[[Path], Path]:
     """Return a builder of a LUKS image whose LUKS header is edited: (offset, length, value)."""
 
     def make(folder: Path) -> Path:
-        path = qemu.create(folder / f"{name}.qcow2", "1M", secret="pw")
-        qemu.io(path, "write -P 0x11 0 64k", secret="pw")
+        path = luks(folder / f"{name}.qcow2")
         poke = Poke(path)
         data = poke.read(0, 4096)
         at = data.index(struct.pack(">II", EXT_CRYPTO, 16))
@@ -202,13 +202,13 @@ def _luks(name: str, *edits: tuple[int, int, int]) -> Callable[[Path], Path]:
 _SLOT0 = 208  # of the LUKS header: state u32, iterations u32, salt 32, key offset u32, stripes u32
 
 _trap("LUKS-PAYLOAD", "a LUKS payload offset of 2^32 - 1 sectors",
-      _luks("luks-payload", (104, 4, 0xFFFFFFFF)), errors.Qcow2Error, passphrase="pw")
+      _luks("luks-payload", (104, 4, 0xFFFFFFFF)), errors.Qcow2Error, passphrase=PASSPHRASE)
 _trap("LUKS-STRIPES", "a LUKS key slot of one stripe",
-      _luks("luks-stripes", (_SLOT0 + 44, 4, 1)), errors.Qcow2Error, passphrase="pw")
+      _luks("luks-stripes", (_SLOT0 + 44, 4, 1)), errors.Qcow2Error, passphrase=PASSPHRASE)
 _trap("LUKS-OVERLAP", "a LUKS key slot over the LUKS header",
-      _luks("luks-overlap", (_SLOT0 + 40, 4, 0)), errors.Qcow2Error, passphrase="pw")
+      _luks("luks-overlap", (_SLOT0 + 40, 4, 0)), errors.Qcow2Error, passphrase=PASSPHRASE)
 _trap("LUKS-TIME", "a LUKS key slot of 2^32 - 1 iterations",
-      _luks("luks-time", (_SLOT0 + 4, 4, 0xFFFFFFFF)), errors.Qcow2Error, passphrase="pw")
+      _luks("luks-time", (_SLOT0 + 4, 4, 0xFFFFFFFF)), errors.Qcow2Error, passphrase=PASSPHRASE)
 
 
 def _qcow1(size: int) -> Callable[[Path], Path]:

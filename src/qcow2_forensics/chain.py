@@ -23,7 +23,7 @@ from .image import Image
 from .limits import DEFAULT_LIMITS, Limits
 from .resolver import Resolver
 from .source import PathOrSource, Source, as_source
-from .structures import Crypt, SnapshotEntry
+from .structures import MAGIC, Crypt, SnapshotEntry
 from .vm_state import VmState
 
 MissingPolicy = Literal["refuse", "raise", "zeros"]
@@ -205,6 +205,9 @@ class _Opener:
         if identity is not None and identity in self._seen:
             _close(source)
             raise ForbiddenReference(name, "the data file is the image itself")
+        if self._eof == "strict" and name not in getattr(self._resolver, "files", ()) and source.read(0, 4) == MAGIC:
+            _close(source)
+            raise ForbiddenReference(name, "the data file is itself a QCOW image; name it explicitly to read it raw")
         return source
 
     def _backing(self, image: Image, top: Source) -> tuple[Layer | None, Qcow2Error | None]:
