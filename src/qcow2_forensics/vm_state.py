@@ -7,10 +7,12 @@ not from the current one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
 
 from .disk import Disk
 from .errors import FormatError, printable
+from .mapping import Run
 from .structures import SnapshotEntry
 
 
@@ -45,6 +47,13 @@ class VmState:
         if offset < 0 or length < 0:
             raise ValueError(f"negative offset or length: {offset}, {length}")
         return self._disk.read_mapped(self.offset + offset, min(length, self.size - offset))
+
+    def runs(self, offset: int = 0, length: int | None = None) -> Iterator[Run]:
+        """Yield runs that tile the range, clipped to the stream; offsets count from its start."""
+        length = self.size - offset if length is None else min(length, self.size - offset)
+        if length > 0:
+            for run in self._disk.mapping.runs(self.offset + offset, length):
+                yield run._replace(offset=run.offset - self.offset)
 
     def close(self) -> None:
         self._disk.close()

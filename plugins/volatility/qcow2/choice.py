@@ -1,0 +1,79 @@
+"""Which state of an image is meant, and the words for the others."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING, NamedTuple
+
+from .common import warn
+from .options import DISK
+
+if TYPE_CHECKING:
+    from qcow2_forensics import Image
+    from qcow2_forensics.structures import SnapshotEntry
+
+
+class Choice(NamedTuple):
+    """A snapshot's memory, or a disk: of a snapshot, or the active one when ``snapshot`` is None."""
+
+    memory: bool
+    snapshot: SnapshotEntry | None
+
+
+def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
+    """Return the state to analyse; None when none was named and no snapshot holds memory.
+
+    ``wanted`` is a snapshot's ID or name, ``disk``, or ``disk:`` and a snapshot. Raises
+    :class:`SnapshotNotFound`, also for a snapshot without memory that was asked for as memory.
+    """
+    from qcow2_forensics import SnapshotNotFound
+    from qcow2_forensics.chain import find_snapshot, latest_vm_state
+
+    if wanted is None:
+        held = [entry for entry in image.snapshots if entry.vm_state_size]
+        if not held:
+            return None
+        latest = latest_vm_state(image)
+        if len(held) > 1:
+            warn(
+                f"{title} holds {len(held)} snapshots with memory: {'; '.join(map(describe, held))}. "
+                f"The latest is used, {describe(latest)}. Choose with --qcow2-snapshot ID before the plugin's name"
+            )
+        return Choice(True, latest)
+    try:
+        entry = find_snapshot(image, wanted)
+    except SnapshotNotFound:
+        if wanted == DISK:
+            return Choice(False, None)
+        if not wanted.startswith(DISK + ":"):
+            raise
+        return Choice(False, find_snapshot(image, wanted.removeprefix(DISK + ":")))
+    if entry is None or not entry.vm_state_size:
+        raise SnapshotNotFound(f"{wanted} with memory", memory_choices(image))
+    return Choice(True, entry)
+
+
+def memory_choices(image: Image) -> list[str]:
+    """Return ``id (name)`` of the snapshots that hold memory."""
+    from qcow2_forensics.chain import snapshot_choices
+
+    held = [entry for entry in image.snapshots if entry.vm_state_size]
+    return list(snapshot_choices(image, held)) if held else []
+
+
+def describe(entry: SnapshotEntry) -> str:
+    """Return a snapshot in words that are safe on a terminal."""
+    from qcow2_forensics.errors import printable
+
+    date = snapshot_date(entry)
+    when = f" of {date:%Y-%m-%d %H:%M:%S} UTC" if date is not None else ""
+    return f"{printable(entry.id)} {printable(entry.name)!r}{when}"
+
+
+def snapshot_date(entry: SnapshotEntry) -> datetime.datetime | None:
+    """Return when the host's clock says the snapshot was taken; None where no calendar has it."""
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    try:
+        return epoch + datetime.timedelta(seconds=entry.date_sec, microseconds=entry.date_nsec // 1000)
+    except OverflowError:
+        return None

@@ -1,0 +1,91 @@
+"""The plugin ``qcow2.info.Info``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from volatility3.framework import renderers
+from volatility3.framework.renderers import format_hints
+
+from .choice import describe
+from .common import warn
+from .evidence import EvidencePlugin, Row, Stream, hexadecimal
+
+if TYPE_CHECKING:
+    from qcow2_forensics import GuestMemory, Image
+
+Facts = Iterator[tuple[str, str, str, int | None, int | None]]
+
+
+class Info(EvidencePlugin):
+    """Shows what a QCOW2 image or QEMU memory stream is, and how its memory is laid out."""
+
+    hidden = False
+
+    def _rows(self) -> Iterator[Row]:
+        from qcow2_forensics import NotQcow2, Qcow2Error
+        from qcow2_forensics.errors import printable
+
+        try:
+            image = self.image()
+        except NotQcow2:
+            image = None
+        facts: list[Facts] = [] if image is None else [_image_facts(image)]
+        try:
+            stream = self.stream()
+            facts.append(_memory_facts(stream, stream.memory()))
+        except (Qcow2Error, ImportError) as error:
+            warn(f"no memory is shown: {error}")
+        for part in facts:
+            for subject, item, value, address, size in part:
+                yield 0, (subject, item, printable(value), hexadecimal(address), hexadecimal(size))
+
+    def run(self) -> Any:
+        columns = [
+            ("Subject", str),
+            ("Item", str),
+            ("Value", str),
+            ("Address", format_hints.Hex),
+            ("Size", format_hints.Hex),
+        ]
+        return renderers.TreeGrid(columns, self.guarded(self._rows))
+
+
+def _image_facts(image: Image) -> Facts:
+    header = image.header
+    yield "image", "file", image.name, None, image.file_size
+    yield "image", "version", str(header.version), None, None
+    yield "image", "virtual disk", "", None, header.size
+    yield "image", "cluster", "", None, image.cluster_size
+    yield "image", "snapshots", str(len(image.snapshots)), None, None
+    for name, value in (("backing file", image.backing_name), ("data file", image.data_file_name)):
+        if value is not None:
+            yield "image", name, value, None, None
+    if header.crypt_method:
+        yield "image", "encryption", {1: "AES", 2: "LUKS"}.get(header.crypt_method, str(header.crypt_method)), None, None
+    for problem in image.problems:
+        yield "image", "problem", problem.message, problem.offset, None
+
+
+def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
+    layout = memory.layout
+    if stream.snapshot is not None:
+        yield "memory", "snapshot", describe(stream.snapshot), None, None
+    yield "memory", "stream", "complete" if memory.complete else "cut off", None, stream.source.size
+    yield "memory", "machine", memory.machine or "not recorded", None, None
+    yield "memory", "architecture", memory.architecture or "unknown", None, None
+    yield "memory", "processors", str(len(memory.cpus)), None, None
+    yield "layout", "decided by", f"{layout.method}, order by {layout.order}", None, None
+    for note in layout.notes:
+        yield "layout", "because", note, None, None
+    for assumption in layout.assumptions:
+        yield "layout", "assumed", assumption, None, None
+    for region in memory.regions:
+        yield "region", region.block, f"from block offset {region.block_offset:#x}", region.address, region.length
+    placed = {region.block for region in memory.regions}
+    for block in memory.blocks:
+        where = "placed" if block.name in placed else "at no known address"
+        yield "block", block.name, f"{where}, {block.recorded:#x} bytes recorded", None, block.size
+    for device in memory.devices:
+        yield "device", device.name, f"instance {device.instance}, version {device.version}", device.offset, device.length

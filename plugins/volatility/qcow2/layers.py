@@ -1,0 +1,133 @@
+"""The two layers over a QCOW2 image: the memory stream of a snapshot, and the virtual disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from volatility3.framework import exceptions, interfaces
+from volatility3.framework.configuration import requirements
+
+from .common import LayerSource, ViewLayer, vollog
+from .options import backing_folders, passphrase
+
+if TYPE_CHECKING:
+    from qcow2_forensics import Disk, VmState
+    from qcow2_forensics.mapping import Run
+
+Mapped = tuple[int, int, int, int, str]
+
+
+class Qcow2VmStateLayer(ViewLayer):
+    """The QEMU migration stream that a snapshot of a QCOW2 image holds, as bytes.
+
+    ``snapshot`` is the ID of the snapshot; the latest with VM state when the configuration has none.
+    """
+
+    def _make_view(self) -> VmState:
+        from qcow2_forensics import open_vm_state
+
+        source = LayerSource(self.context.layers[self._base_layer])
+        state = open_vm_state(source, self.config.get("snapshot", None), passphrase(self.context))
+        state.read(0, 4)  # an encrypted image without its key is told now, not at the first page
+        return state
+
+    def _title(self) -> str:
+        snapshot = self.config.get("snapshot", None)
+        return super()._title() + (f", snapshot {snapshot}" if snapshot else "")
+
+    def mapping(self, offset: int, length: int, ignore_errors: bool = False) -> Iterable[Mapped]:
+        return _mapped(self, self.view.runs(offset, length), offset, length, ignore_errors)
+
+    @classmethod
+    def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
+        return [
+            *super().get_requirements(),
+            requirements.StringRequirement(name="snapshot", description="ID of the snapshot", optional=True),
+        ]
+
+
+class Qcow2DiskLayer(ViewLayer):
+    """The virtual disk of a QCOW2 image as bytes: for a disk that is itself a memory dump.
+
+    Data and backing files are further base layers, in the order in which the chain opens them.
+    With ``ordinary`` the disk is known to hold no memory, and scans of it find nothing.
+    """
+
+    @property
+    def dependencies(self) -> list[str]:
+        return [self._base_layer, *self._chain()]
+
+    def _chain(self) -> list[str]:
+        """Return the names of the layers below besides the base layer."""
+        count = int(self.config.get("chain.number_of_elements", 0) or 0)
+        return [str(self.config[f"chain.chain{number}"]) for number in range(count)]
+
+    def _make_view(self) -> Disk:
+        from qcow2_forensics import open_disk
+
+        from .backing import LayerResolver
+
+        resolver = LayerResolver(self.context, self.config_path, self._chain(), backing_folders(self.context))
+        disk = open_disk(
+            LayerSource(self.context.layers[self._base_layer]),
+            self.config.get("snapshot", None),
+            passphrase(self.context),
+            resolver,
+            missing="raise",
+        )
+        self._remember(resolver.names)
+        disk.read(0, 512)
+        return disk
+
+    def _remember(self, names: list[str]) -> None:
+        for number, name in enumerate(names):
+            self.context.config[f"{self.config_path}.chain.chain{number}"] = name
+        if names:
+            self.context.config[f"{self.config_path}.chain.number_of_elements"] = len(names)
+        self._config_cache = None
+
+    def mapping(self, offset: int, length: int, ignore_errors: bool = False) -> Iterable[Mapped]:
+        disk: Disk = self.view
+        end = min(disk.size, offset + length)
+        return _mapped(self, disk.mapping.runs(offset, max(0, end - offset)), offset, length, ignore_errors)
+
+    def _scan_iterator(
+        self,
+        scanner: interfaces.layers.ScannerInterface,
+        sections: Iterable[tuple[int, int]],
+        linear: bool = False,
+    ) -> Iterable[tuple[list[tuple[str, int, int]], int]]:
+        if self.config.get("ordinary", False):
+            vollog.info("%s is an ordinary disk and is not scanned for memory", self.name)
+            return ()
+        return super()._scan_iterator(scanner, sections, linear)
+
+    @classmethod
+    def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
+        return [
+            *super().get_requirements(),
+            requirements.StringRequirement(name="snapshot", description="ID of the snapshot", optional=True),
+            requirements.BooleanRequirement(
+                name="ordinary", description="The disk holds no memory", optional=True, default=False
+            ),
+            requirements.LayerListRequirement(name="chain", description="Data and backing files", optional=True),
+        ]
+
+
+def _mapped(
+    layer: ViewLayer, runs: Iterable[Run], offset: int, length: int, ignore_errors: bool
+) -> Iterator[Mapped]:
+    """Yield runs as Volatility's mappings; what the image does not store is one byte of its start.
+
+    The bytes of encrypted and compressed runs are not those of the base layer: ``read`` tells them.
+    """
+    done = offset
+    for run in runs:
+        done = run.offset + run.length
+        if run.host_offset is None:
+            yield run.offset, run.length, 0, 1, layer.dependencies[0]
+        else:
+            yield run.offset, run.length, run.host_offset, run.size or run.length, layer.dependencies[0]
+    if done < offset + length and not ignore_errors:
+        raise exceptions.InvalidAddressException(layer.name, done, f"no data at {done:#x} in {layer.name}")

@@ -1,0 +1,76 @@
+"""The plugin ``qcow2.snapshots.Snapshots``."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from typing import Any
+
+from volatility3.framework import renderers
+from volatility3.framework.renderers import format_hints
+from volatility3.plugins import timeliner
+
+from .choice import choose, describe, snapshot_date
+from .common import warn
+from .evidence import ABSENT, EvidencePlugin, Row, hexadecimal
+from .options import snapshot_option
+
+
+class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
+    """Lists the internal snapshots of a QCOW2 image, and which of them hold memory."""
+
+    hidden = False
+
+    def _rows(self) -> Iterator[Row]:
+        from qcow2_forensics import Qcow2Error
+        from qcow2_forensics.errors import printable
+
+        image = self.image()
+        chosen = None
+        try:
+            choice = choose(image, snapshot_option(self.context), printable(image.name))
+            chosen = choice.snapshot if choice is not None else None
+        except Qcow2Error as error:
+            warn(str(error))
+        for problem in image.problems:
+            if any(part.startswith("snapshot") for part in problem.blocks):
+                    warn(f"{printable(image.name)}: {problem.message}")
+        for entry in image.snapshots:
+            yield (
+                0,
+                (
+                    printable(entry.id),
+                    printable(entry.name),
+                    snapshot_date(entry) or renderers.UnparsableValue(),
+                    str(datetime.timedelta(microseconds=entry.vm_clock_nsec // 1000)),
+                    entry.vm_state_size,
+                    ABSENT() if entry.disk_size is None else entry.disk_size,
+                    ABSENT() if entry.icount is None else entry.icount,
+                    entry == chosen,
+                    hexadecimal(entry.offset),
+                ),
+            )
+
+    def generate_timeline(self) -> Iterator[tuple[str, timeliner.TimeLinerType, datetime.datetime]]:
+        """Yield when each snapshot was taken, by the clock of the host."""
+        for entry in self.image().snapshots:
+            date = snapshot_date(entry)
+            if date is not None:
+                memory = "with memory" if entry.vm_state_size else "without memory"
+                words = f"QCOW2 snapshot {describe(entry)} {memory} taken (host clock)"
+                yield words, timeliner.TimeLinerType.CREATED, date
+
+    def run(self) -> Any:
+        columns = [
+            ("ID", str),
+            ("Name", str),
+            ("Date", datetime.datetime),
+            ("Guest uptime", str),
+            ("VM state bytes", int),
+            ("Disk bytes", int),
+            ("Instructions", int),
+            ("Chosen", bool),
+            ("Offset", format_hints.Hex),
+        ]
+        return renderers.TreeGrid(columns, self.guarded(self._rows))
+

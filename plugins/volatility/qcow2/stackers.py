@@ -1,0 +1,125 @@
+"""Offers our layers to Volatility's LayerStacker, and says at once what an image is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from volatility3.framework import constants, exceptions, interfaces
+
+from .choice import Choice, choose
+from .common import LayerSource, ViewLayer, warn
+from .content import ordinary_disk
+from .layers import Qcow2DiskLayer, Qcow2VmStateLayer
+from .options import snapshot_option
+from .ram import QemuRamLayer
+
+if TYPE_CHECKING:
+    from qcow2_forensics import Image
+
+_MAGIC = b"QFI\xfb"
+_STREAMS = (b"QEVM", b"LibvirtQemudSave", b"LibvirtQemudPart")
+
+
+class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
+    """Stacks the memory of a snapshot, or the disk, on a QCOW2 image."""
+
+    stack_order = 5
+
+    @classmethod
+    def stack(
+        cls,
+        context: interfaces.context.ContextInterface,
+        layer_name: str,
+        progress_callback: constants.ProgressCallback = None,
+    ) -> interfaces.layers.DataLayerInterface | None:
+        """Return the layer of the state that is meant; None, with a warning, when it cannot be read."""
+        if not _starts_with(context, layer_name, (_MAGIC,)):
+            return None
+        from qcow2_forensics import Qcow2Error, open_image
+        from qcow2_forensics.errors import printable
+
+        source = LayerSource(context.layers[layer_name])
+        title = printable(source.name)
+        try:
+            image = open_image(source)
+            choice = choose(image, snapshot_option(context), title)
+            if choice is None:
+                return _disk(context, layer_name, title, image)
+            return _layer(context, layer_name, choice)
+        except Qcow2Error as error:
+            warn(f"{title}: {error}")
+        except exceptions.LayerException:
+            pass  # the layer has said why
+        return None
+
+
+class QemuRamStacker(interfaces.automagic.StackerLayerInterface):
+    """Stacks guest memory on any QEMU migration stream, before Volatility's own QEMU layer is asked."""
+
+    stack_order = 9
+
+    @classmethod
+    def stack(
+        cls,
+        context: interfaces.context.ContextInterface,
+        layer_name: str,
+        progress_callback: constants.ProgressCallback = None,
+    ) -> interfaces.layers.DataLayerInterface | None:
+        """Return the memory layer; None, with a warning, when the stream cannot be read."""
+        if not _starts_with(context, layer_name, _STREAMS):
+            return None
+        if progress_callback is not None:
+            progress_callback(0, "Indexing QEMU memory")
+        try:
+            return _new(context, layer_name, QemuRamLayer)
+        except exceptions.LayerException:
+            return None  # the layer has said why
+
+
+def _starts_with(context: interfaces.context.ContextInterface, layer_name: str, magics: tuple[bytes, ...]) -> bool:
+    layer = context.layers[layer_name]
+    if layer.metadata.get("mapped", False) or layer.minimum_address != 0:
+        return False
+    longest = max(map(len, magics))
+    head = layer.read(0, min(longest, layer.maximum_address + 1)) if layer.maximum_address > 0 else b""
+    return bool(head.startswith(magics))
+
+
+def _new(
+    context: interfaces.context.ContextInterface,
+    layer_name: str,
+    kind: type[ViewLayer],
+    **settings: str | bool,
+) -> ViewLayer:
+    join = interfaces.configuration.path_join
+    name = context.layers.free_layer_name(kind.__name__)
+    path = join("automagic", "LayerStacker", "stack", name)
+    context.config[join(path, "base_layer")] = layer_name
+    for key, value in settings.items():
+        context.config[join(path, key)] = value
+    return kind(context, path, name)
+
+
+def _layer(context: interfaces.context.ContextInterface, layer_name: str, choice: Choice) -> ViewLayer:
+    settings = {} if choice.snapshot is None else {"snapshot": choice.snapshot.id}
+    return _new(context, layer_name, Qcow2VmStateLayer if choice.memory else Qcow2DiskLayer, **settings)
+
+
+def _disk(context: interfaces.context.ContextInterface, layer_name: str, title: str, image: Image) -> ViewLayer | None:
+    """Return the disk's layer when it may be a memory dump; else one that costs no scan."""
+    layer = _new(context, layer_name, Qcow2DiskLayer)
+    what = ordinary_disk(layer.view)
+    if what is None:
+        return layer
+    if image.snapshots:
+        memory = (
+            f"its {len(image.snapshots)} snapshot(s) hold no memory: QEMU keeps the memory of all of a machine's "
+            "disks in one of them, usually the first writable one"
+        )
+    else:
+        memory = "it has no snapshot with memory"
+    warn(
+        f"{title} is an ordinary disk that starts with {what}; {memory}. Nothing is scanned. For its files use "
+        "log2timeline, The Sleuth Kit or 'qcow2-forensics'; to scan it all the same give --qcow2-snapshot disk"
+    )
+    return _new(context, layer_name, Qcow2DiskLayer, ordinary=True)
