@@ -30,3 +30,12 @@ class Fifo(Generic[K, V]):
                 self.entries.pop(self._order.popleft(), None)
             except IndexError:  # another thread emptied it
                 break
+
+    def take(self, key: K) -> V | None:
+        """Remove and return an entry, None when it is not there."""
+        return self.entries.pop(key, None)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.entries.clear()
+        self._order.clear()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol
 
-from .cache import Fifo
+from .clusters import Clusters
 from .codecs import inflate, unzstd
 from .encryption import Decryptor
 from .errors import FormatError, Locked, Qcow2Error, printable
@@ -137,9 +137,8 @@ class Disk:
         self._decryptor = decryptor
         self._data = data
         self._host: Source = data if data is not None else image.source
-        self._inflate = unzstd if header.compression_type == Compression.ZSTD else inflate
-        self._clusters: Fifo[tuple[int, int], bytes] = Fifo(
-            max(2, image.limits.cluster_cache_bytes >> header.cluster_bits)
+        self._clusters = Clusters(
+            image, self.mapping, unzstd if header.compression_type == Compression.ZSTD else inflate
         )
         # For the fast path of read().
         self._cluster_size = header.cluster_size
@@ -208,7 +207,9 @@ class Disk:
         """Like :meth:`read`, but not clipped to the disk: VM state lies past its end."""
         if length <= 0:
             return b""
-        pieces = [self._piece(run) for run in self.mapping.runs(offset, length)]
+        runs = list(self.mapping.runs(offset, length))
+        self._clusters.prepare(runs)
+        pieces = [self._piece(run) for run in runs]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _piece(self, run: Run) -> bytes:
@@ -218,8 +219,7 @@ class Disk:
         if run.kind == Kind.HOLE or run.host_offset is None:
             return self._unallocated(run.offset, run.length)
         if run.kind == Kind.COMPRESSED:
-            inside = run.offset & self._inside_mask
-            return self._cluster(run.host_offset, run.size, run.offset)[inside : inside + run.length]
+            return self._clusters.read(run)
         return self._stored(run.host_offset, run.offset, run.length)
 
     def _unallocated(self, offset: int, length: int) -> bytes:
@@ -265,25 +265,6 @@ class Disk:
             self.filled["clusters"] += -(-beyond // self._cluster_size)
             self.filled["bytes"] += beyond
         return data.ljust(length, b"\0")
-
-    def _cluster(self, host: int, size: int, guest: int) -> bytes:
-        """Return the whole cluster in a compressed stream; compressed data is never encrypted."""
-        key = (host, size)
-        cluster = self._clusters.entries.get(key)
-        if cluster is None:
-            stored = self.image.read(host, size)
-            try:
-                cluster = self._inflate(stored.ljust(size, b"\0"), self._cluster_size)
-            except ValueError as error:
-                cut = f", {size - len(stored)} bytes past the end of the file" if len(stored) < size else ""
-                raise FormatError(
-                    f"the compressed cluster of guest offset {guest & ~self._inside_mask:#x} "
-                    f"cannot be decoded: {error}{cut}",
-                    offset=host,
-                    field="compressed cluster",
-                ) from None
-            self._clusters.add(key, cluster)
-        return cluster
 
     # --- maps --------------------------------------------------------------------------------
 

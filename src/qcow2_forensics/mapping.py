@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias
 
 from .cache import Fifo
@@ -91,9 +91,11 @@ class Mapping:
         self.slice_shift = self.cluster_bits + slice_entries.bit_length() - 1
         self.slice_span = 1 << self.slice_shift
         self._slice_bytes = slice_entries * header.l2_entry_size
+        self.table_span = header.l2_span  # guest bytes under one L1 entry
         self._cache: Fifo[int, Slice] = Fifo(max(16, image.limits.table_cache_bytes // self._slice_bytes))
         self.slices = self._cache.entries  # guest slice number -> its entries, empty where no L2 table is
         self._l1_pages: dict[int, Slice] = {}
+        self._scan: Callable[[Slice, int, int, int], Iterator[Run]]
         if self._version == 1:
             self._scan = self._qcow1_runs
         else:

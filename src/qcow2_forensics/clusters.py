@@ -1,0 +1,159 @@
+"""Compressed clusters, decoded once, in parallel, and ahead of readers that go on.
+
+The codecs release the interpreter lock, so a few threads decode as fast as the machine can. What
+is decoded ahead is bounded, and an error in it shows only to whoever reads that cluster.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from .cache import Fifo
+from .errors import FormatError
+from .image import Image
+from .limits import KiB, MiB
+from .mapping import Kind, Mapping, Run
+
+_WORKERS = min(4, os.cpu_count() or 1)
+_TASK_BYTES = 128 * KiB  # decoded by one task: smaller ones cost more to hand over than to do
+_AHEAD_MIN = 256 * KiB  # decoded ahead of a sequential reader, at least and at most
+_AHEAD_MAX = 2 * MiB
+
+_Key = tuple[int, int]  # host offset and size of a stream
+_Batch = dict[_Key, bytes | FormatError]
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _shared_pool() -> ThreadPoolExecutor:
+    global _pool  # noqa: PLW0603 - one pool for the process, made on first use
+    if _pool is None:
+        _pool = ThreadPoolExecutor(_WORKERS, "qcow2-inflate")
+    return _pool
+
+
+def _forget_pool() -> None:
+    global _pool  # noqa: PLW0603
+    _pool = None  # its threads stayed in the parent
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+class Clusters:
+    """The decompressed clusters of one mapping.
+
+    ``decode`` turns stream bytes into exactly one cluster or raises ``ValueError``.
+    """
+
+    def __init__(self, image: Image, mapping: Mapping, decode: Callable[[bytes, int], bytes]) -> None:
+        self._image = image
+        self._mapping = mapping
+        self._decode = decode
+        self._size = image.cluster_size
+        self._process = os.getpid()
+        kept = max(4, image.limits.cluster_cache_bytes // self._size)
+        self._cache: Fifo[_Key, bytes] = Fifo(kept)
+        # Streams being decoded: first in, first out, so that what nobody fetches goes away.
+        self._pending: Fifo[_Key, Future[_Batch]] = Fifo(kept)
+        self._per_task = max(1, _TASK_BYTES // self._size)
+        self._next = -1  # the guest offset at which a sequential reader goes on
+        self._horizon = 0  # up to where decoding ahead was started
+
+    def read(self, run: Run) -> bytes:
+        """Return the bytes of a COMPRESSED run."""
+        inside = run.offset & (self._size - 1)
+        cluster = self._cluster((run.host_offset or 0, run.size), run.offset - inside)
+        return cluster if len(cluster) == run.length else cluster[inside : inside + run.length]
+
+    def prepare(self, runs: list[Run]) -> None:
+        """Start decoding what a read of ``runs`` needs, and what a sequential reader needs next."""
+        if _WORKERS == 1:
+            return
+        wanted = [run for run in runs if run.kind == Kind.COMPRESSED]
+        if not wanted:
+            return
+        first, last = wanted[0].offset, wanted[-1].offset + wanted[-1].length
+        sequential = first == self._next or (first & ~(self._size - 1)) == self._next
+        self._next = last
+        if len(wanted) > 1:
+            self._start(wanted)
+        if not sequential or self._horizon < last:
+            self._horizon = last
+        if sequential:
+            most = min(_AHEAD_MAX, self._image.limits.cluster_cache_bytes // 2)
+            ahead = min(most, max(_AHEAD_MIN, last - first, self._size))
+            if self._horizon - last <= ahead // 2:
+                start, self._horizon = -(-self._horizon // self._size) * self._size, last + ahead
+                self._start(self._compressed_runs(start, self._horizon))
+
+    def _compressed_runs(self, start: int, end: int) -> Iterator[Run]:
+        end = min(end, self._mapping.l1_size * self._mapping.table_span)
+        if start < end:
+            try:
+                yield from (run for run in self._mapping.runs(start, end - start) if run.kind == Kind.COMPRESSED)
+            except FormatError:
+                return  # whoever reads on meets it again
+
+    def _start(self, runs: Iterable[Run]) -> None:
+        if self._process != os.getpid():
+            # After a fork: tasks of the parent will never finish here.
+            self._process = os.getpid()
+            self._pending.clear()
+        batch: list[tuple[_Key, int]] = []
+        for run in runs:
+            key = (run.host_offset or 0, run.size)
+            if key not in self._cache.entries and key not in self._pending.entries:
+                batch.append((key, run.offset & ~(self._size - 1)))
+                if len(batch) == self._per_task:
+                    self._submit(batch)
+                    batch = []
+        if batch:
+            self._submit(batch)
+
+    def _submit(self, batch: list[tuple[_Key, int]]) -> None:
+        future = _shared_pool().submit(self._decode_batch, batch)
+        for key, _ in batch:
+            self._pending.add(key, future)
+
+    def _decode_batch(self, batch: list[tuple[_Key, int]]) -> _Batch:
+        done: _Batch = {}
+        for key, guest in batch:
+            try:
+                done[key] = self._load(key, guest)
+            except FormatError as error:
+                done[key] = error
+        return done
+
+    def _cluster(self, key: _Key, guest: int) -> bytes:
+        cluster = self._cache.entries.get(key)
+        if cluster is not None:
+            return cluster
+        future = self._pending.take(key) if self._process == os.getpid() else None
+        if future is None:
+            cluster = self._load(key, guest)
+        else:
+            for other, result in future.result().items():
+                if isinstance(result, bytes):
+                    self._cache.add(other, result)
+                elif other == key:
+                    raise result
+            cluster = self._cache.entries.get(key) or self._load(key, guest)
+        self._cache.add(key, cluster)
+        return cluster
+
+    def _load(self, key: _Key, guest: int) -> bytes:
+        host, size = key
+        stored = self._image.read(host, size)
+        try:
+            return self._decode(stored.ljust(size, b"\0"), self._size)
+        except ValueError as error:
+            cut = f", {size - len(stored)} bytes past the end of the file" if len(stored) < size else ""
+            raise FormatError(
+                f"the compressed cluster of guest offset {guest:#x} cannot be decoded: {error}{cut}",
+                offset=host,
+                field="compressed cluster",
+            ) from None
