@@ -22,7 +22,7 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 from qcow2_forensics import __version__
 from qcow2_forensics.chain import open_disk
 from qcow2_forensics.disk import Disk
-from qcow2_forensics.errors import Locked, Qcow2Error, printable
+from qcow2_forensics.errors import Qcow2Error, printable
 from qcow2_forensics.image import Image
 from qcow2_forensics.source import FileSource, Source, source_name
 
@@ -62,8 +62,9 @@ class OpenedDisk:
             return False
         try:
             self.disk.unlock(passphrase)
-        except Locked:
+        except Qcow2Error as error:
             self._wrong.add(passphrase)
+            logger.warning("%s stays locked: %s", printable(self.disk.name), error)
         return not self.disk.is_locked
 
 
