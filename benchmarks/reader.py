@@ -1,0 +1,263 @@
+"""The reader against ``pread`` on the raw file, qemu-img, pyqcow and dissect.hypervisor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from harness import Case
+
+import qcow2_forensics as q
+from qcow2_forensics.limits import KiB, MiB
+
+PASSPHRASE = "benchmark"  # noqa: S105 - of a throw-away image
+
+
+def qemu(*arguments: object) -> None:
+    subprocess.run([str(argument) for argument in arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def make_raw(path: Path, size: int, kind: str) -> None:
+    """Write test content: ``dense`` like files on a disk, ``sparse`` with one MiB in sixteen used."""
+    seed = random.Random(7)
+    words = [seed.randbytes(seed.randrange(3, 12)) for _ in range(2000)]
+    with open(path, "wb") as out:
+        for at in range(0, size, MiB):
+            if kind == "sparse" and at // MiB % 16:
+                continue
+            out.seek(at)
+            half = b"".join(seed.choices(words, k=MiB // 12)).ljust(MiB, b"\0")[: MiB * 3 // 4]
+            out.write(half + seed.randbytes(MiB // 4))
+        out.truncate(size)
+
+
+class Images:
+    """Makes each image once, with the real tools, on first use."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder = folder
+        self.size = size
+
+    def raw(self, kind: str = "dense") -> Path:
+        path = self.folder / f"{kind}.raw"
+        if not path.exists():
+            make_raw(path, self.size, kind)
+        return path
+
+    def convert(self, name: str, *options: str, kind: str = "dense") -> Path:
+        path = self.folder / f"{name}.qcow2"
+        if not path.exists():
+            qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, self.raw(kind), path)
+        return path
+
+    def fragmented(self) -> Path:
+        """Clusters written in random order, so that no two neighbours touch in the file."""
+        path = self.folder / "fragmented.qcow2"
+        if not path.exists():
+            qemu("qemu-img", "create", "-q", "-f", "qcow2", path, self.size)
+            order = list(range(0, self.size, 64 * KiB))
+            random.Random(3).shuffle(order)
+            with subprocess.Popen(
+                ["qemu-io", "-f", "qcow2", path], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+            ) as io:
+                io.communicate("".join(f"write -q -s {self.raw()} {at} 64k\n" for at in order).encode() + b"quit\n")
+            # qemu-io reads its pattern from the start of the file; the content does not matter here.
+        return path
+
+    def chain(self) -> Path:
+        """Three layers, a third of the clusters in each."""
+        top = self.folder / "chain2.qcow2"
+        if not top.exists():
+            below = self.convert("chain0")
+            for level in (1, 2):
+                layer = self.folder / f"chain{level}.qcow2"
+                qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", below.name, "-F", "qcow2", layer)
+                commands = [f"-cwrite -q -P {level} {at} 64k" for at in range(level * 65536, self.size, 3 * 65536)]
+                for first in range(0, len(commands), 1000):
+                    qemu("qemu-io", "-f", "qcow2", *commands[first : first + 1000], layer)
+                below = layer
+        return top
+
+    def luks(self) -> Path:
+        path = self.folder / "luks.qcow2"
+        for _ in range(20):  # creation fails now and then: QEMU cannot time its key derivation
+            if path.exists():
+                break
+            command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "--object", f"secret,id=s,data={PASSPHRASE}"]
+            command += [
+                "-o",
+                "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+                str(self.raw()),
+                str(path),
+            ]
+            if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode:
+                path.unlink(missing_ok=True)
+        return path
+
+
+def sequential(read: Callable[[int, int], bytes], size: int, block: int, skew: int = 0) -> Callable[[], None]:
+    def work() -> None:
+        for at in range(skew, size - block, block):
+            read(at, block)
+
+    return work
+
+
+def random_reads(read: Callable[[int, int], bytes], size: int, block: int, count: int) -> Callable[[], None]:
+    offsets = [random.Random(5).randrange(size // block) * block for _ in range(count)]
+
+    def work() -> None:
+        for at in offsets:
+            read(at, block)
+
+    return work
+
+
+def pread(path: Path) -> Callable[[int, int], bytes]:
+    descriptor = os.open(path, os.O_RDONLY)
+    return lambda offset, length: os.pread(descriptor, length, offset)
+
+
+def pyqcow_reader(path: Path) -> Callable[[int, int], bytes] | None:
+    try:
+        import pyqcow
+    except ImportError:
+        return None
+    handle = pyqcow.file()
+    handle.open(str(path))
+    return lambda offset, length: handle.read_buffer_at_offset(length, offset)
+
+
+def dissect_reader(path: Path) -> Callable[[int, int], bytes] | None:
+    try:
+        from dissect.hypervisor.disk.qcow2 import QCow2
+    except ImportError:
+        return None
+    image = QCow2(path)
+    stream = image.open() if hasattr(image, "open") else image
+
+    def read(offset: int, length: int) -> bytes:
+        stream.seek(offset)
+        return bytes(stream.read(length))
+
+    return read
+
+
+def ours(path: Path, passphrase: str | None = None) -> Callable[[int, int], bytes]:
+    return q.open_disk(path, passphrase=passphrase).read
+
+
+def opened(path: Path, *peers: str) -> dict[str, Callable[[int, int], bytes]]:
+    readers: dict[str, Callable[[int, int], bytes]] = {"qcow2-forensics": ours(path)}
+    makers = {"pyqcow": pyqcow_reader, "dissect.hypervisor": dissect_reader}
+    for peer in peers:
+        read = makers[peer](path)
+        if read is not None:
+            readers[peer] = read
+    return readers
+
+
+def convert_to_raw(path: Path, folder: Path) -> Callable[[], None]:
+    return lambda: qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, folder / "converted.raw")
+
+
+def convert_luks(path: Path, folder: Path) -> Callable[[], None]:
+    source = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
+    secret = f"secret,id=s,data={PASSPHRASE}"
+    return lambda: qemu(
+        "qemu-img", "convert", "--object", secret, "--image-opts", source, "-O", "raw", folder / "converted.raw"
+    )
+
+
+def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
+    """Yield every case of the reader."""
+    size = 16 * MiB if smoke else 512 * MiB
+    images = Images(folder, size)
+    dense, raw = images.convert("dense"), pread(images.raw())
+    both = ("pyqcow", "dissect.hypervisor")
+
+    def full(
+        name: str, block: int, yardstick: Callable[[int, int], bytes], path: Path, *peers: str, skew: int = 0
+    ) -> Case:
+        readers = {"pread of the raw file": yardstick, **opened(path, *peers)}
+        return Case(name, {who: sequential(read, size, block, skew) for who, read in readers.items()}, size)
+
+    yield full("sequential 1 MiB, dense", MiB, raw, dense, *both)
+    yield full("sequential 64 KiB, dense", 64 * KiB, raw, dense, *both)
+    yield full("unaligned 64 KiB, dense", 64 * KiB, raw, dense, *both, skew=31 * 512)
+    sparse = images.convert("sparse", kind="sparse")
+    yield full("sequential 1 MiB, sparse", MiB, pread(images.raw("sparse")), sparse, *both)
+    yield full("sequential 1 MiB, fragmented", MiB, raw, images.fragmented(), *both)
+    yield full("sequential 1 MiB, 512-byte clusters", MiB, raw, images.convert("c512", "-o", "cluster_size=512"), *both)
+    yield full("sequential 1 MiB, 2 MiB clusters", MiB, raw, images.convert("c2m", "-o", "cluster_size=2M"), *both)
+    yield full("sequential 1 MiB, extended L2", MiB, raw, images.convert("extended", "-o", "extended_l2=on"))
+    yield full("sequential 1 MiB, three-deep chain", MiB, raw, images.chain(), "dissect.hypervisor")
+    count = 2_000 if smoke else 50_000
+    readers = {"pread of the raw file": raw, **opened(dense, *both)}
+    works = {who: random_reads(read, size, 4 * KiB, count) for who, read in readers.items()}
+    yield Case("random 4 KiB, dense", works, count, "reads")
+    span = min(size, MiB if smoke else 16 * MiB)
+    works = {who: sequential(read, span, 64) for who, read in readers.items()}
+    yield Case("sequential 64 bytes, dense", works, span // 64, "reads")
+    for name, options in (
+        ("zlib", ["-c"]),
+        ("zlib v2", ["-c", "-o", "compat=0.10"]),
+        ("zstd", ["-c", "-o", "compression_type=zstd"]),
+    ):
+        path = images.convert(name.replace(" ", "-"), *options)
+        peers = both if name == "zlib v2" else ("dissect.hypervisor",)
+        yield Case(
+            f"full read, {name}",
+            {
+                "qemu-img convert": convert_to_raw(path, folder),
+                **{who: sequential(read, size, MiB) for who, read in _fresh(path, peers).items()},
+            },
+            size,
+        )
+    luks = images.luks()
+    yield Case(
+        "full read, LUKS aes-256-xts",
+        {
+            "qemu-img convert": convert_luks(luks, folder),
+            "qcow2-forensics": sequential(ours(luks, PASSPHRASE), size, MiB),
+        },
+        size,
+    )
+    yield Case("export to raw, dense", _exports(dense, folder), size)
+    yield Case("export to raw, zlib", _exports(images.convert("zlib", "-c"), folder), size)
+    huge = folder / "huge.qcow2"
+    if not huge.exists():
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", huge, "1T")
+    yield Case("open of a 1 TiB image", {"qcow2-forensics": lambda: q.open_disk(huge).close()}, 1, "opens")
+    yield Case(
+        "import", {"python -c pass": _python("pass"), "import qcow2_forensics": _python("import qcow2_forensics")}
+    )
+
+
+def _fresh(path: Path, peers: tuple[str, ...]) -> dict[str, Callable[[int, int], bytes]]:
+    """Readers that open anew for each run would be fairer to nobody: caches are smaller than the disk."""
+    return opened(path, *peers)
+
+
+def _python(code: str) -> Callable[[], None]:
+    return lambda: qemu(sys.executable, "-c", code)
+
+
+def _exports(path: Path, folder: Path) -> dict[str, Callable[[], object]]:
+    def hashed() -> None:
+        qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, folder / "converted.raw")
+        with open(folder / "converted.raw", "rb") as stream:
+            hashlib.file_digest(stream, "sha256")
+
+    export = [sys.executable, "-m", "qcow2_forensics", "export", str(path), str(folder / "exported.raw"), "--force"]
+    return {
+        "qemu-img convert": convert_to_raw(path, folder),
+        "qemu-img convert, then SHA-256": hashed,
+        "qcow2-forensics export": lambda: qemu(*export),
+        "qcow2-forensics export --no-hash": lambda: qemu(*export, "--no-hash"),
+    }
