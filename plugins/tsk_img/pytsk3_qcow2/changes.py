@@ -1,0 +1,284 @@
+"""Which files two states of one disk differ in.
+
+Names are matched by path, then by what stays when a file is renamed. Content is compared by the
+changed disk ranges where both states keep it in the same place, and read only where that says
+nothing. What is reported is what was seen: a name that is gone, bytes that differ.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytsk3
+
+from .files import FileRecord, FileSystem, Times, file_systems
+from .spans import Spans
+
+
+class FileChange(enum.StrEnum):
+    """What became of a file between the first state and the second."""
+
+    ADDED = "added"
+    REMOVED = "removed"
+    RENAMED = "renamed"
+    CONTENT = "content changed"
+    METADATA = "metadata changed"
+    DELETED = "deleted"  # a deleted entry that the first state does not have, allocated or deleted
+
+
+class Recoverable(enum.StrEnum):
+    """How much of the content of a file that is gone still stands in the second state."""
+
+    YES = "yes"
+    PARTLY = "partly"
+    NO = "no"
+
+
+@dataclass(slots=True)
+class Changed:
+    """One file: its record in each state that has it, and in what they differ.
+
+    ``fields`` names what differs: ``content``, ``path``, ``inode``, ``size``, ``mode``, ``uid``,
+    ``gid``, ``link``, ``modified``, ``accessed``, ``changed``, ``created``. ``after`` of a removed
+    file is the deleted entry that still has its inode, if there is one. ``note`` says why content
+    could not be compared.
+    """
+
+    change: FileChange
+    before: FileRecord | None
+    after: FileRecord | None
+    fields: tuple[str, ...] = ()
+    recoverable: Recoverable | None = None
+    note: str = ""
+    sha256: tuple[str | None, str | None] = field(default=(None, None))
+
+    @property
+    def shown(self) -> FileRecord:
+        """The record to show: of the later state, but of the earlier one for what was removed."""
+        record = self.before if self.change is FileChange.REMOVED else self.after or self.before
+        if record is None:
+            raise ValueError("a change without a record")
+        return record
+
+
+class StateFiles:
+    """The file systems of one state and their records, listed once."""
+
+    def __init__(
+        self, image: pytsk3.Img_Info, name: str = "the disk", progress: Callable[[int], None] | None = None
+    ) -> None:
+        self.systems = {system.volume.offset: system for system in file_systems(image, name)}
+        self.records: dict[int, list[FileRecord]] = {}
+        for offset, system in self.systems.items():
+            listed: list[FileRecord] = []
+            for record in system.records():
+                listed.append(record)
+                if progress is not None:
+                    progress(1)
+            self.records[offset] = listed
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be read while listing."""
+        return [problem for system in self.systems.values() for problem in system.problems]
+
+
+def file_changes(
+    before: StateFiles, after: StateFiles, ranges: Iterable[tuple[int, int]], *, hashed: bool = False
+) -> Iterator[Changed]:
+    """Yield what changed, partition by partition; ``ranges`` are the (offset, length) that differ.
+
+    With ``hashed`` each change of a file carries the SHA-256 of both versions.
+    """
+    touched = Spans(ranges)
+    for offset in sorted({*before.systems, *after.systems}):
+        pair = _Pair(before, after, offset, touched)
+        for change in pair.changes():
+            if hashed:
+                change.sha256 = pair.hashes(change)
+            yield change
+
+
+Key = tuple[str, str]  # path and stream
+
+
+class _Pair:
+    """One partition in both states."""
+
+    def __init__(self, before: StateFiles, after: StateFiles, offset: int, touched: Spans) -> None:
+        self._old_system = before.systems.get(offset)
+        self._new_system = after.systems.get(offset)
+        self._touched = touched
+        old, new = before.records.get(offset, []), after.records.get(offset, [])
+        self._old = _allocated(old)
+        self._new = _allocated(new)
+        self._old_deleted = [record for record in old if not record.allocated and not record.virtual]
+        self._new_deleted = [record for record in new if not record.allocated and not record.virtual]
+        self._in_use = Spans(span for record in new if record.allocated for span in record.spans)
+
+    def changes(self) -> Iterator[Changed]:
+        removed = {key: record for key, record in self._old.items() if key not in self._new}
+        added = {key: record for key, record in self._new.items() if key not in self._old}
+        renamed = dict(_renames(removed, added))
+        for key, new in self._new.items():
+            old = self._old.get(key)
+            if old is None:
+                source = renamed.get(key)
+                if source is None:
+                    yield Changed(FileChange.ADDED, None, new)
+                else:
+                    fields, note = self._differing(removed[source], new)
+                    yield Changed(FileChange.RENAMED, removed[source], new, ("path", *fields), note=note)
+                continue
+            fields, note = self._differing(old, new)
+            if "content" in fields or note:
+                yield Changed(FileChange.CONTENT, old, new, fields, note=note)
+            elif fields:
+                yield Changed(FileChange.METADATA, old, new, fields)
+        gone = {key: record for key, record in removed.items() if key not in set(renamed.values())}
+        yield from self._removed(gone)
+        yield from self._newly_deleted(gone)
+
+    # --- what is gone ------------------------------------------------------------------------
+
+    def _removed(self, gone: dict[Key, FileRecord]) -> Iterator[Changed]:
+        left = {_identity(record): record for record in self._new_deleted if not record.in_use}
+        for record in gone.values():
+            remains = left.get(_identity(record))
+            yield Changed(FileChange.REMOVED, record, remains, recoverable=self._still_there(record, remains))
+
+    def _still_there(self, record: FileRecord, remains: FileRecord | None) -> Recoverable | None:
+        """How much of a removed file's bytes the second state still holds where they were."""
+        if record.type != "r" or not record.size:
+            return None
+        total = sum(length for _, length in record.spans)
+        if total:
+            return _share(total - self._touched.overlap(record.spans), total)
+        if remains is not None and remains.resident and remains.size == record.size:
+            try:
+                same = not _stream_differs(self._old_system, record, self._new_system, remains)
+            except OSError:
+                return None
+            return Recoverable.YES if same else Recoverable.NO
+        return Recoverable.NO if record.resident else None
+
+    def _newly_deleted(self, gone: dict[Key, FileRecord]) -> Iterator[Changed]:
+        """Deleted entries of the second state that tell of files the first state does not know."""
+        known = {(*_key(record), _identity(record)) for record in self._old_deleted}
+        reported = {_identity(record) for record in gone.values()}
+        inodes = {_identity(record) for record in self._old.values()}
+        for record in self._new_deleted:
+            identity = _identity(record)
+            if (*_key(record), identity) in known or identity in reported or not record.inode:
+                continue
+            if identity in inodes and not record.path.startswith("/$OrphanFiles/"):
+                continue  # an old name of a file that is still there
+            yield Changed(FileChange.DELETED, None, record, recoverable=self._free(record))
+
+    def _free(self, record: FileRecord) -> Recoverable | None:
+        """How much of a deleted file's blocks nothing else uses."""
+        if record.type not in "r-":
+            return None
+        if record.in_use or not record.size:
+            return Recoverable.NO
+        total = sum(length for _, length in record.spans)
+        if not total:
+            return Recoverable.YES if record.resident else Recoverable.NO
+        return _share(total - self._in_use.overlap(record.spans), total)
+
+    # --- what is different ---------------------------------------------------------------------
+
+    def _differing(self, old: FileRecord, new: FileRecord) -> tuple[tuple[str, ...], str]:
+        fields: list[str] = []
+        note = ""
+        try:
+            if self._content_differs(old, new):
+                fields.append("content")
+        except OSError as error:
+            note = f"content not compared: {error}"
+        for name in ("type", "inode", "size", "mode", "uid", "gid", "link"):
+            if getattr(old, name) != getattr(new, name):
+                fields.append(name)
+        fields += [name for name in Times._fields if getattr(old.times, name) != getattr(new.times, name)]
+        return tuple(fields), note
+
+    def _content_differs(self, old: FileRecord, new: FileRecord) -> bool:
+        if old.type != "r" or new.type != "r":
+            return old.type != new.type or old.link != new.link
+        if old.size != new.size:
+            return True
+        if not old.size:
+            return False
+        placed = old.spans == new.spans and bool(old.spans) and not old.resident and not new.resident
+        if placed and not self._touched.overlap(old.spans):
+            return False
+        return _stream_differs(self._old_system, old, self._new_system, new)
+
+    def hashes(self, change: Changed) -> tuple[str | None, str | None]:
+        """Return the SHA-256 of both versions, None for what is not a file or cannot be read."""
+        return _digest(self._old_system, change.before), _digest(self._new_system, change.after)
+
+
+def _stream_differs(one: FileSystem | None, old: FileRecord, two: FileSystem | None, new: FileRecord) -> bool:
+    if one is None or two is None:
+        return True
+    # Both are read in pieces of the same size, so that differing files end the reading early.
+    return any(left != right for left, right in zip(one.chunks(old), two.chunks(new), strict=True))
+
+
+def _digest(system: FileSystem | None, record: FileRecord | None) -> str | None:
+    if system is None or record is None or record.type != "r":
+        return None
+    if not record.allocated and (record.in_use or not record.size):
+        return None  # another file's content, or none that is still known
+    try:
+        return system.sha256(record)
+    except OSError as error:
+        system.problems.append(f"{record.full_path}: not hashed: {error}")
+        return None
+
+
+def _allocated(records: Sequence[FileRecord]) -> dict[Key, FileRecord]:
+    found: dict[Key, FileRecord] = {}
+    for record in records:
+        if record.allocated and not record.virtual:
+            found.setdefault(_key(record), record)
+    return found
+
+
+def _key(record: FileRecord) -> Key:
+    return record.path, record.stream
+
+
+def _identity(record: FileRecord) -> tuple[int, str]:
+    return record.inode, record.stream
+
+
+def _share(left: int, total: int) -> Recoverable:
+    return Recoverable.YES if left == total else Recoverable.PARTLY if left else Recoverable.NO
+
+
+def _renames(removed: dict[Key, FileRecord], added: dict[Key, FileRecord]) -> Iterator[tuple[Key, Key]]:
+    """Yield (new key, old key) of files that kept inode or blocks, and age, under another name."""
+    by_inode = {(record.inode, record.stream, record.type, record.sequence): key for key, record in removed.items()}
+    by_place = {(record.spans, record.size): key for key, record in removed.items() if record.spans}
+    taken: set[Key] = set()
+    for key, record in added.items():
+        candidates = (
+            by_inode.get((record.inode, record.stream, record.type, record.sequence)),
+            by_place.get((record.spans, record.size)) if record.spans else None,
+        )
+        for candidate in candidates:
+            if candidate is not None and candidate not in taken and _same_age(removed[candidate], record):
+                taken.add(candidate)
+                yield key, candidate
+                break
+
+
+def _same_age(old: FileRecord, new: FileRecord) -> bool:
+    """Whether two records can be one file: an inode used again starts with times of its own."""
+    if old.times.created and new.times.created and old.times.created != new.times.created:
+        return False
+    return old.type == new.type and (old.times.modified == new.times.modified or old.spans == new.spans != ())
