@@ -78,28 +78,29 @@ class _Candidate(NamedTuple):
     note: str = ""
 
 
-def compare(before: Layer, after: Layer) -> Iterator[Difference]:
+def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | None = None) -> Iterator[Difference]:
     """Yield the ranges where ``after`` differs from ``before``, in order, whole sectors, coalesced.
 
     Takes two states of one image, an overlay and its backing disk, or any two disks. Where one disk
     is longer the rest of it is one difference. What cannot be read is yielded as such, with the
-    reason; it never passes as equal.
+    reason; it never passes as equal. ``progress`` is told how many further bytes are settled.
     """
     common = min(before.size, after.size)
-    yield from _coalesced(_differences(before, after, common))
+    yield from _coalesced(_differences(before, after, common, progress))
     if before.size > common:
         yield Difference(common, before.size - common, Change.REMOVED)
     elif after.size > common:
         yield Difference(common, after.size - common, Change.ADDED)
 
 
-def _differences(before: Layer, after: Layer, end: int) -> Iterator[Difference]:
+def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int], None] | None) -> Iterator[Difference]:
     shared_until = _shared_tables(before, after)
     opaque = _common_layers(before, after)
     cluster = max(_cluster_size(before), _cluster_size(after))
     window = max(_WINDOW_CLUSTERS * cluster, _WINDOW_BYTES)
     position = 0
     while position < end:
+        settled = position
         position = min(end, shared_until(position))
         stop = min(end, position + window)
         for candidate in _candidates(before, after, position, stop, cluster, opaque):
@@ -108,6 +109,8 @@ def _differences(before: Layer, after: Layer, end: int) -> Iterator[Difference]:
             else:
                 yield from _unequal_bytes(before, after, candidate)
         position = stop
+        if progress is not None:
+            progress(position - settled)
 
 
 # --- what the mappings prove -------------------------------------------------------------------

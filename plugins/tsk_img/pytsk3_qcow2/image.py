@@ -17,7 +17,7 @@ import pytsk3
 
 from qcow2_forensics import open_disk
 from qcow2_forensics import open_image as open_metadata
-from qcow2_forensics.disk import Disk, EofPolicy
+from qcow2_forensics.disk import Disk, EofPolicy, RawDisk
 from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error, printable
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.source import PathOrSource
@@ -56,8 +56,8 @@ def _locked_method(disk: Disk) -> str:
 class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in for
     """The active state of a QCOW2 image, or one snapshot, for ``Volume_Info`` and ``FS_Info``.
 
-    ``url`` is a path, a binary file object, a source of the image's bytes, or an open
-    :class:`~qcow2_forensics.disk.Disk`, which then stays the caller's to close. ``snapshot`` is an
+    ``url`` is a path, a binary file object, a source of the image's bytes, or a disk that is open
+    already, which then stays the caller's to close. ``snapshot`` is an
     ID or a name; the other options are those of :func:`qcow2_forensics.open_disk`. Everything
     that fails raises ``IOError``. ``unreadable`` says what libtsk gets where the image cannot be
     read: an error, or the bytes before it (see the module).
@@ -65,7 +65,7 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
 
     def __init__(
         self,
-        url: PathOrSource | Disk,
+        url: PathOrSource | Disk | RawDisk,
         snapshot: SnapshotName = None,
         passphrase: Passphrase = None,
         resolver: Resolver | None = None,
@@ -78,15 +78,15 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
         self.read_errors: list[str] = []
         self._unreadable = unreadable
         self._findings: tuple[Finding, ...] | None = None
-        self._owned = not isinstance(url, Disk)
+        self._owned = not isinstance(url, (Disk, RawDisk))
         self._closed = False
         try:
-            self._disk = (
+            self._disk: Disk | RawDisk = (
                 url
-                if isinstance(url, Disk)
+                if isinstance(url, (Disk, RawDisk))
                 else open_disk(url, snapshot, passphrase, resolver, limits, eof=eof, missing=missing)
             )
-            if self._disk.is_locked:
+            if isinstance(self._disk, Disk) and self._disk.is_locked:
                 self.close()
                 raise Locked(_locked_method(self._disk))
         except Qcow2Error as error:
@@ -140,19 +140,19 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
     # --- what scripts ask --------------------------------------------------------------------
 
     @property
-    def disk(self) -> Disk:
+    def disk(self) -> Disk | RawDisk:
         """The disk behind this object, for ranges and extents."""
         return self._disk
 
     @property
     def snapshot(self) -> SnapshotEntry | None:
         """The snapshot shown, None for the active state."""
-        return self._disk.snapshot
+        return self._disk.snapshot if isinstance(self._disk, Disk) else None
 
     @property
     def state(self) -> str:
         """What to call this state: the snapshot's name (its ID when it has none), or ``active``."""
-        shown = self._disk.snapshot
+        shown = self.snapshot
         return "active" if shown is None else shown.name or shown.id
 
     @property
@@ -161,7 +161,7 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
         if self._findings is None:
             from qcow2_forensics import audit
 
-            self._findings = audit(self._disk.image.source).findings
+            self._findings = audit(self._disk.image.source).findings if isinstance(self._disk, Disk) else ()
         return self._findings
 
     def __enter__(self) -> Img_Info:

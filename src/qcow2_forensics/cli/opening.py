@@ -68,8 +68,11 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
 def passphrase_of(args: argparse.Namespace) -> bytes | None:
     """Return the passphrase from the file or the environment, None when neither gives one.
 
-    One newline at the end of the file is not part of it.
+    One newline at the end of the file is not part of it. What was asked for before is not asked again.
     """
+    asked: bytes | None = getattr(args, "asked_passphrase", None)
+    if asked is not None:
+        return asked
     if args.passphrase_file:
         return Path(args.passphrase_file).read_bytes().removesuffix(b"\n")
     value = os.environ.get(PASSPHRASE_VARIABLE)
@@ -107,7 +110,9 @@ def open_from(args: argparse.Namespace, snapshot: str | None = None) -> Disk:
     )
     if disk.is_locked:
         try:
-            disk.unlock(ask_passphrase("encrypted image"))
+            passphrase = ask_passphrase("encrypted image")
+            disk.unlock(passphrase)
+            args.asked_passphrase = passphrase
         except BaseException:
             disk.close()
             raise
