@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Literal
@@ -32,6 +33,7 @@ Passphrase = str | bytes | None
 
 # Further ways to name a snapshot, by prefix: "deleted:3" asks the function under "deleted".
 SNAPSHOT_SELECTORS: dict[str, Callable[[Image, str], SnapshotEntry]] = {}
+_SELECTOR_MODULES = {"deleted": "residue"}  # above this one: each adds its selector when imported
 
 
 def open_image(origin: PathOrSource, *, limits: Limits = DEFAULT_LIMITS) -> Image:
@@ -106,6 +108,8 @@ def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
     prefix, _, rest = text.partition(":")
     by_id = [entry for entry in image.snapshots if entry.id == text]
     found = by_id or [entry for entry in image.snapshots if entry.name == text]
+    if not found and prefix in _SELECTOR_MODULES:
+        importlib.import_module(f".{_SELECTOR_MODULES[prefix]}", __package__)
     if not found and prefix in SNAPSHOT_SELECTORS:
         return SNAPSHOT_SELECTORS[prefix](image, rest)
     if not found and prefix == "index" and rest.isdecimal():

@@ -1,0 +1,223 @@
+"""Everything nothing points at, gathered for one image: runs, streams, deleted snapshots."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from types import TracebackType
+
+import numpy as np
+
+from ..census import Census, take_census
+from ..chain import Passphrase, open_disk
+from ..disk import Disk
+from ..errors import MissingFile, Qcow2Error
+from ..image import Image
+from ..limits import DEFAULT_LIMITS, Limits
+from ..resolver import Resolver
+from ..source import PathOrSource, Source
+from ..stream import SourceStream
+from ..structures import BitmapEntry, SnapshotEntry
+from . import deleted, hidden, slack, streams, tables
+from .deleted import DeletedSnapshot
+from .scan import Found, Piece, Usage, unclaimed
+
+_ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
+
+
+class Residue:
+    """The residue of one image: a context manager over runs that can be read.
+
+    ``census`` is taken when not given. Pieces are found while :meth:`pieces` is iterated; nothing
+    of their content is kept.
+    """
+
+    def __init__(self, image: Image, *, census: Census | None = None, data: Source | None = None) -> None:
+        self.image = image
+        self._census = census
+        self._data = data
+        self._files = ExitStack()
+
+    @cached_property
+    def usage(self) -> Usage:
+        """Who is in use among the clusters of the file."""
+        census = self._census or take_census(self.image)
+        count = -(-self.image.file_size // self.image.cluster_size)
+        claimed = np.ones(count, np.bool_)
+        counted = np.zeros(count, np.bool_)
+        bits = self.image.header.cluster_bits
+        for offset, length in census.free():
+            claimed[offset >> bits : (offset + length) >> bits] = False
+        for offset, length in census.leaked():
+            claimed[offset >> bits : (offset + length) >> bits] = False
+            counted[offset >> bits : (offset + length) >> bits] = True
+        return Usage(claimed, counted)
+
+    # --- runs ----------------------------------------------------------------------------------
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield every piece of residue: slack first, then hidden bytes, then unclaimed clusters."""
+        yield from self.slack()
+        yield from self.hidden()
+        for found in self.unclaimed():
+            yield found.piece
+
+    def slack(self) -> Iterator[Piece]:
+        """Yield what stands behind the header and behind tables."""
+        for function in (slack.header_slack, slack.header_padding, slack.l1_slack, slack.table_slack):
+            yield from function(self.image)
+
+    def hidden(self) -> Iterator[Piece]:
+        """Yield bytes of clusters in use that no state shows."""
+        if self.image.header.version == 1:
+            return
+        yield from hidden.zero_flagged(self.image, hidden.shown_clusters(self.image), self._data)
+        yield from hidden.subclusters(self.image)
+        yield from streams.compressed_slack(self.image)
+        yield from hidden.tail(self.image)
+
+    def unclaimed(self) -> Iterator[Found]:
+        """Yield what lies in clusters nothing refers to, with the table entries found there."""
+        if self.image.header.version == 1:
+            return
+        yield from unclaimed(self.image, self.usage)
+
+    # --- former entries ------------------------------------------------------------------------
+
+    def entries(self) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
+        """Return the former snapshot and bitmap entries in free space and behind the live tables."""
+        snapshots: list[SnapshotEntry] = []
+        bitmaps: list[BitmapEntry] = []
+        for found in self.unclaimed():
+            snapshots += found.snapshots
+            bitmaps += found.bitmaps
+        return self.with_slack(snapshots, bitmaps)
+
+    def with_slack(
+        self, snapshots: list[SnapshotEntry], bitmaps: list[BitmapEntry]
+    ) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
+        """Add the entries behind the live tables and leave out what is still live."""
+        geometry = tables.Geometry.of(self.image)
+        for offset, length in slack.table_tails(self.image):
+            data = self.image.read(offset, length)
+            snapshots += tables.find_snapshot_entries(data, offset, geometry)
+            bitmaps += tables.find_bitmap_entries(data, offset, geometry)
+        live = {(bitmap.name_bytes, bitmap.table_offset) for bitmap in self.image.bitmaps}
+        former = {
+            (bitmap.name_bytes, bitmap.table_offset): bitmap
+            for bitmap in bitmaps[:_ENTRIES]
+            if (bitmap.name_bytes, bitmap.table_offset) not in live
+        }
+        return deleted.unknown_entries(self.image, snapshots[:_ENTRIES]), list(former.values())
+
+    def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
+        """Return the deleted snapshots whose entries survive, and how much of each can be read."""
+        snapshots, _ = self.entries()
+        return [deleted.examine(self.image, entry, self.usage.claimed, read_data=read_data) for entry in snapshots]
+
+    # --- streams -------------------------------------------------------------------------------
+
+    def read(self, piece: Piece, offset: int = 0, length: int | None = None) -> bytes:
+        """Return bytes of a piece, counted from its start."""
+        source = self._source(piece)
+        length = piece.length - offset if length is None else min(length, piece.length - offset)
+        start = piece.offset + offset
+        return source.read(start, max(0, min(length, source.size - start)))
+
+    def open(self, piece: Piece) -> io.RawIOBase:
+        """Return a seekable file object over one piece."""
+        return SourceStream(_Window(self._source(piece), piece.offset, piece.length))
+
+    def _source(self, piece: Piece) -> Source:
+        if piece.file != "data":
+            return self.image.source
+        if self._data is None:
+            raise MissingFile("data", self.image.data_file_name or "")
+        return self._data
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def closing(self, close: Callable[[], object]) -> None:
+        """Have ``close`` called with this object's own close."""
+        self._files.callback(close)
+
+    def close(self) -> None:
+        """Close what was opened for this object."""
+        self._files.close()
+
+    def __enter__(self) -> Residue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Window:
+    """A stretch of a source as a source."""
+
+    def __init__(self, source: Source, offset: int, length: int) -> None:
+        self._source = source
+        self._offset = offset
+        self.size = max(0, min(length, source.size - offset))
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        length = min(length, self.size - offset)
+        return self._source.read(self._offset + offset, length) if length > 0 else b""
+
+
+def residue(
+    origin: PathOrSource | Image, *, resolver: Resolver | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Residue:
+    """Open the residue of an image: what nothing points at, as runs and as streams.
+
+    An external data file is looked at when ``resolver`` finds it. Raises the first problem that
+    keeps the tables from being walked.
+    """
+    if isinstance(origin, Image):
+        return Residue(origin)
+    with ExitStack() as undo:
+        image = Image(origin, limits=limits)
+        undo.callback(image.close)
+        image.require("disk")
+        data = None
+        if image.header.external_data and image.data_file_name:
+            try:
+                data, _ = (resolver or Resolver()).open(image.data_file_name, "data", image.source, image.source)
+            except Qcow2Error:
+                data = None  # the image's own residue can still be read
+        found = Residue(image, data=data)
+        found.closing(image.close)
+        if data is not None:
+            found.closing(getattr(data, "close", lambda: None))
+        undo.pop_all()
+        return found
+
+
+def deleted_snapshots(origin: PathOrSource | Image, *, read_data: bool = True) -> list[DeletedSnapshot]:
+    """Return the deleted snapshots of an image whose table entries survive."""
+    with residue(origin) as found:
+        return found.deleted_snapshots(read_data=read_data)
+
+
+def open_deleted(origin: PathOrSource, wanted: str, passphrase: Passphrase = None) -> Disk:
+    """Open a deleted snapshot by ID, name or entry offset; the same as ``open_disk("deleted:...")``."""
+    return open_disk(origin, f"deleted:{wanted}", passphrase)
+
+
+def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
+    """Return the entry of a deleted snapshot and make ``image`` refuse what it no longer owns.
+
+    This is what ``open_disk(snapshot="deleted:...")`` asks; ``image`` is for that disk alone then.
+    """
+    image.require("disk")
+    found = Residue(image)
+    former, _ = found.entries()
+    chosen = deleted.choose([DeletedSnapshot(entry, False) for entry in former], wanted)
+    examined = deleted.examine(image, chosen.entry, found.usage.claimed, read_data=False)
+    if not examined.l1_intact:
+        raise deleted.gone(examined.entry)
+    return deleted.guard(image, examined)

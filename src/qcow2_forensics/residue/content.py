@@ -1,0 +1,121 @@
+"""What a stretch of bytes looks like: how much of it is there, how random, which file it starts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+# (offset, magic, name), most specific first. Names are what an examiner calls the thing.
+SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"QEVM\0\0\0", "QEMU VM state"),
+    (0, b"QFI\xfb", "QCOW2 image"),
+    (0, b"KDMV", "VMDK image"),
+    (0, b"vhdxfile", "VHDX image"),
+    (0, b"conectix", "VHD image"),
+    (0, b"QED\0", "QED image"),
+    (64, b"\x7f\x10\xda\xbe", "VDI image"),
+    (0, b"LUKS\xba\xbe", "LUKS header"),
+    (512, b"LABELONE", "LVM label"),
+    (512, b"EFI PART", "GPT"),
+    (3, b"NTFS    ", "NTFS boot sector"),
+    (3, b"EXFAT   ", "exFAT boot sector"),
+    (3, b"-FVE-FS-", "BitLocker boot sector"),
+    (82, b"FAT32   ", "FAT32 boot sector"),
+    (54, b"FAT16   ", "FAT16 boot sector"),
+    (0, b"XFSB", "XFS superblock"),
+    (0x8001, b"CD001", "ISO 9660"),
+    (0, b"FILE0\0", "NTFS file record"),
+    (0, b"INDX(\0", "NTFS index"),
+    (0, b"RCRD(\0", "NTFS log"),
+    (0, b"\xc0\x3b\x39\x98", "ext journal block"),
+    (0, b"regf", "Windows registry"),
+    (0, b"hbin", "Windows registry"),
+    (0, b"ElfFile\0", "Windows event log"),
+    (0, b"ElfChnk\0", "Windows event log"),
+    (0, b"LPKSHHRH", "systemd journal"),
+    (0, b"SQLite format 3\0", "SQLite database"),
+    (0, b"\x7fELF", "ELF"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"PK\x03\x04", "ZIP"),
+    (0, b"PK\x05\x06", "ZIP"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"GIF8", "GIF"),
+    (0, b"\x1f\x8b\x08", "gzip"),
+    (0, b"\xfd7zXZ\0", "xz"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd"),
+    (0, b"BZh", "bzip2"),
+    (0, b"7z\xbc\xaf\x27\x1c", "7-Zip"),
+    (0, b"Rar!\x1a\x07", "RAR"),
+    (257, b"ustar", "tar"),
+    (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "OLE document"),
+    (0, b"hsqs", "SquashFS"),
+    (4, b"ftyp", "MP4"),
+    (0, b"-----BEGIN ", "PEM"),
+    (0, b"#!/", "script"),
+)
+_LONGEST = max(offset + len(magic) for offset, magic, _ in SIGNATURES)
+
+
+class Content(NamedTuple):
+    """Facts about bytes: how many are not zero, bits of entropy per byte, a signature or ``""``."""
+
+    nonzero: int
+    entropy: float
+    signature: str
+
+
+def describe(data: bytes) -> Content:
+    """Return the facts about ``data``, whose start is the place signatures are looked for."""
+    counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
+    return Content(len(data) - int(counts[0]), entropy_of(counts), signature(data))
+
+
+def entropy_of(counts: np.ndarray) -> float:
+    """Return bits per byte from how often each byte value occurs."""
+    total = int(counts.sum())
+    if not total:
+        return 0.0
+    shares = counts[counts > 0] / total
+    return abs(float(-(shares * np.log2(shares)).sum()))
+
+
+def signature(data: bytes) -> str:
+    """Return the name of what ``data`` starts as, empty when nothing matches."""
+    head = data[:_LONGEST]
+    if head[:2] == b"MZ" and (at := int.from_bytes(head[60:64], "little")) and head[at : at + 4] == b"PE\0\0":
+        return "PE"
+    if head[0x438:0x43A] == b"\x53\xef" and int.from_bytes(head[0x418:0x41C], "little") <= 6:
+        return "ext superblock"  # 16 magic bits alone are weak; its block size must be sane too
+    for offset, magic, name in SIGNATURES:
+        if head[offset : offset + len(magic)] == magic:
+            return name
+    if head[510:512] == b"\x55\xaa":
+        return _boot_sector(head)
+    return ""
+
+
+def _boot_sector(head: bytes) -> str:
+    # Weak on its own: the four partition entries must have a legal boot flag, one of them a type.
+    entries = [head[at : at + 16] for at in range(446, 510, 16)]
+    if all(entry[0] in (0, 0x80) for entry in entries) and any(entry[4] for entry in entries):
+        return "MBR"
+    return "boot sector"
+
+
+def preview(data: bytes, length: int = 16) -> str:
+    """Return the first bytes in hexadecimal, for evidence."""
+    return data[:length].hex(" ")
+
+
+def is_text(data: bytes) -> bool:
+    """Whether the bytes, trailing NULs aside, are printable ASCII or UTF-8 of at least 4 characters."""
+    stripped = data.rstrip(b"\0")
+    if len(stripped) < 4:
+        return False
+    try:
+        text = stripped.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c in "\r\n\t" for c in text)

@@ -1,0 +1,243 @@
+"""Deleted snapshots: entries no table lists any more, and how much of their disk can still be read.
+
+Deleting a snapshot rewrites the snapshot table elsewhere and frees the L1 table, the L2 tables and
+the clusters only that snapshot used. Until they are reused they stay as they were, so an entry
+found in free space can be opened like a live one::
+
+    former table entry -> former L1 -> former L2 tables -> freed clusters (intact until reused)
+                                                       -> clusters live states still share
+                                                       -> clusters reused since: refused
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import FormatError, SnapshotNotFound, printable
+from ..image import Image
+from ..structures import OFFSET_MASK, SnapshotEntry
+from . import tables, trees
+from .guard import GuardedSource
+from .tables import Geometry
+
+Claimed = npt.NDArray[np.bool_]  # for each host cluster of the file: something live refers to it
+
+_LOST_TABLE = "this L2 table of the deleted snapshot is gone: its cluster was reused or punched"
+_REUSED = "this cluster of the deleted snapshot has been reused by something else"
+_PUNCHED = "this cluster of the deleted snapshot is a hole in the file now"
+
+
+@dataclass(frozen=True, slots=True)
+class DeletedSnapshot:
+    """A former snapshot table entry and what became of the clusters it names.
+
+    Counts are clusters: ``intact`` ones nothing else uses and that hold bytes, ``shared`` ones a
+    live state maps at the same guest offset, ``zeroed`` ones that are free and all zeros,
+    ``reused`` ones that belong to something else now. ``lost_tables`` counts L2 tables that are
+    gone, of ``l2_tables``. ``forbidden`` lists (offset, length, reason) that must not be read.
+    """
+
+    entry: SnapshotEntry
+    l1_intact: bool
+    l2_tables: int = 0
+    lost_tables: int = 0
+    intact: int = 0
+    shared: int = 0
+    zeroed: int = 0
+    reused: int = 0
+    compressed: int = 0
+    unreadable_bytes: int = 0
+    forbidden: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of its disk; None when the entry does not say."""
+        return self.entry.disk_size
+
+    @property
+    def readable(self) -> float:
+        """The fraction of its guest bytes that can be read, 0 when its L1 table is gone."""
+        total = self.entry.disk_size or 0
+        if not self.l1_intact:
+            return 0.0
+        return max(0.0, 1 - self.unreadable_bytes / total) if total else 1.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether its L1, every L2 table and every cluster are still there."""
+        return self.l1_intact and not self.lost_tables and not self.reused
+
+    @property
+    def selector(self) -> str:
+        """What ``open_disk(snapshot=...)`` takes."""
+        return f"deleted:{self.entry.offset:#x}"
+
+
+def unknown_entries(image: Image, entries: Iterable[SnapshotEntry]) -> list[SnapshotEntry]:
+    """Return the former entries that are not live snapshots, each once, in order of ID and place.
+
+    QEMU rewrites the whole table at each change, so old copies of it list live snapshots too.
+    """
+    live = {_identity(entry) for entry in image.snapshots}
+    unknown: dict[object, SnapshotEntry] = {}
+    for entry in entries:
+        if _identity(entry) not in live:
+            unknown.setdefault((*_identity(entry), entry.l1_table_offset), entry)
+    return sorted(unknown.values(), key=lambda entry: (int(entry.id_bytes), entry.date_sec, entry.offset))
+
+
+def _identity(entry: SnapshotEntry) -> tuple[bytes, bytes, int, int]:
+    return entry.id_bytes, entry.name_bytes, entry.date_sec, entry.date_nsec
+
+
+def examine(image: Image, entry: SnapshotEntry, claimed: Claimed, *, read_data: bool = True) -> DeletedSnapshot:
+    """Follow a former entry's tables and return how much of its disk is still readable.
+
+    Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
+    """
+    return _Examination(image, entry, claimed, read_data).result()
+
+
+class _Examination:
+    def __init__(self, image: Image, entry: SnapshotEntry, claimed: Claimed, read_data: bool) -> None:
+        self._read_data = read_data
+        self._image = image
+        self._entry = entry
+        self._claimed = claimed
+        self._geometry = Geometry.of(image)
+        self._cluster_size = image.cluster_size
+        self._span = image.header.l2_span
+        self._size = entry.disk_size if entry.disk_size is not None else image.disk_size
+        self._live = {state: trees.l1_table(image, state) for state in trees.states(image)}
+        self._forbidden: list[tuple[int, int, str]] = []
+        self._counts = {"intact": 0, "shared": 0, "zeroed": 0, "reused": 0, "compressed": 0}
+        self._unreadable = 0
+
+    def result(self) -> DeletedSnapshot:
+        length = self._entry.l1_size * 8
+        first, last = self._entry.l1_table_offset, self._entry.l1_table_offset + length
+        if (
+            last > self._image.file_size
+            or length > self._image.limits.l1_bytes
+            or self._is_claimed(first, length).any()
+        ):
+            return DeletedSnapshot(self._entry, l1_intact=False)
+        data = self._image.read(first, length)
+        if any(data) and tables.parse_l1(data, self._geometry) is None:
+            return DeletedSnapshot(self._entry, l1_intact=False)
+        if not any(data) and self._is_hole(first, length):
+            return DeletedSnapshot(self._entry, l1_intact=False)
+        offsets = tables.words_of(data) & np.uint64(OFFSET_MASK)
+        used = np.flatnonzero(offsets).tolist()
+        lost = sum(not self._table(index, int(offsets[index])) for index in used)
+        return DeletedSnapshot(
+            self._entry,
+            True,
+            l2_tables=len(used),
+            lost_tables=lost,
+            unreadable_bytes=self._unreadable,
+            forbidden=tuple(self._forbidden),
+            **self._counts,
+        )
+
+    def _is_claimed(self, offset: int, length: int) -> Claimed:
+        return self._claimed[offset // self._cluster_size : -(-(offset + length) // self._cluster_size)]
+
+    def _is_hole(self, offset: int, length: int) -> bool:
+        """Whether the file system stores nothing for the range; False where it cannot be asked."""
+        fileno = getattr(self._image.source, "fileno", None)
+        if fileno is None or not hasattr(os, "SEEK_DATA"):
+            return False
+        try:
+            return os.lseek(fileno(), offset, os.SEEK_DATA) >= offset + length
+        except OSError:  # no data after the offset at all (ENXIO), or not a file that can be asked
+            return True
+
+    def _table(self, index: int, offset: int) -> bool:
+        """Count one L2 table; return whether it is intact."""
+        guest = index * self._span
+        shared = any(index < len(live) and int(live[index]) == offset for live in self._live.values())
+        data = self._image.read(offset, self._cluster_size)
+        sound = shared or not self._is_claimed(offset, self._cluster_size).any()
+        facts = tables.parse_l2(data, self._geometry) if sound else None
+        if facts is None:
+            self._forbidden.append((offset, self._cluster_size, _LOST_TABLE))
+            self._unreadable += max(0, min(self._span, self._size - guest))
+            return False
+        self._counts["compressed"] += facts.compressed
+        columns = trees.columns(self._image, tables.words_of(data))
+        hosts = np.where(columns.zero_flags, np.uint64(0), columns.offsets)
+        used = np.flatnonzero(hosts)
+        hosts = hosts[used]
+        mapped = np.zeros(len(used), np.bool_)
+        for live in self._live_hosts(index):
+            mapped |= live[used] == hosts
+        mapped |= self._image.header.external_data
+        numbers = (hosts // np.uint64(self._cluster_size)).astype(np.intp)
+        reused = ~mapped & self._claimed[np.minimum(numbers, len(self._claimed) - 1)]
+        self._counts["shared"] += int(mapped.sum())
+        self._counts["reused"] += int(reused.sum())
+        for at in np.flatnonzero(reused).tolist():
+            self._refuse(guest + int(used[at]) * self._cluster_size, int(hosts[at]), _REUSED)
+        for at in np.flatnonzero(~mapped & ~reused).tolist():
+            self._free(guest + int(used[at]) * self._cluster_size, int(hosts[at]))
+        return True
+
+    def _live_hosts(self, index: int) -> list[tables.Words]:
+        offsets = {int(live[index]) for live in self._live.values() if index < len(live)} - {0}
+        found = (trees.l2_table(self._image, offset) for offset in offsets)
+        return [trees.columns(self._image, table).offsets for table in found if table is not None]
+
+    def _free(self, guest: int, host: int) -> None:
+        if self._is_hole(host, self._cluster_size):
+            self._counts["zeroed"] += 1
+            self._refuse(guest, host, _PUNCHED)
+        elif not self._read_data or any(self._image.read(host, self._cluster_size)):
+            self._counts["intact"] += 1
+        else:
+            self._counts["zeroed"] += 1
+
+    def _refuse(self, guest: int, host: int, reason: str) -> None:
+        self._forbidden.append((host, self._cluster_size, reason))
+        self._unreadable += max(0, min(self._cluster_size, self._size - guest))
+
+
+def gone(entry: SnapshotEntry) -> FormatError:
+    """Return the error for a former entry whose L1 table is not there any more."""
+    return FormatError(
+        f"the L1 table of the deleted snapshot {printable(entry.id)} ({printable(entry.name)}) has been reused",
+        offset=entry.l1_table_offset,
+        field="l1_table_offset",
+    )
+
+
+def choose(found: Iterable[DeletedSnapshot], wanted: str) -> DeletedSnapshot:
+    """Return the deleted snapshot with an ID, a name or an entry offset (``0x...``)."""
+    known = list(found)
+    matches = [item for item in known if f"{item.entry.offset:#x}" == wanted.lower()]
+    matches = matches or [item for item in known if item.entry.id == wanted]
+    matches = matches or [item for item in known if item.entry.name == wanted]
+    if len(matches) == 1:
+        return matches[0]
+    raise SnapshotNotFound(f"deleted:{wanted}", _choices(matches or known), ambiguous=bool(matches))
+
+
+def _choices(found: Iterable[DeletedSnapshot]) -> Iterator[str]:
+    for item in found:
+        yield f"{item.selector} (ID {printable(item.entry.id)}, {printable(item.entry.name)})"
+
+
+def guard(image: Image, deleted: DeletedSnapshot) -> SnapshotEntry:
+    """Make ``image`` refuse what this snapshot no longer owns and return the entry to open.
+
+    After this the image answers for this one state only: it is for a disk of its own.
+    """
+    # What the header names is read before the guard stands, in case a crafted entry maps it.
+    _ = image.problems, image.backing_name, image.crypto_header
+    image.source = GuardedSource(image.source, deleted.forbidden)
+    return deleted.entry

@@ -1,0 +1,227 @@
+"""Walks the host clusters nothing refers to and says what they hold, as runs of one kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..image import Image
+from ..limits import MiB
+from ..structures import BitmapEntry, SnapshotEntry
+from . import content, tables
+from .tables import Geometry
+
+_CHUNK = 8 * MiB
+
+
+class Usage(NamedTuple):
+    """What is known about each host cluster of the file: claimed by something live, and counted.
+
+    ``counted`` is whether the stored refcount is not zero. Both arrays cover every cluster that
+    starts inside the file.
+    """
+
+    claimed: npt.NDArray[np.bool_]
+    counted: npt.NDArray[np.bool_]
+
+    @property
+    def end(self) -> int:
+        """The first cluster after the last one that is claimed or counted."""
+        used = np.flatnonzero(self.claimed | self.counted)
+        return int(used[-1]) + 1 if used.size else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of bytes nothing points at, of one kind and looking like one thing.
+
+    ``kind`` says why it is residue (``free``, ``leaked``, ``trailing``, or a slack kind), ``looks``
+    what it looks like: ``data``, ``l1``, ``l2``, ``refcounts``, ``snapshot-table``,
+    ``bitmap-directory`` or ``vm-state``. Offsets are in ``file`` ("" is the image itself).
+    """
+
+    offset: int
+    length: int
+    kind: str
+    looks: str
+    nonzero: int
+    entropy: float
+    signature: str = ""
+    first: str = ""  # the first 16 bytes in hexadecimal
+    guest_offset: int | None = None
+    snapshot: str = ""
+    file: str = ""
+    entries: int = 0  # of a table
+    intact: int = 0  # of its targets: nothing live uses them
+    zero_only: bool = False  # an L2 table of zero flags alone
+
+
+class Found(NamedTuple):
+    """One cluster of interest: the piece, and the entries it holds when it is a table of them."""
+
+    piece: Piece
+    snapshots: tuple[SnapshotEntry, ...] = ()
+    bitmaps: tuple[BitmapEntry, ...] = ()
+
+
+def runs(flags: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of each stretch of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.view(np.int8), [0]))))
+    for first, stop in edges.reshape(-1, 2).tolist():
+        yield first, stop - first
+
+
+def data_ranges(image: Image, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a range the file system stores, all of it where it cannot be asked."""
+    end = min(offset + length, image.file_size)
+    fileno = getattr(image.source, "fileno", None)
+    if fileno is None or not hasattr(os, "SEEK_DATA"):
+        yield offset, end - offset
+        return
+    while offset < end:
+        try:
+            start = os.lseek(fileno(), offset, os.SEEK_DATA)
+            stop = os.lseek(fileno(), max(start, offset), os.SEEK_HOLE)
+        except OSError:  # ENXIO: no data from here to the end
+            return
+        if start >= end:
+            return
+        yield start, min(stop, end) - start
+        offset = stop
+
+
+def unclaimed(image: Image, usage: Usage) -> Iterator[Found]:
+    """Yield what lies in clusters nothing refers to, in file order, zeros left out.
+
+    Neighbouring clusters of guest-like data become one piece until a new file signature starts.
+    """
+    end = usage.end
+    cluster_size = image.cluster_size
+    kinds = np.where(usage.counted, 1, 0).astype(np.int8)
+    kinds[end:] = 2
+    for number, kind in enumerate(("free", "leaked", "trailing")):
+        for first, count in runs(~usage.claimed & (kinds == number)):
+            yield from _Scanner(image, usage, kind).scan(first * cluster_size, count * cluster_size)
+
+
+class _Scanner:
+    """Gathers one stretch of unclaimed clusters into pieces."""
+
+    def __init__(self, image: Image, usage: Usage, kind: str) -> None:
+        self._image = image
+        self._usage = usage
+        self._kind = kind
+        self._geometry = Geometry.of(image)
+        self._cluster_size = image.cluster_size
+        self._start = 0
+        self._length = 0
+        self._counts = np.zeros(256, np.int64)
+        self._signature = ""
+        self._first = ""
+
+    def scan(self, offset: int, length: int) -> Iterator[Found]:
+        size = self._cluster_size
+        for start, stored in data_ranges(self._image, offset, length):
+            at = max(start // size * size, offset)
+            stop = start + stored
+            while at < stop:
+                data = self._image.read(at, min(max(_CHUNK, size), -(-(stop - at) // size) * size))
+                for place in range(0, len(data), size):
+                    yield from self._cluster(at + place, data[place : place + size])
+                at += max(_CHUNK, size)
+        yield from self._flush()
+
+    def _cluster(self, offset: int, data: bytes) -> Iterator[Found]:
+        counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
+        if counts[0] == len(data):
+            yield from self._flush()
+            return
+        found = self._table(offset, data, counts)
+        if found is not None:
+            yield from self._flush()
+            yield found
+            return
+        signature = content.signature(data)
+        if self._length and (signature or offset != self._start + self._length):
+            yield from self._flush()
+        if not self._length:
+            self._start, self._signature, self._first = offset, signature, content.preview(data)
+        self._length += len(data)
+        self._counts += counts
+
+    def _flush(self) -> Iterator[Found]:
+        if self._length:
+            counts = self._counts
+            yield Found(
+                Piece(
+                    self._start,
+                    self._length,
+                    self._kind,
+                    "vm-state" if self._signature == "QEMU VM state" else "data",
+                    int(counts[1:].sum()),
+                    content.entropy_of(counts),
+                    self._signature,
+                    self._first,
+                )
+            )
+            self._length = 0
+            self._counts = np.zeros(256, np.int64)
+
+    def _table(self, offset: int, data: bytes, counts: npt.NDArray[np.int64]) -> Found | None:
+        geometry = self._geometry
+        snapshots = tuple(tables.find_snapshot_entries(data, offset, geometry))
+        bitmaps = tuple(tables.find_bitmap_entries(data, offset, geometry))
+        looks, facts = "", None
+        if snapshots:
+            looks = "snapshot-table"
+        elif bitmaps:
+            looks = "bitmap-directory"
+        else:
+            looks, facts = self._mapping(data)
+            if facts is None and tables.looks_like_refcounts(data, self._image.header.refcount_order):
+                looks = "refcounts"
+        if not looks:
+            return None
+        nonzero = len(data) - int(counts[0])
+        piece = Piece(
+            offset,
+            len(data),
+            self._kind,
+            looks,
+            nonzero,
+            content.entropy_of(counts),
+            first=content.preview(data),
+            entries=facts.entries if facts is not None else len(snapshots) + len(bitmaps),
+            intact=self._free_targets(facts) if facts is not None else 0,
+            zero_only=facts is not None and facts.zero_plain == facts.entries,
+        )
+        return Found(piece, snapshots, bitmaps)
+
+    def _mapping(self, data: bytes) -> tuple[str, tables.TableFacts | None]:
+        if len(data) < self._cluster_size:
+            data = data.ljust(self._cluster_size, b"\0")
+        l1 = tables.parse_l1(data, self._geometry)
+        if l1 is not None and self._targets_are_tables(l1):
+            return "l1", l1
+        l2 = tables.parse_l2(data, self._geometry)
+        # One lone word may be anything: a small number, a flag.
+        if l2 is not None and (l2.entries > 1 or (l2.targets.size and not l2.zero_plain)):
+            return "l2", l2
+        return "", None
+
+    def _targets_are_tables(self, facts: tables.TableFacts) -> bool:
+        for offset in facts.targets[:8].tolist():
+            data = self._image.read(offset, self._cluster_size)
+            if tables.parse_l2(data, self._geometry) is None:
+                return False
+        return True
+
+    def _free_targets(self, facts: tables.TableFacts) -> int:
+        numbers = (facts.targets // np.uint64(self._cluster_size)).astype(np.intp)
+        numbers = numbers[numbers < len(self._usage.claimed)]
+        return int((~self._usage.claimed[numbers]).sum())

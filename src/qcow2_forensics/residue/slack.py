@@ -1,0 +1,149 @@
+"""Bytes inside clusters that are in use: behind the header, behind tables, and past the disk's end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .. import structures
+from ..image import Image
+from ..structures import ExtensionType, padded
+from . import content
+from .scan import Piece
+
+# What old versions of QEMU left behind a version 2 header: refcount_order 4 and header_length 104,
+# as if it were version 3.
+V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))
+
+
+def piece_of(data: bytes, offset: int, kind: str, snapshot: str = "") -> Piece | None:
+    """Return the piece from the first to the last byte that is not zero; None when all are."""
+    start = len(data) - len(data.lstrip(b"\0"))
+    if start == len(data):
+        return None
+    kept = data[start:].rstrip(b"\0")
+    facts = content.describe(kept)
+    looks = "text" if content.is_text(kept) else "data"
+    return Piece(
+        offset + start,
+        len(kept),
+        kind,
+        looks,
+        facts.nonzero,
+        facts.entropy,
+        facts.signature,
+        content.preview(kept),
+        snapshot=snapshot,
+    )
+
+
+def header_slack(image: Image) -> Iterator[Piece]:
+    """Yield what stands in the header cluster where nothing belongs: behind END, behind the name."""
+    header = image.header
+    if header.version == 1 or not 9 <= header.cluster_bits <= 21:
+        return
+    end = _extensions_end(image)
+    if end is None:
+        return
+    gaps = []
+    name_at = header.backing_file_offset
+    if name_at and end <= name_at <= header.cluster_size:
+        gaps = [(end, name_at), (name_at + header.backing_file_size, header.cluster_size)]
+    elif not name_at:
+        gaps = [(end, header.cluster_size)]
+    for start, stop in gaps:
+        data = image.read(start, stop - start) if stop > start else b""
+        if header.version == 2:
+            data = _without_leftover(data, start)
+        piece = piece_of(data, start, "header-slack")
+        if piece is not None:
+            yield piece
+
+
+def _without_leftover(data: bytes, start: int) -> bytes:
+    at, known = V2_LEFTOVER
+    at -= start
+    if at >= 0 and data[at : at + len(known)] == known:
+        return data[:at] + bytes(len(known)) + data[at + len(known) :]
+    return data
+
+
+def _extensions_end(image: Image) -> int | None:
+    """Return where the extension area ends; None when an extension overruns it."""
+    header = image.header
+    at = header.header_length
+    if at > header.cluster_size:
+        return None
+    if image.extensions:
+        last = image.extensions[-1]
+        at = last.offset + 8 + padded(last.length)
+    if any(problem.code == "QCOW2-EXTENSION-INVALID" and problem.offset == at for problem in image.problems):
+        return None
+    end = header.backing_file_offset or header.cluster_size
+    head = image.read(at, 8)
+    # An END marker is eight bytes; without one the area simply runs out.
+    return at + 8 if at + 8 <= end and head[:4] == bytes(4) else min(at, end)
+
+
+def header_padding(image: Image) -> Iterator[Piece]:
+    """Yield what stands in the header's own padding, beyond the known fields, and behind extensions."""
+    header = image.header
+    if header.version < 3 or header.header_length > header.cluster_size or not 9 <= header.cluster_bits <= 21:
+        return
+    areas = []
+    if header.header_length > 105:
+        areas.append((105, header.header_length))
+    for extension in image.extensions:
+        start = extension.offset + 8 + extension.length
+        areas.append((start, extension.offset + 8 + padded(extension.length)))
+    for start, stop in areas:
+        piece = piece_of(image.read(start, stop - start), start, "header-padding")
+        if piece is not None:
+            yield piece
+
+
+def l1_slack(image: Image) -> Iterator[Piece]:
+    """Yield what stands behind each L1 table in its last cluster."""
+    header = image.header
+    if header.version == 1:
+        return
+    tables = {(header.l1_table_offset, header.l1_size): ""}
+    for entry in image.snapshots:
+        tables.setdefault((entry.l1_table_offset, entry.l1_size), entry.id)
+    for (offset, size), snapshot in tables.items():
+        for start, length in _tail(image, offset, size * 8):
+            piece = piece_of(image.read(start, length), start, "l1-slack", snapshot)
+            if piece is not None:
+                yield piece
+
+
+def table_slack(image: Image) -> Iterator[Piece]:
+    """Yield what stands behind the snapshot table, the bitmap directory and the bitmap tables."""
+    for start, length in table_tails(image):
+        piece = piece_of(image.read(start, length), start, "table-slack")
+        if piece is not None:
+            yield piece
+
+
+def table_tails(image: Image) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) from the end of each such table to the end of its cluster."""
+    if image.header.version == 1:
+        return
+    tables = []
+    if image.snapshots and len(image.snapshots) == image.header.nb_snapshots:
+        last = image.snapshots[-1]
+        start = image.header.snapshots_offset
+        tables.append((start, last.offset + last.length - start))
+    extension = image.extension(ExtensionType.BITMAPS)
+    if extension is not None and image.bitmaps_current and extension.length == structures.BITMAPS_EXTENSION.size:
+        facts = structures.parse_bitmaps_extension(extension.data)
+        tables.append((facts.directory_offset, facts.directory_size))
+        tables += [(bitmap.table_offset, bitmap.table_size * 8) for bitmap in image.bitmaps]
+    for offset, length in dict.fromkeys(tables):
+        yield from _tail(image, offset, length)
+
+
+def _tail(image: Image, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    start = offset + length
+    stop = padded(start, image.cluster_size)
+    if offset and offset % image.cluster_size == 0 and length and start < min(stop, image.file_size):
+        yield start, stop - start

@@ -1,0 +1,144 @@
+"""Compressed clusters: how many bytes each stream really takes, and what lies between them.
+
+A descriptor counts whole sectors, so its last one usually holds the next stream too. Only decoding
+tells where a stream ends; what no live stream consumes may be an overwritten one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ..image import Image
+from ..structures import Compression, compressed_descriptor
+from .scan import Piece
+from .slack import piece_of
+from .trees import live_tables
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+_TRIES = 512  # places in one gap where an old stream is looked for
+
+
+def consumed(data: bytes, size: int, *, zstandard: bool = False) -> tuple[bytes, int] | None:
+    """Return the cluster a stream at the start of ``data`` gives and how many bytes it took.
+
+    None when it does not give exactly ``size`` bytes and end there.
+    """
+    return _unzstd(data, size) if zstandard else _inflate(data, size)
+
+
+def _inflate(data: bytes, size: int) -> tuple[bytes, int] | None:
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        result = decoder.decompress(data, size)
+        if len(result) != size:
+            return None
+        # The end-of-stream mark may still be unread once the output is full.
+        rest = decoder.decompress(decoder.unconsumed_tail, 1)
+    except zlib.error:
+        return None
+    if rest or not decoder.eof:
+        return None
+    return result, len(data) - len(decoder.unused_data)
+
+
+def _unzstd(data: bytes, size: int) -> tuple[bytes, int] | None:
+    decoder = zstd.ZstdDecompressor()
+    try:
+        result = decoder.decompress(data, size + 1)
+    except zstd.ZstdError:
+        return None
+    if len(result) != size or not decoder.eof:
+        return None
+    return result, len(data) - len(decoder.unused_data)
+
+
+def compressed_slack(image: Image) -> Iterator[Piece]:
+    """Yield bytes of host clusters in use for compressed data that no live stream consumes.
+
+    ``looks`` is ``stream`` when something there decompresses to exactly one cluster; ``signature``
+    is then the SHA-256 of that cluster.
+    """
+    if image.header.version == 1 or image.header.external_data:
+        return
+    zstandard = image.header.compression_type == Compression.ZSTD
+    used: list[tuple[int, int]] = []
+    for entry in _descriptors(image).tolist():
+        offset, length = compressed_descriptor(entry, image.header.cluster_bits)
+        found = consumed(image.read(offset, length), image.cluster_size, zstandard=zstandard)
+        # A stream that cannot be decoded keeps all of its descriptor: its bytes are not residue.
+        used.append((offset, offset + (length if found is None else found[1])))
+    used.sort()
+    for start, stop in _gaps(image, used):
+        yield from _gap(image, start, stop, zstandard)
+
+
+def _descriptors(image: Image) -> npt.NDArray[np.uint64]:
+    found = [
+        table.columns.entries[table.columns.compressed]
+        for table in live_tables(image)
+        if table.columns.compressed.any()
+    ]
+    return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
+
+
+def _gaps(image: Image, used: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the unused stretches of the host clusters that hold streams."""
+    size = image.cluster_size
+    if not used:
+        return
+    last_end = 0
+    for start, stop in used:
+        if start > last_end:
+            # From the end of one stream to its cluster's end, and from the cluster's start to the next.
+            first_end = -(-last_end // size) * size if last_end else 0
+            if first_end and first_end <= start:
+                yield last_end, first_end
+                yield start // size * size, start
+            elif last_end:
+                yield last_end, start
+            else:
+                yield start // size * size, start
+        last_end = max(last_end, stop)
+    yield last_end, -(-last_end // size) * size
+
+
+def _gap(image: Image, start: int, stop: int, zstandard: bool) -> Iterator[Piece]:
+    data = image.read(start, stop - start)
+    if not any(data):
+        return
+    at = 0
+    for place in _candidates(data):
+        if place < at:
+            continue
+        found = consumed(data[place:], image.cluster_size, zstandard=zstandard)
+        if found is not None:
+            yield from _rest(data[at:place], start + at)
+            digest = hashlib.sha256(found[0]).hexdigest()
+            piece = piece_of(data[place : place + found[1]], start + place, "compressed-slack")
+            if piece is not None:
+                yield replace(piece, looks="stream", signature=digest)
+            at = place + found[1]
+    yield from _rest(data[at:], start + at)
+
+
+def _candidates(data: bytes) -> Iterator[int]:
+    # Streams stand back to back: one starts where the gap starts, or where another one ends; after
+    # reuse of a part, anywhere. Every byte of a short gap is tried, the first bytes of a long one.
+    yield from range(min(len(data), _TRIES))
+
+
+def _rest(data: bytes, offset: int) -> Iterator[Piece]:
+    piece = piece_of(data, offset, "compressed-slack")
+    if piece is not None:
+        yield piece

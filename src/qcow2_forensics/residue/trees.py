@@ -1,0 +1,115 @@
+"""The live mapping trees as numpy tables: what residue is told apart from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import structures
+from ..image import Image
+from ..structures import SnapshotEntry
+from .tables import Words, words_of
+
+
+class State(NamedTuple):
+    """One L1 table: the active one (``snapshot`` None) or a snapshot's."""
+
+    snapshot: SnapshotEntry | None
+    l1_table_offset: int
+    l1_size: int
+
+    @property
+    def name(self) -> str:
+        """The snapshot's ID, empty for the active state."""
+        return "" if self.snapshot is None else self.snapshot.id
+
+
+def states(image: Image) -> Iterator[State]:
+    """Yield the active state, then every snapshot whose L1 table is named soundly.
+
+    Snapshots that share one L1 table count once: a crafted table of 65,536 entries costs no more
+    than one.
+    """
+    header = image.header
+    yield State(None, header.l1_table_offset, header.l1_size)
+    seen = {(header.l1_table_offset, header.l1_size)}
+    for entry in image.snapshots:
+        key = (entry.l1_table_offset, entry.l1_size)
+        if key not in seen:
+            seen.add(key)
+            yield State(entry, *key)
+
+
+def l1_table(image: Image, state: State) -> Words:
+    """Return the host offsets in an L1 table; entries past the end of the file or the limit are left out."""
+    count = min(state.l1_size, image.limits.l1_bytes // 8)
+    data = image.read(state.l1_table_offset, count * 8)
+    return words_of(data) & np.uint64(structures.OFFSET_MASK)
+
+
+def l2_table(image: Image, offset: int) -> Words | None:
+    """Return the words of the L2 table at a host offset; None when it is not wholly in the file."""
+    length = image.header.l2_entries * image.header.l2_entry_size
+    if offset <= 0 or offset % image.cluster_size or offset + length > image.file_size:
+        return None
+    return words_of(image.read(offset, length))
+
+
+class Entries(NamedTuple):
+    """The columns of one L2 table; ``bitmaps`` is None unless entries are extended."""
+
+    entries: Words
+    bitmaps: Words | None
+
+    @property
+    def compressed(self) -> npt.NDArray[np.bool_]:
+        flags: npt.NDArray[np.bool_] = (self.entries & np.uint64(structures.COMPRESSED)) != 0
+        return flags
+
+    @property
+    def offsets(self) -> Words:
+        """Host offsets of plain entries, 0 where there is none or the entry is compressed."""
+        return np.where(self.compressed, np.uint64(0), self.entries & np.uint64(structures.OFFSET_MASK))
+
+    @property
+    def zero_flags(self) -> npt.NDArray[np.bool_]:
+        """Whether the whole cluster reads as zeros; always False for extended entries."""
+        if self.bitmaps is not None:
+            return np.zeros(len(self.entries), np.bool_)
+        flags: npt.NDArray[np.bool_] = ~self.compressed & ((self.entries & np.uint64(structures.ZERO)) != 0)
+        return flags
+
+
+def columns(image: Image, table: Words) -> Entries:
+    """Return an L2 table as columns, whichever entry format the image has."""
+    if image.header.extended_l2:
+        return Entries(table[0::2], table[1::2])
+    return Entries(table, None)
+
+
+class Table(NamedTuple):
+    """One live L2 table where it is used; a table in several trees comes once, for the first."""
+
+    offset: int
+    guest_offset: int
+    state: State
+    columns: Entries
+
+
+def live_tables(image: Image) -> Iterator[Table]:
+    """Yield every L2 table of every state once, with the first state that uses it."""
+    span = image.header.l2_span
+    seen: set[int] = set()
+    for state in states(image):
+        offsets = l1_table(image, state)
+        for index in np.flatnonzero(offsets).tolist():
+            offset = int(offsets[index])
+            if offset in seen:
+                continue
+            seen.add(offset)
+            table = l2_table(image, offset)
+            if table is not None:
+                yield Table(offset, index * span, state, columns(image, table))
