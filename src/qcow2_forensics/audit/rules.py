@@ -185,10 +185,8 @@ def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     for finding in collected:
         entry = RULES.get(finding.code)
         causes = entry.explained_by if entry else ()
-        found = tuple(code for code in causes if code in present and code != finding.code)
-        if found:
-            known = dict.fromkeys((*finding.explained_by, *found))
-            finding = dataclasses.replace(finding, explained_by=tuple(known))
-        linked.append(finding)
+        found = [code for code in causes if code in present and code != finding.code]
+        told = tuple(dict.fromkeys((*finding.explained_by, *found)))
+        linked.append(dataclasses.replace(finding, explained_by=told))
     linked.sort(key=lambda finding: (-finding.severity, order.get(finding.code, len(order))))
     return tuple(linked)

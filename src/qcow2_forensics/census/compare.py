@@ -1,0 +1,110 @@
+"""Compares what claims a cluster with what its refcount says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .issues import Item
+from .model import METADATA, Owner, Places
+from .tally import Tally
+
+_METADATA = np.uint16(METADATA)
+
+
+@dataclass
+class Comparison:
+    """The outcome: QEMU's counters, and by how many clusters each kind of mismatch was seen.
+
+    Kinds are issues of the census too, listed there: ``refcount-zero-metadata``,
+    ``refcount-zero-data`` (mapped, but accounted free), ``refcount-low``, ``refcount-high``,
+    ``leaked`` and ``refcount-past-end``.
+    """
+
+    corruptions: int = 0
+    leaks: int = 0
+    errors: int = 0
+    highest: int = -1
+
+
+def compare_refcounts(tally: Tally) -> Comparison:
+    """Compare every cluster of the file, then look at the refcounts past its end."""
+    found = Comparison()
+    most = tally.refcounts.most
+    for start, stop, values, readable in tally.refcounts.windows(tally.clusters):
+        if not readable:
+            found.errors += stop - start
+            continue
+        claimed = tally.counts.part(start, stop)
+        if values is None:
+            used = np.flatnonzero(claimed)
+            low, high = used, used[:0]
+        else:
+            if np.array_equal(claimed, values):
+                used = np.flatnonzero(claimed) if claimed[-1] == 0 else np.asarray([stop - start - 1])
+                if len(used):
+                    found.highest = start + int(used[-1])
+                continue
+            limited = np.minimum(claimed, claimed.dtype.type(min(most, np.iinfo(claimed.dtype).max)))
+            low, high = np.flatnonzero(values < limited), np.flatnonzero(values > limited)
+            used = np.flatnonzero((limited != 0) | (values != 0))
+        if len(used):
+            found.highest = start + int(used[-1])
+        found.corruptions += len(low)
+        found.leaks += len(high)
+        if not tally.refcounts.known:
+            continue
+        if len(low):
+            stored = np.zeros(len(low), dtype=np.uint64) if values is None else values[low]
+            zero = stored == 0
+            owners = tally.owners[start + low]
+            metadata = (owners & _METADATA) != 0
+            _note(tally, "refcount-zero-metadata", start + low[zero & metadata])
+            _note(tally, "refcount-zero-data", start + low[zero & ~metadata])
+            _note(tally, "refcount-low", start + low[~zero])
+        if len(high):
+            claims = claimed[high] != 0
+            _note(tally, "refcount-high", start + high[claims])
+            _note(tally, "leaked", start + high[~claims])
+    _past_end(tally)
+    return found
+
+
+def _note(tally: Tally, kind: str, clusters: Places) -> None:
+    if len(clusters):
+        size = tally.cluster_size
+        items = []
+        for cluster in clusters[: tally.issues.room(kind)].tolist():
+            stored = tally.refcounts.lookup(np.asarray([cluster], dtype=np.uint64))[0]
+            where = tally.refcounts.entry_offset(cluster)
+            items.append(Item("refcount block", where, int(stored[0]), cluster * size))
+        tally.issues.add(kind, items, len(clusters))
+
+
+def _past_end(tally: Tally) -> None:
+    """Note refcounts above 0 for clusters that begin past the end of the file."""
+    stored = tally.refcounts
+    first = tally.clusters
+    start_slot = first // stored.per_block
+    seen: dict[int, int] = {}
+    for slot in range(start_slot, len(stored.table)):
+        offset = int(stored.offsets[slot])
+        if stored.unreadable[slot] or not offset or offset >= tally.image.file_size:
+            continue
+        begin = max(0, first - slot * stored.per_block)
+        if begin == 0 and offset in seen:
+            count = seen[offset]  # the same block again: arithmetic, not reading
+            tally.issues.add("refcount-past-end", (), count)
+            continue
+        hits = np.flatnonzero(stored.block(offset)[begin:]) + begin
+        if begin == 0:
+            seen[offset] = len(hits)
+        if len(hits):
+            _note(tally, "refcount-past-end", slot * stored.per_block + hits)
+
+
+def structure_of(owner: Owner) -> str:
+    """Return the words for the owners of a cluster."""
+    names = [bit.name.lower().replace("_", " ") for bit in Owner if bit & owner and bit.name]
+    return ", ".join(names) or "nobody"

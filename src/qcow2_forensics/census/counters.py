@@ -1,0 +1,132 @@
+"""Exact reference counts for every host cluster in as few bytes as they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from .model import U64
+
+_WIDTHS = (np.uint16, np.uint32, np.uint64)
+
+
+class Counters:
+    """One count per host cluster.
+
+    Starts with 16 bits each, and widens as a whole when a crafted image counts further: sharing a
+    table a million times makes numbers large, not arrays long. Untouched parts cost no memory.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._counts: npt.NDArray[np.unsignedinteger] = np.zeros(length, dtype=_WIDTHS[0])
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def add_range(self, first: int, count: int, weight: int = 1) -> None:
+        """Add ``weight`` to ``count`` clusters from ``first``."""
+        if count <= 0 or weight <= 0:
+            return
+        part = self._counts[first : first + count]
+        self._make_room(int(part.max()) + weight)
+        self._counts[first : first + count] += np.asarray(weight).astype(self._counts.dtype)
+
+    def add(self, clusters: U64, weights: U64 | int) -> None:
+        """Add to each cluster its weight; clusters may repeat and come in any order."""
+        if not len(clusters):
+            return
+        if isinstance(weights, int):
+            first, last = int(clusters[0]), int(clusters[-1])
+            rising = len(clusters) == 1 or bool((clusters[1:] > clusters[:-1]).all())
+            if rising and last - first + 1 == len(clusters):
+                self.add_range(first, len(clusters), weights)
+                return
+            if rising:
+                self._add_unique(clusters, np.uint64(weights))
+                return
+            weights = np.full(len(clusters), weights, dtype=np.uint64)
+        self._add_unique(*sum_by(clusters, weights))
+
+    def _add_unique(self, clusters: U64, weights: U64 | np.uint64) -> None:
+        sums = self._counts[clusters].astype(np.uint64) + weights
+        self._make_room(int(sums.max()))
+        self._counts[clusters] = sums.astype(self._counts.dtype)
+
+    def _make_room(self, value: int) -> None:
+        for width in _WIDTHS:
+            if value <= np.iinfo(width).max:
+                if np.dtype(width).itemsize > self._counts.itemsize:
+                    self._counts = self._counts.astype(width)
+                return
+
+    def part(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
+        """Return the counts of clusters ``start`` to ``stop``, a view."""
+        return self._counts[start:stop]
+
+    def at(self, clusters: U64 | npt.NDArray[np.int64]) -> U64:
+        """Return the counts of some clusters."""
+        return self._counts[clusters].astype(np.uint64)
+
+    def __getitem__(self, cluster: int) -> int:
+        return int(self._counts[cluster])
+
+    def excess(self, most: int) -> int:
+        """Return by how much all counts together exceed ``most`` each."""
+        if most >= np.iinfo(self._counts.dtype).max:
+            return 0
+        total = 0
+        for start in range(0, len(self._counts), 1 << 22):
+            part = self._counts[start : start + (1 << 22)]
+            over = part[part > most].astype(np.uint64)
+            total += int((over - np.uint64(most)).sum()) if len(over) else 0
+        return total
+
+    def over(self, most: int, limit: int = 100) -> list[int]:
+        """Return the first clusters counted more often than ``most``."""
+        found: list[int] = []
+        if most >= np.iinfo(self._counts.dtype).max:
+            return found
+        for start in range(0, len(self._counts), 1 << 22):
+            hits = np.flatnonzero(self._counts[start : start + (1 << 22)] > most)
+            found += (hits[: limit - len(found)] + start).tolist()
+            if len(found) >= limit:
+                break
+        return found
+
+
+def sum_by(keys: U64, weights: U64) -> tuple[U64, U64]:
+    """Return the distinct keys, rising, and the sum of the weights of each; exact in 64 bits."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    return ordered[starts], np.add.reduceat(weights[order], starts)
+
+
+def weighted_segments(intervals: Iterable[tuple[int, int, int, int]]) -> Iterable[tuple[int, int, int, int, int]]:
+    """Sweep ``(start, end, weight, owner)`` and yield ``(start, end, weight, owner, owner_start)``.
+
+    The segments are disjoint and rising; the weight is the sum over the intervals that cover a
+    segment, the owner the one of them that begins last. However often intervals repeat or
+    overlap, every byte comes once.
+    """
+    events: dict[int, list[tuple[bool, int, int]]] = {}
+    merged: dict[tuple[int, int], tuple[int, int]] = {}
+    for start, end, weight, owner in intervals:
+        if end > start:
+            total, first = merged.get((start, end), (0, owner))
+            merged[start, end] = (total + weight, first)
+    for (start, end), (weight, owner) in merged.items():
+        events.setdefault(start, []).append((True, weight, owner))
+        events.setdefault(end, []).append((False, weight, owner))
+    total, previous = 0, 0
+    owner, owner_start = 0, 0
+    for position in sorted(events):
+        if total and position > previous:
+            yield previous, position, total, owner, owner_start
+        for begins, weight, number in events[position]:
+            total += weight if begins else -weight
+            if begins:
+                owner, owner_start = number, position
+        previous = position

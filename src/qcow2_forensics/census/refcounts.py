@@ -1,0 +1,122 @@
+"""The refcounts as they stand on disk ("Host cluster management")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ..cache import Fifo
+from ..header_rules import INT64_MAX, REFCOUNTS
+from ..image import Image
+from ..structures import REFTABLE_OFFSET_MASK
+from .model import U64
+
+Block = npt.NDArray[np.unsignedinteger]
+Window = tuple[int, int, Block | None, bool]
+
+_CACHE_BYTES = 4 << 20  # of decoded blocks
+
+
+class StoredRefcounts:
+    """Refcount table and blocks of one image; what lies past the end of the file is zero, as for QEMU.
+
+    ``known`` is False when header fields rule out finding them; then every refcount is zero.
+    """
+
+    def __init__(self, image: Image) -> None:
+        header = image.header
+        self._image = image
+        self.bits = header.refcount_bits if header.refcount_order <= 6 else 16
+        self.most = (1 << self.bits) - 1
+        self.cluster_size = header.cluster_size
+        self.per_block = header.cluster_size * 8 // self.bits
+        broken = [problem for problem in image.header_problems if REFCOUNTS in problem.blocks]
+        self.known = all(problem.field == "refcount_table_clusters" and not problem.value for problem in broken)
+        count = header.refcount_table_clusters * header.cluster_size // 8 if self.known else 0
+        data = image.read(header.refcount_table_offset, count * 8).ljust(count * 8, b"\0")
+        self.table: U64 = np.frombuffer(data, dtype=">u8").astype(np.uint64)
+        self.offsets: U64 = self.table & np.uint64(REFTABLE_OFFSET_MASK)
+        bad = (self.offsets & np.uint64(header.cluster_size - 1)) != 0
+        self.unreadable: npt.NDArray[np.bool_] = bad | (self.offsets > np.uint64(INT64_MAX - header.cluster_size))
+        room = max(4, _CACHE_BYTES // (self.per_block * max(1, self.bits // 8)))
+        self._blocks: Fifo[int, Block] = Fifo(room)
+
+    def block(self, offset: int) -> Block:
+        """Return the decoded refcounts of the block at a host offset."""
+        found = self._blocks.entries.get(offset)
+        if found is None:
+            data = self._image.read(offset, self.cluster_size).ljust(self.cluster_size, b"\0")
+            found = decode(data, self.bits)
+            self._blocks.add(offset, found)
+        return found
+
+    def windows(self, clusters: int, limit: int = 1 << 22) -> Iterator[Window]:
+        """Yield ``(start, stop, refcounts, readable)`` tiling clusters 0 to ``clusters``.
+
+        ``refcounts`` is None where all are zero, or cannot be read.
+        """
+        start = 0
+        while start < clusters:
+            slot = start // self.per_block
+            stop = min(clusters, (slot + 1) * self.per_block)
+            if slot >= len(self.table):
+                stop = min(clusters, start + limit)
+                yield start, stop, None, True
+            elif self.unreadable[slot]:
+                yield start, stop, None, False
+            elif not self.offsets[slot]:
+                # One window for a run of empty slots.
+                run = self.offsets[slot : slot + max(1, limit // self.per_block)] == 0
+                count = len(run) if run.all() else int(np.argmin(run))
+                stop = min(clusters, (slot + count) * self.per_block)
+                yield start, stop, None, True
+            else:
+                block = self.block(int(self.offsets[slot]))
+                first = start - slot * self.per_block
+                yield start, stop, block[first : first + stop - start], True
+            start = stop
+
+    def lookup(self, clusters: U64) -> tuple[U64, npt.NDArray[np.bool_]]:
+        """Return the refcounts of clusters anywhere, and which of them could be read."""
+        slots = clusters // np.uint64(self.per_block)
+        inside = slots < np.uint64(len(self.table))
+        values = np.zeros(len(clusters), dtype=np.uint64)
+        readable = np.ones(len(clusters), dtype=np.bool_)
+        if not inside.any():
+            return values, readable
+        places = np.flatnonzero(inside)
+        readable[places] = ~self.unreadable[slots[places]]
+        blocks = self.offsets[slots[places]]
+        blocks[~readable[places]] = 0
+        blocks[blocks >= np.uint64(self._image.file_size)] = 0  # zeros, however many there are
+        order = np.argsort(blocks, kind="stable")
+        starts = np.flatnonzero(np.concatenate(([True], blocks[order][1:] != blocks[order][:-1])))
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+            offset = int(blocks[order[start]])
+            if offset:
+                here = places[order[start:stop]]
+                values[here] = self.block(offset)[clusters[here] % np.uint64(self.per_block)]
+        return values, readable
+
+    def entry_offset(self, cluster: int) -> int | None:
+        """Return the file offset of the byte where a cluster's refcount begins, None without a block."""
+        slot, index = divmod(cluster, self.per_block)
+        if slot >= len(self.table) or self.unreadable[slot] or not self.offsets[slot]:
+            return None
+        return int(self.offsets[slot]) + index * self.bits // 8
+
+    def slot_offset(self, slot: int) -> int:
+        """Return the file offset of a refcount table entry."""
+        return self._image.header.refcount_table_offset + slot * 8
+
+
+def decode(data: bytes, bits: int) -> Block:
+    """Return the refcounts in a block; narrow ones are packed from the lowest bit up."""
+    if bits >= 8:
+        return np.frombuffer(data, dtype=f">u{bits // 8}").astype(f"u{bits // 8}")
+    packed = np.frombuffer(data, dtype=np.uint8)
+    per_byte = 8 // bits
+    shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
+    return ((packed[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1)

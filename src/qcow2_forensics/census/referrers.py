@@ -1,0 +1,67 @@
+"""Which L2 entries map given host clusters: asked only when a finding needs to say so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..structures import COMPRESSED, OFFSET_MASK
+from .issues import Item
+from .model import Mask, Tables
+from .tally import descriptors
+
+if TYPE_CHECKING:
+    from .take import Census
+
+
+def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[Item]]:
+    """Return the L2 entries that map each of some host clusters, at most ``limit`` in all."""
+    found: dict[int, list[Item]] = {}
+    if census.image.header.external_data or not clusters:
+        return found
+    wanted = np.zeros(census.clusters + 3, dtype=np.bool_)
+    wanted[[cluster for cluster in clusters if cluster < census.clusters]] = True
+    left = limit
+    for tables in census.tables():
+        for row, column in tables.where(_mapping(tables, wanted, census)):
+            if not left:
+                return found
+            left -= 1
+            entry = int(tables.entries[row, column])
+            for cluster in _clusters(entry, tables.cluster_bits) & clusters:
+                where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
+                host = cluster << tables.cluster_bits
+                item = Item("L2", where, entry, host, guest, int(tables.tree[row]))
+                found.setdefault(cluster, []).append(item)
+    return found
+
+
+def _mapping(tables: Tables, wanted: Mask, census: Census) -> Mask:
+    entries, bits = tables.entries, np.uint64(tables.cluster_bits)
+    last = np.uint64(census.clusters)
+    packed = (entries & np.uint64(COMPRESSED)) != 0
+    hosts = entries & np.uint64(OFFSET_MASK)
+    first = np.minimum(hosts >> bits, last)
+    mask = wanted[first]
+    if bool(((hosts & np.uint64(census.cluster_size - 1)) != 0).any()):
+        odd = (hosts & np.uint64(census.cluster_size - 1)) != 0
+        mask |= wanted[first + np.uint64(1)] & odd
+    mask &= ~packed & (hosts != 0)
+    if packed.any():
+        rows, columns = np.nonzero(packed)
+        offsets, sizes = descriptors(entries[rows, columns], tables.cluster_bits)
+        start = np.minimum(offsets >> bits, last)
+        stop = np.minimum((offsets + sizes - np.uint64(1)) >> bits, last)
+        middle = np.minimum(start + np.uint64(1), stop)
+        mask[rows, columns] = wanted[start] | wanted[middle] | wanted[stop]
+    return mask
+
+
+def _clusters(entry: int, cluster_bits: int) -> set[int]:
+    if entry & COMPRESSED:
+        offsets, sizes = descriptors(np.asarray([entry], dtype=np.uint64), cluster_bits)
+        start, end = int(offsets[0]), int(offsets[0] + sizes[0])
+        return set(range(start >> cluster_bits, ((end - 1) >> cluster_bits) + 1))
+    host = entry & OFFSET_MASK
+    return {host >> cluster_bits, (host + (1 << cluster_bits) - 1) >> cluster_bits}

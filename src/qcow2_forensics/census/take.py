@@ -1,0 +1,367 @@
+"""Takes the census and answers questions about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import FormatError, LimitExceeded
+from ..header_rules import INT64_MAX
+from ..image import Image
+from ..structures import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERVED, SECTOR
+from .compare import Comparison, compare_refcounts
+from .issues import Issues, Item
+from .layout import Layout, Reason, read_layout
+from .model import U64, Mask, Owner, Range, Tables
+from .refcounts import StoredRefcounts
+from .tally import StoredClass, Tally
+from .walk import Gathering, Named, batches, big_endian, l1_chunks
+
+MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
+MAX_SNAPSHOT_L1 = 4 * 2**20  # entries, what QEMU's check walks
+_RUN_CHUNK = 1 << 22  # clusters looked at together
+
+
+class Extent(NamedTuple):
+    """A metadata structure: host offset and length in bytes, and whose it is."""
+
+    offset: int
+    length: int
+    owner: Owner
+    tree: int = -1
+
+
+class Census:
+    """Who claims each host cluster, and what its refcount says. Made by :func:`take_census`.
+
+    ``check`` holds the counters of ``qemu-img check --output=json``; it is None where that check
+    stops without printing any, and ``reasons`` says why. ``end`` is the host offset after the last
+    cluster that is claimed or counted, as far as the file goes.
+    """
+
+    def __init__(self, image: Image, tally: Tally, layout: Layout, tables: Named, extents: list[Extent]) -> None:
+        self.image = image
+        self.cluster_size = image.cluster_size
+        self.clusters = tally.clusters
+        self.layout = layout
+        self.reasons: list[Reason] = layout.reasons
+        self.named = tables
+        self.extents = extents
+        self.refcounts = tally.refcounts
+        self.issues: Issues = tally.issues
+        self._tally = tally
+        self.comparison: Comparison = compare_refcounts(tally)
+        self.end = (self.comparison.highest + 1) * self.cluster_size
+
+    # --- the check -------------------------------------------------------------------------------
+
+    @property
+    def corruptions(self) -> int:
+        """What QEMU's check counts as corruptions, also where it prints nothing."""
+        return self._tally.corruptions + self.comparison.corruptions
+
+    @cached_property
+    def check(self) -> dict[str, str | int] | None:
+        """The counters under QEMU's names, in its order; None where its check would stop."""
+        if self.reasons:
+            return None
+        tally, found = self._tally, self.comparison
+        counters = {
+            "image-end-offset": self.end,
+            "total-clusters": -(-self.image.disk_size // self.cluster_size),
+            "corruptions": self.corruptions,
+            "leaks": found.leaks,
+            "allocated-clusters": tally.allocated,
+            "fragmented-clusters": tally.fragmented,
+            "compressed-clusters": tally.compressed,
+        }
+        shown: dict[str, str | int] = {"filename": self.image.name, "format": "qcow2", "check-errors": found.errors}
+        shown.update((name, value) for name, value in counters.items() if value)
+        return shown
+
+    @property
+    def mapped_clusters(self) -> int:
+        """How many guest clusters of all states have host bytes, every reference counted."""
+        return self._tally.mapped_clusters
+
+    @property
+    def highest_missing(self) -> int:
+        """The furthest host offset something points at beyond the end of the file, -1 for none."""
+        return self._tally.highest_missing
+
+    # --- host clusters ---------------------------------------------------------------------------
+
+    def owner(self, offset: int) -> Owner:
+        """Return who claims the cluster at a host offset."""
+        cluster = offset // self.cluster_size
+        return Owner(int(self._tally.owners[cluster])) if cluster < self.clusters else Owner(0)
+
+    def references(self, offset: int) -> int:
+        """Return how often the cluster at a host offset is claimed."""
+        cluster = offset // self.cluster_size
+        return self._tally.counts[cluster] if cluster < self.clusters else 0
+
+    def refcount(self, offset: int) -> int | None:
+        """Return the stored refcount of the cluster at a host offset, None when it cannot be read."""
+        values, readable = self.refcounts.lookup(np.asarray([offset // self.cluster_size], dtype=np.uint64))
+        return int(values[0]) if readable[0] else None
+
+    @property
+    def owners(self) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
+        """:class:`Owner` bits of every host cluster, a view: one 16-bit number each."""
+        return self._tally.owners[: self.clusters]
+
+    def owner_runs(self) -> Iterator[tuple[int, int, Owner]]:
+        """Yield (offset, length, owner) tiling the host file in whole clusters."""
+        pending: tuple[int, int, int] | None = None
+        for start in range(0, self.clusters, _RUN_CHUNK):
+            part = self.owners[start : start + _RUN_CHUNK]
+            edges = np.flatnonzero(part[1:] != part[:-1]) + 1
+            for first, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(part)], strict=True):
+                owner = int(part[first])
+                if pending is not None and pending[2] == owner:
+                    pending = (pending[0], start + stop, owner)
+                    continue
+                if pending is not None:
+                    yield self._owner_run(*pending)
+                pending = (start + first, start + stop, owner)
+        if pending is not None:
+            yield self._owner_run(*pending)
+
+    def _owner_run(self, start: int, stop: int, owner: int) -> tuple[int, int, Owner]:
+        return start * self.cluster_size, (stop - start) * self.cluster_size, Owner(owner)
+
+    def free(self) -> Iterator[Range]:
+        """Yield runs of clusters nobody claims and whose refcount is 0 or cannot be read."""
+        return self._runs(counted=False)
+
+    def leaked(self) -> Iterator[Range]:
+        """Yield runs of clusters nobody claims although their refcount is above 0."""
+        return self._runs(counted=True)
+
+    def _runs(self, *, counted: bool) -> Iterator[Range]:
+        pending: list[int] = []
+        size = self.cluster_size
+        for start in range(0, self.clusters, _RUN_CHUNK):
+            stop = min(start + _RUN_CHUNK, self.clusters)
+            stored = self._tally.stored[start:stop]
+            kept = (stored == StoredClass.ONE) | (stored == StoredClass.MORE)
+            wanted = (self._tally.counts.part(start, stop) == 0) & (kept if counted else ~kept)
+            edges = np.flatnonzero(np.diff(wanted.view(np.int8), prepend=0, append=0)) + start
+            for first, last in edges.reshape(-1, 2).tolist():
+                if pending and pending[1] == first:
+                    pending[1] = last
+                    continue
+                if pending:
+                    yield Range(pending[0] * size, (pending[1] - pending[0]) * size)
+                pending = [first, last]
+        if pending:
+            yield Range(pending[0] * size, (pending[1] - pending[0]) * size)
+
+    # --- tables ----------------------------------------------------------------------------------
+
+    def tables(self) -> Iterator[Tables]:
+        """Yield every L2 table once, in batches; those past the end of the file are left out."""
+        return batches(self.image, self.named)
+
+    def referrers(self, clusters: set[int], limit: int = 1000) -> dict[int, list[Item]]:
+        """Return which L2 entries map some host clusters: one more pass over the tables."""
+        from .referrers import referrers
+
+        return referrers(self, clusters, limit)
+
+
+def take_census(image: Image) -> Census:
+    """Count an image; :class:`FormatError` when its geometry is unknown or it is too large to count."""
+    header = image.header
+    if header.version not in (2, 3) or not 9 <= header.cluster_bits <= 21:
+        raise FormatError("the image has no known geometry to count by", field="cluster_bits")
+    length = -(-image.file_size // SECTOR) * SECTOR
+    clusters = -(-length // header.cluster_size)
+    if clusters > MAX_CLUSTERS:
+        raise LimitExceeded("host clusters", clusters, MAX_CLUSTERS)
+    tally = Tally(image, StoredRefcounts(image), length, clusters)
+    layout = read_layout(image)
+    taker = _Taker(image, tally, layout)
+    return Census(image, tally, layout, taker.run(), taker.extents)
+
+
+class _Taker:
+    """The steps, in the order QEMU's check has them."""
+
+    def __init__(self, image: Image, tally: Tally, layout: Layout) -> None:
+        self.image = image
+        self.tally = tally
+        self.layout = layout
+        self.extents: list[Extent] = []
+
+    def run(self) -> Named:
+        header = self.image.header
+        self._claim(Owner.HEADER, [(0, header.cluster_size)], "header")
+        named = self._l1_tables()
+        self.tally.l2_tables(named)
+        for tables in batches(self.image, named):
+            self.tally.entries(tables)
+        if header.external_data and header.nb_snapshots:
+            self.tally.corruptions += 1
+        self._claim(
+            Owner.SNAPSHOT_TABLE, [(header.snapshots_offset, self.layout.snapshot_table_length)], "snapshot table"
+        )
+        table_length = len(self.tally.refcounts.table) * 8
+        self._claim(Owner.REFCOUNT_TABLE, [(header.refcount_table_offset, table_length)], "refcount table")
+        if self.layout.crypto:
+            self._claim(Owner.CRYPTO, [self.layout.crypto], "LUKS header")
+        self._bitmaps()
+        self.tally.corruptions += len(self.layout.short_extra)
+        most = self.tally.refcounts.most
+        self._saturate(most)
+        self._refcount_blocks(most)
+        return named
+
+    def _claim(self, owner: Owner, spans: list[tuple[int, int]], structure: str, trees: list[int] | None = None) -> None:
+        self.tally.claim(owner, spans, structure, trees)
+        for number, (offset, length) in enumerate(spans):
+            if length > 0:
+                self.extents.append(Extent(offset, length, owner, trees[number] if trees else -1))
+
+    # --- L1 --------------------------------------------------------------------------------------
+
+    def _l1_tables(self) -> Named:
+        header = self.image.header
+        gathering = Gathering()
+        count = min(header.l1_size, MAX_SNAPSHOT_L1)
+        if header.l1_table_offset + count * 8 <= INT64_MAX:
+            self._claim(Owner.L1, [(header.l1_table_offset, count * 8)], "L1 table")
+            for chunk in l1_chunks(self.image, [(header.l1_table_offset, count, -1)]):
+                self.tally.l1_entries(chunk, active=True)
+                gathering.add(Named.of_chunk(chunk, active=True))
+        usable = self._snapshot_tables()
+        spans = [(offset, size * 8) for offset, size, _ in usable]
+        self.tally.claim(Owner.SNAPSHOT_L1, spans, "snapshot L1 table", [tree for _, _, tree in usable])
+        distinct = dict.fromkeys((offset, size) for offset, size, _ in usable)
+        first = {(offset, size): tree for offset, size, tree in reversed(usable)}
+        self.extents += [Extent(o, s * 8, Owner.SNAPSHOT_L1, first[o, s]) for o, s in distinct if s]
+        for chunk in l1_chunks(self.image, usable):
+            self.tally.l1_entries(chunk, active=False)
+            gathering.add(Named.of_chunk(chunk, active=False))
+        return gathering.result()
+
+    def _snapshot_tables(self) -> list[tuple[int, int, int]]:
+        usable = []
+        for snapshot in self.layout.snapshots:
+            offset, count = snapshot.l1_table_offset, snapshot.l1_size
+            item = Item("snapshot table", snapshot.entry_offset, offset, offset, None, snapshot.index)
+            if offset % self.tally.cluster_size:
+                self.tally.corruptions += 1
+                self.tally.issues.add("unaligned", [item])
+            elif count > MAX_SNAPSHOT_L1:
+                self.tally.corruptions += 1
+            elif offset + count * 8 > INT64_MAX:
+                self.layout.reasons.append(
+                    Reason(f"the L1 table of snapshot table entry {snapshot.index} is unreadable", snapshot.entry_offset)
+                )
+            else:
+                usable.append((offset, count, snapshot.index))
+        return usable
+
+    # --- bitmaps ---------------------------------------------------------------------------------
+
+    def _bitmaps(self) -> None:
+        layout, tally = self.layout, self.tally
+        if layout.bitmap_directory is None:
+            return
+        self._claim(Owner.BITMAP_DIRECTORY, [layout.bitmap_directory], "bitmap directory")
+        for place in layout.bitmaps:
+            self._claim(Owner.BITMAP_TABLE, [(place.table_offset, place.table_size * 8)], "bitmap table")
+        for chunk in l1_chunks(self.image, [(p.table_offset, p.table_size, n) for n, p in enumerate(layout.bitmaps)]):
+            entries, weight = chunk.entries, chunk.weight
+            hosts = entries & np.uint64(OFFSET_MASK)
+            reserved = (entries & np.uint64(BITMAP_TABLE_RESERVED)) != 0
+            reserved |= ((entries & np.uint64(1)) != 0) & (hosts != 0)
+            odd = ~reserved & ((hosts & np.uint64(tally.cluster_size - 1)) != 0)
+            good = ~reserved & ~odd & (hosts != 0)
+            for kind, mask in (("reserved-bits", reserved), ("unaligned", odd)):
+                if mask.any():
+                    tally.corruptions += int(mask.sum()) * weight
+                    tally.issues.add(kind, self._bitmap_items(chunk.positions, entries, mask), int(mask.sum()))
+                    self._unreadable_bitmaps(chunk.positions[mask])
+            spans = [(host, tally.cluster_size) for host in hosts[good].tolist()]
+            for _ in range(weight):
+                self._claim(Owner.BITMAP_DATA, spans, "bitmap data")
+
+    def _bitmap_items(self, positions: U64, entries: U64, mask: Mask) -> Iterator[Item]:
+        for place in np.flatnonzero(mask).tolist():
+            entry = int(entries[place])
+            yield Item("bitmap table", int(positions[place]), entry, entry & OFFSET_MASK)
+
+    def _unreadable_bitmaps(self, positions: U64) -> None:
+        """QEMU loads every bitmap that is not in use when it opens the image, and fails on a bad entry."""
+        for place in self.layout.bitmaps:
+            inside = (positions >= place.table_offset) & (positions < place.table_offset + place.table_size * 8)
+            if not place.in_use and inside.any():
+                self.layout.reasons.append(Reason("a bitmap table has a bad entry", place.entry_offset))
+
+    # --- refcount structures ---------------------------------------------------------------------
+
+    def _saturate(self, most: int) -> None:
+        excess = self.tally.counts.excess(most)
+        if excess:
+            self.tally.corruptions += excess
+            over = self.tally.counts.over(most)
+            size = self.tally.cluster_size
+            items = [Item("host cluster", None, self.tally.counts[c], c * size) for c in over]
+            self.tally.issues.add("refcount-overflow", items)
+
+    def _refcount_blocks(self, most: int) -> None:
+        tally, stored = self.tally, self.tally.refcounts
+        offsets = stored.offsets
+        slots = np.flatnonzero(stored.table)
+        reserved = (stored.table[slots] & np.uint64(REFTABLE_RESERVED)) != 0
+        self._reftable_issue("reftable-reserved", slots[reserved])
+        slots = slots[~reserved]
+        odd = (offsets[slots] & np.uint64(tally.cluster_size - 1)) != 0
+        self._reftable_issue("reftable-unaligned", slots[odd])
+        slots = slots[~odd]
+        beyond = offsets[slots] >> np.uint64(tally.cluster_bits) >= np.uint64(tally.clusters)
+        self._reftable_issue("reftable-beyond-eof", slots[beyond])
+        slots = slots[~beyond & (offsets[slots] != 0)]
+        if not len(slots):
+            return
+        clusters = offsets[slots] >> np.uint64(tally.cluster_bits)
+        before = np.minimum(tally.counts.at(clusters), np.uint64(most))
+        nth = _occurrence(clusters)
+        after = before + nth
+        full = after > np.uint64(most)
+        tally.corruptions += int(full.sum())  # a counter at its end cannot take one more
+        wrong = np.minimum(after, np.uint64(most)) != 1
+        self._reftable_issue("reftable-shared", slots[wrong])
+        tally.counts.add(clusters, 1)
+        tally.owners[clusters] |= np.uint16(Owner.REFCOUNT_BLOCK)
+        distinct = np.unique(clusters).tolist()
+        size = tally.cluster_size
+        self.extents += [Extent(cluster * size, size, Owner.REFCOUNT_BLOCK) for cluster in distinct]
+
+    def _reftable_issue(self, kind: str, slots: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
+        if len(slots):
+            self.tally.corruptions += len(slots)
+            stored = self.tally.refcounts
+            items = (
+                Item("refcount table", stored.slot_offset(slot), int(stored.table[slot]), int(stored.offsets[slot]))
+                for slot in slots[:100].tolist()
+            )
+            self.tally.issues.add(kind, items, len(slots))
+
+
+def _occurrence(values: U64) -> U64:
+    """Return, for each value, how many times it has come so far, itself included."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.concatenate(([True], ordered[1:] != ordered[:-1]))
+    positions = np.arange(len(values))
+    since = positions - np.maximum.accumulate(np.where(starts, positions, 0)) + 1
+    counts = np.zeros(len(values), dtype=np.uint64)
+    counts[order] = since.astype(np.uint64)
+    return counts

@@ -1,0 +1,425 @@
+"""The counting itself: every claim on a host cluster, and every entry that breaks a rule.
+
+Follows the order and the rules of QEMU's consistency check, so that its counters come out alike;
+what that check does not look at (aliases, references the guest cannot reach) is noted beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..image import Image
+from ..structures import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    SECTOR,
+    ZERO,
+)
+from .counters import Counters, weighted_segments
+from .issues import Issues, Item
+from .model import U64, Mask, Owner, Places, Tables
+from .refcounts import StoredRefcounts
+from .walk import L1Chunk, Named
+
+_ALIAS_SLOTS = 1 << 20  # remembered compressed descriptors
+_HASH = np.uint64(0x9E37_79B9_7F4A_7C15)
+_GUEST_MODULUS = np.uint64(2**32 - 1)
+
+
+class StoredClass:
+    """What a byte of :attr:`Tally.stored` says about a cluster's refcount."""
+
+    ZERO = 0
+    ONE = 1
+    MORE = 2
+    UNREADABLE = 3
+
+
+class Tally:
+    """Counters, owners and issues of one image while its metadata is walked."""
+
+    def __init__(self, image: Image, refcounts: StoredRefcounts, length: int, clusters: int) -> None:
+        header = image.header
+        self.image = image
+        self.refcounts = refcounts
+        self.length = length  # of the file, in whole sectors, as QEMU sees it
+        self.clusters = clusters  # of the host file
+        self.cluster_size = header.cluster_size
+        self.cluster_bits = header.cluster_bits
+        self.data_file = header.external_data
+        self.extended = header.extended_l2
+        self.version = header.version
+        self.disk_size = image.disk_size
+        self.issues = Issues()
+        self.corruptions = 0
+        self.allocated = 0
+        self.fragmented = 0
+        self.compressed = 0
+        self.mapped_clusters = 0  # guest clusters with host bytes, every reference counted
+        # One more: the last cluster of a claim may begin just past the last one of the file.
+        self.counts = Counters(clusters + 1)
+        self.owners = np.zeros(clusters + 1, dtype=np.uint16)
+        self._guests = np.zeros(0 if self.data_file else clusters + 1, dtype=np.uint32)
+        self.stored = self._classify_stored()
+        self._descriptors: U64 | None = None
+        self._descriptor_guests = np.zeros(0, dtype=np.uint64)
+        self.aliases: set[int] = set()  # host clusters mapped at several guest offsets
+        self.highest_missing = -1  # the furthest host offset pointed at beyond the end of the file
+
+    def _classify_stored(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        stored = np.zeros(self.clusters, dtype=np.uint8)
+        for start, stop, values, readable in self.refcounts.windows(self.clusters):
+            if not readable:
+                stored[start:stop] = StoredClass.UNREADABLE
+            elif values is not None:
+                np.minimum(values, values.dtype.type(StoredClass.MORE), out=stored[start:stop], casting="unsafe")
+        return stored
+
+    # --- claims of whole structures --------------------------------------------------------------
+
+    def claim(self, kind: Owner, spans: list[tuple[int, int]], structure: str, trees: list[int] | None = None) -> None:
+        """Count byte ranges ``(offset, length)``, each of which occupies every cluster it touches."""
+        valid = []
+        for number, (offset, length) in enumerate(spans):
+            if length <= 0:
+                continue
+            if offset + length - self.length >= self.cluster_size:
+                self.corruptions += 1
+                tree = trees[number] if trees else -1
+                self.missing([Item(structure, None, length, offset, None, tree)], 1, offset)
+            else:
+                valid.append((offset >> self.cluster_bits, ((offset + length - 1) >> self.cluster_bits) + 1, 1, 0))
+        for start, stop, weight, _, _ in weighted_segments(valid):
+            self.counts.add_range(start, stop - start, weight)
+            self.owners[start:stop] |= np.uint16(kind)
+
+    def missing(self, items: list[Item], count: int, host: int) -> None:
+        """Note references beyond the end of the file."""
+        self.issues.add("beyond-eof", items, count)
+        self.highest_missing = max(self.highest_missing, host)
+
+    # --- L1 tables -------------------------------------------------------------------------------
+
+    def l1_entries(self, chunk: L1Chunk, *, active: bool) -> None:
+        """Check the entries of a piece of an L1 table; what they name is counted by :meth:`l2_tables`."""
+        reserved = (chunk.entries & np.uint64(L1_RESERVED)) != 0
+        if reserved.any():
+            self.corruptions += int(reserved.sum()) * chunk.weight
+            self._l1_issue("reserved-bits", chunk, reserved)
+        targets = chunk.entries & np.uint64(OFFSET_MASK)
+        odd = (targets & np.uint64(self.cluster_size - 1)) != 0
+        if odd.any():
+            self.corruptions += int(odd.sum()) * chunk.weight
+            self._l1_issue("unaligned", chunk, odd)
+        beyond = targets >= np.uint64(self.length)
+        if beyond.any():
+            self.corruptions += int(beyond.sum()) * chunk.weight
+            self._l1_issue("beyond-eof", chunk, beyond)
+            self.highest_missing = max(self.highest_missing, int(targets[beyond].max()))
+        empty = targets == 0
+        if empty.any():
+            self._l1_issue("l1-at-zero", chunk, empty)
+        if active:
+            self._l1_copied(chunk, targets)
+
+    def _l1_copied(self, chunk: L1Chunk, targets: U64) -> None:
+        single, readable = self.refcount_is_one(targets >> np.uint64(self.cluster_bits))
+        copied = (chunk.entries & np.uint64(COPIED)) != 0
+        wrong = (copied != single) & readable & (targets != 0)
+        if wrong.any():
+            self.corruptions += int(wrong.sum())
+            self._l1_issue("copied-flag", chunk, wrong)
+
+    def _l1_issue(self, kind: str, chunk: L1Chunk, mask: Mask) -> None:
+        def items() -> Iterator[Item]:
+            span = self.image.header.l2_span
+            for place in np.flatnonzero(mask)[: self.issues.room(kind)].tolist():
+                entry = int(chunk.entries[place])
+                guest = int(chunk.index[place]) * span
+                yield Item("L1", int(chunk.positions[place]), entry, entry & OFFSET_MASK, guest, chunk.tree)
+
+        self.issues.add(kind, items(), int(mask.sum()))
+
+    def l2_tables(self, named: Named) -> None:
+        """Count the clusters of the L2 tables themselves."""
+        inside = named.part(named.offsets < np.uint64(self.length))
+        bits, one = np.uint64(self.cluster_bits), np.uint64(1)
+        clusters = inside.offsets >> bits
+        weights = inside.active + inside.snapshots
+        odd = (inside.offsets & np.uint64(self.cluster_size - 1)) != 0
+        for owner, mask in ((Owner.L2, inside.active != 0), (Owner.SNAPSHOT_L2, inside.snapshots != 0)):
+            self.owners[clusters[mask]] |= np.uint16(owner)
+            self.owners[clusters[mask & odd] + one] |= np.uint16(owner)
+        self.counts.add(clusters, weights)
+        self.counts.add(clusters[odd] + one, weights[odd])
+
+    # --- L2 entries ------------------------------------------------------------------------------
+
+    def entries(self, tables: Tables) -> None:
+        """Count everything a batch of L2 tables maps."""
+        entries = tables.entries
+        if not entries.any() and (tables.bitmaps is None or not tables.bitmaps.any()):
+            return
+        weight = tables.active + tables.snapshots
+        packed = (entries & np.uint64(COMPRESSED)) != 0
+        has_packed = bool(packed.any())
+        reserved = (entries & np.uint64(L2_RESERVED)) != 0
+        if has_packed:
+            reserved &= ~packed
+            self._compressed(tables, packed, weight)
+        self._corrupt("reserved-bits", tables, reserved, weight)
+        hosts = entries & np.uint64(OFFSET_MASK)
+        mapped = hosts != 0
+        if self.data_file:
+            copied_only = (entries & np.uint64(COPIED)) != 0
+            mapped |= copied_only if self.extended else copied_only & ((entries & np.uint64(ZERO)) == 0)
+        if has_packed:
+            mapped &= ~packed
+        self._subclusters(tables, packed, mapped, weight)
+        self._odd_entries(tables, packed, mapped)
+        places = np.flatnonzero(mapped)
+        if len(places):
+            self._mapped(tables, places, hosts.reshape(-1)[places], weight)
+
+    def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64, *, counted: bool = True) -> None:
+        if mask.any():
+            if counted:
+                self.corruptions += int((mask.sum(axis=1).astype(np.uint64) * weight).sum())
+            self.l2_issue(kind, tables, np.flatnonzero(mask))
+
+    def l2_issue(self, kind: str, tables: Tables, places: Places) -> None:
+        """Note entries of a batch, given as flat places in it."""
+        width = tables.entries.shape[1]
+
+        def items() -> Iterator[Item]:
+            for place in places[: self.issues.room(kind)].tolist():
+                row, column = divmod(place, width)
+                entry = int(tables.entries[row, column])
+                where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
+                yield Item("L2", where, entry, entry & OFFSET_MASK, guest, int(tables.tree[row]))
+
+        self.issues.add(kind, items(), len(places))
+
+    def _subclusters(self, tables: Tables, packed: Mask, mapped: Mask, weight: U64) -> None:
+        if tables.bitmaps is None or not tables.bitmaps.any():
+            return
+        low, high = tables.bitmaps & np.uint64(0xFFFF_FFFF), tables.bitmaps >> np.uint64(32)
+        conflict = ((low & high) != 0) & mapped
+        self._corrupt("subcluster", tables, conflict, weight)
+        # Compressed entries with a bitmap are counted where compressed entries are.
+        self._corrupt("subcluster", tables, (low != 0) & ~mapped & ~packed, weight)
+        # Unreadable as well, though the check lets it pass.
+        unallocated = ((low & high) != 0) & ~mapped & ~packed & (low == 0)
+        self._corrupt("subcluster", tables, unallocated, weight, counted=False)
+
+    def _odd_entries(self, tables: Tables, packed: Mask, mapped: Mask) -> None:
+        """Note what QEMU's check passes over."""
+        zero = (tables.entries & np.uint64(ZERO)) != 0
+        if zero.any():
+            zero &= ~packed
+            if self.extended:
+                self._note("extended-bit-0", tables, zero)
+            elif self.version < 3:
+                self._note("zero-flag-v2", tables, zero)
+        plain = ~mapped & ~packed & (tables.entries != 0)
+        if not self.extended:
+            plain &= ~zero
+        self._note("alloc-at-zero", tables, plain)
+
+    def _note(self, kind: str, tables: Tables, mask: Mask) -> None:
+        if mask.any():
+            self.l2_issue(kind, tables, np.flatnonzero(mask))
+
+    def _mapped(self, tables: Tables, places: Places, hosts: U64, weight: U64) -> None:
+        """Count normal and zero-flagged allocated clusters; ``places`` are flat and rising."""
+        width = tables.entries.shape[1]
+        rows = places // width
+        active = tables.active[rows]
+        weights = weight[rows]
+        self.allocated += int(active.sum())
+        self.mapped_clusters += int(weights.sum())
+        self.fragmented += int(active[1:][self._breaks(rows, hosts)].sum())
+        odd = (hosts & np.uint64(self.cluster_size - 1)) != 0
+        if odd.any():
+            self.corruptions += int(weights[odd].sum())
+            self.l2_issue("unaligned", tables, places[odd])
+        self._copied(tables, places, rows, hosts)
+        self._unreachable(tables, places, rows)
+        if self.data_file:
+            guest = tables.index[rows] * np.uint64(width) + (places % width).astype(np.uint64)
+            self.l2_issue_if("datafile-mismatch", tables, places, hosts != guest << np.uint64(self.cluster_bits))
+            return
+        beyond = hosts >= np.uint64(self.length)
+        if beyond.any():
+            self.corruptions += int(weights[beyond].sum())
+            self.l2_issue("beyond-eof", tables, places[beyond])
+            self.highest_missing = max(self.highest_missing, int(hosts[beyond].max()))
+            inside = ~beyond
+            places, rows, hosts, weights, odd = places[inside], rows[inside], hosts[inside], weights[inside], odd[inside]
+        clusters = hosts >> np.uint64(self.cluster_bits)
+        self._add(clusters, weights)
+        self._own(tables, rows, clusters, Owner.DATA, Owner.SNAPSHOT_DATA)
+        self._aliases(tables, places, rows, clusters)
+        if odd.any():
+            self._add(clusters[odd] + np.uint64(1), weights[odd])
+            self._own(tables, rows[odd], clusters[odd] + np.uint64(1), Owner.DATA, Owner.SNAPSHOT_DATA)
+
+    def l2_issue_if(self, kind: str, tables: Tables, places: Places, mask: Mask) -> None:
+        """Note the masked ones of some entries."""
+        if mask.any():
+            self.l2_issue(kind, tables, places[mask])
+
+    def _breaks(self, rows: Places, hosts: U64) -> Mask:
+        """Return where, within a table, a cluster does not follow the one mapped before it."""
+        step = hosts[1:] - hosts[:-1]
+        return (step != np.uint64(self.cluster_size)) & (rows[1:] == rows[:-1])
+
+    def _add(self, clusters: U64, weights: U64) -> None:
+        if len(clusters):
+            first = int(weights[0])
+            self.counts.add(clusters, first if bool((weights == weights[0]).all()) else weights)
+
+    def _own(self, tables: Tables, rows: Places, clusters: U64, active: Owner, snapshot: Owner) -> None:
+        for owner, shares in ((active, tables.active), (snapshot, tables.snapshots)):
+            if shares.all():
+                self.owners[clusters] |= np.uint16(owner)
+            elif shares.any():
+                self.owners[clusters[shares[rows] != 0]] |= np.uint16(owner)
+
+    def _copied(self, tables: Tables, places: Places, rows: Places, hosts: U64) -> None:
+        """Compare the copied flags of the active state with the refcounts on disk."""
+        if not tables.active.any():
+            return
+        _, table_readable = self.refcount_is_one(tables.offsets >> np.uint64(self.cluster_bits))
+        flags = (tables.entries.reshape(-1)[places] & np.uint64(COPIED)) != 0
+        if self.data_file:
+            wrong = ~flags
+        else:
+            single, readable = self.refcount_is_one(hosts >> np.uint64(self.cluster_bits))
+            wrong = (flags != single) & readable
+        wrong &= (tables.active * table_readable)[rows] != 0
+        if wrong.any():
+            self.corruptions += int(tables.active[rows[wrong]].sum())
+            self.l2_issue("copied-flag", tables, places[wrong])
+
+    def _unreachable(self, tables: Tables, places: Places, rows: Places) -> None:
+        """Note what the active state maps past the end of the disk, zero-flagged clusters left out."""
+        width = tables.entries.shape[1]
+        first = -(-self.disk_size // self.cluster_size)
+        if int(tables.index.max() + np.uint64(1)) * width <= first:
+            return
+        guest = tables.index[rows] * np.uint64(width) + (places % width).astype(np.uint64)
+        past = (guest >= np.uint64(first)) & (tables.active[rows] != 0)
+        if not self.extended:
+            past &= (tables.entries.reshape(-1)[places] & np.uint64(ZERO)) == 0
+        self.l2_issue_if("beyond-end", tables, places, past)
+
+    def _aliases(self, tables: Tables, places: Places, rows: Places, clusters: U64) -> None:
+        """Note host clusters that some other guest offset maps too.
+
+        QEMU shares a cluster between states only at one and the same guest offset.
+        """
+        width = np.uint64(tables.entries.shape[1])
+        guest = tables.index[rows] * width + (places % int(width)).astype(np.uint64)
+        tag = (guest % _GUEST_MODULUS + np.uint64(1)).astype(np.uint32)
+        known = self._guests[clusters]
+        self._guests[clusters] = tag
+        # The second test sees pairs inside this batch: the last writer won.
+        clash = ((known != 0) & (known != tag)) | (self._guests[clusters] != tag)
+        self._note_aliases(tables, places, clusters, clash)
+
+    def _note_aliases(self, tables: Tables, places: Places, clusters: U64, clash: Mask) -> None:
+        if clash.any():
+            room = max(0, 100 - len(self.aliases))
+            self.aliases.update(clusters[clash][:room].tolist())
+            self.l2_issue("alias", tables, places[clash])
+
+    # --- compressed clusters ---------------------------------------------------------------------
+
+    def _compressed(self, tables: Tables, packed: Mask, weight: U64) -> None:
+        self._corrupt("compressed-copied", tables, packed & ((tables.entries & np.uint64(COPIED)) != 0), weight)
+        if self.data_file:
+            self._corrupt("compressed-data-file", tables, packed, weight)
+            return
+        if tables.bitmaps is not None:
+            odd = packed & (tables.bitmaps != 0)
+            self._corrupt("subcluster", tables, odd, weight)
+            packed = packed & ~odd
+        places = np.flatnonzero(packed)
+        if not len(places):
+            return
+        width = tables.entries.shape[1]
+        rows = places // width
+        entries = tables.entries.reshape(-1)[places]
+        active = int(tables.active[rows].sum())
+        self.allocated += active
+        self.compressed += active
+        self.fragmented += active
+        weights = weight[rows]
+        self.mapped_clusters += int(weights.sum())
+        offsets, sizes = descriptors(entries, self.cluster_bits)
+        if self.cluster_bits < 14:
+            self.l2_issue_if("compressed-high-bits", tables, places, offsets >> np.uint64(56) != 0)
+        self._unreachable(tables, places, rows)
+        beyond = offsets + sizes >= np.uint64(self.length + self.cluster_size)
+        if beyond.any():
+            self.corruptions += int(weights[beyond].sum())
+            self.l2_issue("beyond-eof", tables, places[beyond])
+            self.highest_missing = max(self.highest_missing, int(offsets[beyond].max()))
+        inside = ~beyond
+        places, rows, weights = places[inside], rows[inside], weights[inside]
+        offsets, sizes = offsets[inside], sizes[inside]
+        self._compressed_aliases(tables, places, rows, entries[inside], offsets)
+        bits, one = np.uint64(self.cluster_bits), np.uint64(1)
+        clusters, last = offsets >> bits, (offsets + sizes - one) >> bits
+        while len(clusters):
+            self.counts.add(clusters, weights)
+            self._own(tables, rows, clusters, Owner.DATA | Owner.COMPRESSED, Owner.SNAPSHOT_DATA | Owner.COMPRESSED)
+            more = clusters < last
+            clusters, last, weights, rows = clusters[more] + one, last[more], weights[more], rows[more]
+
+    def _compressed_aliases(
+        self, tables: Tables, places: Places, rows: Places, entries: U64, offsets: U64
+    ) -> None:
+        """Note streams that two guest offsets map; a bounded memory of streams may forget some."""
+        if self._descriptors is None:
+            self._descriptors = np.zeros(_ALIAS_SLOTS, dtype=np.uint64)
+            self._descriptor_guests = np.zeros(_ALIAS_SLOTS, dtype=np.uint64)
+        width = tables.entries.shape[1]
+        guest = tables.index[rows] * np.uint64(width) + (places % width).astype(np.uint64)
+        slots = (offsets * _HASH) >> np.uint64(44)
+        known = (self._descriptors[slots] == offsets) & (self._descriptor_guests[slots] != guest)
+        self._descriptors[slots] = offsets
+        self._descriptor_guests[slots] = guest
+        clash = known | ((self._descriptors[slots] == offsets) & (self._descriptor_guests[slots] != guest))
+        clash &= (entries & np.uint64(COMPRESSED)) != 0
+        self._note_aliases(tables, places, offsets >> np.uint64(self.cluster_bits), clash)
+
+    # --- refcounts on disk -----------------------------------------------------------------------
+
+    def refcount_is_one(self, clusters: U64) -> tuple[Mask, Mask]:
+        """Return which clusters have the refcount 1 on disk, and for which it can be read."""
+        inside = clusters < np.uint64(self.clusters)
+        if inside.all():
+            stored = self.stored[clusters]
+            return stored == StoredClass.ONE, stored != StoredClass.UNREADABLE
+        single = np.zeros(len(clusters), dtype=np.bool_)
+        readable = np.ones(len(clusters), dtype=np.bool_)
+        stored = self.stored[clusters[inside]]
+        single[inside], readable[inside] = stored == StoredClass.ONE, stored != StoredClass.UNREADABLE
+        values, known = self.refcounts.lookup(clusters[~inside])
+        single[~inside], readable[~inside] = values == 1, known
+        return single, readable
+
+
+def descriptors(entries: U64, cluster_bits: int) -> tuple[U64, U64]:
+    """Return host offsets and sizes in bytes of compressed clusters; see ``compressed_descriptor``."""
+    split = np.uint64(70 - cluster_bits)
+    offsets = entries & np.uint64((1 << (70 - cluster_bits)) - 1)
+    sectors = ((entries & np.uint64(COMPRESSED - 1)) >> split) + np.uint64(1)
+    return offsets, sectors * np.uint64(SECTOR) - (offsets & np.uint64(SECTOR - 1))

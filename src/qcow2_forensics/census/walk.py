@@ -1,0 +1,189 @@
+"""From L1 tables to the L2 tables they name, each once, however often and from wherever it is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import LimitExceeded
+from ..image import Image
+from ..structures import OFFSET_MASK
+from .counters import weighted_segments
+from .model import I64, U64, Mask, Tables
+
+_L1_CHUNK = 1 << 22  # bytes of an L1 table read at once
+_BATCH = 1 << 21  # bytes of L2 tables handled at once: temporaries stay in the cache
+_UNALIGNED_BUDGET = 1 << 30  # bytes; unaligned tables overlap, so their sum has no other bound
+_MERGE_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class L1Chunk:
+    """Non-zero entries of one piece of an L1 table: positions in the file and values.
+
+    ``weight`` is how many trees hold this piece; ``tree`` is the one named as owner.
+    """
+
+    positions: U64
+    entries: U64
+    index: U64
+    weight: int
+    tree: int
+
+
+def l1_chunks(image: Image, tables: Iterable[tuple[int, int, int]]) -> Iterator[L1Chunk]:
+    """Yield the non-zero entries of L1 tables given as (offset, entries, tree).
+
+    Every byte is read once, also where tables repeat or overlap; past the end of the file entries
+    are zero.
+    """
+    end_of_file = -(-image.file_size // 8) * 8
+    spans = ((offset, min(offset + count * 8, end_of_file), 1, tree) for offset, count, tree in tables)
+    for start, end, weight, tree, origin in weighted_segments(spans):
+        for at in range(start, end, _L1_CHUNK):
+            size = min(_L1_CHUNK, end - at)
+            entries = big_endian(image.read(at, size).ljust(size, b"\0"))
+            places = np.flatnonzero(entries)
+            if len(places):
+                positions = places.astype(np.uint64) * np.uint64(8) + np.uint64(at)
+                index = (positions - np.uint64(origin)) // np.uint64(8)
+                yield L1Chunk(positions, entries[places], index, weight, tree)
+
+
+def big_endian(data: bytes) -> U64:
+    """Return big-endian 64-bit words in the machine's order."""
+    return np.frombuffer(data, dtype=">u8").astype(np.uint64)
+
+
+@dataclass(frozen=True)
+class Named:
+    """The L2 tables that L1 tables name, by rising offset, each once.
+
+    ``low`` and ``high`` are the least and greatest L1 slot that names a table.
+    """
+
+    offsets: U64
+    active: U64
+    snapshots: U64
+    low: U64
+    high: U64
+    tree: I64
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @classmethod
+    def nothing(cls) -> Named:
+        empty = np.zeros(0, dtype=np.uint64)
+        return cls(empty, empty, empty, empty, empty, np.zeros(0, dtype=np.int64))
+
+    @classmethod
+    def of_chunk(cls, chunk: L1Chunk, *, active: bool) -> Named:
+        """Return the tables one piece of an L1 table names."""
+        weight = np.full(len(chunk.entries), chunk.weight, dtype=np.uint64)
+        none = np.zeros(len(chunk.entries), dtype=np.uint64)
+        tree = np.full(len(chunk.entries), chunk.tree, dtype=np.int64)
+        targets = chunk.entries & np.uint64(OFFSET_MASK)
+        on, off = (weight, none) if active else (none, weight)
+        return cls(targets, on, off, chunk.index, chunk.index, tree).merged()
+
+    @classmethod
+    def joined(cls, parts: list[Named]) -> Named:
+        """Return several as one, still with duplicates."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*((p.offsets, p.active, p.snapshots, p.low, p.high, p.tree) for p in parts), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
+    def merged(self) -> Named:
+        """Return the same with every table once, by rising offset."""
+        if not len(self.offsets):
+            return self
+        # The active state, tree -1, comes first among equals and so is the owner that is told.
+        order = np.lexsort((self.tree, self.offsets))
+        offsets = self.offsets[order]
+        starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
+        return Named(
+            offsets[starts],
+            np.add.reduceat(self.active[order], starts),
+            np.add.reduceat(self.snapshots[order], starts),
+            np.minimum.reduceat(self.low[order], starts),
+            np.maximum.reduceat(self.high[order], starts),
+            self.tree[order][starts],
+        )
+
+    def part(self, chosen: slice | Mask) -> Named:
+        """Return some of the tables."""
+        return Named(
+            self.offsets[chosen],
+            self.active[chosen],
+            self.snapshots[chosen],
+            self.low[chosen],
+            self.high[chosen],
+            self.tree[chosen],
+        )
+
+
+class Gathering:
+    """Collects what L1 pieces name, merging now and then so that memory follows the tables."""
+
+    def __init__(self) -> None:
+        self._parts: list[Named] = []
+        self._rows = 0
+
+    def add(self, named: Named) -> None:
+        """Take in the tables of one piece."""
+        self._parts.append(named)
+        self._rows += len(named)
+        if self._rows > _MERGE_ROWS and len(self._parts) > 1:
+            before = self._rows
+            self._parts = [Named.joined(self._parts).merged()]
+            # What merging cannot shrink is not tried again until it has doubled.
+            self._rows = 0 if len(self._parts[0]) * 2 > before else len(self._parts[0])
+
+    def result(self) -> Named:
+        """Return every table once."""
+        return Named.joined(self._parts).merged() if self._parts else Named.nothing()
+
+
+def batches(image: Image, named: Named) -> Iterator[Tables]:
+    """Yield the L2 tables in batches, read once each; those past the end of the file are left out.
+
+    Raises :class:`LimitExceeded` when unaligned tables, which may overlap, add up to too much.
+    """
+    header = image.header
+    size = header.cluster_size
+    named = named.part(named.offsets < np.uint64(image.file_size))
+    unaligned = int(((named.offsets & np.uint64(size - 1)) != 0).sum()) * size
+    if unaligned > _UNALIGNED_BUDGET:
+        raise LimitExceeded("bytes of unaligned L2 tables", unaligned, _UNALIGNED_BUDGET)
+    rows = max(1, _BATCH // size)
+    for first in range(0, len(named), rows):
+        part = named.part(slice(first, first + rows))
+        words = big_endian(_tables(image, part.offsets, size))
+        entries, bitmaps = words.reshape(len(part), -1), None
+        if header.extended_l2:
+            pairs = words.reshape(len(part), -1, 2)
+            entries, bitmaps = pairs[:, :, 0].copy(), pairs[:, :, 1].copy()
+        yield Tables(
+            part.offsets,
+            part.low,
+            part.active,
+            part.snapshots,
+            part.tree,
+            entries,
+            bitmaps,
+            header.cluster_bits,
+            header.l2_entry_size,
+        )
+
+
+def _tables(image: Image, offsets: U64, size: int) -> bytes:
+    first = int(offsets[0])
+    if int(offsets[-1]) - first == (len(offsets) - 1) * size and len(offsets) > 1:
+        steps = offsets[1:] - offsets[:-1]
+        if bool((steps == np.uint64(size)).all()):
+            return image.read(first, len(offsets) * size).ljust(len(offsets) * size, b"\0")
+    return b"".join(image.read(offset, size).ljust(size, b"\0") for offset in offsets.tolist())
