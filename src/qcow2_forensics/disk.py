@@ -286,7 +286,8 @@ class Disk:
                 for piece in self.backing.extents(run.offset, below):
                     yield piece._replace(depth=piece.depth + 1)
             if below < run.length:
-                yield Extent(run.offset + below, run.length - below, Kind.HOLE, None, 0)
+                host = None if run.host_offset is None else run.host_offset + below
+                yield Extent(run.offset + below, run.length - below, Kind.HOLE, host, 0)
 
     def open(self) -> io.RawIOBase:
         """Return a seekable file object over the disk."""

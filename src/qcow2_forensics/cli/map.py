@@ -8,8 +8,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..disk import Disk
+from ..disk import Disk, RawDisk
+from ..host_holes import host_runs, looks_preallocated
 from ..mapping import Kind
+from ..source import Source
+from ..structures import Crypt
 from .opening import add_disk_arguments, add_image_argument, open_from
 
 _EPILOG = """examples:
@@ -37,6 +40,9 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+_ZEROS = (Kind.ZERO, Kind.HOLE)
+
+
 class MapEntry(NamedTuple):
     """One row of ``qemu-img map --output=json``; ``offset`` is None where it has none."""
 
@@ -55,18 +61,7 @@ class MapEntry(NamedTuple):
 def entries(disk: Disk) -> Iterator[MapEntry]:
     """Yield the rows of the map, neighbours that say the same joined as QEMU joins them."""
     pending: MapEntry | None = None
-    for extent in disk.extents():
-        data = extent.kind in (Kind.DATA, Kind.COMPRESSED)
-        absent = extent.kind == Kind.HOLE
-        entry = MapEntry(
-            extent.offset,
-            extent.length,
-            extent.depth,
-            not absent,
-            not data,
-            data,
-            extent.host_offset,
-        )
+    for entry in _pieces(disk):
         if pending is not None and _joins(pending, entry):
             pending = pending._replace(length=pending.length + entry.length)
             continue
@@ -75,6 +70,47 @@ def entries(disk: Disk) -> Iterator[MapEntry]:
         pending = entry
     if pending is not None:
         yield pending
+
+
+def _pieces(disk: Disk) -> Iterator[MapEntry]:
+    layers = list(_layers(disk))
+    for extent in disk.extents():
+        data = extent.kind in (Kind.DATA, Kind.COMPRESSED)
+        absent = extent.kind in (Kind.HOLE, Kind.MISSING)
+        layer = layers[extent.depth]
+        host = None if layer.encrypted else extent.host_offset
+        whole = MapEntry(extent.offset, extent.length, extent.depth, not absent, extent.kind in _ZEROS, data, host)
+        if extent.kind != Kind.DATA or host is None or layer.holes_of is None:
+            yield whole
+            continue
+        # The file below may hold nothing there: bytes never written, or past its end.
+        for run in host_runs(layer.holes_of, host, extent.length):
+            yield whole._replace(
+                start=extent.offset + run.offset - host,
+                length=run.length,
+                zero=run.is_hole,
+                data=not run.is_hole or not layer.raw,
+                offset=run.offset,
+            )
+
+
+class _Layer(NamedTuple):
+    """What the map asks of one layer: the file to look for holes in, None not to look."""
+
+    holes_of: Source | None
+    raw: bool
+    encrypted: bool
+
+
+def _layers(layer: object) -> Iterator[_Layer]:
+    while layer is not None:
+        if isinstance(layer, Disk):
+            encrypted = layer.image.header.crypt_method != Crypt.NONE
+            yield _Layer(layer.host if looks_preallocated(layer.image) else None, False, encrypted)
+            layer = layer.backing
+        else:
+            yield _Layer(layer.source if isinstance(layer, RawDisk) else None, True, False)
+            return
 
 
 def _joins(first: MapEntry, second: MapEntry) -> bool:
