@@ -13,7 +13,7 @@ An internal snapshot is the path specification ``... > QCOW > ENCODED_STREAM``; 
         file_object = resolver.Resolver.OpenFileObject(path_spec)
 
     for finding in dfvfs_qcow2.findings(qcow_path_spec):
-        print(finding.severity.label, finding.code, finding.message)
+        print(finding.severity.label, finding.code, finding.title)
 
 Nothing of dfVFS is imported here; each part is put in place when the module it replaces has been
 imported (see :mod:`.autoload`).

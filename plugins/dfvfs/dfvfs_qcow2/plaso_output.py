@@ -13,15 +13,17 @@ _FORMATTERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "formatte
 _DATA_TYPE = "qcow2:snapshot"
 
 
-def _read_formatters(stock_method: Any, mediator: Any, path: str) -> None:
-    stock_method(mediator, path)
-    if mediator.GetMessageFormatter(_DATA_TYPE) is None:
+def _look_up(stock_method: Any, mediator: Any, data_type: str) -> Any:
+    """Answer for our data type from our file, read on first use; for all others as ever."""
+    if data_type.lower() == _DATA_TYPE and _DATA_TYPE not in mediator._message_formatters:
         mediator.ReadMessageFormattersFromFile(_FORMATTERS)
+    return stock_method(mediator, data_type)
 
 
 def register() -> None:
-    """Wrap the method, once."""
-    wrap_method(stock.OutputMediator, "ReadMessageFormattersFromDirectory", _read_formatters)
+    """Wrap the methods, once."""
+    wrap_method(stock.OutputMediator, "GetMessageFormatter", _look_up)
+    wrap_method(stock.OutputMediator, "GetSourceMapping", _look_up)
 
 
 register()

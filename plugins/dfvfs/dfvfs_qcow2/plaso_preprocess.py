@@ -20,12 +20,13 @@ from .inspection import audit, open_image, qcow_path_specs, snapshot_path_spec
 from .names import SnapshotKey, label
 
 if TYPE_CHECKING:
-    from qcow2_forensics.findings import Finding
+    from qcow2_forensics.findings import Evidence, Finding
     from qcow2_forensics.structures import SnapshotEntry
 
 PLUGIN_NAME = "qcow2"
 DATA_TYPE = "qcow2:snapshot"
 _MOST = 1000  # warnings, and snapshots, per image: a crafted image could fill the storage file
+_ITEMS = 3  # of a finding's evidence, in its warning
 _NANOSECONDS = 1_000_000_000
 
 _Stock: Any = interface.FileSystemArtifactPreprocessorPlugin
@@ -86,13 +87,13 @@ def _tell_findings(mediator: Any, path_spec: Any) -> None:
     mediator.SetFileEntry(_Location(path_spec))
     try:
         try:
-            findings = audit(path_spec).findings
+            findings = [describe(finding) for finding in audit(path_spec).findings]
         except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
             why = f"{type(error).__name__}: {printable(str(error), 500)}"
             mediator.ProducePreprocessingWarning(PLUGIN_NAME, f"the image could not be audited: {why}")
             return
         for finding in findings[:_MOST]:
-            mediator.ProducePreprocessingWarning(PLUGIN_NAME, describe(finding))
+            mediator.ProducePreprocessingWarning(PLUGIN_NAME, finding)
         if len(findings) > _MOST:
             mediator.ProducePreprocessingWarning(PLUGIN_NAME, f"{len(findings) - _MOST} more findings")
     finally:
@@ -100,8 +101,18 @@ def _tell_findings(mediator: Any, path_spec: Any) -> None:
 
 
 def describe(finding: Finding) -> str:
-    """Return a finding as one line."""
-    return f"{finding.severity.label} {finding.code}: {printable(finding.message, 2000)}"
+    """Return a finding as one line, with the first items of its evidence."""
+    items = "; ".join(_item(item) for item in finding.evidence[:_ITEMS])
+    if items and finding.count > _ITEMS:
+        items += f"; and {finding.count - _ITEMS} more"
+    scope = f" in {printable(finding.scope)}" if finding.scope else ""
+    text = f"{finding.severity.label} {finding.code}{scope}: {finding.title}, {finding.note}"
+    return f"{text} ({items})" if items else text
+
+
+def _item(item: Evidence) -> str:
+    where = "" if item.offset is None else f" at {item.offset:#x}"
+    return f"{printable(item.field)}: {printable(str(item.value), 200)}{where}"
 
 
 def _tell_snapshots(mediator: Any, path_spec: Any) -> None:
