@@ -25,14 +25,14 @@ class Comparison:
     corruptions: int = 0
     leaks: int = 0
     errors: int = 0
-    highest: int = -1
+    highest: int = 0  # QEMU never says that an image ends before its first cluster does
 
 
 def compare_refcounts(tally: Tally) -> Comparison:
     """Compare every cluster of the file, then look at the refcounts past its end."""
     found = Comparison()
     most = tally.refcounts.most
-    for start, stop, values, readable in tally.refcounts.windows(tally.clusters):
+    for start, stop, values, readable in tally.refcounts.windows(tally.checked):
         if not readable:
             found.errors += stop - start
             continue
@@ -85,7 +85,7 @@ def _note(tally: Tally, kind: str, clusters: Places) -> None:
 def _past_end(tally: Tally) -> None:
     """Note refcounts above 0 for clusters that begin past the end of the file."""
     stored = tally.refcounts
-    first = tally.clusters
+    first = tally.checked
     start_slot = first // stored.per_block
     seen: dict[int, int] = {}
     for slot in range(start_slot, len(stored.table)):

@@ -325,7 +325,7 @@ class _Taker:
         odd = (offsets[slots] & np.uint64(tally.cluster_size - 1)) != 0
         self._reftable_issue("reftable-unaligned", slots[odd])
         slots = slots[~odd]
-        beyond = offsets[slots] >> np.uint64(tally.cluster_bits) >= np.uint64(tally.clusters)
+        beyond = offsets[slots] >> np.uint64(tally.cluster_bits) >= np.uint64(tally.checked)
         self._reftable_issue("reftable-beyond-eof", slots[beyond])
         slots = slots[~beyond & (offsets[slots] != 0)]
         if not len(slots):

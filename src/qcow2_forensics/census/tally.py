@@ -302,7 +302,8 @@ class Tally:
         else:
             single, readable = self.refcount_is_one(hosts >> np.uint64(self.cluster_bits))
             wrong = (flags != single) & readable
-        wrong &= (tables.active * table_readable)[rows] != 0
+        looked_at = (tables.active != 0) & table_readable & (tables.offsets != 0)
+        wrong &= looked_at[rows]
         if wrong.any():
             self.corruptions += int(tables.active[rows[wrong]].sum())
             self.l2_issue("copied-flag", tables, places[wrong])
@@ -399,6 +400,11 @@ class Tally:
         clash = known | ((self._descriptors[slots] == offsets) & (self._descriptor_guests[slots] != guest))
         clash &= (entries & np.uint64(COMPRESSED)) != 0
         self._note_aliases(tables, places, offsets >> np.uint64(self.cluster_bits), clash)
+
+    @property
+    def checked(self) -> int:
+        """How many clusters the check compares: those of the file, and one more if a claim reaches into it."""
+        return self.clusters + (self.counts[self.clusters] > 0)
 
     # --- refcounts on disk -----------------------------------------------------------------------
 
