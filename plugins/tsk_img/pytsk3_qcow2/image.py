@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import pytsk3
 
 from qcow2_forensics import open_disk
 from qcow2_forensics import open_image as open_metadata
-from qcow2_forensics.disk import Disk, EofPolicy, RawDisk
+from qcow2_forensics.disk import Disk, EofPolicy, Layer
 from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error, printable
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.source import PathOrSource
@@ -40,6 +40,11 @@ def _as_io_error(error: Qcow2Error) -> OSError:
     translated = OSError(str(error))
     translated.__cause__ = error
     return translated
+
+
+def _is_disk(origin: PathOrSource | Layer) -> TypeGuard[Layer]:
+    """Whether this is a disk already, not the file of one: only disks know their extents."""
+    return hasattr(origin, "extents")
 
 
 def _locked_method(disk: Disk) -> str:
@@ -65,7 +70,7 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
 
     def __init__(
         self,
-        url: PathOrSource | Disk | RawDisk,
+        url: PathOrSource | Layer,
         snapshot: SnapshotName = None,
         passphrase: Passphrase = None,
         resolver: Resolver | None = None,
@@ -78,12 +83,12 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
         self.read_errors: list[str] = []
         self._unreadable = unreadable
         self._findings: tuple[Finding, ...] | None = None
-        self._owned = not isinstance(url, (Disk, RawDisk))
+        self._owned = not _is_disk(url)
         self._closed = False
         try:
-            self._disk: Disk | RawDisk = (
+            self._disk: Layer = (
                 url
-                if isinstance(url, (Disk, RawDisk))
+                if _is_disk(url)
                 else open_disk(url, snapshot, passphrase, resolver, limits, eof=eof, missing=missing)
             )
             if isinstance(self._disk, Disk) and self._disk.is_locked:
@@ -140,7 +145,7 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
     # --- what scripts ask --------------------------------------------------------------------
 
     @property
-    def disk(self) -> Disk | RawDisk:
+    def disk(self) -> Layer:
         """The disk behind this object, for ranges and extents."""
         return self._disk
 
@@ -171,7 +176,7 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
         self.close()
 
     def __repr__(self) -> str:
-        return f"<pytsk3_qcow2.Img_Info {printable(self._disk.name)}, {printable(self.state)}, {self._size} bytes>"
+        return f"<pytsk3_qcow2.Img_Info {printable(self.state)}, {self._size} bytes>"
 
 
 len_ = len  # `read` has an argument called len, as pytsk3's has

@@ -18,12 +18,12 @@ def fls_line(record: FileRecord) -> str:
 
 
 def body_line(record: FileRecord, prefix: str = "") -> str:
-    """Return a record as a body file line (mactime 3).
+    """Return a record as a body file line (mactime 3); ``prefix`` goes before the path as it is.
 
     The digest field is 0, as it is where ``fls -m`` is not asked for hashes.
     """
-    name = f"{prefix}{record.path} ($FILE_NAME)" if record.of_name else f"{prefix}{_with_stream(record, record.path)}"
-    shown = _field(name)
+    name = f"{record.path} ($FILE_NAME)" if record.of_name else _with_stream(record, record.path)
+    shown = prefix.replace("|", "\\x7c") + _field(name)
     if record.link:
         shown += f" -> {_field(record.link)}"
     if not record.allocated:

@@ -1,0 +1,82 @@
+"""What ``diff`` and ``timeline`` share: states by name, and the files in them through pytsk3."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from ..disk import Layer
+from ..errors import Qcow2Error, printable
+from ..structures import SnapshotEntry
+
+if TYPE_CHECKING:
+    from pytsk3_qcow2.files import FileRecord
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SECOND = 1_000_000_000  # nanoseconds
+
+
+def need_pytsk3() -> None:
+    """Raise one sentence that says what to install when files cannot be listed."""
+    if importlib.util.find_spec("pytsk3") is None or importlib.util.find_spec("pytsk3_qcow2") is None:
+        raise Qcow2Error("listing files needs pytsk3: pip install 'qcow2-forensics[tsk]'")
+
+
+def state_label(entry: SnapshotEntry | None, entries: Iterable[SnapshotEntry]) -> str:
+    """Return what to call a state: its name, with the ID where several snapshots share the name."""
+    if entry is None:
+        return "active"
+    name = entry.name or entry.id
+    shared = sum(1 for other in entries if (other.name or other.id) == name) > 1
+    return printable(f"{name} (ID {entry.id})" if shared or name == "active" else name)
+
+
+def open_files(disk: Layer) -> Any:
+    """Return a ``pytsk3_qcow2.Img_Info`` that notes unreadable ranges instead of ending the listing."""
+    need_pytsk3()
+    from pytsk3_qcow2 import Img_Info
+
+    return Img_Info(disk, unreadable="short")
+
+
+def iso_time(nanoseconds: int) -> str | None:
+    """Return a time as RFC 3339 in UTC, None for none or one that no calendar holds."""
+    if not nanoseconds:
+        return None
+    try:
+        return (_EPOCH + timedelta(microseconds=nanoseconds // 1000)).isoformat(timespec="microseconds")
+    except OverflowError:
+        return None
+
+
+def short_time(nanoseconds: int) -> str:
+    """Return a time for people: UTC, to the second."""
+    shown = iso_time(nanoseconds)
+    return shown[:19].replace("T", " ") if shown else "-"
+
+
+def record_dict(record: FileRecord, sha256: str | None = None) -> dict[str, Any]:
+    """Return a record for JSON; text from the file system is escaped."""
+    times = record.times
+    shown: dict[str, Any] = {
+        "path": printable(record.full_path, limit=8192),
+        "inode": record.inode,
+        "address": record.address,
+        "type": record.type,
+        "allocated": record.allocated,
+        "size": record.size,
+        "mode": record.mode,
+        "uid": record.uid,
+        "gid": record.gid,
+        "modified": iso_time(times.modified),
+        "accessed": iso_time(times.accessed),
+        "changed": iso_time(times.changed),
+        "created": iso_time(times.created),
+    }
+    if record.link:
+        shown["link"] = printable(record.link)
+    if sha256 is not None:
+        shown["sha256"] = sha256
+    return shown

@@ -1,0 +1,322 @@
+"""``diff``: which guest ranges, and which files, differ between two states of one image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..compare import Change, Difference, compare
+from ..disk import Disk, Layer
+from ..errors import Qcow2Error, printable
+from ..image import Image
+from . import _files
+from .opening import add_disk_arguments, add_image_argument, open_from
+from .output import Progress, human_size
+
+if TYPE_CHECKING:
+    from pytsk3_qcow2.changes import Changed, StateFiles
+
+_EPILOG = """examples:
+  qcow2-forensics diff disk.qcow2 --from before-incident --to active
+  qcow2-forensics diff disk.qcow2 --from 1 --to 2 --files --hash
+  qcow2-forensics diff disk.qcow2 --from 1 --files --format body > changes.body
+  qcow2-forensics diff overlay.qcow2 --from backing
+
+A state is the ID or name of a snapshot, "active", or "backing" for the disk below an overlay.
+Ranges are of the guest's disk. Clusters that the two states share are not read. --files needs
+pytsk3: pip install 'qcow2-forensics[tsk]'.
+"""
+
+
+class State(NamedTuple):
+    """One side of the comparison and what to call it."""
+
+    label: str
+    disk: Layer
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``diff`` to the command line."""
+    parser = subparsers.add_parser(
+        "diff",
+        help="show what differs between two states",
+        description="Show which guest ranges, and which files, differ between two states of one image.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_argument(parser)
+    parser.add_argument(
+        "--from",
+        dest="first",
+        metavar="STATE",
+        help="the earlier state (default: the last snapshot; the backing disk when there is none)",
+    )
+    parser.add_argument(
+        "--to", dest="second", metavar="STATE", default="active", help="the later state (default: active)"
+    )
+    parser.add_argument("--files", action="store_true", help="also show the files that differ, in each partition")
+    parser.add_argument("--hash", action="store_true", help="with --files: the SHA-256 of both versions of each file")
+    parser.add_argument(
+        "--format",
+        choices=("text", "json", "jsonl", "body"),
+        default="text",
+        help="output format (default: text); body is for mactime and other timeline tools, and implies --files",
+    )
+    add_disk_arguments(parser, snapshot=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what differs; 2 when a part could not be read and so could not be compared."""
+    files = args.files or args.hash or args.format == "body"
+    if files:
+        _files.need_pytsk3()
+    with ExitStack() as stack:
+        before, after = _states(args, stack)
+        progress = stack.enter_context(Progress("compare", min(before.disk.size, after.disk.size)))
+        ranges = compare(before.disk, after.disk, progress=progress.advance)
+        if not files and args.format in ("text", "jsonl"):
+            return _print_ranges(args, before, after, ranges)
+        found = list(ranges)
+        changes = _changes(args, before, after, found) if files else None
+        _PRINTERS[args.format](args, before, after, found, changes)
+        return _verdict(_unreadable(found))
+
+
+# --- states ------------------------------------------------------------------------------------
+
+
+def _states(args: argparse.Namespace, stack: ExitStack) -> tuple[State, State]:
+    with Image(args.image) as image:
+        snapshots = image.snapshots
+        backed = image.backing_name is not None
+    first = args.first
+    if first is None:
+        if snapshots:
+            first = snapshots[-1].id if args.second == "active" else "active"
+        elif backed:
+            first = "backing"
+        else:
+            raise Qcow2Error(f"{printable(args.image)} holds one state only: no snapshots and no backing file")
+    after = _open(args, args.second, stack)
+    before = _open(args, first, stack)
+    return (
+        State(_label(before, first, snapshots), before),
+        State(_label(after, args.second, snapshots), after),
+    )
+
+
+def _open(args: argparse.Namespace, wanted: str, stack: ExitStack) -> Layer:
+    if wanted != "backing":
+        return stack.enter_context(open_from(args, wanted))
+    disk = stack.enter_context(open_from(args, "active"))
+    if disk.backing is None:
+        raise Qcow2Error(f"{printable(args.image)} has no backing file to compare with")
+    return disk.backing
+
+
+def _label(disk: Layer, wanted: str, snapshots: Any) -> str:
+    return _files.state_label(disk.snapshot, snapshots) if isinstance(disk, Disk) and wanted != "backing" else wanted
+
+
+# --- ranges --------------------------------------------------------------------------------------
+
+
+def _print_ranges(args: argparse.Namespace, before: State, after: State, ranges: Iterable[Difference]) -> int:
+    """Print ranges as they are found; return the exit code."""
+    text = args.format == "text"
+    print(_heading(args, before, after) if text else json.dumps(_states_dict(args, before, after)))
+    counts: Counter[Change] = Counter()
+    total = 0
+    for item in ranges:
+        if text and not counts:
+            print(f"{'offset':>18} {'length':>14}  change")
+        counts[item.change] += 1
+        total += item.length
+        print(_range_line(item) if text else json.dumps({"record": "range", **_range_dict(item)}))
+    print(_summary(counts, total) if text else json.dumps({"record": "summary", **_totals(counts, total)}))
+    return _verdict(counts[Change.UNREADABLE])
+
+
+def _range_line(item: Difference) -> str:
+    note = f": {item.note}" if item.note else ""
+    return f"{item.offset:>#18x} {item.length:>#14x}  {item.change}{note}"
+
+
+def _range_dict(item: Difference) -> dict[str, Any]:
+    shown: dict[str, Any] = {"offset": item.offset, "length": item.length, "change": str(item.change)}
+    return {**shown, "note": item.note} if item.note else shown
+
+
+def _totals(counts: Counter[Change], total: int) -> dict[str, Any]:
+    return {"ranges": sum(counts.values()), "bytes": total, "changes": {str(key): counts[key] for key in counts}}
+
+
+def _counted(found: Iterable[Difference]) -> tuple[Counter[Change], int]:
+    items = list(found)
+    return Counter(item.change for item in items), sum(item.length for item in items)
+
+
+def _summary(counts: Counter[Change], total: int) -> str:
+    if not counts:
+        return "the two states are equal"
+    parts = ", ".join(f"{counts[change]} {change}" for change in Change if counts[change])
+    ranges = sum(counts.values())
+    return f"{ranges} {'range differs' if ranges == 1 else 'ranges differ'}, {human_size(total)}: {parts}"
+
+
+def _unreadable(found: Iterable[Difference]) -> int:
+    return sum(item.change is Change.UNREADABLE for item in found)
+
+
+def _verdict(unreadable: int) -> int:
+    if unreadable:
+        print(f"qcow2-forensics: {unreadable} ranges could not be read and were not compared", file=sys.stderr)
+        return 2
+    return 0
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def _changes(args: argparse.Namespace, before: State, after: State, found: list[Difference]) -> list[Changed]:
+    from pytsk3_qcow2.changes import file_changes
+
+    old, new = (_listing(args, state) for state in (before, after))
+    changed = list(file_changes(old, new, ((item.offset, item.length) for item in found), hashed=args.hash))
+    for state, listing in ((before, old), (after, new)):
+        for problem in listing.problems:
+            print(f"qcow2-forensics: {state.label}: {printable(problem, limit=8192)}", file=sys.stderr)
+    return changed
+
+
+def _listing(args: argparse.Namespace, state: State) -> StateFiles:
+    from pytsk3_qcow2.changes import StateFiles
+
+    with Progress(f"list {state.label}", 0, unit="names") as progress:
+        return StateFiles(
+            _files.open_files(state.disk), f"{printable(args.image)}, state {state.label}", progress.advance
+        )
+
+
+def _file_dict(change: Changed) -> dict[str, Any]:
+    record = change.shown
+    shown: dict[str, Any] = {
+        "change": str(change.change),
+        "path": printable(record.full_path, limit=8192),
+        "inode": record.inode,
+        "volume": {
+            "partition": record.volume.number,
+            "offset": record.volume.offset,
+            "type": record.volume.kind,
+            "description": printable(record.volume.description),
+        },
+        "fields": list(change.fields),
+        "recoverable": None if change.recoverable is None else str(change.recoverable),
+    }
+    for key, side, digest in zip(("before", "after"), (change.before, change.after), change.sha256, strict=True):
+        shown[key] = None if side is None else _files.record_dict(side, digest)
+    return {**shown, "note": printable(change.note)} if change.note else shown
+
+
+_COLUMNS = ("change", "path", "inode", "size", "modified (UTC)", "what")
+
+
+def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
+    for change in changes:
+        record = change.shown
+        sizes = [str(side.size) for side in (change.before, change.after) if side is not None]
+        size = " -> ".join(dict.fromkeys(sizes)) if change.change not in ("removed", "deleted") else str(record.size)
+        what = ", ".join(change.fields)
+        if change.recoverable is not None:
+            what = {"yes": "content recoverable", "partly": "content partly recoverable"}.get(
+                change.recoverable, "content gone"
+            )
+        path = printable(record.full_path, limit=8192)
+        if change.change == "renamed" and change.before is not None:
+            path = f"{printable(change.before.full_path, limit=8192)} -> {path}"
+        note = printable(change.note)
+        shown = "; ".join(part for part in (what, note) if part)
+        yield str(change.change), path, record.address, size, _files.short_time(record.times.modified), shown
+
+
+# --- formats -----------------------------------------------------------------------------------------
+
+
+def _heading(args: argparse.Namespace, before: State, after: State) -> str:
+    return f"{printable(args.image)}: {before.label} -> {after.label}"
+
+
+def _states_dict(args: argparse.Namespace, before: State, after: State) -> dict[str, Any]:
+    return {
+        "record": "states",
+        "image": printable(args.image),
+        "from": {"state": before.label, "size": before.disk.size},
+        "to": {"state": after.label, "size": after.disk.size},
+    }
+
+
+def _print_text(
+    args: argparse.Namespace, before: State, after: State, found: list[Difference], changes: list[Changed] | None
+) -> None:
+    print(_heading(args, before, after))
+    print(_summary(*_counted(found)))
+    for item in found:
+        if item.change is Change.UNREADABLE:
+            print(_range_line(item))
+    if not changes:
+        print("no files differ")
+        return
+    rows = list(_rows(changes))
+    widths = [max(len(row[at]) for row in (_COLUMNS, *rows)) for at in range(len(_COLUMNS))]
+    for row, change in zip((_COLUMNS, *rows), (None, *changes), strict=True):
+        aligned = [
+            cell.rjust(width) if at in (2, 3) else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(aligned).rstrip())
+        for name, digest in zip(("before", "after"), change.sha256 if change else (), strict=False):
+            if digest is not None:
+                print(f"    sha256 {name:6} {digest}")
+
+
+def _print_json(
+    args: argparse.Namespace, before: State, after: State, found: list[Difference], changes: list[Changed] | None
+) -> None:
+    shown = _states_dict(args, before, after)
+    del shown["record"]
+    shown["summary"] = _totals(*_counted(found))
+    shown["ranges"] = [_range_dict(item) for item in found]
+    if changes is not None:
+        shown["files"] = [_file_dict(change) for change in changes]
+    print(json.dumps(shown, indent=2))
+
+
+def _print_lines(
+    args: argparse.Namespace, before: State, after: State, found: list[Difference], changes: list[Changed] | None
+) -> None:
+    print(json.dumps(_states_dict(args, before, after)))
+    for item in found:
+        print(json.dumps({"record": "range", **_range_dict(item)}))
+    for change in changes or ():
+        print(json.dumps({"record": "file", **_file_dict(change)}))
+    print(json.dumps({"record": "summary", **_totals(*_counted(found))}))
+
+
+def _print_body(
+    _args: argparse.Namespace, before: State, after: State, _found: list[Difference], changes: list[Changed] | None
+) -> None:
+    from pytsk3_qcow2.lines import body_line
+
+    for change in changes or ():
+        state = before if change.change == "removed" else after
+        prefix = f"[{change.change}, {state.label}] {change.shown.volume.prefix}"
+        print(body_line(change.shown, prefix))
+
+
+_PRINTERS = {"text": _print_text, "json": _print_json, "jsonl": _print_lines, "body": _print_body}
