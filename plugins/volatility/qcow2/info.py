@@ -39,7 +39,7 @@ class Info(EvidencePlugin):
             warn(f"no memory is shown: {error}")
         for part in facts:
             for subject, item, value, address, size in part:
-                yield 0, (subject, item, printable(value), hexadecimal(address), hexadecimal(size))
+                yield 0, (subject, printable(item), printable(value), hexadecimal(address), hexadecimal(size))
 
     def run(self) -> Any:
         columns = [

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 Mapped = tuple[int, int, int, int, str]
 
+# Volatility has no list of layers that it builds from a saved configuration by itself. What lies
+# deeper in a chain is found anew by its name.
+CHAIN = tuple(f"chain_{number}" for number in range(16))
+
 
 class Qcow2VmStateLayer(ViewLayer):
     """The QEMU migration stream that a snapshot of a QCOW2 image holds, as bytes.
@@ -60,11 +64,12 @@ class Qcow2DiskLayer(ViewLayer):
 
     def _chain(self) -> list[str]:
         """Return the names of the layers below besides the base layer."""
-        count = int(self.config.get("chain.number_of_elements", 0) or 0)
-        return [str(self.config[f"chain.chain{number}"]) for number in range(count)]
+        names = (self.config.get(name, None) for name in CHAIN)
+        return [str(name) for name in names if name]
 
     def _make_view(self) -> Disk:
-        from qcow2_forensics import open_disk
+        from qcow2_forensics import Locked, open_disk
+        from qcow2_forensics.structures import Crypt
 
         from .backing import LayerResolver
 
@@ -77,14 +82,14 @@ class Qcow2DiskLayer(ViewLayer):
             missing="raise",
         )
         self._remember(resolver.names)
+        if disk.is_locked:
+            raise Locked(Crypt(disk.image.header.crypt_method).name)
         disk.read(0, 512)
         return disk
 
     def _remember(self, names: list[str]) -> None:
-        for number, name in enumerate(names):
-            self.context.config[f"{self.config_path}.chain.chain{number}"] = name
-        if names:
-            self.context.config[f"{self.config_path}.chain.number_of_elements"] = len(names)
+        for key, name in zip(CHAIN, names, strict=False):
+            self.context.config[interfaces.configuration.path_join(self.config_path, key)] = name
         self._config_cache = None
 
     def mapping(self, offset: int, length: int, ignore_errors: bool = False) -> Iterable[Mapped]:
@@ -111,7 +116,7 @@ class Qcow2DiskLayer(ViewLayer):
             requirements.BooleanRequirement(
                 name="ordinary", description="The disk holds no memory", optional=True, default=False
             ),
-            requirements.LayerListRequirement(name="chain", description="Data and backing files", optional=True),
+            *(requirements.TranslationLayerRequirement(name=name, optional=True) for name in CHAIN),
         ]
 
 

@@ -16,6 +16,9 @@ from .evidence import ABSENT, EvidencePlugin, Row, hexadecimal
 from .options import snapshot_option
 
 
+NOT_COUNTED = -1  # what QEMU stores where the guest's instructions are not counted
+
+
 class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
     """Lists the internal snapshots of a QCOW2 image, and which of them hold memory."""
 
@@ -45,7 +48,7 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
                     str(datetime.timedelta(microseconds=entry.vm_clock_nsec // 1000)),
                     entry.vm_state_size,
                     ABSENT() if entry.disk_size is None else entry.disk_size,
-                    ABSENT() if entry.icount is None else entry.icount,
+                    ABSENT() if entry.icount in (None, NOT_COUNTED) else entry.icount,
                     entry == chosen,
                     hexadecimal(entry.offset),
                 ),
