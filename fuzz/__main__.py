@@ -32,7 +32,7 @@ MEMORY_MIB = 64  # above what the worker needed before the case
 BATCH = 200
 
 
-class Budget(Exception):  # noqa: N818 - internal
+class Budget(Exception):
     """A case took more than it may."""
 
 
@@ -66,7 +66,7 @@ def _worker(pipe: Connection, bases: dict[str, bytes], seeds: range, targets: li
     faulthandler.enable()
     signal.signal(signal.SIGALRM, _alarm)
     for target in targets:  # imports and first-use costs belong to no case
-        run(target, bases[sorted(bases)[0]])
+        run(target, bases[min(bases)])
     for seed in seeds:
         name, data, changes = case_data(bases, seed)
         for target in targets:

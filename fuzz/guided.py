@@ -16,8 +16,8 @@ import atheris
 with atheris.instrument_imports(include=["qcow2_forensics", "pytsk3_qcow2", "dfvfs_qcow2"]):
     from . import targets
 
-from . import corpus  # noqa: E402
-from .mutator import Mutator  # noqa: E402
+from . import corpus
+from .mutator import Mutator
 
 _MAX_BYTES = 1 << 20
 _STRUCTURED = 0.7  # the share of mutations that know the format

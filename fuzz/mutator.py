@@ -77,7 +77,7 @@ def spots(data: bytes) -> list[Spot]:
         found += [Spot("luks", base + at, 4) for at in range(104, 592, 8)]
     at = data.find(b"QEVM")
     if at >= 0:
-        found += [Spot("vm state", at + step, random.choice((1, 2, 4, 8))) for step in range(0, 4096, 3)]  # noqa: S311
+        found += [Spot("vm state", at + step, random.choice((1, 2, 4, 8))) for step in range(0, 4096, 3)]
     return [spot for spot in found if spot.offset + spot.size <= len(data)]
 
 

@@ -93,6 +93,7 @@ def residue(source: Source) -> None:
 def img_info(source: Source) -> None:
     """Open the file system through pytsk3."""
     import pytsk3
+
     import pytsk3_qcow2
 
     def use() -> None:
