@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import pytsk3
 
+from qcow2_forensics.errors import printable
+
 from .files import FileRecord, FileSystem, Times, file_systems
 from .spans import Spans
 
@@ -197,7 +199,7 @@ class _Pair:
             if self._content_differs(old, new):
                 fields.append("content")
         except OSError as error:
-            note = f"content not compared: {error}"
+            note = printable(f"content not compared: {error}")
         for name in ("type", "inode", "size", "mode", "uid", "gid", "link"):
             if getattr(old, name) != getattr(new, name):
                 fields.append(name)
@@ -236,7 +238,7 @@ def _digest(system: FileSystem | None, record: FileRecord | None) -> str | None:
     try:
         return system.sha256(record)
     except OSError as error:
-        system.problems.append(f"{record.full_path}: not hashed: {error}")
+        system.problems.append(printable(f"{record.full_path}: not hashed: {error}", limit=8192))
         return None
 
 

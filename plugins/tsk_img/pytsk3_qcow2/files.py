@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pytsk3
 
+from qcow2_forensics.errors import printable
+
 from .image import Img_Info
 
 _CHUNK = 1 << 20  # of file content read at a time
@@ -160,7 +162,8 @@ class FileSystem:
             return []
 
     def _problem(self, path: str, error: BaseException) -> None:
-        self.problems.append(f"{self.volume.prefix}{path}: {str(error).splitlines()[0]}")
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.problems.append(printable(f"{self.volume.prefix}{path}: {why}", limit=8192))
 
     def _walk(
         self, entries: list[pytsk3.File], path: str, above: tuple[int, ...], *, orphans: bool = False
@@ -178,7 +181,7 @@ class FileSystem:
             if meta is None or not _is_directory(name, meta) or inode in above:
                 continue
             if len(above) > _DEPTH:
-                self.problems.append(f"{self.volume.prefix}{here}: deeper than {_DEPTH} directories")
+                self._problem(here, RecursionError(f"deeper than {_DEPTH} directories"))
                 continue
             made_up = int(name.type) == _VIRTUAL_DIRECTORY
             yield from self._walk(self._directory(inode, here), here, (*above, inode), orphans=made_up)
@@ -321,7 +324,7 @@ def file_systems(image: pytsk3.Img_Info, name: str = "the disk") -> list[FileSys
     found: list[FileSystem] = []
     looked: list[str] = []
     for number, offset, description in _partitions(image):
-        looked.append(f"partition {number} ({description or 'no description'})")
+        looked.append(f"partition {number} ({printable(description) or 'no description'})")
         handle = _open(image, offset)
         if handle is not None:
             found.append(FileSystem(image, Volume(number, offset, description, _kind(handle)), handle))
@@ -333,7 +336,7 @@ def file_systems(image: pytsk3.Img_Info, name: str = "the disk") -> list[FileSys
         errors = getattr(image, "read_errors", [])
         where = f"; looked at {', '.join(looked)}" if looked else ""
         why = f"; {errors[0]}" if errors else ""
-        raise NoFileSystem(f"no file system was found in {name}{where}{why}")
+        raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
     return found
 
 

@@ -191,7 +191,7 @@ def _changes(args: argparse.Namespace, before: State, after: State, found: list[
     changed = list(file_changes(old, new, ((item.offset, item.length) for item in found), hashed=args.hash))
     for state, listing in ((before, old), (after, new)):
         for problem in listing.problems:
-            print(f"qcow2-forensics: {state.label}: {printable(problem, limit=8192)}", file=sys.stderr)
+            print(f"qcow2-forensics: {state.label}: {problem}", file=sys.stderr)
     return changed
 
 
@@ -199,9 +199,7 @@ def _listing(args: argparse.Namespace, state: State) -> StateFiles:
     from pytsk3_qcow2.changes import StateFiles
 
     with Progress(f"list {state.label}", 0, unit="names") as progress:
-        return StateFiles(
-            _files.open_files(state.disk), f"{printable(args.image)}, state {state.label}", progress.advance
-        )
+        return StateFiles(_files.open_files(state.disk), f"{args.image}, state {state.label}", progress.advance)
 
 
 def _file_dict(change: Changed) -> dict[str, Any]:
@@ -221,7 +219,7 @@ def _file_dict(change: Changed) -> dict[str, Any]:
     }
     for key, side, digest in zip(("before", "after"), (change.before, change.after), change.sha256, strict=True):
         shown[key] = None if side is None else _files.record_dict(side, digest)
-    return {**shown, "note": printable(change.note)} if change.note else shown
+    return {**shown, "note": change.note} if change.note else shown
 
 
 _COLUMNS = ("change", "path", "inode", "size", "modified (UTC)", "what")
@@ -240,7 +238,7 @@ def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
         path = printable(record.full_path, limit=8192)
         if change.change == "renamed" and change.before is not None:
             path = f"{printable(change.before.full_path, limit=8192)} -> {path}"
-        note = printable(change.note)
+        note = change.note
         shown = "; ".join(part for part in (what, note) if part)
         yield str(change.change), path, record.address, size, _files.short_time(record.times.modified), shown
 

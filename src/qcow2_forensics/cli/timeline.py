@@ -1,0 +1,227 @@
+"""``timeline``: every dated fact of an image and of the files in its states, for timeline tools."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import printable
+from ..image import Image
+from ..structures import SnapshotEntry
+from . import _files
+from .opening import add_disk_arguments, add_image_argument, open_from
+from .output import Progress
+
+if TYPE_CHECKING:
+    from pytsk3_qcow2.files import FileRecord
+
+_EPILOG = """examples:
+  qcow2-forensics timeline disk.qcow2 | mactime -b - -d -z UTC
+  qcow2-forensics timeline disk.qcow2 --format jsonl > timesketch.jsonl
+  qcow2-forensics timeline disk.qcow2 --state before-incident --state active
+  qcow2-forensics timeline disk.qcow2 --no-files
+
+Every line names the state it is from; by default all states are listed, the active one last. Files
+need pytsk3: pip install 'qcow2-forensics[tsk]'. The JSON lines have the fields Timesketch asks for.
+"""
+
+_SECOND = 1_000_000_000  # nanoseconds
+_FILE_TIMES = (
+    ("modified", "Content Modification Time"),
+    ("accessed", "Last Access Time"),
+    ("changed", "Metadata Modification Time"),
+    ("created", "Creation Time"),
+)
+
+
+class ImageEvent(NamedTuple):
+    """One dated fact of the image itself; ``time`` is nanoseconds of the epoch. ``message`` is escaped."""
+
+    time: int
+    description: str
+    message: str
+    state: str
+    kind: str
+    created: bool = False  # a birth, not a modification: which column of a body file it goes to
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``timeline`` to the command line."""
+    parser = subparsers.add_parser(
+        "timeline",
+        help="print every dated fact for timeline tools",
+        description="Print snapshot times and the file times of every state, as a body file or for Timesketch.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_argument(parser)
+    parser.add_argument(
+        "--state",
+        metavar="STATE",
+        action="append",
+        default=[],
+        help='a state whose files to list: the ID or name of a snapshot, or "active" (repeatable; default: all)',
+    )
+    parser.add_argument("--no-files", action="store_true", help="only what the image itself dates")
+    parser.add_argument(
+        "--format",
+        choices=("body", "jsonl"),
+        default="body",
+        help="a body file for mactime (default), or JSON lines for Timesketch",
+    )
+    add_disk_arguments(parser, snapshot=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the timeline; a state without a file system is said on standard error."""
+    if not args.no_files:
+        _files.need_pytsk3()
+    with Image(args.image) as image:
+        events = list(image_events(image, _modified(args.image)))
+        snapshots = image.snapshots
+    for event in events:
+        print(_event_body(event) if args.format == "body" else _event_json(event, args.image))
+    if args.no_files:
+        return 0
+    wanted = args.state or [*(f"index:{entry.index}" for entry in snapshots), "active"]
+    for state in wanted:
+        with ExitStack() as stack:
+            disk = stack.enter_context(open_from(args, state))
+            _print_files(args, disk, _files.state_label(disk.snapshot, snapshots))
+    return 0
+
+
+# --- the image -----------------------------------------------------------------------------------
+
+
+def image_events(image: Image, modified: int | None) -> Iterator[ImageEvent]:
+    """Yield what the image dates; ``modified`` is the time of its file, in nanoseconds.
+
+    Bitmaps carry no date. They are listed with the time the file was last written, as what it held
+    then.
+    """
+    snapshots = image.snapshots
+    for entry in snapshots:
+        yield ImageEvent(
+            entry.date_sec * _SECOND + entry.date_nsec,
+            "Snapshot Creation Time",
+            f"snapshot {printable(entry.name)!r} (ID {printable(entry.id)}) was taken{_details(entry)}",
+            _files.state_label(entry, snapshots),
+            "snapshot",
+            created=True,
+        )
+    if image.header.version == 1 and image.header.mtime:
+        yield ImageEvent(
+            image.header.mtime * _SECOND,
+            "Header Modification Time",
+            "modification time in the header of a version 1 image",
+            "active",
+            "qcow1_mtime",
+        )
+    if modified is None:
+        return
+    for bitmap in image.bitmaps:
+        current = "current" if image.bitmaps_current else "not kept up to date"
+        yield ImageEvent(
+            modified,
+            "Image File Modification Time",
+            f"the image held bitmap {printable(bitmap.name)!r} ({current}, {bitmap.granularity} bytes a bit) "
+            "when it was last written",
+            "active",
+            "bitmap",
+        )
+
+
+def _details(entry: SnapshotEntry) -> str:
+    parts = [f"guest clock {entry.vm_clock_nsec / _SECOND:.3f} s"] if entry.vm_clock_nsec else []
+    if entry.vm_state_size:
+        parts.append(f"{entry.vm_state_size} bytes of VM state")
+    return f" with {' and '.join(parts)}" if parts else ""
+
+
+def _modified(path: str) -> int | None:
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _event_body(event: ImageEvent) -> str:
+    seconds = event.time // _SECOND
+    times = (0, 0, 0, seconds) if event.created else (0, seconds, 0, 0)
+    name = f"[{event.state}] {event.message}".replace("|", "\\x7c")
+    return "|".join(["0", name, "0", "-/----------", "0", "0", "0", *map(str, times)])
+
+
+def _event_json(event: ImageEvent, image: str) -> str:
+    return _line(event.time, event.message, event.description, event.state, image, data_type=f"qcow2:{event.kind}")
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def _print_files(args: argparse.Namespace, disk: Any, state: str) -> None:
+    from pytsk3_qcow2.files import NoFileSystem, file_systems
+    from pytsk3_qcow2.lines import body_line
+
+    try:
+        systems = file_systems(_files.open_files(disk), f"{args.image}, state {state}")
+    except NoFileSystem as error:
+        print(f"qcow2-forensics: {error}", file=sys.stderr)
+        return
+    with Progress(f"list {state}", 0, unit="names") as progress:
+        for system in systems:
+            for record in system.records(names=True):
+                progress.advance(1)
+                if args.format == "body":
+                    print(body_line(record, f"[{state}] {record.volume.prefix}"))
+                else:
+                    for line in _record_lines(record, state, args.image):
+                        print(line)
+            for problem in system.problems:
+                print(f"qcow2-forensics: {state}: {problem}", file=sys.stderr)
+
+
+def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:
+    from pytsk3_qcow2.lines import mode_text
+
+    path = printable(record.full_path, limit=8192)
+    shown = f"{path} (deleted)" if not record.allocated else path
+    for name, description in _FILE_TIMES:
+        time = getattr(record.times, name)
+        if time:
+            yield _line(
+                time,
+                f"[{state}] {shown}",
+                f"{description} ($FILE_NAME)" if record.of_name else description,
+                state,
+                image,
+                data_type="fs:stat",
+                filename=path,
+                inode=record.address,
+                file_size=record.size,
+                mode=mode_text(record),
+                is_allocated=record.allocated,
+                filesystem=record.volume.kind,
+                partition=record.volume.number,
+            )
+
+
+def _line(time: int, message: str, description: str, state: str, image: str, **more: Any) -> str:
+    # A time no calendar holds is left out of the text form only: the number says what was stored.
+    shown = {
+        "message": message,
+        "datetime": _files.iso_time(time) or "1970-01-01T00:00:00.000000+00:00",
+        "timestamp": time // 1000,
+        "timestamp_desc": description,
+        "state": state,
+        "image": printable(image),
+        **more,
+    }
+    return json.dumps(shown)
