@@ -21,6 +21,7 @@ the core nor numpy is imported before an image needs them.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 
@@ -33,10 +34,9 @@ if importlib.util.find_spec("qcow2_forensics") is None:
     raise ImportError("qcow2_forensics is not installed")
 
 try:
-    from . import audit, info, layers, options, ram, registers, snapshots, stackers, vmstatedump
+    for _name in ("audit", "info", "layers", "options", "ram", "registers", "snapshots", "stackers", "vmstatedump"):
+        importlib.import_module(f".{_name}", __name__)
 except ImportError:
     raise
 except Exception as error:  # anything else would end every run of Volatility
     raise ImportError(f"the QCOW2 plugins do not fit this Volatility: {error!r}") from error
-
-__all__ = ["audit", "info", "layers", "options", "ram", "registers", "snapshots", "stackers", "vmstatedump"]

@@ -35,7 +35,10 @@ class Audit(EvidencePlugin):
                 optional=True,
             ),
             requirements.BooleanRequirement(
-                name="evidence", description="Show each piece of evidence below its finding", default=False, optional=True
+                name="evidence",
+                description="Show each piece of evidence below its finding",
+                default=False,
+                optional=True,
             ),
         ]
 

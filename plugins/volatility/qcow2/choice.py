@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from typing import TYPE_CHECKING, NamedTuple
 
 from .common import warn
@@ -70,10 +70,10 @@ def describe(entry: SnapshotEntry) -> str:
     return f"{printable(entry.id)} {printable(entry.name)!r}{when}"
 
 
-def snapshot_date(entry: SnapshotEntry) -> datetime.datetime | None:
+def snapshot_date(entry: SnapshotEntry) -> dt.datetime | None:
     """Return when the host's clock says the snapshot was taken; None where no calendar has it."""
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    epoch = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
     try:
-        return epoch + datetime.timedelta(seconds=entry.date_sec, microseconds=entry.date_nsec // 1000)
+        return epoch + dt.timedelta(seconds=entry.date_sec, microseconds=entry.date_nsec // 1000)
     except OverflowError:
         return None

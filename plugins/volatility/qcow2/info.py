@@ -63,7 +63,13 @@ def _image_facts(image: Image) -> Facts:
         if value is not None:
             yield "image", name, value, None, None
     if header.crypt_method:
-        yield "image", "encryption", {1: "AES", 2: "LUKS"}.get(header.crypt_method, str(header.crypt_method)), None, None
+        yield (
+            "image",
+            "encryption",
+            {1: "AES", 2: "LUKS"}.get(header.crypt_method, str(header.crypt_method)),
+            None,
+            None,
+        )
     for problem in image.problems:
         yield "image", "problem", problem.message, problem.offset, None
 
@@ -88,4 +94,10 @@ def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
         where = "placed" if block.name in placed else "at no known address"
         yield "block", block.name, f"{where}, {block.recorded:#x} bytes recorded", None, block.size
     for device in memory.devices:
-        yield "device", device.name, f"instance {device.instance}, version {device.version}", device.offset, device.length
+        yield (
+            "device",
+            device.name,
+            f"instance {device.instance}, version {device.version}",
+            device.offset,
+            device.length,
+        )

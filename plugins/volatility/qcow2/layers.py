@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from volatility3.framework import exceptions, interfaces
 from volatility3.framework.configuration import requirements
@@ -12,7 +12,7 @@ from .common import LayerSource, ViewLayer, vollog
 from .options import backing_folders, passphrase
 
 if TYPE_CHECKING:
-    from qcow2_forensics import Disk, VmState
+    from qcow2_forensics import Disk, Resolver, VmState
     from qcow2_forensics.mapping import Run
 
 Mapped = tuple[int, int, int, int, str]
@@ -78,7 +78,7 @@ class Qcow2DiskLayer(ViewLayer):
             LayerSource(self.context.layers[self._base_layer]),
             self.config.get("snapshot", None),
             passphrase(self.context),
-            resolver,
+            cast("Resolver", resolver),
             missing="raise",
         )
         self._remember(resolver.names)
@@ -120,9 +120,7 @@ class Qcow2DiskLayer(ViewLayer):
         ]
 
 
-def _mapped(
-    layer: ViewLayer, runs: Iterable[Run], offset: int, length: int, ignore_errors: bool
-) -> Iterator[Mapped]:
+def _mapped(layer: ViewLayer, runs: Iterable[Run], offset: int, length: int, ignore_errors: bool) -> Iterator[Mapped]:
     """Yield runs as Volatility's mappings; what the image does not store is one byte of its start.
 
     The bytes of encrypted and compressed runs are not those of the base layer: ``read`` tells them.

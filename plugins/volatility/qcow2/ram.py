@@ -45,7 +45,9 @@ class QemuRamLayer(ViewLayer):
         if not memory.complete:
             held = sum(block.recorded for block in memory.blocks) // _MIB
             total = sum(block.size for block in memory.blocks) // _MIB
-            warn(f"{self._title()}: the memory stream is cut off: {held} of {total} MiB of RAM are there, the rest is not")
+            warn(
+                f"{self._title()}: the memory stream is cut off: {held} of {total} MiB of RAM are there, the rest is not"
+            )
         for assumption in memory.layout.assumptions:
             warn(f"{self._title()}: {assumption}")
 

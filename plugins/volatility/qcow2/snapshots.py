@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +14,6 @@ from .choice import choose, describe, snapshot_date
 from .common import warn
 from .evidence import ABSENT, EvidencePlugin, Row, hexadecimal
 from .options import snapshot_option
-
 
 NOT_COUNTED = -1  # what QEMU stores where the guest's instructions are not counted
 
@@ -37,7 +36,7 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
             warn(str(error))
         for problem in image.problems:
             if any(part.startswith("snapshot") for part in problem.blocks):
-                    warn(f"{printable(image.name)}: {problem.message}")
+                warn(f"{printable(image.name)}: {problem.message}")
         for entry in image.snapshots:
             yield (
                 0,
@@ -45,7 +44,7 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
                     printable(entry.id),
                     printable(entry.name),
                     snapshot_date(entry) or renderers.UnparsableValue(),
-                    str(datetime.timedelta(microseconds=entry.vm_clock_nsec // 1000)),
+                    str(dt.timedelta(microseconds=entry.vm_clock_nsec // 1000)),
                     entry.vm_state_size,
                     ABSENT() if entry.disk_size is None else entry.disk_size,
                     ABSENT() if entry.icount in (None, NOT_COUNTED) else entry.icount,
@@ -54,7 +53,7 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
                 ),
             )
 
-    def generate_timeline(self) -> Iterator[tuple[str, timeliner.TimeLinerType, datetime.datetime]]:
+    def generate_timeline(self) -> Iterator[tuple[str, timeliner.TimeLinerType, dt.datetime]]:
         """Yield when each snapshot was taken, by the clock of the host."""
         for entry in self.image().snapshots:
             date = snapshot_date(entry)
@@ -67,7 +66,7 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
         columns = [
             ("ID", str),
             ("Name", str),
-            ("Date", datetime.datetime),
+            ("Date", dt.datetime),
             ("Guest uptime", str),
             ("VM state bytes", int),
             ("Disk bytes", int),
@@ -76,4 +75,3 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
             ("Offset", format_hints.Hex),
         ]
         return renderers.TreeGrid(columns, self.guarded(self._rows))
-
