@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..host_holes import host_runs
 from ..image import Image
+from ..mapping import Kind, Mapping
 from ..source import Source
 from ..structures import SUBCLUSTERS
 from .scan import Piece
@@ -136,3 +138,32 @@ def tail(image: Image) -> Iterator[Piece]:
                 if piece is not None:
                     yield replace(piece, guest_offset=image.disk_size + piece.offset - start)
             return
+
+
+def data_file_residue(image: Image, data: Source) -> Iterator[Piece]:
+    """Yield bytes of an external data file that the image does not show.
+
+    ``kind`` is ``zero-flagged`` where an entry says zeros, ``unmapped`` where the image has
+    nothing, and ``beyond-disk`` behind the disk. Each piece is one cluster at most.
+    """
+    size = image.cluster_size
+    mapping = Mapping(image, image.header.l1_table_offset, image.header.l1_size)
+    for run in mapping.runs(0, image.disk_size):
+        if run.kind in (Kind.HOLE, Kind.ZERO):
+            kind = "zero-flagged" if run.kind == Kind.ZERO else "unmapped"
+            for piece in _nonzero(data, run.offset, run.length, size, kind):
+                yield replace(piece, guest_offset=piece.offset)
+    yield from _nonzero(data, image.disk_size, data.size - image.disk_size, size, "beyond-disk")
+
+
+def _nonzero(data: Source, offset: int, length: int, size: int, kind: str) -> Iterator[Piece]:
+    for run in host_runs(data, offset, min(length, data.size - offset)) if length > 0 else ():
+        if run.is_hole:
+            continue
+        at = run.offset
+        while at < run.offset + run.length:
+            count = min(size - at % size, run.offset + run.length - at)
+            piece = piece_of(data.read(at, count), at, kind)
+            if piece is not None:
+                yield replace(piece, file="data")
+            at += count

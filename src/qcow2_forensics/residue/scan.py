@@ -17,6 +17,7 @@ from . import content, tables
 from .tables import Geometry
 
 _CHUNK = 8 * MiB
+_TARGETS = 64  # of a former table, read to see whether they still hold bytes
 
 
 class Usage(NamedTuple):
@@ -57,7 +58,7 @@ class Piece:
     snapshot: str = ""
     file: str = ""
     entries: int = 0  # of a table
-    intact: int = 0  # of its targets: nothing live uses them
+    intact: int = 0  # of its first targets: nothing live uses them and they hold bytes
     zero_only: bool = False  # an L2 table of zero flags alone
 
 
@@ -222,6 +223,8 @@ class _Scanner:
         return True
 
     def _free_targets(self, facts: tables.TableFacts) -> int:
+        """Return how many targets nothing live uses and that still hold bytes; a sample's worth."""
         numbers = (facts.targets // np.uint64(self._cluster_size)).astype(np.intp)
         numbers = numbers[numbers < len(self._usage.claimed)]
-        return int((~self._usage.claimed[numbers]).sum())
+        free = numbers[~self._usage.claimed[numbers]][:_TARGETS]
+        return sum(any(self._image.read(number * self._cluster_size, self._cluster_size)) for number in free.tolist())

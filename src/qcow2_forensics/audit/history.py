@@ -1,0 +1,400 @@
+"""Rules about snapshots and bitmaps: what the image remembers of its past (section "history")."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from ..bitmaps import dirty_ranges
+from ..disk import Disk
+from ..errors import FormatError, Qcow2Error, ReadError, printable
+from ..findings import Evidence, Finding, Severity
+from ..header_rules import INT64_MAX
+from ..mapping import Kind
+from ..structures import Autoclear, BitmapEntry, BitmapFlag, ExtensionType, SnapshotEntry
+from ..vm_state import vm_state_offset
+from .facts import Facts
+from .names import mtime_of
+from .rules import QEMU_MADE, Depth, rule, variant
+
+_TABLE = "snapshot table"
+_KNOWN_EXTRA = 24  # bytes of extra data the format defines
+_RANGES = 20  # dirty ranges told per bitmap
+_VM_STATE_MAGIC = b"QEVM"
+_VM_CONFIGURATION = 7  # section type: the machine's name follows
+
+
+def date_of(entry: SnapshotEntry) -> str:
+    """Return the date of a snapshot in UTC, as the host's clock had it."""
+    moment = datetime.fromtimestamp(entry.date_sec, UTC)
+    return f"{moment:%Y-%m-%d %H:%M:%S}.{entry.date_nsec:09d}Z"
+
+
+# Where each fixed field of an entry stands: offset in the entry, length in bytes.
+_PLACES = {
+    "l1_table_offset": (0, 8),
+    "l1_size": (8, 4),
+    "date": (16, 4),
+    "date_nsec": (20, 4),
+    "vm_state_size32": (32, 4),
+    "extra_data_size": (36, 4),
+    "vm_state_size": (40, 8),
+    "disk_size": (48, 8),
+    "icount": (56, 8),
+}
+
+
+def _field(entry: SnapshotEntry, name: str, value: int | str | None) -> Evidence:
+    at, length = _PLACES.get(name, (0, entry.length))
+    if at + length > entry.length:
+        at, length = 0, entry.length
+    return Evidence(name, value, entry.offset + at, length, _TABLE, snapshot=entry.id)
+
+
+def _id_field(entry: SnapshotEntry) -> Evidence:
+    at = entry.offset + 40 + entry.extra_length
+    return Evidence("id", entry.id, at, len(entry.id_bytes), _TABLE, snapshot=entry.id)
+
+
+def _name_field(entry: SnapshotEntry) -> Evidence:
+    at = entry.offset + 40 + entry.extra_length + len(entry.id_bytes)
+    return Evidence("name", entry.name, at, len(entry.name_bytes), _TABLE, snapshot=entry.id)
+
+
+# --- VM state ------------------------------------------------------------------------------------
+
+
+def machine_type(data: bytes) -> str:
+    """Return the machine name in the first section of a VM state stream, empty without one."""
+    if data[:4] != _VM_STATE_MAGIC or len(data) < 13 or data[8] != _VM_CONFIGURATION:
+        return ""
+    length = int.from_bytes(data[9:13], "big")
+    return data[13 : 13 + length].decode("utf-8", "replace") if length <= 256 else ""
+
+
+class _State:
+    """The start of one snapshot's VM state, or why it cannot be read."""
+
+    def __init__(self, facts: Facts, entry: SnapshotEntry) -> None:
+        self.entry = entry
+        self.head = b""
+        self.host: int | None = None
+        self.why = ""
+        size = facts.header.size if entry.disk_size is None else entry.disk_size
+        self.offset = vm_state_offset(size, facts.header.l2_span)
+        if self.offset + entry.vm_state_size > INT64_MAX:
+            self.why = "the VM state lies beyond any disk"
+            return
+        try:
+            disk = Disk(facts.image, snapshot=entry)
+            run = next(disk.mapping.runs(self.offset, 1))
+            self.host = run.host_offset
+            if run.kind == Kind.HOLE:
+                self.why = "nothing is mapped where the VM state should start"
+            elif not facts.header.crypt_method:
+                self.head = disk.read_mapped(self.offset, min(512, entry.vm_state_size))
+        except (Qcow2Error, OSError) as error:
+            self.why = str(error)
+
+
+def _states(facts: Facts) -> list[_State]:
+    held = [entry for entry in facts.image.snapshots if entry.vm_state_size]
+    return [_State(facts, entry) for entry in held[:1000]]
+
+
+@rule(
+    "QCOW2-SNAPSHOT-VMSTATE",
+    Severity.MEDIUM,
+    "a snapshot holds the guest's memory",
+    note="guest memory was captured with the disk: analyse it with a memory framework",
+    when="the VM state size of a snapshot is not zero",
+    validated=QEMU_MADE,
+)
+def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
+    for state in facts.once(_states):
+        entry = state.entry
+        place = _field(entry, "vm_state_size", entry.vm_state_size)
+        if entry.extra_length < 8:
+            place = _field(entry, "vm_state_size32", entry.vm_state_size32)
+        yield place
+        yield Evidence(
+            "vm_state_offset",
+            state.offset,
+            state.host,
+            structure="VM state",
+            guest_offset=state.offset,
+            snapshot=entry.id,
+        )
+        if state.head[:4] == _VM_STATE_MAGIC:
+            yield Evidence(
+                "version", int.from_bytes(state.head[4:8], "big"), state.host, 8, "VM state", snapshot=entry.id
+            )
+        machine = machine_type(state.head)
+        if machine:
+            yield Evidence("machine", machine, state.host, structure="VM state", snapshot=entry.id)
+
+
+@rule(
+    "QCOW2-SNAPSHOT-VMSTATE-INVALID",
+    Severity.MEDIUM,
+    "a VM state is not where or what the snapshot table says",
+    note="consistent with an edited table or with another hypervisor's state format",
+    when="nothing is mapped there, it does not start with QEVM, or the two size fields disagree below 4 GiB",
+    harmless="an encrypted image cannot be checked without its key and is not",
+)
+def snapshot_vm_state_invalid(facts: Facts) -> Iterator[Evidence]:
+    for state in facts.once(_states):
+        entry = state.entry
+        if state.why:
+            yield _field(entry, "vm_state_size", entry.vm_state_size)
+            yield Evidence("error", state.why, structure="VM state", guest_offset=state.offset, snapshot=entry.id)
+        elif not facts.header.crypt_method and state.head[:4] != _VM_STATE_MAGIC:
+            shown = state.head[:16].hex(" ")
+            yield Evidence("starts_with", shown, state.host, 16, "VM state", state.offset, entry.id)
+    for entry in facts.image.snapshots:
+        if (
+            entry.extra_length >= 8
+            and entry.vm_state_size < 1 << 32
+            and entry.vm_state_size32
+            not in (
+                0,
+                entry.vm_state_size,
+            )
+        ):
+            yield _field(entry, "vm_state_size32", entry.vm_state_size32)
+            yield _field(entry, "vm_state_size", entry.vm_state_size)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-SNAPSHOT-ID-GAP",
+    Severity.LOW,
+    "snapshot IDs are missing",
+    note="QEMU numbers snapshots from 1 upwards: consistent with deleted snapshots; deleting the newest leaves no gap",
+    when="the decimal IDs in table order are not 1, 2, 3 and so on",
+    validated=QEMU_MADE,
+)
+def snapshot_id_gap(facts: Facts) -> Iterator[Evidence]:
+    entries = facts.image.snapshots
+    ids = sorted({int(entry.id) for entry in entries if _decimal(entry)})
+    if not ids or len(ids) != len(entries):
+        return  # foreign or repeated IDs are SNAPSHOT-ORDER's subject
+    missing = [(low + 1, high - 1) for low, high in zip([0, *ids], ids, strict=False) if high - low > 1]
+    if missing:
+        shown = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in missing[:50])
+        start, last_entry = facts.header.snapshots_offset, entries[-1]
+        length = last_entry.offset + last_entry.length - start
+        yield Evidence("missing_ids", shown, start, length, _TABLE)
+        yield Evidence("present_ids", ", ".join(map(str, ids[:50])), start, length, _TABLE)
+
+
+def _decimal(entry: SnapshotEntry) -> bool:
+    return entry.id_bytes.isdigit() and len(entry.id_bytes) <= 10
+
+
+@rule(
+    "QCOW2-SNAPSHOT-ORDER",
+    Severity.LOW,
+    "snapshot IDs or names are not as QEMU gives them",
+    note="consistent with another writer or with an edited table",
+    when="IDs do not increase, an ID or name repeats, or one is empty, not decimal, or not printable text",
+    harmless="people may give two snapshots one name",
+)
+def snapshot_order(facts: Facts) -> Iterator[Evidence]:
+    ids: set[bytes] = set()
+    names: set[bytes] = set()
+    highest = 0
+    for entry in facts.image.snapshots:
+        if entry.id_bytes in ids or not _decimal(entry) or int(entry.id_bytes) < highest:
+            yield _id_field(entry)
+        elif _decimal(entry):
+            highest = int(entry.id_bytes)
+        if entry.name_bytes in names or not entry.name_bytes or not _readable(entry.name_bytes):
+            yield _name_field(entry)
+        ids.add(entry.id_bytes)
+        names.add(entry.name_bytes)
+
+
+def _readable(text: bytes) -> bool:
+    try:
+        return text.decode("utf-8").isprintable()
+    except UnicodeDecodeError:
+        return False
+
+
+@rule(
+    "QCOW2-SNAPSHOT-CLOCK",
+    Severity.LOW,
+    "snapshot dates do not fit together",
+    note="consistent with a host clock that was changed, or with edited times",
+    when="dates decrease along the table, are 0, lie in the future of the file or of now, or have odd nanoseconds",
+    harmless="host clock errors are common; QEMU's nanoseconds are always whole microseconds",
+)
+def snapshot_clock(facts: Facts) -> Iterator[Evidence]:
+    mtime = mtime_of(facts.image.source)
+    latest = max(time.time(), mtime or 0) + 1
+    previous: SnapshotEntry | None = None
+    for entry in facts.image.snapshots:
+        odd = entry.date_nsec >= 1_000_000_000 or entry.date_nsec % 1000
+        before = previous is not None and (entry.date_sec, entry.date_nsec) < (previous.date_sec, previous.date_nsec)
+        if entry.date_sec == 0 or entry.date_sec > latest or before:
+            yield _field(entry, "date", date_of(entry))
+        if odd:
+            yield _field(entry, "date_nsec", entry.date_nsec)
+        previous = entry
+    newest = max(facts.image.snapshots, key=lambda entry: entry.date_sec, default=None)
+    # A copy may carry the time of its making, never one before what it holds.
+    if newest is not None and mtime is not None and mtime + 1 < newest.date_sec <= latest:
+        yield _field(newest, "date", date_of(newest))
+        yield Evidence("file_mtime", mtime)
+
+
+@rule(
+    "QCOW2-SNAPSHOT-SIZE-CHANGED",
+    Severity.LOW,
+    "the disk was resized after a snapshot",
+    note="the snapshot's disk has another size than the current one",
+    when="a snapshot records a disk size that is not the current one",
+    validated=QEMU_MADE,
+)
+def snapshot_size_changed(facts: Facts) -> Iterator[Evidence]:
+    for entry in facts.image.snapshots:
+        if entry.disk_size is not None and entry.disk_size != facts.header.size:
+            yield _field(entry, "disk_size", entry.disk_size)
+
+
+@rule(
+    "QCOW2-SNAPSHOT-WRITER",
+    Severity.INFO,
+    "what the snapshot table says of its writer",
+    note="24 bytes of extra data: the table was last written by QEMU 5.2 or later; 16: 1.1 to 5.1; 0: before 1.1. "
+    "Without VM state an icount of 0 is qemu-img's, -1 a running QEMU's",
+    when="there are snapshots",
+    harmless="record and replay uses real icounts",
+    validated=QEMU_MADE,
+)
+def snapshot_writer(facts: Facts) -> Iterator[Evidence]:
+    for entry in facts.image.snapshots:
+        yield _field(entry, "extra_data_size", entry.extra_length)
+        if entry.icount is not None:
+            yield _field(entry, "icount", entry.icount)
+
+
+@rule(
+    "QCOW2-SNAPSHOT-UNKNOWN-EXTRA",
+    Severity.LOW,
+    "a snapshot has extra data beyond the known fields",
+    note="consistent with a newer writer, or with data placed there; QEMU keeps it when it rewrites the table",
+    when="the extra data of an entry is longer than 24 bytes",
+)
+def snapshot_unknown_extra(facts: Facts) -> Iterator[Evidence]:
+    for entry in facts.image.snapshots:
+        if entry.extra_length > _KNOWN_EXTRA:
+            at = entry.offset + 40 + _KNOWN_EXTRA
+            shown = entry.extra[_KNOWN_EXTRA : _KNOWN_EXTRA + 64].hex(" ")
+            yield Evidence("extra_data", shown, at, entry.extra_length - _KNOWN_EXTRA, _TABLE, snapshot=entry.id)
+
+
+# --- bitmaps -------------------------------------------------------------------------------------
+
+
+def _current(facts: Facts) -> tuple[BitmapEntry, ...]:
+    return facts.image.bitmaps if facts.image.bitmaps_current else ()
+
+
+def _bitmap(entry: BitmapEntry, field: str, value: int | str) -> Evidence:
+    return Evidence(field, value, entry.offset, entry.length, "bitmap directory")
+
+
+@rule(
+    "QCOW2-BITMAPS",
+    Severity.LOW,
+    "the image tracks which ranges changed",
+    note="a history of changes since each bitmap was created: consistent with incremental backups",
+    when="the bitmaps extension is valid and lists bitmaps",
+    depth=Depth.STANDARD,
+    validated=QEMU_MADE,
+)
+def bitmaps(facts: Facts) -> Iterator[Evidence]:
+    for entry in _current(facts):
+        yield _bitmap(entry, "name", entry.name)
+        yield _bitmap(entry, "granularity", entry.granularity)
+        yield _bitmap(entry, "flags", _flags(entry))
+        yield from _dirty(facts, entry)
+
+
+def _flags(entry: BitmapEntry) -> str:
+    return ", ".join(flag.name.lower() for flag in BitmapFlag if entry.flags & flag and flag.name) or "none"
+
+
+def _dirty(facts: Facts, entry: BitmapEntry) -> Iterator[Evidence]:
+    total = count = 0
+    try:
+        for start, length in dirty_ranges(facts.image, entry):
+            if count < _RANGES:
+                yield Evidence("dirty_bytes", length, structure=f"bitmap {printable(entry.name)}", guest_offset=start)
+            count += 1
+            total += length
+    except (FormatError, ReadError) as error:
+        yield _bitmap(entry, "error", str(error))
+    yield _bitmap(entry, "dirty_bytes_total", total)
+    yield _bitmap(entry, "dirty_ranges", count)
+
+
+@rule(
+    "QCOW2-BITMAP-IN-USE",
+    Severity.LOW,
+    "a bitmap was not saved",
+    note="consistent with a crash, or with a copy of a running machine's image; what it marks is not reliable",
+    when="flag 1 of a bitmap is set",
+    harmless="live copies",
+    validated=QEMU_MADE,
+)
+def bitmap_in_use(facts: Facts) -> Iterator[Evidence]:
+    for entry in _current(facts):
+        if entry.flags & BitmapFlag.IN_USE:
+            yield _bitmap(entry, "name", entry.name)
+
+
+@rule(
+    "QCOW2-BITMAP-STALE",
+    Severity.LOW,
+    "bitmaps are there but not vouched for",
+    note="the image was later written by software that does not know bitmaps: what they mark is out of date",
+    when="there is a bitmaps extension and autoclear bit 0 is clear",
+)
+def bitmap_stale(facts: Facts) -> Iterator[Evidence]:
+    extension = facts.image.extension(ExtensionType.BITMAPS)
+    if facts.header.version == 3 and extension is not None and not facts.image.bitmaps_current:
+        yield Evidence(
+            "bitmaps_extension", extension.length, extension.offset, extension.length + 8, "header extension"
+        )
+        yield facts.field("autoclear_features")
+
+
+@rule(
+    "QCOW2-AUTOCLEAR-ODD",
+    Severity.LOW,
+    "autoclear bits vouch for what is not there",
+    note="QEMU never leaves such bits, it clears unknown ones at the first write: consistent with editing or with "
+    "another writer",
+    when="bit 0 without a bitmaps extension, bit 1 without an external data file, or an unknown bit",
+)
+def autoclear_odd(facts: Facts) -> Iterator[Evidence | Finding]:
+    header = facts.header
+    if header.version != 3:
+        return
+    bits = header.autoclear_features
+    reasons = []
+    if bits & Autoclear.BITMAPS and facts.image.extension(ExtensionType.BITMAPS) is None:
+        reasons.append("bit 0 without a bitmaps extension")
+    if bits & Autoclear.RAW_EXTERNAL_DATA and not header.external_data:
+        reasons.append("bit 1 without an external data file")
+    if bits >> 2:
+        reasons.append(f"unknown bits {bits >> 2 << 2:#x}")
+    if reasons:
+        field = facts.field("autoclear_features")
+        yield variant("QCOW2-AUTOCLEAR-ODD", [field, Evidence("why", "; ".join(reasons))])
