@@ -21,6 +21,7 @@ from .srat import Affinity, memory_affinities
 FOUR_GIB: Final = 4 * GiB
 _DEFAULT_NAMES = ("pc.ram", "microvm.ram", "mach-virt.ram")
 _HOLE = 0xA0000, 0x100000  # QEMU leaves this out of node 0 in the SRAT
+_ADDRESSES = 1 << 52  # the guest-physical address space of x86-64 and aarch64
 _ALIGN_MODULE = 2 * MiB
 
 # Where RAM starts on machines that are not PCs.
@@ -82,7 +83,7 @@ def place(
     regions = _tile(system, spans)
     end = max(region.end for region in regions)
     regions += _modules([block for block in candidates if block not in system], ranges, end, made)
-    regions.sort()
+    regions = _apart(regions, made)
     _check(regions, ranges, made)
     return architecture, _layout(made, blocks, regions), tuple(regions)
 
@@ -272,6 +273,17 @@ def _modules(left: Sequence[Block], ranges: Sequence[Affinity], end: int, made: 
             step = -(-block.size // _ALIGN_MODULE) * _ALIGN_MODULE
             address, room = address + step, room - step
     return regions
+
+
+def _apart(regions: Sequence[Region], made: _Decision) -> list[Region]:
+    """Sort by address, leaving out what a nonsensical SRAT puts on top of other RAM or nowhere."""
+    kept: list[Region] = []
+    for region in sorted(regions):
+        if region.address < (kept[-1].end if kept else 0) or region.end > _ADDRESSES:
+            made.assumptions.append(f"block {printable(region.block)!r} is not placed at {region.address:#x}: no room")
+        else:
+            kept.append(region)
+    return kept
 
 
 def _check(regions: Sequence[Region], ranges: Sequence[Affinity], made: _Decision) -> None:

@@ -96,6 +96,12 @@ class GuestMemory:
         """One more than the highest address: with ``read`` this makes the memory a padded image of RAM."""
         return self.regions[-1].end if self.regions else 0
 
+    @property
+    def missing(self) -> int:
+        """Bytes of RAM that the stream does not hold: never sent, or cut off."""
+        held = sum(self._valid.ends) - sum(self._valid.starts)
+        return sum(region.length for region in self.regions) - held
+
     def is_valid(self, address: int, length: int = 1) -> bool:
         """Tell whether every byte of the range is RAM that the stream holds."""
         number = bisect_right(self._valid.starts, address) - 1

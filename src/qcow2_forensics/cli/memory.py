@@ -1,0 +1,93 @@
+"""``memory``: write the guest's memory to a file that other tools read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ..errors import printable
+from .opening import add_key_arguments, ask_passphrase, passphrase_of
+from .output import Progress, atomic_writer, human_size
+
+_EPILOG = """examples:
+  qcow2-forensics memory disk.qcow2 memory.raw
+  qcow2-forensics memory disk.qcow2 memory.lime --snapshot before-incident --format lime
+  qcow2-forensics memory disk.qcow2 state.qevm --snapshot 2 --format stream
+  qcow2-forensics memory guest.save memory.raw
+
+IMAGE is a QCOW2 image with a memory snapshot (the latest is taken unless one is named), a bare QEMU
+migration stream, a libvirt save file, or a Proxmox state volume. "raw" is RAM at its guest-physical
+addresses, zeros where there is none; "lime" is RAM alone, with headers that carry the addresses;
+"stream" is QEMU's own form, with the devices and processors in it.
+
+The output is sparse, and gets its name only when it is whole. Its SHA-256 is printed.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``memory`` to the command line."""
+    parser = subparsers.add_parser(
+        "memory",
+        help="write the memory of a snapshot to a file",
+        description="Write the guest-physical memory that a snapshot or a save file holds.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", metavar="IMAGE", help="a QCOW2 image or a memory stream; it is only read")
+    parser.add_argument("output", metavar="OUT", help="the file to write")
+    parser.add_argument("--snapshot", metavar="ID|NAME", help="the snapshot to take; the latest with memory by default")
+    parser.add_argument("--format", choices=("raw", "lime", "stream"), default="raw", help="form of OUT (raw)")
+    parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
+    parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    add_key_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the memory and print what was written."""
+    from ..errors import Locked
+    from ..guest_memory import open_guest_memory
+    from ..guest_memory.export import Writer, write_lime, write_raw, write_stream
+
+    passphrase = passphrase_of(args)
+    try:
+        memory = open_guest_memory(args.image, args.snapshot, passphrase)
+    except Locked:
+        if passphrase is not None:
+            raise
+        memory = open_guest_memory(args.image, args.snapshot, ask_passphrase("encrypted image"))
+    with memory:
+        total = memory.source.size if args.format == "stream" else memory.size
+        with atomic_writer(args.output, force=args.force) as out, Progress("memory", total) as progress:
+            writer = Writer(out, progress.advance)
+            if args.format == "stream":
+                write_stream(memory.source, writer)
+            else:
+                (write_lime if args.format == "lime" else write_raw)(memory, writer)
+        summary = {
+            "output": printable(args.output),
+            "format": args.format,
+            "size": writer.size,
+            "sha256": writer.sha256,
+            "machine": printable(memory.machine),
+            "regions": [
+                {"address": region.address, "length": region.length, "block": printable(region.block)}
+                for region in memory.regions
+            ],
+            "notes": list(memory.layout.notes),
+            "assumptions": list(memory.layout.assumptions),
+            "missing_bytes": memory.missing,
+        }
+    if args.summary == "json":
+        print(json.dumps(summary))
+        return 0
+    print(f"{summary['output']}: {writer.size} bytes ({human_size(writer.size)}), machine {summary['machine'] or '?'}")
+    for region in memory.regions:
+        print(f"  {region.address:#014x} - {region.end - 1:#014x}  {printable(region.block)}")
+    for assumption in memory.layout.assumptions:
+        print(f"assumed: {assumption}")
+    if memory.missing:
+        print(f"{memory.missing} bytes of RAM are not in the stream" + (": zeros" if args.format == "raw" else ""))
+    print(f"sha256 {writer.sha256}")
+    return 0
