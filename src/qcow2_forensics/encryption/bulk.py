@@ -6,7 +6,9 @@ read of an encrypted image, and does without where numpy is absent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,54 +17,84 @@ from ..structures import SECTOR
 
 _Words = npt.NDArray[np.uint64]
 _WORD = "<u8"
-_PIECE = 512 * SECTOR  # one piece with its tweaks stays in the second-level cache
-_POWERS = np.arange(SECTOR // 16, dtype=_WORD)  # block i of a sector has its tweak times x^i
+_BLOCKS = SECTOR // 16
+_SECTORS = 128  # per piece: 64 KiB with its scratch stays in the cache, and below malloc's mmap threshold
+_POWERS = np.arange(_BLOCKS, dtype=_WORD)  # block i of a sector has its tweak times x^i
 _REST = np.uint64(64) - _POWERS
 
 
-def xts_decrypt(ecb_decrypt: Callable[[bytes | memoryview], bytes], tweaks: bytes, data: bytes) -> bytes:
+class Context(Protocol):
+    """A cipher context of the ``cryptography`` library, in ecb mode."""
+
+    def update_into(self, data: memoryview, buf: bytearray) -> int: ...
+
+
+def xts_decrypt(context: Context, tweaks: bytes, data: bytes) -> bytes:
     """Return plain sectors; ``tweaks`` holds each sector's first tweak, 16 bytes."""
-    return b"".join(_xts_pieces(ecb_decrypt, tweaks, data))
-
-
-def _xts_pieces(ecb_decrypt: Callable[[bytes | memoryview], bytes], tweaks: bytes, data: bytes) -> Iterator[memoryview]:
-    words = np.frombuffer(data, _WORD)
+    words = np.frombuffer(data, _WORD).reshape(-1, SECTOR // 8)
     first = np.frombuffer(tweaks, _WORD).reshape(-1, 2)
-    sectors = _PIECE // SECTOR
-    for index in range(0, len(first), sectors):
-        masks = _all_tweaks(first[index : index + sectors])
-        stored = words[index * SECTOR // 8 :][: len(masks)]
-        plain = np.frombuffer(ecb_decrypt((stored ^ masks).view(np.uint8).data), _WORD)
-        np.bitwise_xor(plain, masks, out=masks)
-        yield masks.data
+    scratch = _Scratch(min(_SECTORS, len(first)))
+    plain = io.BytesIO()  # hands its buffer over without a copy
+    for index in range(0, len(first), _SECTORS):
+        stored = words[index : index + _SECTORS]
+        mixed = scratch.mixed[: len(stored)]
+        masks = scratch.tweaks_of(first[index : index + _SECTORS])
+        np.bitwise_xor(stored, masks, out=mixed)
+        context.update_into(mixed.data.cast("B"), scratch.output)
+        np.bitwise_xor(scratch.decrypted[: len(stored)], masks, out=mixed)
+        plain.write(mixed.data)
+    return plain.getvalue()
 
 
-def _all_tweaks(first: _Words) -> _Words:
-    """Return the tweaks of every block of some sectors: the first of each, times x^0 to x^31.
+class _Scratch:
+    """Arrays of one call, used again for every piece of it."""
 
-    A tweak is a polynomial of 128 bits, low word first. Times x^i shifts it left by i; the bits
-    shifted out, ``over``, come back times x^7 + x^2 + x + 1. They are fewer than 32, so once is enough.
-    """
-    low, high = first[:, :1], first[:, 1:]
-    tweaks = np.empty((len(first), SECTOR // 16, 2), _WORD)
-    over = high >> _REST
-    back = over << np.uint64(7)
-    back ^= over
-    over <<= np.uint64(1)
-    back ^= over
-    over <<= np.uint64(1)
-    back ^= over
-    np.bitwise_xor(low << _POWERS, back, out=tweaks[:, :, 0])
-    np.bitwise_or(high << _POWERS, low >> _REST, out=tweaks[:, :, 1])
-    return tweaks.reshape(-1)
+    def __init__(self, sectors: int) -> None:
+        self.mixed = np.empty((sectors, SECTOR // 8), _WORD)
+        self.output = bytearray(sectors * SECTOR + 15)  # the library asks for a block more than it writes
+        self.decrypted = np.frombuffer(self.output, _WORD, sectors * SECTOR // 8).reshape(sectors, -1)
+        self._tweaks = np.empty((sectors, _BLOCKS, 2), _WORD)
+        self._over = np.empty((sectors, _BLOCKS), _WORD)
+        self._back = np.empty((sectors, _BLOCKS), _WORD)
+
+    def tweaks_of(self, first: _Words) -> _Words:
+        """Return the tweaks of every block of some sectors: the first of each, times x^0 to x^31.
+
+        A tweak is a polynomial of 128 bits, low word first. Times x^i shifts it left by i; the bits
+        shifted out, ``over``, come back times x^7 + x^2 + x + 1: fewer than 32 bits, so once is enough.
+        """
+        count = len(first)
+        low, high = first[:, :1], first[:, 1:]
+        tweaks, over, back = self._tweaks[:count], self._over[:count], self._back[:count]
+        np.right_shift(high, _REST, out=over)
+        np.left_shift(over, np.uint64(7), out=back)
+        back ^= over
+        over <<= np.uint64(1)
+        back ^= over
+        over <<= np.uint64(1)
+        back ^= over
+        np.left_shift(low, _POWERS, out=over)
+        np.bitwise_xor(over, back, out=tweaks[:, :, 0])
+        np.left_shift(high, _POWERS, out=over)
+        np.right_shift(low, _REST, out=back)
+        np.bitwise_or(over, back, out=tweaks[:, :, 1])
+        return tweaks.reshape(count, -1)
 
 
-def cbc_decrypt(ecb_decrypt: Callable[[bytes | memoryview], bytes], ivs: bytes, data: bytes) -> bytes:
+def cbc_decrypt(ecb_decrypt: Callable[[bytes], bytes], ivs: bytes, data: bytes) -> bytes:
     """Return plain sectors; ``ivs`` holds each sector's vector, one cipher block long."""
-    sectors = len(data) // SECTOR
-    block = len(ivs) // sectors
-    previous = np.empty((sectors, SECTOR), np.uint8)
-    previous[:, :block] = np.frombuffer(ivs, np.uint8).reshape(sectors, block)
-    previous[:, block:] = np.frombuffer(data, np.uint8).reshape(sectors, SECTOR)[:, :-block]
-    chained: _Words = previous.reshape(-1).view(_WORD)
-    return (np.frombuffer(ecb_decrypt(data), _WORD) ^ chained).tobytes()
+    vectors = np.frombuffer(ivs, np.uint8).reshape(len(data) // SECTOR, -1)
+    sectors = np.frombuffer(data, np.uint8).reshape(-1, SECTOR)
+    block = vectors.shape[1]
+    previous = np.empty((min(_SECTORS, len(sectors)), SECTOR), np.uint8)
+    plain = io.BytesIO()
+    for index in range(0, len(sectors), _SECTORS):
+        stored = sectors[index : index + _SECTORS]
+        chained = previous[: len(stored)]
+        chained[:, :block] = vectors[index : index + _SECTORS]
+        chained[:, block:] = stored[:, :-block]
+        decrypted = ecb_decrypt(data[index * SECTOR : (index + _SECTORS) * SECTOR])
+        mixed = chained.reshape(-1).view(_WORD)
+        mixed ^= np.frombuffer(decrypted, _WORD)
+        plain.write(mixed.data)
+    return plain.getvalue()
