@@ -23,7 +23,9 @@ from pathlib import Path
 DISK_SIZE = 12 * 2**20
 PARTITION = 2048 * 512
 CHUNK = 64 * 2**10
-MESSAGE = b"qcow2-forensics demo: this line was only ever in the memory of the guest"
+MESSAGE = (
+    b"Linux version 0.0.0 (no kernel: the demo of qcow2-forensics put this line across a page border of guest memory)"
+)
 CLOCK = "20260504090000"
 
 STATES = {

@@ -29,8 +29,6 @@ The image was made with QEMU: an ext4 partition in three states, two of them int
 with the memory of a running machine.
 """
 
-_PATTERN = "qcow2-forensics demo: this line was only ever in the memory"
-
 
 class Step(NamedTuple):
     """One front door: what a user would type, the module it needs, and the extra that brings it."""
@@ -54,13 +52,8 @@ _STEPS = (
         "tsk",
     ),
     Step("pytsk3", ("python", "list_pytsk3.py", "demo.qcow2"), "pytsk3", "tsk"),
-    Step("volatility", ("vol", "-q", "-f", "demo.qcow2", "qcow2.info.Info"), "volatility3", "volatility"),
-    Step(
-        "volatility",
-        ("vol", "-q", "-f", "demo.qcow2", "regexscan.RegExScan", "--pattern", _PATTERN),
-        "volatility3",
-        "volatility",
-    ),
+    Step("volatility", ("vol", "-q", "-f", "demo.qcow2", "qcow2.snapshots.Snapshots"), "volatility3", "volatility"),
+    Step("volatility", ("vol", "-q", "-f", "demo.qcow2", "banners.Banners"), "volatility3", "volatility"),
     Step("dfvfs", ("python", "list_dfvfs.py", "demo.qcow2"), "dfvfs", "dfvfs"),
     Step(
         "plaso",

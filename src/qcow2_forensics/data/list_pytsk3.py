@@ -5,7 +5,7 @@ import sys
 import pytsk3
 import pytsk3_qcow2
 
-for state in pytsk3_qcow2.states(sys.argv[1]):
-    file_system = pytsk3.FS_Info(state, offset=2048 * 512)
+for image in pytsk3_qcow2.states(sys.argv[1]):
+    file_system = pytsk3.FS_Info(image, offset=2048 * 512)
     names = [entry.info.name.name.decode() for entry in file_system.open_dir("/home/alice") if entry.info.meta]
-    print(f"{state.state_name}: {', '.join(sorted(name for name in names if name not in ('.', '..')))}")
+    print(f"{image.state}: {', '.join(sorted(name for name in names if name not in ('.', '..')))}")
