@@ -63,7 +63,9 @@ def make_disk(folder: Path, files: int = 300) -> Path:
     )
     (tree / "var/log/syslog").write_text(syslog)
     (tree / "var/log/dpkg.log").write_text(
-        "".join(f"2026-04-{1 + i // 60:02d} 10:{i % 60:02d}:00 status installed lib{i}:amd64 1.{i}\n" for i in range(900))
+        "".join(
+            f"2026-04-{1 + i // 60:02d} 10:{i % 60:02d}:00 status installed lib{i}:amd64 1.{i}\n" for i in range(900)
+        )
     )
     with gzip.GzipFile(tree / "var/log/syslog.1.gz", "wb", mtime=0) as packed:
         packed.write(syslog[:60000].replace("2026", "2025").encode())
@@ -146,7 +148,9 @@ def _overlay(path: Path, disk: Path, base: Path, base_format: str) -> Path:
             file.seek(offset)
             piece = path.with_suffix(f".{offset}.piece")
             piece.write_bytes(file.read(length))
-            command = f"write -z {offset} {length}" if not any(piece.read_bytes()) else f"write -s {piece} {offset} {length}"
+            command = (
+                f"write -z {offset} {length}" if not any(piece.read_bytes()) else f"write -s {piece} {offset} {length}"
+            )
             qemu.io(path, command)
             piece.unlink()
     return path
@@ -251,7 +255,20 @@ def log2timeline(
 
 def psort(storage: Path, target: Path, active: bool = False) -> list[str]:
     """Return psort's lines, sorted, without the header."""
-    run_tool("psort", "-q", "-u", "--status_view", "none", "-o", "dynamic", "-w", target, storage, cwd=target.parent, active=active)
+    run_tool(
+        "psort",
+        "-q",
+        "-u",
+        "--status_view",
+        "none",
+        "-o",
+        "dynamic",
+        "-w",
+        target,
+        storage,
+        cwd=target.parent,
+        active=active,
+    )
     return sorted(target.read_text(errors="replace").splitlines()[1:]) if target.exists() else []
 
 
@@ -263,4 +280,3 @@ def warnings(storage: Path) -> str:
 def evidence_lines(lines: list[str]) -> list[str]:
     """Return the lines about files: without the events about the image's own snapshots."""
     return [line for line in lines if ",Snapshot Creation Time," not in line]
-

@@ -19,7 +19,7 @@ class QCOWCredentials(_Stock):
 
 def register() -> None:
     """Register the credentials, and name QCOW among the types that can be encrypted."""
-    known = manager.CredentialsManager._credentials  # noqa: SLF001 - there is no public look-up by type
+    known = manager.CredentialsManager._credentials
     if definitions.TYPE_INDICATOR_QCOW not in known:
         manager.CredentialsManager.RegisterCredentials(QCOWCredentials())
     # The scanner looks the name up at each call.

@@ -75,7 +75,7 @@ class QCOWFile(_Stock):
         offset = self._offset
         if size is not None:
             end = offset + size
-            if self._window_offset <= offset and offset <= end <= self._window_end:
+            if self._window_offset <= offset <= end <= self._window_end:
                 self._offset = end
                 start = offset - self._window_offset
                 return self._window[start : start + size]

@@ -89,4 +89,4 @@ def _innermost(path_spec: Any) -> Any:
 
 def _context(resolver_context: Any) -> Any:
     # The default context has no public name.
-    return resolver_context or dfvfs_resolver.Resolver._resolver_context  # noqa: SLF001
+    return resolver_context or dfvfs_resolver.Resolver._resolver_context

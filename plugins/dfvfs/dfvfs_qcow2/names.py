@@ -14,7 +14,8 @@ index 1.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from qcow2_forensics.errors import printable
@@ -25,7 +26,8 @@ _SHOWN_NAME = 64  # characters of a name inside a display name
 _SHOWN_IN_FOLDER = 32  # and inside a folder's name
 
 
-class SnapshotKey(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SnapshotKey:
     """Which snapshot a path specification means."""
 
     index: int  # from 0, in table order

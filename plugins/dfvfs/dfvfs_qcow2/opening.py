@@ -96,7 +96,11 @@ def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | No
             return opened
     with only_os_errors():
         opened = _open(path_spec, resolver_context, snapshot)
-        opened.unlock(password_of(path_spec))
+        if opened.disk.is_locked:
+            for other_key, other in list(kept.items()):
+                if other_key[:2] == key[:2] and other.is_current():
+                    opened.disk.adopt_keys(other.disk)
+            opened.unlock(password_of(path_spec))
     with _lock:
         kept[key] = opened
         kept.move_to_end(key)

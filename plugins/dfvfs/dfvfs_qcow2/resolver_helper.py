@@ -10,7 +10,8 @@ from typing import Any
 from dfvfs.lib import definitions
 from dfvfs.resolver_helpers import encoded_stream_resolver_helper, manager, resolver_helper
 
-from . import credentials, path_spec  # noqa: F401 - an image can be locked: both belong to opening one
+from . import credentials as _credentials  # noqa: F401 - what opens images can unlock them
+from . import path_spec as _path_spec  # noqa: F401
 from .file_io import QCOWFile, QCOWSnapshotFile
 from .names import PREFIX
 from .vfs import QCOWFileSystem

@@ -140,7 +140,9 @@ def _chosen(selection: Selection, entries: tuple[SnapshotEntry, ...]) -> list[Sn
         raise dfvfs_errors.ScannerError(str(error)) from error
 
 
-def _scan_snapshot(scanner: Any, path_spec: Any, entry: SnapshotEntry, options: Any, request: Request | None) -> list[Any]:
+def _scan_snapshot(
+    scanner: Any, path_spec: Any, entry: SnapshotEntry, options: Any, request: Request | None
+) -> list[Any]:
     """Return the base path specifications in a snapshot; none, with a warning, if it cannot be read."""
     name = f"snapshot {entry.index + 1} ({printable(entry.name, 64)})"
     try:
@@ -187,7 +189,6 @@ def register() -> None:
         replacement: Any = functools.wraps(stock.VolumeScanner.GetBasePathSpecs)(_get_base_path_specs)
         replacement.reads_qcow_snapshots = True
         stock.VolumeScanner.GetBasePathSpecs = replacement
-
 
 
 register()
