@@ -7,5 +7,6 @@ import pytsk3_qcow2
 
 for image in pytsk3_qcow2.states(sys.argv[1]):
     file_system = pytsk3.FS_Info(image, offset=2048 * 512)
-    names = [entry.info.name.name.decode() for entry in file_system.open_dir("/home/alice") if entry.info.meta]
-    print(f"{image.state}: {', '.join(sorted(name for name in names if name not in ('.', '..')))}")
+    entries = [entry.info.name for entry in file_system.open_dir("/home/alice")]
+    names = [name.name.decode() for name in entries if name.flags == pytsk3.TSK_FS_NAME_FLAG_ALLOC]
+    print(f"{image.state}: {', '.join(sorted(set(names) - {'.', '..'}))}")
