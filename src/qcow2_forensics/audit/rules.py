@@ -19,7 +19,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Severity, capped
@@ -52,9 +52,9 @@ class Depth(enum.IntEnum):
 
 
 # How a rule was shown to be right.
-QEMU_MADE = "QEMU-made"  # on an image whose state QEMU itself produced
-CRAFTED = "crafted"  # on an image edited byte by byte
-DERIVED = "derived"  # from the format's text alone
+QEMU_MADE: Final = "QEMU-made"  # on an image whose state QEMU itself produced
+CRAFTED: Final = "crafted"  # on an image edited byte by byte
+DERIVED: Final = "derived"  # from the format's text alone
 
 Validated = Literal["QEMU-made", "crafted", "derived"]
 

@@ -11,6 +11,8 @@ from .model import METADATA, Owner, Places
 from .tally import Tally
 
 _METADATA = np.uint16(METADATA)
+_ORPHAN_KINDS = np.uint16(Owner.DATA | Owner.COMPRESSED)
+_ORPHAN = np.uint16(Owner.DATA)
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Comparison:
     corruptions: int = 0
     leaks: int = 0
     errors: int = 0
+    orphans: int = 0  # of them, clusters of the active state that are mapped but accounted free
     highest: int = 0  # QEMU never says that an image ends before its first cluster does
 
 
@@ -62,6 +65,8 @@ def compare_refcounts(tally: Tally) -> Comparison:
             metadata = (owners & _METADATA) != 0
             _note(tally, "refcount-zero-metadata", start + low[zero & metadata])
             _note(tally, "refcount-zero-data", start + low[zero & ~metadata])
+            plain = (owners & _ORPHAN_KINDS) == _ORPHAN
+            found.orphans += int((zero & ~metadata & plain).sum())
             _note(tally, "refcount-low", start + low[~zero])
         if len(high):
             claims = claimed[high] != 0

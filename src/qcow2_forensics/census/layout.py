@@ -18,16 +18,22 @@ _WINDOW = 1 << 18
 
 
 class Reason(NamedTuple):
-    """Why QEMU's check would stop without counters, and the file offset it would stumble over."""
+    """Why QEMU's check would stop without counters, and the file offset it would stumble over.
+
+    ``header``: a rule about the header itself, so that QEMU would not even open the image;
+    ``bitmap``: it is about the dirty bitmaps.
+    """
 
     what: str
     offset: int | None
+    header: bool = False
+    bitmap: bool = False
 
 
 class SnapshotL1(NamedTuple):
-    """Where a snapshot table entry, by its index, says its L1 table is."""
+    """Where a snapshot table entry, by its number, says its L1 table is."""
 
-    index: int
+    number: int
     entry_offset: int
     l1_table_offset: int
     l1_size: int
@@ -65,7 +71,7 @@ def read_layout(image: Image) -> Layout:
     for problem in image.header_problems:
         tolerated = problem.field in _TOLERATED and not problem.value
         if problem.blocks & {DISK, REFCOUNTS} and not tolerated:
-            layout.reasons.append(Reason(problem.message, problem.offset))
+            layout.reasons.append(Reason(problem.message, problem.offset, header=True))
     _snapshots(image, layout)
     if image.header.crypt_method == Crypt.LUKS and image.crypto_header:
         layout.crypto = image.crypto_header
@@ -131,7 +137,7 @@ def _bitmaps(image: Image, layout: Layout) -> None:
         )
         bits = (entry.table_size * image.cluster_size * 8) << entry.granularity_bits
         if not entry.flags & in_use and bits < image.disk_size:
-            layout.reasons.append(Reason("a bitmap does not cover the disk", entry.offset))
+            layout.reasons.append(Reason("a bitmap does not cover the disk", entry.offset, bitmap=True))
     for problem in image.problems:
         if BITMAPS in problem.blocks:
-            layout.reasons.append(Reason(problem.message, problem.offset))
+            layout.reasons.append(Reason(problem.message, problem.offset, bitmap=True))

@@ -52,13 +52,14 @@ class Tables:
     """A batch of L2 tables: row ``i`` is the table at ``offsets[i]``.
 
     ``entries`` has one row per table; ``bitmaps`` is the second word of extended entries, else
-    None. ``index`` is the L1 slot that names the table (the lowest, where several do), ``active``
-    how many slots of the active L1 do, ``snapshots`` how many of snapshots' L1 tables, and
-    ``tree`` who is told as the owner: -1 the active state, else a snapshot's index.
+    None. ``index`` is the L1 slot that names the table (the lowest, where several do: then
+    ``shared``), ``active`` how many slots of the active L1 do, ``snapshots`` how many of snapshots'
+    L1 tables, and ``tree`` who is told as the owner: -1 the active state, else a snapshot's index.
     """
 
     offsets: U64
     index: U64
+    shared: Mask
     active: U64
     snapshots: U64
     tree: I64
@@ -76,7 +77,7 @@ class Tables:
 
     def guest_offset(self, row: int, column: int) -> int:
         """Return the guest offset an entry maps."""
-        return (int(self.index[row]) * self.entries.shape[1] + column) << self.cluster_bits
+        return (int(self.index[row]) * int(self.entries.shape[1]) + column) << self.cluster_bits
 
     def where(self, mask: Mask) -> Iterator[tuple[int, int]]:
         """Yield (row, column) of the set places of a mask shaped like ``entries``."""

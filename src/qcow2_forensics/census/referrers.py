@@ -43,7 +43,7 @@ def _mapping(tables: Tables, wanted: Mask, census: Census) -> Mask:
     packed = (entries & np.uint64(COMPRESSED)) != 0
     hosts = entries & np.uint64(OFFSET_MASK)
     first = np.minimum(hosts >> bits, last)
-    mask = wanted[first]
+    mask: Mask = wanted[first]
     if bool(((hosts & np.uint64(census.cluster_size - 1)) != 0).any()):
         odd = (hosts & np.uint64(census.cluster_size - 1)) != 0
         mask |= wanted[first + np.uint64(1)] & odd

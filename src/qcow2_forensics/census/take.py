@@ -18,20 +18,20 @@ from .layout import Layout, Reason, read_layout
 from .model import U64, Mask, Owner, Range, Tables
 from .refcounts import StoredRefcounts
 from .tally import StoredClass, Tally
-from .walk import Gathering, Named, batches, big_endian, l1_chunks
+from .walk import Gathering, Named, batches, l1_chunks
 
 MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
 MAX_SNAPSHOT_L1 = 4 * 2**20  # entries, what QEMU's check walks
 _RUN_CHUNK = 1 << 22  # clusters looked at together
 
 
-class Extent(NamedTuple):
-    """A metadata structure: host offset and length in bytes, and whose it is."""
+class Structures(NamedTuple):
+    """Metadata structures of one kind: host offsets and lengths in bytes, and whose they are."""
 
-    offset: int
-    length: int
+    offsets: U64
+    lengths: U64
     owner: Owner
-    tree: int = -1
+    trees: tuple[int, ...] = ()  # for L1 tables: -1 the active state, else a snapshot's index
 
 
 class Census:
@@ -42,14 +42,14 @@ class Census:
     cluster that is claimed or counted, as far as the file goes.
     """
 
-    def __init__(self, image: Image, tally: Tally, layout: Layout, tables: Named, extents: list[Extent]) -> None:
+    def __init__(self, image: Image, tally: Tally, layout: Layout, tables: Named, structures: list[Structures]) -> None:
         self.image = image
         self.cluster_size = image.cluster_size
         self.clusters = tally.clusters
         self.layout = layout
         self.reasons: list[Reason] = layout.reasons
         self.named = tables
-        self.extents = extents
+        self.structures = structures
         self.refcounts = tally.refcounts
         self.issues: Issues = tally.issues
         self._tally = tally
@@ -86,6 +86,11 @@ class Census:
     def mapped_clusters(self) -> int:
         """How many guest clusters of all states have host bytes, every reference counted."""
         return self._tally.mapped_clusters
+
+    @property
+    def aliases(self) -> set[int]:
+        """Host clusters mapped at several guest offsets, the first hundred met."""
+        return self._tally.aliases
 
     @property
     def highest_missing(self) -> int:
@@ -186,7 +191,7 @@ def take_census(image: Image) -> Census:
     tally = Tally(image, StoredRefcounts(image), length, clusters)
     layout = read_layout(image)
     taker = _Taker(image, tally, layout)
-    return Census(image, tally, layout, taker.run(), taker.extents)
+    return Census(image, tally, layout, taker.run(), taker.structures)
 
 
 class _Taker:
@@ -196,13 +201,14 @@ class _Taker:
         self.image = image
         self.tally = tally
         self.layout = layout
-        self.extents: list[Extent] = []
+        self.structures: list[Structures] = []
 
     def run(self) -> Named:
         header = self.image.header
         self._claim(Owner.HEADER, [(0, header.cluster_size)], "header")
         named = self._l1_tables()
         self.tally.l2_tables(named)
+        self._structures(named.offsets, Owner.L2)
         for tables in batches(self.image, named):
             self.tally.entries(tables)
         if header.external_data and header.nb_snapshots:
@@ -223,9 +229,13 @@ class _Taker:
 
     def _claim(self, owner: Owner, spans: list[tuple[int, int]], structure: str, trees: list[int] | None = None) -> None:
         self.tally.claim(owner, spans, structure, trees)
-        for number, (offset, length) in enumerate(spans):
-            if length > 0:
-                self.extents.append(Extent(offset, length, owner, trees[number] if trees else -1))
+        spans = [span for span in spans if span[1] > 0]
+        offsets, lengths = np.asarray(spans, dtype=np.uint64).reshape(-1, 2).T
+        self.structures.append(Structures(offsets, lengths, owner, tuple(trees or ())))
+
+    def _structures(self, offsets: U64, owner: Owner) -> None:
+        lengths = np.full(len(offsets), self.tally.cluster_size, dtype=np.uint64)
+        self.structures.append(Structures(offsets, lengths, owner))
 
     # --- L1 --------------------------------------------------------------------------------------
 
@@ -241,9 +251,13 @@ class _Taker:
         usable = self._snapshot_tables()
         spans = [(offset, size * 8) for offset, size, _ in usable]
         self.tally.claim(Owner.SNAPSHOT_L1, spans, "snapshot L1 table", [tree for _, _, tree in usable])
-        distinct = dict.fromkeys((offset, size) for offset, size, _ in usable)
-        first = {(offset, size): tree for offset, size, tree in reversed(usable)}
-        self.extents += [Extent(o, s * 8, Owner.SNAPSHOT_L1, first[o, s]) for o, s in distinct if s]
+        # One that several entries name is one structure.
+        distinct = {(offset, size): tree for offset, size, tree in reversed(usable) if size}
+        table = np.asarray(list(distinct), dtype=np.uint64).reshape(-1, 2)
+        eight = np.uint64(8)
+        self.structures.append(
+            Structures(table[:, 0], table[:, 1] * eight, Owner.SNAPSHOT_L1, tuple(distinct.values()))
+        )
         for chunk in l1_chunks(self.image, usable):
             self.tally.l1_entries(chunk, active=False)
             gathering.add(Named.of_chunk(chunk, active=False))
@@ -253,7 +267,7 @@ class _Taker:
         usable = []
         for snapshot in self.layout.snapshots:
             offset, count = snapshot.l1_table_offset, snapshot.l1_size
-            item = Item("snapshot table", snapshot.entry_offset, offset, offset, None, snapshot.index)
+            item = Item("snapshot table", snapshot.entry_offset, offset, offset, None, snapshot.number)
             if offset % self.tally.cluster_size:
                 self.tally.corruptions += 1
                 self.tally.issues.add("unaligned", [item])
@@ -261,10 +275,10 @@ class _Taker:
                 self.tally.corruptions += 1
             elif offset + count * 8 > INT64_MAX:
                 self.layout.reasons.append(
-                    Reason(f"the L1 table of snapshot table entry {snapshot.index} is unreadable", snapshot.entry_offset)
+                    Reason(f"the L1 table of snapshot table entry {snapshot.number} is unreadable", snapshot.entry_offset)
                 )
             else:
-                usable.append((offset, count, snapshot.index))
+                usable.append((offset, count, snapshot.number))
         return usable
 
     # --- bitmaps ---------------------------------------------------------------------------------
@@ -274,8 +288,8 @@ class _Taker:
         if layout.bitmap_directory is None:
             return
         self._claim(Owner.BITMAP_DIRECTORY, [layout.bitmap_directory], "bitmap directory")
-        for place in layout.bitmaps:
-            self._claim(Owner.BITMAP_TABLE, [(place.table_offset, place.table_size * 8)], "bitmap table")
+        spans = [(place.table_offset, place.table_size * 8) for place in layout.bitmaps]
+        self._claim(Owner.BITMAP_TABLE, spans, "bitmap table")
         for chunk in l1_chunks(self.image, [(p.table_offset, p.table_size, n) for n, p in enumerate(layout.bitmaps)]):
             entries, weight = chunk.entries, chunk.weight
             hosts = entries & np.uint64(OFFSET_MASK)
@@ -288,9 +302,8 @@ class _Taker:
                     tally.corruptions += int(mask.sum()) * weight
                     tally.issues.add(kind, self._bitmap_items(chunk.positions, entries, mask), int(mask.sum()))
                     self._unreadable_bitmaps(chunk.positions[mask])
-            spans = [(host, tally.cluster_size) for host in hosts[good].tolist()]
-            for _ in range(weight):
-                self._claim(Owner.BITMAP_DATA, spans, "bitmap data")
+            tally.claim_clusters(Owner.BITMAP_DATA, hosts[good], weight, "bitmap table", chunk.positions[good])
+            self._structures(hosts[good], Owner.BITMAP_DATA)
 
     def _bitmap_items(self, positions: U64, entries: U64, mask: Mask) -> Iterator[Item]:
         for place in np.flatnonzero(mask).tolist():
@@ -302,7 +315,7 @@ class _Taker:
         for place in self.layout.bitmaps:
             inside = (positions >= place.table_offset) & (positions < place.table_offset + place.table_size * 8)
             if not place.in_use and inside.any():
-                self.layout.reasons.append(Reason("a bitmap table has a bad entry", place.entry_offset))
+                self.layout.reasons.append(Reason("a bitmap table has a bad entry", place.entry_offset, bitmap=True))
 
     # --- refcount structures ---------------------------------------------------------------------
 
@@ -340,9 +353,7 @@ class _Taker:
         self._reftable_issue("reftable-shared", slots[wrong])
         tally.counts.add(clusters, 1)
         tally.owners[clusters] |= np.uint16(Owner.REFCOUNT_BLOCK)
-        distinct = np.unique(clusters).tolist()
-        size = tally.cluster_size
-        self.extents += [Extent(cluster * size, size, Owner.REFCOUNT_BLOCK) for cluster in distinct]
+        self._structures(np.unique(clusters) << np.uint64(tally.cluster_bits), Owner.REFCOUNT_BLOCK)
 
     def _reftable_issue(self, kind: str, slots: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
         if len(slots):

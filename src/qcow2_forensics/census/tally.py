@@ -98,6 +98,19 @@ class Tally:
             self.counts.add_range(start, stop - start, weight)
             self.owners[start:stop] |= np.uint16(kind)
 
+    def claim_clusters(self, kind: Owner, hosts: U64, weight: int, structure: str, positions: U64) -> None:
+        """Count whole clusters, named by the entries at file offsets ``positions``, ``weight`` times each."""
+        beyond = hosts >= np.uint64(self.length)
+        if beyond.any():
+            self.corruptions += int(beyond.sum()) * weight
+            pairs = zip(positions[beyond][:100].tolist(), hosts[beyond][:100].tolist(), strict=True)
+            items = [Item(structure, at, host, host) for at, host in pairs]
+            self.missing(items, int(beyond.sum()), int(hosts[beyond].max()))
+            hosts = hosts[~beyond]
+        clusters = hosts >> np.uint64(self.cluster_bits)
+        self.counts.add(clusters, weight)
+        self.owners[clusters] |= np.uint16(kind)
+
     def missing(self, items: list[Item], count: int, host: int) -> None:
         """Note references beyond the end of the file."""
         self.issues.add("beyond-eof", items, count)
@@ -277,7 +290,8 @@ class Tally:
     def _breaks(self, rows: Places, hosts: U64) -> Mask:
         """Return where, within a table, a cluster does not follow the one mapped before it."""
         step = hosts[1:] - hosts[:-1]
-        return (step != np.uint64(self.cluster_size)) & (rows[1:] == rows[:-1])
+        broken: Mask = (step != np.uint64(self.cluster_size)) & (rows[1:] == rows[:-1])
+        return broken
 
     def _add(self, clusters: U64, weights: U64) -> None:
         if len(clusters):
@@ -331,7 +345,7 @@ class Tally:
         known = self._guests[clusters]
         self._guests[clusters] = tag
         # The second test sees pairs inside this batch: the last writer won.
-        clash = ((known != 0) & (known != tag)) | (self._guests[clusters] != tag)
+        clash = ((known != 0) & (known != tag)) | (self._guests[clusters] != tag) | tables.shared[rows]
         self._note_aliases(tables, places, clusters, clash)
 
     def _note_aliases(self, tables: Tables, places: Places, clusters: U64, clash: Mask) -> None:
@@ -375,7 +389,7 @@ class Tally:
         inside = ~beyond
         places, rows, weights = places[inside], rows[inside], weights[inside]
         offsets, sizes = offsets[inside], sizes[inside]
-        self._compressed_aliases(tables, places, rows, entries[inside], offsets)
+        self._compressed_aliases(tables, places, rows, offsets)
         bits, one = np.uint64(self.cluster_bits), np.uint64(1)
         clusters, last = offsets >> bits, (offsets + sizes - one) >> bits
         while len(clusters):
@@ -385,7 +399,7 @@ class Tally:
             clusters, last, weights, rows = clusters[more] + one, last[more], weights[more], rows[more]
 
     def _compressed_aliases(
-        self, tables: Tables, places: Places, rows: Places, entries: U64, offsets: U64
+        self, tables: Tables, places: Places, rows: Places, offsets: U64
     ) -> None:
         """Note streams that two guest offsets map; a bounded memory of streams may forget some."""
         if self._descriptors is None:
@@ -398,7 +412,7 @@ class Tally:
         self._descriptors[slots] = offsets
         self._descriptor_guests[slots] = guest
         clash = known | ((self._descriptors[slots] == offsets) & (self._descriptor_guests[slots] != guest))
-        clash &= (entries & np.uint64(COMPRESSED)) != 0
+        clash |= tables.shared[rows]
         self._note_aliases(tables, places, offsets >> np.uint64(self.cluster_bits), clash)
 
     @property

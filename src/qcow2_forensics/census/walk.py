@@ -170,6 +170,7 @@ def batches(image: Image, named: Named) -> Iterator[Tables]:
         yield Tables(
             part.offsets,
             part.low,
+            part.low != part.high,
             part.active,
             part.snapshots,
             part.tree,

@@ -1,0 +1,303 @@
+"""What the header, its extensions and the tables it names say by themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from ..findings import Evidence, Finding, Severity
+from ..structures import (
+    MAGIC,
+    V2_HEADER_LENGTH,
+    V3_HEADER_LENGTH,
+    Autoclear,
+    Compatible,
+    Crypt,
+    ExtensionType,
+    Incompatible,
+    SnapshotEntry,
+    padded,
+)
+from .facts import Facts
+from .rules import QEMU_MADE, Depth, rule, variant
+
+# --- observations every examiner wants -----------------------------------------------------------
+
+
+@rule(
+    "QCOW2-CORRUPT",
+    Severity.HIGH,
+    "the image is marked corrupt",
+    note="consistent with QEMU having blocked a write onto metadata, or with the bit being set by hand",
+    when="incompatible feature bit 1 is set",
+    validated=QEMU_MADE,
+)
+def corrupt(facts: Facts) -> Iterator[Evidence]:
+    if facts.header.incompatible_features & Incompatible.CORRUPT:
+        yield facts.field("incompatible_features")
+
+
+@rule(
+    "QCOW2-BACKING-FILE",
+    Severity.MEDIUM,
+    "guest data depends on a backing file",
+    note="consistent with a differencing image whose unmapped ranges live in another file",
+    when="the header names a backing file",
+    harmless="by design: every overlay has one",
+    validated=QEMU_MADE,
+)
+def backing_file(facts: Facts) -> Iterator[Evidence]:
+    image, header = facts.image, facts.header
+    name = image.backing_name_bytes
+    if not name:
+        return
+    at = header.backing_file_offset
+    yield Evidence("backing file name", image.backing_name, at, len(name), "header")
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        yield Evidence("backing file name, bytes", name.hex(), at, len(name), "header")
+    yield facts.field("backing_file_size")
+    extension = image.extension(ExtensionType.BACKING_FORMAT) if header.version > 1 else None
+    if extension is not None:
+        yield Evidence("backing format", image.backing_format, extension.offset, extension.length, "header extension")
+
+
+@rule(
+    "QCOW2-ENCRYPTED",
+    Severity.MEDIUM,
+    "guest data is encrypted",
+    note="content is ciphertext without the secret",
+    when="crypt_method is not 0",
+    validated=QEMU_MADE,
+)
+def encrypted(facts: Facts) -> Iterator[Evidence]:
+    method = facts.header.crypt_method
+    if method == Crypt.NONE:
+        return
+    names = {Crypt.AES: "AES (legacy)", Crypt.LUKS: "LUKS"}
+    yield facts.field("crypt_method")
+    yield facts.field("crypt_method", names.get(Crypt(method)) if method in tuple(Crypt) else f"unknown ({method})")
+    place = facts.image.crypto_header if facts.header.version > 1 else None
+    if place:
+        yield Evidence("LUKS header", place[0], place[0], place[1], "LUKS header")
+
+
+@rule(
+    "QCOW2-EXTERNAL-DATA",
+    Severity.MEDIUM,
+    "guest data is stored in another file",
+    note="guest bytes are stored outside this file, which holds only the metadata",
+    when="incompatible feature bit 2 is set",
+    validated=QEMU_MADE,
+)
+def external_data(facts: Facts) -> Iterator[Evidence]:
+    if not facts.header.external_data:
+        return
+    yield facts.field("incompatible_features")
+    extension = facts.image.extension(ExtensionType.DATA_FILE)
+    if extension is not None:
+        name = facts.image.data_file_name
+        yield Evidence("data file name", name, extension.offset, extension.length, "header extension")
+    raw = bool(facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA)
+    yield facts.field("autoclear_features", f"raw external data: {'yes' if raw else 'no'}")
+
+
+@rule(
+    "QCOW2-INTERNAL-SNAPSHOTS",
+    Severity.LOW,
+    "the image holds internal snapshots",
+    note="additional captured guest states",
+    when="the header counts at least one snapshot",
+    validated=QEMU_MADE,
+)
+def internal_snapshots(facts: Facts) -> Iterator[Evidence]:
+    if facts.header.nb_snapshots:
+        yield facts.field("nb_snapshots")
+        yield facts.field("snapshots_offset")
+        entries = facts.image.snapshots
+        if entries:
+            start = facts.header.snapshots_offset
+            length = entries[-1].offset + entries[-1].length - start
+            yield Evidence("snapshot table, bytes", length, start, length, "snapshot table")
+
+
+@rule(
+    "QCOW2-SNAPSHOT",
+    Severity.LOW,
+    "internal snapshot",
+    note="one point-in-time guest state, which can be opened as its own disk",
+    when="an entry of the snapshot table can be read; one finding each",
+    validated=QEMU_MADE,
+)
+def snapshot(facts: Facts) -> Iterator[Finding]:
+    for entry in facts.image.snapshots:
+        yield variant("QCOW2-SNAPSHOT", _snapshot_facts(entry))
+
+
+def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
+    def told(name: str, value: int | str | None, at: int, length: int) -> Evidence:
+        return Evidence(name, value, entry.offset + at, length, "snapshot table", None, entry.id)
+
+    id_at = 40 + entry.extra_length
+    yield told("id", entry.id, id_at, len(entry.id_bytes))
+    yield told("name", entry.name, id_at + len(entry.id_bytes), len(entry.name_bytes))
+    yield told("date", snapshot_date(entry), 16, 8)
+    yield told("vm_clock_nsec", entry.vm_clock_nsec, 24, 8)
+    yield told("l1_table_offset", entry.l1_table_offset, 0, 8)
+    yield told("l1_size", entry.l1_size, 8, 4)
+    yield told("vm_state_size", entry.vm_state_size, *((40, 8) if entry.extra_length >= 8 else (32, 4)))
+    if entry.disk_size is not None:
+        yield told("disk_size", entry.disk_size, 48, 8)
+    if entry.icount is not None:
+        yield told("icount", entry.icount, 56, 8)
+    yield told("extra_data_size", entry.extra_length, 36, 4)
+
+
+def snapshot_date(entry: SnapshotEntry) -> str:
+    """Return when a snapshot says it was taken, in UTC; nanoseconds that are none are left out."""
+    moment = datetime.fromtimestamp(entry.date_sec, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{moment}.{entry.date_nsec:09d}Z" if entry.date_nsec < 10**9 else f"{moment}Z"
+
+
+@rule(
+    "QCOW2-DIRTY",
+    Severity.LOW,
+    "the image was not closed cleanly",
+    note="consistent with a writer that did not close the image, or an image copied while in use; refcounts may be stale",
+    when="incompatible feature bit 0 is set",
+    harmless="copies of a running machine's disk",
+    validated=QEMU_MADE,
+)
+def dirty(facts: Facts) -> Iterator[Evidence]:
+    if facts.header.incompatible_features & Incompatible.DIRTY:
+        yield facts.field("incompatible_features")
+        lazy = bool(facts.header.compatible_features & Compatible.LAZY_REFCOUNTS)
+        yield facts.field("compatible_features", f"lazy refcounts: {'yes' if lazy else 'no'}")
+
+
+@rule(
+    "QCOW2-QCOW1",
+    Severity.LOW,
+    "legacy version 1 container",
+    note="consistent with an image made by old software, or made for it",
+    when="the version is 1",
+    needs="header",
+    validated=QEMU_MADE,
+)
+def qcow1(facts: Facts) -> Iterator[Evidence]:
+    if facts.header.version == 1:
+        yield facts.field("version")
+
+
+# --- what the format does not allow --------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-HEADER-INVALID",
+    Severity.HIGH,
+    "header fields contradict the format",
+    note="consistent with damage or a crafted image",
+    when="a header field is outside what the format or QEMU allows; Medium where QEMU still opens the image",
+    needs="header",
+)
+def header_invalid(facts: Facts) -> Iterator[Evidence | Finding]:
+    tolerated, harmless = [], []
+    for problem in facts.image.header_problems:
+        if problem.code != "QCOW2-HEADER-INVALID":
+            continue
+        if problem.blocks:
+            yield facts.problem_evidence(problem)
+        else:
+            tolerated.append(facts.problem_evidence(problem))
+    yield from _cut_header(facts)
+    if facts.has_census:
+        yield from _tables_outside(facts)
+    if facts.has_geometry and facts.header.backing_file_offset and not facts.header.backing_file_size:
+        harmless.append(facts.field("backing_file_size", "0: the backing file name is empty"))
+    code = "QCOW2-HEADER-INVALID"
+    if tolerated:
+        yield variant(code, tolerated, severity=Severity.MEDIUM)
+    if harmless:
+        yield variant(code, harmless, severity=Severity.LOW)
+
+
+def _cut_header(facts: Facts) -> Iterator[Evidence]:
+    version = facts.header.version
+    needed = {1: 48, 2: V2_HEADER_LENGTH}.get(version, V3_HEADER_LENGTH)
+    if facts.image.file_size < needed:
+        told = f"file size: the header of version {version} has {needed} bytes"
+        yield Evidence(told, facts.image.file_size, len(MAGIC), needed - len(MAGIC), "header")
+
+
+def _tables_outside(facts: Facts) -> Iterator[Evidence]:
+    header, end = facts.header, facts.image.file_size
+    tables = [("l1_table_offset", header.l1_size), ("refcount_table_offset", header.refcount_table_clusters)]
+    for name, size in tables:
+        if size and getattr(header, name) >= end:
+            place = facts.field(name)
+            told = f"{name}: the table lies past the end of the file at {end:#x}"
+            yield Evidence(told, place.value, place.offset, place.length, "header")
+
+
+@rule(
+    "QCOW2-EXTENSION-INVALID",
+    Severity.MEDIUM,
+    "header extensions contradict the format",
+    note="consistent with manual editing or another writer",
+    when="an extension overruns its area, has a wrong size, comes twice, or the end mark is missing",
+    harmless="a missing end mark is legal where the backing file name follows at once",
+)
+def extension_invalid(facts: Facts) -> Iterator[Evidence]:
+    image = facts.image
+    problems = facts.problems("QCOW2-EXTENSION-INVALID")
+    for problem in problems:
+        yield facts.problem_evidence(problem, "header extension")
+    seen: Counter[int] = Counter()
+    for extension in image.extensions:
+        seen[extension.type] += 1
+        if seen[extension.type] > 1:
+            told = f"header extension {extension.type:#010x} comes again"
+            yield Evidence(told, extension.type, extension.offset, 8 + extension.length, "header extension")
+    if image.extensions and not any(problem.field == "extension" and not image.extensions for problem in problems):
+        yield from _missing_end(facts)
+
+
+def _missing_end(facts: Facts) -> Iterator[Evidence]:
+    header, last = facts.header, facts.image.extensions[-1]
+    limit = min(header.backing_file_offset or header.cluster_size, header.cluster_size)
+    at = last.offset + 8 + padded(last.length)
+    overrun = any(problem.offset == at for problem in facts.problems("QCOW2-EXTENSION-INVALID"))
+    if limit - at < 8 and limit != at and not overrun:
+        yield Evidence("end mark of the header extensions", "missing", min(at, limit), None, "header extension")
+
+
+@rule(
+    "QCOW2-SNAPSHOT-TABLE-INVALID",
+    Severity.HIGH,
+    "the snapshot table contradicts the format",
+    note="consistent with damage or a crafted image; what it says about snapshots cannot be trusted",
+    when="an entry lies past the end of the file, has impossible lengths, or names an impossible L1 table",
+)
+def snapshot_table_invalid(facts: Facts) -> Iterator[Evidence]:
+    for problem in facts.problems("QCOW2-SNAPSHOT-TABLE-INVALID"):
+        structure = "header" if problem.field in ("nb_snapshots", "snapshots_offset") else "snapshot table"
+        yield facts.problem_evidence(problem, structure)
+
+
+@rule(
+    "QCOW2-BITMAP-INVALID",
+    Severity.MEDIUM,
+    "dirty bitmaps contradict the format",
+    note="consistent with damage or editing; QEMU refuses the whole image while the bitmaps count as current",
+    when="the bitmaps extension, its directory or a directory entry breaks a rule, or a bitmap is too short for the disk",
+)
+def bitmap_invalid(facts: Facts) -> Iterator[Evidence]:
+    image = facts.image
+    for problem in facts.problems("QCOW2-BITMAP-INVALID"):
+        yield facts.problem_evidence(problem, "bitmap directory")
+    if facts.depth >= Depth.STANDARD and facts.has_census:
+        for reason in facts.census.reasons:
+            if reason.bitmap and not any(problem.offset == reason.offset for problem in image.problems):
+                yield Evidence(reason.what, None, reason.offset, structure="bitmap directory")

@@ -1,0 +1,347 @@
+"""Tables and refcounts by the rules of ``qemu-img check``, and the entries it silently accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..findings import Evidence, Finding, Severity
+from ..structures import Incompatible
+from .decoding import undecodable
+from .facts import Facts
+from .items import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence
+from .rules import QEMU_MADE, Depth, rule, variant
+
+STANDARD = Depth.STANDARD
+_DIRTY = ("QCOW2-DIRTY",)
+_CUT = ("QCOW2-TRUNCATED",)
+
+# Issues of the census that QEMU's check counts as corruptions.
+_COUNTED = (
+    "reserved-bits",
+    "unaligned",
+    "beyond-eof",
+    "copied-flag",
+    "subcluster",
+    "compressed-copied",
+    "compressed-data-file",
+    "refcount-zero-metadata",
+    "refcount-zero-data",
+    "refcount-low",
+    "refcount-overflow",
+    "reftable-reserved",
+    "reftable-unaligned",
+    "reftable-beyond-eof",
+    "reftable-shared",
+)
+
+
+@rule(
+    "QCOW2-ORPHAN-CLUSTERS",
+    Severity.MEDIUM,
+    "mapped clusters are accounted free",
+    note="consistent with interrupted or edited metadata; such clusters may be overwritten by the next writer",
+    when="a cluster that a guest range maps to has the refcount 0",
+    harmless="images with lazy refcounts after a crash",
+    depth=STANDARD,
+    explained_by=_DIRTY,
+)
+def orphan_clusters(facts: Facts) -> Iterator[Finding]:
+    census = facts.census
+    issue = census.issues["refcount-zero-data"]
+    if not issue.count:
+        return
+    found = [Evidence("orphan_clusters", census.comparison.orphans), Evidence("all states", issue.count)]
+    clusters = {(item.host or 0) // census.cluster_size for item in issue.items}
+    mapping = census.referrers(clusters)
+    for item in issue.items:
+        found.append(refcount_evidence(facts, item))
+        found += [referrer_evidence(facts, one) for one in mapping.get((item.host or 0) // census.cluster_size, ())[:3]]
+    yield variant("QCOW2-ORPHAN-CLUSTERS", found, count=issue.count)
+
+
+@rule(
+    "QCOW2-CHECK-CORRUPTIONS",
+    Severity.HIGH,
+    "QEMU's consistency check counts corruptions",
+    note="metadata is inconsistent by QEMU's own rules",
+    when="the counter corruptions of qemu-img check is above 0",
+    depth=STANDARD,
+    explained_by=(*_DIRTY, *_CUT),
+)
+def check_corruptions(facts: Facts) -> Iterator[Finding]:
+    check = facts.census.check
+    if not check or not (check.get("corruptions") or check["check-errors"]):
+        return
+    total = int(check.get("corruptions", 0))
+    found = [Evidence("corruptions", total), Evidence("check-errors", check["check-errors"])]
+    kinds = facts.census.issues.kinds()
+    found += [Evidence(kind.replace("-", " "), kinds[kind], structure="count") for kind in _COUNTED if kind in kinds]
+    for kind in _COUNTED:
+        found += [item_evidence(facts, item, kind.replace("-", " ")) for item in facts.census.issues[kind].items]
+    yield variant("QCOW2-CHECK-CORRUPTIONS", found, count=total)
+
+
+@rule(
+    "QCOW2-CHECK-LEAKS",
+    Severity.LOW,
+    "clusters are accounted but unreferenced",
+    note="consistent with an interrupted operation or with deliberately reserved space",
+    when="the counter leaks of qemu-img check is above 0",
+    harmless="a writer that crashed, a snapshot that could not be deleted whole",
+    depth=STANDARD,
+    validated=QEMU_MADE,
+    explained_by=_DIRTY,
+)
+def check_leaks(facts: Facts) -> Iterator[Finding]:
+    census = facts.census
+    leaks = int((census.check or {}).get("leaks", 0))
+    if not leaks:
+        return
+    found = [Evidence("leaks", leaks)]
+    for number, (offset, length) in enumerate(census.leaked()):
+        if number >= 100:
+            break
+        found.append(Evidence("unreferenced clusters", length // census.cluster_size, offset, length, "host cluster"))
+    found += [refcount_evidence(facts, item) for item in census.issues["refcount-high"].items]
+    yield variant("QCOW2-CHECK-LEAKS", found, count=leaks)
+
+
+@rule(
+    "QCOW2-CHECK-ABORTED",
+    Severity.HIGH,
+    "QEMU's consistency check cannot finish",
+    note="the image cannot be verified by QEMU",
+    when="something beside the header makes qemu-img check stop without counters",
+    depth=STANDARD,
+)
+def check_aborted(facts: Facts) -> Iterator[Evidence]:
+    for reason in facts.census.reasons:
+        if not reason.header:
+            yield Evidence(reason.what, None, reason.offset)
+
+
+@rule(
+    "QCOW2-REFCOUNT-LOW",
+    Severity.HIGH,
+    "clusters are referenced more often than accounted",
+    note="the next write may destroy shared data",
+    when="a refcount is above 0 and below the number of references",
+    depth=STANDARD,
+    explained_by=_DIRTY,
+)
+def refcount_low(facts: Facts) -> Iterator[Finding]:
+    for finding in refcounts(facts, "QCOW2-REFCOUNT-LOW", "refcount-low"):
+        census = facts.census
+        clusters = {(item.host or 0) // census.cluster_size for item in census.issues["refcount-low"].items}
+        mapping = census.referrers(clusters, 100)
+        found = [*finding.evidence, *(referrer_evidence(facts, one) for some in mapping.values() for one in some)]
+        yield variant("QCOW2-REFCOUNT-LOW", found, count=finding.count)
+
+
+@rule(
+    "QCOW2-REFCOUNT-ZERO-METADATA",
+    Severity.HIGH,
+    "metadata is accounted free",
+    note="the next write may destroy a table",
+    when="a cluster of the header, a table or a LUKS header has the refcount 0",
+    depth=STANDARD,
+    explained_by=_DIRTY,
+)
+def refcount_zero_metadata(facts: Facts) -> Iterator[Finding]:
+    yield from refcounts(facts, "QCOW2-REFCOUNT-ZERO-METADATA", "refcount-zero-metadata")
+
+
+@rule(
+    "QCOW2-REFCOUNT-HIGH",
+    Severity.LOW,
+    "clusters are accounted more often than referenced",
+    note="consistent with a snapshot removed only from the table, or with editing",
+    when="a refcount is above the number of references, and that is at least 1",
+    depth=STANDARD,
+    explained_by=_DIRTY,
+)
+def refcount_high(facts: Facts) -> Iterator[Finding]:
+    yield from refcounts(facts, "QCOW2-REFCOUNT-HIGH", "refcount-high")
+
+
+@rule(
+    "QCOW2-REFCOUNT-PAST-END",
+    Severity.LOW,
+    "refcounts exist for clusters past the end of the file",
+    note="consistent with truncation, or with a file that used to be larger; QEMU's check does not see it",
+    when="the refcount of a cluster that begins at or after the end of the file is not 0",
+    depth=STANDARD,
+    explained_by=_CUT,
+)
+def refcount_past_end(facts: Facts) -> Iterator[Finding]:
+    issue = facts.census.issues["refcount-past-end"]
+    if issue.count:
+        last = max((item.host or 0 for item in issue.items), default=0) + facts.cluster_size
+        told = "implied file size" if len(issue.items) == issue.count else "implied file size, at least"
+        found = [Evidence(told, last)]
+        for item in issue.items:
+            told = f"refcount of host cluster {item.host or 0:#x}"
+            found.append(Evidence(told, item.value, item.offset, structure="refcount block"))
+        yield variant("QCOW2-REFCOUNT-PAST-END", found, count=issue.count)
+
+
+@rule(
+    "QCOW2-REFCOUNT-OVERFLOW",
+    Severity.MEDIUM,
+    "references exceed what a refcount can hold",
+    note="the counter is saturated: sharing of the cluster cannot be accounted",
+    when="a cluster has more references than its refcount has room for",
+    depth=STANDARD,
+)
+def refcount_overflow(facts: Facts) -> Iterator[Evidence]:
+    for item in facts.census.issues["refcount-overflow"].items:
+        told = f"references to host cluster {item.host or 0:#x}, counted in {facts.header.refcount_bits} bits"
+        yield Evidence(told, item.value, item.host, facts.cluster_size, "host cluster")
+
+
+@rule(
+    "QCOW2-COPIED-FLAG",
+    Severity.MEDIUM,
+    "copied flags disagree with refcounts",
+    note="consistent with a writer other than QEMU or an interrupted snapshot operation",
+    when="the copied flag of an entry of the active state is not what its cluster's refcount asks for",
+    depth=STANDARD,
+    explained_by=_DIRTY,
+)
+def copied_flag(facts: Facts) -> Iterator[Finding]:
+    yield from entries(facts, "QCOW2-COPIED-FLAG", "copied-flag")
+
+
+@rule(
+    "QCOW2-RESERVED-BITS",
+    Severity.MEDIUM,
+    "reserved bits are set in table entries",
+    note="consistent with editing, a foreign writer, or data parsed as metadata",
+    when="a reserved bit of an L1, L2, refcount table or bitmap table entry is set; some of them QEMU's check passes over",
+    depth=STANDARD,
+)
+def reserved_bits(facts: Facts) -> Iterator[Finding]:
+    kinds = ("reserved-bits", "extended-bit-0", "compressed-high-bits", "reftable-reserved")
+    yield from entries(facts, "QCOW2-RESERVED-BITS", *kinds)
+
+
+@rule(
+    "QCOW2-UNALIGNED-OFFSET",
+    Severity.HIGH,
+    "offsets are not aligned to clusters",
+    note="the range behind such an offset is unreadable; consistent with damage or a crafted image",
+    when="an offset of a table or a cluster is not a multiple of the cluster size",
+    depth=STANDARD,
+)
+def unaligned_offset(facts: Facts) -> Iterator[Evidence | Finding]:
+    for name in ("l1_table_offset", "refcount_table_offset", "snapshots_offset"):
+        if getattr(facts.header, name) % facts.cluster_size:
+            yield facts.field(name)
+    place = facts.image.crypto_header
+    if place and place[0] % facts.cluster_size:
+        yield Evidence("LUKS header offset", place[0], structure="header extension")
+    yield from entries(facts, "QCOW2-UNALIGNED-OFFSET", "unaligned", "reftable-unaligned")
+
+
+@rule(
+    "QCOW2-BEYOND-EOF",
+    Severity.HIGH,
+    "pointers lead past the end of the file",
+    note="consistent with a truncated acquisition or a crafted pointer; QEMU silently shows zeros there",
+    when="a table, or a cluster that an entry names, begins at or after the end of the file",
+    depth=STANDARD,
+    explained_by=_CUT,
+)
+def beyond_eof(facts: Facts) -> Iterator[Finding]:
+    yield from entries(facts, "QCOW2-BEYOND-EOF", "beyond-eof", "reftable-beyond-eof")
+
+
+@rule(
+    "QCOW2-SUBCLUSTER-INVALID",
+    Severity.HIGH,
+    "subcluster bitmaps contradict themselves",
+    note="the whole cluster is unreadable in QEMU; consistent with damage or editing",
+    when="a subcluster is both allocated and zero, or allocated without a cluster, or a compressed entry has a bitmap",
+    depth=STANDARD,
+)
+def subcluster_invalid(facts: Facts) -> Iterator[Finding]:
+    yield from entries(facts, "QCOW2-SUBCLUSTER-INVALID", "subcluster")
+
+
+@rule(
+    "QCOW2-ZERO-FLAG-V2",
+    Severity.HIGH,
+    "zero flags in a version 2 image",
+    note="unreadable in QEMU; consistent with a downgraded or edited image",
+    when="bit 0 of an L2 entry is set although version 2 does not know it; QEMU's check passes over it",
+    depth=STANDARD,
+)
+def zero_flag_v2(facts: Facts) -> Iterator[Finding]:
+    yield from entries(facts, "QCOW2-ZERO-FLAG-V2", "zero-flag-v2")
+
+
+@rule(
+    "QCOW2-ALLOC-AT-ZERO",
+    Severity.MEDIUM,
+    "entries are flagged but name host offset 0",
+    note="such an entry reads as unallocated; consistent with editing or damage",
+    when="an L1 or L2 entry has flags but the offset 0, without a data file; QEMU's check passes over it",
+    depth=STANDARD,
+)
+def alloc_at_zero(facts: Facts) -> Iterator[Finding]:
+    yield from entries(facts, "QCOW2-ALLOC-AT-ZERO", "alloc-at-zero", "l1-at-zero")
+
+
+@rule(
+    "QCOW2-COMPRESSED-INVALID",
+    Severity.HIGH,
+    "compressed clusters are invalid",
+    note="the cluster is unreadable or ambiguous; consistent with damage, or with an entry edited by hand",
+    when="a compressed entry has the copied flag or uses a data file; deep: its stream does not give exactly one cluster",
+    depth=STANDARD,
+)
+def compressed_invalid(facts: Facts) -> Iterator[Finding]:
+    code = "QCOW2-COMPRESSED-INVALID"
+    yield from entries(facts, code, "compressed-copied", "compressed-data-file")
+    if facts.depth >= Depth.DEEP:
+        found = list(undecodable(facts))
+        if found:
+            yield variant(code, found)
+
+
+@rule(
+    "QCOW2-DATAFILE-MISMATCH",
+    Severity.HIGH,
+    "data file offsets differ from guest offsets",
+    note="unreadable in QEMU; consistent with editing",
+    when="with an external data file, an entry names another offset than its own guest offset; QEMU's check passes over it",
+    depth=STANDARD,
+)
+def datafile_mismatch(facts: Facts) -> Iterator[Finding]:
+    yield from entries(facts, "QCOW2-DATAFILE-MISMATCH", "datafile-mismatch")
+
+
+@rule(
+    "QCOW2-SNAPSHOT-WITH-DATAFILE",
+    Severity.HIGH,
+    "internal snapshots beside an external data file",
+    note="a combination that QEMU never writes",
+    when="the header counts snapshots and incompatible feature bit 2 is set",
+)
+def snapshot_with_datafile(facts: Facts) -> Iterator[Evidence]:
+    if facts.header.nb_snapshots and facts.header.incompatible_features & Incompatible.EXTERNAL_DATA:
+        yield facts.field("nb_snapshots")
+        yield facts.field("incompatible_features")
+
+
+@rule(
+    "QCOW2-REFTABLE-INVALID",
+    Severity.HIGH,
+    "the refcount table is damaged",
+    note="the accounting structure is damaged: refcounts cannot be trusted",
+    when="an entry has reserved bits, is unaligned or outside the file, or its block is used more than once",
+    depth=STANDARD,
+)
+def reftable_invalid(facts: Facts) -> Iterator[Finding]:
+    kinds = ("reftable-reserved", "reftable-unaligned", "reftable-beyond-eof", "reftable-shared")
+    yield from entries(facts, "QCOW2-REFTABLE-INVALID", *kinds)

@@ -1,0 +1,70 @@
+"""Turns what the census met into evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..census import structure_of
+from ..census.issues import Item
+from ..findings import EVIDENCE_LIMIT, Evidence, Finding
+from .facts import Facts
+from .rules import variant
+
+
+def snapshot_id(facts: Facts, tree: int) -> str:
+    """Return the ID of a snapshot by its index in the table, ``#index`` when it cannot be read; "" is the active state."""
+    if tree < 0:
+        return ""
+    entries = facts.image.snapshots
+    return entries[tree].id if tree < len(entries) else f"#{tree}"
+
+
+def item_evidence(facts: Facts, item: Item, what: str) -> Evidence:
+    """Return one item as evidence; ``what`` names the value."""
+    return Evidence(
+        what,
+        item.value,
+        item.offset,
+        8 if item.offset is not None and item.structure != "refcount block" else None,
+        item.structure,
+        item.guest,
+        snapshot_id(facts, item.tree),
+    )
+
+
+def entries(facts: Facts, code: str, *kinds: str, what: str = "entry") -> Iterator[Finding]:
+    """Yield one finding of a code over all issues of some kinds, when there are any."""
+    found: list[Evidence] = []
+    count = 0
+    for kind in kinds:
+        issue = facts.census.issues[kind]
+        count += issue.count
+        found += [item_evidence(facts, item, _told(item, what)) for item in issue.items]
+    if found:
+        yield variant(code, found[:EVIDENCE_LIMIT], count=count)
+
+
+def _told(item: Item, what: str) -> str:
+    return what if item.host is None else f"{what}, pointing at {item.host:#x}"
+
+
+def refcount_evidence(facts: Facts, item: Item) -> Evidence:
+    """Return a cluster whose refcount is not what it should be."""
+    host = item.host or 0
+    references, owner = facts.census.references(host), structure_of(facts.census.owner(host))
+    told = f"refcount of host cluster {host:#x} ({references} references: {owner})"
+    return Evidence(told, item.value, item.offset, max(1, facts.header.refcount_bits // 8), item.structure)
+
+
+def refcounts(facts: Facts, code: str, kind: str) -> Iterator[Finding]:
+    """Yield one finding of a code over the refcounts of one kind of issue."""
+    issue = facts.census.issues[kind]
+    if issue.count:
+        found = [refcount_evidence(facts, item) for item in issue.items]
+        yield variant(code, found, count=issue.count)
+
+
+def referrer_evidence(facts: Facts, item: Item) -> Evidence:
+    """Return an L2 entry that maps a host cluster."""
+    told = f"L2 entry mapping host cluster {item.host or 0:#x}"
+    return Evidence(told, item.value, item.offset, 8, "L2", item.guest, snapshot_id(facts, item.tree))

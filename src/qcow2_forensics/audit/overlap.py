@@ -1,0 +1,262 @@
+"""What a consistency check does not look at: overlaps, aliases, and where the file ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ..census import GUEST_DATA, METADATA, Owner, structure_of
+from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
+from .facts import Facts
+from .items import item_evidence, referrer_evidence, snapshot_id
+from .rules import QEMU_MADE, Depth, rule, variant
+
+STANDARD = Depth.STANDARD
+_CHUNK = 1 << 22  # clusters looked at together
+
+
+@rule(
+    "QCOW2-DATA-OVER-METADATA",
+    Severity.CRITICAL,
+    "guest data lies on container metadata",
+    note=(
+        "the guest-visible disk exposes or can overwrite container metadata: consistent with crafting or with "
+        "corruption by an allocator"
+    ),
+    when="a mapped cluster, compressed or not, intersects the header, a table or a LUKS header",
+    depth=STANDARD,
+)
+def data_over_metadata(facts: Facts) -> Iterator[Finding]:
+    census = facts.census
+    clusters, count = _clusters_owned_by(facts, int(GUEST_DATA), int(METADATA))
+    if not count:
+        return
+    found = []
+    mapping = census.referrers(set(clusters))
+    for cluster in clusters:
+        host = cluster * census.cluster_size
+        told = f"host cluster {host:#x} is claimed by {structure_of(census.owner(host))}; refcount"
+        found.append(Evidence(told, census.refcount(host), host, census.cluster_size, "host cluster"))
+        found += [referrer_evidence(facts, item) for item in mapping.get(cluster, ())[:3]]
+    yield variant("QCOW2-DATA-OVER-METADATA", found, count=count)
+
+
+def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
+    """Return the first host clusters that have an owner in each mask, and how many there are."""
+    first: list[int] = []
+    count = 0
+    owners = facts.census.owners
+    for start in range(0, len(owners), _CHUNK):
+        part = owners[start : start + _CHUNK]
+        chosen = np.ones(len(part), dtype=np.bool_)
+        for mask in masks:
+            chosen &= (part & np.uint16(mask)) != 0
+        hits = np.flatnonzero(chosen)
+        count += len(hits)
+        first += (hits[: EVIDENCE_LIMIT - len(first)] + start).tolist()
+    return first, count
+
+
+# --- metadata against metadata -------------------------------------------------------------------
+
+
+class _Pair(NamedTuple):
+    first: Evidence
+    second: Evidence
+
+
+@rule(
+    "QCOW2-METADATA-OVERLAP",
+    Severity.CRITICAL,
+    "metadata structures overlap",
+    note="consistent with a crafted or corrupted image: QEMU never places one structure on another",
+    when="the byte ranges of two metadata structures intersect; an L2 table shared by states is one structure",
+    depth=STANDARD,
+)
+def metadata_overlap(facts: Facts) -> Iterator[Finding]:
+    pairs, count = _overlaps(facts)
+    if count:
+        yield variant("QCOW2-METADATA-OVERLAP", [item for pair in pairs for item in pair], count=count)
+
+
+def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
+    structures = facts.census.structures
+    starts = np.concatenate([one.offsets for one in structures])
+    lengths = np.concatenate([one.lengths for one in structures])
+    kinds = np.concatenate([np.full(len(one.offsets), int(one.owner), dtype=np.int64) for one in structures])
+    order = np.lexsort((kinds, starts))
+    starts, lengths, kinds = starts[order], lengths[order], kinds[order]
+    # Whole clusters: what shares a cluster with metadata is on it. An offset that no file reaches
+    # is cut off before the sum could overflow.
+    size = np.uint64(facts.cluster_size)
+    ends = (np.minimum(starts, np.uint64(2**62)) + lengths + size - np.uint64(1)) // size * size
+    reach = np.maximum.accumulate(ends)
+    hits = np.flatnonzero(starts[1:] < reach[:-1]) + 1
+    furthest = np.maximum.accumulate(np.where(ends == reach, np.arange(len(ends)), 0))
+
+    def told(at: int) -> Evidence:
+        name = structure_of(Owner(int(kinds[at])))
+        return Evidence("structure", name, int(starts[at]), int(lengths[at]), name)
+
+    pairs = [_Pair(told(int(furthest[at - 1])), told(int(at))) for at in hits[: EVIDENCE_LIMIT // 2]]
+    return pairs, len(hits)
+
+
+@rule(
+    "QCOW2-SNAPSHOT-L1-ALIAS",
+    Severity.HIGH,
+    "a snapshot's L1 table is another state's",
+    note="consistent with a crafted snapshot table: QEMU copies the L1 table for every snapshot",
+    when="a snapshot names the L1 table of the active state or of another snapshot",
+)
+def snapshot_l1_alias(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    seen = {header.l1_table_offset: ""} if header.l1_size else {}
+    for entry in facts.image.snapshots:
+        if not entry.l1_size:
+            continue
+        if entry.l1_table_offset in seen:
+            other = seen[entry.l1_table_offset]
+            told = f"l1_table_offset, also of {f'snapshot {other}' if other else 'the active state'}"
+            yield Evidence(told, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, entry.id)
+        else:
+            seen[entry.l1_table_offset] = entry.id
+
+
+# --- aliases -------------------------------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-SHARED-CLUSTER",
+    Severity.HIGH,
+    "guest locations alias one host cluster",
+    note="two guest locations share their bytes, which QEMU never writes: consistent with crafting or damage",
+    when="one host cluster, or one compressed stream, is mapped at two or more guest offsets; QEMU's check passes over it",
+    depth=STANDARD,
+)
+def shared_cluster(facts: Facts) -> Iterator[Finding]:
+    census = facts.census
+    issue = census.issues["alias"]
+    if not issue.count:
+        return
+    found = []
+    for cluster, items in sorted(census.referrers(census.aliases).items()):
+        host = cluster * census.cluster_size
+        found.append(Evidence(f"refcount of host cluster {host:#x}", census.refcount(host), host, census.cluster_size))
+        found += [referrer_evidence(facts, item) for item in items[:8]]
+    yield variant("QCOW2-SHARED-CLUSTER", found or [Evidence("aliases", issue.count)], count=issue.count)
+
+
+@rule(
+    "QCOW2-SHARED-L2",
+    Severity.HIGH,
+    "one L2 table serves several guest ranges",
+    note="guest ranges alias as a whole; also a trick to amplify: consistent with crafting",
+    when="an L2 table stands in two slots of one L1 table, or at different slots of different ones",
+    depth=STANDARD,
+)
+def shared_l2(facts: Facts) -> Iterator[Finding]:
+    named = facts.census.named
+    several = np.flatnonzero((named.low != named.high) & (named.offsets != 0))
+    found = []
+    for at in several[:EVIDENCE_LIMIT].tolist():
+        low, high, uses = int(named.low[at]), int(named.high[at]), int(named.active[at] + named.snapshots[at])
+        told = f"L2 table, in L1 slots {low} to {high}; uses"
+        owner = snapshot_id(facts, int(named.tree[at]))
+        found.append(Evidence(told, uses, int(named.offsets[at]), facts.cluster_size, "L2", None, owner))
+    if found:
+        yield variant("QCOW2-SHARED-L2", found, count=len(several))
+
+
+# --- ends ----------------------------------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-DATA-BEYOND-END",
+    Severity.MEDIUM,
+    "data is mapped past the end of the disk",
+    note="data the guest cannot reach: consistent with a shrunk or edited size, or hidden storage",
+    when="the active state maps data at guest offsets at or above the disk size",
+    harmless="a snapshot with VM state that was applied: its memory image is mapped there (Low)",
+    depth=STANDARD,
+)
+def data_beyond_end(facts: Facts) -> Iterator[Finding]:
+    issue = facts.census.issues["beyond-end"]
+    if not issue.count:
+        return
+    found = []
+    memory = False
+    for item in issue.items:
+        found.append(item_evidence(facts, item, f"entry, mapping host offset {item.host or 0:#x}"))
+        if len(found) <= 8 and not facts.header.external_data and item.host is not None:
+            data = facts.read(item.host, facts.cluster_size)
+            memory |= data[:4] == b"QEVM"
+            told = "non-zero bytes in the cluster"
+            found.append(Evidence(told, len(data) - data.count(0), item.host, len(data), "host cluster", item.guest))
+    if memory:
+        note = "it begins as a saved machine state does: consistent with a snapshot that was applied"
+        yield variant("QCOW2-DATA-BEYOND-END", found, severity=Severity.LOW, note=note, count=issue.count)
+    else:
+        yield variant("QCOW2-DATA-BEYOND-END", found, count=issue.count)
+
+
+@rule(
+    "QCOW2-TRUNCATED",
+    Severity.HIGH,
+    "the file ends before the image does",
+    note="consistent with an incomplete copy",
+    when="a table, or a cluster that refcount and mapping agree on, begins past the end of the file",
+    depth=STANDARD,
+)
+def truncated(facts: Facts) -> Iterator[Finding]:
+    census, end = facts.census, facts.image.file_size
+    missing = []
+    for item in census.issues["beyond-eof"].items:
+        host = item.host or 0
+        entry = item.structure in ("L1", "L2", "bitmap table")
+        # One stray pointer is not a missing tail; a refcount that agrees, or its absence, is.
+        if not entry or census.refcount(host) or census.issues["reftable-beyond-eof"].count:
+            missing.append(item_evidence(facts, item, f"{item.structure}, at or pointing at {host:#x}"))
+    for item in census.issues["reftable-beyond-eof"].items:
+        if item.host is not None and item.host < 2**62:
+            missing.append(item_evidence(facts, item, f"refcount block at {item.host:#x}"))
+    if end < facts.header.header_length:
+        missing.append(Evidence("bytes of the header", facts.header.header_length, 0, end, "header"))
+    if missing:
+        found = [Evidence("file size", end), Evidence("expected, at least", census.highest_missing + 1), *missing]
+        yield variant("QCOW2-TRUNCATED", found, count=len(missing))
+
+
+@rule(
+    "QCOW2-PARTIAL-LAST-CLUSTER",
+    Severity.INFO,
+    "the file ends inside its last cluster",
+    note="normal for files QEMU wrote: new images end right after the L1 table",
+    when="the file size is not a multiple of the cluster size and its last cluster is in use",
+    depth=STANDARD,
+    validated=QEMU_MADE,
+)
+def partial_last_cluster(facts: Facts) -> Iterator[Evidence]:
+    size, end = facts.cluster_size, facts.image.file_size
+    if end % size and facts.census.end >= end:
+        yield Evidence("file size", end)
+        yield Evidence("whole clusters", facts.census.end)
+
+
+@rule(
+    "QCOW2-L1-OVERSIZED",
+    Severity.INFO,
+    "the L1 table is longer than the disk needs",
+    note="consistent with an earlier larger disk or a saved machine state",
+    when="the L1 table has more entries than the disk size needs",
+    harmless="QEMU may allocate more than needed when a disk grows",
+    validated=QEMU_MADE,
+)
+def l1_oversized(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    needed = -(-header.size // header.l2_span)
+    if header.version > 1 and header.l1_size > max(needed, 1):
+        yield facts.field("l1_size")
+        yield Evidence("entries needed", needed)
