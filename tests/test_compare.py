@@ -247,9 +247,7 @@ def test_two_files_with_the_same_bytes_do_not_differ(make_image: Callable[..., P
 @qemu.requires_qemu
 def test_states_of_an_encrypted_disk_compare_after_unlocking(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    path = qemu.create(
-        tmp_path / "luks.qcow2", "1M", secret="pw", **{"encrypt.format": "luks", "encrypt.iter-time": 10}
-    )
+    path = qemu.create(tmp_path / "luks.qcow2", "1M", secret="pw")
     qemu.io(path, "write -P 1 0 128k", secret="pw")
     qemu.snapshot(path, "old", secret="pw")
     qemu.io(path, "write -P 2 1k 512", secret="pw")

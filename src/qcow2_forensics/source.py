@@ -54,7 +54,7 @@ class FileSource:
             self.mtime_ns = status.st_mtime_ns
             self.size = status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(self._fd, 0, os.SEEK_END)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def read(self, offset: int, length: int, /) -> bytes:

@@ -71,6 +71,7 @@ class StateFiles:
     def __init__(
         self, image: pytsk3.Img_Info, name: str = "the disk", progress: Callable[[int], None] | None = None
     ) -> None:
+        self.image = image
         self.systems = {system.volume.offset: system for system in file_systems(image, name)}
         self.records: dict[int, list[FileRecord]] = {}
         for offset, system in self.systems.items():
@@ -84,7 +85,8 @@ class StateFiles:
     @property
     def problems(self) -> list[str]:
         """What could not be read while listing."""
-        return [problem for system in self.systems.values() for problem in system.problems]
+        listed = [problem for system in self.systems.values() for problem in system.problems]
+        return [*getattr(self.image, "read_errors", ()), *listed]
 
 
 def file_changes(

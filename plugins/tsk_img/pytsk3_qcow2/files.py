@@ -16,6 +16,7 @@ import pytsk3
 from qcow2_forensics.errors import printable
 
 from .image import Img_Info
+from .spans import Spans
 
 _CHUNK = 1 << 20  # of file content read at a time
 _DEPTH = 512  # directories inside each other; more is a damaged file system
@@ -131,6 +132,7 @@ class FileSystem:
         self.volume = volume
         self.handle = handle
         self.problems: list[str] = []
+        self._failed = 0  # how many ranges were unreadable before the current reading
         self._block = int(handle.info.block_size)
         self._ntfs = volume.kind == "ntfs"
         # Where a run's address is no place on the disk.
@@ -287,6 +289,7 @@ class FileSystem:
 
     def chunks(self, record: FileRecord) -> Iterator[bytes]:
         """Yield the content of a record, all of it; raises ``OSError`` when it cannot be read."""
+        self._failed = len(getattr(self.image, "unreadable", ()))
         try:
             handle = self.handle.open_meta(inode=record.inode)
             done = 0
@@ -298,10 +301,17 @@ class FileSystem:
                     data = handle.read_random(done, wanted, *record.attribute)
                 if not data:
                     raise OSError(f"the content ends at {done} of {record.size} bytes")
+                self._vouch(record)
                 yield data
                 done += len(data)
         except RuntimeError as error:  # what pytsk3 makes of an exception from the image
             raise OSError(str(error).splitlines()[0]) from error
+
+    def _vouch(self, record: FileRecord) -> None:
+        """Raise when what was just read may hold zeros that stand for unreadable sectors."""
+        unreadable = getattr(self.image, "unreadable", ())
+        if unreadable and (len(unreadable) > self._failed or Spans(unreadable).overlap(record.spans)):
+            raise OSError(f"part of the content cannot be read: {self.image.read_errors[-1]}")
 
     def sha256(self, record: FileRecord) -> str:
         """Return the SHA-256 of the content in hex."""

@@ -2,9 +2,10 @@
 
 What pytsk3 does with an exception from a Python image was found by trying (version 20260715):
 a direct ``read`` passes it on as it is, while a read that libtsk asked for turns every exception into
-``RuntimeError`` with our sentence in it, and fails the whole call. A short answer instead ends a file
-early without an error. So errors are raised, and ``unreadable="short"`` is for callers that look at
-:attr:`Img_Info.read_errors` afterwards.
+``RuntimeError`` with our sentence in it, and fails the whole call, even if libtsk was only probing.
+A short answer instead can make libtsk hand out bytes it never got. So errors are raised, and a caller
+that wants to see what is left of a damaged image asks for ``unreadable="zeros"`` and looks at
+:attr:`Img_Info.unreadable` before it believes what it reads.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from qcow2_forensics.disk import Disk, EofPolicy, Layer
 from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error, printable
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.source import PathOrSource
-from qcow2_forensics.structures import Crypt, SnapshotEntry
+from qcow2_forensics.structures import SECTOR, Crypt, SnapshotEntry
 
 if TYPE_CHECKING:
     from qcow2_forensics.chain import MissingPolicy, Passphrase, SnapshotName
     from qcow2_forensics.findings import Finding
     from qcow2_forensics.resolver import Resolver
 
-Unreadable = Literal["raise", "short"]
+Unreadable = Literal["raise", "zeros"]
 
 _ERRORS_KEPT = 100  # of read_errors; a damaged image can fail a million reads
+_RANGES_KEPT = 100_000  # of unreadable; with more, reads raise
 
 
 def _as_io_error(error: Qcow2Error) -> OSError:
@@ -64,8 +66,8 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
     ``url`` is a path, a binary file object, a source of the image's bytes, or a disk that is open
     already, which then stays the caller's to close. ``snapshot`` is an
     ID or a name; the other options are those of :func:`qcow2_forensics.open_disk`. Everything
-    that fails raises ``IOError``. ``unreadable`` says what libtsk gets where the image cannot be
-    read: an error, or the bytes before it (see the module).
+    that fails raises ``IOError``. ``unreadable="zeros"`` gives zeros for sectors that cannot be read,
+    and lists them in :attr:`unreadable`, the reasons in :attr:`read_errors` (see the module).
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
         unreadable: Unreadable = "raise",
     ) -> None:
         self.read_errors: list[str] = []
-        self._unreadable = unreadable
+        self.unreadable: list[tuple[int, int]] = []
+        self._policy = unreadable
         self._findings: tuple[Finding, ...] | None = None
         self._owned = not _is_disk(url)
         self._closed = False
@@ -116,24 +119,33 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
         try:
             return self._disk.read(off, len)
         except Qcow2Error as error:
-            if self._unreadable == "raise":
+            if self._policy == "raise" or len_(self.unreadable) >= _RANGES_KEPT:
                 raise _as_io_error(error) from error.__cause__
-            return self._readable_part(off, len, error)
+            return b"".join(self._with_zeros(off, min(len, self._size - off)))
 
-    def _readable_part(self, offset: int, length: int, error: Qcow2Error) -> bytes:
-        """Record the error and return the bytes before it, sector by sector from the start."""
-        sentence = str(error)
-        if sentence not in self.read_errors and len_(self.read_errors) < _ERRORS_KEPT:
+    def _with_zeros(self, offset: int, length: int) -> Iterator[bytes]:
+        """Yield a range by halves down to sectors; zeros for those that cannot be read."""
+        try:
+            yield self._disk.read(offset, length)
+            return
+        except Qcow2Error as error:
+            middle = (offset + length // 2) // SECTOR * SECTOR
+            if middle <= offset:
+                middle = offset // SECTOR * SECTOR + SECTOR
+            if middle >= offset + length:  # within one sector
+                self._note(offset, length, str(error))
+                yield bytes(length)
+                return
+        yield from self._with_zeros(offset, middle - offset)
+        yield from self._with_zeros(middle, offset + length - middle)
+
+    def _note(self, offset: int, length: int, sentence: str) -> None:
+        if sentence not in self.read_errors and len(self.read_errors) < _ERRORS_KEPT:
             self.read_errors.append(sentence)
-        good, bad = 0, length
-        while bad - good > 512:  # everything up to `good` reads, up to `bad` does not
-            middle = good + max(512, (bad - good) // 2 // 512 * 512)
-            try:
-                self._disk.read(offset + good, middle - good)
-                good = middle
-            except Qcow2Error:
-                bad = middle
-        return self._disk.read(offset, good)
+        if self.unreadable and sum(self.unreadable[-1]) == offset:
+            offset, length = self.unreadable[-1][0], self.unreadable[-1][1] + length
+            self.unreadable.pop()
+        self.unreadable.append((offset, length))
 
     def close(self) -> None:
         """Close the image and its chain; closing twice is fine, reading afterwards raises ``IOError``."""

@@ -38,7 +38,7 @@ def open_files(disk: Layer) -> Any:
     need_pytsk3()
     from pytsk3_qcow2 import Img_Info
 
-    return Img_Info(disk, unreadable="short")
+    return Img_Info(disk, unreadable="zeros")
 
 
 def iso_time(nanoseconds: int) -> str | None:

@@ -171,7 +171,8 @@ def _print_files(args: argparse.Namespace, disk: Any, state: str) -> None:
     from pytsk3_qcow2.lines import body_line
 
     try:
-        systems = file_systems(_files.open_files(disk), f"{args.image}, state {state}")
+        image = _files.open_files(disk)
+        systems = file_systems(image, f"{args.image}, state {state}")
     except NoFileSystem as error:
         print(f"qcow2-forensics: {error}", file=sys.stderr)
         return
@@ -184,8 +185,9 @@ def _print_files(args: argparse.Namespace, disk: Any, state: str) -> None:
                 else:
                     for line in _record_lines(record, state, args.image):
                         print(line)
-            for problem in system.problems:
-                print(f"qcow2-forensics: {state}: {problem}", file=sys.stderr)
+        problems = [problem for system in systems for problem in system.problems]
+    for problem in (*image.read_errors, *problems):
+        print(f"qcow2-forensics: {state}: {problem}", file=sys.stderr)
 
 
 def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:
