@@ -58,12 +58,15 @@ def audit(
     passphrase: Passphrase = None,
     resolver: Resolver | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    *,
+    pictures: bool = False,
 ) -> Report:
     """Return everything one audit saw of an image; never raises for bad evidence.
 
     ``depth`` is ``"triage"`` (header, extensions, snapshots, names), ``"standard"`` (all tables)
     or ``"deep"`` (free space, slack, every cluster decoded). ``resolver`` says which files named
-    by the image may be looked at.
+    by the image may be looked at. ``pictures`` adds the map of the host file and the tree of states
+    to ``Report.details``, for the page.
     """
     wanted = Depth.parse(depth)
     rules = catalog()
@@ -77,7 +80,8 @@ def audit(
         facts = Facts(image, path=path, depth=wanted, passphrase=passphrase, resolver=resolver, limits=limits)
         findings = explain(_findings(rules, facts))
         check = facts.census.check if wanted >= Depth.STANDARD and facts.has_census else None
-        return Report(_identity(facts, name), findings, check, wanted.label)
+        details = _pictures(facts) if pictures and wanted >= Depth.STANDARD else {}
+        return Report(_identity(facts, name), findings, check, wanted.label, details)
     finally:
         if not isinstance(origin, Image):
             image.close()
@@ -86,6 +90,15 @@ def audit(
 def audit_path(path: str | os.PathLike[str], depth: str = "standard") -> Report:
     """Audit one file by name: a plain function of plain values, for worker pools."""
     return audit(path, depth)
+
+
+def _pictures(facts: Facts) -> dict[str, Any]:
+    from .pictures import details
+
+    try:
+        return details(facts)
+    except (Qcow2Error, OSError) as error:
+        return {"pictures": f"could not be drawn: {error}"}
 
 
 def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import stat
 from collections.abc import Iterator
@@ -54,6 +55,19 @@ class Name:
     def path(self) -> str:
         """The name without a ``file:`` prefix."""
         return self.text.removeprefix("file:").removeprefix("//") if self.protocol == "file" else self.text
+
+    @property
+    def leaves_folder(self) -> bool:
+        """Whether a relative name leads above the image's folder."""
+        if self.is_absolute or (self.protocol and self.protocol != "file"):
+            return False
+        path = posixpath.normpath(self.path.replace("\\", "/"))
+        return path == ".." or path.startswith("../")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the name means a file in or below the image's folder."""
+        return not (self.is_absolute or self.leaves_folder or (self.protocol and self.protocol != "file"))
 
     @property
     def is_absolute(self) -> bool:
@@ -181,12 +195,11 @@ def _open(
         disk_size = _disk_size(source, driver or declared or probed)
     except (Qcow2Error, OSError) as error:
         return Member(role, name, "broken", str(error), depth=depth), None
-    path = getattr(source, "path", None)
     member = Member(
         role,
         name,
         "found",
-        path=str(path or ""),
+        path=str(getattr(source, "path", "") or ""),
         probed=probed,
         declared=driver or declared,
         file_size=source.size,

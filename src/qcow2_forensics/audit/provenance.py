@@ -9,6 +9,7 @@ from ..residue import content
 from ..residue.slack import V2_LEFTOVER
 from ..structures import (
     KNOWN_INCOMPATIBLE,
+    V2_HEADER_LENGTH,
     Compatible,
     Compression,
     Extension,
@@ -233,6 +234,8 @@ def unknown_compatible(facts: Facts) -> Iterator[Evidence]:
     harmless="vendor extensions",
 )
 def unknown_extension(facts: Facts) -> Iterator[Evidence | Finding]:
+    if facts.header.header_length < V2_HEADER_LENGTH:
+        return  # a cut header: where extensions start is unknown
     for extension in facts.image.extensions:
         if extension.type in _KNOWN_EXTENSIONS:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import posixpath
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..limits import MiB
 from ..source import Source
 from ..structures import Autoclear, ExtensionType
 from .facts import Facts
-from .names import CHAIN_DEEP, Name, chain, names, stands_beside
+from .names import CHAIN_DEEP, Member, Name, chain, names, stands_beside
 from .rules import CRAFTED, DERIVED, QEMU_MADE, Depth, rule, variant
 
 TiB = 1 << 40
@@ -65,10 +64,7 @@ def ref_absolute(facts: Facts) -> Iterator[Evidence | Finding]:
 )
 def ref_traversal(facts: Facts) -> Iterator[Evidence | Finding]:
     for name in names(facts):
-        if name.is_absolute or (name.protocol and name.protocol != "file"):
-            continue
-        path = posixpath.normpath(name.path.replace("\\", "/"))
-        if path != ".." and not path.startswith("../"):
+        if not name.leaves_folder:
             continue
         members = [member for member in chain(facts).backing if member.depth == 1 and member.name == name.text]
         if members and members[0].status == "found" and members[0].probed in ("qcow2", "qcow"):
@@ -225,11 +221,18 @@ def backing_format_mismatch(facts: Facts) -> Iterator[Evidence]:
 )
 def backing_missing(facts: Facts) -> Iterator[Evidence]:
     for member in chain(facts).backing:
-        if member.status in ("missing", "refused", "broken"):
+        if _worth_telling(facts, member):
             yield Evidence("backing_file", member.name, structure=f"chain member {member.depth}")
             yield Evidence(
                 member.status, ", ".join(member.tried) or member.why, structure=f"chain member {member.depth}"
             )
+
+
+def _worth_telling(facts: Facts, member: Member) -> bool:
+    """Whether no rule about names already says why the file was not looked at."""
+    if member.status == "refused" and member.depth == 1:
+        return all(name.is_plain for name in names(facts) if name.role == member.role)
+    return member.status in ("missing", "refused", "broken")
 
 
 @rule(
@@ -296,7 +299,7 @@ def datafile_name(facts: Facts) -> Iterator[Evidence]:
     if extension is None or member is None:
         place = None if extension is None else extension.offset
         yield Evidence("data_file", None, place, structure="data file name")
-    elif member.status in ("missing", "refused", "broken", "loop"):
+    elif member.status == "loop" or _worth_telling(facts, member):
         yield Evidence("data_file", member.name, extension.offset + 8, extension.length, "data file name")
         yield Evidence(member.status, ", ".join(member.tried) or member.why)
     elif facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA and member.file_size < facts.image.disk_size:

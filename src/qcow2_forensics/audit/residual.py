@@ -21,7 +21,8 @@ from .names import chain
 from .rules import CRAFTED, QEMU_MADE, Depth, rule, variant
 
 _DELETED = 100  # former snapshots followed into their tables
-_METADATA = ("l1", "l2", "refcounts", "snapshot-table", "bitmap-directory")
+_RANGES = 1_000_000  # pieces kept for the map
+_METADATA = ("l1", "l2", "refcount-table", "refcounts", "snapshot-table", "bitmap-directory")
 
 
 # --- one pass over everything unclaimed ----------------------------------------------------------
@@ -48,6 +49,7 @@ class _Survey:
     snapshots: list[SnapshotEntry] = field(default_factory=list)
     bitmaps: list[BitmapEntry] = field(default_factory=list)
     deleted: list[DeletedSnapshot] = field(default_factory=list)
+    ranges: list[tuple[int, int]] = field(default_factory=list)  # (offset, length) of the first pieces
 
     def of(self, kinds: Iterable[str], looks: Iterable[str]) -> _Group:
         """Return the groups of some kinds and looks as one."""
@@ -63,6 +65,11 @@ class _Survey:
         return merged
 
 
+def survey_of(facts: Facts) -> _Survey:
+    """Return what a deep look at everything unclaimed found; made once per audit."""
+    return facts.once(_survey)
+
+
 def _survey(facts: Facts) -> _Survey:
     residue = Residue(facts.image, census=facts.census)
     survey = _Survey()
@@ -70,6 +77,8 @@ def _survey(facts: Facts) -> _Survey:
     bitmaps: list[BitmapEntry] = []
     for found in residue.unclaimed():
         survey.groups[found.piece.kind, found.piece.looks].add(found.piece)
+        if len(survey.ranges) < _RANGES:
+            survey.ranges.append((found.piece.offset, found.piece.length))
         snapshots += found.snapshots
         bitmaps += found.bitmaps
     survey.snapshots, survey.bitmaps = residue.with_slack(snapshots, bitmaps)
@@ -117,7 +126,7 @@ def _finding(code: str, group: _Group, severity: Severity | None = None, title: 
     validated=QEMU_MADE,
 )
 def residual_clusters(facts: Facts) -> Iterator[Finding]:
-    survey = facts.once(_survey)
+    survey = survey_of(facts)
     yield from _finding("QCOW2-RESIDUAL-CLUSTERS", survey.of(["free"], ["data", "vm-state"]))
     former = survey.of(["free"], _METADATA)
     yield from _finding("QCOW2-RESIDUAL-CLUSTERS", former, Severity.LOW, "free clusters hold former tables")
@@ -135,7 +144,7 @@ def residual_clusters(facts: Facts) -> Iterator[Finding]:
     explained_by=("QCOW2-DIRTY",),
 )
 def leaked_data(facts: Facts) -> Iterator[Finding]:
-    yield from _finding("QCOW2-LEAKED-DATA", facts.once(_survey).of(["leaked"], ["data", "vm-state", *_METADATA]))
+    yield from _finding("QCOW2-LEAKED-DATA", survey_of(facts).of(["leaked"], ["data", "vm-state", *_METADATA]))
 
 
 @rule(
@@ -149,7 +158,7 @@ def leaked_data(facts: Facts) -> Iterator[Finding]:
     validated=CRAFTED,
 )
 def trailing_data(facts: Facts) -> Iterator[Finding]:
-    survey = facts.once(_survey)
+    survey = survey_of(facts)
     yield from _finding("QCOW2-TRAILING-DATA", survey.of(["trailing"], ["data", "vm-state"]))
     yield from _finding(
         "QCOW2-TRAILING-DATA", survey.of(["trailing"], _METADATA), Severity.LOW, "former tables after the image's end"
@@ -189,7 +198,7 @@ def residual_l2(facts: Facts) -> Iterator[Evidence | Finding]:
 
 
 def _tables(facts: Facts, code: str, looks: str) -> Iterator[Finding]:
-    group = facts.once(_survey).of(["free", "leaked", "trailing"], [looks])
+    group = survey_of(facts).of(["free", "leaked", "trailing"], [looks])
     if not group.count:
         return
     telling = [piece for piece in group.kept if piece.intact and not piece.zero_only]
@@ -212,7 +221,7 @@ def _contents(piece: Piece) -> str:
     validated=QEMU_MADE,
 )
 def residual_snapshot_entry(facts: Facts) -> Iterator[Evidence]:
-    for entry in facts.once(_survey).snapshots:
+    for entry in survey_of(facts).snapshots:
         told = f"ID {entry.id}, {entry.name}, {date_of(entry)}, L1 at {entry.l1_table_offset:#x}"
         yield Evidence("snapshot", told, entry.offset, entry.length, "former snapshot table", snapshot=entry.id)
 
@@ -220,15 +229,15 @@ def residual_snapshot_entry(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-RECOVERABLE-SNAPSHOT",
     Severity.HIGH,
-    "a deleted snapshot can still be read",
-    note="its tables survive and its clusters were not reused as far as the image tells: open it as "
-    "deleted:OFFSET; a cluster freed and mapped again at the same place cannot be told apart",
+    "a snapshot that no table lists can be read",
+    note="consistent with a deleted snapshot: its tables survive and its clusters were not reused as far as the image "
+    "tells; open it as deleted:OFFSET. A cluster freed and mapped again at the same place cannot be told apart",
     when="a former entry's L1 and L2 tables are intact and no cluster belongs to anything else; Medium when a part is",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
 def recoverable_snapshot(facts: Facts) -> Iterator[Finding]:
-    for item in facts.once(_survey).deleted:
+    for item in survey_of(facts).deleted:
         if not item.l1_intact or not item.intact + item.shared + item.compressed:
             continue
         whole = item.complete and not item.unreadable_bytes
@@ -248,7 +257,7 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Finding]:
             "QCOW2-RECOVERABLE-SNAPSHOT",
             evidence,
             severity=None if whole else Severity.MEDIUM,
-            title="" if whole else "a deleted snapshot can be read in part",
+            title="" if whole else "a snapshot that no table lists can be read in part",
             confidence="likely",
         )
 
@@ -264,7 +273,7 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Finding]:
     validated=QEMU_MADE,
 )
 def residual_bitmap_dir(facts: Facts) -> Iterator[Evidence]:
-    for entry in facts.once(_survey).bitmaps:
+    for entry in survey_of(facts).bitmaps:
         told = f"{entry.name}, granularity {entry.granularity}, table at {entry.table_offset:#x}"
         yield Evidence("bitmap", told, entry.offset, entry.length, "former bitmap directory")
 
@@ -499,7 +508,7 @@ def backing_hidden_tail(facts: Facts) -> Iterator[Evidence]:
     validated=QEMU_MADE,
 )
 def vm_state_residue(facts: Facts) -> Iterator[Evidence]:
-    for piece in facts.once(_survey).of(["free", "leaked", "trailing"], ["vm-state"]).kept:
+    for piece in survey_of(facts).of(["free", "leaked", "trailing"], ["vm-state"]).kept:
         yield from _vm_state(facts, piece.offset, f"{piece.kind} clusters")
     for offset in _active_vm_clusters(facts):
         if facts.read(offset, 7) == b"QEVM\0\0\0":

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .. import structures
 from ..image import Image
 from ..limits import MiB
 from ..structures import BitmapEntry, SnapshotEntry
@@ -42,8 +43,8 @@ class Piece:
     """A run of bytes nothing points at, of one kind and looking like one thing.
 
     ``kind`` says why it is residue (``free``, ``leaked``, ``trailing``, or a slack kind), ``looks``
-    what it looks like: ``data``, ``l1``, ``l2``, ``refcounts``, ``snapshot-table``,
-    ``bitmap-directory`` or ``vm-state``. Offsets are in ``file`` ("" is the image itself).
+    what it looks like: ``data``, ``l1``, ``l2``, ``refcount-table``,
+    ``refcounts``, ``snapshot-table``, ``bitmap-directory`` or ``vm-state``. Offsets are in ``file`` ("" is the image itself).
     """
 
     offset: int
@@ -207,6 +208,8 @@ class _Scanner:
         if len(data) < self._cluster_size:
             data = data.ljust(self._cluster_size, b"\0")
         l1 = tables.parse_l1(data, self._geometry)
+        if l1 is not None and self._targets_are_refcounts(data, l1):
+            return "refcount-table", l1
         if l1 is not None and self._targets_are_tables(l1):
             return "l1", l1
         l2 = tables.parse_l2(data, self._geometry)
@@ -221,6 +224,13 @@ class _Scanner:
             if tables.parse_l2(data, self._geometry) is None:
                 return False
         return True
+
+    def _targets_are_refcounts(self, data: bytes, facts: tables.TableFacts) -> bool:
+        order = self._image.header.refcount_order
+        if tables.words_of(data)[facts.indices[0]] & np.uint64(structures.COPIED):
+            return False  # refcount tables have no flags
+        first = self._image.read(int(facts.targets[0]), self._cluster_size)
+        return tables.looks_like_refcounts(first, order)
 
     def _free_targets(self, facts: tables.TableFacts) -> int:
         """Return how many targets nothing live uses and that still hold bytes; a sample's worth."""

@@ -71,7 +71,7 @@ def _extensions_end(image: Image) -> int | None:
     """Return where the extension area ends; None when an extension overruns it."""
     header = image.header
     at = header.header_length
-    if at > header.cluster_size:
+    if not structures.V2_HEADER_LENGTH <= at <= header.cluster_size:
         return None
     if image.extensions:
         last = image.extensions[-1]

@@ -144,8 +144,8 @@ def parse_l1(data: bytes, geometry: Geometry) -> TableFacts | None:
 
 def looks_like_refcounts(data: bytes, refcount_order: int) -> bool:
     """Whether the bytes may be a former refcount block: whole small numbers, mostly ones."""
-    if refcount_order not in (3, 4, 5, 6):
-        return False
+    if refcount_order not in (3, 4, 5, 6) or len(data) % 8:
+        return False  # narrower counts look like anything
     counts = np.frombuffer(data, f">u{(1 << refcount_order) // 8}")
     used = counts[counts != 0]
     return used.size >= 4 and int(used.max()) <= 64 and int((used == 1).sum()) * 2 >= used.size

@@ -1,0 +1,149 @@
+"""``audit``: what an examiner needs to know about an image, with the offsets to prove it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from typing import Any
+
+from ..audit import audit
+from ..findings import Report, Severity
+from ..render import FORMATS, render
+from .opening import add_key_arguments, passphrase_of
+from .output import atomic_writer
+
+EXIT_DONE = 0
+EXIT_FINDINGS = 1
+EXIT_FAILED = 2
+_UNREADABLE = "QCOW2-UNREADABLE"
+
+_EPILOG = """examples:
+  qcow2-forensics audit disk.qcow2
+  qcow2-forensics audit disk.qcow2 --depth deep --format html -o report.html
+  qcow2-forensics audit disk.qcow2 --fail-on high && echo fine
+  find /cases -name '*.qcow2' | qcow2-forensics audit --files-from - --jobs 4 --resume audit.jsonl
+
+exit codes: 0 done, 1 findings at or above --fail-on, 2 could not complete
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``audit`` to the command line."""
+    parser = subparsers.add_parser(
+        "audit",
+        help="examine images and report findings",
+        description="Examine images: integrity, hidden and residual data, references, provenance. Images are only read.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="QCOW2 (or QCOW) images; they are only read")
+    parser.add_argument(
+        "--depth",
+        choices=("triage", "standard", "deep"),
+        default="standard",
+        help="triage reads headers and names, standard all tables (default), deep free space and slack too",
+    )
+    parser.add_argument("--format", choices=FORMATS, default=None, help="output format (default: text; jsonl for many)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the report to FILE instead of standard output")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    parser.add_argument("-v", "--verbose", action="store_true", help="text: show all evidence that was kept")
+    parser.add_argument(
+        "--fail-on",
+        metavar="SEVERITY",
+        type=_severity,
+        help="exit with 1 when a finding is at or above info, low, medium, high or critical (default: never)",
+    )
+    parser.add_argument(
+        "--backing-dir",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a further folder in which backing and data files may be opened (repeatable)",
+    )
+    add_key_arguments(parser)
+    fleet = parser.add_argument_group("many images")
+    fleet.add_argument("--files-from", metavar="LIST", help="file with one image path a line, - for standard input")
+    fleet.add_argument("--jobs", metavar="N", type=_jobs, default=1, help="audit N images at a time (default: 1)")
+    fleet.add_argument(
+        "--resume",
+        metavar="OUT.jsonl",
+        help="append one line per image as it completes, and skip images this file already has",
+    )
+    parser.set_defaults(run=run)
+
+
+def _severity(text: str) -> Severity:
+    try:
+        return Severity.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _jobs(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= 256:
+        raise argparse.ArgumentTypeError("a number of jobs from 1 to 256 is needed")
+    return count
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit one image or many."""
+    if args.files_from or args.resume or len(args.images) != 1:
+        from .fleet import run_fleet
+
+        return run_fleet(args)
+    return _one(args, args.images[0])
+
+
+def _one(args: argparse.Namespace, path: str) -> int:
+    from ..resolver import Resolver
+
+    wanted = args.format or "text"
+    report = audit(
+        path,
+        args.depth,
+        passphrase_of(args),
+        Resolver(folders=args.backing_dir),
+        pictures=wanted == "html",
+    )
+    missing = _missing(report)
+    if missing:
+        print(f"qcow2-forensics: {missing}", file=sys.stderr)
+        return EXIT_FAILED
+    if args.output:
+        with atomic_writer(args.output, force=args.force) as stream:
+            stream.write(_rendered(args, report, wanted, None).encode())
+    else:
+        sys.stdout.write(_rendered(args, report, wanted, sys.stdout))
+        sys.stdout.flush()
+    return exit_code(report, args.fail_on)
+
+
+def _missing(report: Report) -> str:
+    """Return why nothing at all could be read: no such file, no permission; empty otherwise."""
+    from ..errors import printable
+
+    if report.image.get("version") is None and report.image.get("file_size") is None:
+        finding = next((item for item in report.findings if item.code == _UNREADABLE), None)
+        return printable(str(finding.evidence[0].value)) if finding and finding.evidence else "cannot be read"
+    return ""
+
+
+def _rendered(args: argparse.Namespace, report: Report, wanted: str, stream: Any) -> str:
+    terminal = stream is not None and stream.isatty()
+    if wanted != "text":
+        return render(report, wanted)
+    from ..render import render_text
+
+    width = min(shutil.get_terminal_size().columns, 140) if terminal else 100
+    colour = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return render_text(report, width=max(width, 40), colour=colour, items=100 if args.verbose else 5)
+
+
+def exit_code(report: Report, fail_on: Severity | None) -> int:
+    """Return 1 when a finding reaches the threshold, 2 when the file was no image, else 0."""
+    if fail_on is not None and report.at_least(fail_on):
+        return EXIT_FINDINGS
+    return EXIT_FAILED if any(finding.code == _UNREADABLE for finding in report.findings) else EXIT_DONE

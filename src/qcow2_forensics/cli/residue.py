@@ -1,0 +1,62 @@
+"""``residue``: writes out everything nothing points at, with an index."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ..render.escape import size
+from ..residue import residue
+from ..resolver import Resolver
+from .opening import add_image_argument
+from .output import Progress
+
+_EPILOG = """examples:
+  qcow2-forensics residue disk.qcow2 residue/
+  qcow2-forensics residue disk.qcow2 residue/ --kind free --kind leaked
+  qcow2-forensics export disk.qcow2 old.raw --snapshot deleted:0x190000
+
+DIR must not exist; it gets its name when everything is written. It holds one file per piece,
+index.json and index.csv.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``residue`` to the command line."""
+    parser = subparsers.add_parser(
+        "residue",
+        help="write out leaked, free and hidden data",
+        description="Write everything nothing points at to a folder: leaked and free clusters, former tables, slack, "
+        "data under zero flags, overwritten compressed clusters, trailing data.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_argument(parser)
+    parser.add_argument("folder", metavar="DIR", help="the folder to create")
+    parser.add_argument(
+        "--kind",
+        action="append",
+        metavar="KIND",
+        help="only pieces of this kind (repeatable): free, leaked, trailing, zero-flagged, subcluster, "
+        "compressed-slack, header-slack, l1-slack, table-slack and others as the index names them",
+    )
+    parser.add_argument("--limit", metavar="BYTES", type=int, help="stop writing files after so many bytes; index all")
+    parser.add_argument("--backing-dir", metavar="DIR", action="append", default=[], help="where a data file may be")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the residue of one image."""
+    from ..residue.export import write
+
+    with residue(args.image, resolver=Resolver(folders=args.backing_dir)) as found:
+        total = found.image.file_size
+        with Progress("residue", total) as progress:
+            summary = write(found, args.folder, kinds=args.kind, limit=args.limit, advance=progress.advance)
+    print(f"{summary.pieces} pieces, {size(summary.written)} written to {args.folder}")
+    for line in summary.deleted:
+        print(line)
+    if summary.skipped:
+        print(f"qcow2-forensics: {summary.skipped} pieces are in the index only", file=sys.stderr)
+    return 0
