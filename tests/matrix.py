@@ -104,22 +104,16 @@ def commands(seed: int, size: int, cluster: int, *, compressed: bool = False, co
         length = min(length, whole - start)
         if length <= 0:
             continue
-        kind = generator.choice(("write", "write", "random", "zero", "unmap", "discard", "compressed"))
-        if kind == "compressed" and compressed:
+        kind = generator.choice(("-P", "-P", "-s", "-z", "-z -u", "discard", "-c"))
+        if kind == "-c":
             first = start // cluster * cluster
-            for at in range(first, min(first + 3 * cluster, whole), cluster):
-                if at + cluster <= whole:
-                    yield f"write -q -c -s {pattern_file()} {at} {cluster}"
-        elif kind == "random":
-            yield f"write -q -s {pattern_file()} {start} {length}"
-        elif kind == "zero":
-            yield f"write -q -z {start} {length}"
-        elif kind == "unmap":
-            yield f"write -q -z -u {start} {length}"
+            last = min(first + 3 * cluster, whole // cluster * cluster) if compressed else first
+            yield from (f"write -q -c -s {pattern_file()} {at} {cluster}" for at in range(first, last, cluster))
         elif kind == "discard":
             yield f"discard -q {start} {length}"
         else:
-            yield f"write -q -P {generator.randrange(1, 256)} {start} {length}"
+            value = {"-s": f" {pattern_file()}", "-P": f" {generator.randrange(1, 256)}"}.get(kind, "")
+            yield f"write -q {kind}{value} {start} {length}"
 
 
 def disk_size(scenario: Scenario) -> int:

@@ -126,6 +126,8 @@ class Clusters:
                 done[key] = self._load(key, guest)
             except FormatError as error:
                 done[key] = error
+            except Exception:  # noqa: BLE001, S112 - a failing source fails again for whoever reads this cluster
+                continue
         return done
 
     def _cluster(self, key: _Key, guest: int) -> bytes:

@@ -1,0 +1,364 @@
+"""What must hold for every read of every disk, whatever its format and wherever the read starts.
+
+The images come from the matrix (made by qemu-img and qemu-io) and from the writer of crafted
+entries; random entries are held against qemu-io cluster by cluster.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qcow2_forensics as q
+from qcow2_forensics.errors import FormatError, Qcow2Error, ReadError
+from qcow2_forensics.mapping import Kind
+from qcow2_forensics.source import BytesSource, FileSource
+from tests import qemu
+from tests.image_builder import COMPRESSED, COPIED, ZERO, Builder, compressed_entry, deflate
+from tests.matrix import AES, Scenario, make
+
+pytestmark = qemu.requires_qemu
+
+MiB = 1 << 20
+
+SCENARIOS = {
+    "plain": Scenario(65536),
+    "small clusters": Scenario(512, "qcow2", "zlib", "qcow2-long"),
+    "extended": Scenario(16384, "qcow2", "zlib", "chain", options=(("extended_l2", "on"),)),
+    "zstd": Scenario(4096, "qcow2", "zstd", "raw-odd"),
+    "large clusters": Scenario(2 * MiB, "qcow2", "zlib", "ext-short"),
+    "data file": Scenario(65536, data_file="data", backing="qcow2-long", snapshots=0),
+    "version 1": Scenario(512, "qcow", "zlib", "qcow2-long", snapshots=0),
+    "encrypted": Scenario(4096, "qcow2", "zlib", "raw-short", encrypt=AES),
+}
+
+
+@dataclass
+class Case:
+    disk: q.Disk
+    wanted: bytes
+    path: Path
+    options: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=SCENARIOS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    scenario = SCENARIOS[request.param]
+    if scenario.encrypt:
+        pytest.importorskip("cryptography", reason="cryptography is absent")
+    view = make(scenario, tmp_path_factory.mktemp("properties"))[-1]
+    with q.open_disk(view.path, **view.ours) as disk:
+        yield Case(disk, qemu.raw_bytes(view.path, snapshot=view.snapshot, **view.oracle), view.path, view.ours)
+
+
+def ranges(case: Case) -> st.SearchStrategy[tuple[int, int]]:
+    """Offsets and lengths of all sizes, many beside cluster borders, some past the end."""
+    size, cluster = case.disk.size, case.disk.image.cluster_size
+    near = st.builds(
+        lambda index, delta: max(0, index * cluster + delta), st.integers(0, size // cluster), st.integers(-3, 3)
+    )
+    offsets = st.one_of(st.integers(0, size + 10), near)
+    lengths = st.one_of(st.integers(0, 3), st.integers(0, 3 * cluster), st.just(cluster), st.integers(0, size))
+    return st.tuples(offsets, lengths)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_runs_tile_the_request(case: Case, data: st.DataObject) -> None:
+    offset, length = data.draw(ranges(case))
+    at = offset
+    for run in case.disk.mapping.runs(offset, length):
+        assert run.offset == at
+        assert run.length > 0
+        at += run.length
+    assert at == offset + length
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_extents_tile_the_clipped_request(case: Case, data: st.DataObject) -> None:
+    offset, length = data.draw(ranges(case))
+    at = offset
+    for extent in case.disk.extents(offset, length):
+        assert extent.offset == at
+        assert extent.length > 0
+        at += extent.length
+    assert at == max(offset, min(offset + length, case.disk.size))
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_piece_is_as_long_as_its_run(case: Case, data: st.DataObject) -> None:
+    offset, length = data.draw(ranges(case))
+    for run in case.disk.mapping.runs(offset, min(length, 4 * MiB)):
+        assert len(case.disk._piece(run)) == run.length
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_a_read_is_the_slice_of_the_whole_disk(case: Case, data: st.DataObject) -> None:
+    offset, length = data.draw(ranges(case))
+    assert case.disk.read(offset, length) == case.wanted[offset : offset + length]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_split_of_a_read_gives_the_same_bytes(case: Case, data: st.DataObject) -> None:
+    offset, length = data.draw(ranges(case))
+    cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=6)))
+    edges = [0, *cuts, length]
+    pieces = [case.disk.read(offset + a, b - a) for a, b in itertools.pairwise(edges)]
+    assert b"".join(pieces) == case.disk.read(offset, length)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_part_of_the_map_agrees_with_the_whole_map(case: Case, data: st.DataObject) -> None:
+    offset, length = data.draw(ranges(case))
+    whole = list(case.disk.extents())
+    for part in case.disk.extents(offset, length):
+        covering = [e for e in whole if e.offset < part.offset + part.length and part.offset < e.offset + e.length]
+        for extent in covering:
+            assert (extent.kind, extent.depth) == (part.kind, part.depth)
+            if extent.host_offset is not None and part.host_offset is not None:
+                assert extent.host_offset - extent.offset == part.host_offset - part.offset
+
+
+def test_extents_of_data_name_the_host_bytes_and_the_rest_reads_as_zeros(case: Case) -> None:
+    encrypted = bool(case.disk.image.header.crypt_method)
+    for extent in case.disk.extents():
+        got = case.disk.read(extent.offset, extent.length)
+        if extent.kind in (Kind.ZERO, Kind.HOLE):
+            assert got == bytes(extent.length)
+        elif extent.kind == Kind.DATA and extent.depth == 0 and not encrypted:
+            assert extent.host_offset is not None
+            assert case.disk.host.read(extent.host_offset, extent.length).ljust(extent.length, b"\0") == got
+
+
+@pytest.mark.parametrize("bad", [(-1, 1), (0, -1), (-5, -5)])
+def test_negative_offsets_and_lengths_are_refused(case: Case, bad: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="negative"):
+        case.disk.read(*bad)
+
+
+def read_at_random(disk: q.Disk, wanted: bytes, seed: int, count: int) -> None:
+    generator = random.Random(seed)
+    cluster = disk.image.cluster_size
+    for _ in range(count):
+        offset = generator.randrange(len(wanted))
+        length = generator.choice((1, 700, cluster, 5 * cluster))
+        assert disk.read(offset, length) == wanted[offset : offset + length]
+
+
+def test_many_threads_read_what_one_reads(case: Case) -> None:
+    with q.open_disk(case.path, **case.options) as disk:  # its caches are cold: threads race to fill them
+        failures: list[BaseException] = []
+
+        def work(seed: int) -> None:
+            try:
+                read_at_random(disk, case.wanted, seed, 60)
+            except BaseException as error:  # noqa: BLE001 - shown by the test itself
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not failures
+        assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_disk_survives_a_fork(case: Case) -> None:
+    with q.open_disk(case.path, **case.options) as disk:
+        read_at_random(disk, case.wanted, 1, 5)
+        disk.read(0, 3 * disk.image.cluster_size)
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=read_at_random, args=(disk, case.wanted, seed, 40)) for seed in (2, 3)]
+        for child in children:
+            child.start()
+        read_at_random(disk, case.wanted, 4, 40)
+        for child in children:
+            child.join(60)
+            if child.is_alive():
+                child.kill()
+                pytest.fail("a read after a fork hangs")
+        assert [child.exitcode for child in children] == [0, 0]
+
+
+# --- random table entries, held against qemu-io ---------------------------------------------------
+
+CLUSTER = 65536
+
+
+def random_entry(generator: random.Random, host: int, stream: int, extended: bool) -> tuple[int, int]:
+    """Return an L2 entry and a subcluster bitmap that mix valid and invalid bits."""
+    kind = generator.randrange(9)
+    entry = (
+        0,
+        COPIED | host,
+        host | generator.getrandbits(6) << 56 & ~COMPRESSED,  # reserved bits
+        ZERO,
+        host | ZERO,
+        compressed_entry(stream, 60, 16),
+        compressed_entry(stream + generator.choice((0, 1, 512)), 60, 16) | generator.choice((0, COPIED)),
+        COPIED | (host + 512 * generator.randrange(3)),
+        generator.choice((COPIED, COPIED | ZERO, generator.getrandbits(56) | COPIED, 2, 0x1FE)),
+    )[kind]
+    choices = (
+        0,
+        0xFFFFFFFF,
+        0xFFFFFFFF << 32,
+        0x0000FFFFFFFF0000,
+        generator.getrandbits(32),
+        generator.getrandbits(64),
+    )
+    bitmap = generator.choice(choices) if extended else 0
+    if generator.random() < 0.6:
+        bitmap &= ~(bitmap << 32)  # mostly no subcluster that is both allocated and zero
+    return entry, bitmap
+
+
+@pytest.mark.parametrize(("version", "extended"), [(2, False), (3, False), (3, True)], ids=["2", "3", "3-extended"])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_entries_read_as_in_qemu_cluster_by_cluster(
+    seed: int, version: int, extended: bool, tmp_path: Path
+) -> None:
+    generator = random.Random(seed)
+    count = 48
+    base = Builder(size=(count - 3) * CLUSTER)
+    for index in range(0, count - 3, 2):
+        base.data(index * CLUSTER, generator.randbytes(CLUSTER))
+    base.write(tmp_path / "base.qcow2")
+    builder = Builder(version=version, size=count * CLUSTER, extended_l2=extended, backing=b"base.qcow2")
+    hosts = [builder.put(generator.randbytes(CLUSTER)) for _ in range(8)]
+    stream = builder.put(deflate(b"compressed " * 5958)[:60].ljust(60, b"\0"))
+    for index in range(count):
+        builder.entry(index * CLUSTER, *random_entry(generator, generator.choice(hosts), stream, extended))
+    path = builder.write(tmp_path / "random.qcow2")
+    spots = [(index * CLUSTER, CLUSTER) for index in range(count)]
+    wanted = qemu.reads(path, spots, cwd=tmp_path)
+    with q.open_disk(path, eof="zeros") as disk:
+        for (offset, length), expected in zip(spots, wanted, strict=True):
+            try:
+                got: bytes | None = disk.read(offset, length)
+            except FormatError:
+                got = None
+            assert got == expected, (hex(offset), hex(disk.mapping.entry_offset(offset) or 0))
+        all_readable = None not in wanted
+        if all_readable:
+            assert disk.read(0, disk.size) == b"".join(data for data in wanted if data is not None)
+        else:
+            with pytest.raises(FormatError):
+                disk.read(0, disk.size)
+
+
+# --- memory, imports, faults ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cluster_size": "64k"}, {"cluster_size": "2M"}, {"cluster_size": "64k", "extended_l2": "on"}],
+    ids=["64k", "2M", "extended"],
+)
+def test_reading_a_huge_disk_takes_little_memory(options: dict[str, Any], tmp_path: Path) -> None:
+    size = 64 << 40 if options["cluster_size"] == "2M" else 1 << 40
+    path = qemu.create(tmp_path / "huge", size, **options)
+    parts = 5 if options["cluster_size"] == "2M" else 31
+    spots = [size * part // parts // 65536 * 65536 for part in range(parts)]
+    qemu.io(path, *(f"write -q -P {part + 1} {spot} 64k" for part, spot in enumerate(spots)))
+    tracemalloc.start()
+    try:
+        with q.open_disk(path) as disk:
+            for part, spot in enumerate(spots):
+                assert disk.read(spot, 65536) == bytes([part + 1]) * 65536
+            assert sum(extent.length for extent in disk.extents()) == size
+        assert tracemalloc.get_traced_memory()[1] < 100 * MiB
+    finally:
+        tracemalloc.stop()
+
+
+def test_importing_the_library_imports_no_numpy_and_no_framework() -> None:
+    code = (
+        "import sys, qcow2_forensics as q; q.open_disk; q.open_image; q.open_vm_state\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy','volatility3','dfvfs','plaso','pytsk3'}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_a_read_error(base_image: Path) -> None:
+    with q.open_disk(base_image) as disk:
+        assert disk.read(0, 1) == b"\x11"
+        os.truncate(base_image, 0x50000)
+        with pytest.raises(ReadError, match="shrank"):
+            disk.read(0, 65536)
+
+
+class Failing(FileSource):
+    """A file whose reads fail in one range, as a bad medium does."""
+
+    bad = range(0)
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        if offset < self.bad.stop and self.bad.start < offset + length:
+            raise ReadError("a bad sector", offset=offset, length=length)
+        return super().read(offset, length)
+
+
+def test_a_bad_sector_fails_only_the_reads_that_need_it(base_image: Path) -> None:
+    source = Failing(base_image)
+    source.bad = range(0x60000, 0x60200)
+    with q.open_disk(source) as disk:
+        assert disk.read(0, 0x10000) == b"\x11" * 0x10000
+        with pytest.raises(ReadError):
+            disk.read(0x10000, 512)
+        assert disk.read(0x10200, 512) == b"\x22" * 512
+        assert disk.read(0x20000, 512) == b"\x33" * 512
+    source.close()
+
+
+def test_a_bad_sector_under_a_compressed_cluster_fails_only_that_cluster(tmp_path: Path) -> None:
+    generator = random.Random(5)
+    builder = Builder(cluster_bits=12)
+    clusters = [generator.randbytes(2048) * 2 for _ in range(64)]
+    offsets = []
+    for index, data in enumerate(clusters):
+        offsets.append(builder._end)
+        builder.packed(index * 4096, deflate(data))
+    source = Failing(builder.write(tmp_path / "packed.qcow2"))
+    source.bad = range(offsets[20], offsets[20] + 512)
+    with q.open_disk(source) as disk:
+        for index, data in enumerate(clusters):  # sequential: neighbours are decoded ahead
+            if index == 20:
+                with pytest.raises(ReadError):
+                    disk.read(index * 4096, 4096)
+            else:
+                assert disk.read(index * 4096, 4096) == data
+    source.close()
+
+
+def test_errors_leave_the_disk_usable(base_image: Path) -> None:
+    with q.open_disk(BytesSource(base_image.read_bytes()[:0x60000])) as disk:
+        for _ in range(3):
+            assert disk.read(0, 4) == b"\x11" * 4
+            with pytest.raises(Qcow2Error):
+                disk.read(0x10000, 4)
