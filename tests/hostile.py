@@ -363,7 +363,7 @@ def _h58(path: Path) -> None:
 
 _add("H58", "B", "512 MiB from one stream of 80 bytes",
      _h58,
-     "AMPLIFICATION REFCOUNT-LOW", reads={0: b"\0\0", 0x1FFF0000: b"\0\0"},
+     "AMPLIFICATION ORPHAN-CLUSTERS", reads={0: b"\0\0", 0x1FFF0000: b"\0\0"},
      check=_counts(2, 1, 3, 8192, 8192, 8192, end=589824))
 _add("H59", "B", "a zero flag in version 2",
      lambda p: Poke(p).u32(4, 2).set_bits(B_L2, 1),
