@@ -253,6 +253,15 @@ def test_mapped_ram_offsets_count_from_the_start_of_the_file(start: int) -> None
     assert [device.name for device in memory.devices] == ["mc146818rtc"]
 
 
+@pytest.mark.parametrize("place", [(1 << 63) + PAGE, (1 << 64) - 1, 1 << 40])
+def test_mapped_ram_outside_of_the_file_is_refused(place: int) -> None:
+    data = mapped_stream(0)
+    at = data.index(struct.pack(">IQ", 1, PAGE)) + 12
+    for field in (at, at + 8):
+        with pytest.raises(FormatError):
+            open_bytes(data[:field] + u64(place) + data[field + 8 :])
+
+
 # --- hostile streams ----------------------------------------------------------------------------
 
 
@@ -622,3 +631,15 @@ def test_a_description_cannot_mislead_the_walk() -> None:
         memory = open_bytes(stream(configuration(), ram(sizes({BLOCK: PAGES * PAGE}), whole()), tail))
         assert memory.devices == ()
         assert memory.read(0, PAGES * PAGE) == expected_whole()
+
+
+def test_fields_of_a_processor_without_names_or_with_absurd_counts_are_passed_over() -> None:
+    keys = [{"name": f"cpreg_vmstate_{what}", "size": 0, "array_len": 1 << 39} for what in ("indexes", "values")]
+    wide = {"name": "env.pc", "size": 3000}
+    fields = [{"size": 4}, {"name": "env.xregs", "size": 8, "array_len": 40}, *keys, wide]
+    text = json.dumps({"devices": [{"name": "cpu", "fields": fields}]}).encode()
+    tail = section(4, 100, b"\xff" * (4 + 320 + 3000), "cpu") + b"\0\x06" + u32(len(text)) + text
+    memory = open_bytes(stream(configuration("virt-7.2"), ram(sizes({BLOCK: PAGES * PAGE}), whole()), tail))
+    (cpu,) = memory.cpus
+    assert cpu.registers["x30"] == cpu.registers["pc"] == (1 << 64) - 1
+    assert GuestMemory.from_bytes(memory.to_bytes(), memory.source).cpus == memory.cpus

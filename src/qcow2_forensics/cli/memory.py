@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--format", choices=("raw", "lime", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    parser.add_argument("--no-hash", action="store_true", help="do not compute the SHA-256 of OUT")
     add_key_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with memory:
         total = memory.source.size if args.format == "stream" else memory.size
         with atomic_writer(args.output, force=args.force) as out, Progress("memory", total) as progress:
-            writer = Writer(out, progress.advance)
+            writer = Writer(out, progress.advance, hashed=not args.no_hash)
             if args.format == "stream":
                 write_stream(memory.source, writer)
             else:
@@ -89,5 +90,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"assumed: {assumption}")
     if memory.missing:
         print(f"{memory.missing} bytes of RAM are not in the stream" + (": zeros" if args.format == "raw" else ""))
-    print(f"sha256 {writer.sha256}")
+    if writer.sha256:
+        print(f"sha256 {writer.sha256}")
     return 0

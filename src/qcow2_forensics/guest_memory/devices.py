@@ -62,6 +62,8 @@ _ARM_SYSTEM = {
     (3, 3, 13, 0, 2): "tpidr_el0",
 }
 
+_ARM_KEYS = 4096  # system registers of one processor; some 300 are seen
+
 
 class Field(NamedTuple):
     """One described field: ``elements`` values of ``size`` bytes each, as they lie in the stream."""
@@ -174,13 +176,13 @@ def _fields(description: Mapping[str, Any]) -> Iterator[Field]:
     offset = 0
     for item in description.get("fields", ()):
         size, count = _count(item["size"]), _count(item.get("array_len", 1))
-        yield Field(str(item["name"]), offset, size, count)
+        yield Field(str(item.get("name", "")), offset, size, count)
         offset += size * count
 
 
 def _value(field: Field, body: bytes, number: int = 0) -> int:
     start = field.offset + number * field.size
-    return int.from_bytes(body[start : start + field.size], "big")
+    return int.from_bytes(body[start : start + min(field.size, 8)], "big")
 
 
 def _x86(fields: Mapping[str, Field], body: bytes) -> dict[str, int]:
@@ -201,7 +203,7 @@ def _x86(fields: Mapping[str, Field], body: bytes) -> dict[str, int]:
 
 def _segment(name: str, body: bytes, offset: int, size: int) -> dict[str, int]:
     """Selector, base, limit and flags: 32 bits each, but for the base, which takes what is left."""
-    wide = size - 12
+    wide = min(max(size - 12, 0), 8)
     return {
         name: int.from_bytes(body[offset : offset + 4], "big"),
         f"{name}_base": int.from_bytes(body[offset + 4 : offset + 4 + wide], "big"),
@@ -220,7 +222,7 @@ def _aarch64(fields: Mapping[str, Field], body: bytes) -> dict[str, int]:
             registers.update({f"{level}{n}": _value(item, body, n) for n in range(min(item.elements, 4))})
     keys, values = fields.get("cpreg_vmstate_indexes"), fields.get("cpreg_vmstate_values")
     if keys and values:
-        for number in range(min(keys.elements, values.elements)):
+        for number in range(min(keys.elements, values.elements, _ARM_KEYS)):
             if system := _arm_name(_value(keys, body, number)):
                 registers[system] = _value(values, body, number)
     return registers

@@ -41,28 +41,32 @@ def pieces(memory: GuestMemory) -> Iterator[tuple[int, int, bool]]:
 class Writer:
     """Writes to an empty file: holes for zeros, a SHA-256 of everything, ``advance`` for each piece."""
 
-    def __init__(self, out: BinaryIO, advance: Callable[[int], object] = int) -> None:
+    def __init__(self, out: BinaryIO, advance: Callable[[int], object] = int, *, hashed: bool = True) -> None:
         self._out = out
         self._advance = advance
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if hashed else None
         self.size = 0
 
     @property
-    def sha256(self) -> str:
-        """The digest of what the file reads as, in hex."""
-        return self._digest.hexdigest()
+    def sha256(self) -> str | None:
+        """The digest of what the file reads as, in hex; None when it was not wanted."""
+        return self._digest.hexdigest() if self._digest is not None else None
 
     def data(self, content: bytes) -> None:
         """Write bytes."""
         self._out.seek(self.size)
         self._out.write(content)
-        self._digest.update(content)
+        if self._digest is not None:
+            self._digest.update(content)
         self.size += len(content)
         self._advance(len(content))
 
     def zeros(self, length: int) -> None:
         """Leave a hole."""
         self.size += length
+        if self._digest is None:
+            self._advance(length)
+            return
         while length:
             step = min(length, len(_ZEROS))
             self._digest.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])

@@ -252,13 +252,16 @@ class RamRecords:
         done = 0
         while done < block.pages:
             length = min(_BITMAP_PIECE, 8 * (-(-(block.pages - done) // 64)))
-            data = cursor.source.read(bitmap + done // 8, length)
-            if len(data) < length:
+            where = bitmap + done // 8
+            if where + length > cursor.source.size:
                 raise truncated(cursor.source.size)
+            data = cursor.source.read(where, length)
             bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")[: block.pages - done]
             edges = np.flatnonzero(np.diff(bits)) + 1
             for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(bits)], strict=True):
                 first = done + begin
+                if bits[begin] and pages + (done + end) * self.page_size > cursor.source.size:
+                    raise truncated(cursor.source.size)
                 self._flush(first, end - begin, pages + first * self.page_size if bits[begin] else -1)
             done += len(bits)
         cursor.jump(pages + block.size)

@@ -1,0 +1,182 @@
+"""Streams inside other files: libvirt save files, padded volumes, qcow2 disks that are one.
+
+The streams come from a real machine where the tools are there; the libvirt header is written here,
+field by field as libvirt documents it, because no libvirt runs in these tests.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib
+import lzma
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qcow2_forensics import open_image
+from qcow2_forensics.errors import FormatError, LimitExceeded, SnapshotNotFound, Unsupported
+from qcow2_forensics.guest_memory import GuestMemory, find_stream, open_guest_memory
+from qcow2_forensics.limits import DEFAULT_LIMITS
+from qcow2_forensics.source import BytesSource, FileSource
+from tests import qemu
+from tests.stream_builder import PAGE, page, simple
+from tests.test_guest_memory import mapped_stream
+
+CONTENT = bytes(range(256)) * 16
+STREAM = simple([page(0, CONTENT, "pc.ram"), *(page(n, 0) for n in range(1, 300))], {"pc.ram": 300 * PAGE})
+XML = b"<domain type='kvm'><name>guest</name></domain>\0" * 20
+
+
+def zstd(data: bytes) -> bytes:
+    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    return bytes(importlib.import_module(name).compress(data))
+
+
+PACKERS: dict[int, Callable[[bytes], bytes]] = {1: gzip.compress, 2: bz2.compress, 3: lzma.compress, 5: zstd}
+
+
+def libvirt(
+    body: bytes, packing: int = 0, order: str = "<", magic: bytes = b"LibvirtQemudSave", version: int = 2
+) -> bytes:
+    return struct.pack(order + "16s19I", magic, version, len(XML), 1, packing, *[0] * 15) + XML + body
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_raw_save_file_is_read_in_place(order: str) -> None:
+    source = BytesSource(libvirt(STREAM, order=order))
+    memory = open_guest_memory(source)
+    assert memory.read(0, 2 * PAGE) == CONTENT + bytes(PAGE)
+    assert memory.source.size == len(STREAM)
+
+
+def test_sparse_save_file_counts_its_offsets_from_the_start_of_the_file() -> None:
+    start = len(libvirt(b""))
+    memory = open_guest_memory(BytesSource(libvirt(mapped_stream(start), packing=6)))
+    assert memory.blocks[0].recorded == memory.blocks[0].size
+    assert [device.name for device in memory.devices] == ["mc146818rtc"]
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+def test_compressed_save_file_is_decompressed_once_into_the_cache(packing: int, tmp_path: Path) -> None:
+    path = tmp_path / "guest.save"
+    path.write_bytes(libvirt(PACKERS[packing](STREAM), packing))
+    cache = tmp_path / "cache"
+    stream = find_stream(path, cache_dir=cache)
+    assert stream is not None
+    assert GuestMemory(stream).read(0, PAGE) == CONTENT
+    (cached,) = cache.iterdir()
+    assert cached.read_bytes() == STREAM
+    before = cached.stat().st_mtime_ns
+    again = find_stream(path, cache_dir=cache)
+    assert again is not None
+    assert again.read(0, again.size) == STREAM
+    assert [(entry, entry.stat().st_mtime_ns) for entry in cache.iterdir()] == [(cached, before)]
+    with open_guest_memory(path) as memory:  # without a cache: a temporary file nobody sees
+        assert memory.read(0, PAGE) == CONTENT
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+def test_damaged_compression_is_a_format_error_and_leaves_no_cache(packing: int, tmp_path: Path) -> None:
+    packed = PACKERS[packing](STREAM)
+    half = len(packed) // 2
+    for broken in (packed[:half], b"\xff" * 8 + packed[8:], PACKERS[packing](b"nothing")):
+        with pytest.raises(FormatError):
+            find_stream(BytesSource(libvirt(broken, packing)), cache_dir=tmp_path / "cache")
+        assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_decompression_has_a_limit(tmp_path: Path) -> None:
+    bomb = gzip.compress(STREAM + bytes(1 << 20))
+    limits = replace(DEFAULT_LIMITS, decompressed_stream_bytes=1 << 19)
+    with pytest.raises(LimitExceeded):
+        find_stream(BytesSource(libvirt(bomb, 1)), cache_dir=tmp_path, limits=limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (libvirt(b"\x89LZO\0", 4), Unsupported, "lzop"),
+        (libvirt(b"xxxx", 99), Unsupported, "format 99"),
+        (libvirt(b"xxxx", 0), Unsupported, "without a QEMU stream"),
+        (libvirt(STREAM, version=9), Unsupported, "version 9"),
+        (libvirt(STREAM, magic=b"LibvirtQemudPart"), FormatError, "unfinished"),
+        (libvirt(STREAM)[:500], FormatError, "ends before"),
+        (libvirt(STREAM)[:50], FormatError, "header"),
+    ],
+)
+def test_a_save_file_that_cannot_be_read_says_why(data: bytes, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        open_guest_memory(BytesSource(data))
+
+
+def test_other_files_are_left_to_others() -> None:
+    for data in (b"", b"QFI\xfb" + bytes(100), b"EMiL" + bytes(100), b"\x7fELF" + bytes(100)):
+        assert find_stream(BytesSource(data)) is None
+
+
+def test_a_stream_has_no_snapshots_to_choose_from() -> None:
+    with pytest.raises(SnapshotNotFound):
+        open_guest_memory(BytesSource(STREAM), "one")
+
+
+@qemu.requires_qemu
+def test_a_qcow2_whose_disk_is_a_stream_is_a_state_volume(tmp_path: Path) -> None:
+    """Proxmox keeps states in volumes of their own, longer than the stream, in whatever format."""
+    raw = tmp_path / "state.raw"
+    raw.write_bytes(STREAM + bytes(3 << 20))
+    volume = tmp_path / "state.qcow2"
+    qemu.convert(raw, volume, fmt="raw", target_format="qcow2")
+    for path in (raw, volume):
+        with open_guest_memory(path) as memory:
+            assert memory.read(0, 2 * PAGE) == CONTENT + bytes(PAGE)
+            assert memory.machine == "pc-i440fx-7.2"
+
+
+@qemu.requires_qemu
+def test_an_image_without_memory_lists_what_it_holds(base_image: Path) -> None:
+    qemu.snapshot(base_image, "disk-only")
+    with pytest.raises(SnapshotNotFound, match="disk-only"):
+        open_guest_memory(base_image)
+    with pytest.raises(FormatError, match="no VM state"):
+        open_guest_memory(base_image, "disk-only")
+
+
+@qemu.requires_qemu
+def test_memory_of_an_encrypted_image_is_read_with_its_passphrase(tmp_path: Path) -> None:
+    """QEMU 7.2 aborts in savevm on an encrypted image, so qemu-io writes the state and we its size."""
+    disk = qemu.create(tmp_path / "locked.qcow2", "8M", secret="hunter2")
+    padded = STREAM.ljust(-(-len(STREAM) // 512) * 512, b"\0")
+    (tmp_path / "stream").write_bytes(padded)
+    qemu.io(disk, f"write -b -s {tmp_path / 'stream'} 0 {len(padded)}", secret="hunter2")
+    qemu.snapshot(disk, "one", secret="hunter2")
+    with open_image(disk) as image:
+        (entry,) = image.snapshots
+    with disk.open("r+b") as file:
+        file.seek(entry.offset + 32)
+        file.write(struct.pack(">I", len(padded)))
+        file.seek(entry.offset + 40)
+        file.write(struct.pack(">Q", len(padded)))
+    with pytest.raises(PermissionError):
+        open_guest_memory(disk)
+    with open_guest_memory(disk, "one", "hunter2") as memory:
+        assert memory.read(0, 2 * PAGE) == CONTENT + bytes(PAGE)
+
+
+def test_the_handed_in_source_stays_open_and_an_opened_one_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    path.write_bytes(STREAM)
+    source = FileSource(path)
+    with open_guest_memory(source):
+        pass
+    assert source.read(0, 4) == b"QEVM"
+    with open_guest_memory(path) as memory:
+        inner = memory.source
+    assert isinstance(inner, FileSource)
+    with pytest.raises(OSError, match=r"."):
+        inner.read(0, 4)
