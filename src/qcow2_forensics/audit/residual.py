@@ -73,15 +73,11 @@ def survey_of(facts: Facts) -> _Survey:
 def _survey(facts: Facts) -> _Survey:
     residue = Residue(facts.image, census=facts.census)
     survey = _Survey()
-    snapshots: list[SnapshotEntry] = []
-    bitmaps: list[BitmapEntry] = []
     for found in residue.unclaimed():
         survey.groups[found.piece.kind, found.piece.looks].add(found.piece)
         if len(survey.ranges) < _RANGES:
             survey.ranges.append((found.piece.offset, found.piece.length))
-        snapshots += found.snapshots
-        bitmaps += found.bitmaps
-    survey.snapshots, survey.bitmaps = residue.with_slack(snapshots, bitmaps)
+    survey.snapshots, survey.bitmaps = residue.entries()
     claimed = residue.usage.claimed
     survey.deleted = [examine(facts.image, entry, claimed) for entry in survey.snapshots[:_DELETED]]
     return survey
@@ -96,7 +92,7 @@ def evidence_of(piece: Piece, label: str = "") -> Evidence:
         told.append(piece.looks)
     if piece.entries:
         told.append(f"{piece.entries} entries")
-    told.append(f"starts {piece.first}")
+    told.append(f"starts {piece.first[:23]}")  # eight bytes
     return Evidence(
         label or piece.looks,
         ", ".join(told),

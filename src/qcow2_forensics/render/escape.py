@@ -64,6 +64,11 @@ def size(count: int) -> str:
     raise AssertionError("unreachable")
 
 
+def sentence(shown: str) -> str:
+    """Return ``shown`` with a capital first letter."""
+    return shown[:1].upper() + shown[1:]
+
+
 def columns(shown: str) -> int:
     """Return how many terminal columns ``shown`` takes: wide East Asian characters take two."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Report, Severity
-from .escape import hexadecimal, markup, shown_value
+from .escape import hexadecimal, markup, sentence, shown_value
 from .facts import check_line, heading, name
 from .picture import draw_map
 from .style import CSS
@@ -81,7 +81,7 @@ def _findings(report: Report, items: int) -> Iterator[str]:
 def _finding(finding: Finding, items: int) -> Iterator[str]:
     yield f'<article class="s-{finding.severity.label.lower()}">'
     scope = f" <span class='quiet'>{markup(finding.scope, 300)}</span>" if finding.scope else ""
-    yield f"<h4>{markup(finding.title)} <code>{markup(finding.code)}</code>{scope}</h4>"
+    yield f"<h4>{sentence(markup(finding.title))} <code>{markup(finding.code)}</code>{scope}</h4>"
     if finding.note:
         yield f"<p>{markup(finding.note)}</p>"
     if finding.explained_by:
@@ -105,8 +105,12 @@ def _evidence(items: tuple[Evidence, ...]) -> Iterator[str]:
     yield "<div class='scroll'><table><thead><tr>"
     yield "".join(f"<th>{_EVIDENCE_COLUMNS[index]}</th>" for index in used) + "</tr></thead><tbody>"
     for row in rows:
-        yield "<tr>" + "".join(f"<td>{row[index]}</td>" for index in used) + "</tr>"
+        yield "<tr>" + "".join(f"<td{_class(index)}>{row[index]}</td>" for index in used) + "</tr>"
     yield "</tbody></table></div>"
+
+
+def _class(index: int) -> str:
+    return "" if _EVIDENCE_COLUMNS[index] in ("value", "structure", "file") else ' class="n"'
 
 
 def _cells(item: Evidence) -> tuple[str, ...]:

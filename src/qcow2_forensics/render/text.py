@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Report, Severity
-from .escape import hexadecimal, shown_value, text, wrap
+from .escape import hexadecimal, sentence, shown_value, text, wrap
 from .facts import check_line, heading, name
 
 DEFAULT_WIDTH = 100
@@ -55,7 +55,7 @@ def _paint(shown: str, severity: Severity, colour: bool) -> str:
 
 def _finding(finding: Finding, width: int, items: int, colour: bool) -> Iterator[str]:
     scope = f" [{text(finding.scope, 200)}]" if finding.scope else ""
-    first, *rest = wrap(f"{finding.code}  {text(finding.title)}{scope}", width - 2, "  ")
+    first, *rest = wrap(f"{finding.code}  {sentence(text(finding.title))}{scope}", width - 2, "  ")
     if colour:
         first = first.replace(finding.code, _paint(finding.code, finding.severity, True), 1)
     yield first

@@ -39,6 +39,7 @@ class Residue:
         self._census = census
         self._data = data
         self._files = ExitStack()
+        self._former: tuple[list[SnapshotEntry], list[BitmapEntry]] | None = None
 
     @cached_property
     def usage(self) -> Usage:
@@ -82,20 +83,25 @@ class Residue:
         """Yield what lies in clusters nothing refers to, with the table entries found there."""
         if self.image.header.version == 1:
             return
-        yield from unclaimed(self.image, self.usage)
+        snapshots: list[SnapshotEntry] = []
+        bitmaps: list[BitmapEntry] = []
+        for found in unclaimed(self.image, self.usage):
+            snapshots += found.snapshots[: _ENTRIES - len(snapshots)]
+            bitmaps += found.bitmaps[: _ENTRIES - len(bitmaps)]
+            yield found
+        # Kept, because reading all free space again for them would double the time.
+        self._former = self._with_slack(snapshots, bitmaps)
 
     # --- former entries ------------------------------------------------------------------------
 
     def entries(self) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
         """Return the former snapshot and bitmap entries in free space and behind the live tables."""
-        snapshots: list[SnapshotEntry] = []
-        bitmaps: list[BitmapEntry] = []
-        for found in self.unclaimed():
-            snapshots += found.snapshots
-            bitmaps += found.bitmaps
-        return self.with_slack(snapshots, bitmaps)
+        if self._former is None:
+            for _ in self.unclaimed():
+                pass  # the pass itself gathers them
+        return self._former or ([], [])
 
-    def with_slack(
+    def _with_slack(
         self, snapshots: list[SnapshotEntry], bitmaps: list[BitmapEntry]
     ) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
         """Add the entries behind the live tables and leave out what is still live."""
@@ -107,10 +113,10 @@ class Residue:
         live = {(bitmap.name_bytes, bitmap.table_offset) for bitmap in self.image.bitmaps}
         former = {
             (bitmap.name_bytes, bitmap.table_offset): bitmap
-            for bitmap in bitmaps[:_ENTRIES]
+            for bitmap in bitmaps
             if (bitmap.name_bytes, bitmap.table_offset) not in live
         }
-        return deleted.unknown_entries(self.image, snapshots[:_ENTRIES]), list(former.values())
+        return deleted.unknown_entries(self.image, snapshots), list(former.values())
 
     def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,6 @@ def _fill(
     advance: Callable[[int], None],
 ) -> Summary:
     summary = Summary()
-    deleted = residue.deleted_snapshots()
-    summary.deleted = tuple(_told(item) for item in deleted)
     image = {"path": residue.image.name, "file_size": residue.image.file_size, "schema": SCHEMA}
     with (
         (folder / "index.json").open("w", encoding="utf-8") as index,
@@ -90,8 +88,7 @@ def _fill(
     ):
         rows = csv.writer(table)
         rows.writerow(_COLUMNS)
-        index.write(f'{{"image": {json.dumps(image)},\n"deleted_snapshots": {json.dumps(_deleted(deleted))},\n')
-        index.write('"pieces": [')
+        index.write(f'{{"image": {json.dumps(image)},\n"pieces": [')
         for piece in residue.pieces():
             if kinds and piece.kind not in kinds:
                 continue
@@ -103,13 +100,14 @@ def _fill(
             summary.written += piece.length if room else 0
             summary.skipped += not room
             advance(piece.length)
-        index.write("]}\n")
+        deleted = residue.deleted_snapshots()
+        summary.deleted = tuple(_told(item) for item in deleted)
+        index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}}}\n')
     return summary
 
 
 def _write_piece(residue: Residue, piece: Piece, folder: Path, room: bool) -> dict[str, Any]:
-    suffix = "sha256-only" if not room else "bin"
-    name = f"{piece.file or 'image'}-{piece.offset:012x}-{piece.kind}-{piece.looks}.{suffix}"
+    name = _free_name(folder, f"{piece.file or 'image'}-{piece.offset:012x}-{piece.kind}-{piece.looks}")
     digest = hashlib.sha256()
     if room:
         with (folder / name).open("xb") as stream:
@@ -125,7 +123,16 @@ def _write_piece(residue: Residue, piece: Piece, folder: Path, room: bool) -> di
     return {**entry, "sha256": digest.hexdigest(), "name": name if room else None}
 
 
-def _chunks(residue: Residue, piece: Piece) -> Any:
+def _free_name(folder: Path, stem: str) -> str:
+    """Return a file name nobody has yet; the same bytes may be slack of two tables."""
+    name, number = f"{stem}.bin", 1
+    while (folder / name).exists():
+        number += 1
+        name = f"{stem}-{number}.bin"
+    return name
+
+
+def _chunks(residue: Residue, piece: Piece) -> Iterator[bytes]:
     return (residue.read(piece, at, _CHUNK) for at in range(0, piece.length, _CHUNK))
 
 

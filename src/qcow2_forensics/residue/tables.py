@@ -73,9 +73,10 @@ def parse_l2(data: bytes, geometry: Geometry) -> TableFacts | None:
 
 
 def _parse_extended(table: Words, geometry: Geometry) -> TableFacts | None:
-    entries, bitmaps = table[0::2], table[1::2]
+    bitmaps = table[1::2]
+    entries = table[0::2][: len(bitmaps)]
     used = np.flatnonzero(entries | bitmaps)
-    if not used.size or len(entries) != len(bitmaps):
+    if not used.size:
         return None
     entries, bitmaps = entries[used], bitmaps[used]
     allocated, zeros = bitmaps & np.uint64(0xFFFF_FFFF), bitmaps >> np.uint64(32)

@@ -1,0 +1,393 @@
+"""Residue: what nothing points at is found where QEMU left it, and deleted snapshots open again.
+
+Residues are made by QEMU alone: discards are told not to reach the file, so what is freed stays.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcow2_forensics import open_disk
+from qcow2_forensics.errors import FormatError, Qcow2Error, ReadError, SnapshotNotFound
+from qcow2_forensics.image import Image
+from qcow2_forensics.residue import content, deleted_snapshots, open_deleted, residue, tables
+from qcow2_forensics.residue.export import write
+from qcow2_forensics.residue.guard import GuardedSource
+from qcow2_forensics.source import BytesSource
+from tests import qemu
+from tests.image_builder import Poke, base_b, base_s, deflate
+
+KEEP = {"pass-discard-snapshot": "off", "discard": "ignore"}  # what a delete frees keeps its bytes
+pytestmark = qemu.requires_qemu
+
+Make = Callable[..., Path]
+
+
+def deleted_image(tmp_path: Path, name: str = "disk.qcow2", **options: object) -> tuple[Path, bytes]:
+    """Make an image whose snapshot ``alpha`` was deleted, and return the disk alpha held."""
+    path = qemu.create(tmp_path / name, "4M", **options)
+    qemu.io(path, "write -P 0x11 0 1M", "write -P 0x22 2M 64k", "write -P 0x33 3M 100k")
+    qemu.snapshot(path, "alpha")
+    before = qemu.raw_bytes(path, snapshot="alpha")
+    qemu.io(path, "write -P 0x44 0 1M", "write -P 0x55 3M 64k")
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    return path, before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cluster_size": "4k"},
+        {"cluster_size": "2M"},
+        {"extended_l2": "on", "cluster_size": "64k"},
+        {"compat": "0.10"},
+        {"refcount_bits": "64"},
+    ],
+    ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default",
+)
+def test_deleted_snapshot_gives_the_bytes_qemu_read_before_it_was_deleted(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    path, before = deleted_image(tmp_path, **options)
+    found = deleted_snapshots(path)
+    assert [(item.entry.id, item.entry.name, item.complete) for item in found] == [("1", "alpha", True)]
+    assert found[0].readable == 1.0
+    with open_disk(path, snapshot="deleted:1") as disk:
+        assert disk.size == len(before)
+        assert disk.read(0, disk.size) == before
+
+
+def test_deleted_snapshot_is_named_by_id_name_or_entry_offset(tmp_path: Path) -> None:
+    path, before = deleted_image(tmp_path)
+    selector = deleted_snapshots(path)[0].selector
+    for wanted in ("deleted:1", "deleted:alpha", selector, selector.upper().replace("DELETED", "deleted")):
+        with open_disk(path, snapshot=wanted) as disk:
+            assert disk.read(0, 65536) == before[:65536]
+    with open_deleted(path, "1") as disk:
+        assert disk.read(0, 512) == before[:512]
+    with pytest.raises(SnapshotNotFound, match="deleted:0x"):
+        open_disk(path, snapshot="deleted:7")
+
+
+def test_reused_clusters_of_a_deleted_snapshot_are_refused_and_the_rest_reads(tmp_path: Path) -> None:
+    path, before = deleted_image(tmp_path)
+    active, former = l2_tables(path)
+    for index in (3, 7):
+        host = Poke(path).get(former + 8 * index)
+        Poke(path).u64(active + 8 * (40 + index), host)  # the active disk uses it, elsewhere
+    item = deleted_snapshots(path)[0]
+    assert item.reused == 2
+    assert item.readable == 1 - 2 * 65536 / len(before)
+    refused = []
+    with open_disk(path, snapshot="deleted:1") as disk:
+        for offset in range(0, disk.size, 65536):
+            try:
+                assert disk.read(offset, 65536) == before[offset : offset + 65536]
+            except ReadError:
+                refused.append(offset // 65536)
+    assert refused == [3, 7]
+
+
+def l2_tables(path: Path) -> tuple[int, int]:
+    """Return where the first L2 table of the active state and of the deleted snapshot stand."""
+    with Image(path) as image:
+        active = image.table(image.header.l1_table_offset, 1, "L1")[0]
+        former = image.table(deleted_snapshots(path)[0].entry.l1_table_offset, 1, "L1")[0]
+    return active & ~(1 << 63), former & ~(1 << 63)
+
+
+def test_deleted_snapshot_whose_l1_table_was_reused_is_an_error(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path)
+    entry = deleted_snapshots(path)[0].entry
+    active, _ = l2_tables(path)
+    Poke(path).u64(active + 8 * 40, entry.l1_table_offset | 1 << 63)  # the active disk now uses that cluster
+    assert not deleted_snapshots(path)[0].l1_intact
+    with pytest.raises(FormatError, match="reused"):
+        open_disk(path, snapshot="deleted:1")
+
+
+def test_live_snapshots_in_old_copies_of_the_table_are_not_deleted_ones(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    for name in ("one", "two", "three"):
+        qemu.io(path, "write 0 64k")
+        qemu.snapshot(path, name, opts=KEEP)
+    assert deleted_snapshots(path) == []
+    qemu.snapshot(path, "two", action="-d", opts=KEEP)
+    assert [item.entry.name for item in deleted_snapshots(path)] == ["two"]
+
+
+def test_punched_clusters_of_a_deleted_snapshot_are_refused_not_read_as_zeros(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path)
+    host = Poke(path).get(l2_tables(path)[1]) & ~(1 << 63)
+    qemu.run("fallocate", "--punch-hole", "--keep-size", "-o", str(host), "-l", "65536", path)
+    again = deleted_snapshots(path)[0]
+    assert again.zeroed == 1
+    with open_disk(path, snapshot="deleted:1") as disk:
+        with pytest.raises(ReadError, match="hole"):
+            disk.read(0, 512)
+        assert disk.read(65536, 512) == b"\x11" * 512
+
+
+def test_active_disk_of_an_image_with_residue_reads_as_ever(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path)
+    with open_disk(path) as disk:
+        assert disk.read(0, disk.size) == qemu.raw_bytes(path)
+
+
+@qemu.requires_qemu_system
+def test_vm_state_of_a_deleted_memory_snapshot_opens(tmp_path: Path) -> None:
+    from qcow2_forensics import open_vm_state
+
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.monitor(path, "savevm a")
+    with open_vm_state(path) as state:
+        before = state.read(0, state.size)
+    qemu.monitor(path, "delvm a", drive="if=ide,pass-discard-snapshot=off")
+    with open_vm_state(path, "deleted:1") as state:
+        assert state.read(0, state.size) == before
+    assert any(piece.looks == "vm-state" for piece in _pieces(path))
+
+
+def test_snapshot_that_never_existed_is_not_made_up_from_guest_data(make_image: Make) -> None:
+    path = make_image("disk.qcow2", "4M", "write -P 0x11 0 4M", "discard 1M 1M")
+    assert deleted_snapshots(path) == []
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+
+def _pieces(path: Path) -> list:
+    with residue(path) as found:
+        return list(found.pieces())
+
+
+def test_healthy_image_has_no_residue(make_image: Make) -> None:
+    assert _pieces(make_image("disk.qcow2", "4M", "write -P 0x11 0 1M", "write -P 0x22 3M 64k")) == []
+
+
+def test_free_and_leaked_and_trailing_clusters_are_told_apart(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).l2(1, 0).l2(2, 0).refcount(7, 0).append(b"behind the end" * 9000)
+    kinds = {(piece.kind, piece.offset) for piece in _pieces(path)}
+    assert kinds == {("leaked", 0x60000), ("trailing", 0x70000)}
+    Poke(path).refcount(6, 0).refcount(5, 0).l2(0, 0).l2(3, 1 << 63 | 0x80000).refcount(8, 1)
+    kinds = {(piece.kind, piece.offset) for piece in _pieces(path)}
+    assert ("free", 0x50000) in kinds
+
+
+def test_discarded_data_is_found_byte_for_byte(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.io(path, "write -P 0x5a 0 128k", "write -P 0x5b 512k 64k")
+    qemu.io(path, "discard 0 64k", opts={"discard": "unmap", "file.discard": "ignore"})
+    with residue(path) as found:
+        pieces = [piece for piece in found.pieces() if piece.kind == "free"]
+        assert [found.open(piece).read() for piece in pieces] == [b"\x5a" * 65536]
+
+
+def test_data_under_a_zero_flag_is_found_with_its_guest_offset(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.io(path, "write -P 17 128k 64k", "write -z 128k 64k")
+    assert [(p.kind, p.guest_offset, p.length) for p in _pieces(path)] == [("zero-flagged", 128 << 10, 65536)]
+
+
+def test_data_under_a_zero_flag_that_a_snapshot_still_shows_is_no_residue(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.io(path, "write -P 17 0 64k")
+    qemu.snapshot(path, "a")
+    qemu.io(path, "write -z 0 64k")
+    assert _pieces(path) == []
+
+
+def test_dead_subclusters_are_found(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M", extended_l2="on", cluster_size="64k")
+    qemu.io(path, "write -P 7 0 64k", "write -z 8k 4k")
+    found = [(p.kind, p.guest_offset, p.length) for p in _pieces(path)]
+    assert found == [("subcluster", 8192, 4096)]
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_overwritten_compressed_cluster_is_found_and_inflates(tmp_path: Path, kind: str) -> None:
+    # Text compresses to less than a cluster and its streams differ from each other.
+    lines = b"".join(b"%07d the quick brown fox\n" % number for number in range(24000))
+    raw = tmp_path / "raw"
+    raw.write_bytes(lines[: 512 << 10])
+    path = tmp_path / "disk.qcow2"
+    qemu.convert(
+        raw, path, fmt="raw", target_format="qcow2", compressed=True, target_options={"compression_type": kind}
+    )
+    assert _pieces(path) == []
+    qemu.io(path, "write -P 0 64k 64k")
+    streams = [piece for piece in _pieces(path) if piece.looks == "stream"]
+    assert [piece.signature for piece in streams] == [hashlib.sha256(lines[65536:131072]).hexdigest()]
+
+
+def test_header_slack_and_padding_are_found(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).write(0x8000, b"secret").u8(107, 5)
+    assert [(p.kind, p.offset, p.length, p.looks) for p in _pieces(path)] == [
+        ("header-slack", 0x8000, 6, "text"),
+        ("header-padding", 107, 1, "data"),
+    ]
+
+
+def test_eight_bytes_old_qemu_left_in_version_2_headers_are_no_residue(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M", compat="0.10")
+    Poke(path).write(96, bytes.fromhex("0000000400000068"))
+    assert _pieces(path) == []
+    Poke(path).u8(96, 1)
+    assert [piece.kind for piece in _pieces(path)] == ["header-slack"]
+
+
+def test_slack_behind_an_l1_and_a_snapshot_table_is_found(tmp_path: Path) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    with Image(path) as image:
+        l1 = image.header.l1_table_offset
+        last = image.snapshots[-1]
+    Poke(path).write(l1 + 100, b"old").write(last.offset + last.length + 8, b"older")
+    found = {(p.kind, p.offset, p.length) for p in _pieces(path)}
+    assert found == {("l1-slack", l1 + 100, 3), ("table-slack", last.offset + last.length + 8, 5)}
+
+
+def test_removed_bitmap_is_found(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.bitmap(path, "--add", "daily")
+    with residue(path) as found:
+        assert found.entries()[1] == []
+    qemu.bitmap(path, "--remove", "daily")
+    with residue(path) as found:
+        names = [entry.name for entry in found.entries()[1]]
+    if not names:
+        pytest.skip("this file system punched the bitmap directory")
+    assert names == ["daily"]
+
+
+def test_grown_l1_table_leaves_the_old_one(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M", cluster_size=512)
+    qemu.io(path, "write 0 64k")
+    qemu.resize(path, "64M")
+    looks = {piece.looks for piece in _pieces(path)}
+    assert "l1" in looks
+
+
+def test_data_file_bytes_behind_zero_flags_are_found(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M", data_file=tmp_path / "d.raw")
+    qemu.io(path, "write -P 9 64k 64k", "write -z 64k 64k")
+    assert [(p.kind, p.file, p.guest_offset) for p in _pieces(path)] == [("zero-flagged", "data", 65536)]
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+def test_export_writes_each_piece_and_an_index_that_matches(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path)
+    with residue(path) as found:
+        summary = write(found, tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "index.json").read_text())
+    stored = path.read_bytes()
+    assert summary.pieces == len(data["pieces"]) > 3
+    for piece in data["pieces"]:
+        content_bytes = (tmp_path / "out" / piece["name"]).read_bytes()
+        assert content_bytes == stored[piece["offset"] : piece["offset"] + piece["length"]]
+        assert hashlib.sha256(content_bytes).hexdigest() == piece["sha256"]
+    assert [item["open_as"] for item in data["deleted_snapshots"]] == [deleted_snapshots(path)[0].selector]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "index.csv").read_text())))
+    assert [int(row["offset"]) for row in rows] == [piece["offset"] for piece in data["pieces"]]
+
+
+def test_export_leaves_no_folder_when_it_fails(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path)
+    with residue(path) as found, pytest.raises(KeyboardInterrupt):
+        write(found, tmp_path / "out", advance=_interrupt)
+    assert {item.name for item in tmp_path.iterdir()} == {path.name}
+    (tmp_path / "out").mkdir()
+    with residue(path) as found, pytest.raises(Qcow2Error, match="exists"):
+        write(found, tmp_path / "out")
+
+
+def _interrupt(_: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_export_limit_keeps_the_index_whole(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path)
+    with residue(path) as found:
+        summary = write(found, tmp_path / "out", limit=100_000)
+    data = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert summary.written <= 100_000
+    assert summary.skipped
+    assert all(piece["sha256"] for piece in data["pieces"])
+    assert sum(piece["name"] is None for piece in data["pieces"]) == summary.skipped
+
+
+# --- recognition ---------------------------------------------------------------------------------
+
+GEOMETRY = tables.Geometry(3, 16, 1 << 30)
+
+
+@given(st.binary(min_size=512, max_size=4096))
+def test_recognition_never_raises_on_any_bytes(data: bytes) -> None:
+    for geometry in (GEOMETRY, GEOMETRY._replace(extended_l2=True), GEOMETRY._replace(version=2, cluster_bits=9)):
+        tables.parse_l1(data, geometry)
+        tables.parse_l2(data, geometry)
+        list(tables.find_snapshot_entries(data, 0, geometry))
+        list(tables.find_bitmap_entries(data, 0, geometry))
+    content.describe(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"the quick brown fox jumps over the lazy dog " * 100, deflate(bytes(range(256)) * 999), b"\xff" * 4096],
+    ids=["text", "compressed", "ones"],
+)
+def test_guest_data_is_not_taken_for_a_table(data: bytes) -> None:
+    data = data.ljust(65536, b"\0")
+    assert tables.parse_l1(data, GEOMETRY) is None
+    assert tables.parse_l2(data, GEOMETRY) is None
+    assert list(tables.find_snapshot_entries(data, 0, GEOMETRY)) == []
+
+
+def test_live_tables_are_recognised_as_what_they_are(tmp_path: Path) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    with Image(path) as image:
+        geometry = tables.Geometry.of(image)
+        l1 = image.read(image.header.l1_table_offset, 65536)
+        facts = tables.parse_l1(l1, geometry)
+        assert facts is not None
+        assert tables.parse_l2(image.read(int(facts.targets[0]), 65536), geometry) is not None
+        table = image.read(image.header.snapshots_offset, 65536)
+        assert [entry.name for entry in tables.find_snapshot_entries(table, 0, geometry)] == ["s1", "s2"]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"SQLite format 3\0" + bytes(100), "SQLite database"),
+        (bytes(510) + b"\x55\xaa", "boot sector"),
+        (bytes(446) + b"\x80" + bytes(3) + b"\x83" + bytes(3) + bytes(8) + bytes(48) + b"\x55\xaa", "MBR"),
+        (b"MZ" + bytes(58) + b"\x40\0\0\0" + b"PE\0\0", "PE"),
+        (b"MZ" + bytes(600), ""),
+        (b"plain text", ""),
+    ],
+)
+def test_signatures(data: bytes, name: str) -> None:
+    assert content.signature(data) == name
+
+
+def test_guarded_source_refuses_only_the_guarded_range() -> None:
+    source = GuardedSource(BytesSource(bytes(100)), [(10, 5, "gone"), (15, 5, "gone"), (40, 1, "other")])
+    assert source.read(0, 10) == bytes(10)
+    assert source.read(20, 20) == bytes(20)
+    for offset, length in ((9, 2), (10, 1), (19, 1), (0, 100), (40, 1)):
+        with pytest.raises(ReadError):
+            source.read(offset, length)
+    assert source.read(12, 0) == b""
