@@ -10,6 +10,7 @@ import numpy.typing as npt
 from .model import U64
 
 _WIDTHS = (np.uint16, np.uint32, np.uint64)
+_MOST = {np.dtype(width).itemsize: int(np.iinfo(width).max) for width in _WIDTHS}
 
 
 class Counters:
@@ -55,11 +56,9 @@ class Counters:
         self._counts[clusters] = sums.astype(self._counts.dtype)
 
     def _make_room(self, value: int) -> None:
-        for width in _WIDTHS:
-            if value <= np.iinfo(width).max:
-                if np.dtype(width).itemsize > self._counts.itemsize:
-                    self._counts = self._counts.astype(width)
-                return
+        if value > _MOST[self._counts.itemsize]:
+            width = next(width for width in _WIDTHS if value <= np.iinfo(width).max)
+            self._counts = self._counts.astype(width)
 
     def part(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
         """Return the counts of clusters ``start`` to ``stop``, a view."""
@@ -74,7 +73,7 @@ class Counters:
 
     def excess(self, most: int) -> int:
         """Return by how much all counts together exceed ``most`` each."""
-        if most >= np.iinfo(self._counts.dtype).max:
+        if most >= _MOST[self._counts.itemsize]:
             return 0
         total = 0
         for start in range(0, len(self._counts), 1 << 22):
@@ -86,7 +85,7 @@ class Counters:
     def over(self, most: int, limit: int = 100) -> list[int]:
         """Return the first clusters counted more often than ``most``."""
         found: list[int] = []
-        if most >= np.iinfo(self._counts.dtype).max:
+        if most >= _MOST[self._counts.itemsize]:
             return found
         for start in range(0, len(self._counts), 1 << 22):
             hits = np.flatnonzero(self._counts[start : start + (1 << 22)] > most)

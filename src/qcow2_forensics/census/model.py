@@ -71,6 +71,23 @@ class Tables:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def without(self, rows: list[int]) -> Tables:
+        """Return the batch without some of its tables."""
+        kept = np.ones(len(self), dtype=np.bool_)
+        kept[rows] = False
+        return Tables(
+            self.offsets[kept],
+            self.index[kept],
+            self.shared[kept],
+            self.active[kept],
+            self.snapshots[kept],
+            self.tree[kept],
+            self.entries[kept],
+            None if self.bitmaps is None else self.bitmaps[kept],
+            self.cluster_bits,
+            self.entry_size,
+        )
+
     def entry_offset(self, row: int, column: int) -> int:
         """Return the file offset of an entry."""
         return int(self.offsets[row]) + column * self.entry_size

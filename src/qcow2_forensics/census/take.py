@@ -83,6 +83,22 @@ class Census:
         return shown
 
     @property
+    def allocated(self) -> int:
+        """How many guest clusters of the active state have host bytes, compressed ones too."""
+        return self._tally.allocated
+
+    @property
+    def compressed(self) -> int:
+        """How many entries of all states are compressed, every reference counted."""
+        return self._tally.compressed_entries
+
+    def owned(self, owner: Owner) -> int:
+        """Return how many host clusters have one of some owners."""
+        bits = np.uint16(owner)
+        parts = (self.owners[start : start + _RUN_CHUNK] for start in range(0, self.clusters, _RUN_CHUNK))
+        return sum(int(np.count_nonzero(part & bits)) for part in parts)
+
+    @property
     def mapped_clusters(self) -> int:
         """How many guest clusters of all states have host bytes, every reference counted."""
         return self._tally.mapped_clusters

@@ -26,6 +26,7 @@ from .model import U64, Mask, Owner, Places, Tables
 from .refcounts import StoredRefcounts
 from .walk import L1Chunk, Named
 
+_LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than one by one
 _ALIAS_SLOTS = 1 << 20  # remembered compressed descriptors
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)
 _GUEST_MODULUS = np.uint64(2**32 - 1)
@@ -60,6 +61,7 @@ class Tally:
         self.allocated = 0
         self.fragmented = 0
         self.compressed = 0
+        self.compressed_entries = 0  # of all states
         self.mapped_clusters = 0  # guest clusters with host bytes, every reference counted
         # One more: the last cluster of a claim may begin just past the last one of the file.
         self.counts = Counters(clusters + 1)
@@ -175,6 +177,8 @@ class Tally:
 
     def entries(self, tables: Tables) -> None:
         """Count everything a batch of L2 tables maps."""
+        if not self.data_file and not self.extended and tables.entries.shape[1] >= _LINEAR_WIDTH:
+            tables = self._linear_tables(tables)
         entries = tables.entries
         if not entries.any() and (tables.bitmaps is None or not tables.bitmaps.any()):
             return
@@ -198,6 +202,56 @@ class Tally:
         places = np.flatnonzero(mapped)
         if len(places):
             self._mapped(tables, places, hosts.reshape(-1)[places], weight)
+
+    def _linear_tables(self, tables: Tables) -> Tables:
+        """Count the tables that map one unbroken run of clusters; return the others.
+
+        Large images are mostly made of them, and slices are many times faster than indices. A
+        table goes this way only when nothing about it can be wrong.
+        """
+        width, size = tables.entries.shape[1], np.uint64(self.cluster_size)
+        first = tables.entries[:, 0]
+        hosts = first & np.uint64(~COPIED & (2**64 - 1))
+        span = np.uint64(width - 1) * size
+        likely = (tables.entries[:, -1] - first == span) & (hosts != 0) & ((hosts & (size - np.uint64(1))) == 0)
+        likely &= (hosts < np.uint64(1 << 55)) & (hosts + span < np.uint64(self.length)) & ~tables.shared
+        likely &= (tables.index + np.uint64(1)) * np.uint64(width) <= np.uint64(self.disk_size // self.cluster_size)
+        rows = np.flatnonzero(likely)
+        if not len(rows):
+            return tables
+        entries = tables.entries if len(rows) == len(tables) else tables.entries[rows]
+        rows = rows[(entries[:, 1:] - entries[:, :-1] == size).all(axis=1)]
+        done = [row for row in rows.tolist() if self._linear_table(tables, row, int(hosts[row]))]
+        return tables.without(done) if done else tables
+
+    def _linear_table(self, tables: Tables, row: int, host: int) -> bool:
+        width = tables.entries.shape[1]
+        start = host >> self.cluster_bits
+        stop = start + width
+        active, weight = int(tables.active[row]), int(tables.active[row] + tables.snapshots[row])
+        if active:
+            single = self.stored[start:stop] == StoredClass.ONE
+            fine = single.all() if int(tables.entries[row, 0]) & COPIED else not single.any()
+            # An unreadable refcount is neither; the long way knows what to do.
+            if not fine or int(self.stored[start:stop].max()) == StoredClass.UNREADABLE:
+                return False
+            table = int(tables.offsets[row]) >> self.cluster_bits
+            if table >= self.clusters or self.stored[table] == StoredClass.UNREADABLE or not tables.offsets[row]:
+                return False
+        guest = int(tables.index[row]) * width % int(_GUEST_MODULUS) + 1
+        if guest + width > int(_GUEST_MODULUS):
+            return False
+        tags = np.arange(guest, guest + width, dtype=np.uint32)
+        known = self._guests[start:stop]
+        if known.any() and not ((known == 0) | (known == tags)).all():
+            return False
+        self._guests[start:stop] = tags
+        self.counts.add_range(start, width, weight)
+        owner = (Owner.DATA if active else Owner(0)) | (Owner.SNAPSHOT_DATA if tables.snapshots[row] else Owner(0))
+        self.owners[start:stop] |= np.uint16(owner)
+        self.allocated += active * width
+        self.mapped_clusters += weight * width
+        return True
 
     def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64, *, counted: bool = True) -> None:
         if mask.any():
@@ -374,6 +428,7 @@ class Tally:
         active = int(tables.active[rows].sum())
         self.allocated += active
         self.compressed += active
+        self.compressed_entries += int(weight[rows].sum())
         self.fragmented += active
         weights = weight[rows]
         self.mapped_clusters += int(weights.sum())
