@@ -356,6 +356,32 @@ def test_a_bad_sector_under_a_compressed_cluster_fails_only_that_cluster(tmp_pat
     source.close()
 
 
+class SingleThreaded(FileSource):
+    """A source over somebody else's file object: it must be left alone but by who asks."""
+
+    single_threaded = True
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.readers: set[int] = set()
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        self.readers.add(threading.get_ident())
+        return super().read(offset, length)
+
+
+def test_a_single_threaded_source_is_read_only_by_the_thread_that_asks(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=12)
+    for index in range(128):
+        builder.packed(index * 4096, deflate(bytes([index]) * 4096))
+    source = SingleThreaded(builder.write(tmp_path / "packed.qcow2"))
+    with q.open_disk(source) as disk:
+        for index in range(0, 128, 4):
+            assert disk.read(index * 4096, 4 * 4096)[::4096] == bytes(range(index, index + 4))
+    assert source.readers == {threading.get_ident()}
+    source.close()
+
+
 def test_errors_leave_the_disk_usable(base_image: Path) -> None:
     with q.open_disk(BytesSource(base_image.read_bytes()[:0x60000])) as disk:
         for _ in range(3):

@@ -54,6 +54,7 @@ class Clusters:
         self._mapping = mapping
         self._decode = decode
         self._size = image.cluster_size
+        self._parallel = _WORKERS > 1 and not getattr(image.source, "single_threaded", False)
         self._process = os.getpid()
         kept = max(4, image.limits.cluster_cache_bytes // self._size)
         self._cache: Fifo[_Key, bytes] = Fifo(kept)
@@ -71,7 +72,7 @@ class Clusters:
 
     def prepare(self, runs: list[Run]) -> None:
         """Start decoding what a read of ``runs`` needs, and what a sequential reader needs next."""
-        if _WORKERS == 1:
+        if not self._parallel:
             return
         wanted = [run for run in runs if run.kind == Kind.COMPRESSED]
         if not wanted:

@@ -19,7 +19,11 @@ from .errors import NotQcow2, ReadError, printable
 
 @runtime_checkable
 class Source(Protocol):
-    """Bytes by position. ``read`` is short only where the source ends."""
+    """Bytes by position. ``read`` is short only where the source ends.
+
+    Threads may read at the same time. A source that cannot bear that (one over a file object of
+    somebody else) sets ``single_threaded = True``: then only the thread that asked reads it.
+    """
 
     @property
     def size(self) -> int: ...

@@ -21,6 +21,8 @@ from qcow2_forensics.source import FileSource, Source
 class FileObjectSource:
     """A dfVFS file object as a source; ``path_spec`` says where it is."""
 
+    single_threaded = True  # below this object dfVFS shares file systems, which have positions
+
     def __init__(self, path_spec: Any, resolver_context: Any) -> None:
         self.path_spec = path_spec
         self.name = display_name(path_spec)

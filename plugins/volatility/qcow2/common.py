@@ -50,6 +50,8 @@ class LayerSource:
     image are resolved against the one, loops are found by the other.
     """
 
+    single_threaded = True  # Volatility's file layer seeks, then reads, without a lock
+
     def __init__(self, layer: interfaces.layers.DataLayerInterface) -> None:
         self.layer = layer
         self.location = str(getattr(layer, "location", ""))
