@@ -213,7 +213,7 @@ class _Pair:
             return old.type != new.type or old.link != new.link
         if old.size != new.size:
             return True
-        if not old.size:
+        if not old.size or (old.sparse and new.sparse):
             return False
         placed = old.spans == new.spans and bool(old.spans) and not old.resident and not new.resident
         if placed and not self._touched.overlap(old.spans):
@@ -282,7 +282,9 @@ def _renames(removed: dict[Key, FileRecord], added: dict[Key, FileRecord]) -> It
 
 
 def _same_age(old: FileRecord, new: FileRecord) -> bool:
-    """Whether two records can be one file: an inode used again starts with times of its own."""
-    if old.times.created and new.times.created and old.times.created != new.times.created:
+    """Whether two records can be one file: an inode used again has times and blocks of its own."""
+    if old.type != new.type or (old.times.created and new.times.created and old.times.created != new.times.created):
         return False
-    return old.type == new.type and (old.times.modified == new.times.modified or old.spans == new.spans != ())
+    if old.spans and new.spans:
+        return old.spans[0].offset == new.spans[0].offset
+    return not old.spans and not new.spans and (old.size, old.times.modified) == (new.size, new.times.modified)

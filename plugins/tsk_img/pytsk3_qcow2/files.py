@@ -75,8 +75,8 @@ class FileRecord:
 
     ``allocated`` is about the name, ``in_use`` about the metadata it points to: a deleted name
     whose metadata is in use again says nothing about the old file. ``spans`` are the disk bytes of
-    the content; ``resident`` content is inside the metadata instead. ``has_metadata`` is False
-    where nothing but the name is left.
+    the content; ``resident`` content is inside the metadata instead, ``sparse`` content is nowhere.
+    ``has_metadata`` is False where nothing but the name is left.
     """
 
     volume: Volume
@@ -98,6 +98,7 @@ class FileRecord:
     stream: str = ""
     spans: tuple[Span, ...] = ()
     resident: bool = False
+    sparse: bool = False
 
     @property
     def full_path(self) -> str:
@@ -251,7 +252,10 @@ class FileSystem:
         if attribute is None:
             return record
         info = attribute.info
-        record = replace(record, resident=bool(int(info.flags) & _RESIDENT), spans=self._spans(attribute, path))
+        resident = bool(int(info.flags) & _RESIDENT)
+        spans = self._spans(attribute, path)
+        sparse = self._placed and not resident and spans == ()
+        record = replace(record, resident=resident, spans=spans or (), sparse=sparse)
         if not self._ntfs:
             return record
         kind, stream = int(info.type), _text(info.name or b"")
@@ -262,14 +266,14 @@ class FileSystem:
             stream="" if kind == _NTFS_INDEX and stream == "$I30" else stream,
         )
 
-    def _spans(self, attribute: pytsk3.Attribute, path: str) -> tuple[Span, ...]:
+    def _spans(self, attribute: pytsk3.Attribute, path: str) -> tuple[Span, ...] | None:
         if int(attribute.info.flags) & _RESIDENT or not self._placed:
-            return ()
+            return None
         try:
             runs = [(int(run.addr), int(run.len)) for run in attribute if not int(run.flags) & _NO_BLOCKS]
         except (OSError, RuntimeError) as error:
             self._problem(path, error)
-            return ()
+            return None
         return tuple(Span(self.volume.offset + at * self._block, count * self._block) for at, count in runs)
 
     def _name_times(self, entry: pytsk3.File, attribute: pytsk3.Attribute) -> Times | None:
