@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics.errors import ReadError, Unsupported
-from qcow2_forensics.guest_memory import GuestMemory, open_guest_memory
+from qcow2_forensics.guest_memory import GuestMemory, StreamWindow, open_guest_memory
 from qcow2_forensics.source import FileSource
 from tests import machines
 from tests.machines import GiB, KiB, Machine, MiB, running
@@ -92,7 +92,7 @@ MACHINES = {
         Machine(
             "microvm",
             ("-M", "microvm", "-m", "512"),
-            ((16 * MiB, MiB), (511 * MiB, MiB)),
+            ((16 * MiB, MiB), (500 * MiB, MiB)),
             boots=False,
             disk_args=(),
         ),
@@ -208,6 +208,18 @@ def test_live_stream_with_repeated_pages_equals_the_memory_it_ended_with(tmp_pat
         pages = differing_pages(memory, 0, guest.memory_file(0, 128 * MiB))
         assert allowed(machine, pages)
         assert all(memory.read(page, 2) != bytes(2) for page in machines.COUNTED)
+
+
+@pytest.mark.parametrize("offset", [0, 0x20000])
+def test_mapped_ram_file_equals_the_memory_it_ended_with(offset: int, tmp_path: Path) -> None:
+    machine = Machine("mapped", ("-M", "q35", "-m", "128"), ((40 * MiB, 16 * MiB),))
+    with running(machine, tmp_path) as guest:
+        path = guest.migrate(rounds=2, capabilities=["mapped-ram"], offset=offset)
+        file = FileSource(path)
+        memory = GuestMemory(StreamWindow(file, offset, file.size - offset) if offset else file)
+        assert memory.cpus
+        pages = differing_pages(memory, 0, guest.memory_file(0, 128 * MiB))
+        assert allowed(machine, pages)
 
 
 def test_differences_between_pages_are_refused_with_their_name(tmp_path: Path) -> None:
