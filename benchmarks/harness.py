@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -33,11 +32,16 @@ class Case:
     errors: dict[str, str] = field(default_factory=dict)
 
 
+HEADING = "| case | reader | median | rate | ratio | quartiles |\n|---|---|---:|---:|---:|---|"
+
+
 def run(cases: Iterable[Case], *, repeats: int = 5) -> list[Case]:
-    """Run every case ``repeats`` times after one warm-up round; a failing reader is noted."""
+    """Run every case ``repeats`` times after one warm-up round, printing each as it is done.
+
+    A failing reader is noted, and left out of the further rounds.
+    """
     done = []
     for case in cases:
-        print(f"{case.name} ...", file=sys.stderr, flush=True)
         for round_number in range(repeats + 1):
             for name, work in case.readers.items():
                 if name in case.errors:
@@ -51,6 +55,7 @@ def run(cases: Iterable[Case], *, repeats: int = 5) -> list[Case]:
                     continue
                 if round_number:
                     case.times.setdefault(name, []).append(time.perf_counter() - started)
+        print(table(case), flush=True)
         done.append(case)
     return done
 
@@ -76,20 +81,19 @@ def rows(case: Case) -> list[dict[str, Any]]:
     return shown
 
 
-def table(cases: Iterable[Case]) -> str:
-    """Return the results as a Markdown table."""
-    lines = ["| case | reader | median | rate | ratio | quartiles |", "|---|---|---:|---:|---:|---|"]
-    for case in cases:
-        for row in rows(case):
-            if "error" in row:
-                lines.append(f"| {row['case']} | {row['reader']} | | | | {row['error']} |")
-                continue
-            rate = "" if row["rate"] is None else _rate(row["rate"], row["unit"])
-            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            spread = "" if row["spread"] is None else f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}"
-            lines.append(
-                f"| {row['case']} | {row['reader']} | {row['median_s'] * 1000:.1f} ms | {rate} | {ratio} | {spread} |"
-            )
+def table(case: Case) -> str:
+    """Return the results of a case as rows of a Markdown table."""
+    lines = []
+    for row in rows(case):
+        if "error" in row:
+            lines.append(f"| {row['case']} | {row['reader']} | | | | {row['error']} |")
+            continue
+        rate = "" if row["rate"] is None else _rate(row["rate"], row["unit"])
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        spread = "" if row["spread"] is None else f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}"
+        lines.append(
+            f"| {row['case']} | {row['reader']} | {row['median_s'] * 1000:.1f} ms | {rate} | {ratio} | {spread} |"
+        )
     return "\n".join(lines)
 
 

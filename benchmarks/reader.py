@@ -176,7 +176,7 @@ def convert_luks(path: Path, folder: Path) -> Callable[[], None]:
 
 def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
     """Yield every case of the reader."""
-    size = 16 * MiB if smoke else 512 * MiB
+    size = 16 * MiB if smoke else 256 * MiB
     images = Images(folder, size)
     dense, raw = images.convert("dense"), pread(images.raw())
     both = ("pyqcow", "dissect.hypervisor")

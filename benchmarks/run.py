@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--folder", help="where the images are made and kept (default: a temporary folder)")
     args = parser.parse_args()
     done: list[harness.Case] = []
+    print(harness.HEADING)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,6 @@ def main() -> int:
                 continue
             wanted = (case for case in module.cases(folder, smoke=args.smoke) if args.case in case.name)
             done += harness.run(wanted, repeats=1 if args.smoke else args.repeats)
-    print(harness.table(done))
     if args.json:
         harness.write_json(done, args.json)
     ours = [case.name for case in done for name in case.errors if name.startswith("qcow2-forensics")]
