@@ -22,7 +22,7 @@ from .rules import CRAFTED, QEMU_MADE, Depth, rule, variant
 
 _DELETED = 100  # former snapshots followed into their tables
 _RANGES = 1_000_000  # pieces kept for the map
-_METADATA = ("l1", "l2", "refcount-table", "refcounts", "snapshot-table", "bitmap-directory")
+_METADATA = ("l1", "l2", "refcount-table", "refcounts", "snapshot-table", "bitmap-directory", "bitmap")
 
 
 # --- one pass over everything unclaimed ----------------------------------------------------------
@@ -51,6 +51,22 @@ class _Survey:
     deleted: list[DeletedSnapshot] = field(default_factory=list)
     ranges: list[tuple[int, int]] = field(default_factory=list)  # (offset, length) of the first pieces
 
+    def mark(self, looks: str, clusters: set[int], size: int) -> None:
+        """Let the pieces kept that lie wholly in some clusters look like something they were."""
+        for (kind, look), group in list(self.groups.items()) if clusters else ():
+            if look not in ("data", "l2"):
+                continue
+            inside = [
+                piece
+                for piece in group.kept
+                if clusters.issuperset(range(piece.offset, piece.offset + piece.length, size))
+            ]
+            for piece in inside:
+                group.kept.remove(piece)
+                group.count -= 1
+                group.nonzero -= piece.nonzero
+                self.groups[kind, looks].add(replace(piece, looks=looks))
+
     def of(self, kinds: Iterable[str], looks: Iterable[str]) -> _Group:
         """Return the groups of some kinds and looks as one."""
         merged = _Group()
@@ -78,6 +94,7 @@ def _survey(facts: Facts) -> _Survey:
         if len(survey.ranges) < _RANGES:
             survey.ranges.append((found.piece.offset, found.piece.length))
     survey.snapshots, survey.bitmaps = residue.entries()
+    survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size)
     claimed = residue.usage.claimed
     survey.deleted = [examine(facts.image, entry, claimed) for entry in survey.snapshots[:_DELETED]]
     return survey

@@ -19,12 +19,14 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..resolver import Resolver
 from ..source import PathOrSource, Source
 from ..stream import SourceStream
-from ..structures import BitmapEntry, SnapshotEntry
+from ..structures import OFFSET_MASK, BitmapEntry, SnapshotEntry
 from . import deleted, hidden, slack, streams, tables
 from .deleted import DeletedSnapshot
 from .scan import Found, Piece, Usage, unclaimed
 
 _ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
+_BITMAPS = 1000  # former bitmaps followed into their tables
+_BITMAP_TABLE = 65_536  # entries of a former bitmap's table
 
 
 class Residue:
@@ -122,6 +124,23 @@ class Residue:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""
         snapshots, _ = self.entries()
         return [deleted.examine(self.image, entry, self.usage.claimed, read_data=read_data) for entry in snapshots]
+
+    def former_bitmap_clusters(self) -> set[int]:
+        """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
+        found: set[int] = set()
+        size = self.image.cluster_size
+        for entry in self.entries()[1][:_BITMAPS]:
+            length = entry.table_size * 8
+            if entry.table_size > _BITMAP_TABLE or entry.table_offset + length > self.image.file_size:
+                continue
+            words = tables.words_of(self.image.read(entry.table_offset, length)) & np.uint64(OFFSET_MASK)
+            found.update(range(entry.table_offset, entry.table_offset + length, size))
+            found.update(words[words != 0].tolist())
+        return {offset for offset in found if offset % size == 0 and self._is_unclaimed(offset)}
+
+    def _is_unclaimed(self, offset: int) -> bool:
+        number = offset // self.image.cluster_size
+        return number < len(self.usage.claimed) and not self.usage.claimed[number]
 
     # --- streams -------------------------------------------------------------------------------
 
