@@ -90,7 +90,8 @@ def make_disk(folder: Path, files: int = 300) -> Path:
     raw.write_bytes(b"")
     os.truncate(raw, SIZE)
     qemu.need("mke2fs")
-    qemu.run("mke2fs", "-q", "-t", "ext4", "-L", "SAMPLE", "-d", str(tree), str(raw))
+    # Blocks of 4 KiB: one block group, so no backup superblock that libfsext insists on reading.
+    qemu.run("mke2fs", "-q", "-t", "ext4", "-b", "4096", "-L", "SAMPLE", "-d", str(tree), str(raw))
     shutil.rmtree(tree)
     return raw
 

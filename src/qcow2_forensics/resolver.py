@@ -131,7 +131,7 @@ class Resolver:
         for place in allowed:
             if os.path.lexists(place):
                 return place
-        raise MissingFile(role, name, [str(place) for place in allowed])
+        raise MissingFile(role, name, [str(place) for place in dict.fromkeys(allowed)])
 
     def _open_file(self, path: Path, name: str, role: Role) -> Source:
         try:

@@ -117,9 +117,10 @@ class QCOWFile(_Stock):
                 if not self.unlock():
                     raise
                 data = opened.disk.read(offset, size)
-        except OSError:
-            raise
-        except Qcow2Error as error:
+        except (OSError, Qcow2Error) as error:
+            opened.note_failure(error)
+            if isinstance(error, OSError):
+                raise
             raise OSError(str(error)) from error
         if len(data) != size:
             raise OSError(f"The disk gave {len(data)} of {size} bytes at offset {offset:#x}.")

@@ -32,6 +32,7 @@ from .sources import open_source
 
 logger = logging.getLogger("dfvfs_qcow2")
 
+_FAILURES = 20  # failed reads remembered and logged per disk
 _KEPT = 4  # disks per resolver context; each may hold tens of MiB of tables and clusters
 
 _kept: WeakKeyDictionary[Any, OrderedDict[tuple[Any, ...], OpenedDisk]] = WeakKeyDictionary()
@@ -46,6 +47,7 @@ class OpenedDisk:
         self.disk = disk
         self._files = [source for source in sources if isinstance(source, FileSource)]
         self._wrong: set[str | bytes] = set()
+        self.failures: list[str] = []  # the first reads that failed, for people
 
     def is_current(self) -> bool:
         """Whether the files are still the ones that were opened."""
@@ -53,6 +55,13 @@ class OpenedDisk:
             return all(_is_same(source, os.stat(source.path)) for source in self._files)
         except OSError:
             return False
+
+    def note_failure(self, error: Exception) -> None:
+        """Remember, and log, why a read failed; bounded."""
+        text = str(error)
+        if len(self.failures) < _FAILURES and text not in self.failures:
+            self.failures.append(text)
+            logger.warning("a read failed: %s", text)
 
     def unlock(self, passphrase: str | bytes | None) -> bool:
         """Try a passphrase, each only once: deriving keys is slow. Returns whether the disk is open."""
@@ -70,6 +79,12 @@ class OpenedDisk:
 
 def _is_same(source: FileSource, status: os.stat_result) -> bool:
     return source.identity == (status.st_dev, status.st_ino) and source.mtime_ns == status.st_mtime_ns
+
+
+def failures_of(path_spec: Any, resolver_context: Any) -> list[str]:
+    """Return why reads of an image failed in this process, as far as it is still kept."""
+    kept = _kept.get(resolver_context, {})
+    return [text for key, opened in list(kept.items()) if key[1] == path_spec.comparable for text in opened.failures]
 
 
 def password_of(path_spec: Any) -> str | bytes | None:

@@ -24,14 +24,17 @@ from typing import Any
 from dfvfs.helpers import volume_scanner as stock
 from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
+from dfvfs.resolver import resolver as dfvfs_resolver
 
 from qcow2_forensics.errors import SnapshotNotFound, printable
 from qcow2_forensics.structures import SnapshotEntry
 
 from .inspection import snapshot_path_spec, snapshots
+from .opening import failures_of
 from .selection import Selection
 
 VARIABLE = "DFVFS_QCOW2_SNAPSHOTS"
+_FAILURES = 3  # failed reads told per image
 _LISTED = 20  # snapshots named in a hint
 
 logger = logging.getLogger("dfvfs_qcow2")
@@ -92,6 +95,7 @@ def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) ->
             raise
         failure = error
 
+    context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
     found: list[Any] = []
     for qcow in _images(scan_context.GetRootScanNode()):
         entries = _entries(qcow, request)
@@ -101,6 +105,8 @@ def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) ->
             for entry in _chosen(selection, entries):
                 found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), entry, options, request)
 
+        for text in failures_of(qcow, context)[:_FAILURES]:
+            _tell(request, f"A read failed during the scan: {text}", logging.WARNING)
     if failure is not None:
         if not found:
             raise failure
