@@ -49,6 +49,8 @@ def read_extensions(image: Metadata) -> tuple[tuple[Extension, ...], tuple[Probl
         kind = int.from_bytes(area[at : at + 4], "big")
         length = int.from_bytes(area[at + 4 : at + 8], "big")
         if kind == ExtensionType.END:
+            if length > end - at - 8:  # QEMU refuses it, but nothing depends on it
+                problems.append(_extension_problem(at, kind, length, "reaches past the header extension area"))
             break
         if length > end - at - 8:
             problems.append(_extension_problem(at, kind, length, "reaches past the header extension area", DISK))
