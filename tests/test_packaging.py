@@ -199,7 +199,7 @@ def test_hook_runs_when_the_interpreter_starts(kind: str, request: pytest.Fixtur
 @needs("volatility3")
 def test_volatility_lists_our_plugins_without_options(kind: str, request: pytest.FixtureRequest) -> None:
     environment: Environment = request.getfixturevalue(kind)
-    usage = environment.run("import sys; sys.argv[1:] = ['-h']; from volatility3.cli import main; main()")
+    usage = environment.run("import sys; sys.argv = ['vol', '-h']; from volatility3.cli import main; main()")
     assert re.search(r"^\s+qcow2\.\w+\.\w+", usage, re.MULTILINE), usage[-2000:]
     where = environment.run("import volatility3.plugins as p; print(p.__path__[-1])")
     assert where == str(environment.site / FOLDER if kind == "installed" else ROOT / "plugins" / "volatility")
