@@ -20,6 +20,7 @@ from tests.machines import MiB
 pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
 
 import volatility3.plugins
+from volatility3 import framework
 from volatility3.framework import constants, contexts, interfaces
 from volatility3.framework.automagic import stacker
 from volatility3.framework.layers import physical
@@ -31,6 +32,8 @@ PLUGINS = ROOT / "plugins" / "volatility"
 LOADED = 20 * MiB  # where the loader put its bytes; the same content as machines.loaded(0, LENGTH)
 LENGTH = 3 * MiB
 SIZE = 64 * MiB
+BANNER = b"Linux version 9.8.7 (nobody@nowhere) #1\n"
+BANNERS = (40 * MiB, 50 * MiB - 20, 60 * MiB - 2)  # two of them cross a page, and so two records of the stream
 
 if str(PLUGINS) not in constants.PLUGINS_PATH:
     constants.PLUGINS_PATH.append(str(PLUGINS))
@@ -51,7 +54,11 @@ from volatility3.plugins.qcow2 import (  # noqa: E402 - needs the path above
 def machine_image(folder: Path) -> tuple[Path, dict[str, bytes], list[dict[str, int]]]:
     """Make an image with the memory of a real machine twice; return it, QEMU's own dumps, and the last registers."""
     qemu.need("qemu-system-x86_64")
-    machine = machines.Machine("pc-64M", ("-M", "pc", "-m", "64"), ((LOADED, LENGTH),))
+    (folder / "banner").write_bytes(BANNER.ljust(4096, b"\0"))
+    args = ["-M", "pc", "-m", "64"]
+    for address in BANNERS:
+        args += ["-device", f"loader,file={folder / 'banner'},addr={address:#x},force-raw=on"]
+    machine = machines.Machine("pc-64M", tuple(args), ((LOADED, LENGTH),))
     dumps = {}
     with machines.running(machine, folder) as running:
         for name in ("first", "second"):
@@ -118,15 +125,37 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     found += [record.getMessage() for record in caplog.records if "qcow2" in record.name]
 
 
+def plugin_rows(name: str, path: Path, **settings: object) -> list[dict[str, Any]]:
+    """Run one of our plugins in this process and return its rows; options of Volatility start with ``qcow2_``."""
+    framework.import_files(volatility3.plugins, True)
+    context = new_context(**{key[6:]: value for key, value in settings.items() if key.startswith("qcow2_")})
+    context.config["automagic.LayerStacker.single_location"] = path.as_uri()
+    kind = framework.list_plugins()[f"qcow2.{name}"]
+    for requirement in kind.get_requirements():
+        if requirement.default is not None:
+            context.config[f"plugins.{requirement.name}"] = requirement.default
+    for key, value in settings.items():
+        if not key.startswith("qcow2_"):
+            context.config[f"plugins.{key}"] = value
+    grid = kind(context, "plugins").run()
+    found: list[dict[str, Any]] = []
+
+    def collect(node: Any, _: None) -> None:
+        found.append({column.name: value for column, value in zip(grid.columns, node.values, strict=True)})
+
+    grid.populate(collect, None)
+    return found
+
+
 def vol(
     *arguments: str | Path, cwd: Path, program: str = "vol", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``vol`` with our plugin folder, a cache of its own, and nothing from the network."""
+    """Run ``vol`` with our plugin folder, and without the test machine's own settings."""
     module = "volatility3.cli" if program == "vol" else "volatility3.cli.volshell"
     code = f"import sys; from {module} import main; sys.argv[0] = {program!r}; main()"
     variables = {key: value for key, value in os.environ.items() if not key.startswith("QCOW2_")}
     variables |= {"PYTHONPATH": str(ROOT / "src"), **environment}
-    command = [sys.executable, "-c", code, "-q", "--offline", "-p", str(PLUGINS), *map(str, arguments)]
+    command = [sys.executable, "-c", code, "-q", "-p", str(PLUGINS), *map(str, arguments)]
     return subprocess.run(
         command,
         cwd=cwd,

@@ -29,6 +29,7 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
     from qcow2_forensics import SnapshotNotFound
     from qcow2_forensics.chain import find_snapshot, latest_vm_state
 
+    tell_problems(image, title)
     if wanted is None:
         held = [entry for entry in image.snapshots if entry.vm_state_size]
         if not held:
@@ -51,6 +52,13 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
     if entry is None or not entry.vm_state_size:
         raise SnapshotNotFound(f"{wanted} with memory", memory_choices(image))
     return Choice(True, entry)
+
+
+def tell_problems(image: Image, title: str) -> None:
+    """Warn of snapshots that may be missing from the list, because their table cannot be read."""
+    for problem in image.problems:
+        if "snapshots" in problem.blocks:
+            warn(f"{title}: {problem.error()}")
 
 
 def memory_choices(image: Image) -> list[str]:

@@ -69,7 +69,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
     def stream(self) -> Stream:
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
-        from qcow2_forensics import SnapshotNotFound, open_image, open_vm_state
+        from qcow2_forensics import Qcow2Error, open_image, open_vm_state
         from qcow2_forensics.errors import printable
         from qcow2_forensics.guest_memory import find_stream
 
@@ -81,7 +81,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         image = open_image(source)
         choice = choose(image, snapshot_option(self.context), printable(source.name))
         if choice is None or not choice.memory or choice.snapshot is None:
-            raise SnapshotNotFound("with memory", ())
+            raise Qcow2Error(f"{printable(source.name)}: no snapshot with memory")
         state = open_vm_state(source, choice.snapshot, passphrase(self.context))
         state.read(0, 4)
         return Stream(state, choice.snapshot, key and f"{key}_{choice.snapshot.index}", local)

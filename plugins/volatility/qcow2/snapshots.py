@@ -34,9 +34,6 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
             chosen = choice.snapshot if choice is not None else None
         except Qcow2Error as error:
             warn(str(error))
-        for problem in image.problems:
-            if any(part.startswith("snapshot") for part in problem.blocks):
-                warn(f"{printable(image.name)}: {problem.message}")
         for entry in image.snapshots:
             yield (
                 0,

@@ -1,0 +1,324 @@
+"""``vol`` as a user runs it: our plugins, options and messages; QEMU is the oracle for what they show."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
+
+from qcow2_forensics import open_vm_state
+from tests import qemu
+from tests.image_builder import Poke
+from tests.volatility_tools import (
+    BANNERS,
+    LOADED,
+    PLUGINS,
+    ROOT,
+    SIZE,
+    machine_image,
+    plugin_rows,
+    rows,
+    stack,
+    vol,
+    warnings_of,
+    without_vga,
+)
+
+SCAN = ("banners.Banners",)
+
+
+class Saved(NamedTuple):
+    image: Path
+    dumps: dict[str, bytes]
+    registers: list[dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A real machine's image with two memory snapshots, QEMU's dumps, and the registers of the second."""
+    return Saved(*machine_image(tmp_path_factory.mktemp("machine")))
+
+
+@pytest.fixture
+def damaged(saved: Saved, tmp_path: Path) -> Callable[..., Path]:
+    """A factory: a copy of the image with bytes written into an entry of its snapshot table."""
+
+    def make(entry: int, inside: int, data: bytes) -> Path:
+        path = tmp_path / "damaged.qcow2"
+        path.write_bytes(saved.image.read_bytes())
+        image = Poke(path)
+        offset = image.get(64)
+        for _ in range(entry):
+            offset += _entry_length(image, offset)
+        image.write(offset + inside, data)
+        return path
+
+    return make
+
+
+def _entry_length(image: Poke, offset: int) -> int:
+    length = 40 + image.get(offset + 36, 4) + image.get(offset + 12, 2) + image.get(offset + 14, 2)
+    return -(-length // 8) * 8
+
+
+# --- the plugins ---------------------------------------------------------------------------------
+
+
+def test_vol_lists_our_plugins_and_options(tmp_path: Path) -> None:
+    text = vol("-h", cwd=tmp_path).stdout
+    for name in ("info.Info", "snapshots.Snapshots", "audit.Audit", "registers.Registers", "vmstatedump.VmStateDump"):
+        assert f"qcow2.{name}" in text
+    assert "--qcow2-snapshot" in text
+    assert "could not be loaded" not in text or "qcow2" not in text.split("could not be loaded")[1]
+
+
+def test_snapshots_are_those_qemu_lists(saved: Saved, tmp_path: Path) -> None:
+    found = rows("-f", saved.image, "qcow2.snapshots.Snapshots", cwd=tmp_path)
+    listed = json.loads(qemu.img("info", "--output=json", saved.image).text)["snapshots"]
+    assert [(row["ID"], row["Name"], row["VM state bytes"]) for row in found] == [
+        (item["id"], item["name"], item["vm-state-size"]) for item in listed
+    ]
+    assert [row["Chosen"] for row in found] == [False, True]
+    assert all(row["Date"].startswith("20") for row in found)
+
+
+def test_snapshots_are_in_the_timeline(saved: Saved, tmp_path: Path) -> None:
+    arguments = ("timeliner.Timeliner", "--plugin-filter", "qcow2.snapshots", "--create-bodyfile")
+    found = rows("-f", saved.image, *arguments, cwd=tmp_path)
+    assert sorted(row["Description"][:24] for row in found) == ["QCOW2 snapshot 1 'first'", "QCOW2 snapshot 2 'second"]
+    times = [line.split("|")[-1] for line in (tmp_path / "volatility.body").read_text().splitlines()]
+    listed = json.loads(qemu.img("info", "--output=json", saved.image).text)["snapshots"]
+    assert sorted(times) == sorted(str(item["date-sec"]) for item in listed)
+
+
+def test_info_tells_the_layout(saved: Saved, tmp_path: Path) -> None:
+    found = rows("-f", saved.image, "qcow2.info.Info", cwd=tmp_path)
+    facts = {(row["Subject"], row["Item"]): row for row in found}
+    assert facts["memory", "machine"]["Value"].startswith("pc-i440fx")
+    assert facts["layout", "decided by"]["Value"] == "cmos, order by single"
+    assert (facts["region", "pc.ram"]["Address"], facts["region", "pc.ram"]["Size"]) == (0, SIZE)
+    assert facts["memory", "snapshot"]["Value"].startswith("2 'second'")
+
+
+def test_info_of_an_image_without_memory_is_about_the_image(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    found = plugin_rows("info.Info", make_image("plain.qcow2", "1M"))
+    assert {row["Subject"] for row in found} == {"image"}
+
+
+def test_registers_are_those_qemu_shows(saved: Saved, tmp_path: Path) -> None:
+    found = rows("-f", saved.image, "qcow2.registers.Registers", cwd=tmp_path)
+    shown = saved.registers[0]
+    told = {row["Register"]: row["Value"] for row in found if row["CPU"] == 0}
+    common = {name for name in shown if name in told}
+    assert {"cr0", "cr3", "cr4", "rip"} <= common
+    assert {name: told[name] for name in common} == {name: shown[name] for name in common}
+
+
+def test_one_register_may_be_asked_for(saved: Saved, tmp_path: Path) -> None:
+    found = plugin_rows("registers.Registers", saved.image, register=["CR3"])
+    assert [row["Register"] for row in found] == ["cr3"]
+
+
+def test_vmstatedump_writes_what_qemu_dumped(saved: Saved, tmp_path: Path) -> None:
+    found = rows("--qcow2-snapshot", "first", "-f", saved.image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path)
+    assert found[0]["Bytes"] == SIZE
+    assert without_vga((tmp_path / found[0]["File"]).read_bytes()) == without_vga(saved.dumps["first"])
+
+
+def test_vmstatedump_writes_the_stream_and_a_block(saved: Saved, tmp_path: Path) -> None:
+    found = rows("-f", saved.image, "qcow2.vmstatedump.VmStateDump", "--form", "stream", cwd=tmp_path)
+    with open_vm_state(saved.image, "2") as state:
+        assert (tmp_path / found[0]["File"]).read_bytes() == state.read(0, state.size)
+    found = rows("-f", saved.image, "qcow2.vmstatedump.VmStateDump", "--block", "pc.bios", cwd=tmp_path)
+    data = (tmp_path / found[0]["File"]).read_bytes()
+    assert len(data) == found[0]["Bytes"] == 256 * 1024
+    assert data[-16:-11] == b"\xea\x5b\xe0\x00\xf0"  # the jump every PC BIOS starts with
+
+
+def test_audit_lists_findings(saved: Saved, tmp_path: Path) -> None:
+    image = tmp_path / "odd.qcow2"
+    image.write_bytes(saved.image.read_bytes())
+    Poke(image).write(72, (1).to_bytes(8, "big"))  # the dirty bit
+    found = plugin_rows("audit.Audit", image, depth="triage", evidence=True)
+    assert all({"Severity", "Code", "Count", "Offset", "Note"} <= set(row) for row in found)
+    assert any(row["Code"].startswith("QCOW2-") for row in found)
+
+
+def test_text_from_evidence_is_escaped(damaged: Callable[..., Path], tmp_path: Path) -> None:
+    image = damaged(0, 40 + 24 + 1, b"\x1b[31m")  # extra data of 24 bytes and an ID of one, then the name
+    for plugin in ("qcow2.snapshots.Snapshots", "qcow2.info.Info", "qcow2.audit.Audit"):
+        done = vol("-f", image, plugin, cwd=tmp_path)
+        assert "\x1b" not in done.stdout + done.stderr
+    assert r"\x1b[31m" in vol("-f", image, "qcow2.snapshots.Snapshots", cwd=tmp_path).stdout
+
+
+# --- choosing ------------------------------------------------------------------------------------
+
+
+def test_a_saved_configuration_pins_the_snapshot_and_gives_the_same(saved: Saved, tmp_path: Path) -> None:
+    name = ("layerwriter.LayerWriter", "--layers", "primary")
+    vol("--qcow2-snapshot", "first", "-f", saved.image, "--save-config", "saved.json", "-o", ".", *name, cwd=tmp_path)
+    assert '"1"' in next(line for line in (tmp_path / "saved.json").read_text().splitlines() if "snapshot" in line)
+    vol("-c", "saved.json", *name, cwd=tmp_path)
+    other = vol("--qcow2-snapshot", "second", "-c", "saved.json", *name, cwd=tmp_path)
+    assert "the saved configuration names snapshot '1'" in other.stderr
+    for written in ("primary.raw", "primary-1.raw", "primary-2.raw"):
+        assert without_vga((tmp_path / written).read_bytes()) == without_vga(saved.dumps["first"])
+
+
+def test_worker_processes_give_all_rows(saved: Saved, tmp_path: Path) -> None:
+    found = rows("-f", saved.image, *SCAN, cwd=tmp_path)
+    assert [row["Offset"] for row in found] == list(BANNERS)
+    assert rows("--parallelism", "processes", "-f", saved.image, *SCAN, cwd=tmp_path) == found
+
+
+def test_volshell_takes_the_option(saved: Saved, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("print('READ', layer_bytes(self))\n".replace("layer_bytes(self)", _SHELL))
+    done = vol("--qcow2-snapshot", "1", "-f", saved.image, "--script", "script.py", program="volshell", cwd=tmp_path)
+    offset = LOADED + 100
+    assert saved.dumps["first"][offset : offset + 8].hex() in done.stdout
+
+
+_SHELL = f"self.context.layers[self.current_layer].read({LOADED + 100}, 8).hex()"
+
+
+# --- locations -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of a web server over the test's folder."""
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_arguments: Any) -> None:
+        pass
+
+
+def test_other_locations_than_files_work(saved: Saved, tmp_path: Path, served: str) -> None:
+    expected = rows("-f", saved.image, "qcow2.registers.Registers", cwd=tmp_path)
+    image = tmp_path / "disk.qcow2"
+    image.write_bytes(saved.image.read_bytes())
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.write(image, "disk.qcow2")
+    (tmp_path / "cache").mkdir()
+    for location in (f"{served}/disk.qcow2", f"jar:file:{tmp_path / 'packed.zip'}!disk.qcow2"):
+        arguments = ("--single-location", location, "--cache-path", tmp_path / "cache")
+        done = vol("-r", "json", *arguments, "qcow2.registers.Registers", cwd=tmp_path)
+        if "offline" in done.stderr.lower() or ("http" in location and not done.stdout.strip().startswith("[")):
+            pytest.fail(done.stderr)
+        assert json.loads(done.stdout) == expected
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def assert_told(done: Any, *words: str) -> None:
+    """One warning, at normal verbosity, and no traceback."""
+    assert "Traceback" not in done.stderr + done.stdout
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1, done.stderr
+    for word in words:
+        assert word in warnings[0]
+
+
+@pytest.mark.parametrize("plugin", [SCAN, ("qcow2.registers.Registers",)])
+def test_an_unknown_snapshot_is_one_warning(saved: Saved, tmp_path: Path, plugin: tuple[str, ...]) -> None:
+    done = vol("--qcow2-snapshot", "nope", "-f", saved.image, *plugin, cwd=tmp_path)
+    assert_told(done, "no snapshot 'nope'", "1 (first), 2 (second)")
+
+
+def test_no_memory_state_is_one_warning(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    image = make_image("plain.qcow2", "1M")
+    assert_told(vol("-f", image, *SCAN, cwd=tmp_path), "ordinary disk")
+    assert_told(vol("-f", image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path), "with memory")
+
+
+def test_a_truncated_image_is_one_warning(saved: Saved, tmp_path: Path) -> None:
+    (tmp_path / "short.qcow2").write_bytes(saved.image.read_bytes()[: saved.image.stat().st_size // 2])
+    assert_told(vol("-f", "short.qcow2", *SCAN, cwd=tmp_path), "past the end of the file")
+
+
+@pytest.mark.parametrize("size", [1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
+def test_absurd_sizes_are_told_and_cost_nothing(damaged: Callable[..., Path], tmp_path: Path, size: int) -> None:
+    image = damaged(1, 40, size.to_bytes(8, "big"))  # the size of the VM state
+    assert stack(image).maximum_address >= 0
+    for plugin in ("info.Info", "snapshots.Snapshots"):
+        assert plugin_rows(plugin, image)
+
+
+def test_absurd_sizes_are_no_traceback(damaged: Callable[..., Path], tmp_path: Path) -> None:
+    image = damaged(1, 40, b"\xff" * 8)
+    assert "Traceback" not in vol("-f", image, *SCAN, cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"QFI\xfb", b"QFI\xfb" + bytes(4096)])
+@pytest.mark.parametrize("plugin", ["info.Info", "snapshots.Snapshots", "audit.Audit", "registers.Registers"])
+def test_files_that_are_no_images_are_a_warning(
+    content: bytes, plugin: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "odd").write_bytes(content)
+    with warnings_of(caplog) as messages:
+        found = plugin_rows(plugin, tmp_path / "odd")
+    assert messages or found
+
+
+def test_a_file_that_is_no_image_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "odd").write_bytes(b"QFI\xfb" + bytes(4096))
+    for plugin in (SCAN, ("qcow2.info.Info",)):
+        done = vol("-f", "odd", *plugin, cwd=tmp_path)
+        assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_no_file_is_one_warning(tmp_path: Path) -> None:
+    assert_told(vol("qcow2.snapshots.Snapshots", cwd=tmp_path), "use -f")
+
+
+def test_without_the_core_volatility_still_runs(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Hide:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'qcow2_forensics': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+    )
+    done = vol("frameworkinfo.FrameworkInfo", cwd=tmp_path, PYTHONPATH=str(tmp_path), QCOW2_FORENSICS_AUTOLOAD="0")
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+def test_every_module_survives_being_imported_by_volatility() -> None:
+    for path in sorted((PLUGINS / "qcow2").glob("*.py")):
+        if path.stem != "__init__":
+            importlib.import_module(f"volatility3.plugins.qcow2.{path.stem}")
+
+
+def test_loading_the_plugins_imports_neither_numpy_nor_the_core(tmp_path: Path) -> None:
+    code = (
+        "import sys; import volatility3.plugins as p; from volatility3 import framework\n"
+        f"p.__path__.append({str(PLUGINS)!r})\n"
+        "framework.import_files(p, True)\n"
+        "assert 'volatility3.plugins.qcow2.stackers' in sys.modules\n"
+        "print([name for name in ('numpy', 'qcow2_forensics') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
+    assert done.stdout.strip() == "[]"
