@@ -125,6 +125,8 @@ def _no_ivs(first: int, count: int) -> bytes:  # noqa: ARG001 - ecb ignores the 
 
 def _numbers(first: int, count: int, block: int, mask: int) -> bytes:
     """Return little-endian sector numbers, each padded with zeros to the block size."""
+    if count < _BULK_SECTORS:
+        return b"".join((number & mask).to_bytes(block, "little") for number in range(first, first + count))
     vectors = array("Q", bytes(block * count))
     vectors[:: block // 8] = array("Q", [number & mask for number in range(first, first + count)])
     if sys.byteorder == "big":
