@@ -31,8 +31,8 @@ def make_raw(path: Path, size: int, kind: str) -> None:
             if kind == "sparse" and at // MiB % 16:
                 continue
             out.seek(at)
-            half = b"".join(seed.choices(words, k=MiB // 12)).ljust(MiB, b"\0")[: MiB * 3 // 4]
-            out.write(half + seed.randbytes(MiB // 4))
+            text = b"".join(seed.choices(words, k=MiB // 7))[: MiB * 3 // 4]
+            out.write(text + seed.randbytes(MiB - len(text)))
         out.truncate(size)
 
 

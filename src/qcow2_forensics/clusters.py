@@ -58,6 +58,7 @@ class Clusters:
         self._process = os.getpid()
         kept = max(4, image.limits.cluster_cache_bytes // self._size)
         self._cache: Fifo[_Key, bytes] = Fifo(kept)
+        self.window = kept // 2  # runs that one call of prepare() may be given
         # Streams being decoded: first in, first out, so that what nobody fetches goes away.
         self._pending: Fifo[_Key, Future[_Batch]] = Fifo(kept)
         self._per_task = max(1, _TASK_BYTES // self._size)
@@ -71,7 +72,10 @@ class Clusters:
         return cluster if len(cluster) == run.length else cluster[inside : inside + run.length]
 
     def prepare(self, runs: list[Run]) -> None:
-        """Start decoding what a read of ``runs`` needs, and what a sequential reader needs next."""
+        """Start decoding what a read of ``runs`` needs, and what a sequential reader needs next.
+
+        At most :attr:`window` runs: what is decoded must still be kept when its turn comes.
+        """
         if not self._parallel:
             return
         wanted = [run for run in runs if run.kind == Kind.COMPRESSED]

@@ -215,8 +215,11 @@ class Disk:
         if length <= 0:
             return b""
         runs = list(self.mapping.runs(offset, length))
-        self._clusters.prepare(runs)
-        pieces = [self._piece(run) for run in runs]
+        pieces = []
+        for index, run in enumerate(runs):
+            if index % self._clusters.window == 0:
+                self._clusters.prepare(runs[index : index + self._clusters.window])
+            pieces.append(self._piece(run))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _piece(self, run: Run) -> bytes:

@@ -302,7 +302,7 @@ class Mapping:
         if self._data_file and host != offset - inside:
             raise self._bad_entry(offset, f"maps to {host:#x} in the data file, not to its guest offset")
 
-    def _extended_runs(self, entries: Slice, _number: int, offset: int, stop: int) -> Iterator[Run]:
+    def _extended_runs(self, entries: Slice, number: int, offset: int, stop: int) -> Iterator[Run]:
         bits, size, mask = self.cluster_bits, self.cluster_size, self.slice_mask
         subcluster = size // SUBCLUSTERS
         full = 0xFFFF_FFFF
@@ -313,6 +313,17 @@ class Mapping:
             run_end = min(stop, offset - inside + size)
             if entry & COMPRESSED:
                 yield self._compressed(entry, offset, run_end - offset)
+                offset = run_end
+                continue
+            if bitmap == full and entry & OFFSET_MASK and not (entry & OFFSET_MASK & (size - 1) or self._data_file):
+                # The usual case: whole clusters, one after the other in the file.
+                last, expected = ((stop - 1) >> bits) & mask, entry + size
+                index += 1
+                while index <= last and entries[2 * index] == expected and entries[2 * index + 1] == full:
+                    expected += size
+                    index += 1
+                run_end = min(stop, (number << self.slice_shift) + (index << bits))
+                yield Run(offset, run_end - offset, Kind.DATA, (entry & OFFSET_MASK) + inside)
                 offset = run_end
                 continue
             allocated, zeros = bitmap & full, bitmap >> 32

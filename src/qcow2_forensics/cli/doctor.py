@@ -230,6 +230,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="show whether our part is active in Volatility 3, dfVFS, plaso and pytsk3",
         description="Show whether our part is active in each framework of this environment, and what to do if not. "
         "Exit code 0: active in every framework that is installed; 1: not.",
+        epilog="examples:\n  qcow2-forensics doctor\n  qcow2-forensics doctor --format json\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     parser.set_defaults(run=run)

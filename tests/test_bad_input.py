@@ -1,0 +1,148 @@
+"""Bad input: one sentence on standard error, exit code 2, no traceback; from the API the documented error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qcow2_forensics as q
+from tests import qemu
+
+COMMANDS = ["info", "map", "snapshots", "audit"]
+
+
+def _run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qcow2_forensics", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
+
+
+def _one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("qcow2-forensics: ")
+    return lines[0]
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    qemu.need()
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qemu.create(base, "1M")
+    qemu.create(top, "1M", backing="base.qcow2", backing_format="qcow2")
+    base.unlink()
+    return top
+
+
+@pytest.mark.parametrize("command", ["info", "map", "snapshots"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text"])
+def test_what_is_no_image_is_one_sentence_and_exit_code_2(tmp_path: Path, command: str, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(b"" if kind == "empty" else b"just some text\n" * 100)
+    assert str(path) in _one_sentence(_run(command, path))
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text"])
+def test_export_of_what_is_no_image_leaves_no_output(tmp_path: Path, kind: str) -> None:
+    path, out = tmp_path / kind, tmp_path / "out.raw"
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(b"" if kind == "empty" else b"QFI\xfb")
+    _one_sentence(_run("export", path, out))
+    assert sorted(item.name for item in tmp_path.iterdir()) == ([] if kind == "missing" else [kind])
+
+
+def test_a_missing_backing_file_names_it_and_where_it_was_looked_for(overlay: Path) -> None:
+    message = _one_sentence(_run("map", overlay))
+    assert "base.qcow2" in message
+    assert str(overlay.parent) in message
+    with pytest.raises(q.MissingFile) as caught:
+        q.open_disk(overlay)
+    assert caught.value.role == "backing"
+
+
+def test_no_backing_reads_the_file_alone(overlay: Path) -> None:
+    done = _run("map", overlay, "--no-backing")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_backing_file_can_raise_only_where_it_is_needed(overlay: Path) -> None:
+    qemu.need()
+    with q.open_disk(overlay, missing="raise") as disk, pytest.raises(q.MissingFile):
+        disk.read(0, 512)
+    with q.open_disk(overlay, missing="zeros") as disk:
+        assert disk.read(0, 512) == bytes(512)
+    with pytest.raises(q.MissingFile):
+        q.open_disk(overlay)
+
+
+def test_a_truncated_image_is_an_error_with_a_file_offset(tmp_path: Path) -> None:
+    qemu.need()
+    path, out = tmp_path / "cut.qcow2", tmp_path / "out.raw"
+    qemu.create(path, "4M")
+    qemu.io(path, "write -P 0x41 0 4M")
+    os.truncate(path, path.stat().st_size // 2)
+    message = _one_sentence(_run("export", path, out))
+    assert "file offset 0x" in message
+    assert not out.exists()
+
+
+def test_an_unknown_snapshot_lists_the_choices(tmp_path: Path) -> None:
+    qemu.need()
+    path = tmp_path / "s.qcow2"
+    qemu.create(path, "1M")
+    qemu.snapshot(path, "first")
+    message = _one_sentence(_run("map", path, "--snapshot", "nope"))
+    assert "1 (first)" in message
+    with pytest.raises(q.SnapshotNotFound) as caught:
+        q.open_disk(path, "nope")
+    assert caught.value.choices == ("1 (first)",)
+
+
+def test_a_name_that_two_snapshots_share_is_ambiguous_and_an_id_is_not(tmp_path: Path) -> None:
+    qemu.need()
+    path = tmp_path / "s.qcow2"
+    qemu.create(path, "1M")
+    for _ in range(2):
+        qemu.snapshot(path, "same")
+    with pytest.raises(q.SnapshotNotFound) as caught:
+        q.open_disk(path, "same")
+    assert caught.value.ambiguous
+    assert caught.value.choices == ("1 (same)", "2 (same)")
+    with q.open_disk(path, "2") as disk:
+        assert disk.snapshot is not None
+        assert disk.snapshot.id == "2"
+
+
+def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
+    qemu.need()
+    path, out = tmp_path / "d.qcow2", tmp_path / "out.raw"
+    qemu.create(path, "1M")
+    out.write_bytes(b"precious")
+    assert "exists" in _one_sentence(_run("export", path, out))
+    assert out.read_bytes() == b"precious"
+    assert _run("export", path, out, "--force").returncode == 0
+    assert out.read_bytes() == bytes(2**20)
+
+
+def test_a_wrong_command_line_is_exit_code_2() -> None:
+    assert _run("export").returncode == 2
+    assert _run("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["info", "audit", "snapshots", "map", "export", "memory", "diff", "timeline", "residue", "demo", "doctor"],
+)
+def test_every_command_has_help_with_examples(command: str) -> None:
+    done = _run(command, "--help")
+    assert done.returncode == 0
+    assert "example" in done.stdout.lower(), done.stdout

@@ -1,0 +1,66 @@
+"""The public surface is exactly what ARCHITECTURE promises scripts, and cheap to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import qcow2_forensics as q
+
+CONTRACT = {
+    "open_image",
+    "open_disk",
+    "open_vm_state",
+    "open_guest_memory",
+    "audit",
+    "audit_path",
+    "compare",
+    "Resolver",
+    "Limits",
+    "Severity",
+    "Evidence",
+    "Finding",
+    "Report",
+    "Qcow2Error",
+    "NotQcow2",
+    "FormatError",
+    "LimitExceeded",
+    "Unsupported",
+    "MissingFile",
+    "ForbiddenReference",
+    "Locked",
+    "ReadError",
+}
+
+
+def _fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_every_name_of_the_contract_is_there_and_every_public_name_exists() -> None:
+    assert set(q.__all__) >= CONTRACT
+    for name in q.__all__:
+        assert getattr(q, name) is not None
+
+
+def test_audit_and_compare_stay_functions_after_their_modules_were_imported() -> None:
+    code = (
+        "import qcow2_forensics.audit, qcow2_forensics.compare, qcow2_forensics as q;"
+        "from qcow2_forensics.audit import audit_path;"
+        "print(q.audit.__name__, q.compare.__name__, callable(q.audit))"
+    )
+    assert _fresh(code) == "audit compare True"
+
+
+def test_importing_the_package_imports_neither_numpy_nor_a_framework() -> None:
+    code = (
+        "import sys, qcow2_forensics;"
+        "print([m for m in ('numpy', 'volatility3', 'dfvfs', 'pytsk3', 'cryptography', 'json') if m in sys.modules])"
+    )
+    found = _fresh(code)
+    assert "numpy" not in found
+    assert "volatility3" not in found
+    assert "dfvfs" not in found
+    assert "pytsk3" not in found
+    assert "cryptography" not in found
