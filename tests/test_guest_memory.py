@@ -179,12 +179,15 @@ def test_sections_between_those_of_ram_are_passed_over() -> None:
     disk = section(1, 9, u64(0x01) + name("ide0-hd0") + bytes(MiB) + u64(0x09) + name("x") + u64(0x02), "block")
     unknown = section(1, 10, b"\x7e\0\0\0\0 nobody knows this", "htab")
     early = section(4, 11, b"0123456789", "virtio-mem-early")
+    late = section(4, 12, b"0123456789", "virtio-mem-early")  # where QEMU 10 puts it
     start = section(1, 2, sizes({BLOCK: PAGES * PAGE}) + u64(EOS_FLAG), "ram")
     end = section(3, 2, whole() + u64(EOS_FLAG))
-    data = stream(configuration(), early, bitmap, start, proxmox, disk, section(2, 7, b"\x01"), unknown, end, b"\0")
+    data = stream(
+        configuration(), early, bitmap, start, late, proxmox, disk, section(2, 7, b"\x01"), unknown, end, b"\0"
+    )
     memory = open_bytes(data)
     assert memory.read(0, PAGES * PAGE) == expected_whole()
-    assert sum("passed by its footer" in note for note in memory.layout.notes) == 2
+    assert sum("passed by its footer" in note for note in memory.layout.notes) == 3
 
 
 def test_a_section_without_an_end_in_sight_is_named() -> None:
@@ -287,6 +290,7 @@ def test_mapped_ram_outside_of_the_file_is_refused(place: int) -> None:
         (stream(configuration(), ram(sizes({BLOCK: PAGE}))[:-1] + b"\x55"), FormatError),
         (stream(configuration(), b"\x55"), FormatError),
         (stream(configuration(), b"\0"), FormatError),
+        (stream(configuration(), section(1, 2, sizes({BLOCK: PAGE}) + u64(EOS_FLAG), "ram"), b"\0"), FormatError),
     ],
 )  # fmt: skip
 def test_a_stream_that_contradicts_the_grammar_is_refused(data: bytes, error: type[Qcow2Error]) -> None:
@@ -453,12 +457,24 @@ def test_nodes_take_the_blocks_of_their_size_whatever_their_names_and_order() ->
     assert memory.layout.unplaced == ("/rom@etc/acpi/tables",)
 
 
-def test_nodes_of_one_size_are_ordered_by_name_and_the_assumption_is_told() -> None:
+def test_nodes_of_one_size_keep_the_order_of_the_stream_and_the_assumption_is_told() -> None:
     blocks = {f"ram-node{n}": 256 * MiB for n in (1, 10, 2, 0)}
     tables = srat(*((n, n * 256 * MiB, 256 * MiB, 1) for n in range(4)))
     memory = laid_out(blocks, clock=cmos(GiB, 0), tables=tables)
+    assert [region.block for region in memory.regions] == ["ram-node1", "ram-node10", "ram-node2", "ram-node0"]
+    assert memory.layout.assumptions == ("blocks of one size are taken to lie in the order they were made",)
+
+
+def test_blocks_nobody_orders_are_taken_by_name_in_the_order_people_count() -> None:
+    memory = laid_out({f"ram-node{n}": 256 * MiB for n in (1, 10, 2, 0)}, clock=cmos(GiB, 0))
     assert [region.block for region in memory.regions] == ["ram-node0", "ram-node1", "ram-node2", "ram-node10"]
-    assert memory.layout.assumptions
+    assert (memory.layout.order, len(memory.layout.assumptions)) == ("names", 1)
+
+
+def test_more_memory_than_an_amd_guest_has_below_its_hole_is_an_assumption() -> None:
+    memory = laid_out({BLOCK: 1 << 40}, clock=cmos(2 * GiB, (1 << 40) - 2 * GiB))
+    assert memory.regions[1].address == 4 * GiB
+    assert "AMD" in memory.layout.assumptions[0]
 
 
 def test_memory_above_4_gib_lies_where_the_srat_has_it() -> None:
@@ -474,7 +490,7 @@ def test_modules_lie_in_the_window_and_non_volatile_ones_where_the_srat_has_them
     assert [(region.address, region.block) for region in memory.regions] == [
         (0, BLOCK), (6 * GiB, "dimm1"), (7 * GiB, "dimm2"), (20 * GiB, "nv")
     ]  # fmt: skip
-    assert memory.layout.assumptions == ("memory modules are taken to lie in the order of their names",)
+    assert memory.layout.assumptions == ("memory modules are taken to lie in the order they were made",)
 
 
 def test_offsets_of_a_stream_that_tells_them_decide_the_order() -> None:

@@ -71,6 +71,21 @@ MACHINES = {
             ((2 * GiB - MiB, 2 * MiB), (3 * GiB - 2 * MiB, MiB), (4 * GiB, MiB), (6 * GiB - MiB, MiB)),
         ),
         Machine(
+            "numa-equal",
+            (
+                *("-M", "q35", "-m", "256"),
+                *memory_backend("zz", "128M"),
+                *memory_backend("aa", "128M"),
+                *("-numa", "node,memdev=aa", "-numa", "node,memdev=zz"),
+            ),
+            ((100 * MiB, MiB), (200 * MiB, MiB)),
+        ),
+        Machine(
+            "amd-above-1T",
+            ("-M", "q35", "-m", "5G,maxmem=1100G,slots=2", "-cpu", "EPYC,phys-bits=42"),
+            ((1024 * GiB + MiB, MiB),),
+        ),
+        Machine(
             "memfd-odd-id",
             ("-M", "q35,memory-backend=od.d-7_x", "-m", "256", *memory_backend("od.d-7_x", "256M", "memfd")),
             ((33 * MiB, MiB),),
@@ -196,6 +211,22 @@ def test_hot_plugged_module_is_placed_where_the_machine_has_it(tmp_path: Path) -
             for region in memory.regions:
                 pages = differing_pages(memory, region.address, guest.memory_file(region.address, region.length))
                 assert allowed(machine, pages)
+
+
+def test_memory_of_virtio_mem_is_placed_and_what_is_not_plugged_is_not_valid(tmp_path: Path) -> None:
+    args = ("-M", "q35", "-m", "256M,maxmem=2G,slots=1", *memory_backend("vm0", "512M"))
+    machine = Machine("virtio-mem", (*args, "-device", "virtio-mem-pci,memdev=vm0,requested-size=128M"))
+    with running(machine, tmp_path) as guest:
+        guest.ask("stop")
+        (device,) = guest.ask("query-memory-devices")
+        guest.save("one")
+        with open_guest_memory(guest.disk) as memory:
+            region = next(region for region in memory.regions if region.block.endswith("/vm0"))
+            assert (region.address, region.length) == (device["data"]["memaddr"], 512 * MiB)
+            assert not memory.is_valid(region.address)
+            assert memory.missing == 512 * MiB
+            assert not memory.layout.assumptions
+            assert allowed(machine, differing_pages(memory, 0, guest.memory_file(0, 256 * MiB)))
 
 
 def test_live_stream_with_repeated_pages_equals_the_memory_it_ended_with(tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
     cpus = states.cpus() if states else ()
     cmos = states.clock_ram() if states else None
     hint = cpus[0].architecture if cpus else ""
-    architecture, placed, regions = layout.place(stream.machine, blocks, cmos, read_block, hint)
+    bodies = [*stream.early, *(states.bodies("virtio-mem") if states else ())]
+    facts = layout.Facts(stream.machine, blocks, cmos, read_block, hint, bodies)
+    architecture, placed, regions = layout.place(facts)
     notes = [*placed.notes, *(printable(note) for note in stream.notes)]
     if ram.ignore_shared:
         notes.append("shared memory was left out of the stream (x-ignore-shared)")

@@ -89,6 +89,10 @@ class DeviceStates:
         start = device.offset - self.offset
         return self.data[start : start + device.length]
 
+    def bodies(self, words: str) -> list[tuple[str, bytes]]:
+        """Return names and bytes of the sections whose names hold ``words``."""
+        return [(device.name, self.body(device)) for device in self.devices if words in device.name]
+
     def clock_ram(self) -> bytes | None:
         """Return the 128 bytes of CMOS from the RTC section; it starts with them, whatever its age."""
         for device in self.devices:

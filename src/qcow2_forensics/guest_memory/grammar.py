@@ -7,7 +7,7 @@
     08 command         code, length, payload
     01 start           id, name, instance, version, body, [7e id]
     02 part, 03 end    id, body, [7e id]
-    04 full            a device: the RAM is complete
+    04 full            a device: the first after RAM has ended is where we stop
     00 end of stream
 """
 
@@ -28,6 +28,7 @@ END, START, PART, LAST, FULL = 0x00, 0x01, 0x02, 0x03, 0x04
 SUBSECTION, DESCRIPTION, CONFIGURATION, COMMAND, FOOTER = 0x05, 0x06, 0x07, 0x08, 0x7E
 
 _SKIP = 1 << 16  # bytes searched at once for the end of a section nobody describes
+_EARLY_BYTES = 1 << 16  # kept of a device written before RAM; what is wanted stands at its beginning
 _BLOCK_MIGRATION_BYTES = 1 << 20  # disk bytes in one record of the "block" section
 
 
@@ -39,6 +40,8 @@ class Stream:
     machine: str = ""
     capabilities: tuple[str, ...] = ()
     devices_offset: int = 0
+    early: list[tuple[str, bytes]] = field(default_factory=list)
+    """Devices that were written before RAM, by name: virtio-mem, since QEMU 8."""
     complete: bool = True
     notes: list[str] = field(default_factory=list)
 
@@ -63,6 +66,7 @@ class _Walker:
         self.limits = limits
         self.stream = Stream(RamRecords(limits))
         self._names: dict[int, str] = {}
+        self._ram_ended = False
 
     def walk(self) -> None:
         cursor = self.cursor
@@ -70,36 +74,40 @@ class _Walker:
             raise broken("no QEVM magic", 0)
         if (version := cursor.uint(4)) != VERSION:
             raise Unsupported(f"migration stream version {version}")
-        while True:
-            at = cursor.position
-            kind = cursor.uint(1)
-            if kind == CONFIGURATION:
-                self._configuration()
-            elif kind == COMMAND:
-                cursor.skip(2)
-                cursor.skip(cursor.uint(2))
-            elif kind in (START, FULL):
-                number = cursor.uint(4)
-                name = cursor.name()
-                cursor.take(8)  # instance and version
-                if kind == FULL:
-                    if self.stream.ram.blocks:
-                        self.stream.devices_offset = at
-                        return
-                    self._skip_to_footer(number, name)  # a device that must be known before RAM: virtio-mem
-                    continue
+        while not self._section():
+            pass
+
+    def _section(self) -> bool:
+        """Read one section; tell whether RAM is complete and its devices begin here."""
+        cursor = self.cursor
+        at = cursor.position
+        kind = cursor.uint(1)
+        if kind == CONFIGURATION:
+            self._configuration()
+        elif kind == COMMAND:
+            cursor.skip(2)
+            cursor.skip(cursor.uint(2))
+        elif kind in (END, FULL) and self._ram_ended:
+            self.stream.devices_offset = at
+            return True
+        elif kind in (START, FULL):
+            number = cursor.uint(4)
+            name = cursor.name()
+            cursor.take(8)  # instance and version
+            if kind == FULL:
+                self._early_device(number, name)
+            else:
                 self._names[number] = name
                 self._body(number, name)
-            elif kind in (PART, LAST):
-                number = cursor.uint(4)
-                if number not in self._names:
-                    raise broken(f"part of unknown section {number}", at)
-                self._body(number, self._names[number])
-            elif kind == END:
-                self.stream.devices_offset = at
-                return
-            else:
-                raise broken(f"unknown section type {kind:#x}", at)
+        elif kind in (PART, LAST):
+            number = cursor.uint(4)
+            if number not in self._names:
+                raise broken(f"part of unknown section {number}", at)
+            self._body(number, self._names[number])
+            self._ram_ended |= kind == LAST and self._names[number] == "ram"
+        else:
+            raise broken("end before that of the RAM" if kind == END else f"unknown section type {kind:#x}", at)
+        return False
 
     def _configuration(self) -> None:
         cursor, ram = self.cursor, self.stream.ram
@@ -159,6 +167,13 @@ class _Walker:
                 cursor.skip(0 if flags & 0x08 else _BLOCK_MIGRATION_BYTES)
             elif flags != 0x04:
                 raise broken(f"disk record with unknown flags {flags:#x}", at)
+
+    def _early_device(self, number: int, name: str) -> None:
+        """Keep a device that had to be known before RAM."""
+        begin = self.cursor.position
+        self._skip_to_footer(number, name)
+        length = min(self.cursor.position - 5 - begin, _EARLY_BYTES)
+        self.stream.early.append((name, self.cursor.source.read(begin, length)))
 
     def _skip_to_footer(self, number: int, name: str) -> None:
         """Pass a section of unknown content: its footer names it, and a section type follows."""

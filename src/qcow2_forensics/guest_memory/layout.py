@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..errors import printable
 from ..limits import GiB, KiB, MiB
 from .model import Block, Layout, Region
+from .modules import Decision, natural, plugged, virtio_mem
 from .srat import Affinity, memory_affinities
 
 FOUR_GIB: Final = 4 * GiB
 _DEFAULT_NAMES = ("pc.ram", "microvm.ram", "mach-virt.ram")
 _HOLE = 0xA0000, 0x100000  # QEMU leaves this out of node 0 in the SRAT
+_RESET_VECTOR = re.compile(rb"\xea....\d\d/\d\d/\d\d", re.DOTALL)
+_RELOCATED = 900 * GiB  # from about here QEMU keeps an AMD guest's RAM clear of the HyperTransport hole
 _ADDRESSES = 1 << 52  # the guest-physical address space of x86-64 and aarch64
-_ALIGN_MODULE = 2 * MiB
 
 # Where RAM starts on machines that are not PCs.
 _BASES = (
@@ -37,58 +38,54 @@ _NOT_RAM = re.compile(
 )
 
 
-@dataclass(slots=True)
-class _Decision:
-    method: str = "none"
-    order: str = "single"
-    below: int = 0
-    above: int = 0
-    above_base: int = FOUR_GIB
-    notes: list[str] = field(default_factory=list)
-    assumptions: list[str] = field(default_factory=list)
+class Facts(NamedTuple):
+    """What a stream offers as evidence."""
+
+    machine: str
+    blocks: Sequence[Block]
+    cmos: bytes | None
+    read_block: Callable[[str, int, int], bytes]
+    architecture: str = ""
+    """What the processors in the stream are, "" when it has none."""
+    bodies: Sequence[tuple[str, bytes]] = ()
+    """Device sections that hold virtio-mem: name and bytes."""
 
 
-def place(
-    machine: str,
-    blocks: Sequence[Block],
-    cmos: bytes | None,
-    read_block: Callable[[str, int, int], bytes],
-    architecture: str = "",
-) -> tuple[str, Layout, tuple[Region, ...]]:
+def place(facts: Facts) -> tuple[str, Layout, tuple[Region, ...]]:
     """Return the architecture, how the layout was decided, and the regions in order of address."""
-    made = _Decision()
-    ranges = memory_affinities(blocks, read_block)
+    machine, blocks, made = facts.machine, facts.blocks, Decision()
+    ranges = memory_affinities(blocks, facts.read_block)
     if ranges:
         made.notes.append(f"the SRAT names {len(ranges)} memory ranges")
     candidates = [block for block in blocks if block.size and not _NOT_RAM.fullmatch(block.name)]
-    system = _system_blocks(candidates, ranges, cmos, made)
+    system = _system_blocks(candidates, ranges, facts, made)
     total = sum(block.size for block in system)
-    architecture, base = _architecture(machine, cmos, architecture, blocks)
+    architecture, base = _architecture(facts)
     if not system or (not architecture and not ranges):
         made.notes.append(f"machine type {printable(machine)!r} is not known, no block is placed")
         return architecture, _layout(made, blocks, ()), ()
     if architecture == "x86":
-        _split(machine, total, cmos, ranges, made)
+        _split(machine, total, facts.cmos, ranges, made)
         spans = [(0, made.below), (made.above_base, made.above)]
     else:
-        if not architecture:
-            base = min(item.base for item in ranges)
-            made.method = "srat"
-            made.notes.append(f"RAM starts at {base:#x}, the lowest address of the SRAT")
-        else:
-            made.method = "machine"
+        made.method = "machine" if architecture else "srat"
+        if architecture:
             made.notes.append(f"RAM starts at {base:#x} on machine type {printable(machine)!r}")
+        else:
+            base = min(item.base for item in ranges)
+            made.notes.append(f"RAM starts at {base:#x}, the lowest address of the SRAT")
         spans = [(base, total)]
         made.above = total
     regions = _tile(system, spans)
     end = max(region.end for region in regions)
-    regions += _modules([block for block in candidates if block not in system], ranges, end, made)
+    regions += plugged([block for block in candidates if block not in system], ranges, end, made)
+    regions += virtio_mem(blocks, facts.bodies, made)
     regions = _apart(regions, made)
     _check(regions, ranges, made)
     return architecture, _layout(made, blocks, regions), tuple(regions)
 
 
-def _layout(made: _Decision, blocks: Sequence[Block], regions: Sequence[Region]) -> Layout:
+def _layout(made: Decision, blocks: Sequence[Block], regions: Sequence[Region]) -> Layout:
     placed = {region.block for region in regions}
     return Layout(
         method=made.method,
@@ -101,7 +98,9 @@ def _layout(made: _Decision, blocks: Sequence[Block], regions: Sequence[Region])
     )
 
 
-def _architecture(machine: str, cmos: bytes | None, architecture: str, blocks: Sequence[Block]) -> tuple[str, int]:
+def _architecture(facts: Facts) -> tuple[str, int]:
+    """Return the architecture and where its RAM starts."""
+    machine, blocks = facts.machine, facts.blocks
     for pattern, name, base in _BASES:
         if pattern.match(machine):
             return name, base
@@ -110,12 +109,12 @@ def _architecture(machine: str, cmos: bytes | None, architecture: str, blocks: S
     if any(block.name.startswith("riscv_virt_board") for block in blocks):
         return "riscv", 2 * GiB
     pc = re.match(r"pc|q35|microvm|rhel|isapc|xenfv", machine) or any(block.name == "pc.bios" for block in blocks)
-    return ("x86", 0) if cmos is not None or pc or architecture == "x86" else (architecture, 0)
+    if facts.cmos is not None or pc or facts.architecture == "x86":
+        return "x86", 0
+    return facts.architecture, 0
 
 
-def _system_blocks(
-    candidates: list[Block], ranges: Sequence[Affinity], cmos: bytes | None, made: _Decision
-) -> list[Block]:
+def _system_blocks(candidates: list[Block], ranges: Sequence[Affinity], facts: Facts, made: Decision) -> list[Block]:
     """Choose the blocks the machine started with, in the order of their addresses."""
     named = [block for block in candidates if block.name in _DEFAULT_NAMES]
     if len(named) == 1:
@@ -124,15 +123,14 @@ def _system_blocks(
     if len(candidates) == 1:
         made.notes.append(f"block {printable(candidates[0].name)!r} is the only one that can be RAM")
         return candidates
-    offsets = _by_offsets(candidates)
-    if offsets:
+    if offsets := _by_offsets(candidates):
         made.order = "offsets"
         made.notes.append("the stream tells where each block lies")
         return offsets
-    if ordered := _by_nodes(candidates, ranges, made):
+    if ordered := _by_nodes(candidates, ranges, facts, made):
         made.order = "srat"
         return ordered
-    wanted = _cmos_split(cmos)
+    wanted = _cmos_split(facts.cmos)
     for block in candidates:
         if wanted and block.size == sum(wanted):
             made.notes.append(f"block {printable(block.name)!r} has the size that CMOS tells")
@@ -140,7 +138,7 @@ def _system_blocks(
     if candidates:
         made.order = "names"
         made.assumptions.append("blocks are taken to lie in the order of their names")
-    return sorted(candidates, key=_natural)
+    return sorted(candidates, key=natural)
 
 
 def _by_offsets(candidates: list[Block]) -> list[Block]:
@@ -154,32 +152,43 @@ def _by_offsets(candidates: list[Block]) -> list[Block]:
     return [block for _, block in known] if len(known) == len(candidates) else []
 
 
-def _natural(block: Block) -> list[tuple[int, str]]:
-    """Sort ``node10`` after ``node9``."""
-    parts = re.findall(r"\d+|\D+", block.name)
-    return [(int(part), "") if part.isdecimal() and part.isascii() else (-1, part) for part in parts]
+def _by_nodes(candidates: list[Block], ranges: Sequence[Affinity], facts: Facts, made: Decision) -> list[Block]:
+    """Give every NUMA node the block of its size, nodes in order; empty when the sizes do not match.
 
-
-def _by_nodes(candidates: list[Block], ranges: Sequence[Affinity], made: _Decision) -> list[Block]:
-    """Give every NUMA node the block of its size, nodes in order; empty when the sizes do not match."""
+    The stream lists blocks by size, and those of one size in the order they were made.
+    """
     nodes: dict[int, int] = {}
     for item in ranges:
         if not item.hotplug and not item.fixed:
             nodes[item.node] = nodes.get(item.node, 0) + item.length
-    left = sorted(candidates, key=_natural)
-    chosen = []
-    for number, (node, size) in enumerate(sorted(nodes.items())):
+    left = list(candidates)
+    chosen: list[Block] = []
+    unsure = False
+    for number, (_, size) in enumerate(sorted(nodes.items())):
         wanted = {size, size + _HOLE[1] - _HOLE[0]} if number == 0 else {size}
         fits = [block for block in left if block.size in wanted]
         if not fits:
             return []
-        if len(fits) > 1 and len(nodes) > 1:
-            made.assumptions.append(f"of {len(fits)} blocks as large as node {node}, the first by name is taken")
+        if number == 0 and len(fits) > 1:
+            shadowed = [block for block in fits if _holds_firmware(block, facts)]
+            if len(shadowed) == 1:
+                fits = shadowed
+                made.notes.append(f"block {printable(fits[0].name)!r} holds the firmware's copy below 1 MiB")
+        unsure |= len(fits) > 1
         chosen.append(fits[0])
         left.remove(fits[0])
     if chosen:
         made.notes.append("blocks are matched to the nodes of the SRAT by their sizes")
+    if unsure:
+        made.assumptions.append("blocks of one size are taken to lie in the order they were made")
     return chosen
+
+
+def _holds_firmware(block: Block, facts: Facts) -> bool:
+    """Tell whether a PC's reset jump and the date after it stand 16 bytes below 1 MiB of the block."""
+    if block.size < _HOLE[1]:
+        return False
+    return _RESET_VECTOR.match(facts.read_block(block.name, _HOLE[1] - 16, 16)) is not None
 
 
 def _cmos_split(cmos: bytes | None) -> tuple[int, int] | None:
@@ -191,7 +200,7 @@ def _cmos_split(cmos: bytes | None) -> tuple[int, int] | None:
     return low, 64 * KiB * int.from_bytes(cmos[0x5B:0x5E], "little")
 
 
-def _split(machine: str, total: int, cmos: bytes | None, ranges: Sequence[Affinity], made: _Decision) -> None:
+def _split(machine: str, total: int, cmos: bytes | None, ranges: Sequence[Affinity], made: Decision) -> None:
     """Decide how much of x86 RAM lies below the PCI hole."""
     split = _cmos_split(cmos)
     if split and split[0] <= total and split[0] < FOUR_GIB and (total - sum(split)) % (1 << 40) == 0:
@@ -208,6 +217,8 @@ def _split(machine: str, total: int, cmos: bytes | None, ranges: Sequence[Affini
     if made.above and high and min(high) != FOUR_GIB:
         made.above_base = min(high)
         made.notes.append(f"the SRAT puts the RAM above 4 GiB at {made.above_base:#x}")
+    elif not high and total > _RELOCATED:
+        made.assumptions.append("RAM above 4 GiB is taken to start there; with an AMD processor it may at 1 TiB")
 
 
 def _table(machine: str, total: int) -> int:
@@ -240,42 +251,7 @@ def _tile(blocks: Sequence[Block], spans: Sequence[tuple[int, int]]) -> list[Reg
     return regions
 
 
-def _modules(left: Sequence[Block], ranges: Sequence[Affinity], end: int, made: _Decision) -> list[Region]:
-    """Place plugged memory modules into the hot-plug window."""
-    regions = []
-    fixed = [item for item in ranges if item.fixed]
-    windows = [item for item in ranges if item.hotplug and not item.fixed]
-    waiting = []
-    for block in sorted(left, key=_natural):
-        exact = next((item for item in fixed if item.length <= block.size < item.length + 2 * MiB), None)
-        if exact is None:
-            waiting.append(block)
-            continue
-        fixed.remove(exact)
-        regions.append(Region(exact.base, exact.length, block.name, 0))
-        made.notes.append(f"module {printable(block.name)!r} lies where the SRAT has it, at {exact.base:#x}")
-    if not waiting:
-        return regions
-    if windows:
-        address, room = windows[0].base, sum(item.length for item in windows)
-        made.notes.append(f"the hot-plug window of the SRAT starts at {address:#x}")
-    else:
-        address, room = -(-max(end, FOUR_GIB) // GiB) * GiB, 1 << 60
-        made.assumptions.append(f"no hot-plug window is described; it is taken to start at {address:#x}")
-    if len(waiting) > 1:
-        made.assumptions.append("memory modules are taken to lie in the order of their names")
-    for block in waiting:
-        if block.size <= room:
-            regions.append(Region(address, block.size, block.name, 0))
-            made.notes.append(
-                f"module {printable(block.name)!r} is placed at {address:#x}, the next place in the window"
-            )
-            step = -(-block.size // _ALIGN_MODULE) * _ALIGN_MODULE
-            address, room = address + step, room - step
-    return regions
-
-
-def _apart(regions: Sequence[Region], made: _Decision) -> list[Region]:
+def _apart(regions: Sequence[Region], made: Decision) -> list[Region]:
     """Sort by address, leaving out what a nonsensical SRAT puts on top of other RAM or nowhere."""
     kept: list[Region] = []
     for region in sorted(regions):
@@ -286,7 +262,7 @@ def _apart(regions: Sequence[Region], made: _Decision) -> list[Region]:
     return kept
 
 
-def _check(regions: Sequence[Region], ranges: Sequence[Affinity], made: _Decision) -> None:
+def _check(regions: Sequence[Region], ranges: Sequence[Affinity], made: Decision) -> None:
     """Hold the result against the SRAT, which knows every address but not the blocks."""
     fixed = [item for item in ranges if not item.hotplug]
     if not fixed or not regions:
