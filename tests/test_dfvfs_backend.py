@@ -18,15 +18,15 @@ import pytest
 
 pytest.importorskip("dfvfs")
 
-from dfvfs.helpers import volume_scanner  # noqa: E402
-from dfvfs.lib import errors as dfvfs_errors  # noqa: E402
-from dfvfs.path import factory  # noqa: E402
-from dfvfs.resolver import context, resolver  # noqa: E402
-from dfvfs.serializer import json_serializer  # noqa: E402
+from dfvfs.helpers import volume_scanner
+from dfvfs.lib import errors as dfvfs_errors
+from dfvfs.path import factory
+from dfvfs.resolver import context, resolver
+from dfvfs.serializer import json_serializer
 
-import dfvfs_qcow2  # noqa: E402
-from dfvfs_qcow2 import opening  # noqa: E402
-from tests import plaso_tools, qemu  # noqa: E402
+import dfvfs_qcow2
+from dfvfs_qcow2 import opening
+from tests import plaso_tools, qemu
 
 NewPathSpec = factory.Factory.NewPathSpec
 STOCK_ENVIRONMENT = plaso_tools.environment(active=False)

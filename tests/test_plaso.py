@@ -1,0 +1,172 @@
+"""plaso's real tools on QCOW images, with workers; what they say is printed by the stock psort and pinfo.
+
+The disk is made by mke2fs and its images by qemu-img; the raw disk says what the events are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("plaso")
+pytest.importorskip("dfvfs")
+
+from tests import plaso_tools, qemu
+from tests.conftest import EvidenceCase
+from tests.plaso_tools import Variant, log2timeline, run_tool
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    qemu.need()
+    qemu.need("mke2fs")
+    return plaso_tools.make_disk(tmp_path_factory.mktemp("disk"), files=40)
+
+
+@pytest.fixture(scope="module")
+def raw_lines(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What psort prints of the raw disk, read without our package."""
+    run = log2timeline(Variant(disk), tmp_path_factory.mktemp("raw"), active=False)
+    assert run.rc == 0
+    assert len(run.lines) > 3000
+    return run.lines
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_events_of_images_are_those_of_the_raw_disk(
+    start_method: str, disk: Path, raw_lines: list[str], tmp_path: Path
+) -> None:
+    # One telling image per way to start workers; benchmarks/dfvfs.py runs all of them.
+    name = {"fork": "zlib, version 3", "spawn": "LUKS", "forkserver": "qcow2 inside ext4"}[start_method]
+    if name == "LUKS":
+        pytest.importorskip("cryptography")
+    variant = plaso_tools.VARIANTS[name](tmp_path, disk)
+    run = log2timeline(variant, tmp_path / "out", start_method=start_method)
+    assert run.rc == 0, run.output
+    assert plaso_tools.evidence_lines(run.lines) == raw_lines
+
+
+def test_unreadable_data_is_an_extraction_warning_and_the_run_goes_on(
+    disk: Path, raw_lines: list[str], tmp_path: Path
+) -> None:
+    import qcow2_forensics
+
+    # Clusters as large as the file system's blocks, and the L2 entry of one block of one log beyond any file.
+    path = tmp_path / "damaged.qcow2"
+    qemu.convert(disk, path, fmt="raw", target_format="qcow2", target_options={"cluster_size": 4096})
+    block = disk.read_bytes().index(b"message 1000\n")
+    with qcow2_forensics.open_disk(path) as opened:
+        entry = opened.mapping.entry_offset(block)
+    assert entry is not None
+    with path.open("r+b") as file:
+        file.seek(entry)
+        file.write((1 << 63 | 1 << 40).to_bytes(8, "big"))
+    run = log2timeline(Variant(path), tmp_path / "out")
+    assert run.rc == 0, run.output
+    missing = set(raw_lines) - set(run.lines)
+    assert missing
+    assert all("/var/log/syslog" in line or "program[" in line for line in missing)
+    assert not set(run.lines) - set(raw_lines)
+    warnings = plaso_tools.warnings(run.storage)
+    extraction, _, preprocessing = warnings.partition("Preprocessing warning: 0")
+    assert "location: /var/log/syslog\n" in extraction
+    assert "past the" in extraction
+    assert "QCOW2-" in preprocessing  # the audit has seen it too
+
+
+def test_snapshots_asked_for_are_in_the_timeline_by_name(evidence: EvidenceCase, tmp_path: Path) -> None:
+    run = log2timeline(Variant(evidence.image), tmp_path, "--qcow_snapshots", "all")
+    assert run.rc == 0, run.output
+
+    def prefixes(name: str) -> set[str]:
+        return {line.split(",")[6].split(":", 1)[0] for line in run.lines if name in line}
+
+    assert prefixes(".cache_helper") == {"QCOW2-SNAPSHOT2[during-incident]"}
+    assert prefixes("secret_key.txt") == {"QCOW2-SNAPSHOT1[before-incident]"}
+    assert prefixes("readme.txt") == {"EXT"}
+    times = [line for line in run.lines if ",Snapshot Creation Time," in line]
+    assert len(times) == 2
+    assert "name: before-incident" in times[0]
+    assert "QCOW2-SNAPSHOT-VMSTATE" in plaso_tools.warnings(run.storage)
+    worded = plaso_tools.psort(run.storage, tmp_path / "worded.csv", active=True)
+    assert plaso_tools.evidence_lines(worded) == plaso_tools.evidence_lines(run.lines)
+    assert sum("Internal snapshot 2 of a QCOW image Name: during-incident" in line for line in worded) == 1
+
+
+@pytest.fixture
+def image_with_snapshot(disk: Path, tmp_path: Path) -> Path:
+    path = plaso_tools.VARIANTS["plain qcow2"](tmp_path, disk).path
+    qemu.snapshot(path, "quarter ../end")
+    return path
+
+
+def test_a_hint_tells_of_snapshots_that_nobody_asked_for(image_with_snapshot: Path, tmp_path: Path) -> None:
+    run = log2timeline(
+        Variant(image_with_snapshot), tmp_path / "out", "--parsers", "filestat", "--hashers", "none", workers=1
+    )
+    assert run.rc == 0, run.output
+    assert "1 internal snapshot(s)" in run.output
+    assert "--qcow_snapshots all" in run.output
+    assert "1: quarter ../end (ID 1, " in run.output
+
+
+def test_image_export_keeps_the_files_of_each_snapshot_apart(image_with_snapshot: Path, tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    options = ("-u", "--no_hashes", "--include_duplicates", "--names", "syslog", "--qcow_snapshots", "quarter ../end")
+    done = run_tool("image_export", *options, "-w", target, image_with_snapshot, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    assert files == ["qcow2-snapshot1-quarter_.._end/var/log/syslog", "var/log/syslog"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("4", "no snapshot '4'; the image holds: 1: ID 1"), ("3..1", "unsupported snapshot range")]
+)
+def test_wrong_snapshot_options_are_one_sentence(
+    value: str, words: str, image_with_snapshot: Path, tmp_path: Path
+) -> None:
+    run = log2timeline(Variant(image_with_snapshot), tmp_path / "out", "--qcow_snapshots", value)
+    assert run.rc == 1
+    assert words in run.output
+    assert "Traceback" not in run.output
+
+
+def test_what_cannot_be_processed_is_one_sentence(disk: Path, tmp_path: Path) -> None:
+    luks = plaso_tools.VARIANTS["LUKS"](tmp_path, disk).path
+    missing = tmp_path / "missing.qcow2"
+    qemu.create(missing, plaso_tools.SIZE)
+    qemu.img("rebase", "-u", "-f", "qcow2", "-b", "gone.raw", "-F", "raw", missing)
+    for path, words in ((luks, "Encrypted volume found"), (missing, "gone.raw' is missing")):
+        run = log2timeline(Variant(path), tmp_path / "out")
+        assert run.rc == 1
+        assert words in run.output
+        assert "Traceback" not in run.output
+
+
+def test_the_package_runs_plasos_tools(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-P", "-m", "dfvfs_qcow2"]
+    environment = plaso_tools.environment()
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=120,
+        )
+
+    helped = run("log2timeline.py", "--help")
+    assert helped.returncode == 0
+    assert "--qcow_snapshots" in helped.stdout
+    wrong = run("frobnicate")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("usage: ")
