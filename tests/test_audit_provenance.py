@@ -1,0 +1,151 @@
+"""Findings about the writer of an image: each code fires on its trigger and not on the near miss."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qcow2_forensics.audit import audit
+from qcow2_forensics.findings import Finding, Severity
+from qcow2_forensics.image import Image
+from tests import qemu
+from tests.image_builder import EXT_FEATURE_NAMES, Poke, base_b
+
+pytestmark = qemu.requires_qemu
+Recipe = Callable[[Path], object]
+ROW = 48
+TABLE_AT = 112  # the first extension of a version 3 header without backing file
+
+
+def found(path: Path, code: str, depth: str = "standard") -> list[Finding]:
+    report = audit(path, depth)
+    assert not [finding for finding in report if finding.code == "QCOW2-AUDIT-INCOMPLETE"], report.to_json()
+    return [finding for finding in report if finding.code == f"QCOW2-{code}"]
+
+
+def severity(path: Path, code: str, depth: str = "standard") -> Severity | None:
+    return max((finding.severity for finding in found(path, code, depth)), default=None)
+
+
+def poked(edit: Callable[[Poke], object]) -> Recipe:
+    return lambda path: edit(Poke(base_b(path)))
+
+
+def extension(kind: int, data: bytes) -> Recipe:
+    return poked(lambda p: p.names([(kind, data)]))
+
+
+def created(**options: object) -> Recipe:
+    return lambda path: qemu.create(path, "8M", **options)
+
+
+def written(path: Path) -> None:
+    qemu.create(path, "4M")
+    qemu.io(path, "write -P 7 0 4M")
+
+
+T = Severity
+CASES: list[tuple[str, Recipe, Severity | None]] = [
+    ("FEATURE-TABLE-ODD", poked(lambda p: p.write(TABLE_AT + 8 + 2, b"renamed")), T.LOW),
+    ("FEATURE-TABLE-ODD", poked(lambda p: p.u8(TABLE_AT + 8 + 1, 60)), T.LOW),
+    ("FEATURE-TABLE-ODD", poked(lambda p: p.u32(TABLE_AT + 4, 8 * ROW - 8)), T.LOW),
+    ("FEATURE-TABLE-ODD", base_b, None),
+    ("UNKNOWN-INCOMPATIBLE", poked(lambda p: p.u64(72, 1 << 40)), T.HIGH),
+    ("UNKNOWN-INCOMPATIBLE", created(extended_l2="on", compression_type="zstd"), None),
+    ("UNKNOWN-COMPATIBLE", poked(lambda p: p.u8(86, 1)), T.LOW),
+    ("UNKNOWN-COMPATIBLE", created(lazy_refcounts="on"), None),
+    ("UNKNOWN-EXTENSION", extension(0xDEADBEEF, b"\x01\x02\x03\x04"), T.LOW),
+    ("UNKNOWN-EXTENSION", extension(0xDEADBEEF, b"meet me at noon"), T.MEDIUM),
+    ("UNKNOWN-EXTENSION", extension(0xDEADBEEF, bytes(range(1, 256)) * 2), T.MEDIUM),
+    ("UNKNOWN-EXTENSION", base_b, None),
+    ("PREALLOCATED", created(preallocation="metadata"), T.INFO),
+    ("PREALLOCATED", created(preallocation="full"), T.INFO),
+    ("PREALLOCATED", written, None),
+    ("PREALLOCATED", created(), None),
+    ("QCOW1-MTIME", lambda path: Poke(qemu.create(path, "1M", fmt="qcow")).u32(20, 1_000_000_000), T.INFO),
+    ("QCOW1-MTIME", lambda path: qemu.create(path, "1M", fmt="qcow"), None),
+    ("WRITER-PROFILE", base_b, T.INFO),
+    ("FEATURES", created(cluster_size="4k", refcount_bits=1), T.INFO),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "recipe", "expected"),
+    CASES,
+    ids=[f"{code}-{wanted.name if wanted else 'absent'}" for code, _, wanted in CASES],
+)
+def test_code_fires_on_its_trigger_only(tmp_path: Path, code: str, recipe: Recipe, expected: Severity | None) -> None:
+    path = tmp_path / "disk.qcow2"
+    recipe(path)
+    assert severity(path, code) == expected
+
+
+NAMES = (
+    (0, 0, b"dirty bit"),
+    (0, 1, b"corrupt bit"),
+    (1, 0, b"lazy refcounts"),
+    (0, 2, b"external data file"),
+    (0, 3, b"compression type"),
+    (2, 0, b"bitmaps"),
+    (2, 1, b"raw external data"),
+    (0, 4, b"extended L2 entries"),
+)
+
+
+def table(rows: int) -> bytes:
+    return b"".join(struct.pack(">BB46s", *row) for row in NAMES[:rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "reading"),
+    [(3, "1.7 to 3.x"), (4, "4.0 to 5.0"), (7, "QEMU 5.1"), (8, "QEMU 5.2 or later"), (5, "unknown writer")],
+)
+def test_writer_is_read_from_the_rows_of_the_feature_table(tmp_path: Path, rows: int, reading: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    extension(EXT_FEATURE_NAMES, table(rows))(path)
+    (finding,) = found(path, "WRITER-PROFILE")
+    assert reading in finding.title
+
+
+def test_writer_of_an_image_made_here_is_read_as_recent_qemu(tmp_path: Path) -> None:
+    (finding,) = found(base_b(tmp_path / "b.qcow2"), "WRITER-PROFILE")
+    assert finding.title.endswith("QEMU 5.2 or later")
+    told = {item.field: item for item in finding.evidence}
+    assert told["feature_table_rows"].value == 8
+    assert told["feature_table_rows"].offset == TABLE_AT
+    assert "QEMU" in str(told["layout"].value)
+
+
+def test_flag_in_a_refcount_table_points_to_its_writer(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).set_bits(0x10000, 1 << 63)
+    (finding,) = found(path, "WRITER-PROFILE")
+    assert any("tcmu-runner" in str(item.value) for item in finding.evidence)
+
+
+def test_features_tell_the_options_the_image_was_made_with(tmp_path: Path) -> None:
+    path = qemu.create(
+        tmp_path / "d.qcow2", "1M", cluster_size="16k", extended_l2="on", compression_type="zstd", refcount_bits=8
+    )
+    told = {item.field for item in found(path, "FEATURES")[0].evidence}
+    assert {"compression_type", "incompatible_features", "refcount_order", "cluster_bits"} <= told
+    assert "compression_type" not in {item.field for item in found(base_b(tmp_path / "b"), "FEATURES")[0].evidence}
+
+
+def test_features_that_are_unknown_are_named_from_the_images_own_table(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    extension(EXT_FEATURE_NAMES, struct.pack(">BB46s", 0, 40, b"holographic"))(path)
+    Poke(path).u64(72, 1 << 40)
+    values = [item.value for item in found(path, "UNKNOWN-INCOMPATIBLE")[0].evidence]
+    assert values == [hex(1 << 40), "holographic"]
+
+
+def test_version_1_images_are_read_as_qemus(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "d.qcow", "1M", fmt="qcow")
+    with Image(path) as image:
+        assert image.header.version == 1
+    (finding,) = found(path, "WRITER-PROFILE")
+    assert "version 1" in finding.title
