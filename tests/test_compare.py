@@ -145,6 +145,17 @@ def test_an_overlay_differs_from_its_backing_file_where_their_raw_exports_do(tmp
 
 
 @qemu.requires_qemu
+def test_an_overlay_over_two_pebibytes_costs_what_it_maps(tmp_path: Path) -> None:
+    base = qemu.create(tmp_path / "base.qcow2", "2P")
+    over = qemu.create(tmp_path / "over.qcow2", backing=base.name, backing_format="qcow2", cwd=tmp_path)
+    qemu.io(over, "write -P 1 1048576G 64k", "write -P 0 1048579G 64k", "write -P 2 2097151G 512")
+    with open_disk(over) as disk:
+        assert disk.backing is not None
+        found = list(compare(disk.backing, disk))
+    assert [(item.offset, item.length) for item in found] == [(1 << 50, 65536), (2097151 << 30, 512)]
+
+
+@qemu.requires_qemu
 def test_each_difference_says_what_became_of_its_range(make_image: Callable[..., Path]) -> None:
     path = make_image("disk.qcow2", "1M", "write -P 1 0 192k")
     qemu.snapshot(path, "old")
@@ -247,7 +258,7 @@ def test_two_files_with_the_same_bytes_do_not_differ(make_image: Callable[..., P
 @qemu.requires_qemu
 def test_states_of_an_encrypted_disk_compare_after_unlocking(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    path = qemu.create(tmp_path / "luks.qcow2", "1M", secret="pw")
+    path = qemu.create(tmp_path / "aes.qcow2", "1M", secret="pw", encrypt={"format": "aes"})
     qemu.io(path, "write -P 1 0 128k", secret="pw")
     qemu.snapshot(path, "old", secret="pw")
     qemu.io(path, "write -P 2 1k 512", secret="pw")

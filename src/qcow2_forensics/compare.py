@@ -152,13 +152,16 @@ def _cluster_size(layer: Layer) -> int:
 
 
 def _shared_tables(before: Layer, after: Layer) -> Callable[[int], int]:
-    """Return a function that tells how far from an offset the two states share their L2 tables."""
+    """Return a function that tells how far from an offset the L1 tables alone prove the two equal."""
     if isinstance(before, Disk) and isinstance(after, Disk) and _file(before) == _file(after):
         backing = [list(_keys(disk.backing)) for disk in (before, after)]
         unbacked = [disk.unbacked is not None for disk in (before, after)]
         if backing[0] == backing[1] and unbacked[0] == unbacked[1]:
             first, second = before.mapping, after.mapping
             return lambda offset: first.shared_until(second, offset)
+    for over, under in ((after, before), (before, after)):
+        if isinstance(over, Disk) and over.backing is not None and list(_keys(over.backing)) == list(_keys(under)):
+            return over.mapping.unmapped_until
     return lambda offset: offset
 
 

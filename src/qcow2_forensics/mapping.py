@@ -240,6 +240,18 @@ class Mapping:
             index += L1_PAGE - first
         return 2**64
 
+    def unmapped_until(self, offset: int) -> int:
+        """Return where the range without L2 tables at ``offset`` ends; ``offset`` itself in a mapped one.
+
+        Where the L1 table cannot be read the range ends: what is there is for :meth:`runs` to say.
+        """
+        try:
+            if self.l1_entry(offset // (self.slice_span * self._slices_per_table)):
+                return offset
+            return self._next_table(offset)
+        except FormatError:
+            return offset
+
     def _whole_l1_page(self, number: int) -> Slice | None:
         """Return an L1 page, empty past the table, None where the file ends inside it."""
         count = min(L1_PAGE, self.l1_size - number * L1_PAGE)

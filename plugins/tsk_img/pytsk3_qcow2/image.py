@@ -21,7 +21,7 @@ from qcow2_forensics import open_image as open_metadata
 from qcow2_forensics.disk import Disk, EofPolicy, Layer
 from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error, printable
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
-from qcow2_forensics.source import PathOrSource
+from qcow2_forensics.source import PathOrSource, as_source
 from qcow2_forensics.structures import SECTOR, Crypt, SnapshotEntry
 
 if TYPE_CHECKING:
@@ -221,10 +221,12 @@ def states(path: PathOrSource, passphrase: Passphrase = None, resolver: Resolver
 
     Each is open until the caller closes it or lets it go. ``state.state`` is what to call it.
     """
+    # One source for all of them: states of one file object must not move its position under each other.
+    origin = as_source(path) if hasattr(path, "seek") else path
     try:
-        with open_metadata(path) as image:
+        with open_metadata(origin) as image:
             entries = image.snapshots
     except Qcow2Error as error:
         raise _as_io_error(error) from error.__cause__
     for wanted in (*entries, None):
-        yield Img_Info(path, wanted, passphrase, resolver)
+        yield Img_Info(origin, wanted, passphrase, resolver)
