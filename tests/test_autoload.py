@@ -272,7 +272,7 @@ def test_finder_leaves_when_everything_awaited_has_come(stand_ins: Path) -> None
         """
         n = len(sys.meta_path)
         hook.install()
-        for name in hook.AWAITED:
+        for name in sorted(hook.AWAITED):
             assert hook.is_installed()
             __import__(name)
         assert not hook.is_installed() and len(sys.meta_path) == n
