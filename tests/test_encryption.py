@@ -275,7 +275,7 @@ SLOT0 = 208  # offset of the first key slot in the LUKS header
         ((40, b"xts-essiv:sha512\0"), q.Unsupported, "essiv:sha512 with aes"),
         ((40, b"xts\0"), q.Unsupported, "IV generator none"),
         ((72, b"whirlpool\0"), q.Unsupported, "hash whirlpool"),
-        ((108, struct.pack(">I", 0)), q.LimitExceeded, "key_bytes is 0"),
+        ((108, struct.pack(">I", 0)), q.FormatError, "key of 0 bytes"),
         ((108, struct.pack(">I", 0xFFFFFFFF)), q.LimitExceeded, "key_bytes is 4294967295"),
         ((108, struct.pack(">I", 40)), q.FormatError, "key of 40 bytes"),
         ((164, struct.pack(">I", 0)), q.FormatError, "digest_iterations is 0"),

@@ -201,7 +201,7 @@ def _check_head(header: LuksHeader, offset: int, limits: Limits) -> None:
             offset=offset,
             field="luks",
         )
-    if not 0 < header.key_bytes <= MAX_KEY_BYTES:
+    if header.key_bytes > MAX_KEY_BYTES:
         raise LimitExceeded("LUKS key_bytes", header.key_bytes, MAX_KEY_BYTES, offset=offset + 108)
     _check_iterations("LUKS mk_digest_iterations", header.mk_digest_iterations, offset + 164, limits)
 
