@@ -78,11 +78,13 @@ def run(args: argparse.Namespace) -> int:
         _files.need_pytsk3()
     with ExitStack() as stack:
         before, after = _states(args, stack)
-        progress = stack.enter_context(Progress("compare", min(before.disk.size, after.disk.size)))
-        ranges = compare(before.disk, after.disk, progress=progress.advance)
+        with Progress("compare", min(before.disk.size, after.disk.size)) as progress:
+            ranges = compare(before.disk, after.disk, progress=progress.advance)
+            if not files and args.format in ("text", "jsonl") and not sys.stdout.isatty():
+                return _print_ranges(args, before, after, ranges)
+            found = list(ranges)  # printed when the progress line is gone
         if not files and args.format in ("text", "jsonl"):
-            return _print_ranges(args, before, after, ranges)
-        found = list(ranges)
+            return _print_ranges(args, before, after, found)
         changes = _changes(args, before, after, found) if files else None
         _PRINTERS[args.format](args, before, after, found, changes)
         return _verdict(_unreadable(found))

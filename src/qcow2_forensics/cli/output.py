@@ -6,11 +6,12 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ..errors import Qcow2Error, printable
+from ..source import is_being_read
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -28,7 +29,7 @@ def human_size(count: int) -> str:
 class Progress:
     """One line on standard error, only when that is a terminal; a context manager.
 
-    ``total`` is in bytes, or in items with ``unit``.
+    ``total`` is in bytes, or in items with ``unit``; 0 when it is not known.
     """
 
     def __init__(self, label: str, total: int, *, unit: str = "bytes", stream: TextIO | None = None) -> None:
@@ -51,7 +52,11 @@ class Progress:
                 self._draw(now)
 
     def _draw(self, now: float) -> None:
-        share = self._done / self._total if self._total else 1.0
+        if not self._total:  # nobody knows how many there are
+            self._stream.write(f"\r{self._label}: {self._done} {self._unit}\x1b[K")
+            self._stream.flush()
+            return
+        share = self._done / self._total
         elapsed = max(now - self._started, 1e-9)
         if self._unit == "bytes":
             amount = f"{human_size(self._done)} of {human_size(self._total)}, {human_size(int(self._done / elapsed))}/s"
@@ -77,13 +82,32 @@ class OutputExists(Qcow2Error):
         super().__init__(f"{printable(str(path))} exists; use --force to replace it")
 
 
+class IsEvidence(Qcow2Error):
+    """An output would replace a file that is being examined."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{printable(str(path))} is part of the evidence and is not written to")
+
+
+def refuse_evidence(path: str | os.PathLike[str], evidence: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Raise :class:`IsEvidence` when ``path`` is one of ``evidence``, or any file that is open as a source."""
+    target = Path(path)
+    same = (target.exists() and Path(item).exists() and target.samefile(item) for item in evidence)
+    if is_being_read(target) or any(same):
+        raise IsEvidence(target)
+
+
 @contextlib.contextmanager
-def atomic_writer(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[BinaryIO]:
+def atomic_writer(
+    path: str | os.PathLike[str], *, force: bool = False, evidence: Iterable[str | os.PathLike[str]] = ()
+) -> Iterator[BinaryIO]:
     """Yield a binary file that gets its final name only when the block ends well.
 
-    On any exception, an interrupt included, nothing is left behind.
+    On any exception, an interrupt included, nothing is left behind. Neither ``evidence`` nor any
+    file that is open as a source is ever replaced, whatever ``force`` says.
     """
     target = Path(path)
+    refuse_evidence(target, evidence)
     if os.path.lexists(target) and not force:
         raise OutputExists(target)
     if target.exists() and not target.is_file():

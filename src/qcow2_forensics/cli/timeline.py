@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -176,7 +177,9 @@ def _print_files(args: argparse.Namespace, disk: Any, state: str) -> None:
     except NoFileSystem as error:
         print(f"qcow2-forensics: {error}", file=sys.stderr)
         return
-    with Progress(f"list {state}", 0, unit="names") as progress:
+    # On a terminal the lines themselves show how far it is.
+    stream = io.StringIO() if sys.stdout.isatty() else sys.stderr
+    with Progress(f"list {state}", 0, unit="names", stream=stream) as progress:
         for system in systems:
             for record in system.records(names=True):
                 progress.advance(1)
