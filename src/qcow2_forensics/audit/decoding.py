@@ -36,7 +36,11 @@ def undecodable(facts: Facts) -> Iterator[Evidence]:
 
 def _evidence(facts: Facts, tables: Tables, row: int, column: int, fault: str) -> Evidence:
     snapshot = snapshot_id(facts, int(tables.tree[row]))
-    entry, at, guest = int(tables.entries[row, column]), tables.entry_offset(row, column), tables.guest_offset(row, column)
+    entry, at, guest = (
+        int(tables.entries[row, column]),
+        tables.entry_offset(row, column),
+        tables.guest_offset(row, column),
+    )
     host, size = compressed_descriptor(entry, tables.cluster_bits)
     return Evidence(f"{fault} (stream at {host:#x}, {size} bytes)", entry, at, 8, "L2", guest, snapshot)
 

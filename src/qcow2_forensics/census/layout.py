@@ -104,7 +104,9 @@ def _snapshots(image: Image, layout: Layout) -> None:
         layout.reasons.append(Reason("there are too many snapshots", header.offset_of("nb_snapshots")))
         return
     if start % header.cluster_size or start + header.nb_snapshots * structures.SNAPSHOT_ENTRY_LENGTH > INT64_MAX:
-        layout.reasons.append(Reason("the snapshot table is at an impossible offset", header.offset_of("snapshots_offset")))
+        layout.reasons.append(
+            Reason("the snapshot table is at an impossible offset", header.offset_of("snapshots_offset"))
+        )
         return
     reader = _Zeros(image)
     at = start

@@ -243,7 +243,9 @@ class _Taker:
         self._refcount_blocks(most)
         return named
 
-    def _claim(self, owner: Owner, spans: list[tuple[int, int]], structure: str, trees: list[int] | None = None) -> None:
+    def _claim(
+        self, owner: Owner, spans: list[tuple[int, int]], structure: str, trees: list[int] | None = None
+    ) -> None:
         self.tally.claim(owner, spans, structure, trees)
         spans = [span for span in spans if span[1] > 0]
         offsets, lengths = np.asarray(spans, dtype=np.uint64).reshape(-1, 2).T
@@ -291,7 +293,9 @@ class _Taker:
                 self.tally.corruptions += 1
             elif offset + count * 8 > INT64_MAX:
                 self.layout.reasons.append(
-                    Reason(f"the L1 table of snapshot table entry {snapshot.number} is unreadable", snapshot.entry_offset)
+                    Reason(
+                        f"the L1 table of snapshot table entry {snapshot.number} is unreadable", snapshot.entry_offset
+                    )
                 )
             else:
                 usable.append((offset, count, snapshot.number))

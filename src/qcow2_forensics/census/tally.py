@@ -327,7 +327,13 @@ class Tally:
             self.l2_issue("beyond-eof", tables, places[beyond])
             self.highest_missing = max(self.highest_missing, int(hosts[beyond].max()))
             inside = ~beyond
-            places, rows, hosts, weights, odd = places[inside], rows[inside], hosts[inside], weights[inside], odd[inside]
+            places, rows, hosts, weights, odd = (
+                places[inside],
+                rows[inside],
+                hosts[inside],
+                weights[inside],
+                odd[inside],
+            )
         clusters = hosts >> np.uint64(self.cluster_bits)
         self._add(clusters, weights)
         self._own(tables, rows, clusters, Owner.DATA, Owner.SNAPSHOT_DATA)
@@ -453,9 +459,7 @@ class Tally:
             more = clusters < last
             clusters, last, weights, rows = clusters[more] + one, last[more], weights[more], rows[more]
 
-    def _compressed_aliases(
-        self, tables: Tables, places: Places, rows: Places, offsets: U64
-    ) -> None:
+    def _compressed_aliases(self, tables: Tables, places: Places, rows: Places, offsets: U64) -> None:
         """Note streams that two guest offsets map; a bounded memory of streams may forget some."""
         if self._descriptors is None:
             self._descriptors = np.zeros(_ALIAS_SLOTS, dtype=np.uint64)
