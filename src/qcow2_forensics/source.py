@@ -11,6 +11,7 @@ import io
 import os
 import stat
 import threading
+import weakref
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
@@ -29,6 +30,19 @@ class Source(Protocol):
     def size(self) -> int: ...
 
     def read(self, offset: int, length: int, /) -> bytes: ...
+
+
+_open_files: weakref.WeakSet[FileSource] = weakref.WeakSet()
+
+
+def is_being_read(path: str | os.PathLike[str]) -> bool:
+    """Whether this process has the file open as a source: evidence, which nothing may replace."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    wanted = (status.st_dev, status.st_ino)
+    return any(source.identity == wanted and source.fileno() >= 0 for source in _open_files)
 
 
 PathOrSource = str | os.PathLike[str] | Source | BinaryIO
@@ -60,6 +74,7 @@ class FileSource:
         except BaseException:
             self.close()
             raise
+        _open_files.add(self)
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes at ``offset``, fewer only at the end of the file."""

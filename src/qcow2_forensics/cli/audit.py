@@ -113,7 +113,7 @@ def _one(args: argparse.Namespace, path: str) -> int:
         print(f"qcow2-forensics: {missing}", file=sys.stderr)
         return EXIT_FAILED
     if args.output:
-        with atomic_writer(args.output, force=args.force) as stream:
+        with atomic_writer(args.output, force=args.force, evidence=[path]) as stream:
             stream.write(_rendered(args, report, wanted, None).encode())
     else:
         sys.stdout.write(_rendered(args, report, wanted, sys.stdout))

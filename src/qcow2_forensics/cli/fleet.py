@@ -27,7 +27,7 @@ from ..errors import Qcow2Error, printable
 from ..findings import Severity
 from ..render import render_line
 from ..resolver import Resolver
-from .output import OutputExists, Progress
+from .output import OutputExists, Progress, refuse_evidence
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
 _HEAD = 65536  # bytes of each image that go into its identity
@@ -82,10 +82,12 @@ def _output(args: argparse.Namespace, stack: ExitStack) -> tuple[TextIO, dict[st
     """Return where lines go, and what earlier runs finished: path to size and time of change."""
     if args.resume:
         path = Path(args.resume)
+        refuse_evidence(path, args.images)
         done = _finished(path)
         return stack.enter_context(path.open("a", encoding="utf-8")), done
     if args.output:
         path = Path(args.output)
+        refuse_evidence(path, args.images)
         if path.exists() and not args.force:
             raise OutputExists(path)
         return stack.enter_context(path.open("w", encoding="utf-8")), {}
@@ -99,6 +101,9 @@ def _finished(path: Path) -> dict[str, list[int]]:
         return done
     good = 0
     with path.open("rb") as stream:
+        if stream.read(1) not in (b"", b"{"):  # nothing of ours, and nothing to cut off
+            raise Qcow2Error(f"{printable(str(path))} is not a file of audit lines")
+        stream.seek(0)
         for line in stream:
             if not line.endswith(b"\n"):
                 break

@@ -110,7 +110,7 @@ def collect(image: Image) -> dict[str, Any]:
 
 
 def _field_value(header: structures.Header, name: str) -> int | str:
-    return printable(structures.MAGIC.decode("latin-1")) if name == "magic" else int(getattr(header, name))
+    return printable(structures.MAGIC) if name == "magic" else int(getattr(header, name))
 
 
 def _flags(kind: Any, value: int) -> list[str]:

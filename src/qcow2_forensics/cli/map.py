@@ -60,6 +60,8 @@ class MapEntry(NamedTuple):
 
 def entries(disk: Disk) -> Iterator[MapEntry]:
     """Yield the rows of the map, neighbours that say the same joined as QEMU joins them."""
+    if not disk.size:
+        yield MapEntry(0, 0, 0, False, False, False, None)  # an empty disk is one empty row
     pending: MapEntry | None = None
     for entry in _pieces(disk):
         if pending is not None and _joins(pending, entry):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..chain import find_snapshot, open_disk, open_vm_state
 from ..disk import Disk
-from ..errors import Locked
+from ..errors import Locked, Qcow2Error, printable
 from ..image import Image
 from ..resolver import Resolver
 from ..vm_state import VmState
@@ -92,7 +92,7 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
     for pair in args.backing_file:
         name, separator, path = pair.rpartition("=")
         if not separator:
-            raise ValueError(f"--backing-file {pair!r} is not NAME=PATH")
+            raise Qcow2Error(f"--backing-file {printable(pair)} is not NAME=PATH")
         files[name] = path
     return Resolver(folders=args.backing_dir, files=files)
 
