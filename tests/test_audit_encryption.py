@@ -1,0 +1,153 @@
+"""Findings about encryption: each code fires on its trigger and not on the near miss."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qcow2_forensics.audit import audit
+from qcow2_forensics.findings import Finding, Severity
+from qcow2_forensics.image import Image
+from tests import qemu
+from tests.image_builder import Poke, base_b
+
+pytestmark = qemu.requires_qemu
+Recipe = Callable[[Path], object]
+SECRET = "correct horse"
+
+
+def found(path: Path, code: str, depth: str = "deep") -> list[Finding]:
+    report = audit(path, depth)
+    assert not [finding for finding in report if finding.code == "QCOW2-AUDIT-INCOMPLETE"], report.to_json()
+    return [finding for finding in report if finding.code == f"QCOW2-{code}"]
+
+
+def severity(path: Path, code: str, depth: str = "deep") -> Severity | None:
+    return max((finding.severity for finding in found(path, code, depth)), default=None)
+
+
+@functools.cache
+def template(method: str) -> bytes:
+    """Return an empty encrypted image; deriving LUKS keys takes QEMU a while on a busy machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        return qemu.create(Path(folder) / "t.qcow2", "1M", secret=SECRET, encrypt={"format": method}).read_bytes()
+
+
+def luks(*commands: str) -> Recipe:
+    def make(path: Path) -> None:
+        path.write_bytes(template("luks"))
+        qemu.io(path, *(commands or ("write -P 7 0 256k",)), secret=SECRET)
+
+    return make
+
+
+def aes(*commands: str) -> Recipe:
+    def make(path: Path) -> None:
+        path.write_bytes(template("aes"))
+        qemu.io(path, *(commands or ("write -P 7 0 256k",)), secret=SECRET)
+
+    return make
+
+
+def iterations(count: int) -> Recipe:
+    def make(path: Path) -> None:
+        luks()(path)
+        with Image(path) as image:
+            place = image.crypto_header
+        assert place is not None
+        Poke(path).u32(place[0] + 208 + 4, count)
+
+    return make
+
+
+def header(edit: Callable[[Poke, int], object]) -> Recipe:
+    def make(path: Path) -> None:
+        luks()(path)
+        with Image(path) as image:
+            place = image.crypto_header
+        assert place is not None
+        edit(Poke(path), place[0])
+
+    return make
+
+
+def plain_called_encrypted(path: Path) -> None:
+    Poke(base_b(path)).u32(32, 1)
+
+
+def text_called_encrypted(path: Path) -> None:
+    plain_called_encrypted(path)
+    Poke(path).write(0x50000, b"the quick brown fox " * 3000)
+
+
+T = Severity
+CASES: list[tuple[str, Recipe, Severity | None]] = [
+    ("LEGACY-AES", aes(), T.MEDIUM),
+    ("LEGACY-AES", luks(), None),
+    ("PLAINTEXT-COMPRESSED", luks("write -P 7 0 64k", "write -c -P 0x55 64k 64k"), T.HIGH),
+    ("PLAINTEXT-COMPRESSED", aes("write -c -P 0x55 64k 64k"), T.HIGH),
+    ("PLAINTEXT-COMPRESSED", luks(), None),
+    ("PLAINTEXT-CONTENT", plain_called_encrypted, T.MEDIUM),
+    ("PLAINTEXT-CONTENT", text_called_encrypted, T.MEDIUM),
+    ("PLAINTEXT-CONTENT", luks(), None),
+    ("PLAINTEXT-CONTENT", base_b, None),
+    ("CRYPTO-HEADER-INVALID", lambda path: Poke(base_b(path)).u32(32, 2), T.HIGH),
+    ("CRYPTO-HEADER-INVALID", header(lambda p, at: p.write(at, b"SKUL")), T.HIGH),
+    ("CRYPTO-HEADER-INVALID", header(lambda p, at: p.u16(at + 6, 2)), T.HIGH),
+    ("CRYPTO-HEADER-INVALID", header(lambda p, at: p.u32(at + 208 + 44, 1)), T.HIGH),
+    ("CRYPTO-HEADER-INVALID", header(lambda p, at: p.cut(at + 100)), T.HIGH),
+    ("CRYPTO-HEADER-INVALID", luks(), None),
+    ("LUKS-DETAILS", luks(), T.INFO),
+    ("LUKS-DETAILS", aes(), None),
+    ("LUKS-ERASED-SLOT", luks(), None),
+    ("WEAK-CRYPTO", header(lambda p, at: p.write(at + 40, b"ecb\0")), T.MEDIUM),
+    ("WEAK-CRYPTO", header(lambda p, at: p.write(at + 72, b"md5\0\0\0\0")), T.MEDIUM),
+    ("WEAK-CRYPTO", iterations(999), T.MEDIUM),
+    ("WEAK-CRYPTO", iterations(1000), None),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "recipe", "expected"),
+    CASES,
+    ids=[f"{code}-{wanted.name if wanted else 'absent'}" for code, _, wanted in CASES],
+)
+def test_code_fires_on_its_trigger_only(tmp_path: Path, code: str, recipe: Recipe, expected: Severity | None) -> None:
+    path = tmp_path / "disk.qcow2"
+    recipe(path)
+    assert severity(path, code) == expected
+
+
+def test_details_are_those_qemu_reports(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    luks()(path)
+    reported = qemu.info_json(path)["format-specific"]["data"]["encrypt"]
+    told = {item.field: item.value for item in found(path, "LUKS-DETAILS")[0].evidence}
+    assert told["uuid"] == reported["uuid"]
+    assert told["cipher"] == f"aes-{reported['cipher-mode']}-{reported['ivgen-alg']}"
+    assert told["hash"] == reported["hash-alg"]
+    assert told["digest_iterations"] == reported["master-key-iters"]
+    assert told["slot_0_iterations"] == reported["slots"][0]["iters"]
+
+
+def test_slot_that_qemu_erased_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    luks()(path)
+    add = {"encrypt.new-secret": "key0", "encrypt.keyslot": 1, "encrypt.iter-time": 10, "encrypt.state": "active"}
+    qemu.amend(path, secret=SECRET, **add)
+    assert severity(path, "LUKS-ERASED-SLOT", "triage") is None
+    qemu.amend(path, secret=SECRET, **{"encrypt.keyslot": 1, "encrypt.state": "inactive"})
+    (finding,) = found(path, "LUKS-ERASED-SLOT", "triage")
+    assert [item.field for item in finding.evidence] == ["slot_1_nonzero"]
+    assert finding.severity is Severity.MEDIUM
+
+
+def test_unencrypted_compressed_clusters_are_named_by_their_entries(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    luks("write -P 7 0 64k", "write -c -P 0x55 128k 64k")(path)
+    (finding,) = found(path, "PLAINTEXT-COMPRESSED", "standard")
+    assert [item.guest_offset for item in finding.evidence] == [128 << 10]
