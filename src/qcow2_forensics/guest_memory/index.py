@@ -43,6 +43,17 @@ class RunIndex:
         """Return the number of pages the stream tells about."""
         return sum(self.pages)
 
+    def find(self, page: int) -> int:
+        """Return the value of one page, MISSING when the stream says nothing of it."""
+        number = bisect_right(self.first, page) - 1
+        if number < 0:
+            return MISSING
+        into = page - self.first[number]
+        if into >= self.pages[number]:
+            return MISSING
+        value = self.value[number]
+        return value if value < 0 else value + into * self.stride
+
     def runs(self, page: int, pages: int) -> Iterator[PageRun]:
         """Yield runs that tile the asked range exactly, MISSING ones included."""
         end = page + pages

@@ -16,7 +16,7 @@ from .analysis import Analysis, analyse, read_pages
 from .index import MISSING, RunIndex
 from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, Region
 
-_CACHED_PAGES = 2048  # for the scattered small reads of page-table walks: 8 MiB
+_CACHED_PAGES = 8192  # for the scattered small reads of page-table walks: 32 MiB at most
 
 
 class GuestMemory:
@@ -66,6 +66,7 @@ class GuestMemory:
         }
         self._starts = array("q", (region.address for region in self.regions))
         self._valid = ranges.recorded(self.regions, self._index, self.page_size)
+        self._zero_page = bytes(analysis.page_size)
         self._undo: list[Callable[[], object]] = []
         self._page = lru_cache(_CACHED_PAGES)(self._load_page)
 
@@ -222,10 +223,15 @@ class GuestMemory:
 
     def _load_page(self, block: str, page: int) -> bytes:
         """Return one page, b"" when the stream does not hold it."""
-        index, size = self._index[block], self.page_size
-        if next(index.runs(page, 1)).value == MISSING:
+        value = self._index[block].find(page)
+        if value == MISSING:
             return b""
-        return read_pages(self.source, index, size, page * size, size, pad=False)
+        if value < 0:
+            return self._zero_page if value == -1 else bytes([-1 - value]) * self.page_size
+        data = self.source.read(value, self.page_size)
+        if len(data) < self.page_size:
+            raise ReadError("the migration stream ends early", offset=value, length=self.page_size)
+        return data
 
     def _map(self, region: Region, address: int, end: int) -> Iterator[MemoryRun]:
         size, index = self.page_size, self._index[region.block]
