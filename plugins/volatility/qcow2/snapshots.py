@@ -34,6 +34,9 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
             chosen = choice.snapshot if choice is not None else None
         except Qcow2Error as error:
             warn(str(error))
+        for problem in image.problems:
+            if problem.blocks & {"disk", "snapshots"}:
+                warn(f"{printable(image.name)}: {problem.error()}")
         for entry in image.snapshots:
             yield (
                 0,
