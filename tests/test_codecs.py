@@ -1,0 +1,178 @@
+"""Compressed clusters decode exactly as QEMU takes them, good streams and strange ones."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qcow2_forensics as q
+from qcow2_forensics.codecs import inflate, unzstd
+from qcow2_forensics.errors import FormatError
+from tests import qemu
+from tests.image_builder import COMPRESSED, Builder, Poke, compressed_entry, deflate
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+CLUSTER = 65536
+DATA = (b"compressible " * 400 + random.Random(3).randbytes(3000)) * 8
+DATA = DATA[:CLUSTER]
+HALF = CLUSTER // 2
+SKIPPABLE = struct.pack("<II", 0x184D2A5A, 12) + b"skipped data"
+
+
+def raw(data: bytes, level: int = 6, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    packer = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
+    return packer.compress(data) + packer.flush()
+
+
+def far_apart() -> bytes:
+    """Return a cluster whose only matches lie more than 4 KiB back, as QEMU never writes but reads."""
+    block = random.Random(4).randbytes(30_000)
+    return (block * 3)[:CLUSTER]
+
+
+DEFLATE = {
+    "as QEMU writes it": deflate(DATA),
+    "full window": raw(far_apart()),
+    "stored blocks": raw(DATA, 0),
+    "fixed codes": raw(DATA, strategy=zlib.Z_FIXED),
+    "longer than the cluster": raw(DATA + b"more" * 1000),
+    "shorter than the cluster": raw(DATA[:-1]),
+    "empty": raw(b""),
+    "zlib header": zlib.compress(DATA),
+    "two streams": raw(DATA[:HALF]) + raw(DATA[HALF:]),
+    "garbage behind": raw(DATA) + b"\xff" * 100,
+    "not flushed": raw(DATA)[:-1],
+    "cut in half": raw(DATA)[:2000],
+    "garbage": b"\xff" * 600,
+    "reserved block type": b"\x07" + bytes(511),
+}
+
+ZSTD = {
+    "one frame": zstd.compress(DATA),
+    "two frames": zstd.compress(DATA[:HALF]) + zstd.compress(DATA[HALF:]),
+    "many frames": b"".join(zstd.compress(DATA[at : at + 4096]) for at in range(0, CLUSTER, 4096)),
+    "empty frame first": zstd.compress(b"") + zstd.compress(DATA),
+    "skippable frame first": SKIPPABLE + zstd.compress(DATA),
+    "skippable frame between": zstd.compress(DATA[:HALF]) + SKIPPABLE + zstd.compress(DATA[HALF:]),
+    "garbage behind": zstd.compress(DATA) + b"\xff" * 100,
+    "longer than the cluster": zstd.compress(DATA + b"more"),
+    "second frame too long": zstd.compress(DATA[:HALF]) + zstd.compress(DATA[HALF:] + b"x"),
+    "shorter than the cluster": zstd.compress(DATA[:-1]),
+    "only skippable": SKIPPABLE,
+    "cut in half": zstd.compress(DATA)[:2000],
+    "garbage": b"\xff" * 600,
+    "with checksum": zstd.compress(DATA, options={zstd.CompressionParameter.checksum_flag: 1}),
+    "bad checksum": zstd.compress(DATA, options={zstd.CompressionParameter.checksum_flag: 1})[:-1] + b"\0",
+    "large window": zstd.compress(DATA, options={zstd.CompressionParameter.window_log: 24}),
+}
+
+
+def image(path: Path, stream: bytes, compression: int) -> Path:
+    builder = Builder(compression_type=compression)
+    return builder.packed(0, stream).data(CLUSTER, b"\x22" * CLUSTER).write(path)
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize(
+    ("stream", "compression"),
+    [*((stream, 0) for stream in DEFLATE.values()), *((stream, 1) for stream in ZSTD.values())],
+    ids=[*(f"deflate, {name}" for name in DEFLATE), *(f"zstd, {name}" for name in ZSTD)],
+)
+def test_a_stream_gives_what_qemu_makes_of_it(stream: bytes, compression: int, tmp_path: Path) -> None:
+    path = image(tmp_path / "disk", stream, compression)
+    wanted = qemu.read(path, 0, CLUSTER)
+    with q.open_disk(path) as disk:
+        if wanted is None:
+            with pytest.raises(FormatError):
+                disk.read(0, CLUSTER)
+        else:
+            assert disk.read(0, CLUSTER) == wanted
+        assert disk.read(CLUSTER, CLUSTER) == b"\x22" * CLUSTER
+
+
+def test_qemu_reads_the_streams_the_format_allows() -> None:
+    assert inflate(DEFLATE["full window"], CLUSTER) == far_apart()
+    for name in ("as QEMU writes it", "stored blocks", "longer than the cluster", "garbage behind"):
+        assert inflate(DEFLATE[name], CLUSTER) == DATA
+    for name in ("one frame", "two frames", "many frames", "skippable frame first", "garbage behind"):
+        assert unzstd(ZSTD[name], CLUSTER) == DATA
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("bits", [9, 12, 14, 16, 18, 21])
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_every_stream_of_a_converted_image_decodes(bits: int, compression: str, tmp_path: Path) -> None:
+    generator = random.Random(bits)
+    pieces = (b"text %d " % bits * 999, generator.randbytes(5000), bytes(3000))
+    data = b"".join(pieces[generator.randrange(3)] for _ in range(300)).ljust(3 << 20, b"\0")[: 3 << 20]
+    (tmp_path / "raw").write_bytes(data)
+    options = {"cluster_size": 1 << bits, "compression_type": compression}
+    qemu.convert(
+        tmp_path / "raw", tmp_path / "disk", fmt="raw", target_format="qcow2", compressed=True, target_options=options
+    )
+    with q.open_disk(tmp_path / "disk") as disk:
+        assert disk.read(0, disk.size) == data
+        assert any(extent.kind == q.Kind.COMPRESSED for extent in disk.extents())
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("missing", [0, 1, 100, 600, 2000])
+def test_a_stream_cut_off_by_the_end_of_the_file_reads_as_in_qemu(missing: int, tmp_path: Path) -> None:
+    stream = deflate(DATA)
+    builder = Builder()
+    path = builder.packed(0, stream).write(tmp_path / "disk")
+    entry = compressed_entry(builder._end, len(stream), 16)
+    poke = Poke(path)
+    poke.u64(poke.get(poke.get(40)) & 0xFFFFFFFFFFFE00, entry).append(stream[: len(stream) - missing])
+    wanted = qemu.read(path, 0, CLUSTER)
+    with q.open_disk(path, eof="zeros") as disk:
+        try:
+            got: bytes | None = disk.read(0, CLUSTER)
+        except FormatError:
+            got = None
+        assert got == wanted
+
+
+@qemu.requires_qemu
+def test_a_descriptor_that_covers_less_than_its_stream_is_an_error(tmp_path: Path) -> None:
+    stream = deflate(random.Random(1).randbytes(CLUSTER // 2) + bytes(CLUSTER // 2))
+    builder = Builder()
+    host = builder.put(stream)
+    builder.entry(0, COMPRESSED | host)  # one sector
+    path = builder.write(tmp_path / "disk")
+    assert qemu.read(path, 0, CLUSTER) is None
+    with q.open_disk(path) as disk, pytest.raises(FormatError, match=r"32 of 65536|of 65536 bytes|bad deflate"):
+        disk.read(0, 1)
+
+
+@given(st.binary(max_size=3000), st.integers(1, 5000))
+def test_inflate_gives_the_size_asked_for_or_an_error(data: bytes, size: int) -> None:
+    with contextlib.suppress(ValueError):
+        assert len(inflate(data, size)) == size
+
+
+@given(st.binary(max_size=3000), st.integers(1, 5000), st.booleans())
+def test_unzstd_gives_the_size_asked_for_or_an_error(data: bytes, size: int, valid: bool) -> None:
+    stream = zstd.compress(data) + data if valid else data
+    with contextlib.suppress(ValueError):
+        assert len(unzstd(stream, size)) == size
+
+
+def test_a_bomb_is_decoded_no_further_than_a_cluster() -> None:
+    bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
+    stream = b"".join(bomb.compress(bytes(1 << 20)) for _ in range(256)) + bomb.flush()
+    assert inflate(stream, CLUSTER) == bytes(CLUSTER)
+    with pytest.raises(ValueError, match="more than"):
+        unzstd(zstd.compress(bytes(256 << 20)), CLUSTER)
