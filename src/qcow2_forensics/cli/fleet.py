@@ -10,29 +10,33 @@ carries the identity of what was audited, and a finished line is never written i
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from ..audit import audit
 from ..errors import Qcow2Error, printable
 from ..findings import Severity
 from ..render import render_line
 from ..resolver import Resolver
-from .output import OutputExists, Progress, refuse_evidence
+from .output import OutputExists, Progress
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
 _HEAD = 65536  # bytes of each image that go into its identity
 _PER_WORKER = 64  # images after which a worker is replaced: memory it grew by is given back
 _CRASHED = "QCOW2-AUDIT-CRASHED"
+_DEPTHS = ("triage", "standard", "deep")
 
 
 def run_fleet(args: argparse.Namespace) -> int:
@@ -46,25 +50,22 @@ def run_fleet(args: argparse.Namespace) -> int:
     paths = _paths(args)
     if not paths:
         raise Qcow2Error("no images were named")
+    work = functools.partial(audit_line, depth=args.depth, folders=tuple(args.backing_dir))
     with ExitStack() as stack:
         out, done = _output(args, stack)
-        waiting = [path for path in paths if done.get(path) != _stamp(path)]
-        skipped = len(paths) - len(waiting)
-        worst: Severity | None = None
-        failed = 0
+        waiting = [path for path in paths if not _is_done(done.get(path), path, args.depth)]
+        results = [done[path] for path in paths if path not in set(waiting)]
         progress = stack.enter_context(Progress("audit", len(paths), unit="images"))
-        progress.advance(skipped)
-        for line in _lines(waiting, args.depth, args.jobs, tuple(args.backing_dir)):
+        progress.advance(len(results))
+        for line in lines(waiting, work, args.jobs):
             out.write(line + "\n")
             out.flush()
             progress.advance(1)
-            severity, broken = _summary(line)
-            failed += broken
-            worst = severity if worst is None or (severity is not None and severity > worst) else worst
-        out.flush()
+            results.append(_result(json.loads(line)))
+    failed = sum(result.failed for result in results)
     if failed:
-        print(f"qcow2-forensics: {failed} of {len(waiting)} images could not be audited", file=sys.stderr)
-    if args.fail_on is not None and worst is not None and worst >= args.fail_on:
+        print(f"qcow2-forensics: {failed} of {len(paths)} images could not be audited", file=sys.stderr)
+    if args.fail_on is not None and any(result.worst >= args.fail_on for result in results):
         return EXIT_FINDINGS
     return EXIT_FAILED if failed else EXIT_DONE
 
@@ -78,38 +79,57 @@ def _paths(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(name for name in names if name.strip()))
 
 
-def _output(args: argparse.Namespace, stack: ExitStack) -> tuple[TextIO, dict[str, list[int]]]:
-    """Return where lines go, and what earlier runs finished: path to size and time of change."""
+class Result(NamedTuple):
+    """What matters of a finished line: which bytes it is about, how deep, and how bad."""
+
+    size: int | None
+    mtime_ns: int | None
+    depth: str
+    worst: int  # severity, -1 without findings
+    failed: bool
+
+
+def _result(line: dict[str, Any]) -> Result:
+    identity, findings = line["identity"], line["findings"]
+    worst = max((int(Severity.parse(finding["severity"])) for finding in findings), default=-1)
+    failed = any(finding["code"] in ("QCOW2-UNREADABLE", _CRASHED) for finding in findings)
+    return Result(identity["size"], identity["mtime_ns"], line["depth"], worst, failed)
+
+
+def _is_done(result: Result | None, path: str, depth: str) -> bool:
+    """Whether an earlier line is about this very file, and read at least as much of it."""
+    if result is None or result.size is None or result.depth not in _DEPTHS[_DEPTHS.index(depth) :]:
+        return False
+    return [result.size, result.mtime_ns] == _stamp(path)
+
+
+def _output(args: argparse.Namespace, stack: ExitStack) -> tuple[TextIO, dict[str, Result]]:
+    """Return where lines go, and what earlier runs finished."""
     if args.resume:
         path = Path(args.resume)
-        refuse_evidence(path, args.images)
         done = _finished(path)
         return stack.enter_context(path.open("a", encoding="utf-8")), done
     if args.output:
         path = Path(args.output)
-        refuse_evidence(path, args.images)
         if path.exists() and not args.force:
             raise OutputExists(path)
         return stack.enter_context(path.open("w", encoding="utf-8")), {}
     return sys.stdout, {}
 
 
-def _finished(path: Path) -> dict[str, list[int]]:
+def _finished(path: Path) -> dict[str, Result]:
     """Return what a file of lines already has, and cut off a last line that was not finished."""
-    done: dict[str, list[int]] = {}
+    done: dict[str, Result] = {}
     if not path.exists():
         return done
     good = 0
     with path.open("rb") as stream:
-        if stream.read(1) not in (b"", b"{"):  # nothing of ours, and nothing to cut off
-            raise Qcow2Error(f"{printable(str(path))} is not a file of audit lines")
-        stream.seek(0)
         for line in stream:
             if not line.endswith(b"\n"):
                 break
             try:
-                identity = json.loads(line)["identity"]
-                done[identity["path"]] = [identity["size"], identity["mtime_ns"]]
+                data = json.loads(line)
+                done[data["identity"]["path"]] = _result(data)
             except (ValueError, KeyError, TypeError):
                 raise Qcow2Error(f"{printable(str(path))} is not a file of audit lines") from None
             good += len(line)
@@ -125,12 +145,6 @@ def _stamp(path: str) -> list[int] | None:
     except (OSError, ValueError):
         return None
     return [status.st_size, status.st_mtime_ns]
-
-
-def _summary(line: str) -> tuple[Severity | None, bool]:
-    findings = json.loads(line)["findings"]
-    worst = max((Severity.parse(finding["severity"]) for finding in findings), default=None)
-    return worst, any(finding["code"] in ("QCOW2-UNREADABLE", _CRASHED) for finding in findings)
 
 
 # --- the pool ------------------------------------------------------------------------------------
@@ -155,49 +169,78 @@ def _identity(path: str) -> dict[str, Any]:
     return identity
 
 
-def _lines(paths: Iterable[str], depth: str, jobs: int, folders: tuple[str, ...]) -> Iterator[str]:
-    """Yield a line per image in order of completion."""
+Work = Callable[[str], str]
+
+
+def lines(paths: Iterable[str], work: Work, jobs: int) -> Iterator[str]:
+    """Yield a line per image in order of completion; ``work`` must be picklable."""
     waiting = list(reversed(list(paths)))
-    suspects: list[str] = []
     while waiting:
-        running: dict[Future[str], str] = {}
-        # Not forked: a worker must not share our locks, our open files or our terminal's state.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(waiting)), context, max_tasks_per_child=_PER_WORKER) as pool:
-            broken = False
-            while running or (waiting and not broken):
-                while waiting and not broken and len(running) < 2 * jobs:
-                    path = waiting.pop()
-                    try:
-                        running[pool.submit(audit_line, path, depth, folders)] = path
-                    except BrokenProcessPool:
-                        waiting.append(path)
-                        broken = True
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    path = running.pop(future)
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool:
-                        # One of those that ran did it; each gets a pool of its own below.
-                        suspects.append(path)
-                        broken = True
-                    except Exception as error:  # noqa: BLE001 - one image never stops the run; it is reported
-                        yield _crashed(path, f"{type(error).__name__}: {error}")
+        suspects: list[str] = []
+        with _pool(min(jobs, len(waiting))) as pool:
+            yield from _until_broken(pool, waiting, suspects, work, 2 * jobs)
+        # A worker died. One of the images that ran did it: each of them gets a process of its own.
         for path in suspects:
-            yield _alone(path, depth, folders)
-        suspects.clear()
+            with _pool(1) as pool:
+                lost: list[str] = []
+                yield from _until_broken(pool, [path], lost, work, 1)
+            if lost:
+                yield _crashed(path, "the worker process died")
 
 
-def _alone(path: str, depth: str, folders: tuple[str, ...]) -> str:
-    """Audit an image whose worker may have died, in a process nobody else depends on."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(audit_line, path, depth, folders).result()
-        except BrokenProcessPool:
-            return _crashed(path, "the worker process died")
-        except Exception as error:  # noqa: BLE001 - as above
-            return _crashed(path, f"{type(error).__name__}: {error}")
+def _until_broken(
+    pool: ProcessPoolExecutor, waiting: list[str], suspects: list[str], work: Work, ahead: int
+) -> Iterator[str]:
+    """Work off ``waiting`` until it is empty or a worker died; ``suspects`` ran when it did."""
+    running: dict[Future[str], str] = {}
+    while running or (waiting and not suspects):
+        while waiting and not suspects and len(running) < ahead:
+            path = waiting.pop()
+            try:
+                with _interrupts_held():  # submitting starts workers
+                    running[pool.submit(work, path)] = path
+            except BrokenProcessPool:
+                suspects.append(path)
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            path = running.pop(future)
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                suspects.append(path)
+            except Exception as error:  # noqa: BLE001 - one image never stops the run; it is reported
+                yield _crashed(path, f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose workers are ended, not waited for, when the run is interrupted."""
+    # Not forked: a worker must not share our locks, our open files or our terminal's state.
+    context = multiprocessing.get_context("spawn")
+    known = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, context, max_tasks_per_child=_PER_WORKER)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - known:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start processes and threads that Ctrl-C does not reach: the main thread alone decides."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _crashed(path: str, why: str) -> str:

@@ -1,0 +1,320 @@
+"""The audit, snapshots and residue commands: formats, exit codes, fleets that survive everything."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qcow2_forensics.audit import audit_path
+from qcow2_forensics.cli import main
+from qcow2_forensics.cli.fleet import audit_line, lines
+from qcow2_forensics.findings import Report
+from tests import qemu
+from tests.image_builder import Poke, base_b, base_s
+
+pytestmark = qemu.requires_qemu
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return base_b(tmp_path / "disk.qcow2")
+
+
+@pytest.fixture
+def deleted(tmp_path: Path) -> Path:
+    path = qemu.create(tmp_path / "deleted.qcow2", "1M")
+    qemu.io(path, "write -P 0x11 0 256k")
+    qemu.snapshot(path, "alpha")
+    qemu.io(path, "write -P 0x22 0 256k")
+    qemu.snapshot(path, "alpha", action="-d", opts={"pass-discard-snapshot": "off"})
+    return path
+
+
+# --- one image -----------------------------------------------------------------------------------
+
+
+def test_healthy_image_is_one_screen_and_exits_0(run: Run, image: Path) -> None:
+    code, out, err = run("audit", image)
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) < 24
+    assert "no errors" in out
+
+
+@pytest.mark.parametrize(("threshold", "code"), [("info", 1), ("low", 1), ("medium", 1), ("high", 0), ("critical", 0)])
+def test_fail_on_exits_1_at_or_above_the_threshold(run: Run, image: Path, threshold: str, code: int) -> None:
+    Poke(image).write(0x8000, b"in the header's slack")  # Medium
+    assert run("audit", image, "--fail-on", threshold)[0] == code
+    assert run("audit", image)[0] == 0
+
+
+def test_json_is_the_report(run: Run, image: Path) -> None:
+    code, out, _ = run("audit", image, "--format", "json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["schema"] == 1
+    expected = json.loads(audit_path(image).to_json())
+    assert data == expected
+    assert data["check"]["allocated-clusters"] == qemu.check_json(image).counters["allocated-clusters"]
+
+
+def test_jsonl_is_one_line_and_csv_has_a_header(run: Run, image: Path) -> None:
+    assert run("audit", image, "--format", "jsonl")[1].count("\n") == 1
+    rows = list(csv.DictReader(io.StringIO(run("audit", image, "--format", "csv")[1])))
+    assert {row["code"] for row in rows} >= {"QCOW2-WRITER-PROFILE", "QCOW2-GATEKEEPER"}
+
+
+def test_html_page_has_both_pictures_and_no_script(run: Run, deleted: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    code, out, _ = run("audit", deleted, "--depth", "deep", "--format", "html", "-o", target)
+    page = target.read_text()
+    assert (code, out) == (0, "")
+    assert 'class="map"' in page
+    assert 'class="tree"' in page
+    assert "alpha" in page
+    assert "<script" not in page
+    again, _, err = run("audit", deleted, "--format", "html", "-o", target)
+    assert again == 2
+    assert "exists" in err
+    assert run("audit", deleted, "--format", "html", "-o", target, "--force")[0] == 0
+
+
+def test_file_that_is_no_image_is_reported_and_exits_2(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"nothing")
+    code, out, _ = run("audit", tmp_path / "x")
+    assert code == 2
+    assert "QCOW2-UNREADABLE" in out
+
+
+def test_missing_file_is_one_sentence_and_exits_2(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("audit", tmp_path / "nope.qcow2")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert err.startswith("qcow2-forensics: ")
+
+
+def test_encrypted_image_is_audited_without_asking_for_its_key(run: Run, tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "e.qcow2", "1M", secret="x", encrypt={"format": "aes"})
+    code, out, _ = run("audit", path, "--depth", "deep")
+    assert code == 0
+    assert "QCOW2-LEGACY-AES" in out
+
+
+# --- snapshots and residue -----------------------------------------------------------------------
+
+
+def test_snapshots_are_those_qemu_lists(run: Run, tmp_path: Path) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    rows = json.loads(run("snapshots", path, "--format", "json")[1])
+    reported = qemu.info_json(path)["snapshots"]
+    assert [(row["id"], row["name"], row["date_sec"], row["date_nsec"], row["vm_state_size"]) for row in rows] == [
+        (item["id"], item["name"], item["date-sec"], item["date-nsec"], item["vm-state-size"]) for item in reported
+    ]
+    out = run("snapshots", path)[1]
+    assert [line.split()[1] for line in out.splitlines()] == ["NAME", "s1", "s2"]
+    assert run("snapshots", path, "--format", "jsonl")[1].count("\n") == 2
+
+
+def test_hostile_snapshot_names_are_escaped(run: Run, tmp_path: Path) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    Poke(path).write(0xB0000 + 65, b"\x1b[")
+    for arguments in ((), ("--format", "json")):
+        out = run("snapshots", path, *arguments)[1]
+        assert "\x1b" not in out
+        assert "x1b" in out
+
+
+def test_deleted_snapshots_are_listed_with_how_to_open_them(run: Run, deleted: Path) -> None:
+    assert run("snapshots", deleted)[1] == "no snapshots\n"
+    (row,) = json.loads(run("snapshots", deleted, "--deleted", "--format", "json")[1])
+    assert row["open_as"].startswith("deleted:0x")
+    assert row["readable"] == 1.0
+
+
+def test_broken_snapshot_table_is_told_and_exits_2(run: Run, tmp_path: Path) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    Poke(path).u32(60, 100)
+    code, out, err = run("snapshots", path)
+    assert code == 2
+    assert "s1" in out
+    assert len(err.splitlines()) == 1
+
+
+def test_residue_writes_a_folder_with_an_index(run: Run, deleted: Path, tmp_path: Path) -> None:
+    code, out, _ = run("residue", deleted, tmp_path / "out")
+    assert code == 0
+    assert "deleted snapshot 1 (alpha): 100% readable" in out
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert len(list((tmp_path / "out").glob("image-*.bin"))) == len(index["pieces"])
+    code, _, err = run("residue", deleted, tmp_path / "out")
+    assert code == 2
+    assert "exists" in err
+
+
+def test_residue_of_one_kind_only(run: Run, deleted: Path, tmp_path: Path) -> None:
+    Poke(deleted).write(0x8000, b"slack")
+    run("residue", deleted, tmp_path / "out", "--kind", "header-slack")
+    assert [p["kind"] for p in json.loads((tmp_path / "out" / "index.json").read_text())["pieces"]] == ["header-slack"]
+
+
+# --- fleets --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> list[Path]:
+    paths = [base_b(tmp_path / f"{number}.qcow2") for number in range(5)]
+    (tmp_path / "bad.qcow2").write_bytes(b"no image")
+    return [*paths, tmp_path / "bad.qcow2", tmp_path / "missing.qcow2"]
+
+
+def listed(folder: Path, paths: list[Path]) -> Path:
+    target = folder / "list"
+    target.write_text("".join(f"{path}\n" for path in paths))
+    return target
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_fleet_writes_a_line_per_image_and_no_bad_one_stops_it(run: Run, tmp_path: Path, fleet: list[Path]) -> None:
+    out = tmp_path / "out.jsonl"
+    code, shown, err = run("audit", "--files-from", listed(tmp_path, fleet), "--jobs", 2, "--resume", out)
+    found = {line["identity"]["path"]: line for line in read_lines(out)}
+    assert (code, shown) == (2, "")
+    assert "2 of 7 images" in err
+    assert set(found) == {str(path) for path in fleet}
+    assert found[str(fleet[0])]["identity"]["size"] == fleet[0].stat().st_size
+    assert found[str(fleet[0])]["check"]["allocated-clusters"] == 3
+    assert [finding["code"] for finding in found[str(fleet[5])]["findings"]] == ["QCOW2-UNREADABLE"]
+
+
+def test_resumed_fleet_does_the_rest_and_what_changed(run: Run, tmp_path: Path, fleet: list[Path]) -> None:
+    out = tmp_path / "out.jsonl"
+    run("audit", *fleet[:3], "--resume", out)
+    with out.open("a") as stream:
+        stream.write('{"schema":1,"identity":{"path":"cut')  # the run was killed while it wrote
+    os.utime(fleet[1], (1, 1))
+    assert run("audit", *fleet[:5], "--resume", out, "--jobs", 2)[0] == 0
+    paths = [line["identity"]["path"] for line in read_lines(out)]
+    assert sorted(paths[3:]) == sorted(str(fleet[number]) for number in (1, 3, 4))
+    before = out.read_bytes()
+    assert run("audit", *fleet[:5], "--resume", out)[0] == 0
+    assert out.read_bytes() == before
+
+
+def test_resumed_fleet_reads_again_what_was_read_less_deeply(run: Run, tmp_path: Path, fleet: list[Path]) -> None:
+    out = tmp_path / "out.jsonl"
+    for depth, count in (("triage", 1), ("deep", 2), ("standard", 2)):
+        run("audit", fleet[0], "--resume", out, "--depth", depth)
+        assert len(read_lines(out)) == count
+
+
+def test_fail_on_counts_what_earlier_runs_found(run: Run, tmp_path: Path, fleet: list[Path]) -> None:
+    out = tmp_path / "out.jsonl"
+    Poke(fleet[0]).write(0x8000, b"slack")
+    for _ in range(2):
+        assert run("audit", fleet[0], fleet[1], "--resume", out, "--fail-on", "medium")[0] == 1
+
+
+def test_file_that_holds_no_audit_lines_is_not_appended_to(run: Run, tmp_path: Path, fleet: list[Path]) -> None:
+    (tmp_path / "notes").write_text("my notes\n")
+    code, _, err = run("audit", fleet[0], "--resume", tmp_path / "notes")
+    assert code == 2
+    assert "not a file of audit lines" in err
+    assert (tmp_path / "notes").read_text() == "my notes\n"
+
+
+def dies_on_two(path: str) -> str:
+    if path.endswith("2.qcow2"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if path.endswith("3.qcow2"):
+        raise MemoryError
+    return audit_line(path, "triage")
+
+
+def test_death_of_a_worker_costs_one_image(fleet: list[Path]) -> None:
+    found = [json.loads(line) for line in lines(map(str, fleet), dies_on_two, 2)]
+    assert len(found) == len(fleet)
+    crashed = {line["identity"]["path"] for line in found if line["findings"][0]["code"] == "QCOW2-AUDIT-CRASHED"}
+    assert crashed == {str(fleet[2]), str(fleet[3])}
+
+
+def slow(path: str, folder: str) -> str:
+    (Path(folder) / f"started-{os.getpid()}").touch()
+    time.sleep(60)
+    return path
+
+
+def test_interrupt_ends_the_workers_at_once(tmp_path: Path) -> None:
+    script = (
+        "import functools, sys\n"
+        "from tests.test_cli_audit import lines, slow\n"
+        "if __name__ == '__main__':\n"
+        f"    list(lines(map(str, range(9)), functools.partial(slow, folder={str(tmp_path)!r}), 2))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"], stderr=subprocess.PIPE, env=environment, start_new_session=True
+    )
+    workers: list[int] = []
+    deadline = time.monotonic() + 30
+    while len(workers) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        workers = [int(item.name.removeprefix("started-")) for item in tmp_path.glob("started-*")]
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=30)
+    assert len(workers) == 2
+    assert err.count(b"Traceback") == 1  # ours, none of a worker
+    for pid in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_report_of_a_worker_survives_pickling(image: Path) -> None:
+    import pickle
+
+    report = pickle.loads(pickle.dumps(audit_path))(str(image))  # noqa: S301 - made right here
+    again: Report = pickle.loads(pickle.dumps(report))  # noqa: S301
+    assert again == report
+    assert pickle.loads(pickle.dumps(functools.partial(audit_line, depth="triage")))(str(image))  # noqa: S301
+
+
+def test_fleet_reads_names_from_standard_input(
+    run: Run, image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{image}\n\n{image}\n"))
+    code, out, _ = run("audit", "--files-from", "-")
+    assert code == 0
+    assert [json.loads(line)["identity"]["path"] for line in out.splitlines()] == [str(image)]
+
+
+def test_fleet_of_nothing_and_text_for_many_are_errors(run: Run, image: Path) -> None:
+    assert run("audit", "--resume", image.with_suffix(".jsonl"))[0] == 2
+    code, _, err = run("audit", image, image.with_name("other"), "--format", "html")
+    assert code == 2
+    assert "jsonl" in err
