@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .disk import Disk, EofPolicy, Layer, RawDisk
-from .encryption import Decryptor, unlock
 from .errors import (
     ForbiddenReference,
     FormatError,
@@ -26,6 +25,9 @@ from .resolver import Resolver
 from .source import PathOrSource, Source, as_source
 from .structures import MAGIC, Crypt, SnapshotEntry
 from .vm_state import VmState
+
+if TYPE_CHECKING:
+    from .encryption import Decryptor
 
 MissingPolicy = Literal["refuse", "raise", "zeros"]
 SnapshotName = str | int | SnapshotEntry | None
@@ -145,6 +147,8 @@ def _close(source: Source) -> None:
 
 
 def _derive(image: Image, passphrase: str | bytes) -> Decryptor:
+    from .encryption import unlock  # hashlib and OpenSSL: only where there is something to unlock
+
     return unlock(image.header, image.read, image.crypto_header, passphrase, image.limits)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from .cache import Fifo
 from .errors import FormatError
 from .image import Image
 from .limits import KiB, MiB
 from .mapping import Kind, Mapping, Run
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 _WORKERS = min(4, os.cpu_count() or 1)
 _TASK_BYTES = 128 * KiB  # decoded by one task: smaller ones cost more to hand over than to do
@@ -30,6 +33,8 @@ _pool: ThreadPoolExecutor | None = None
 def _shared_pool() -> ThreadPoolExecutor:
     global _pool  # noqa: PLW0603 - one pool for the process, made on first use
     if _pool is None:
+        from concurrent.futures import ThreadPoolExecutor  # imports logging: not before it is needed
+
         _pool = ThreadPoolExecutor(_WORKERS, "qcow2-inflate")
     return _pool
 

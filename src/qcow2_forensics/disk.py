@@ -9,11 +9,10 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from .clusters import Clusters
 from .codecs import inflate, unzstd
-from .encryption import Decryptor
 from .errors import FormatError, Locked, Qcow2Error, printable
 from .header_rules import DISK, SNAPSHOTS, snapshot_part
 from .image import Image
@@ -21,6 +20,9 @@ from .mapping import Kind, Mapping, Run
 from .source import Source, source_name
 from .stream import SourceStream
 from .structures import COMPRESSED, OFFSET_MASK, SECTOR, ZERO, Compression, Crypt, SnapshotEntry
+
+if TYPE_CHECKING:
+    from .encryption import Decryptor
 
 EofPolicy = Literal["strict", "zeros"]
 
