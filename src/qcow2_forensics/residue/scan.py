@@ -19,6 +19,7 @@ from .tables import Geometry
 
 _CHUNK = 8 * MiB
 _TARGETS = 64  # of a former table, read to see whether they still hold bytes
+_RUN_CHUNK = 1 << 22  # clusters looked at together
 
 
 class Usage(NamedTuple):
@@ -34,8 +35,8 @@ class Usage(NamedTuple):
     @property
     def end(self) -> int:
         """The first cluster after the last one that is claimed or counted."""
-        used = np.flatnonzero(self.claimed | self.counted)
-        return int(used[-1]) + 1 if used.size else 0
+        used = (self.claimed | self.counted)[::-1]
+        return len(used) - int(np.argmax(used)) if used.any() else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,20 @@ class Found(NamedTuple):
 
 
 def runs(flags: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of each stretch of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.view(np.int8), [0]))))
-    for first, stop in edges.reshape(-1, 2).tolist():
-        yield first, stop - first
+    """Yield (first, count) of each stretch of True; memory does not follow the length of ``flags``."""
+    start, count = 0, 0
+    for at in range(0, len(flags), _RUN_CHUNK):
+        part = flags[at : at + _RUN_CHUNK].view(np.int8)
+        edges = np.flatnonzero(np.diff(part, prepend=np.int8(0), append=np.int8(0))) + at
+        for first, stop in edges.reshape(-1, 2).tolist():
+            if count and first == start + count:  # goes on from the chunk before
+                count += stop - first
+                continue
+            if count:
+                yield start, count
+            start, count = first, stop - first
+    if count:
+        yield start, count
 
 
 def data_ranges(image: Image, offset: int, length: int) -> Iterator[tuple[int, int]]:
