@@ -49,7 +49,11 @@ def _packed(folder: Path, name: str, cluster: str, kind: str = "zlib", **options
     raw.write_bytes(b"".join(bytes(generator.choices(b"abcdefgh", k=1024)) for _ in range(256)) + bytes(1 << 18))
     path = folder / name
     qemu.convert(
-        raw, path, fmt="raw", target_format="qcow2", compressed=True,
+        raw,
+        path,
+        fmt="raw",
+        target_format="qcow2",
+        compressed=True,
         target_options={"cluster_size": cluster, "compression_type": kind, **options},
     )
     qemu.io(path, "write -P 7 16k 16k")
@@ -68,8 +72,13 @@ def _bitmaps(folder: Path, name: str, cluster: str) -> Path:
 def _extended(folder: Path, name: str, cluster: str, **options: object) -> Path:
     path = qemu.create(folder / name, "4M", cluster_size=cluster, extended_l2="on", **options)
     qemu.io(
-        path, "write -P 1 0 3k", "write -P 2 64k 70k", "write -z 40k 4k", "discard 66k 8k",
-        f"write -c -P 3 1M {cluster}", "write -P 4 2M 300k",
+        path,
+        "write -P 1 0 3k",
+        "write -P 2 64k 70k",
+        "write -z 40k 4k",
+        "discard 66k 8k",
+        f"write -c -P 3 1M {cluster}",
+        "write -P 4 2M 300k",
     )
     return path
 
@@ -79,7 +88,7 @@ def _data_file(folder: Path, name: str, cluster: str, **options: object) -> Path
     return _plain(folder, path.name, cluster, data_file=str(folder / f"{name}.data"), **options)
 
 
-_BASES: dict[str, Callable[[Path, str], Path]] = {
+BASES: dict[str, Callable[[Path, str], Path]] = {
     "plain-512": lambda f, n: _plain(f, n, "512"),
     "plain-4k": lambda f, n: _plain(f, n, "4k"),
     "plain-64k": lambda f, n: _plain(f, n, "64k"),
@@ -119,7 +128,7 @@ class Bases:
 
     def __getitem__(self, name: str) -> Path:
         if name not in self._made:
-            self._made[name] = _BASES[name](self.folder, name)
+            self._made[name] = BASES[name](self.folder, name)
         return self._made[name]
 
 
@@ -162,7 +171,8 @@ class _Editor:
             table = self.get(place) & OFFSET
             entries = range(table, min(table + self.cluster, len(self.data) - 16), step)
             used = [entry for entry in entries if self.get(entry)]
-            found += used + [self.chance.choice(entries)] if entries else used
+            found += used
+            found += [self.chance.choice(entries)] if entries else []
         return found
 
     def host(self) -> int:
@@ -221,7 +231,9 @@ def _edit_reftable(image: _Editor) -> None:
     places = [*image.slots(start, count), start + 8 * image.chance.randrange(max(1, min(count, 4)))]
     at = image.chance.choice(places)
     old = image.get(at)
-    image.put("reftable", at, image.chance.choice((0, old ^ (1 << image.chance.randrange(64)), image.host(), old | COPIED)))
+    image.put(
+        "reftable", at, image.chance.choice((0, old ^ (1 << image.chance.randrange(64)), image.host(), old | COPIED))
+    )
 
 
 def _edit_refcount(image: _Editor) -> None:
@@ -250,7 +262,9 @@ def _edit_snapshot(image: _Editor) -> None:
     fields = ((0, 8), (8, 4), (12, 2), (14, 2), (32, 4), (36, 4), (40, 8), (48, 8))
     offset, length = image.chance.choice(fields)
     old = image.get(at + offset, length)
-    new = image.chance.choice((0, 1, old + 1, old + image.cluster, old ^ (1 << image.chance.randrange(8 * length)), image.host()))
+    new = image.chance.choice(
+        (0, 1, old + 1, old + image.cluster, old ^ (1 << image.chance.randrange(8 * length)), image.host())
+    )
     image.put("snapshot", at + offset, new, length)
 
 
@@ -264,9 +278,13 @@ def _edit_snapshot_l1(image: _Editor) -> None:
 
 
 def _edit_header(image: _Editor) -> None:
-    offset, length = image.chance.choice(((24, 8), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8), (72, 8), (88, 8), (96, 4)))
+    offset, length = image.chance.choice(
+        ((24, 8), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8), (72, 8), (88, 8), (96, 4))
+    )
     old = image.get(offset, length)
-    new = image.chance.choice((0, old + 1, old - 1, old * 2, old + image.cluster, image.host(), old ^ (1 << image.chance.randrange(16))))
+    new = image.chance.choice(
+        (0, old + 1, old - 1, old * 2, old + image.cluster, image.host(), old ^ (1 << image.chance.randrange(16)))
+    )
     image.put("header", offset, new, length)
 
 
@@ -281,7 +299,9 @@ def _edit_bitmaps(image: _Editor) -> None:
             place = image.chance.choice([*entries, directory + 8, directory + 12, directory])
             length = 4 if place in (directory + 8, directory + 12) else 8
             old = image.get(place, length)
-            new = image.chance.choice((0, 1, old ^ 1, old ^ (1 << image.chance.randrange(8 * length)), image.host(), old + 512))
+            new = image.chance.choice(
+                (0, 1, old ^ 1, old ^ (1 << image.chance.randrange(8 * length)), image.host(), old + 512)
+            )
             image.put("bitmaps", place, new, length)
             return
         if kind == 0:
@@ -292,7 +312,9 @@ def _edit_bitmaps(image: _Editor) -> None:
 def _edit_length(image: _Editor) -> None:
     chance = image.chance
     size = len(image.data)
-    new = chance.choice((size - chance.randrange(image.cluster), size - image.cluster * chance.randrange(1, 8), chance.randrange(size)))
+    new = chance.choice(
+        (size - chance.randrange(image.cluster), size - image.cluster * chance.randrange(1, 8), chance.randrange(size))
+    )
     new = max(new, 512)
     image.told.append(f"cut {size:#x} -> {new:#x}")
     del image.data[new:]
@@ -338,7 +360,7 @@ class Damaged(NamedTuple):
 def damaged(seed: int, bases: Bases, folder: Path) -> Damaged:
     """Write the image of one seed into ``folder``."""
     chance = random.Random(seed)
-    base = chance.choice(sorted(_BASES))
+    base = chance.choice(sorted(BASES))
     image = _Editor(bases[base].read_bytes(), chance)
     weights, edits = zip(*_EDITS, strict=True)
     for edit in chance.choices(edits, weights, k=chance.choice((1, 1, 2, 3))):
