@@ -21,6 +21,7 @@ from .rules import Depth
 CELLS = 2048  # squares of the map
 _CLUSTERS = 1 << 26  # host clusters a map is made of at most; beyond that memory would show
 _SNAPSHOTS = 24  # with a colour of their own
+_CHUNK = 1 << 20  # clusters looked up together
 _STATES = 64  # whose shared clusters are counted
 _TABLES = 20_000  # L2 tables compared with each other
 
@@ -57,7 +58,7 @@ def details(facts: Facts) -> dict[str, Any]:
 def cluster_map(facts: Facts) -> dict[str, Any]:
     """Return the host file as at most 2,048 cells, each with the clusters of every owner in it."""
     census = facts.census
-    classes = _by_owner()[census.owners].astype(np.uint8)
+    classes = _classes(census.owners)
     bits = facts.header.cluster_bits
     for offset, length in census.leaked():
         classes[offset >> bits : (offset + length) >> bits] = _LEAKED
@@ -67,6 +68,14 @@ def cluster_map(facts: Facts) -> dict[str, Any]:
             part[part == _FREE] = _RESIDUE
     labels = [list(label) for label in _LABELS] + _name_snapshots(facts, classes)
     return _cells(classes, labels, facts.cluster_size)
+
+
+def _classes(owners: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    table = _by_owner()
+    classes = np.empty(len(owners), np.uint8)
+    for start in range(0, len(owners), _CHUNK):  # an index of 16 bits becomes one of 64 on its way
+        classes[start : start + _CHUNK] = table[owners[start : start + _CHUNK]]
+    return classes
 
 
 def _by_owner() -> npt.NDArray[np.uint8]:
@@ -114,11 +123,8 @@ def _cells(classes: npt.NDArray[np.uint8], labels: list[list[str]], cluster_size
     per_cell = max(1, -(-len(classes) // CELLS))
     count = -(-len(classes) // per_cell)
     kinds = len(labels)
-    sums = np.zeros((count, kinds), np.int64)
-    for kind in range(kinds):
-        hits = np.flatnonzero(classes == kind) // per_cell
-        if hits.size:
-            sums[:, kind] = np.bincount(hits, minlength=count)
+    parts = (classes[start : start + per_cell] for start in range(0, len(classes), per_cell))
+    sums = np.array([np.bincount(part, minlength=kinds) for part in parts]).reshape(count, kinds)
     return {
         "cluster_size": cluster_size,
         "per_cell": per_cell,
