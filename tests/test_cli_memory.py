@@ -129,6 +129,21 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(cases)
 
 
+def test_a_stream_that_ends_early_is_taken_as_far_as_it_goes_when_asked(
+    image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image.write_bytes(sparse_stream()[: 4200 + 5 * 9])
+    out = image.with_name("out")
+    assert main(["memory", str(image), str(out)]) == 2
+    assert "ends at" in capsys.readouterr().err
+    command = ["memory", str(image), str(out), "--allow-truncated", "--format", "lime", "--summary", "json"]
+    assert main(command) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert not summary["complete"]
+    assert 4 * GiB - 16 * PAGE < summary["missing_bytes"] < 4 * GiB - PAGE
+    assert out.read_bytes()[32 : 32 + PAGE] == CONTENT
+
+
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["memory", "--help"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
 from ..errors import printable
@@ -40,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--format", choices=("raw", "lime", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    parser.add_argument("--allow-truncated", action="store_true", help="take what a stream holds that ends early")
     parser.add_argument("--no-hash", action="store_true", help="do not compute the SHA-256 of OUT")
     add_key_arguments(parser)
     parser.set_defaults(run=run)
@@ -51,13 +53,14 @@ def run(args: argparse.Namespace) -> int:
     from ..guest_memory import open_guest_memory
     from ..guest_memory.export import Writer, write_lime, write_raw, write_stream
 
+    wanted = partial(open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated)
     passphrase = passphrase_of(args)
     try:
-        memory = open_guest_memory(args.image, args.snapshot, passphrase)
+        memory = wanted(passphrase=passphrase)
     except Locked:
         if passphrase is not None:
             raise
-        memory = open_guest_memory(args.image, args.snapshot, ask_passphrase("encrypted image"))
+        memory = wanted(passphrase=ask_passphrase("encrypted image"))
     with memory:
         total = memory.source.size if args.format == "stream" else memory.size
         with atomic_writer(args.output, force=args.force) as out, Progress("memory", total) as progress:
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             "notes": list(memory.layout.notes),
             "assumptions": list(memory.layout.assumptions),
             "missing_bytes": memory.missing,
+            "complete": memory.complete,
         }
     if args.summary == "json":
         print(json.dumps(summary))

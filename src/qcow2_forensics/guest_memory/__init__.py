@@ -24,7 +24,7 @@ from ..source import PathOrSource, Source, as_source, source_name
 from .containers import StreamWindow, find_stream
 from .grammar import MAGIC
 from .memory import GuestMemory
-from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, Region
+from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 
 __all__ = [
     "Block",
@@ -34,6 +34,7 @@ __all__ = [
     "GuestMemory",
     "Layout",
     "MemoryRun",
+    "NotInMemory",
     "Region",
     "StreamWindow",
     "find_stream",
@@ -46,6 +47,8 @@ def open_guest_memory(
     snapshot: SnapshotName = None,
     passphrase: Passphrase = None,
     limits: Limits = DEFAULT_LIMITS,
+    *,
+    allow_truncated: bool = False,
 ) -> GuestMemory:
     """Open the guest memory in a qcow2 snapshot (the latest that holds any when None) or in a stream file.
 
@@ -65,7 +68,7 @@ def open_guest_memory(
             raise SnapshotNotFound(str(snapshot), ())
         if stream is not source:
             undo.callback(_close, stream)
-        memory = GuestMemory(stream, limits)
+        memory = GuestMemory(stream, limits, allow_truncated=allow_truncated)
         memory.on_close(undo.pop_all().close)
         return memory
 

@@ -14,7 +14,7 @@ from . import layout
 from .devices import DeviceStates
 from .grammar import read_stream
 from .index import MISSING, RunIndex, build
-from .model import Block, Cpu, Device, Layout, Region
+from .model import Block, Cpu, Device, Layout, NotInMemory, Region
 
 _PIECE = 4096  # pages taken from the stream at once
 
@@ -82,7 +82,7 @@ def read_pages(
 ) -> bytes:
     """Return bytes of one block, stripping the word before each page.
 
-    Pages the stream never recorded read as zeros with ``pad`` and raise :class:`ReadError` without;
+    Pages the stream never recorded read as zeros with ``pad`` and raise :class:`NotInMemory` without;
     ``address`` is what the error calls ``offset``.
     """
     first = offset // page_size
@@ -93,7 +93,7 @@ def read_pages(
             pieces.extend(_data(source, run.value, run.pages, page_size, index.stride))
         elif run.value == MISSING and not pad:
             where = (offset if address is None else address) - offset + max(offset, run.first * page_size)
-            raise ReadError("the stream does not hold this guest memory", offset=where, length=length)
+            raise NotInMemory("the stream does not hold this memory", address=where, length=length)
         else:
             fill = b"\0" if run.value == MISSING else bytes([-1 - run.value])
             pieces.append(fill * (run.pages * page_size))

@@ -29,6 +29,8 @@ SUBSECTION, DESCRIPTION, CONFIGURATION, COMMAND, FOOTER = 0x05, 0x06, 0x07, 0x08
 
 _SKIP = 1 << 16  # bytes searched at once for the end of a section nobody describes
 _EARLY_BYTES = 1 << 16  # kept of a device written before RAM; what is wanted stands at its beginning
+_EARLY_DEVICES = 64  # of those that are kept; a machine has a few virtio-mem devices
+_NOTES = 64  # sections that are told of
 _BLOCK_MIGRATION_BYTES = 1 << 20  # disk bytes in one record of the "block" section
 
 
@@ -172,8 +174,9 @@ class _Walker:
         """Keep a device that had to be known before RAM."""
         begin = self.cursor.position
         self._skip_to_footer(number, name)
-        length = min(self.cursor.position - 5 - begin, _EARLY_BYTES)
-        self.stream.early.append((name, self.cursor.source.read(begin, length)))
+        if len(self.stream.early) < _EARLY_DEVICES:
+            length = min(self.cursor.position - 5 - begin, _EARLY_BYTES)
+            self.stream.early.append((name, self.cursor.source.read(begin, length)))
 
     def _skip_to_footer(self, number: int, name: str) -> None:
         """Pass a section of unknown content: its footer names it, and a section type follows."""
@@ -188,7 +191,8 @@ class _Walker:
             while found >= 0:
                 after = data[found + 5 : found + 6] or cursor.source.read(at + found + 5, 1)
                 if after and after[0] in (END, START, PART, LAST, FULL, COMMAND):
-                    self.stream.notes.append(f"section {name!r} was passed by its footer")
+                    if len(self.stream.notes) < _NOTES:
+                        self.stream.notes.append(f"section {name!r} was passed by its footer")
                     cursor.jump(at + found + 5)
                     return
                 found = data.find(footer, found + 1)

@@ -14,7 +14,7 @@ from ..source import Source
 from . import ranges
 from .analysis import Analysis, analyse, read_pages
 from .index import MISSING, RunIndex
-from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, Region
+from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 
 _CACHED_PAGES = 8192  # for the scattered small reads of page-table walks: 32 MiB at most
 
@@ -111,7 +111,7 @@ class GuestMemory:
     def read(self, address: int, length: int, pad: bool = False) -> bytes:
         """Return exactly ``length`` bytes at a guest-physical ``address``.
 
-        An address that is not RAM, or RAM the stream never recorded, raises :class:`ReadError`;
+        An address that is not RAM, or RAM the stream never recorded, raises :class:`NotInMemory`;
         with ``pad`` it reads as zeros.
         """
         if length <= 0:
@@ -126,7 +126,7 @@ class GuestMemory:
             elif pad:
                 pieces.append(bytes(stop - address))
             else:
-                raise ReadError("guest-physical address is not RAM", offset=address, length=length)
+                raise NotInMemory("the address is not RAM", address=address, length=length)
             address = stop
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -137,7 +137,7 @@ class GuestMemory:
             known = ", ".join(printable(block.name) for block in self.blocks)
             raise LookupError(f"no RAM block {printable(name)!r}; the stream holds: {known}")
         if offset < 0 or offset + length > block.size:
-            raise ReadError(f"outside of RAM block {printable(name)!r}", offset=offset, length=length)
+            raise NotInMemory(f"outside of RAM block {printable(name)!r}", address=offset, length=length)
         return self._read(name, offset, length, pad, offset) if length > 0 else b""
 
     def mapping(self, address: int, length: int) -> Iterator[MemoryRun]:

@@ -10,6 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..errors import Qcow2Error, ReadError
+
+
+class NotInMemory(ReadError):
+    """An address that is not RAM, or RAM that the stream does not hold; ``offset`` is the address."""
+
+    def __init__(self, message: str, *, address: int, length: int) -> None:
+        Qcow2Error.__init__(self, f"{message} (guest-physical address {address:#x}, {length} bytes)")
+        self.offset = address
+        self.length = length
+
 
 class Region(NamedTuple):
     """A range of guest-physical addresses and the part of a RAM block that answers for it."""

@@ -16,7 +16,7 @@ from .model import Block
 _TABLES: Final = "/rom@etc/acpi/tables"
 _TABLE_BYTES = 16 * MiB  # the tables looked at; QEMU's are 128 KiB
 _CANDIDATES = 8  # places that read "SRAT" and are tried
-_RANGES = 4096  # ranges believed; QEMU allows 128 nodes
+_RANGES = 512  # ranges believed; QEMU allows 128 nodes, some in two parts
 
 
 class Affinity(NamedTuple):
