@@ -17,10 +17,29 @@ from qcow2_forensics.source import BytesSource
 
 _NUMBERS = (0, 1, 2, 7, 8, 255, 511, 512, 513, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _WIDE = (1 << 62, 1 << 63, (1 << 63) - 1, (1 << 64) - 1, 1 << 40, (1 << 56) - 512, 1 << 55)
+_TEXTS = (
+    b"\x1b]0;x\x07",
+    b"\x1b[2J",
+    b"=1+1",
+    b"@x",
+    b"<script>",
+    b"a\nb\r\t",
+    b"\xff\xfe\x80",
+    b"\xe2\x80\xae",  # right-to-left override
+    b"a\0b",
+    b"../../../etc/passwd",
+    b"/etc/passwd",
+    b"json:{}",
+    b"nbd://x/y",
+    b"/dev/zero",
+    b"%s%n",
+    b"a|b",
+    b"fuzzed.qcow2",
+)
 
 
 class Spot(NamedTuple):
-    """A place worth changing: ``size`` bytes at ``offset`` that readers take for a number."""
+    """A place worth changing: ``size`` bytes at ``offset`` that readers take for a number, or a name."""
 
     kind: str
     offset: int
@@ -36,6 +55,7 @@ def spots(data: bytes) -> list[Spot]:
         return [Spot("byte", at, 1) for at in range(min(128, len(data)))]
     header = image.header
     found += [Spot("header", field.offset, field.length) for field in header.fields[1:]] * 3
+    found += _names(image)
     for extension in image.extensions:
         found += [Spot("extension", extension.offset, 4), Spot("extension", extension.offset + 4, 4)]
         found += [Spot("extension", extension.offset + 8 + at, 8) for at in range(0, min(extension.length, 24), 8)]
@@ -79,6 +99,19 @@ def spots(data: bytes) -> list[Spot]:
     if at >= 0:
         found += [Spot("vm state", at + step, random.choice((1, 2, 4, 8))) for step in range(0, 4096, 3)]
     return [spot for spot in found if spot.offset + spot.size <= len(data)]
+
+
+def _names(image: Image) -> list[Spot]:
+    """Spots of the texts an image holds."""
+    header = image.header
+    places = [(header.backing_file_offset, header.backing_file_size)]
+    places += [(extension.offset + 8, extension.length) for extension in image.extensions]
+    for entry in image.snapshots:
+        start = entry.offset + 40 + len(entry.extra)
+        places += [(start, len(entry.id_bytes)), (start + len(entry.id_bytes), len(entry.name_bytes))]
+    for bitmap in image.bitmaps:
+        places.append((bitmap.offset + 24 + len(bitmap.extra), len(bitmap.name_bytes)))
+    return [Spot("text", offset, size) for offset, size in places if offset and 0 < size < 4096]
 
 
 def _table(data: bytes, kind: str, offset: int, count: int) -> list[Spot]:
@@ -134,6 +167,10 @@ class Mutator:
         spot = rng.choice([spot for spot in self._spots if spot.kind == kind])
         if spot.offset + spot.size > len(data):
             return "nothing"
+        if spot.kind == "text":
+            text = rng.choice(_TEXTS)[: spot.size]
+            data[spot.offset : spot.offset + len(text)] = text
+            return f"text at {spot.offset:#x}: {text!r}"
         old = int.from_bytes(data[spot.offset : spot.offset + spot.size], "big")
         new = self._value(rng, old, spot, data) & ((1 << (8 * spot.size)) - 1)
         data[spot.offset : spot.offset + spot.size] = new.to_bytes(spot.size, "big")
