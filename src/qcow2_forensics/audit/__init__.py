@@ -11,9 +11,8 @@ Nothing in the evidence makes it raise: an unreadable image is a report with a f
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from ..image import Image
 from ..limits import DEFAULT_LIMITS, Limits
 from ..resolver import Resolver
 from ..source import PathOrSource, source_name
-from ..structures import Crypt
 from .facts import Facts
 from .rules import RULES, Depth, Rule, apply, explain
 
@@ -32,24 +30,30 @@ UNREADABLE = "QCOW2-UNREADABLE"
 INCOMPLETE = "QCOW2-AUDIT-INCOMPLETE"
 
 
-def catalog() -> dict[str, Rule]:
-    """Return every rule by its code, in the order of the catalog."""
-    for name in _MODULES:  # importing a rule module registers its rules
-        if find_spec(f"{__name__}.{name}") is not None:
+# Rule modules in the order of the catalog. Those of triage import no numpy: start-up is most of its cost.
+_MODULES = {
+    "header": Depth.TRIAGE,
+    "integrity": Depth.STANDARD,
+    "overlap": Depth.STANDARD,
+    "residual": Depth.STANDARD,
+    "slack": Depth.TRIAGE,
+    "history": Depth.TRIAGE,
+    "provenance": Depth.TRIAGE,
+    "encryption": Depth.TRIAGE,
+    "plaintext": Depth.STANDARD,
+    "references": Depth.TRIAGE,
+    "expansion": Depth.STANDARD,
+}
+
+
+def catalog(depth: Depth = Depth.DEEP) -> dict[str, Rule]:
+    """Return every rule up to a depth by its code, in the order of the catalog."""
+    for name, needed in _MODULES.items():  # importing a rule module registers its rules
+        if needed <= depth:
             import_module(f"{__name__}.{name}")
-    return RULES
-
-
-_MODULES = (
-    "header",
-    "integrity",
-    "overlap",
-    "residual",
-    "history",
-    "provenance",
-    "encryption",
-    "references",
-)
+    places = {name: place for place, name in enumerate(_MODULES)}
+    ordered = sorted(RULES.values(), key=lambda rule: places.get(rule.section, len(places)))
+    return {rule.code: rule for rule in ordered if rule.depth <= depth}
 
 
 def audit(
@@ -69,7 +73,7 @@ def audit(
     to ``Report.details``, for the page.
     """
     wanted = Depth.parse(depth)
-    rules = catalog()
+    rules = catalog(wanted)
     path = _path_of(origin)
     name = str(path) if path is not None else origin.name if isinstance(origin, Image) else source_name(origin)
     try:
@@ -79,7 +83,8 @@ def audit(
     try:
         facts = Facts(image, path=path, depth=wanted, passphrase=passphrase, resolver=resolver, limits=limits)
         findings = explain(_findings(rules, facts))
-        check = facts.census.check if wanted >= Depth.STANDARD and facts.has_census else None
+        counted = wanted >= Depth.STANDARD and facts.has_census and facts.census_error is None
+        check = facts.census.check if counted else None
         details = _pictures(facts) if pictures and wanted >= Depth.STANDARD else {}
         return Report(_identity(facts, name), findings, check, wanted.label, details)
     finally:
@@ -103,9 +108,11 @@ def _pictures(facts: Facts) -> dict[str, Any]:
 
 def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:
     failures: list[Evidence] = []
-    for entry in rules.values():
-        if entry.depth > facts.depth or not _sound(entry, facts):
-            continue
+    chosen = [entry for entry in rules.values() if entry.depth <= facts.depth and _sound(entry, facts)]
+    if any(entry.needs == "census" for entry in chosen) and facts.census_error is not None:
+        failures.append(_failure("every rule that needs a census", facts.census_error))
+        chosen = [entry for entry in chosen if entry.needs != "census"]
+    for entry in chosen:
         findings, error = apply(entry, facts)
         yield from findings
         if error is not None:
@@ -170,13 +177,19 @@ def _identity(facts: Facts, name: str) -> dict[str, Value]:
     }
     if facts.has_geometry:
         known["cluster_size"] = header.cluster_size
-        known["snapshots"] = len(image.snapshots) if header.version > 1 else 0
-        known["bitmaps"] = len(image.bitmaps) if header.version > 1 else 0
-    known["backing_file"] = image.backing_name
-    known["backing_format"] = image.backing_format if header.version > 1 else None
-    known["data_file"] = image.data_file_name if header.external_data else None
+        known["snapshots"] = _readable(lambda: len(image.snapshots))
+        known["bitmaps"] = _readable(lambda: len(image.bitmaps))
+    known["backing_file"] = _readable(lambda: image.backing_name)
+    known["backing_format"] = _readable(lambda: image.backing_format)
+    known["data_file"] = _readable(lambda: image.data_file_name) if header.external_data else None
     known["encryption"] = {0: None, 1: "aes", 2: "luks"}.get(header.crypt_method, str(header.crypt_method))
     known["refcount_bits"] = header.refcount_bits if header.version > 1 and header.refcount_order <= 6 else None
-    if header.crypt_method == Crypt.NONE:
-        del known["encryption"]
     return known
+
+
+def _readable(question: Callable[[], Value]) -> Value:
+    """Return an answer, None where the evidence cannot be read; a rule says so."""
+    try:
+        return question()
+    except (Qcow2Error, OSError):
+        return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from ..chain import Passphrase
+from ..errors import Qcow2Error
 from ..findings import Evidence, Value
 from ..header_rules import Problem
 from ..image import Image
@@ -69,12 +70,31 @@ class Facts:
         """Whether tables can be walked: version 2 or 3 with known geometry."""
         return self.has_geometry and self.header.version in (2, 3)
 
-    @cached_property
+    @property
     def census(self) -> Census:
-        """Who claims each host cluster, and what its refcount says; costs a pass over all metadata."""
+        """Who claims each host cluster, and what its refcount says; costs a pass over all metadata.
+
+        Raises, each time, the error that stopped the pass; see :attr:`census_error`.
+        """
+        taken = self._census
+        if not isinstance(taken, Exception):
+            return taken
+        raise taken
+
+    @property
+    def census_error(self) -> Qcow2Error | OSError | None:
+        """Why the census could not be taken, None when it was."""
+        taken = self._census
+        return taken if isinstance(taken, Exception) else None
+
+    @cached_property
+    def _census(self) -> Census | Qcow2Error | OSError:
         from ..census import take_census
 
-        return take_census(self.image)
+        try:
+            return take_census(self.image)
+        except (Qcow2Error, OSError) as error:
+            return error
 
     def once(self, function: Callable[[Facts], T]) -> T:
         """Return ``function(self)``, computed once per audit and shared between rules."""

@@ -11,13 +11,14 @@ import numpy as np
 from .. import structures
 from ..errors import Qcow2Error
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
-from ..residue import DeletedSnapshot, Piece, Residue, hidden, slack, streams
+from ..residue import DeletedSnapshot, Piece, Residue, hidden, streams
 from ..residue.deleted import examine
 from ..source import FileSource
 from ..structures import Autoclear, BitmapEntry, SnapshotEntry
 from .facts import Facts
 from .history import date_of, machine_type
 from .names import chain
+from .pieces import evidence_of
 from .rules import CRAFTED, QEMU_MADE, Depth, rule, variant
 
 _DELETED = 100  # former snapshots followed into their tables
@@ -98,28 +99,6 @@ def _survey(facts: Facts) -> _Survey:
     claimed = residue.usage.claimed
     survey.deleted = [examine(facts.image, entry, claimed) for entry in survey.snapshots[:_DELETED]]
     return survey
-
-
-def evidence_of(piece: Piece, label: str = "") -> Evidence:
-    """Return a piece as evidence: what it is, how much of it is there, how it starts."""
-    told = [f"{piece.nonzero} non-zero bytes", f"entropy {piece.entropy:.2f}"]
-    if piece.signature and piece.looks != "stream":
-        told.append(piece.signature)
-    elif piece.looks != "data":
-        told.append(piece.looks)
-    if piece.entries:
-        told.append(f"{piece.entries} entries")
-    told.append(f"starts {piece.first[:23]}")  # eight bytes
-    return Evidence(
-        label or piece.looks,
-        ", ".join(told),
-        piece.offset,
-        piece.length,
-        f"{piece.kind} clusters" if piece.kind in ("free", "leaked", "trailing") else piece.kind,
-        piece.guest_offset,
-        piece.snapshot,
-        piece.file,
-    )
 
 
 def _finding(code: str, group: _Group, severity: Severity | None = None, title: str = "") -> Iterator[Finding]:
@@ -354,76 +333,6 @@ def compressed_slack(facts: Facts) -> Iterator[Finding]:
 
 
 @rule(
-    "QCOW2-HEADER-SLACK",
-    Severity.MEDIUM,
-    "data behind the header",
-    note="QEMU zero-fills this area whenever it rewrites the header: consistent with embedding by hand or with "
-    "another writer",
-    when="bytes after the end of the header extensions, or after the backing file name, are not zeros",
-    harmless="eight bytes that old versions of QEMU left in version 2 headers are not reported",
-)
-def header_slack(facts: Facts) -> Iterator[Evidence]:
-    for piece in slack.header_slack(facts.image):
-        yield _previewed(facts, piece)
-
-
-def _previewed(facts: Facts, piece: Piece) -> Evidence:
-    if piece.looks == "text":
-        shown = facts.read(piece.offset, min(piece.length, 200)).decode("utf-8", "replace")
-        return replace(evidence_of(piece), field="text", value=shown)
-    return evidence_of(piece)
-
-
-@rule(
-    "QCOW2-HEADER-PADDING",
-    Severity.LOW,
-    "data in the header's padding",
-    note="consistent with a newer or another writer, or with embedding",
-    when="header bytes from 105 up to its length, or the padding of an extension, are not zeros",
-    harmless="fields of future QEMU versions",
-)
-def header_padding(facts: Facts) -> Iterator[Evidence]:
-    for piece in slack.header_padding(facts.image):
-        yield _previewed(facts, piece)
-    header = facts.header
-    if header.version == 3 and header.header_length == 104:
-        # A compression type written behind a short header reads as an empty extension of odd type.
-        kind = facts.read(104, 8)
-        if kind[:1] != b"\0" and not any(kind[1:]):
-            yield Evidence("ignored_compression_type", kind[0], 104, 1, "header")
-
-
-@rule(
-    "QCOW2-L1-SLACK",
-    Severity.LOW,
-    "data behind an L1 table",
-    note="consistent with the reuse of a cluster that held older content",
-    when="bytes from the end of an L1 table to the end of its cluster are not zeros",
-    harmless="only on reused space",
-    depth=Depth.DEEP,
-    validated=QEMU_MADE,
-)
-def l1_slack(facts: Facts) -> Iterator[Evidence]:
-    for piece in slack.l1_slack(facts.image):
-        yield evidence_of(piece)
-
-
-@rule(
-    "QCOW2-TABLE-SLACK",
-    Severity.LOW,
-    "data behind a snapshot or bitmap table",
-    note="consistent with the reuse of a cluster that held older content, or with a table that was longer",
-    when="bytes from the end of such a table to the end of its cluster are not zeros",
-    harmless="only on reused space",
-    depth=Depth.DEEP,
-    validated=QEMU_MADE,
-)
-def table_slack(facts: Facts) -> Iterator[Evidence]:
-    for piece in slack.table_slack(facts.image):
-        yield evidence_of(piece)
-
-
-@rule(
     "QCOW2-TAIL-BEYOND-DISK",
     Severity.LOW,
     "data behind the end of the disk in its last cluster",
@@ -490,22 +399,6 @@ def raw_datafile_diverges(facts: Facts) -> Iterator[Evidence]:
             for piece in group.kept:
                 if piece.offset < facts.image.disk_size:
                     yield evidence_of(piece)
-
-
-@rule(
-    "QCOW2-BACKING-HIDDEN-TAIL",
-    Severity.INFO,
-    "the backing file is larger than the disk",
-    note="its bytes beyond the end of the disk are invisible through this image",
-    when="the backing disk is larger than this one",
-    harmless="overlays can be made smaller on purpose",
-    validated=QEMU_MADE,
-)
-def backing_hidden_tail(facts: Facts) -> Iterator[Evidence]:
-    for member in chain(facts).backing[:1]:
-        if member.disk_size is not None and member.disk_size > facts.image.disk_size:
-            yield Evidence("backing_disk_size", member.disk_size, file=member.path)
-            yield facts.field("size")
 
 
 # --- memory snapshots ----------------------------------------------------------------------------

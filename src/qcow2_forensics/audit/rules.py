@@ -177,10 +177,9 @@ def apply(entry: Rule, facts: Facts) -> tuple[list[Finding], Qcow2Error | OSErro
 
 
 def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Return the findings with ``explained_by`` filled in, worst first, in catalog order otherwise."""
+    """Return the findings with ``explained_by`` filled in, worst first, in their order otherwise."""
     collected = list(findings)
     present = {finding.code for finding in collected}
-    order = {code: number for number, code in enumerate(RULES)}
     linked = []
     for finding in collected:
         entry = RULES.get(finding.code)
@@ -188,5 +187,5 @@ def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         found = [code for code in causes if code in present and code != finding.code]
         told = tuple(dict.fromkeys((*finding.explained_by, *found)))
         linked.append(dataclasses.replace(finding, explained_by=told))
-    linked.sort(key=lambda finding: (-finding.severity, order.get(finding.code, len(order))))
+    linked.sort(key=lambda finding: -finding.severity)
     return tuple(linked)

@@ -13,11 +13,40 @@ Importing this package teaches :func:`~qcow2_forensics.open_disk` the ``deleted:
 
 from __future__ import annotations
 
-from ..chain import SNAPSHOT_SELECTORS
-from .collect import Residue, deleted_snapshots, open_deleted, residue, select_deleted
-from .deleted import DeletedSnapshot
-from .scan import Piece
+import importlib
+from typing import TYPE_CHECKING, Any
 
-SNAPSHOT_SELECTORS.setdefault("deleted", select_deleted)
+from ..chain import SNAPSHOT_SELECTORS
+from ..image import Image
+from ..structures import SnapshotEntry
+from .pieces import Piece
+
+if TYPE_CHECKING:
+    from .collect import Residue, deleted_snapshots, open_deleted, residue
+    from .deleted import DeletedSnapshot
+
+
+def _select_deleted(image: Image, wanted: str) -> SnapshotEntry:
+    from .collect import select_deleted
+
+    return select_deleted(image, wanted)
+
+
+SNAPSHOT_SELECTORS.setdefault("deleted", _select_deleted)
 
 __all__ = ["DeletedSnapshot", "Piece", "Residue", "deleted_snapshots", "open_deleted", "residue"]
+
+# What stands on the census and numpy is loaded on first use: triage needs only header slack.
+_LAZY = {
+    "DeletedSnapshot": "deleted",
+    "Residue": "collect",
+    "deleted_snapshots": "collect",
+    "open_deleted": "collect",
+    "residue": "collect",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

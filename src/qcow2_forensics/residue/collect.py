@@ -22,7 +22,8 @@ from ..stream import SourceStream
 from ..structures import OFFSET_MASK, BitmapEntry, SnapshotEntry
 from . import deleted, hidden, slack, streams, tables
 from .deleted import DeletedSnapshot
-from .scan import Found, Piece, Usage, unclaimed
+from .pieces import Piece
+from .scan import Found, Usage, unclaimed
 
 _ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
 _BITMAPS = 1000  # former bitmaps followed into their tables

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # (offset, magic, name), most specific first. Names are what an examiner calls the thing.
 SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -68,12 +69,16 @@ class Content(NamedTuple):
 
 def describe(data: bytes) -> Content:
     """Return the facts about ``data``, whose start is the place signatures are looked for."""
+    import numpy as np  # here: triage of a clean header never gets so far
+
     counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
     return Content(len(data) - int(counts[0]), entropy_of(counts), signature(data))
 
 
 def entropy_of(counts: np.ndarray) -> float:
     """Return bits per byte from how often each byte value occurs."""
+    import numpy as np
+
     total = int(counts.sum())
     if not total:
         return 0.0

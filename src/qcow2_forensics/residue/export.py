@@ -16,7 +16,7 @@ from ..errors import Qcow2Error, printable
 from ..limits import MiB
 from .collect import Residue
 from .deleted import DeletedSnapshot
-from .scan import Piece
+from .pieces import Piece
 
 SCHEMA = 1
 _CHUNK = MiB

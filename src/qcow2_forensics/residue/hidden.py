@@ -17,7 +17,7 @@ from ..image import Image
 from ..mapping import Kind, Mapping
 from ..source import Source
 from ..structures import SUBCLUSTERS
-from .scan import Piece
+from .pieces import Piece
 from .slack import piece_of
 from .trees import live_tables
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from ..image import Image
 from ..limits import MiB
 from ..structures import BitmapEntry, SnapshotEntry
 from . import content, tables
+from .pieces import Piece
 from .tables import Geometry
 
 _CHUNK = 8 * MiB
@@ -37,31 +37,6 @@ class Usage(NamedTuple):
         """The first cluster after the last one that is claimed or counted."""
         used = (self.claimed | self.counted)[::-1]
         return len(used) - int(np.argmax(used)) if used.any() else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of bytes nothing points at, of one kind and looking like one thing.
-
-    ``kind`` says why it is residue (``free``, ``leaked``, ``trailing``, or a slack kind), ``looks``
-    what it looks like: ``data``, ``l1``, ``l2``, ``refcount-table``,
-    ``refcounts``, ``snapshot-table``, ``bitmap-directory`` or ``vm-state``. Offsets are in ``file`` ("" is the image itself).
-    """
-
-    offset: int
-    length: int
-    kind: str
-    looks: str
-    nonzero: int
-    entropy: float
-    signature: str = ""
-    first: str = ""  # the first 16 bytes in hexadecimal
-    guest_offset: int | None = None
-    snapshot: str = ""
-    file: str = ""
-    entries: int = 0  # of a table
-    intact: int = 0  # of its first targets: nothing live uses them and they hold bytes
-    zero_only: bool = False  # an L2 table of zero flags alone
 
 
 class Found(NamedTuple):

@@ -8,7 +8,7 @@ from .. import structures
 from ..image import Image
 from ..structures import ExtensionType, padded
 from . import content
-from .scan import Piece
+from .pieces import Piece
 
 # What old versions of QEMU left behind a version 2 header: refcount_order 4 and header_length 104,
 # as if it were version 3.

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..image import Image
 from ..structures import Compression, compressed_descriptor
-from .scan import Piece
+from .pieces import Piece
 from .slack import piece_of
 from .trees import live_tables
 

@@ -1,0 +1,75 @@
+"""Rules about what an encrypted image stores unencrypted (section "encryption")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .. import structures
+from ..findings import Evidence, Severity
+from ..limits import KiB
+from ..residue import content
+from .facts import Facts
+from .rules import QEMU_MADE, Depth, rule
+
+_SAMPLE = 64 * KiB  # of each cluster looked at
+_SAMPLES = 512  # clusters looked at
+_LOW_ENTROPY = 7.0  # bits per byte; 4 KiB of ciphertext have 7.95
+
+
+@rule(
+    "QCOW2-PLAINTEXT-COMPRESSED",
+    Severity.HIGH,
+    "an encrypted image holds compressed clusters",
+    note="compressed clusters are stored unencrypted: they can be read without the key",
+    when="crypt_method is not 0 and an L2 entry is compressed",
+    depth=Depth.STANDARD,
+    validated=QEMU_MADE,
+)
+def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
+    if not facts.header.crypt_method:
+        return
+    for batch in facts.census.tables():
+        for row, column in batch.where((batch.entries & np.uint64(structures.COMPRESSED)) != 0):
+            host, _ = structures.compressed_descriptor(int(batch.entries[row, column]), facts.header.cluster_bits)
+            yield Evidence("host", host, batch.entry_offset(row, column), 8, "L2", batch.guest_offset(row, column))
+
+
+@rule(
+    "QCOW2-PLAINTEXT-CONTENT",
+    Severity.MEDIUM,
+    "clusters of an encrypted image are not encrypted",
+    note="consistent with an edited crypt_method, or with data older than the encryption",
+    when="of sampled clusters that are not zeros, one starts with a known signature or has little entropy",
+    harmless="clusters of zeros and preallocated ones are left out",
+    depth=Depth.DEEP,
+    needs="census",
+)
+def plaintext_content(facts: Facts) -> Iterator[Evidence]:
+    if not facts.header.crypt_method or facts.header.external_data:
+        return
+    for host, guest in _mapped(facts):
+        data = facts.read(host, min(facts.cluster_size, _SAMPLE))
+        if not any(data):
+            continue
+        seen = content.describe(data)
+        # A signature of two or three bytes comes up by chance among many clusters of ciphertext.
+        if len(data) >= 4 * KiB and seen.entropy < _LOW_ENTROPY:
+            told = f"entropy {seen.entropy:.2f}" + (f", {seen.signature}" if seen.signature else "")
+            yield Evidence("content", told, host, len(data), "data cluster", guest)
+
+
+def _mapped(facts: Facts) -> Iterator[tuple[int, int]]:
+    """Yield (host offset, guest offset) of up to 512 plainly stored clusters."""
+    count = 0
+    skipped = structures.COMPRESSED | structures.ZERO
+    for batch in facts.census.tables():
+        plain = ((batch.entries & np.uint64(skipped)) == 0) & ((batch.entries & np.uint64(structures.OFFSET_MASK)) != 0)
+        for row, column in batch.where(plain):
+            host = int(batch.entries[row, column]) & structures.OFFSET_MASK
+            if host % facts.cluster_size == 0 and host < facts.image.file_size:
+                yield host, batch.guest_offset(row, column)
+                count += 1
+                if count >= _SAMPLES:
+                    return

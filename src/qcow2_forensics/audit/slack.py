@@ -1,0 +1,82 @@
+"""Rules about bytes behind the header and behind tables (section "residual")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..findings import Evidence, Severity
+from ..residue import Piece, slack
+from .facts import Facts
+from .pieces import evidence_of
+from .rules import QEMU_MADE, Depth, rule
+
+
+@rule(
+    "QCOW2-HEADER-SLACK",
+    Severity.MEDIUM,
+    "data behind the header",
+    note="QEMU zero-fills this area whenever it rewrites the header: consistent with embedding by hand or with "
+    "another writer",
+    when="bytes after the end of the header extensions, or after the backing file name, are not zeros",
+    harmless="eight bytes that old versions of QEMU left in version 2 headers are not reported",
+)
+def header_slack(facts: Facts) -> Iterator[Evidence]:
+    for piece in slack.header_slack(facts.image):
+        yield _previewed(facts, piece)
+
+
+def _previewed(facts: Facts, piece: Piece) -> Evidence:
+    if piece.looks == "text":
+        shown = facts.read(piece.offset, min(piece.length, 200)).decode("utf-8", "replace")
+        return replace(evidence_of(piece), field="text", value=shown)
+    return evidence_of(piece)
+
+
+@rule(
+    "QCOW2-HEADER-PADDING",
+    Severity.LOW,
+    "data in the header's padding",
+    note="consistent with a newer or another writer, or with embedding",
+    when="header bytes from 105 up to its length, or the padding of an extension, are not zeros",
+    harmless="fields of future QEMU versions",
+)
+def header_padding(facts: Facts) -> Iterator[Evidence]:
+    for piece in slack.header_padding(facts.image):
+        yield _previewed(facts, piece)
+    header = facts.header
+    if header.version == 3 and header.header_length == 104:
+        # A compression type written behind a short header reads as an empty extension of odd type.
+        kind = facts.read(104, 8)
+        if kind[:1] != b"\0" and not any(kind[1:]):
+            yield Evidence("ignored_compression_type", kind[0], 104, 1, "header")
+
+
+@rule(
+    "QCOW2-L1-SLACK",
+    Severity.LOW,
+    "data behind an L1 table",
+    note="consistent with the reuse of a cluster that held older content",
+    when="bytes from the end of an L1 table to the end of its cluster are not zeros",
+    harmless="only on reused space",
+    depth=Depth.DEEP,
+    validated=QEMU_MADE,
+)
+def l1_slack(facts: Facts) -> Iterator[Evidence]:
+    for piece in slack.l1_slack(facts.image):
+        yield evidence_of(piece)
+
+
+@rule(
+    "QCOW2-TABLE-SLACK",
+    Severity.LOW,
+    "data behind a snapshot or bitmap table",
+    note="consistent with the reuse of a cluster that held older content, or with a table that was longer",
+    when="bytes from the end of such a table to the end of its cluster are not zeros",
+    harmless="only on reused space",
+    depth=Depth.DEEP,
+    validated=QEMU_MADE,
+)
+def table_slack(facts: Facts) -> Iterator[Evidence]:
+    for piece in slack.table_slack(facts.image):
+        yield evidence_of(piece)
