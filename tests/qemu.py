@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import pytest
 
 TIMEOUT = 60.0  # seconds; QEMU hangs for ever on some hostile images
-RETRIES = 10  # creating LUKS fails at random on busy machines, see _flaky
+RETRIES = 50  # creating LUKS fails at random on busy machines, see _flaky
 REQUIRED = os.environ.get("QCOW2_REQUIRE_QEMU") == "1"
 
 Name = str | os.PathLike[str]
@@ -127,13 +128,14 @@ def run(
 
 
 def img(*args: Name, check: bool = True, timeout: float = TIMEOUT, cwd: Name | None = None) -> Outcome:
-    """Run qemu-img, once more when it failed only because the machine was busy."""
-    for _ in range(RETRIES):
+    """Run qemu-img, and again while it fails only because the machine was busy."""
+    for attempt in range(RETRIES):
         outcome = run("qemu-img", *args, check=False, timeout=timeout, cwd=cwd)
         if not _flaky(outcome):
             if check and not outcome.ok:
                 raise QemuError(["qemu-img", *(os.fspath(arg) for arg in args)], outcome)
             return outcome
+        time.sleep(0.01 * attempt)  # failing is quick: it stands and falls with the scheduler's mood
     return run("qemu-img", *args, check=check, timeout=timeout, cwd=cwd)
 
 
