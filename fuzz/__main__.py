@@ -22,9 +22,10 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from . import budget, corpus, differential, watch
+from . import budget, corpus, differential
 from .mutator import Mutator
 from .targets import TARGETS, run
+from .watch import Watch, watching
 
 HANG_SECONDS = 60  # of real time, for one target
 BATCH = 500
@@ -58,20 +59,21 @@ def _mutator(name: str, data: bytes) -> Mutator:
 
 def escape_of(target: str, data: bytes) -> str:
     """Put one image through one target; return what escaped, empty when nothing did."""
-    for attempt in range(2):
-        budget.restart()
-        signal.alarm(HANG_SECONDS)
-        try:
-            run(target, data)
-        except budget.OverBudget:
-            if attempt:  # the first time may have paid for a neighbour's caches
-                return traceback.format_exc(limit=-6)
-            continue
-        except BaseException:  # noqa: BLE001 - whatever escapes is what we look for
-            return traceback.format_exc(limit=-8)
-        finally:
-            signal.alarm(0)
-        break
+    with watching(Watch(writable=[Path(tempfile.gettempdir())])) as watch:
+        for attempt in range(2):
+            budget.restart()
+            signal.alarm(HANG_SECONDS)
+            try:
+                run(target, data)
+            except budget.OverBudget:
+                if attempt:  # the first time may have paid for a neighbour's caches
+                    return traceback.format_exc(limit=-6)
+                continue
+            except BaseException:  # noqa: BLE001 - whatever escapes is what we look for
+                return traceback.format_exc(limit=-8)
+            finally:
+                signal.alarm(0)
+            break
     return "\n".join(watch.take())
 
 
@@ -83,7 +85,6 @@ def prepare(bases: dict[str, bytes], targets: list[str]) -> None:
     for target in targets:
         for name in sorted(bases):
             run(target, bases[name])
-    watch.start()
     budget.enforced = True
 
 

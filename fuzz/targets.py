@@ -306,7 +306,7 @@ def check_output(arguments: list[str], code: int, out: str, err: str) -> None:
     if "Traceback" in err:
         raise Escape(f"{arguments}: {err}")
     for name, text in (("out", out), ("err", err)):
-        bad = {character for character in text if not character.isprintable() and character not in "\n"}
+        bad = {character for character in text if not character.isprintable() and character != "\n"}
         if "csv" in arguments:
             bad -= {"\r"}  # ends the lines of CSV
         if bad:
