@@ -7,6 +7,7 @@ else in ``tests/test_conformance.py`` is one set of claims for all of them.
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -46,6 +47,7 @@ class Adapter:
     clipped: type[Exception] | None = None
     negative: type[Exception] | tuple[type[Exception], ...] = ValueError
     failed: type[Exception] = q.Qcow2Error  # what a read of unreadable evidence raises
+    refused: tuple[type[Exception], ...] = (q.Qcow2Error,)  # what opening unsound evidence raises
     positional: bool = True  # threads may share one object
 
     def __str__(self) -> str:
@@ -146,12 +148,17 @@ def _tsk(path: Path, snapshot: str | None = None) -> Iterator[Reader]:
     image.close()
 
 
-def _invalid_address() -> type[Exception]:
+def _named(module: str, name: str) -> type[Exception]:
+    """Return an exception class of a framework, any exception where that is absent."""
     try:
-        from volatility3.framework import exceptions
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
     except ImportError:
         return Exception
-    return exceptions.InvalidAddressException  # type: ignore[no-any-return]
+
+
+_INVALID_ADDRESS = _named("volatility3.framework.exceptions", "InvalidAddressException")
+_LAYER_EXCEPTION = _named("volatility3.framework.exceptions", "LayerException")
+_BACK_END_ERROR = _named("dfvfs.lib.errors", "BackEndError")
 
 
 ADAPTERS = (
@@ -161,14 +168,22 @@ ADAPTERS = (
     Adapter(
         "Volatility layer",
         _volatility,
-        past_end=_invalid_address(),
-        clipped=_invalid_address(),
-        negative=(_invalid_address(), ValueError),
-        failed=_invalid_address(),
+        past_end=_INVALID_ADDRESS,
+        clipped=_INVALID_ADDRESS,
+        negative=(_INVALID_ADDRESS, ValueError),
+        failed=_INVALID_ADDRESS,
+        refused=(_LAYER_EXCEPTION,),
         positional=False,  # the file layer below it is not
     ),
-    Adapter("dfVFS file object", _dfvfs, negative=(OSError, ValueError), failed=OSError, positional=False),
-    Adapter("Img_Info", _tsk, past_end=OSError, negative=OSError, failed=OSError),
+    Adapter(
+        "dfVFS file object",
+        _dfvfs,
+        negative=(OSError, ValueError),
+        failed=OSError,
+        refused=(OSError, _BACK_END_ERROR),
+        positional=False,
+    ),
+    Adapter("Img_Info", _tsk, past_end=OSError, negative=OSError, failed=OSError, refused=(OSError,)),
 )
 
 NEEDS = {"Volatility layer": "volatility3.framework", "dfVFS file object": "dfvfs", "Img_Info": "pytsk3"}
