@@ -1,0 +1,1 @@
+"""OpenRelik worker that audits QCOW2 images."""
