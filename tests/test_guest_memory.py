@@ -493,6 +493,15 @@ def test_modules_lie_in_the_window_and_non_volatile_ones_where_the_srat_has_them
     assert memory.layout.assumptions == ("memory modules are taken to lie in the order they were made",)
 
 
+def test_modules_without_a_described_window_are_placed_only_on_machines_that_had_none() -> None:
+    old = laid_out({BLOCK: GiB, "dimm": GiB}, machine="pc-i440fx-2.6", clock=cmos(GiB, 0))
+    assert [(region.address, region.block) for region in old.regions] == [(0, BLOCK), (4 * GiB, "dimm")]
+    assert "taken to start" in old.layout.assumptions[0]
+    new = laid_out({BLOCK: GiB, "shm": MiB}, clock=cmos(GiB, 0))
+    assert [region.block for region in new.regions] == [BLOCK]
+    assert (new.layout.unplaced, new.layout.assumptions) == (("shm",), ())
+
+
 def test_offsets_of_a_stream_that_tells_them_decide_the_order() -> None:
     extra = {"n1": u64(GiB), "n0": u64(0)}
     memory = laid_out({"n1": 2 * GiB, "n0": GiB}, clock=cmos(2 * GiB, GiB), extra=extra)

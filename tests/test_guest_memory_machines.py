@@ -237,7 +237,7 @@ def test_memory_of_virtio_mem_is_placed_and_what_is_not_plugged_is_not_valid(tmp
 
 
 def test_live_stream_with_repeated_pages_equals_the_memory_it_ended_with(tmp_path: Path) -> None:
-    machine = Machine("live", ("-M", "pc", "-m", "128"), ((40 * MiB, 16 * MiB),))
+    machine = Machine("live", ("-M", "pc", "-m", "128"), ((40 * MiB, 3 * MiB),))
     with running(machine, tmp_path) as guest:
         path = guest.migrate(rounds=3)
         sent = guest.statistics["normal"] + guest.statistics["duplicate"]
@@ -250,7 +250,7 @@ def test_live_stream_with_repeated_pages_equals_the_memory_it_ended_with(tmp_pat
 
 @pytest.mark.parametrize("offset", [0, 0x20000])
 def test_mapped_ram_file_equals_the_memory_it_ended_with(offset: int, tmp_path: Path) -> None:
-    machine = Machine("mapped", ("-M", "q35", "-m", "128"), ((40 * MiB, 16 * MiB),))
+    machine = Machine("mapped", ("-M", "q35", "-m", "128"), ((40 * MiB, 3 * MiB),))
     with running(machine, tmp_path) as guest:
         path = guest.migrate(rounds=2, capabilities=["mapped-ram"], offset=offset)
         file = FileSource(path)
@@ -261,7 +261,7 @@ def test_mapped_ram_file_equals_the_memory_it_ended_with(offset: int, tmp_path: 
 
 
 def test_differences_between_pages_are_refused_with_their_name(tmp_path: Path) -> None:
-    machine = Machine("xbzrle", ("-M", "pc", "-m", "128"), ((40 * MiB, 16 * MiB),))
+    machine = Machine("xbzrle", ("-M", "pc", "-m", "128"), ((40 * MiB, 3 * MiB),))
     with running(machine, tmp_path) as guest:
         path = guest.migrate(rounds=4, capabilities=["xbzrle"])
         with pytest.raises(Unsupported, match="xbzrle"):
@@ -290,6 +290,17 @@ def test_shared_memory_left_out_of_a_stream_is_not_valid_and_never_zeros(tmp_pat
         with pytest.raises(ReadError):
             memory.read(0x10000, 16)
         assert memory.read(0x10000, 16, pad=True) == bytes(16)
+
+
+def test_shared_memory_of_a_device_is_not_taken_for_a_module(tmp_path: Path) -> None:
+    args = ("-M", "pc", "-m", "64", "-object", "memory-backend-ram,id=ivs,share=on,size=4M")
+    with running(Machine("ivshmem", (*args, "-device", "ivshmem-plain,memdev=ivs,master=on")), tmp_path) as guest:
+        guest.ask("stop")
+        guest.save("one")
+        with open_guest_memory(guest.disk) as memory:
+            assert [region.block for region in memory.regions] == ["pc.ram"]
+            assert any(name.endswith("/ivs") for name in memory.layout.unplaced)
+            assert not memory.layout.assumptions
 
 
 def test_video_memory_can_be_read_by_the_name_of_its_block(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ FOUR_GIB: Final = 4 * GiB
 _DEFAULT_NAMES = ("pc.ram", "microvm.ram", "mach-virt.ram")
 _HOLE = 0xA0000, 0x100000  # QEMU leaves this out of node 0 in the SRAT
 _RESET_VECTOR = re.compile(rb"\xea....\d\d/\d\d/\d\d", re.DOTALL)
+_SILENT_MODULES = (2, 10)  # the last machine types that may plug modules without an SRAT
 _RELOCATED = 900 * GiB  # from about here QEMU keeps an AMD guest's RAM clear of the HyperTransport hole
 _ADDRESSES = 1 << 52  # the guest-physical address space of x86-64 and aarch64
 
@@ -78,7 +79,8 @@ def place(facts: Facts) -> tuple[str, Layout, tuple[Region, ...]]:
         made.above = total
     regions = _tile(system, spans)
     end = max(region.end for region in regions)
-    regions += plugged([block for block in candidates if block not in system], ranges, end, made)
+    left = [block for block in candidates if block not in system]
+    regions += plugged(left, ranges, end, _version(machine) > _SILENT_MODULES, made)
     regions += virtio_mem(blocks, facts.bodies, made)
     regions = _apart(regions, made)
     _check(regions, ranges, made)
@@ -223,9 +225,7 @@ def _split(machine: str, total: int, cmos: bytes | None, ranges: Sequence[Affini
 
 def _table(machine: str, total: int) -> int:
     """Return the bytes below the PCI hole that a machine type leaves by default."""
-    found = re.search(r"(\d+)\.(\d+)", machine)
-    version = (int(found[1]), int(found[2])) if found else (99, 0)
-    modern = version >= (2, 0) or machine.startswith("rhel")
+    modern = _version(machine) >= (2, 0) or machine.startswith("rhel")
     if "microvm" in machine:
         return 3 * GiB
     if "q35" in machine:
@@ -233,6 +233,12 @@ def _table(machine: str, total: int) -> int:
         return total if total < large else (2 * GiB if modern else large)
     large = 0xE0000000
     return total if total < large else (3 * GiB if modern else large)
+
+
+def _version(machine: str) -> tuple[int, int]:
+    """Return the version in a machine type's name; vendors that name releases differently are modern."""
+    found = re.search(r"([0-9]{1,3})\.([0-9]{1,3})", machine)
+    return (int(found[1]), int(found[2])) if found else (99, 0)
 
 
 def _tile(blocks: Sequence[Block], spans: Sequence[tuple[int, int]]) -> list[Region]:

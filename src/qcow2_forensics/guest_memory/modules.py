@@ -37,8 +37,14 @@ def natural(block: Block) -> list[tuple[int, str]]:
     return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
 
 
-def plugged(left: Sequence[Block], ranges: Sequence[Affinity], end: int, made: Decision) -> list[Region]:
-    """Place modules: non-volatile ones where the SRAT has them, others into its hot-plug window."""
+def plugged(
+    left: Sequence[Block], ranges: Sequence[Affinity], end: int, described: bool, made: Decision
+) -> list[Region]:
+    """Place modules: non-volatile ones where the SRAT has them, others into its hot-plug window.
+
+    ``described`` says that the machine would have made an SRAT with a window, had it room for modules.
+    ``end`` is where the rest of RAM ends.
+    """
     regions = []
     fixed = [item for item in ranges if item.fixed]
     waiting = []
@@ -56,6 +62,10 @@ def plugged(left: Sequence[Block], ranges: Sequence[Affinity], end: int, made: D
     if windows:
         address, room = windows[0].base, sum(item.length for item in windows)
         made.notes.append(f"the hot-plug window of the SRAT starts at {address:#x}")
+    elif described or ranges:
+        names = ", ".join(repr(printable(block.name)) for block in waiting)
+        made.notes.append(f"the machine has no room for modules, so {names} must be a device's memory")
+        return regions
     else:
         address, room = -(-max(end, FOUR_GIB) // GiB) * GiB, 1 << 60
         made.assumptions.append(f"no hot-plug window is described; it is taken to start at {address:#x}")
