@@ -318,3 +318,16 @@ def test_fleet_of_nothing_and_text_for_many_are_errors(run: Run, image: Path) ->
     code, _, err = run("audit", image, image.with_name("other"), "--format", "html")
     assert code == 2
     assert "jsonl" in err
+
+
+def test_dask_recipe_in_the_documentation_runs(tmp_path: Path, fleet: list[Path]) -> None:
+    pytest.importorskip("dask.distributed", reason="dask is absent")
+    text = (Path(__file__).parents[1] / "docs" / "fleet.md").read_text()
+    recipe = next(block for block in text.split("```python\n") if "dask.distributed" in block).split("```")[0]
+    (tmp_path / "recipe.py").write_text(recipe)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, tmp_path / "recipe.py", tmp_path, tmp_path / "out.jsonl"]
+    subprocess.run(command, check=True, env=environment, timeout=120, capture_output=True)
+    found = read_lines(tmp_path / "out.jsonl")
+    assert sorted(line["image"]["path"] for line in found) == sorted(map(str, fleet[:6]))
+    assert {finding["code"] for line in found for finding in line["findings"]} >= {"QCOW2-UNREADABLE"}
