@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -39,11 +40,12 @@ class Variant(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one run of log2timeline and psort gave."""
+    """What one run of log2timeline and psort gave; ``cpu`` is of log2timeline and its workers."""
 
     rc: int
     output: str
     seconds: float
+    cpu: float
     storage: Path
     lines: list[str]
 
@@ -51,7 +53,7 @@ class Run(NamedTuple):
 # --- the disk ------------------------------------------------------------------------------------
 
 
-def make_disk(folder: Path, files: int = 300) -> Path:
+def make_disk(folder: Path, files: int = 300, size: int = SIZE) -> Path:
     """Write the raw disk: logs, a database, archives, and files of every small size."""
     tree = folder / "tree"
     chance = random.Random(2026)
@@ -81,14 +83,14 @@ def make_disk(folder: Path, files: int = 300) -> Path:
     for i in range(files):
         place = tree / "srv" / f"folder{i % 12}"
         place.mkdir(parents=True, exist_ok=True)
-        size = chance.choice((100, 900, 5000, 40000))
-        text = chance.randbytes(size) if i % 5 == 0 else (f"line {i} of a report\n" * (size // 15)).encode()
+        length = chance.choice((100, 900, 5000, 40000))
+        text = chance.randbytes(length) if i % 5 == 0 else (f"line {i} of a report\n" * (length // 15)).encode()
         (place / f"file{i}.dat").write_bytes(text)
     for path in [*tree.rglob("*"), tree]:
         os.utime(path, (1760000000, 1760000000))
     raw = folder / "disk.raw"
     raw.write_bytes(b"")
-    os.truncate(raw, SIZE)
+    os.truncate(raw, size)
     qemu.need("mke2fs")
     # Blocks of 4 KiB: one block group, so no backup superblock that libfsext insists on reading.
     qemu.run("mke2fs", "-q", "-t", "ext4", "-b", "4096", "-L", "SAMPLE", "-d", str(tree), str(raw))
@@ -116,7 +118,7 @@ def external_data_file(folder: Path, disk: Path) -> Variant:
     place = folder / "external"
     place.mkdir()
     # Made with a relative name, as it must be when the pair is copied elsewhere.
-    qemu.create(place / "ext.qcow2", SIZE, data_file="ext.data", cwd=place)
+    qemu.create(place / "ext.qcow2", disk.stat().st_size, data_file="ext.data", cwd=place)
     qemu.img("convert", "-n", "-f", "raw", "-O", "qcow2", disk, place / "ext.qcow2", cwd=place)
     return Variant(place / "ext.qcow2")
 
@@ -143,7 +145,7 @@ def _overlay(path: Path, disk: Path, base: Path, base_format: str) -> Path:
     """An overlay whose base was changed after it was made: it holds what differs from ``disk``."""
     # Rubbish in free space and in the last files; the overlay has what was there before.
     qemu.io(base, "write -P 0x5a 24M 1M", "write -P 0xa5 8M 64k", fmt=base_format)
-    qemu.create(path, SIZE, backing=base.name, backing_format=base_format, cwd=path.parent)
+    qemu.create(path, disk.stat().st_size, backing=base.name, backing_format=base_format, cwd=path.parent)
     with disk.open("rb") as file:
         for offset, length in ((24 << 20, 1 << 20), (8 << 20, 64 << 10)):
             file.seek(offset)
@@ -157,9 +159,9 @@ def _overlay(path: Path, disk: Path, base: Path, base_format: str) -> Path:
     return path
 
 
-def _encrypted(name: str, **method: object) -> Callable[[Path, Path], Variant]:
+def encrypted(name: str, **method: object) -> Callable[[Path, Path], Variant]:
     def make(folder: Path, disk: Path) -> Variant:
-        path = qemu.create(folder / f"{name}.qcow2", SIZE, secret=PASSPHRASE, encrypt=method)
+        path = qemu.create(folder / f"{name}.qcow2", disk.stat().st_size, secret=PASSPHRASE, encrypt=method)
         secret = f"secret,id=key0,data={PASSPHRASE}"
         target = f"driver=qcow2,file.filename={path},encrypt.key-secret=key0"
         args = ("--object", secret, "-n", "-f", "raw", disk, "--target-image-opts", target)
@@ -175,10 +177,10 @@ def inside_ext4(folder: Path, disk: Path) -> Variant:
     tree.mkdir()
     base = tree / "base.qcow2"
     qemu.convert(disk, base, fmt="raw", target_format="qcow2", compressed=True)
-    qemu.create(tree / "disk.qcow2", SIZE, backing="base.qcow2", backing_format="qcow2", cwd=tree)
+    qemu.create(tree / "disk.qcow2", disk.stat().st_size, backing="base.qcow2", backing_format="qcow2", cwd=tree)
     outer = folder / "outer.raw"
     outer.write_bytes(b"")
-    os.truncate(outer, SIZE)
+    os.truncate(outer, disk.stat().st_size)
     qemu.run("mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(outer))
     return Variant(outer, nested="/disk.qcow2")
 
@@ -193,8 +195,8 @@ VARIANTS: dict[str, Callable[[Path, Path], Variant]] = {
     "external data file": external_data_file,
     "raw-backed overlay": raw_backed_overlay,
     "three-deep chain": three_deep_chain,
-    "LUKS": _encrypted("luks", format="luks"),
-    "legacy AES": _encrypted("aes", format="aes"),
+    "LUKS": encrypted("luks", format="luks"),
+    "legacy AES": encrypted("aes", format="aes"),
     "qcow2 inside ext4": inside_ext4,
 }
 
@@ -240,6 +242,7 @@ def log2timeline(
     folder.mkdir(parents=True, exist_ok=True)
     storage = folder / "timeline.plaso"
     common = ("-u", "--status_view", "none", "--no_dependencies_check", "--partitions", "all", "--vss_stores", "none")
+    used = _children_cpu()
     start = time.perf_counter()
     done = run_tool(
         "log2timeline",
@@ -250,8 +253,14 @@ def log2timeline(
         nested=variant.nested,
     )
     seconds = time.perf_counter() - start
+    cpu = _children_cpu() - used
     lines = psort(storage, folder / "timeline.csv") if storage.exists() and done.returncode == 0 else []
-    return Run(done.returncode, done.stdout, seconds, storage, lines)
+    return Run(done.returncode, done.stdout, seconds, cpu, storage, lines)
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def psort(storage: Path, target: Path, active: bool = False) -> list[str]:

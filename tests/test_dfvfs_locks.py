@@ -124,7 +124,7 @@ def test_a_password_in_the_path_spec_unlocks_and_does_not_mix_with_others(encryp
 def test_the_scanner_unlocks_with_the_credentials_it_is_given(method: dict[str, str], tmp_path: Path) -> None:
     qemu.need("mke2fs")
     disk = plaso_tools.make_disk(tmp_path, files=5)
-    path = plaso_tools._encrypted("disk", **method)(tmp_path, disk).path
+    path = plaso_tools.encrypted("disk", **method)(tmp_path, disk).path
     scanner = volume_scanner.VolumeScanner()
     options = volume_scanner.VolumeScannerOptions()
     with pytest.raises(dfvfs_errors.ScannerError, match="Encrypted volume found"):

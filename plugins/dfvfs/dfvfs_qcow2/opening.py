@@ -83,7 +83,7 @@ def _is_same(source: FileSource, status: os.stat_result) -> bool:
 
 def failures_of(path_spec: Any, resolver_context: Any) -> list[str]:
     """Return why reads of an image failed in this process, as far as it is still kept."""
-    kept = _kept.get(resolver_context, {})
+    kept = _kept.get(resolver_context) or OrderedDict()
     return [text for key, opened in list(kept.items()) if key[1] == path_spec.comparable for text in opened.failures]
 
 

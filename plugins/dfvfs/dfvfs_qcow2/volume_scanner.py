@@ -91,34 +91,45 @@ def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) ->
     try:
         base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
     except dfvfs_errors.ScannerError as error:
-        if selection is None or not selection.wants_any:
-            raise
         failure = error
 
-    context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
-    found: list[Any] = []
-    for qcow in _images(scan_context.GetRootScanNode()):
-        entries = _entries(qcow, request)
-        if entries and selection is None:
-            _tell(request, _hint(entries, request), logging.INFO)
-        elif selection is not None and selection.wants_any and not scan_context.IsLockedScanNode(qcow):
-            for entry in _chosen(selection, entries):
-                found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), entry, options, request)
-
-        for text in failures_of(qcow, context)[:_FAILURES]:
-            _tell(request, f"A read failed during the scan: {text}", logging.WARNING)
+    images = list(_images(scan_context.GetRootScanNode()))
+    found = [item for qcow in images for item in _scan_image(scanner, scan_context, qcow, selection, options, request)]
+    _tell_failed_reads(scanner, images, request)
     if failure is not None:
         if not found:
             raise failure
         _tell(request, f"The active state could not be scanned: {failure}", logging.WARNING)
-    if found:
-        if scan_context.source_type != definitions.SOURCE_TYPE_STORAGE_MEDIA_DEVICE:
-            # The scan of an image without a file system in its active state calls it a file.
-            if scan_context.source_type == definitions.SOURCE_TYPE_FILE:
-                base_path_specs = []
-            scanner._source_type = definitions.SOURCE_TYPE_STORAGE_MEDIA_IMAGE
-        base_path_specs = [*base_path_specs, *found]
-    return base_path_specs
+    if found and scan_context.source_type != definitions.SOURCE_TYPE_STORAGE_MEDIA_DEVICE:
+        # The scan of an image without a file system in its active state may call it a file.
+        if scan_context.source_type == definitions.SOURCE_TYPE_FILE:
+            base_path_specs = []
+        scanner._source_type = definitions.SOURCE_TYPE_STORAGE_MEDIA_IMAGE
+    return [*base_path_specs, *found]
+
+
+def _scan_image(
+    scanner: Any, scan_context: Any, qcow: Any, selection: Selection | None, options: Any, request: Request | None
+) -> list[Any]:
+    """Return the base path specifications in the chosen snapshots of an image; hint at snapshots not asked for."""
+    entries = _entries(qcow, request)
+    if selection is None:
+        if entries:
+            _tell(request, _hint(entries, request), logging.INFO)
+        return []
+    if not selection.wants_any or scan_context.IsLockedScanNode(qcow):
+        return []
+    found: list[Any] = []
+    for entry in _chosen(selection, entries):
+        found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), entry, options, request)
+    return found
+
+
+def _tell_failed_reads(scanner: Any, images: list[Any], request: Request | None) -> None:
+    context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
+    for qcow in images:
+        for text in failures_of(qcow, context)[:_FAILURES]:
+            _tell(request, f"A read failed during the scan: {text}", logging.WARNING)
 
 
 def _images(scan_node: Any) -> Iterator[Any]:
