@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, BinaryIO
 
 from ..disk import Disk
@@ -14,8 +18,9 @@ from ..mapping import Kind
 from .opening import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, atomic_writer, human_size
 
-_CHUNK = 4 * MiB
+_CHUNK = 2 * MiB
 _ZEROS = bytes(MiB)
+_PIECES_BEHIND = 4  # what the hash may lag behind the reader
 
 _EPILOG = """examples:
   qcow2-forensics export disk.qcow2 disk.raw
@@ -68,30 +73,52 @@ def run(args: argparse.Namespace) -> int:
 
 def write_raw(disk: Disk, out: BinaryIO, progress: Progress, *, hashed: bool = True) -> str | None:
     """Write ``disk`` to an empty file, leaving holes for zeros; return the SHA-256 in hex."""
-    digest = hashlib.sha256() if hashed else None
-    for extent in disk.extents():
-        if extent.kind in (Kind.ZERO, Kind.HOLE):
-            _hash_zeros(digest, extent.length, progress)
-            continue
-        out.seek(extent.offset)
-        done = 0
-        while done < extent.length:
-            data = disk.read(extent.offset + done, min(_CHUNK, extent.length - done))
-            out.write(data)
-            if digest is not None:
-                digest.update(data)
-            done += len(data)
-            progress.advance(len(data))
-    out.truncate(disk.size)
-    return digest.hexdigest() if digest is not None else None
+    with _Hasher() if hashed else nullcontext() as hasher:
+        for extent in disk.extents():
+            if extent.kind in (Kind.ZERO, Kind.HOLE):
+                for step in _steps(extent.length, len(_ZEROS)):
+                    if hasher is not None:
+                        hasher.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
+                    progress.advance(step)
+                continue
+            out.seek(extent.offset)
+            at = extent.offset
+            for step in _steps(extent.length, _CHUNK):
+                data = disk.read(at, step)
+                if hasher is not None:
+                    hasher.update(data)
+                out.write(data)
+                at += step
+                progress.advance(step)
+        out.truncate(disk.size)
+    return hasher.hexdigest() if hasher is not None else None
 
 
-def _hash_zeros(digest: Any, length: int, progress: Progress) -> None:
-    if digest is None:
-        progress.advance(length)
-        return
-    while length:
-        step = min(length, len(_ZEROS))
-        digest.update(_ZEROS[:step] if step < len(_ZEROS) else _ZEROS)
-        progress.advance(step)
-        length -= step
+def _steps(length: int, most: int) -> Iterator[int]:
+    while length > 0:
+        yield min(length, most)
+        length -= most
+
+
+class _Hasher:
+    """SHA-256 in a thread of its own, a few pieces behind: hashing releases the interpreter lock."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "sha256")
+        self._waiting: deque[Future[None]] = deque()
+
+    def update(self, data: bytes) -> None:
+        if len(self._waiting) >= _PIECES_BEHIND:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._digest.update, data))
+
+    def hexdigest(self) -> str:
+        """Return the digest of everything; only after the ``with`` block."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> _Hasher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=False)

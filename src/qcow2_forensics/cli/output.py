@@ -117,8 +117,6 @@ def atomic_writer(
     try:
         with os.fdopen(descriptor, "w+b") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
         os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)
