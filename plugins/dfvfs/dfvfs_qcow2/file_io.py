@@ -18,7 +18,7 @@ from qcow2_forensics.errors import Locked, Qcow2Error
 from .names import SnapshotKey, parse_encoding_method
 from .opening import OpenedDisk, open_state, password_of
 
-_WINDOW = 64 * 1024  # bytes read at once for a small read; aligned, a power of two
+_WINDOW = 16 * 1024  # bytes read at once for a small read; aligned, a power of two
 
 _Stock: Any = file_io.FileIO
 
