@@ -191,6 +191,21 @@ def test_a_removed_file_whose_blocks_were_used_again_is_not_recoverable(tmp_path
 
 
 @qemu.requires_qemu
+def test_a_file_that_claims_an_absurd_size_is_not_read(
+    tmp_path: Path, diff: Diff, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = make(tmp_path, "ext4")
+    two = one.copy("two.raw")
+    two.debugfs(f"sif large.bin size {1 << 43}")
+    started = time.monotonic()
+    assert main(["diff", str(pair(tmp_path, one, two)), "--hash"]) == 0
+    assert time.monotonic() - started < 10
+    streams = capsys.readouterr()
+    assert "/large.bin: not hashed: its size, 8796093022208 bytes" in streams.err
+    assert f"300001 -> {1 << 43}" in streams.out
+
+
+@qemu.requires_qemu
 def test_each_partition_is_compared_with_itself(tmp_path: Path, diff: Diff) -> None:
     ones = [make(tmp_path, "ext4"), make(tmp_path, "fat12")]
     twos = [made.copy(f"{made.kind}-two.raw") for made in ones]

@@ -19,6 +19,7 @@ from .image import Img_Info
 from .spans import Spans
 
 _CHUNK = 1 << 20  # of file content read at a time
+_LEAST_LIMIT = 1 << 30  # bytes of a file that are read however small the disk
 _DEPTH = 512  # directories inside each other; more is a damaged file system
 _ENTRIES = 20_000_000  # records of one file system; more is a damaged file system
 _SECOND = 1_000_000_000  # nanoseconds
@@ -135,6 +136,7 @@ class FileSystem:
         self.problems: list[str] = []
         self._failed = 0  # how many ranges were unreadable before the current reading
         self._block = int(handle.info.block_size)
+        self._largest = max(_LEAST_LIMIT, 4 * int(image.get_size()))
         self._ntfs = volume.kind == "ntfs"
         # Where a run's address is no place on the disk.
         self._placed = volume.kind not in ("logical", "yaffs2")
@@ -292,7 +294,13 @@ class FileSystem:
     # --- content -----------------------------------------------------------------------------
 
     def chunks(self, record: FileRecord) -> Iterator[bytes]:
-        """Yield the content of a record, all of it; raises ``OSError`` when it cannot be read."""
+        """Yield the content of a record, all of it; raises ``OSError`` when it cannot be read.
+
+        A file that claims to be several times larger than the disk is not read: it would be
+        zeros, for hours.
+        """
+        if record.size > self._largest:
+            raise OSError(f"its size, {record.size} bytes, is more than is read of a disk this large")
         self._failed = len(getattr(self.image, "unreadable", ()))
         try:
             handle = self.handle.open_meta(inode=record.inode)
