@@ -169,3 +169,19 @@ def test_cell_shared_by_many_owners_still_shows_the_rarest() -> None:
     leaked = page.split('class="o-leaked"')[1].split('height="')[1].split('"')[0]
     assert heights
     assert float(leaked) >= 1.0
+
+
+def test_branches_of_the_tree_have_columns_of_their_own() -> None:
+    states = [
+        {"kind": "snapshot", "id": str(number), "parent": parent} for number, parent in enumerate([None, 0, 0, 1, 2])
+    ]
+    page = render(Report({"path": "x"}, (), None, "deep", {"lineage": {"states": states}}), "html")
+    columns_used = [part.split('"')[0] for part in page.split('cx="')[1:]]
+    assert columns_used[0] == columns_used[1] == columns_used[3]
+    assert columns_used[2] == columns_used[4] != columns_used[0]
+
+
+def test_tree_with_crafted_parents_is_drawn_all_the_same() -> None:
+    states = [{"kind": "snapshot", "id": "1", "parent": parent} for parent in (5, -1, "x", 2, None)] * 100
+    page = render(Report({"path": "x"}, (), None, "deep", {"lineage": {"states": states}}), "html")
+    assert "and 300 more states" in page

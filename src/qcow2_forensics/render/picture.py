@@ -21,6 +21,7 @@ CELLS_PER_ROW = 64
 _SIDE = 14  # user units per square
 _GAP = 1
 _SMALLEST_SHARE = 1 / 8
+_LAST = {"leaked": 1, "residue": 2, "free": 3}  # at the end of the legend
 _LEFT = 110  # room for the row's file offset
 
 
@@ -92,10 +93,12 @@ def _square(
 
 
 def _legend(owners: list[tuple[str, str]], counts: Sequence[int], cluster_size: int) -> str:
+    known = [*zip(owners, counts, strict=True)]
+    known.sort(key=lambda item: _LAST.get(item[0][0], 0))
     items = [
         f'<li><svg viewBox="0 0 10 10"><rect class="{colour_class(key)}" width="10" height="10"/></svg>'
         f"{markup(label, 80)} <span class='quiet'>{count} · {size(count * cluster_size)}</span></li>"
-        for (key, label), count in zip(owners, counts, strict=True)
+        for (key, label), count in known
         if count
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
