@@ -301,3 +301,57 @@ def bitmap_invalid(facts: Facts) -> Iterator[Evidence]:
         for reason in facts.census.reasons:
             if reason.bitmap and not any(problem.offset == reason.offset for problem in image.problems):
                 yield Evidence(reason.what, None, reason.offset, structure="bitmap directory")
+
+
+# --- what QEMU never writes --------------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-SNAPSHOT-WITH-DATAFILE",
+    Severity.HIGH,
+    "internal snapshots beside an external data file",
+    note="a combination that QEMU never writes",
+    when="the header counts snapshots and incompatible feature bit 2 is set",
+)
+def snapshot_with_datafile(facts: Facts) -> Iterator[Evidence]:
+    if facts.header.nb_snapshots and facts.header.incompatible_features & Incompatible.EXTERNAL_DATA:
+        yield facts.field("nb_snapshots")
+        yield facts.field("incompatible_features")
+
+
+@rule(
+    "QCOW2-SNAPSHOT-L1-ALIAS",
+    Severity.HIGH,
+    "a snapshot's L1 table is another state's",
+    note="consistent with a crafted snapshot table: QEMU copies the L1 table for every snapshot",
+    when="a snapshot names the L1 table of the active state or of another snapshot",
+)
+def snapshot_l1_alias(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    seen = {header.l1_table_offset: ""} if header.l1_size else {}
+    for entry in facts.image.snapshots:
+        if not entry.l1_size:
+            continue
+        if entry.l1_table_offset in seen:
+            other = seen[entry.l1_table_offset]
+            told = f"l1_table_offset, also of {f'snapshot {other}' if other else 'the active state'}"
+            yield Evidence(told, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, entry.id)
+        else:
+            seen[entry.l1_table_offset] = entry.id
+
+
+@rule(
+    "QCOW2-L1-OVERSIZED",
+    Severity.INFO,
+    "the L1 table is longer than the disk needs",
+    note="consistent with an earlier larger disk or a saved machine state",
+    when="the L1 table has more entries than the disk size needs",
+    harmless="QEMU may allocate more than needed when a disk grows",
+    validated=QEMU_MADE,
+)
+def l1_oversized(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    needed = -(-header.size // header.l2_span)
+    if header.version > 1 and header.l1_size > max(needed, 1):
+        yield facts.field("l1_size")
+        yield Evidence("entries needed", needed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Severity
-from ..structures import Incompatible
 from .decoding import undecodable
 from .facts import Facts
 from .items import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence
@@ -319,19 +318,6 @@ def compressed_invalid(facts: Facts) -> Iterator[Finding]:
 )
 def datafile_mismatch(facts: Facts) -> Iterator[Finding]:
     yield from entries(facts, "QCOW2-DATAFILE-MISMATCH", "datafile-mismatch")
-
-
-@rule(
-    "QCOW2-SNAPSHOT-WITH-DATAFILE",
-    Severity.HIGH,
-    "internal snapshots beside an external data file",
-    note="a combination that QEMU never writes",
-    when="the header counts snapshots and incompatible feature bit 2 is set",
-)
-def snapshot_with_datafile(facts: Facts) -> Iterator[Evidence]:
-    if facts.header.nb_snapshots and facts.header.incompatible_features & Incompatible.EXTERNAL_DATA:
-        yield facts.field("nb_snapshots")
-        yield facts.field("incompatible_features")
 
 
 @rule(

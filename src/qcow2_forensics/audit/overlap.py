@@ -104,27 +104,6 @@ def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
     return pairs, len(hits)
 
 
-@rule(
-    "QCOW2-SNAPSHOT-L1-ALIAS",
-    Severity.HIGH,
-    "a snapshot's L1 table is another state's",
-    note="consistent with a crafted snapshot table: QEMU copies the L1 table for every snapshot",
-    when="a snapshot names the L1 table of the active state or of another snapshot",
-)
-def snapshot_l1_alias(facts: Facts) -> Iterator[Evidence]:
-    header = facts.header
-    seen = {header.l1_table_offset: ""} if header.l1_size else {}
-    for entry in facts.image.snapshots:
-        if not entry.l1_size:
-            continue
-        if entry.l1_table_offset in seen:
-            other = seen[entry.l1_table_offset]
-            told = f"l1_table_offset, also of {f'snapshot {other}' if other else 'the active state'}"
-            yield Evidence(told, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, entry.id)
-        else:
-            seen[entry.l1_table_offset] = entry.id
-
-
 # --- aliases -------------------------------------------------------------------------------------
 
 
@@ -243,20 +222,3 @@ def partial_last_cluster(facts: Facts) -> Iterator[Evidence]:
     if end % size and facts.census.end >= end:
         yield Evidence("file size", end)
         yield Evidence("whole clusters", facts.census.end)
-
-
-@rule(
-    "QCOW2-L1-OVERSIZED",
-    Severity.INFO,
-    "the L1 table is longer than the disk needs",
-    note="consistent with an earlier larger disk or a saved machine state",
-    when="the L1 table has more entries than the disk size needs",
-    harmless="QEMU may allocate more than needed when a disk grows",
-    validated=QEMU_MADE,
-)
-def l1_oversized(facts: Facts) -> Iterator[Evidence]:
-    header = facts.header
-    needed = -(-header.size // header.l2_span)
-    if header.version > 1 and header.l1_size > max(needed, 1):
-        yield facts.field("l1_size")
-        yield Evidence("entries needed", needed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .. import structures
+from ..census import Owner
 from ..errors import Qcow2Error
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
 from ..residue import DeletedSnapshot, Piece, Residue, hidden, streams
@@ -417,7 +418,8 @@ def vm_state_residue(facts: Facts) -> Iterator[Evidence]:
     for piece in survey_of(facts).of(["free", "leaked", "trailing"], ["vm-state"]).kept:
         yield from _vm_state(facts, piece.offset, f"{piece.kind} clusters")
     for offset in _active_vm_clusters(facts):
-        if facts.read(offset, 7) == b"QEVM\0\0\0":
+        applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
+        if not applied and facts.read(offset, 7) == b"QEVM\0\0\0":
             yield from _vm_state(facts, offset, "active state behind the disk")
 
 

@@ -144,10 +144,19 @@ def parse_l1(data: bytes, geometry: Geometry) -> TableFacts | None:
 
 
 def looks_like_refcounts(data: bytes, refcount_order: int) -> bool:
-    """Whether the bytes may be a former refcount block: whole small numbers, mostly ones."""
-    if refcount_order not in (3, 4, 5, 6) or len(data) % 8:
-        return False  # narrower counts look like anything
-    counts = np.frombuffer(data, f">u{(1 << refcount_order) // 8}")
+    """Whether the bytes may be a former refcount block: whole small numbers, mostly ones.
+
+    The width may be another than today's: changing it leaves blocks of the former one behind.
+    """
+    if len(data) % 8:
+        return False
+    # Counts of 8 bits look like anything, narrower ones more so; they count only where in use.
+    orders = {4, 5, 6} | ({3} & {refcount_order})
+    return any(_small_counts(data, 1 << order) for order in orders)
+
+
+def _small_counts(data: bytes, bits: int) -> bool:
+    counts = np.frombuffer(data, f">u{bits // 8}")
     used = counts[counts != 0]
     return used.size >= 4 and int(used.max()) <= 64 and int((used == 1).sum()) * 2 >= used.size
 
