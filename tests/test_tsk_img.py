@@ -197,11 +197,45 @@ def test_bytes_that_cannot_be_read_are_an_error_with_our_sentence(damaged: tuple
     image = Img_Info(path)
     with pytest.raises(OSError, match="past the end of"):
         image.read(at, 512)
-    file = pytsk3.FS_Info(image, 0, pytsk3.TSK_FS_TYPE_EXT4).open("/large.bin")
+    assert "past the end of" in image.read_errors[0]
+    file = pytsk3.FS_Info(image).open("/large.bin")
     assert file.read_random(0, 1000) == content[:1000]
     # pytsk3 turns whatever a Python image raises into RuntimeError; the sentence is kept.
     with pytest.raises((OSError, RuntimeError), match="past the end of"):
         file.read_random(0, len(content))
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("known", [False, True], ids=["first", "again"])
+def test_one_unreadable_cluster_hides_nothing_else(damaged: tuple[Path, int, bytes], known: bool) -> None:
+    path, at, _ = damaged
+    image = Img_Info(path)
+    if known:
+        with pytest.raises(OSError, match="past the end of"):
+            image.read(at, 512)
+    system = pytsk3.FS_Info(image)  # looks for every kind of file system, also in the bad cluster
+    assert system.open("/letters.txt").read_random(0, 1 << 20) == b"abcdefgh" * 9000
+    with pytest.raises((OSError, RuntimeError)):
+        system.open("/large.bin").read_random(0, 1 << 20)
+    assert system.open("/small.txt").read_random(0, 100) == b"a few bytes\n"
+
+
+@qemu.requires_qemu
+def test_a_truncated_image_opens_and_fails_only_where_it_is_cut(tmp_path: Path) -> None:
+    made = make(tmp_path, "ext4")
+    path = tmp_path / "cut.qcow2"
+    qemu.img("convert", "-O", "qcow2", "-o", "cluster_size=4096", made.path, path)
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size * 3 // 4)
+    system = pytsk3.FS_Info(Img_Info(path))
+    sentences = []
+    for name, content in made.files.items():
+        try:
+            assert system.open(f"/{name}").read_random(0, 1 << 20) == content
+        except (OSError, RuntimeError) as error:
+            sentences.append(str(error))
+    assert 0 < len(sentences) < len(made.files)
+    assert all("past the end of" in sentence for sentence in sentences)
 
 
 @qemu.requires_qemu

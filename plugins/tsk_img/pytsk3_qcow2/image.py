@@ -1,11 +1,11 @@
 """``pytsk3.Img_Info`` over any state of a QCOW2 image.
 
-What pytsk3 does with an exception from a Python image was found by trying (version 20260715):
-a direct ``read`` passes it on as it is, while a read that libtsk asked for turns every exception into
-``RuntimeError`` with our sentence in it, and fails the whole call, even if libtsk was only probing.
-A short answer instead can make libtsk hand out bytes it never got. So errors are raised, and a caller
-that wants to see what is left of a damaged image asks for ``unreadable="zeros"`` and looks at
-:attr:`Img_Info.unreadable` before it believes what it reads.
+What pytsk3 does with an exception from a Python image was found by trying (version 20260715). A
+direct ``read`` passes it on as it is. A read that libtsk asked for becomes ``RuntimeError`` with our
+sentence in it, and fails everything else libtsk reads in that call, even if it was only probing for
+a file system and would have gone on; :meth:`Img_Info.read` mends that. A short answer instead can make
+libtsk hand out bytes it never got, so there is none: unreadable sectors are errors, or, when asked
+for with ``unreadable="zeros"``, zeros that are listed in :attr:`Img_Info.unreadable`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
     already, which then stays the caller's to close. ``snapshot`` is an
     ID or a name; the other options are those of :func:`qcow2_forensics.open_disk`. Everything
     that fails raises ``IOError``. ``unreadable="zeros"`` gives zeros for sectors that cannot be read,
-    and lists them in :attr:`unreadable`, the reasons in :attr:`read_errors` (see the module).
+    and lists them in :attr:`unreadable`. :attr:`read_errors` keeps the reasons either way.
     """
 
     def __init__(
@@ -110,6 +110,10 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
 
     def read(self, off: int, len: int) -> bytes:  # noqa: A002 - pytsk3's own argument name
         """Return ``len`` bytes at ``off``, fewer only at the end of the disk; ``IOError`` past it."""
+        if self.read_errors:
+            # An earlier failure is remembered for the thread until a method of pytsk3 is called, and would
+            # make pytsk3 report this read as failed too: call one. Without it one bad sector hides the rest.
+            super().get_size()
         if self._closed:
             raise OSError("the image is closed")
         if off < 0 or len < 0:
@@ -119,6 +123,7 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
         try:
             return self._disk.read(off, len)
         except Qcow2Error as error:
+            self._remember(str(error))
             if self._policy == "raise" or len_(self.unreadable) >= _RANGES_KEPT:
                 raise _as_io_error(error) from error.__cause__
             return b"".join(self._with_zeros(off, min(len, self._size - off)))
@@ -133,15 +138,18 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
             if middle <= offset:
                 middle = offset // SECTOR * SECTOR + SECTOR
             if middle >= offset + length:  # within one sector
-                self._note(offset, length, str(error))
+                self._remember(str(error))
+                self._list(offset, length)
                 yield bytes(length)
                 return
         yield from self._with_zeros(offset, middle - offset)
         yield from self._with_zeros(middle, offset + length - middle)
 
-    def _note(self, offset: int, length: int, sentence: str) -> None:
+    def _remember(self, sentence: str) -> None:
         if sentence not in self.read_errors and len(self.read_errors) < _ERRORS_KEPT:
             self.read_errors.append(sentence)
+
+    def _list(self, offset: int, length: int) -> None:
         if self.unreadable and sum(self.unreadable[-1]) == offset:
             offset, length = self.unreadable[-1][0], self.unreadable[-1][1] + length
             self.unreadable.pop()
