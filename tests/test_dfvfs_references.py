@@ -6,6 +6,7 @@ Images are made by qemu-img, the file systems that hold them by mke2fs, mkntfs, 
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -154,8 +155,23 @@ def _qcow2(tree: Path, path: Path) -> Any:
     return lambda location: NewPathSpec("EXT", location=location, parent=qcow(path))
 
 
+def _optional(tool: str) -> None:
+    """Skip by name where a tool is absent, also where QEMU's must be there."""
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is absent")
+
+
+def _ewf(tree: Path, path: Path) -> Any:
+    _optional("ewfacquirestream")
+    _ext4(tree, path)
+    qemu.run("ewfacquirestream", "-q", "-t", str(path), stdin=path.read_bytes())
+    parent = NewPathSpec("EWF", parent=NewPathSpec("OS", location=f"{path}.E01"))
+    return lambda location: NewPathSpec("EXT", location=location, parent=parent)
+
+
 def _ntfs(tree: Path, path: Path) -> Any:
-    qemu.need("mkntfs")
+    _optional("mkntfs")
+    _optional("ntfscp")
     path.touch()
     os.truncate(path, 24 * MiB)
     qemu.run("mkntfs", "-q", "-F", "-f", str(path))
@@ -183,6 +199,7 @@ def _tar(tree: Path, path: Path) -> Any:
 CONTAINERS: dict[str, Callable[[Path, Path], Any]] = {
     "ext4": _ext4,
     "TSK": _tsk,
+    "EWF": _ewf,
     "another qcow2": _qcow2,
     "NTFS": _ntfs,
     "ZIP": _zip,

@@ -106,7 +106,8 @@ def describe(finding: Finding) -> str:
     if items and finding.count > _ITEMS:
         items += f"; and {finding.count - _ITEMS} more"
     scope = f" in {printable(finding.scope)}" if finding.scope else ""
-    text = f"{finding.severity.label} {finding.code}{scope}: {finding.title}, {finding.note}"
+    words = printable(f"{finding.title}, {finding.note}", 2000).replace("\\\\", "\\")
+    text = f"{finding.severity.label} {finding.code}{scope}: {words}"
     return f"{text} ({items})" if items else text
 
 
