@@ -7,7 +7,7 @@ CSS = """
 @media (prefers-color-scheme:dark){:root{--bg:#14181c;--fg:#e4e8ec;--quiet:#97a2ad;--line:#323a42;--card:#1c2228;
 --header:#c8d3dd;--free:#2a3138;--shared:#86a878}}
 @media print{:root{--bg:#fff;--fg:#000;--quiet:#444;--line:#bbb;--card:#fff;--free:#eee;--header:#22303c}
-body{max-width:none!important;font-size:9.5pt}article,section,tr,svg{break-inside:avoid}h2,h3,h4{break-after:avoid}
+body{max-width:none!important;font-size:9.5pt}section,tr,svg{break-inside:avoid}thead{display:table-header-group}h2,h3,h4{break-after:avoid}
 .scroll{overflow:visible!important}rect{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1.5rem;max-width:70rem;background:var(--bg);color:var(--fg);
@@ -19,7 +19,7 @@ code{font:.82em ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;c
 table{border-collapse:collapse;font-size:.87em}th,td{text-align:left;padding:.15rem .9rem .15rem 0;vertical-align:top;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{color:var(--quiet);font-weight:500}
 td{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace}.facts{margin-top:.6rem}
-td.n{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
+td.n,thead th{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
 article{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--quiet);border-radius:4px;
 padding:.6rem .9rem;margin:0 0 .6rem}
 article.s-critical{border-left-color:#8b1a1a}article.s-high{border-left-color:#d9534f}

@@ -36,8 +36,10 @@ def render_text(report: Report, *, width: int = DEFAULT_WIDTH, colour: bool = Fa
         group = [finding for finding in report.findings if finding.severity is severity]
         if group:
             lines += ["", _paint(severity.label.upper(), severity, colour)]
+            previous = ""
             for finding in group:
-                lines += _finding(finding, width, items, colour)
+                lines += _finding(finding, width, items, colour, note=finding.note != previous)
+                previous = finding.note
     return "\n".join(lines) + "\n"
 
 
@@ -53,7 +55,7 @@ def _paint(shown: str, severity: Severity, colour: bool) -> str:
     return f"{_COLOURS[severity]}{shown}{_PLAIN}" if colour else shown
 
 
-def _finding(finding: Finding, width: int, items: int, colour: bool) -> Iterator[str]:
+def _finding(finding: Finding, width: int, items: int, colour: bool, *, note: bool) -> Iterator[str]:
     scope = f" [{text(finding.scope, 200)}]" if finding.scope else ""
     first, *rest = wrap(f"{finding.code}  {sentence(text(finding.title))}{scope}", width - 2, "  ")
     if colour:
@@ -62,7 +64,7 @@ def _finding(finding: Finding, width: int, items: int, colour: bool) -> Iterator
     yield from (f"  {line}" for line in rest)
     if finding.severity is Severity.INFO and items <= ITEMS:
         return
-    if finding.note:
+    if finding.note and note:
         yield from wrap(text(finding.note), width, "      ")
     if finding.explained_by:
         yield from wrap(f"explained by {', '.join(map(text, finding.explained_by))}", width, "      ")
@@ -76,16 +78,17 @@ def _finding(finding: Finding, width: int, items: int, colour: bool) -> Iterator
 
 
 def evidence_line(item: Evidence) -> str:
-    """Return one evidence item: ``field = value at 0x123+8 in structure``."""
-    parts = [f"{text(item.field, 100)} = {shown_value(item.field, item.value)}"]
+    """Return one evidence item: ``field = value  (at 0x123+8, structure, guest 0x0)``."""
+    places = []
     if item.offset is not None:
-        parts.append(f"at {hexadecimal(item.offset)}" + (f"+{item.length}" if item.length else ""))
+        places.append(f"at {hexadecimal(item.offset)}" + (f"+{item.length}" if item.length else ""))
     if item.structure:
-        parts.append(f"in {text(item.structure, 100)}")
+        places.append(text(item.structure, 100))
     if item.guest_offset is not None:
-        parts.append(f"guest {hexadecimal(item.guest_offset)}")
+        places.append(f"guest {hexadecimal(item.guest_offset)}")
     if item.snapshot:
-        parts.append(f"snapshot {text(item.snapshot, 100)}")
+        places.append(f"snapshot {text(item.snapshot, 100)}")
     if item.file:
-        parts.append(f"of {text(item.file, 300)}")
-    return " ".join(parts)
+        places.append(text(item.file, 300))
+    told = f"{text(item.field, 200)} = {shown_value(item.field, item.value)}"
+    return f"{told}  ({', '.join(places)})" if places else told
