@@ -1,0 +1,139 @@
+"""Writes the page about all findings from the rules themselves: ``python -m qcow2_forensics.audit.document``.
+
+Redirect it to ``docs/findings.md``; a test keeps that file fresh.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from ..findings import EVIDENCE_LIMIT, SCHEMA_VERSION, Severity
+from . import INCOMPLETE, UNREADABLE, catalog
+from .rules import FINDINGS_PER_RULE, Rule
+
+_SECTIONS = {
+    "header": "Header, extensions and the tables they name",
+    "integrity": "Integrity, by the rules of `qemu-img check` and beyond them",
+    "overlap": "Overlaps, aliases and ends",
+    "residual": "Residual and hidden data",
+    "slack": "Slack",
+    "history": "Snapshots and bitmaps: history",
+    "provenance": "Provenance and writer",
+    "encryption": "Encryption",
+    "plaintext": "Plain text in encrypted images",
+    "references": "References and hostile images",
+    "expansion": "Expansion",
+}
+
+_VALIDATION = {
+    "QEMU-made": "on images whose state QEMU itself produced",
+    "crafted": "on images edited byte by byte",
+    "derived": "from the text of the format",
+}
+
+_INTRODUCTION = f"""\
+# Findings
+
+<!-- Written by `python -m qcow2_forensics.audit.document`; edit the rules, not this page. -->
+
+A finding observes: what was seen, where it stands in the file, and what it is consistent with. It never concludes; the
+examiner does. Codes and severities are stable.
+
+| severity | meaning |
+|---|---|
+| Critical | container metadata itself is exposed or overwritten |
+| High | data is unreadable, at risk, or was made to mislead |
+| Medium | needs an examiner's eye: evidence elsewhere, hidden, or left behind |
+| Low | worth knowing; common on healthy images |
+| Info | describes the image |
+
+| depth | reads | finds |
+|---|---|---|
+| `triage` | header, extensions, snapshot table, names | in milliseconds |
+| `standard` | every table and every refcount, each once | also everything `qemu-img check` counts |
+| `deep` | free space and slack too, and decodes every compressed cluster | also residue |
+
+Each finding says how it was validated: *QEMU-made* {_VALIDATION["QEMU-made"]}; *crafted* {_VALIDATION["crafted"]};
+*derived* {_VALIDATION["derived"]}. Every code is tested on an image that triggers it and on a near miss that does not.
+
+## The report as JSON
+
+`Report.to_dict()`, `audit --format json` and each line of `audit --format jsonl` hold the same, under `schema` {SCHEMA_VERSION}:
+
+| key | value |
+|---|---|
+| `schema` | version of this layout; raised when a reader of an older one would be misled |
+| `depth` | `triage`, `standard` or `deep` |
+| `image` | what was audited: `path`, `file_size`, `version`, `virtual_size`, `cluster_size`, `snapshots`, `bitmaps`, `backing_file`, `backing_format`, `data_file`, `encryption`, `refcount_bits`; null where there is none or it cannot be read |
+| `check` | the fields of `qemu-img check --output=json`, equal to QEMU's; null at triage, for version 1, and where QEMU's check stops without counters |
+| `findings` | list, worst first: `code`, `severity`, `title`, `note`, `confidence`, `scope` (chain member, empty for the image itself), `explained_by` (codes in the same report that account for it), `count`, `evidence` |
+| `details` | further data some commands add |
+
+An item of `evidence` has `field` and `value`, and where they apply `offset` and `length` (bytes in the file), `structure`,
+`guest_offset` (bytes in the virtual disk), `snapshot` (ID, absent for the active state) and `file` (absent for the image
+itself). At most {EVIDENCE_LIMIT} items are listed per finding, and {FINDINGS_PER_RULE} findings per code; `count` says how many there were.
+"""
+
+_OUTCOMES = f"""\
+## The audit itself
+
+### {UNREADABLE}
+
+**High** · any depth
+
+The file could not be opened or is not a QCOW image; nothing in it was examined. An audit never raises for bad evidence: this
+finding stands in for the exception.
+
+### {INCOMPLETE}
+
+**Medium** · any depth
+
+Some rules could not finish; each item names the rule and why. Consistent with damaged metadata or unreadable media.
+"""
+
+
+def page() -> str:
+    """Return the page in Markdown."""
+    rules = catalog()
+    parts = [_INTRODUCTION, "\n".join(_table(rules)), *_chapters(rules), _OUTCOMES]
+    return "\n".join(parts)
+
+
+def _table(rules: dict[str, Rule]) -> Iterator[str]:
+    yield "## All codes\n"
+    yield "| code | severity | depth | title |\n|---|---|---|---|"
+    for entry in rules.values():
+        yield f"| [{entry.code}](#{entry.code.lower()}) | {entry.severity.label} | {entry.depth.label} | {entry.title} |"
+    counts = {severity: sum(entry.severity is severity for entry in rules.values()) for severity in Severity}
+    told = ", ".join(f"{count} {severity.label}" for severity, count in sorted(counts.items(), reverse=True))
+    yield f"\n{len(rules)} codes: {told}.\n"
+
+
+def _chapters(rules: dict[str, Rule]) -> Iterator[str]:
+    for section in dict.fromkeys(entry.section for entry in rules.values()):
+        yield f"## {_SECTIONS.get(section, section.capitalize())}\n"
+        for entry in rules.values():
+            if entry.section == section:
+                yield from _entry(entry)
+
+
+def _entry(entry: Rule) -> Iterator[str]:
+    yield f"### {entry.code}\n"
+    yield f"**{entry.severity.label}** · {entry.depth.label} · {entry.validated}\n"
+    yield f"{_sentence(entry.title)} {_sentence(entry.note)}\n"
+    if entry.when:
+        yield f"- Found when {entry.when}."
+    if entry.harmless:
+        yield f"- Harmless: {entry.harmless}."
+    if entry.explained_by:
+        yield f"- Accounted for by {', '.join(entry.explained_by)} when that is found too."
+    yield ""
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
