@@ -122,6 +122,11 @@ def assert_consistent(memory: GuestMemory) -> None:
             padded[run.address : run.address + run.length] = data
             covered += run.length
         assert bytes(padded) == view.read(0, view.size, pad=True)
+        places = random.Random(view.size)
+        for _ in range(20):
+            start = places.randrange(view.size)
+            length = places.choice((1, 100, PAGE, 5 * PAGE, 20 * PAGE, 40 * PAGE)) + places.randrange(2) * 17
+            assert view.read(start, length, pad=True) == bytes(padded[start : start + length]).ljust(length, b"\0")
         assert covered == sum(length for _, length in view.valid_ranges())
         assert view.missing == sum(region.length for region in view.regions) - covered
         assert [view.blocks, view.regions, view.layout, view.machine] == [

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from ..errors import ReadError, printable
+from ..errors import printable
 from ..limits import Limits
 from ..source import Source
 from . import layout
 from .devices import DeviceStates
 from .grammar import read_stream
-from .index import MISSING, RunIndex, build
-from .model import Block, Cpu, Device, Layout, NotInMemory, Region
-
-_PIECE = 4096  # pages taken from the stream at once
+from .index import RunIndex, build
+from .model import Block, Cpu, Device, Layout, Region
+from .reading import read_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,44 +71,3 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
         devices=states.devices if states else (),
         cpus=cpus,
     )
-
-
-def read_pages(
-    source: Source, index: RunIndex, page_size: int, offset: int, length: int, *, pad: bool, address: int | None = None
-) -> bytes:
-    """Return bytes of one block, stripping the word before each page.
-
-    Pages the stream never recorded read as zeros with ``pad`` and raise :class:`NotInMemory` without;
-    ``address`` is what the error calls ``offset``.
-    """
-    first = offset // page_size
-    pages = -(-(offset + length) // page_size) - first
-    pieces: list[bytes] = []
-    for run in index.runs(first, pages):
-        if run.value >= 0:
-            pieces.extend(_data(source, run.value, run.pages, page_size, index.stride))
-        elif run.value == MISSING and not pad:
-            where = (offset if address is None else address) - offset + max(offset, run.first * page_size)
-            raise NotInMemory("the stream does not hold this memory", address=where, length=length)
-        else:
-            fill = b"\0" if run.value == MISSING else bytes([-1 - run.value])
-            pieces.append(fill * (run.pages * page_size))
-    data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    skip = offset - first * page_size
-    return data if skip == 0 and len(data) == length else data[skip : skip + length]
-
-
-def _data(source: Source, value: int, pages: int, page_size: int, stride: int) -> Sequence[bytes]:
-    pieces = []
-    while pages:
-        count = min(pages, _PIECE)
-        wanted = (count - 1) * stride + page_size
-        raw = source.read(value, wanted)
-        if len(raw) < wanted:
-            raise ReadError("the migration stream ends early", offset=value, length=wanted)
-        if count > 1 and stride != page_size:
-            raw = np.ndarray((count, page_size), np.uint8, raw, 0, (stride, 1)).tobytes()
-        pieces.append(raw)
-        value += count * stride
-        pages -= count
-    return pieces

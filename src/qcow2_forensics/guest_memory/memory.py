@@ -12,9 +12,10 @@ from ..errors import ReadError, printable
 from ..limits import DEFAULT_LIMITS, Limits, MiB
 from ..source import Source
 from . import ranges
-from .analysis import Analysis, analyse, read_pages
+from .analysis import Analysis, analyse
 from .index import MISSING, RunIndex
 from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
+from .reading import read_pages
 
 _CACHED_PAGES = 8192  # for the scattered small reads of page-table walks: 32 MiB at most
 
