@@ -34,6 +34,7 @@ from .structures import (
     words,
 )
 
+_ZEROS = bytes(4 * KiB)  # to compare table entries with
 _SLICE_BYTES = 64 * KiB  # of an L2 table, read and cached together
 L1_PAGE = 8192  # L1 entries read and kept together
 
@@ -278,9 +279,12 @@ class Mapping:
             step = size if entry & OFFSET_MASK or (self._data_file and entry & COPIED) else 0
             expected = entry + step
             index += 1
-            while index <= last and entries[index] == expected:
-                expected += step
-                index += 1
+            if not entry:
+                index = _first_nonzero(entries, index, last + 1)
+            else:
+                while index <= last and entries[index] == expected:
+                    expected += step
+                    index += 1
             run_end = min(stop, (number << self.slice_shift) + (index << bits))
             host = entry & OFFSET_MASK
             if entry & special or self._data_file:
@@ -396,6 +400,18 @@ class Mapping:
     def _bad_entry(self, offset: int, what: str) -> FormatError:
         at = self.entry_offset(offset)
         return FormatError(f"the L2 entry of guest offset {offset:#x} {what}", offset=at, field="l2_entry")
+
+
+def _first_nonzero(entries: Slice, index: int, stop: int) -> int:
+    """Return the first index from ``index`` on whose entry is not zero, ``stop`` when there is none."""
+    width = 8  # grows, so that short runs of zeros cost little and long ones are skipped at the speed of C
+    while index < stop:
+        part = entries[index : min(stop, index + width)].tobytes()
+        if part != _ZEROS[: len(part)]:
+            return index + (len(part) - len(part.lstrip(b"\0"))) // 8
+        index += width
+        width = min(4 * width, len(_ZEROS) // 8)
+    return stop
 
 
 def _continues(first: Run, second: Run) -> bool:
