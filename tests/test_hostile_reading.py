@@ -18,6 +18,7 @@ import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError, Qcow2Error
 from tests import hostile, qemu
 from tests.hostile import IMAGES, Answer, Refusal
+from tests.image_builder import Builder, Poke
 from tests.traps import TRAPS
 
 pytestmark = qemu.requires_qemu
@@ -147,6 +148,31 @@ def test_an_error_names_the_file_offset_of_what_is_wrong(ident: str, where: int,
     with pytest.raises(FormatError) as caught, q.open_disk(hostile.build(ident, tmp_path)) as disk:
         disk.read(0, 512)
     assert caught.value.offset == where
+
+
+def test_a_cut_l1_table_fails_only_what_lies_behind_the_cut(tmp_path: Path) -> None:
+    span = 64 * 512
+    builder = Builder(cluster_bits=9, size=40_000 * span)
+    for index in (0, 1, 30, 20_000, 39_999):
+        builder.data(index * span, bytes([index % 255 + 1]) * 512)
+    path = builder.write(tmp_path / "cut.qcow2")
+    table = Poke(path).read(builder.l1, 8 * 40_000)
+    end = path.stat().st_size
+    Poke(path).u64(40, end).append(table[: 8 * 25_000])
+    with q.open_disk(path) as disk:
+        for index in (0, 1, 30, 20_000):
+            assert disk.read(index * span, 512) == bytes([index % 255 + 1]) * 512
+        assert disk.read(20_001 * span, span) == bytes(span)
+        for index in (25_000, 39_999):
+            with pytest.raises(FormatError, match="past the end of the file"):
+                disk.read(index * span, 1)
+        with pytest.raises(FormatError):
+            list(disk.extents())
+    with q.open_disk(path, eof="zeros") as disk:
+        assert [qemu.read(path, index * span, 512) for index in (20_000, 25_000, 39_999)] == [
+            disk.read(index * span, 512) for index in (20_000, 25_000, 39_999)
+        ]
+        assert sum(extent.length for extent in disk.extents()) == disk.size
 
 
 @pytest.mark.parametrize("ident", TRAPS)
