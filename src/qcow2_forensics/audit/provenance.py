@@ -270,7 +270,7 @@ def preallocated(facts: Facts) -> Iterator[Evidence]:
     size = facts.cluster_size
     count = -(-facts.image.file_size // size)
     places = range(0, count, max(1, count // _SAMPLES))
-    zeros = sum(not any(facts.read(place * size, min(size, 65536))) for place in places)
+    zeros = sum(not facts.read(place * size, min(size, 65536)).strip(b"\0") for place in places)
     if zeros >= 0.8 * len(places):
         yield Evidence("allocated_clusters", allocated)
         yield Evidence("total_clusters", total)
