@@ -49,6 +49,7 @@ class Adapter:
     failed: type[Exception] = q.Qcow2Error  # what a read of unreadable evidence raises
     refused: tuple[type[Exception], ...] = (q.Qcow2Error,)  # what opening unsound evidence raises
     positional: bool = True  # threads may share one object
+    pickles: bool = False  # worker processes get a copy
 
     def __str__(self) -> str:
         return self.name
@@ -60,6 +61,13 @@ class Adapter:
 @contextmanager
 def _disk(path: Path, snapshot: str | None = None) -> Iterator[Reader]:
     with q.open_disk(path, snapshot) as disk:
+        yield Reader(disk.size, disk.read, disk)
+
+
+@contextmanager
+def _over_file_object(path: Path, snapshot: str | None = None) -> Iterator[Reader]:
+    resolver = q.Resolver(folders=[path.parent])  # a file object has no folder of its own
+    with path.open("rb") as file, q.open_disk(file, snapshot, resolver=resolver) as disk:
         yield Reader(disk.size, disk.read, disk)
 
 
@@ -163,6 +171,7 @@ _BACK_END_ERROR = _named("dfvfs.lib.errors", "BackEndError")
 
 ADAPTERS = (
     Adapter("Disk", _disk),
+    Adapter("Disk over a file object", _over_file_object),
     Adapter("SourceStream", _stream, positional=False),
     Adapter("BufferedReader", _buffered, positional=False),
     Adapter(
@@ -174,6 +183,7 @@ ADAPTERS = (
         failed=_INVALID_ADDRESS,
         refused=(_LAYER_EXCEPTION,),
         positional=False,  # the file layer below it is not
+        pickles=True,
     ),
     Adapter(
         "dfVFS file object",

@@ -239,6 +239,7 @@ def _encrypted() -> Iterator[Scenario]:
     Every cipher, mode and hash is read in ``tests/test_encryption.py``.
     """
     yield Scenario(4096, "qcow", encrypt=AES, snapshots=0)
+    yield Scenario(4096, "qcow", "zlib", encrypt=AES, snapshots=0)
     yield Scenario(65536, encrypt=AES)
     yield Scenario(512, "qcow2", "zlib", "qcow2-long", encrypt=AES)
     yield Scenario(65536, "qcow2", "zlib", encrypt=_luks())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 from collections.abc import Iterator
@@ -146,6 +147,14 @@ def test_threads_may_share_a_positional_reader(subject: Subject) -> None:
     for thread in threads:
         thread.join(60)
     assert not failures
+
+
+def test_a_pickled_copy_reads_on_where_that_is_promised(subject: Subject) -> None:
+    if not subject.adapter.pickles:
+        return
+    copy = pickle.loads(pickle.dumps(subject.reader.native))  # noqa: S301 - our own
+    assert copy.read(0, subject.reader.size) == subject.wanted
+    assert subject.reader.read(0, 512) == subject.wanted[:512]
 
 
 def test_two_readers_of_one_image_do_not_disturb_each_other(subject: Subject) -> None:

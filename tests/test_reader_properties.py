@@ -313,6 +313,15 @@ def test_a_file_that_shrinks_while_it_is_read_is_a_read_error(base_image: Path) 
             disk.read(0, 65536)
 
 
+def test_a_file_system_that_answers_in_small_pieces_gives_whole_answers(
+    base_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.pread
+    with q.open_disk(base_image) as disk:
+        monkeypatch.setattr(os, "pread", lambda fd, length, offset: whole(fd, min(length, 1000), offset))
+        assert disk.read(100, 0x20000) == b"\x11" * (0x10000 - 100) + b"\x22" * 0x10000 + b"\x33" * 100
+
+
 class Failing(FileSource):
     """A file whose reads fail in one range, as a bad medium does."""
 
