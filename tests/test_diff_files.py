@@ -102,6 +102,8 @@ def test_content_changed_behind_unchanged_times_is_seen(tmp_path: Path, kind: st
     assert item["before"]["sha256"] == digest(one.files["large.bin"])
     assert item["after"]["sha256"] == digest(bytes(changed))
     assert [(entry["offset"], entry["length"]) for entry in result["ranges"]] == [(at // 512 * 512, 512)]
+    assert item["changed_bytes"] == 512
+    assert result["summary"]["bytes_in_no_file"] == 0
 
 
 @qemu.requires_qemu

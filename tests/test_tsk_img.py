@@ -439,7 +439,7 @@ def test_names_from_evidence_are_escaped_in_lines(tmp_path: Path) -> None:
 
 
 def test_modes_read_as_those_of_ls() -> None:
-    from pytsk3_qcow2.files import FileRecord, Volume
+    from pytsk3_qcow2.records import FileRecord, Volume
 
     def shown(mode: int) -> str:
         volume = Volume(0, 0, "", "ext4")
@@ -452,6 +452,7 @@ def test_modes_read_as_those_of_ls() -> None:
 
 def test_spans_count_overlapping_bytes_once() -> None:
     spans = Spans([(100, 50), (120, 50), (300, 10), (5, 0)])
+    assert list(spans) == [(100, 70), (300, 10)]
     assert spans.overlap([(0, 1000)]) == 80
     assert spans.overlap([(0, 100), (170, 130), (310, 5)]) == 0
     assert spans.overlap([(149, 2), (305, 100)]) == 7

@@ -15,7 +15,8 @@ import pytsk3
 
 from qcow2_forensics.errors import printable
 
-from .files import FileRecord, FileSystem, Times, file_systems
+from .files import FileSystem, file_systems
+from .records import FileRecord, Span, Times
 from .spans import Spans
 
 
@@ -44,8 +45,9 @@ class Changed:
 
     ``fields`` names what differs: ``content``, ``path``, ``inode``, ``size``, ``mode``, ``uid``,
     ``gid``, ``link``, ``modified``, ``accessed``, ``changed``, ``created``. ``after`` of a removed
-    file is the deleted entry that still has its inode, if there is one. ``note`` says why content
-    could not be compared.
+    file is the deleted entry that still has its inode, if there is one. ``changed_bytes`` counts the
+    bytes of the changed ranges in its blocks, slack included. ``note`` says why content could not be
+    compared.
     """
 
     change: FileChange
@@ -54,6 +56,7 @@ class Changed:
     fields: tuple[str, ...] = ()
     recoverable: Recoverable | None = None
     note: str = ""
+    changed_bytes: int = 0
     sha256: tuple[str | None, str | None] = field(default=(None, None))
 
     @property
@@ -100,9 +103,24 @@ def file_changes(
     for offset in sorted({*before.systems, *after.systems}):
         pair = _Pair(before, after, offset, touched)
         for change in pair.changes():
+            change.changed_bytes = touched.overlap(Spans(_spans(change.before, change.after)))
             if hashed:
                 change.sha256 = pair.hashes(change)
             yield change
+
+
+def outside_files(before: StateFiles, after: StateFiles, ranges: Iterable[tuple[int, int]]) -> int:
+    """Return how many bytes of the ranges are in no file of either state: file system structures, free space."""
+    listed = (record for state in (before, after) for records in state.records.values() for record in records)
+    touched = Spans(ranges)
+    files = Spans(span for record in listed if record.allocated and not record.virtual for span in record.spans)
+    return sum(length for _, length in touched) - touched.overlap(files)
+
+
+def _spans(*records: FileRecord | None) -> Iterator[Span]:
+    for record in records:
+        if record is not None:
+            yield from record.spans
 
 
 Key = tuple[str, str]  # path and stream

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import pytsk3
 
 from qcow2_forensics.errors import printable
 
 from .image import Img_Info
+from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume
 from .spans import Spans
 
 _CHUNK = 1 << 20  # of file content read at a time
@@ -27,99 +28,13 @@ _SECOND = 1_000_000_000  # nanoseconds
 # Letters as The Sleuth Kit prints them, by its enumeration values.
 _NAME_LETTERS = "-pcdbrlshwvV"
 _META_LETTERS = "-rdpcblhswvV"
-_NTFS_FILE_NAME, _NTFS_DATA, _NTFS_INDEX = 48, 128, 144
+_NTFS_DATA, _NTFS_INDEX = 128, 144
 _FILE_NAME_BYTES = 66  # of a $FILE_NAME attribute before the name itself
 _VIRTUAL_DIRECTORY = 11  # a name made up by The Sleuth Kit
 _UNALLOCATED = 2  # flag of names and of metadata
 _RESIDENT = 4  # flag of an attribute whose bytes are in the metadata
 _NO_BLOCKS = 3  # flags of a run: filler or sparse
 _FILETIME_EPOCH = 116_444_736_000_000_000  # 1970 in units of 100 ns since 1601
-
-
-class Span(NamedTuple):
-    """Bytes of the disk."""
-
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """Where a file system stands: ``number`` counts partitions from 1, 0 is the whole disk."""
-
-    number: int
-    offset: int
-    description: str
-    kind: str
-
-    @property
-    def prefix(self) -> str:
-        """What goes before paths: ``/p1``, nothing for the whole disk."""
-        return f"/p{self.number}" if self.number else ""
-
-
-class Times(NamedTuple):
-    """Nanoseconds of the epoch, 0 for none: content, access, metadata, creation."""
-
-    modified: int = 0
-    accessed: int = 0
-    changed: int = 0
-    created: int = 0
-
-
-_NO_TIMES = Times()
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """One name (or one data stream of it) in one state; text is as stored, not escaped.
-
-    ``allocated`` is about the name, ``in_use`` about the metadata it points to: a deleted name
-    whose metadata is in use again says nothing about the old file. ``spans`` are the disk bytes of
-    the content; ``resident`` content is inside the metadata instead, ``sparse`` content is nowhere.
-    ``has_metadata`` is False where nothing but the name is left.
-    """
-
-    volume: Volume
-    path: str
-    inode: int
-    name_type: str
-    allocated: bool
-    has_metadata: bool = False
-    type: str = "-"
-    in_use: bool = False
-    size: int = 0
-    mode: int = 0
-    uid: int = 0
-    gid: int = 0
-    times: Times = _NO_TIMES
-    sequence: int = 0
-    link: str = ""
-    attribute: tuple[int, int] | None = None
-    stream: str = ""
-    spans: tuple[Span, ...] = ()
-    resident: bool = False
-    sparse: bool = False
-
-    @property
-    def full_path(self) -> str:
-        """The path with its stream, and its partition in front."""
-        return f"{self.volume.prefix}{self.path}{f':{self.stream}' if self.stream else ''}"
-
-    @property
-    def virtual(self) -> bool:
-        """Whether The Sleuth Kit made the entry up (``$OrphanFiles``, ``$MBR``)."""
-        return self.name_type in "vV"
-
-    @property
-    def of_name(self) -> bool:
-        """Whether the times are those that NTFS keeps with the name, not those of the file."""
-        return self.attribute is not None and self.attribute[0] == _NTFS_FILE_NAME
-
-    @property
-    def address(self) -> str:
-        """The inode as The Sleuth Kit's tools take it: ``17``, or ``64-128-2`` on NTFS."""
-        return str(self.inode) if self.attribute is None else f"{self.inode}-{self.attribute[0]}-{self.attribute[1]}"
 
 
 class NoFileSystem(OSError):
@@ -214,7 +129,7 @@ class FileSystem:
             if kind in (_NTFS_DATA, _NTFS_INDEX):
                 streams += 1
                 yield self._record(name, meta, path, attribute)
-            elif kind == _NTFS_FILE_NAME:
+            elif kind == NTFS_FILE_NAME:
                 times = self._name_times(entry, attribute)
                 if times is not None:
                     yield replace(self._record(name, meta, path, attribute), times=times)
@@ -283,7 +198,7 @@ class FileSystem:
         if int(attribute.info.size) < _FILE_NAME_BYTES:
             return None
         try:
-            data = entry.read_random(0, _FILE_NAME_BYTES, _NTFS_FILE_NAME, int(attribute.info.id))
+            data = entry.read_random(0, _FILE_NAME_BYTES, NTFS_FILE_NAME, int(attribute.info.id))
         except (OSError, RuntimeError):
             return None
         created, modified, changed, accessed = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qcow2_forensics.errors import printable
 
-from .files import FileRecord
+from .records import FileRecord
 
 _SECOND = 1_000_000_000  # nanoseconds
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class Spans:
@@ -20,6 +20,10 @@ class Spans:
             else:
                 self._starts.append(offset)
                 self._ends.append(offset + length)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for start, end in zip(self._starts, self._ends, strict=True):
+            yield start, end - start
 
     def overlap(self, ranges: Iterable[tuple[int, int]]) -> int:
         """Return how many bytes of ``ranges`` are in the set."""

@@ -12,7 +12,7 @@ from ..errors import Qcow2Error, printable
 from ..structures import SnapshotEntry
 
 if TYPE_CHECKING:
-    from pytsk3_qcow2.files import FileRecord
+    from pytsk3_qcow2.records import FileRecord
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND = 1_000_000_000  # nanoseconds

@@ -33,6 +33,13 @@ pytsk3: pip install 'qcow2-forensics[tsk]'.
 """
 
 
+class Files(NamedTuple):
+    """What differs in files, and how many changed bytes are in no file."""
+
+    changes: list[Changed]
+    outside: int
+
+
 class State(NamedTuple):
     """One side of the comparison and what to call it."""
 
@@ -85,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
             found = list(ranges)  # printed when the progress line is gone
         if not files and args.format in ("text", "jsonl"):
             return _print_ranges(args, before, after, found)
-        changes = _changes(args, before, after, found) if files else None
-        _PRINTERS[args.format](args, before, after, found, changes)
+        listed = _changes(args, before, after, found) if files else None
+        _PRINTERS[args.format](args, before, after, found, listed)
         return _verdict(_unreadable(found))
 
 
@@ -186,15 +193,16 @@ def _verdict(unreadable: int) -> int:
 # --- files -----------------------------------------------------------------------------------------
 
 
-def _changes(args: argparse.Namespace, before: State, after: State, found: list[Difference]) -> list[Changed]:
-    from pytsk3_qcow2.changes import file_changes
+def _changes(args: argparse.Namespace, before: State, after: State, found: list[Difference]) -> Files:
+    from pytsk3_qcow2.changes import file_changes, outside_files
 
     old, new = (_listing(args, state) for state in (before, after))
-    changed = list(file_changes(old, new, ((item.offset, item.length) for item in found), hashed=args.hash))
+    ranges = [(item.offset, item.length) for item in found]
+    changed = list(file_changes(old, new, ranges, hashed=args.hash))
     for state, listing in ((before, old), (after, new)):
         for problem in listing.problems:
             print(f"qcow2-forensics: {state.label}: {problem}", file=sys.stderr)
-    return changed
+    return Files(changed, outside_files(old, new, ranges))
 
 
 def _listing(args: argparse.Namespace, state: State) -> StateFiles:
@@ -217,6 +225,7 @@ def _file_dict(change: Changed) -> dict[str, Any]:
             "description": printable(record.volume.description),
         },
         "fields": list(change.fields),
+        "changed_bytes": change.changed_bytes,
         "recoverable": None if change.recoverable is None else str(change.recoverable),
     }
     for key, side, digest in zip(("before", "after"), (change.before, change.after), change.sha256, strict=True):
@@ -233,6 +242,8 @@ def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
         sizes = [str(side.size) for side in (change.before, change.after) if side is not None]
         size = " -> ".join(dict.fromkeys(sizes)) if change.change not in ("removed", "deleted") else str(record.size)
         what = ", ".join(change.fields)
+        if "content" in change.fields and change.changed_bytes:
+            what = what.replace("content", f"content ({change.changed_bytes} bytes)", 1)
         if change.recoverable is not None:
             what = {"yes": "content recoverable", "partly": "content partly recoverable"}.get(
                 change.recoverable, "content gone"
@@ -262,16 +273,19 @@ def _states_dict(args: argparse.Namespace, before: State, after: State) -> dict[
 
 
 def _print_text(
-    args: argparse.Namespace, before: State, after: State, found: list[Difference], changes: list[Changed] | None
+    args: argparse.Namespace, before: State, after: State, found: list[Difference], listed: Files | None
 ) -> None:
     print(_heading(args, before, after))
     print(_summary(*_counted(found)))
     for item in found:
         if item.change is Change.UNREADABLE:
             print(_range_line(item))
-    if not changes:
+    if listed is None or not listed.changes:
         print("no files differ")
         return
+    if listed.outside:
+        print(f"{human_size(listed.outside)} of it in no file: file system structures or free space")
+    changes = listed.changes
     rows = list(_rows(changes))
     widths = [max(len(row[at]) for row in (_COLUMNS, *rows)) for at in range(len(_COLUMNS))]
     for row, change in zip((_COLUMNS, *rows), (None, *changes), strict=True):
@@ -286,34 +300,36 @@ def _print_text(
 
 
 def _print_json(
-    args: argparse.Namespace, before: State, after: State, found: list[Difference], changes: list[Changed] | None
+    args: argparse.Namespace, before: State, after: State, found: list[Difference], listed: Files | None
 ) -> None:
     shown = _states_dict(args, before, after)
     del shown["record"]
     shown["summary"] = _totals(*_counted(found))
     shown["ranges"] = [_range_dict(item) for item in found]
-    if changes is not None:
-        shown["files"] = [_file_dict(change) for change in changes]
+    if listed is not None:
+        shown["summary"]["bytes_in_no_file"] = listed.outside
+        shown["files"] = [_file_dict(change) for change in listed.changes]
     print(json.dumps(shown, indent=2))
 
 
 def _print_lines(
-    args: argparse.Namespace, before: State, after: State, found: list[Difference], changes: list[Changed] | None
+    args: argparse.Namespace, before: State, after: State, found: list[Difference], listed: Files | None
 ) -> None:
     print(json.dumps(_states_dict(args, before, after)))
     for item in found:
         print(json.dumps({"record": "range", **_range_dict(item)}))
-    for change in changes or ():
+    for change in listed.changes if listed else ():
         print(json.dumps({"record": "file", **_file_dict(change)}))
-    print(json.dumps({"record": "summary", **_totals(*_counted(found))}))
+    outside = {"bytes_in_no_file": listed.outside} if listed else {}
+    print(json.dumps({"record": "summary", **_totals(*_counted(found)), **outside}))
 
 
 def _print_body(
-    _args: argparse.Namespace, before: State, after: State, _found: list[Difference], changes: list[Changed] | None
+    _args: argparse.Namespace, before: State, after: State, _found: list[Difference], listed: Files | None
 ) -> None:
     from pytsk3_qcow2.lines import body_line
 
-    for change in changes or ():
+    for change in listed.changes if listed else ():
         state = before if change.change == "removed" else after
         prefix = f"[{change.change}, {state.label}] {change.shown.volume.prefix}"
         print(body_line(change.shown, prefix))

@@ -19,7 +19,7 @@ from .opening import add_disk_arguments, add_image_argument, open_from
 from .output import Progress
 
 if TYPE_CHECKING:
-    from pytsk3_qcow2.files import FileRecord
+    from pytsk3_qcow2.records import FileRecord
 
 _EPILOG = """examples:
   qcow2-forensics timeline disk.qcow2 | mactime -b - -d -z UTC
