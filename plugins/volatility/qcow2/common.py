@@ -35,6 +35,13 @@ def warn(message: str) -> None:
         vollog.warning(message)
 
 
+def core_errors() -> type[Exception]:
+    """Return the root of the core's errors; imported only where one is being raised."""
+    from qcow2_forensics import Qcow2Error
+
+    return Qcow2Error
+
+
 def local_path(location: str) -> str | None:
     """Return the path a ``file:`` location means, None for any other."""
     parts = urllib.parse.urlsplit(location)
@@ -153,30 +160,28 @@ class ViewLayer(interfaces.layers.TranslationLayerInterface):
 
     def read(self, offset: int, length: int, pad: bool = False) -> bytes:
         """Read without the unbounded caches of the parent classes."""
-        from qcow2_forensics import Qcow2Error
-
+        why = f"no data at {offset:#x}"
         try:
+            data: bytes = self.view.read(offset, length) if offset >= 0 else b""
+            if len(data) == length:
+                return data
+        except core_errors() as error:
+            why = str(error)
             if self.is_valid(offset, length):
-                return bytes(self.view.read(offset, length))
-        except Qcow2Error as error:
-            warn(f"{self._title()}: {error}")
-            if not pad:
-                raise exceptions.InvalidAddressException(self.name, offset, str(error)) from error
+                warn(f"{self._title()}: {error}")
+        if pad:
             return self._read_padded(offset, length)
-        if not pad:
-            end = self.maximum_address + 1
-            invalid = end if 0 <= offset < end else offset
-            raise exceptions.InvalidAddressException(self.name, invalid, f"no data at {invalid:#x} in {self.name}")
-        return self._read_padded(offset, length)
+        end = self.maximum_address + 1
+        raise exceptions.InvalidAddressException(
+            self.name, end if self.is_valid(offset) and offset + length > end else offset, f"{self.name}: {why}"
+        )
 
     def _read_padded(self, offset: int, length: int) -> bytes:
         """Read with zeros for what cannot be read, narrowing the unreadable ranges down by halves."""
-        from qcow2_forensics import Qcow2Error
-
         try:
             if self.is_valid(offset, length):
                 return bytes(self.view.read(offset, length))
-        except Qcow2Error as error:
+        except core_errors() as error:
             vollog.info(f"{self._title()}: read as zeros: {error}")
         if length <= MAXIMUM_PIECE or offset > self.maximum_address or offset + length <= 0:
             readable = self.view.read(offset, length) if self._only_clipped(offset, length) else b""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import constants, exceptions, interfaces
 
-from .common import ViewLayer, source_under, warn
+from .common import ViewLayer, core_errors, source_under, warn
 from .elision import Skip, allowed, finds_zeros
 from .index_cache import identify, index_memory
 from .layers import Mapped
@@ -75,13 +75,11 @@ class QemuRamLayer(ViewLayer):
         return bool(self.view.is_valid(offset, length))
 
     def _read_padded(self, offset: int, length: int) -> bytes:
-        from qcow2_forensics import Qcow2Error
-
         low = max(offset, 0)
         try:
             data = bytes(self.view.read(low, max(0, offset + length - low), True))
             return data.rjust(length, b"\0")
-        except Qcow2Error:
+        except core_errors():
             return super()._read_padded(offset, length)
 
     def mapping(self, offset: int, length: int, ignore_errors: bool = False) -> Iterable[Mapped]:
