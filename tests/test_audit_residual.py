@@ -351,3 +351,10 @@ def test_lineage_follows_the_clusters_not_the_clock(tmp_path: Path) -> None:
     qemu.snapshot(path, "a", action="-a")  # back to the first state
     states = audit(path, pictures=True).details["lineage"]["states"]
     assert [(state.get("name"), state["parent"]) for state in states] == [("a", None), ("b", 0), ("active state", 0)]
+
+
+@pytest.mark.parametrize("offset", [B_END - 12, B_END - 3, B_END + 5])
+def test_unaligned_l1_table_at_the_end_of_the_file_is_a_report(tmp_path: Path, offset: int) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).u64(40, offset)
+    assert severity(path, "HEADER-INVALID") is Severity.HIGH

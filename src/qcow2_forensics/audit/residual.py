@@ -98,7 +98,7 @@ def _survey(facts: Facts) -> _Survey:
     survey.snapshots, survey.bitmaps = residue.entries()
     survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size)
     claimed = residue.usage.claimed
-    survey.deleted = [examine(facts.image, entry, claimed) for entry in survey.snapshots[:_DELETED]]
+    survey.deleted = examine(facts.image, survey.snapshots[:_DELETED], claimed)
     return survey
 
 
@@ -286,7 +286,7 @@ def residual_bitmap_dir(facts: Facts) -> Iterator[Evidence]:
 )
 def zero_alloc_data(facts: Facts) -> Iterator[Evidence]:
     if not facts.header.external_data:
-        for piece in hidden.zero_flagged(facts.image, hidden.shown_clusters(facts.image)):
+        for piece in hidden.zero_flagged(facts.image, facts.census):
             yield evidence_of(piece)
 
 
@@ -301,7 +301,7 @@ def zero_alloc_data(facts: Facts) -> Iterator[Evidence]:
     validated=QEMU_MADE,
 )
 def subcluster_residue(facts: Facts) -> Iterator[Evidence]:
-    for piece in hidden.subclusters(facts.image):
+    for piece in hidden.subclusters(facts.image, facts.census):
         yield evidence_of(piece)
 
 
@@ -317,7 +317,7 @@ def subcluster_residue(facts: Facts) -> Iterator[Evidence]:
 )
 def compressed_slack(facts: Facts) -> Iterator[Finding]:
     streams_found, rest = _Group(), _Group()
-    for piece in streams.compressed_slack(facts.image):
+    for piece in streams.compressed_slack(facts.image, facts.census):
         (streams_found if piece.looks == "stream" else rest).add(piece)
     if streams_found.count:
         evidence = [
@@ -342,7 +342,7 @@ def compressed_slack(facts: Facts) -> Iterator[Finding]:
     depth=Depth.DEEP,
 )
 def tail_beyond_disk(facts: Facts) -> Iterator[Evidence]:
-    for piece in hidden.tail(facts.image):
+    for piece in hidden.tail(facts.image, facts.census):
         yield evidence_of(piece)
 
 

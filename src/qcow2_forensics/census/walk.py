@@ -53,8 +53,8 @@ def l1_chunks(image: Image, tables: Iterable[tuple[int, int, int]]) -> Iterator[
 
 
 def big_endian(data: bytes) -> U64:
-    """Return big-endian 64-bit words in the machine's order."""
-    return np.frombuffer(data, dtype=">u8").astype(np.uint64)
+    """Return big-endian 64-bit words in the machine's order; a cut one at the end is left out."""
+    return np.frombuffer(data, dtype=">u8", count=len(data) // 8).astype(np.uint64)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .pieces import Piece
 from .scan import Found, Usage, unclaimed
 
 _ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
+_DELETED = 1000  # former snapshots followed into their tables
 _BITMAPS = 1000  # former bitmaps followed into their tables
 _BITMAP_TABLE = 65_536  # entries of a former bitmap's table
 
@@ -39,15 +40,20 @@ class Residue:
 
     def __init__(self, image: Image, *, census: Census | None = None, data: Source | None = None) -> None:
         self.image = image
-        self._census = census
+        self._given = census
         self._data = data
         self._files = ExitStack()
         self._former: tuple[list[SnapshotEntry], list[BitmapEntry]] | None = None
 
     @cached_property
+    def census(self) -> Census:
+        """Who claims each host cluster; taken on first use when none was given."""
+        return self._given or take_census(self.image)
+
+    @cached_property
     def usage(self) -> Usage:
         """Who is in use among the clusters of the file."""
-        census = self._census or take_census(self.image)
+        census = self.census
         count = -(-self.image.file_size // self.image.cluster_size)
         claimed = np.ones(count, np.bool_)
         counted = np.zeros(count, np.bool_)
@@ -77,10 +83,10 @@ class Residue:
         """Yield bytes of clusters in use that no state shows."""
         if self.image.header.version == 1:
             return
-        yield from hidden.zero_flagged(self.image, hidden.shown_clusters(self.image), self._data)
-        yield from hidden.subclusters(self.image)
-        yield from streams.compressed_slack(self.image)
-        yield from hidden.tail(self.image)
+        yield from hidden.zero_flagged(self.image, self.census, self._data)
+        yield from hidden.subclusters(self.image, self.census)
+        yield from streams.compressed_slack(self.image, self.census)
+        yield from hidden.tail(self.image, self.census)
 
     def unclaimed(self) -> Iterator[Found]:
         """Yield what lies in clusters nothing refers to, with the table entries found there."""
@@ -124,7 +130,7 @@ class Residue:
     def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""
         snapshots, _ = self.entries()
-        return [deleted.examine(self.image, entry, self.usage.claimed, read_data=read_data) for entry in snapshots]
+        return deleted.examine(self.image, snapshots[:_DELETED], self.usage.claimed, read_data=read_data)
 
     def former_bitmap_clusters(self) -> set[int]:
         """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
@@ -243,7 +249,7 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     found = Residue(image)
     former, _ = found.entries()
     chosen = deleted.choose([DeletedSnapshot(entry, False) for entry in former], wanted)
-    examined = deleted.examine(image, chosen.entry, found.usage.claimed, read_data=False)
+    (examined,) = deleted.examine(image, [chosen.entry], found.usage.claimed, read_data=False)
     if not examined.l1_intact:
         raise deleted.gone(examined.entry)
     return deleted.guard(image, examined)

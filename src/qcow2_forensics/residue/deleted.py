@@ -11,7 +11,6 @@ found in free space can be opened like a live one::
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FormatError, SnapshotNotFound, printable
+from ..host_holes import host_runs
 from ..image import Image
 from ..structures import OFFSET_MASK, SnapshotEntry
 from . import tables, trees
@@ -95,44 +95,72 @@ def _identity(entry: SnapshotEntry) -> tuple[bytes, bytes, int, int]:
     return entry.id_bytes, entry.name_bytes, entry.date_sec, entry.date_nsec
 
 
-def examine(image: Image, entry: SnapshotEntry, claimed: Claimed, *, read_data: bool = True) -> DeletedSnapshot:
-    """Follow a former entry's tables and return how much of its disk is still readable.
+def examine(
+    image: Image, entries: Iterable[SnapshotEntry], claimed: Claimed, *, read_data: bool = True
+) -> list[DeletedSnapshot]:
+    """Follow former entries' tables and return how much of each disk is still readable.
 
     Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
     """
-    return _Examination(image, entry, claimed, read_data).result()
+    examiner = _Examiner(image, claimed, read_data)
+    return [_Examination(examiner, entry).result() for entry in entries]
+
+
+_UNKNOWN, _BYTES, _ZEROS, _HOLE = range(4)  # what a free host cluster holds
+
+
+class _Examiner:
+    """What all former entries of an image share; every free cluster is looked at once."""
+
+    def __init__(self, image: Image, claimed: Claimed, read_data: bool) -> None:
+        self.image = image
+        self.claimed = claimed
+        self.geometry = Geometry.of(image)
+        self.live = trees.l1_tables(image)
+        self.room = image.file_size // 8  # L1 entries of former tables that do not overlap
+        self._read_data = read_data
+        self._contents = np.zeros(len(claimed), np.uint8)
+
+    def is_claimed(self, offset: int, length: int) -> bool:
+        size = self.image.cluster_size
+        return bool(self.claimed[offset // size : -(-(offset + length) // size)].any())
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Whether the file system stores nothing for the range; False where it cannot be asked."""
+        return all(run.is_hole for run in host_runs(self.image.source, offset, length))
+
+    def contents(self, numbers: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+        """Return what the free host clusters of these numbers hold."""
+        for number in np.unique(numbers[self._contents[numbers] == _UNKNOWN]).tolist():
+            self._contents[number] = self._look(number * self.image.cluster_size)
+        return self._contents[numbers]
+
+    def _look(self, offset: int) -> int:
+        size = self.image.cluster_size
+        if self.is_hole(offset, min(size, self.image.file_size - offset)):
+            return _HOLE
+        return _BYTES if not self._read_data or any(self.image.read(offset, size)) else _ZEROS
 
 
 class _Examination:
-    def __init__(self, image: Image, entry: SnapshotEntry, claimed: Claimed, read_data: bool) -> None:
-        self._read_data = read_data
-        self._image = image
+    """Follows the tables of one former entry."""
+
+    def __init__(self, examiner: _Examiner, entry: SnapshotEntry) -> None:
+        self._examiner = examiner
+        self._image = examiner.image
         self._entry = entry
-        self._claimed = claimed
-        self._geometry = Geometry.of(image)
-        self._cluster_size = image.cluster_size
-        self._span = image.header.l2_span
-        self._size = entry.disk_size if entry.disk_size is not None else image.disk_size
-        self._live = {state: trees.l1_table(image, state) for state in trees.states(image)}
+        self._cluster_size = self._image.cluster_size
+        self._span = self._image.header.l2_span
+        self._size = entry.disk_size if entry.disk_size is not None else self._image.disk_size
         self._forbidden: list[tuple[int, int, str]] = []
         self._counts = {"intact": 0, "shared": 0, "zeroed": 0, "reused": 0, "compressed": 0}
         self._unreadable = 0
 
     def result(self) -> DeletedSnapshot:
-        length = self._entry.l1_size * 8
-        first, last = self._entry.l1_table_offset, self._entry.l1_table_offset + length
-        if (
-            last > self._image.file_size
-            or length > self._image.limits.l1_bytes
-            or self._is_claimed(first, length).any()
-        ):
+        """Return what became of the entry."""
+        offsets = self._l1_table()
+        if offsets is None:
             return DeletedSnapshot(self._entry, l1_intact=False)
-        data = self._image.read(first, length)
-        if any(data) and tables.parse_l1(data, self._geometry) is None:
-            return DeletedSnapshot(self._entry, l1_intact=False)
-        if not any(data) and self._is_hole(first, length):
-            return DeletedSnapshot(self._entry, l1_intact=False)
-        offsets = tables.words_of(data) & np.uint64(OFFSET_MASK)
         used = np.flatnonzero(offsets).tolist()
         lost = sum(not self._table(index, int(offsets[index])) for index in used)
         return DeletedSnapshot(
@@ -145,26 +173,26 @@ class _Examination:
             **self._counts,
         )
 
-    def _is_claimed(self, offset: int, length: int) -> Claimed:
-        return self._claimed[offset // self._cluster_size : -(-(offset + length) // self._cluster_size)]
-
-    def _is_hole(self, offset: int, length: int) -> bool:
-        """Whether the file system stores nothing for the range; False where it cannot be asked."""
-        fileno = getattr(self._image.source, "fileno", None)
-        if fileno is None or not hasattr(os, "SEEK_DATA"):
-            return False
-        try:
-            return os.lseek(fileno(), offset, os.SEEK_DATA) >= offset + length
-        except OSError:  # no data after the offset at all (ENXIO), or not a file that can be asked
-            return True
+    def _l1_table(self) -> tables.Words | None:
+        """Return the host offsets in the former L1 table, None when it is not there any more."""
+        examiner, first, length = self._examiner, self._entry.l1_table_offset, self._entry.l1_size * 8
+        examiner.room -= self._entry.l1_size
+        if first + length > self._image.file_size or length > self._image.limits.l1_bytes or examiner.room < 0:
+            return None
+        if examiner.is_claimed(first, length):
+            return None
+        data = self._image.read(first, length)
+        if (tables.parse_l1(data, examiner.geometry) is None) if any(data) else examiner.is_hole(first, length):
+            return None
+        return tables.words_of(data) & np.uint64(OFFSET_MASK)
 
     def _table(self, index: int, offset: int) -> bool:
         """Count one L2 table; return whether it is intact."""
         guest = index * self._span
-        shared = any(index < len(live) and int(live[index]) == offset for live in self._live.values())
+        shared = any(index < len(live) and int(live[index]) == offset for live in self._examiner.live.values())
         data = self._image.read(offset, self._cluster_size)
-        sound = shared or not self._is_claimed(offset, self._cluster_size).any()
-        facts = tables.parse_l2(data, self._geometry) if sound else None
+        sound = shared or not self._examiner.is_claimed(offset, self._cluster_size)
+        facts = tables.parse_l2(data, self._examiner.geometry) if sound else None
         if facts is None:
             self._forbidden.append((offset, self._cluster_size, _LOST_TABLE))
             self._unreadable += max(0, min(self._span, self._size - guest))
@@ -178,33 +206,30 @@ class _Examination:
         for live in self._live_hosts(index):
             mapped |= live[used] == hosts
         mapped |= self._image.header.external_data
-        numbers = (hosts // np.uint64(self._cluster_size)).astype(np.intp)
-        reused = ~mapped & self._claimed[np.minimum(numbers, len(self._claimed) - 1)]
-        self._counts["shared"] += int(mapped.sum())
-        self._counts["reused"] += int(reused.sum())
-        for at in np.flatnonzero(reused).tolist():
-            self._refuse(guest + int(used[at]) * self._cluster_size, int(hosts[at]), _REUSED)
-        for at in np.flatnonzero(~mapped & ~reused).tolist():
-            self._free(guest + int(used[at]) * self._cluster_size, int(hosts[at]))
+        self._data(guest + used * self._cluster_size, hosts, mapped)
         return True
 
+    def _data(self, guests: npt.NDArray[np.intp], hosts: tables.Words, mapped: Claimed) -> None:
+        """Count data clusters: those still mapped by a live state, reused ones, and free ones."""
+        numbers = np.minimum(hosts // np.uint64(self._cluster_size), np.uint64(len(self._examiner.claimed) - 1))
+        numbers = numbers.astype(np.intp)
+        reused = ~mapped & self._examiner.claimed[numbers]
+        free = ~mapped & ~reused
+        holds = np.full(len(hosts), _UNKNOWN, np.uint8)
+        holds[free] = self._examiner.contents(numbers[free])
+        self._counts["shared"] += int(mapped.sum())
+        self._counts["reused"] += int(reused.sum())
+        self._counts["intact"] += int((holds == _BYTES).sum())
+        self._counts["zeroed"] += int((holds == _ZEROS).sum() + (holds == _HOLE).sum())
+        for gone, reason in ((reused, _REUSED), (holds == _HOLE, _PUNCHED)):
+            self._forbidden += [(int(host), self._cluster_size, reason) for host in np.unique(hosts[gone])]
+            self._unreadable += int(np.clip(self._size - guests[gone], 0, self._cluster_size).sum())
+
     def _live_hosts(self, index: int) -> list[tables.Words]:
-        offsets = {int(live[index]) for live in self._live.values() if index < len(live)} - {0}
+        live_tables = self._examiner.live.values()
+        offsets = {int(live[index]) for live in live_tables if index < len(live)} - {0}
         found = (trees.l2_table(self._image, offset) for offset in offsets)
         return [trees.columns(self._image, table).offsets for table in found if table is not None]
-
-    def _free(self, guest: int, host: int) -> None:
-        if self._is_hole(host, self._cluster_size):
-            self._counts["zeroed"] += 1
-            self._refuse(guest, host, _PUNCHED)
-        elif not self._read_data or any(self._image.read(host, self._cluster_size)):
-            self._counts["intact"] += 1
-        else:
-            self._counts["zeroed"] += 1
-
-    def _refuse(self, guest: int, host: int, reason: str) -> None:
-        self._forbidden.append((host, self._cluster_size, reason))
-        self._unreadable += max(0, min(self._cluster_size, self._size - guest))
 
 
 def gone(entry: SnapshotEntry) -> FormatError:

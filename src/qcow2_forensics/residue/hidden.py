@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .. import structures
+from ..census import Census, Tables
 from ..host_holes import host_runs
 from ..image import Image
 from ..mapping import Kind, Mapping
@@ -19,56 +21,71 @@ from ..source import Source
 from ..structures import SUBCLUSTERS
 from .pieces import Piece
 from .slack import piece_of
-from .trees import live_tables
+from .tables import Words
 
 _ALL = np.uint64(0xFFFF_FFFF)
+Flags = npt.NDArray[np.bool_]
 
 
-def shown_clusters(image: Image) -> npt.NDArray[np.bool_]:
+def _offsets(batch: Tables) -> Words:
+    """Return the host offsets of plain entries, 0 where there is none or the entry is compressed."""
+    compressed = (batch.entries & np.uint64(structures.COMPRESSED)) != 0
+    return np.where(compressed, np.uint64(0), batch.entries & np.uint64(structures.OFFSET_MASK))
+
+
+def _zero_flags(batch: Tables) -> Flags:
+    """Return which whole clusters read as zeros; extended entries have no such flag."""
+    if batch.bitmaps is not None:
+        return np.zeros(batch.entries.shape, np.bool_)
+    compressed = (batch.entries & np.uint64(structures.COMPRESSED)) != 0
+    flags: Flags = ~compressed & ((batch.entries & np.uint64(structures.ZERO)) != 0)
+    return flags
+
+
+def _snapshot(image: Image, batch: Tables, row: int) -> str:
+    tree = int(batch.tree[row])
+    return image.snapshots[tree].id if 0 <= tree < len(image.snapshots) else ""
+
+
+def shown_clusters(census: Census) -> Flags:
     """Return, for each host cluster of the file, whether some state reads (part of) it as data."""
-    count = -(-image.file_size // image.cluster_size)
-    shown = np.zeros(count + 1, np.bool_)
-    for table in live_tables(image):
-        columns = table.columns
-        offsets = np.where(columns.zero_flags, np.uint64(0), columns.offsets)
-        if columns.bitmaps is not None:
-            offsets = np.where((columns.bitmaps & _ALL) == 0, np.uint64(0), offsets)
-        numbers = offsets // np.uint64(image.cluster_size)
-        shown[np.minimum(numbers, np.uint64(count)).astype(np.intp)] = True
-    shown[0] = False
+    shown = np.zeros(census.clusters + 1, np.bool_)
+    for batch in census.tables():
+        offsets = np.where(_zero_flags(batch), np.uint64(0), _offsets(batch))
+        if batch.bitmaps is not None:
+            offsets = np.where((batch.bitmaps & _ALL) == 0, np.uint64(0), offsets)
+        numbers = offsets[offsets != 0] >> np.uint64(batch.cluster_bits)
+        shown[np.minimum(numbers, np.uint64(census.clusters)).astype(np.intp)] = True
     return shown
 
 
-def zero_flagged(image: Image, shown: npt.NDArray[np.bool_], data: Source | None = None) -> Iterator[Piece]:
+def zero_flagged(image: Image, census: Census, data: Source | None = None) -> Iterator[Piece]:
     """Yield clusters whose entry says zeros while their bytes are still there.
 
     With an external data file the bytes are in ``data``, at the guest's own offset.
     """
-    if image.header.version < 3 or image.header.extended_l2:
+    external = image.header.external_data
+    if image.header.version < 3 or image.header.extended_l2 or (external and data is None):
         return
     size = image.cluster_size
-    external = image.header.external_data
+    shown = np.zeros(0, np.bool_) if external else shown_clusters(census)
     host: Source | Image = data if external and data is not None else image
-    if external and data is None:
-        return
-    seen: set[int] = set()
-    for table in live_tables(image):
-        columns = table.columns
-        offsets = columns.offsets
-        for index in np.flatnonzero(columns.zero_flags & (offsets != 0)).tolist():
-            offset = int(offsets[index])
-            if offset in seen or offset % size or (not external and _is_shown(shown, offset // size)):
-                continue
-            seen.add(offset)
+    seen = np.zeros(census.clusters + 1, np.bool_)
+    for batch in census.tables():
+        offsets = _offsets(batch)
+        wanted = _zero_flags(batch) & (offsets != 0) & (offsets & np.uint64(size - 1) == 0)
+        for row, column in batch.where(wanted):
+            offset = int(offsets[row, column])
+            number = offset // size
+            if not external:
+                if number >= census.clusters or shown[number] or seen[number]:
+                    continue
+                seen[number] = True
             piece = piece_of(host.read(offset, size), offset, "zero-flagged")
             if piece is not None:
-                guest = table.guest_offset + index * size + piece.offset - offset
+                guest = batch.guest_offset(row, column) + piece.offset - offset
                 where = "data" if external else ""
-                yield replace(piece, guest_offset=guest, snapshot=table.state.name, file=where)
-
-
-def _is_shown(shown: npt.NDArray[np.bool_], number: int) -> bool:
-    return number >= len(shown) or bool(shown[number])
+                yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row), file=where)
 
 
 class _Partial(NamedTuple):
@@ -79,13 +96,13 @@ class _Partial(NamedTuple):
     snapshot: str
 
 
-def subclusters(image: Image) -> Iterator[Piece]:
+def subclusters(image: Image, census: Census) -> Iterator[Piece]:
     """Yield bytes in subclusters that no state allocates, of clusters that are mapped (extended L2)."""
     if not image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size
     part = size // SUBCLUSTERS
-    for host, cluster in _partial_clusters(image).items():
+    for host, cluster in _partial_clusters(image, census).items():
         data = image.read(host, size)
         at = 0
         while at < SUBCLUSTERS:
@@ -100,41 +117,41 @@ def subclusters(image: Image) -> Iterator[Piece]:
             at = stop + 1
 
 
-def _partial_clusters(image: Image) -> dict[int, _Partial]:
+def _partial_clusters(image: Image, census: Census) -> dict[int, _Partial]:
     """Return, per host offset, the mapped clusters no state shows whole."""
-    size = image.cluster_size
     found: dict[int, _Partial] = {}
-    whole: set[int] = set()
-    for table in live_tables(image):
-        offsets, bitmaps = table.columns.offsets, table.columns.bitmaps
-        if bitmaps is None:
+    whole = np.zeros(census.clusters + 1, np.bool_)
+    for batch in census.tables():
+        if batch.bitmaps is None:
             continue
-        bits = bitmaps & _ALL
-        whole.update(offsets[(bits == _ALL) & (offsets != 0)].tolist())
-        for index in np.flatnonzero((bits != _ALL) & (offsets != 0)).tolist():
-            host = int(offsets[index])
+        offsets, bits = _offsets(batch), batch.bitmaps & _ALL
+        placed = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
+        placed &= offsets < np.uint64(image.file_size)
+        whole[(offsets[placed & (bits == _ALL)] >> np.uint64(batch.cluster_bits)).astype(np.intp)] = True
+        for row, column in batch.where(placed & (bits != _ALL)):
+            host = int(offsets[row, column])
             known = found.get(host)
             if known is not None:
-                found[host] = known._replace(allocated=known.allocated | int(bits[index]))
-            elif host % size == 0:
-                found[host] = _Partial(int(bits[index]), table.guest_offset + index * size, table.state.name)
-    return {host: cluster for host, cluster in found.items() if host not in whole}
+                found[host] = known._replace(allocated=known.allocated | int(bits[row, column]))
+            else:
+                guest = batch.guest_offset(row, column)
+                found[host] = _Partial(int(bits[row, column]), guest, _snapshot(image, batch, row))
+    return {host: cluster for host, cluster in found.items() if not whole[host >> image.header.cluster_bits]}
 
 
-def tail(image: Image) -> Iterator[Piece]:
+def tail(image: Image, census: Census) -> Iterator[Piece]:
     """Yield what stands behind the end of the disk in its last, partly visible cluster."""
     header = image.header
     inside = image.disk_size % image.cluster_size
     if not inside or header.version == 1 or header.external_data or header.crypt_method:
         return
-    guest = image.disk_size - inside
-    for table in live_tables(image):
-        index = (guest - table.guest_offset) // image.cluster_size
-        if table.state.snapshot is None and 0 <= index < len(table.columns.entries):
-            if not table.columns.zero_flags[index] and (host := int(table.columns.offsets[index])):
+    slot, column = divmod(image.disk_size // image.cluster_size, header.l2_entries)
+    for batch in census.tables():
+        for row in np.flatnonzero((batch.index == slot) & (batch.active > 0)).tolist():
+            host = int(_offsets(batch)[row, column])
+            if host and not _zero_flags(batch)[row, column]:
                 start = host + inside
-                data = image.read(start, image.cluster_size - inside)
-                piece = piece_of(data, start, "beyond-disk")
+                piece = piece_of(image.read(start, image.cluster_size - inside), start, "beyond-disk")
                 if piece is not None:
                     yield replace(piece, guest_offset=image.disk_size + piece.offset - start)
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import structures
+from ..host_holes import host_runs
 from ..image import Image
 from ..limits import MiB
 from ..structures import BitmapEntry, SnapshotEntry
@@ -64,25 +64,6 @@ def runs(flags: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
         yield start, count
 
 
-def data_ranges(image: Image, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a range the file system stores, all of it where it cannot be asked."""
-    end = min(offset + length, image.file_size)
-    fileno = getattr(image.source, "fileno", None)
-    if fileno is None or not hasattr(os, "SEEK_DATA"):
-        yield offset, end - offset
-        return
-    while offset < end:
-        try:
-            start = os.lseek(fileno(), offset, os.SEEK_DATA)
-            stop = os.lseek(fileno(), max(start, offset), os.SEEK_HOLE)
-        except OSError:  # ENXIO: no data from here to the end
-            return
-        if start >= end:
-            return
-        yield start, min(stop, end) - start
-        offset = stop
-
-
 def unclaimed(image: Image, usage: Usage) -> Iterator[Found]:
     """Yield what lies in clusters nothing refers to, in file order, zeros left out.
 
@@ -114,9 +95,13 @@ class _Scanner:
 
     def scan(self, offset: int, length: int) -> Iterator[Found]:
         size = self._cluster_size
-        for start, stored in data_ranges(self._image, offset, length):
-            at = max(start // size * size, offset)
-            stop = start + stored
+        length = min(length, self._image.file_size - offset)
+        at = offset
+        for run in host_runs(self._image.source, offset, length):
+            if run.is_hole:
+                continue
+            at = max(run.offset // size * size, at)  # holes may be smaller than a cluster
+            stop = run.offset + run.length
             while at < stop:
                 data = self._image.read(at, min(max(_CHUNK, size), -(-(stop - at) // size) * size))
                 for place in range(0, len(data), size):

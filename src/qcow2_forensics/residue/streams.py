@@ -15,11 +15,12 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from ..census import Census
+from ..errors import LimitExceeded
 from ..image import Image
-from ..structures import Compression, compressed_descriptor
+from ..structures import COMPRESSED, Compression, compressed_descriptor
 from .pieces import Piece
 from .slack import piece_of
-from .trees import live_tables
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -27,6 +28,9 @@ else:
     from backports import zstd
 
 _TRIES = 512  # places in one gap where an old stream is looked for
+_TRIED = 1 << 34  # bytes such tries may decode in one image, if each came to a whole cluster
+_DECODED = 1 << 30  # bytes live streams may decode to, and how many more for each byte of the file:
+_DECODED_PER_BYTE = 128  # streams that do not overlap and are not all zeros stay far below
 
 
 def consumed(data: bytes, size: int, *, zstandard: bool = False) -> tuple[bytes, int] | None:
@@ -63,32 +67,40 @@ def _unzstd(data: bytes, size: int) -> tuple[bytes, int] | None:
     return result, len(data) - len(decoder.unused_data)
 
 
-def compressed_slack(image: Image) -> Iterator[Piece]:
+def compressed_slack(image: Image, census: Census) -> Iterator[Piece]:
     """Yield bytes of host clusters in use for compressed data that no live stream consumes.
 
     ``looks`` is ``stream`` when something there decompresses to exactly one cluster; ``signature``
-    is then the SHA-256 of that cluster.
+    is then the SHA-256 of that cluster. Raises :class:`LimitExceeded` for streams that overlap so
+    much that decoding them all is a bomb.
     """
     if image.header.version == 1 or image.header.external_data:
         return
     zstandard = image.header.compression_type == Compression.ZSTD
+    size = image.cluster_size
+    most = _DECODED + _DECODED_PER_BYTE * image.file_size
     used: list[tuple[int, int]] = []
-    for entry in _descriptors(image).tolist():
+    for number, entry in enumerate(_descriptors(census).tolist()):
+        if number * size > most:
+            raise LimitExceeded("decoded bytes of all streams", number * size, most)
         offset, length = compressed_descriptor(entry, image.header.cluster_bits)
-        found = consumed(image.read(offset, length), image.cluster_size, zstandard=zstandard)
+        found = consumed(image.read(offset, length), size, zstandard=zstandard)
         # A stream that cannot be decoded keeps all of its descriptor: its bytes are not residue.
         used.append((offset, offset + (length if found is None else found[1])))
     used.sort()
+    tries = max(_TRIES, _TRIED // size)
     for start, stop in _gaps(image, used):
-        yield from _gap(image, start, stop, zstandard)
+        count = min(_TRIES, tries)
+        tries -= count
+        yield from _gap(image, start, stop, zstandard, count)
 
 
-def _descriptors(image: Image) -> npt.NDArray[np.uint64]:
-    found = [
-        table.columns.entries[table.columns.compressed]
-        for table in live_tables(image)
-        if table.columns.compressed.any()
-    ]
+def _descriptors(census: Census) -> npt.NDArray[np.uint64]:
+    found = []
+    for batch in census.tables():
+        compressed = (batch.entries & np.uint64(COMPRESSED)) != 0
+        if compressed.any():
+            found.append(np.unique(batch.entries[compressed]))
     return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
 
 
@@ -113,12 +125,14 @@ def _gaps(image: Image, used: list[tuple[int, int]]) -> Iterator[tuple[int, int]
     yield last_end, -(-last_end // size) * size
 
 
-def _gap(image: Image, start: int, stop: int, zstandard: bool) -> Iterator[Piece]:
+def _gap(image: Image, start: int, stop: int, zstandard: bool, tries: int) -> Iterator[Piece]:
     data = image.read(start, stop - start)
     if not any(data):
         return
     at = 0
-    for place in _candidates(data):
+    # Streams stand back to back: one starts where the gap starts, or where another one ends; after
+    # reuse of a part, anywhere. Every byte of a short gap is tried, the first bytes of a long one.
+    for place in range(min(len(data), tries)):
         if place < at:
             continue
         found = consumed(data[place:], image.cluster_size, zstandard=zstandard)
@@ -130,12 +144,6 @@ def _gap(image: Image, start: int, stop: int, zstandard: bool) -> Iterator[Piece
                 yield replace(piece, looks="stream", signature=digest)
             at = place + found[1]
     yield from _rest(data[at:], start + at)
-
-
-def _candidates(data: bytes) -> Iterator[int]:
-    # Streams stand back to back: one starts where the gap starts, or where another one ends; after
-    # reuse of a part, anywhere. Every byte of a short gap is tried, the first bytes of a long one.
-    yield from range(min(len(data), _TRIES))
 
 
 def _rest(data: bytes, offset: int) -> Iterator[Piece]:

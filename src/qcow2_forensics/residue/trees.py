@@ -9,9 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import structures
+from ..errors import LimitExceeded
 from ..image import Image
 from ..structures import SnapshotEntry
 from .tables import Words, words_of
+
+_SPARE_ENTRIES = 65_536  # so that tiny images with a table cut off are no matter
 
 
 class State(NamedTuple):
@@ -41,6 +44,23 @@ def states(image: Image) -> Iterator[State]:
         if key not in seen:
             seen.add(key)
             yield State(entry, *key)
+
+
+def l1_tables(image: Image) -> dict[State, Words]:
+    """Return the L1 table of every state.
+
+    Tables that do not overlap fit in the file together; a crafted image whose tables overlap so
+    often that they do not raises :class:`LimitExceeded`.
+    """
+    found: dict[State, Words] = {}
+    most = image.file_size // 8 + _SPARE_ENTRIES
+    total = 0
+    for state in states(image):
+        found[state] = l1_table(image, state)
+        total += len(found[state])
+        if total > most:
+            raise LimitExceeded("L1 entries of all states", total, most)
+    return found
 
 
 def l1_table(image: Image, state: State) -> Words:
@@ -88,28 +108,3 @@ def columns(image: Image, table: Words) -> Entries:
     if image.header.extended_l2:
         return Entries(table[0::2], table[1::2])
     return Entries(table, None)
-
-
-class Table(NamedTuple):
-    """One live L2 table where it is used; a table in several trees comes once, for the first."""
-
-    offset: int
-    guest_offset: int
-    state: State
-    columns: Entries
-
-
-def live_tables(image: Image) -> Iterator[Table]:
-    """Yield every L2 table of every state once, with the first state that uses it."""
-    span = image.header.l2_span
-    seen: set[int] = set()
-    for state in states(image):
-        offsets = l1_table(image, state)
-        for index in np.flatnonzero(offsets).tolist():
-            offset = int(offsets[index])
-            if offset in seen:
-                continue
-            seen.add(offset)
-            table = l2_table(image, offset)
-            if table is not None:
-                yield Table(offset, index * span, state, columns(image, table))
