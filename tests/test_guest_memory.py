@@ -439,6 +439,7 @@ def test_cmos_decides_when_it_adds_up() -> None:
     memory = laid_out({BLOCK: 3 * GiB}, clock=cmos(GiB, 2 * GiB))
     assert shape(memory) == [(0, GiB, BLOCK, 0), (4 * GiB, 2 * GiB, BLOCK, GiB)]
     assert (memory.layout.method, memory.layout.below_4g, memory.layout.above_4g) == ("cmos", GiB, 2 * GiB)
+    assert "not the 0x80000000 of the machine type" in memory.layout.notes[-1]
 
 
 def test_cmos_counts_more_than_a_tebibyte_modulo_its_three_bytes() -> None:

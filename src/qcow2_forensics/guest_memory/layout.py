@@ -209,6 +209,10 @@ def _split(machine: str, total: int, cmos: bytes | None, ranges: Sequence[Affini
         made.method = "cmos"
         made.below, made.above = split[0], total - split[0]
         made.notes.append(f"CMOS tells {made.below:#x} bytes below 4 GiB and {made.above:#x} above, which adds up")
+        if machine and made.below != (usual := min(total, _table(machine, total))):
+            made.notes.append(
+                f"that is not the {usual:#x} of the machine type: max-ram-below-4g, or the guest wrote CMOS"
+            )
     else:
         made.method = "machine"
         made.below = min(total, _table(machine, total))
