@@ -103,10 +103,11 @@ class _Scanner:
             at = max(run.offset // size * size, at)  # holes may be smaller than a cluster
             stop = run.offset + run.length
             while at < stop:
-                data = self._image.read(at, min(max(_CHUNK, size), -(-(stop - at) // size) * size))
+                step = min(max(_CHUNK, size), -(-(stop - at) // size) * size)
+                data = self._image.read(at, step)
                 for place in range(0, len(data), size):
                     yield from self._cluster(at + place, data[place : place + size])
-                at += max(_CHUNK, size)
+                at += step
         yield from self._flush()
 
     def _cluster(self, offset: int, data: bytes) -> Iterator[Found]:
