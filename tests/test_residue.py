@@ -194,6 +194,16 @@ def test_discarded_data_is_found_byte_for_byte(tmp_path: Path) -> None:
         assert [found.open(piece).read() for piece in pieces] == [b"\x5a" * 65536]
 
 
+def test_free_cluster_with_a_hole_inside_is_one_piece(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.io(path, "write -P 0x5a 0 192k")
+    qemu.io(path, "discard 0 128k", opts={"discard": "unmap", "file.discard": "ignore"})
+    (piece,) = _pieces(path)
+    qemu.run("fallocate", "--punch-hole", "--keep-size", "-o", str(piece.offset + 8192), "-l", "4096", path)
+    (again,) = _pieces(path)
+    assert (again.offset, again.length, again.nonzero) == (piece.offset, 131072, 131072 - 4096)
+
+
 def test_data_under_a_zero_flag_is_found_with_its_guest_offset(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk.qcow2", "1M")
     qemu.io(path, "write -P 17 128k 64k", "write -z 128k 64k")
