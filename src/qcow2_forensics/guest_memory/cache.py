@@ -23,7 +23,7 @@ from .analysis import Analysis
 from .index import RunIndex
 from .model import Block, Cpu, Device, Layout, Region
 
-FORMAT_VERSION: Final = 1  # raise it with every change of meaning here, in layout or in devices
+FORMAT_VERSION: Final = 2  # raise it with every change of meaning here, in layout or in devices
 _MAGIC = b"Q2GM"
 _HEADER = struct.Struct("<4sHII")
 
