@@ -30,6 +30,7 @@ _CHANGES = frozenset(
         "lockf",
     )
 ) | {"fcntl.flock", "fcntl.lockf", "os.setxattr", "os.removexattr"}
+_HARMLESS = ("/dev/null", "/clear_refs")  # the second by our own budget
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -74,7 +75,7 @@ class Watch:
         name = _real(path)
         self.opened.add(name)
         writes = isinstance(flags, int) and flags & _WRITING
-        if not _below(name, self._writable if writes and name != "/dev/null" else self._readable):
+        if not _below(name, self._writable if writes and not name.endswith(_HARMLESS) else self._readable):
             self.seen.append(f"open {name} {'to write' if writes else 'to read'}")
 
 

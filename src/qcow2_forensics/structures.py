@@ -159,6 +159,7 @@ _QCOW1 = (
 QCOW1_HEADER_LENGTH = 48
 V2_HEADER_LENGTH = 72
 V3_HEADER_LENGTH = 104
+_MOST_BITS = 64  # a header may claim 2^32 - 1: as a power of two, half a gigabyte of one number
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +207,7 @@ class Header:
     @property
     def cluster_size(self) -> int:
         """Bytes per cluster."""
-        return 1 << self.cluster_bits
+        return 1 << min(self.cluster_bits, _MOST_BITS)
 
     @property
     def extended_l2(self) -> bool:
@@ -236,7 +237,7 @@ class Header:
     @property
     def refcount_bits(self) -> int:
         """Bits per refcount: 1 to 64."""
-        return 1 << self.refcount_order
+        return 1 << min(self.refcount_order, _MOST_BITS)
 
 
 def parse_header(data: bytes) -> Header:

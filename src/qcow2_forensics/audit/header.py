@@ -20,7 +20,7 @@ from ..structures import (
     padded,
 )
 from .facts import Facts
-from .rules import QEMU_MADE, Depth, rule, variant
+from .rules import FINDINGS_PER_RULE, QEMU_MADE, Depth, rule, variant
 
 # --- observations every examiner wants -----------------------------------------------------------
 
@@ -132,7 +132,7 @@ def internal_snapshots(facts: Facts) -> Iterator[Evidence]:
     validated=QEMU_MADE,
 )
 def snapshot(facts: Facts) -> Iterator[Finding]:
-    for entry in facts.image.snapshots:
+    for entry in facts.image.snapshots[:FINDINGS_PER_RULE]:
         yield variant("QCOW2-SNAPSHOT", _snapshot_facts(entry))
 
 

@@ -106,7 +106,8 @@ def _name_snapshots(facts: Facts, classes: npt.NDArray[np.uint8]) -> list[list[s
     labels = [[f"snapshot:{entry.index}", f"Snapshot {entry.id} ({entry.name})"] for entry in snapshots]
     labels.append(["snapshot:0", "Other snapshots"])
     if not facts.image.snapshots:
-        return []
+        # A table that cannot be read still has owners: QEMU counts what its entries point at.
+        return [["snapshot:0", "Snapshots"]] if (classes == _FIRST_SNAPSHOT).any() else []
     last = _FIRST_SNAPSHOT + len(snapshots)
     only = classes == _FIRST_SNAPSHOT
     classes[only] = last
