@@ -18,7 +18,7 @@ from .layout import Layout, Reason, read_layout
 from .model import U64, Mask, Owner, Range, Tables
 from .refcounts import StoredRefcounts
 from .tally import StoredClass, Tally
-from .walk import Gathering, Named, batches, l1_chunks
+from .walk import Gathering, Named, batches, l1_chunks, walkable
 
 MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
 MAX_SNAPSHOT_L1 = 4 * 2**20  # entries, what QEMU's check walks
@@ -42,13 +42,22 @@ class Census:
     cluster that is claimed or counted, as far as the file goes.
     """
 
-    def __init__(self, image: Image, tally: Tally, layout: Layout, tables: Named, structures: list[Structures]) -> None:
+    def __init__(
+        self,
+        image: Image,
+        tally: Tally,
+        layout: Layout,
+        named: Named,
+        walked: Named,
+        structures: list[Structures],
+    ) -> None:
         self.image = image
         self.cluster_size = image.cluster_size
         self.clusters = tally.clusters
         self.layout = layout
         self.reasons: list[Reason] = layout.reasons
-        self.named = tables
+        self.named = named
+        self._walked = walked
         self.structures = structures
         self.refcounts = tally.refcounts
         self.issues: Issues = tally.issues
@@ -186,7 +195,7 @@ class Census:
 
     def tables(self) -> Iterator[Tables]:
         """Yield every L2 table once, in batches; those past the end of the file are left out."""
-        return batches(self.image, self.named)
+        return batches(self.image, self._walked)
 
     def referrers(self, clusters: set[int], limit: int = 1000) -> dict[int, list[Item]]:
         """Return which L2 entries map some host clusters: one more pass over the tables."""
@@ -207,7 +216,8 @@ def take_census(image: Image) -> Census:
     tally = Tally(image, StoredRefcounts(image), length, clusters)
     layout = read_layout(image)
     taker = _Taker(image, tally, layout)
-    return Census(image, tally, layout, taker.run(), taker.structures)
+    named = taker.run()
+    return Census(image, tally, layout, named, taker.walked, taker.structures)
 
 
 class _Taker:
@@ -218,6 +228,7 @@ class _Taker:
         self.tally = tally
         self.layout = layout
         self.structures: list[Structures] = []
+        self.walked = Named.nothing()
 
     def run(self) -> Named:
         header = self.image.header
@@ -225,7 +236,10 @@ class _Taker:
         named = self._l1_tables()
         self.tally.l2_tables(named)
         self._structures(named.offsets, Owner.L2)
-        for tables in batches(self.image, named):
+        self.walked, complete = walkable(self.image, named)
+        if not complete:
+            self.layout.reasons.append(Reason("unaligned L2 tables overlap too often to be walked", None))
+        for tables in batches(self.image, self.walked):
             self.tally.entries(tables)
         if header.external_data and header.nb_snapshots:
             self.tally.corruptions += 1

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import LimitExceeded
 from ..image import Image
 from ..structures import OFFSET_MASK
 from .counters import weighted_segments
@@ -148,17 +147,24 @@ class Gathering:
         return Named.joined(self._parts).merged() if self._parts else Named.nothing()
 
 
-def batches(image: Image, named: Named) -> Iterator[Tables]:
-    """Yield the L2 tables in batches, read once each; those past the end of the file are left out.
+def walkable(image: Image, named: Named) -> tuple[Named, bool]:
+    """Return the L2 tables to be read, and whether these are all that have content.
 
-    Raises :class:`LimitExceeded` when unaligned tables, which may overlap, add up to too much.
+    Those past the end of the file hold zeros. Unaligned ones may overlap, so that few bytes could
+    be many tables; when they add up to too much, they are left out.
     """
+    size = image.header.cluster_size
+    named = named.part(named.offsets < np.uint64(image.file_size))
+    odd = (named.offsets & np.uint64(size - 1)) != 0
+    if int(odd.sum()) * size > _UNALIGNED_BUDGET:
+        return named.part(~odd), False
+    return named, True
+
+
+def batches(image: Image, named: Named) -> Iterator[Tables]:
+    """Yield L2 tables that are :func:`walkable` in batches, reading each once."""
     header = image.header
     size = header.cluster_size
-    named = named.part(named.offsets < np.uint64(image.file_size))
-    unaligned = int(((named.offsets & np.uint64(size - 1)) != 0).sum()) * size
-    if unaligned > _UNALIGNED_BUDGET:
-        raise LimitExceeded("bytes of unaligned L2 tables", unaligned, _UNALIGNED_BUDGET)
     rows = max(1, _BATCH // size)
     for first in range(0, len(named), rows):
         part = named.part(slice(first, first + rows))
