@@ -23,6 +23,7 @@ _CLUSTERS = 1 << 26  # host clusters a map is made of at most; beyond that memor
 _SNAPSHOTS = 24  # with a colour of their own
 _CHUNK = 1 << 20  # clusters looked up together
 _STATES = 64  # whose shared clusters are counted
+_ENTRIES = 1 << 20  # of their L1 tables
 _TABLES = 20_000  # L2 tables compared with each other
 
 _FREE, _LEAKED, _RESIDUE, _HEADER, _REFCOUNTS, _TABLE, _BITMAPS, _CRYPTO, _ACTIVE, _COMPRESSED, _SHARED = range(11)
@@ -175,11 +176,15 @@ def _note(entry: SnapshotEntry) -> str:
 
 def _parents(facts: Facts, states: list[trees.State]) -> list[int | None]:
     """Return for each state the earlier one with most clusters at the same places, None for none."""
-    l1_tables = [trees.l1_table(facts.image, state) for state in states[-_STATES:]]
-    skipped = len(states) - len(l1_tables)
+    compared = states[-_STATES:]
+    skipped = len(states) - len(compared)
     parents: list[int | None] = [None if index == 0 else index - 1 for index in range(skipped)]
+    in_order: list[int | None] = [None if index == 0 else index - 1 for index in range(len(states))]
+    if sum(state.l1_size for state in compared) > _ENTRIES:
+        return in_order
+    l1_tables = [trees.l1_table(facts.image, state) for state in compared]
     if sum(int(np.count_nonzero(table)) for table in l1_tables) > _TABLES:
-        return [None if index == 0 else index - 1 for index in range(len(states))]
+        return in_order
     cache: dict[int, npt.NDArray[np.uint64]] = {}
     for index, table in enumerate(l1_tables):
         shares = [_shared(facts, table, other, cache) for other in l1_tables[:index]]

@@ -97,8 +97,7 @@ def _survey(facts: Facts) -> _Survey:
             survey.ranges.append((found.piece.offset, found.piece.length))
     survey.snapshots, survey.bitmaps = residue.entries()
     survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size)
-    claimed = residue.usage.claimed
-    survey.deleted = examine(facts.image, survey.snapshots[:_DELETED], claimed)
+    survey.deleted = examine(facts.image, survey.snapshots[:_DELETED], facts.census)
     return survey
 
 

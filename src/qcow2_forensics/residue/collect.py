@@ -23,7 +23,7 @@ from ..structures import OFFSET_MASK, BitmapEntry, SnapshotEntry
 from . import deleted, hidden, slack, streams, tables
 from .deleted import DeletedSnapshot
 from .pieces import Piece
-from .scan import Found, Usage, unclaimed
+from .scan import Found, unclaimed
 
 _ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
 _DELETED = 1000  # former snapshots followed into their tables
@@ -49,21 +49,6 @@ class Residue:
     def census(self) -> Census:
         """Who claims each host cluster; taken on first use when none was given."""
         return self._given or take_census(self.image)
-
-    @cached_property
-    def usage(self) -> Usage:
-        """Who is in use among the clusters of the file."""
-        census = self.census
-        count = -(-self.image.file_size // self.image.cluster_size)
-        claimed = np.ones(count, np.bool_)
-        counted = np.zeros(count, np.bool_)
-        bits = self.image.header.cluster_bits
-        for offset, length in census.free():
-            claimed[offset >> bits : (offset + length) >> bits] = False
-        for offset, length in census.leaked():
-            claimed[offset >> bits : (offset + length) >> bits] = False
-            counted[offset >> bits : (offset + length) >> bits] = True
-        return Usage(claimed, counted)
 
     # --- runs ----------------------------------------------------------------------------------
 
@@ -94,7 +79,7 @@ class Residue:
             return
         snapshots: list[SnapshotEntry] = []
         bitmaps: list[BitmapEntry] = []
-        for found in unclaimed(self.image, self.usage):
+        for found in unclaimed(self.image, self.census):
             snapshots += found.snapshots[: _ENTRIES - len(snapshots)]
             bitmaps += found.bitmaps[: _ENTRIES - len(bitmaps)]
             yield found
@@ -130,7 +115,7 @@ class Residue:
     def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""
         snapshots, _ = self.entries()
-        return deleted.examine(self.image, snapshots[:_DELETED], self.usage.claimed, read_data=read_data)
+        return deleted.examine(self.image, snapshots[:_DELETED], self.census, read_data=read_data)
 
     def former_bitmap_clusters(self) -> set[int]:
         """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
@@ -143,11 +128,7 @@ class Residue:
             words = tables.words_of(self.image.read(entry.table_offset, length)) & np.uint64(OFFSET_MASK)
             found.update(range(entry.table_offset, entry.table_offset + length, size))
             found.update(words[words != 0].tolist())
-        return {offset for offset in found if offset % size == 0 and self._is_unclaimed(offset)}
-
-    def _is_unclaimed(self, offset: int) -> bool:
-        number = offset // self.image.cluster_size
-        return number < len(self.usage.claimed) and not self.usage.claimed[number]
+        return {offset for offset in found if offset % size == 0 and not self.census.owner(offset)}
 
     # --- streams -------------------------------------------------------------------------------
 
@@ -249,7 +230,7 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     found = Residue(image)
     former, _ = found.entries()
     chosen = deleted.choose([DeletedSnapshot(entry, False) for entry in former], wanted)
-    (examined,) = deleted.examine(image, [chosen.entry], found.usage.claimed, read_data=False)
+    (examined,) = deleted.examine(image, [chosen.entry], found.census, read_data=False)
     if not examined.l1_intact:
         raise deleted.gone(examined.entry)
     return deleted.guard(image, examined)

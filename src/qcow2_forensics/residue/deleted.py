@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ..census import Census
 from ..errors import FormatError, SnapshotNotFound, printable
 from ..host_holes import host_runs
 from ..image import Image
 from ..structures import OFFSET_MASK, SnapshotEntry
 from . import tables, trees
 from .guard import GuardedSource
+from .scan import is_claimed
 from .tables import Geometry
 
-Claimed = npt.NDArray[np.bool_]  # for each host cluster of the file: something live refers to it
+Flags = npt.NDArray[np.bool_]
 
 _LOST_TABLE = "this L2 table of the deleted snapshot is gone: its cluster was reused or punched"
 _REUSED = "this cluster of the deleted snapshot has been reused by something else"
@@ -96,13 +98,13 @@ def _identity(entry: SnapshotEntry) -> tuple[bytes, bytes, int, int]:
 
 
 def examine(
-    image: Image, entries: Iterable[SnapshotEntry], claimed: Claimed, *, read_data: bool = True
+    image: Image, entries: Iterable[SnapshotEntry], census: Census, *, read_data: bool = True
 ) -> list[DeletedSnapshot]:
     """Follow former entries' tables and return how much of each disk is still readable.
 
     Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
     """
-    examiner = _Examiner(image, claimed, read_data)
+    examiner = _Examiner(image, census, read_data)
     return [_Examination(examiner, entry).result() for entry in entries]
 
 
@@ -112,18 +114,18 @@ _UNKNOWN, _BYTES, _ZEROS, _HOLE = range(4)  # what a free host cluster holds
 class _Examiner:
     """What all former entries of an image share; every free cluster is looked at once."""
 
-    def __init__(self, image: Image, claimed: Claimed, read_data: bool) -> None:
+    def __init__(self, image: Image, census: Census, read_data: bool) -> None:
         self.image = image
-        self.claimed = claimed
+        self.census = census
         self.geometry = Geometry.of(image)
         self.live = trees.l1_tables(image)
         self.room = image.file_size // 8  # L1 entries of former tables that do not overlap
         self._read_data = read_data
-        self._contents = np.zeros(len(claimed), np.uint8)
+        self._contents = np.zeros(census.clusters, np.uint8)
 
     def is_claimed(self, offset: int, length: int) -> bool:
         size = self.image.cluster_size
-        return bool(self.claimed[offset // size : -(-(offset + length) // size)].any())
+        return bool((self.census.owners[offset // size : -(-(offset + length) // size)] != 0).any())
 
     def is_hole(self, offset: int, length: int) -> bool:
         """Whether the file system stores nothing for the range; False where it cannot be asked."""
@@ -209,11 +211,11 @@ class _Examination:
         self._data(guest + used * self._cluster_size, hosts, mapped)
         return True
 
-    def _data(self, guests: npt.NDArray[np.intp], hosts: tables.Words, mapped: Claimed) -> None:
+    def _data(self, guests: npt.NDArray[np.intp], hosts: tables.Words, mapped: Flags) -> None:
         """Count data clusters: those still mapped by a live state, reused ones, and free ones."""
-        numbers = np.minimum(hosts // np.uint64(self._cluster_size), np.uint64(len(self._examiner.claimed) - 1))
+        numbers = np.minimum(hosts // np.uint64(self._cluster_size), np.uint64(self._examiner.census.clusters - 1))
         numbers = numbers.astype(np.intp)
-        reused = ~mapped & self._examiner.claimed[numbers]
+        reused = ~mapped & is_claimed(self._examiner.census, numbers)
         free = ~mapped & ~reused
         holds = np.full(len(hosts), _UNKNOWN, np.uint8)
         holds[free] = self._examiner.contents(numbers[free])

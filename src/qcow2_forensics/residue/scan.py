@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import structures
+from ..census import Census
 from ..host_holes import host_runs
 from ..image import Image
 from ..limits import MiB
@@ -19,24 +21,6 @@ from .tables import Geometry
 
 _CHUNK = 8 * MiB
 _TARGETS = 64  # of a former table, read to see whether they still hold bytes
-_RUN_CHUNK = 1 << 22  # clusters looked at together
-
-
-class Usage(NamedTuple):
-    """What is known about each host cluster of the file: claimed by something live, and counted.
-
-    ``counted`` is whether the stored refcount is not zero. Both arrays cover every cluster that
-    starts inside the file.
-    """
-
-    claimed: npt.NDArray[np.bool_]
-    counted: npt.NDArray[np.bool_]
-
-    @property
-    def end(self) -> int:
-        """The first cluster after the last one that is claimed or counted."""
-        used = (self.claimed | self.counted)[::-1]
-        return len(used) - int(np.argmax(used)) if used.any() else 0
 
 
 class Found(NamedTuple):
@@ -47,43 +31,34 @@ class Found(NamedTuple):
     bitmaps: tuple[BitmapEntry, ...] = ()
 
 
-def runs(flags: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of each stretch of True; memory does not follow the length of ``flags``."""
-    start, count = 0, 0
-    for at in range(0, len(flags), _RUN_CHUNK):
-        part = flags[at : at + _RUN_CHUNK].view(np.int8)
-        edges = np.flatnonzero(np.diff(part, prepend=np.int8(0), append=np.int8(0))) + at
-        for first, stop in edges.reshape(-1, 2).tolist():
-            if count and first == start + count:  # goes on from the chunk before
-                count += stop - first
-                continue
-            if count:
-                yield start, count
-            start, count = first, stop - first
-    if count:
-        yield start, count
+def is_claimed(census: Census, numbers: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+    """Return whether something live refers to each of some host clusters, all inside the file."""
+    claimed: npt.NDArray[np.bool_] = census.owners[numbers] != 0
+    return claimed
 
 
-def unclaimed(image: Image, usage: Usage) -> Iterator[Found]:
+def unclaimed(image: Image, census: Census) -> Iterator[Found]:
     """Yield what lies in clusters nothing refers to, in file order, zeros left out.
 
     Neighbouring clusters of guest-like data become one piece until a new file signature starts.
     """
-    end = usage.end
-    cluster_size = image.cluster_size
-    kinds = np.where(usage.counted, 1, 0).astype(np.int8)
-    kinds[end:] = 2
-    for number, kind in enumerate(("free", "leaked", "trailing")):
-        for first, count in runs(~usage.claimed & (kinds == number)):
-            yield from _Scanner(image, usage, kind).scan(first * cluster_size, count * cluster_size)
+    for offset, length, kind in heapq.merge(
+        ((offset, length, "free") for offset, length in census.free()),
+        ((offset, length, "leaked") for offset, length in census.leaked()),
+    ):
+        inside = max(0, min(length, census.end - offset))
+        if inside:
+            yield from _Scanner(image, census, kind).scan(offset, inside)
+        if inside < length:
+            yield from _Scanner(image, census, "trailing").scan(offset + inside, length - inside)
 
 
 class _Scanner:
     """Gathers one stretch of unclaimed clusters into pieces."""
 
-    def __init__(self, image: Image, usage: Usage, kind: str) -> None:
+    def __init__(self, image: Image, census: Census, kind: str) -> None:
         self._image = image
-        self._usage = usage
+        self._census = census
         self._kind = kind
         self._geometry = Geometry.of(image)
         self._cluster_size = image.cluster_size
@@ -207,6 +182,6 @@ class _Scanner:
     def _free_targets(self, facts: tables.TableFacts) -> int:
         """Return how many targets nothing live uses and that still hold bytes; a sample's worth."""
         numbers = (facts.targets // np.uint64(self._cluster_size)).astype(np.intp)
-        numbers = numbers[numbers < len(self._usage.claimed)]
-        free = numbers[~self._usage.claimed[numbers]][:_TARGETS]
+        numbers = numbers[numbers < self._census.clusters]
+        free = numbers[~is_claimed(self._census, numbers)][:_TARGETS]
         return sum(any(self._image.read(number * self._cluster_size, self._cluster_size)) for number in free.tolist())
