@@ -372,8 +372,10 @@ def table_absurd(facts: Facts) -> Iterator[Evidence]:
         if problem.field == "extra_data_size" and problem.limit is not None:
             yield facts.problem_evidence(problem, "snapshot table")
     for entry in image.snapshots:
+        if entry.l1_size * 8 <= MiB:
+            continue
         reach = (entry.disk_size or header.size) + entry.vm_state_size
-        if entry.l1_size * 8 > MiB and entry.l1_size > 4 * (-(-reach // header.l2_span) + 1):
+        if entry.l1_size > 4 * (-(-reach // header.l2_span) + 1):
             yield Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=entry.id)
     for bitmap in image.bitmaps:
         bits = -(-header.size >> bitmap.granularity_bits) if bitmap.granularity_bits < 64 else 1
