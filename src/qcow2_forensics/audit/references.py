@@ -371,13 +371,23 @@ def table_absurd(facts: Facts) -> Iterator[Evidence]:
     for problem in facts.problems("QCOW2-SNAPSHOT-TABLE-INVALID"):
         if problem.field == "extra_data_size" and problem.limit is not None:
             yield facts.problem_evidence(problem, "snapshot table")
-    for entry in image.snapshots:
+    yield from _absurd_snapshots(facts)
+    yield from _absurd_bitmaps(facts)
+
+
+def _absurd_snapshots(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    for entry in facts.image.snapshots:
         if entry.l1_size * 8 <= MiB:
             continue
         reach = (entry.disk_size or header.size) + entry.vm_state_size
         if entry.l1_size > 4 * (-(-reach // header.l2_span) + 1):
             yield Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=entry.id)
-    for bitmap in image.bitmaps:
+
+
+def _absurd_bitmaps(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    for bitmap in facts.image.bitmaps:
         bits = -(-header.size >> bitmap.granularity_bits) if bitmap.granularity_bits < 64 else 1
         clusters = -(-abs(bits) // 8 // header.cluster_size)
         if bitmap.table_size > 4 * abs(clusters) + 4:
