@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-import qcow2_forensics as q
 from fuzz import budget, targets
 from fuzz.mutator import Mutator
 from fuzz.targets import TARGETS, Case, Escape, check_output, run
+
+import qcow2_forensics as q
 from tests import qemu
 from tests.image_builder import base_b
 

@@ -37,6 +37,7 @@ from .structures import (
 _ZEROS = bytes(4 * KiB)  # to compare table entries with
 _SLICE_BYTES = 64 * KiB  # of an L2 table, read and cached together
 L1_PAGE = 8192  # L1 entries read and kept together
+_EMPTY_L1_PAGE = array("Q", bytes(8 * L1_PAGE))  # one for all that lie past the end: a header may claim thousands
 
 
 class Kind(enum.IntEnum):
@@ -116,7 +117,11 @@ class Mapping:
             count = max(0, min(L1_PAGE, self.l1_size - first))
             if not self._eof_zeros:
                 count = min(count, max(0, self.image.file_size - offset) // 8)
-            page = self._load(offset, count, "the L1 table")
+            if count == L1_PAGE and self._eof_zeros and offset >= self.image.file_size:
+                self.filled_tables += 1
+                page = _EMPTY_L1_PAGE
+            else:
+                page = self._load(offset, count, "the L1 table")
             self._l1_pages[number] = page
         return page
 
@@ -198,18 +203,18 @@ class Mapping:
                 stop = min(end, (number + 1) << self.slice_shift)
                 yield from self._scan(entries, number, offset, stop)
             else:
-                stop = min(end, self._next_table(offset))
+                stop = min(end, self._next_table(offset, end))
                 yield Run(offset, stop - offset, Kind.HOLE)
             offset = stop
 
-    def _next_table(self, offset: int) -> int:
-        """Return where the guest range without L2 tables that holds ``offset`` ends."""
+    def _next_table(self, offset: int, end: int = 2**64) -> int:
+        """Return where the guest range without L2 tables that holds ``offset`` ends, or a place past ``end``."""
         span = self.slice_span * self._slices_per_table
         index = offset // span + 1
-        while index < self.l1_size:
+        while index < self.l1_size and index * span < end:
             page = self.l1_page(index // L1_PAGE)
             first = index % L1_PAGE
-            if any(page):
+            if page is not _EMPTY_L1_PAGE and any(page):
                 for at in range(first, len(page)):
                     if page[at]:
                         return (index - first + at) * span
