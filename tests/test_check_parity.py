@@ -25,6 +25,7 @@ KEPT = {
     111: "a compressed cluster that reaches one cluster past the file makes QEMU count that one too",
     209: "an unaligned cluster that reaches past the file does so as well",
     272: "an L1 table grown over other tables",
+    10519: "a bitmap directory cut by its padding",
 }
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .. import structures
-from ..header_rules import BITMAPS, DISK, INT64_MAX, REFCOUNTS
+from ..header_rules import DISK, INT64_MAX, REFCOUNTS
 from ..image import Image
 from ..structures import Crypt, ExtensionType, padded
+from ..tables import read_bitmap_directory
 
 _WINDOW = 1 << 18
 
@@ -133,13 +134,27 @@ def _bitmaps(image: Image, layout: Layout) -> None:
     facts = structures.parse_bitmaps_extension(extension.data)
     layout.bitmap_directory = (facts.directory_offset, facts.directory_size)
     in_use = structures.BitmapFlag.IN_USE
-    for entry in image.bitmaps:
+    entries, problems = read_bitmap_directory(_ZeroTail(image))
+    for entry in entries:
         layout.bitmaps.append(
             BitmapPlace(entry.offset, entry.table_offset, entry.table_size, bool(entry.flags & in_use))
         )
         bits = (entry.table_size * image.cluster_size * 8) << entry.granularity_bits
         if not entry.flags & in_use and bits < image.disk_size:
             layout.reasons.append(Reason("a bitmap does not cover the disk", entry.offset, bitmap=True))
-    for problem in image.problems:
-        if BITMAPS in problem.blocks:
-            layout.reasons.append(Reason(problem.message, problem.offset, bitmap=True))
+    for problem in problems:
+        layout.reasons.append(Reason(problem.message, problem.offset, bitmap=True))
+
+
+class _ZeroTail:
+    """An image as QEMU reads it: endless, with zeros past the end of the file."""
+
+    def __init__(self, image: Image) -> None:
+        self.header = image.header
+        self.limits = image.limits
+        self.file_size = INT64_MAX
+        self.extension = image.extension
+        self._read = image.read
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._read(offset, length).ljust(length, b"\0")

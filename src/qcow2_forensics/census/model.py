@@ -96,6 +96,12 @@ class Tables:
         """Return the guest offset an entry maps."""
         return (int(self.index[row]) * int(self.entries.shape[1]) + column) << self.cluster_bits
 
+    def guest_clusters(self, places: Places) -> U64:
+        """Return the guest cluster numbers of flat places in ``entries``."""
+        width = self.entries.shape[1]
+        guests: U64 = self.index[places // width] * np.uint64(width) + (places % width).astype(np.uint64)
+        return guests
+
     def where(self, mask: Mask) -> Iterator[tuple[int, int]]:
         """Yield (row, column) of the set places of a mask shaped like ``entries``."""
         rows, columns = np.nonzero(mask)

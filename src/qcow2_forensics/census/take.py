@@ -13,11 +13,12 @@ from ..header_rules import INT64_MAX
 from ..image import Image
 from ..structures import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERVED, SECTOR
 from .compare import Comparison, compare_refcounts
+from .grades import MORE, ONE
 from .issues import Issues, Item
 from .layout import Layout, Reason, read_layout
 from .model import U64, Mask, Owner, Range, Tables
 from .refcounts import StoredRefcounts
-from .tally import StoredClass, Tally
+from .tally import Tally
 from .walk import Gathering, Named, batches, l1_chunks, walkable
 
 MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
@@ -115,7 +116,7 @@ class Census:
     @property
     def aliases(self) -> set[int]:
         """Host clusters mapped at several guest offsets, the first hundred met."""
-        return self._tally.aliases
+        return self._tally.aliases.clusters
 
     @property
     def highest_missing(self) -> int:
@@ -177,8 +178,8 @@ class Census:
         size = self.cluster_size
         for start in range(0, self.clusters, _RUN_CHUNK):
             stop = min(start + _RUN_CHUNK, self.clusters)
-            stored = self._tally.stored[start:stop]
-            kept = (stored == StoredClass.ONE) | (stored == StoredClass.MORE)
+            stored = self._tally.grades.of[start:stop]
+            kept = (stored == ONE) | (stored == MORE)
             wanted = (self._tally.counts.part(start, stop) == 0) & (kept if counted else ~kept)
             edges = np.flatnonzero(np.diff(wanted.view(np.int8), prepend=0, append=0)) + start
             for first, last in edges.reshape(-1, 2).tolist():

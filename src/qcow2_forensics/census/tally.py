@@ -20,25 +20,15 @@ from ..structures import (
     SECTOR,
     ZERO,
 )
+from .aliases import Aliases
 from .counters import Counters, weighted_segments
+from .grades import ONE, UNREADABLE, Grades
 from .issues import Issues, Item
 from .model import U64, Mask, Owner, Places, Tables
 from .refcounts import StoredRefcounts
 from .walk import L1Chunk, Named
 
 _LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than one by one
-_ALIAS_SLOTS = 1 << 20  # remembered compressed descriptors
-_HASH = np.uint64(0x9E37_79B9_7F4A_7C15)
-_GUEST_MODULUS = np.uint64(2**32 - 1)
-
-
-class StoredClass:
-    """What a byte of :attr:`Tally.stored` says about a cluster's refcount."""
-
-    ZERO = 0
-    ONE = 1
-    MORE = 2
-    UNREADABLE = 3
 
 
 class Tally:
@@ -66,21 +56,9 @@ class Tally:
         # One more: the last cluster of a claim may begin just past the last one of the file.
         self.counts = Counters(clusters + 1)
         self.owners = np.zeros(clusters + 1, dtype=np.uint16)
-        self._guests = np.zeros(0 if self.data_file else clusters + 1, dtype=np.uint32)
-        self.stored = self._classify_stored()
-        self._descriptors: U64 | None = None
-        self._descriptor_guests = np.zeros(0, dtype=np.uint64)
-        self.aliases: set[int] = set()  # host clusters mapped at several guest offsets
+        self.aliases = Aliases(clusters + 1)
+        self.grades = Grades(refcounts, clusters)
         self.highest_missing = -1  # the furthest host offset pointed at beyond the end of the file
-
-    def _classify_stored(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        stored = np.zeros(self.clusters, dtype=np.uint8)
-        for start, stop, values, readable in self.refcounts.windows(self.clusters):
-            if not readable:
-                stored[start:stop] = StoredClass.UNREADABLE
-            elif values is not None:
-                np.minimum(values, values.dtype.type(StoredClass.MORE), out=stored[start:stop], casting="unsafe")
-        return stored
 
     # --- claims of whole structures --------------------------------------------------------------
 
@@ -143,7 +121,7 @@ class Tally:
             self._l1_copied(chunk, targets)
 
     def _l1_copied(self, chunk: L1Chunk, targets: U64) -> None:
-        single, readable = self.refcount_is_one(targets >> np.uint64(self.cluster_bits))
+        single, readable = self.grades.single(targets >> np.uint64(self.cluster_bits))
         copied = (chunk.entries & np.uint64(COPIED)) != 0
         wrong = (copied != single) & readable & (targets != 0)
         if wrong.any():
@@ -229,29 +207,25 @@ class Tally:
         start = host >> self.cluster_bits
         stop = start + width
         active, weight = int(tables.active[row]), int(tables.active[row] + tables.snapshots[row])
-        if active:
-            single = self.stored[start:stop] == StoredClass.ONE
-            fine = single.all() if int(tables.entries[row, 0]) & COPIED else not single.any()
-            # An unreadable refcount is neither; the long way knows what to do.
-            if not fine or int(self.stored[start:stop].max()) == StoredClass.UNREADABLE:
-                return False
-            table = int(tables.offsets[row]) >> self.cluster_bits
-            if table >= self.clusters or self.stored[table] == StoredClass.UNREADABLE or not tables.offsets[row]:
-                return False
-        guest = int(tables.index[row]) * width % int(_GUEST_MODULUS) + 1
-        if guest + width > int(_GUEST_MODULUS):
+        if active and not self._copied_as_a_whole(tables, row, start, stop):
             return False
-        tags = np.arange(guest, guest + width, dtype=np.uint32)
-        known = self._guests[start:stop]
-        if known.any() and not ((known == 0) | (known == tags)).all():
+        if not self.aliases.run(start, width, int(tables.index[row]) * width):
             return False
-        self._guests[start:stop] = tags
         self.counts.add_range(start, width, weight)
         owner = (Owner.DATA if active else Owner(0)) | (Owner.SNAPSHOT_DATA if tables.snapshots[row] else Owner(0))
         self.owners[start:stop] |= np.uint16(owner)
         self.allocated += active * width
         self.mapped_clusters += weight * width
         return True
+
+    def _copied_as_a_whole(self, tables: Tables, row: int, start: int, stop: int) -> bool:
+        """Whether the copied flags of a linear table are right; when in doubt, no."""
+        grades = self.grades.of[start:stop]
+        single = grades == ONE
+        fine = single.all() if int(tables.entries[row, 0]) & COPIED else not single.any()
+        table = int(tables.offsets[row]) >> self.cluster_bits
+        known = 0 < table < self.clusters and self.grades.of[table] != UNREADABLE
+        return bool(fine) and known and int(grades.max()) != UNREADABLE
 
     def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64, *, counted: bool = True) -> None:
         if mask.any():
@@ -318,8 +292,8 @@ class Tally:
         self._copied(tables, places, rows, hosts)
         self._unreachable(tables, places, rows)
         if self.data_file:
-            guest = tables.index[rows] * np.uint64(width) + (places % width).astype(np.uint64)
-            self.l2_issue_if("datafile-mismatch", tables, places, hosts != guest << np.uint64(self.cluster_bits))
+            guest = tables.guest_clusters(places) << np.uint64(self.cluster_bits)
+            self.l2_issue_if("datafile-mismatch", tables, places, hosts != guest)
             return
         beyond = hosts >= np.uint64(self.length)
         if beyond.any():
@@ -337,7 +311,8 @@ class Tally:
         clusters = hosts >> np.uint64(self.cluster_bits)
         self._add(clusters, weights)
         self._own(tables, rows, clusters, Owner.DATA, Owner.SNAPSHOT_DATA)
-        self._aliases(tables, places, rows, clusters)
+        clash = self.aliases.plain(clusters, tables.guest_clusters(places))
+        self._note_aliases(tables, places, rows, clusters, clash)
         if odd.any():
             self._add(clusters[odd] + np.uint64(1), weights[odd])
             self._own(tables, rows[odd], clusters[odd] + np.uint64(1), Owner.DATA, Owner.SNAPSHOT_DATA)
@@ -369,12 +344,12 @@ class Tally:
         """Compare the copied flags of the active state with the refcounts on disk."""
         if not tables.active.any():
             return
-        _, table_readable = self.refcount_is_one(tables.offsets >> np.uint64(self.cluster_bits))
+        _, table_readable = self.grades.single(tables.offsets >> np.uint64(self.cluster_bits))
         flags = (tables.entries.reshape(-1)[places] & np.uint64(COPIED)) != 0
         if self.data_file:
             wrong = ~flags
         else:
-            single, readable = self.refcount_is_one(hosts >> np.uint64(self.cluster_bits))
+            single, readable = self.grades.single(hosts >> np.uint64(self.cluster_bits))
             wrong = (flags != single) & readable
         looked_at = (tables.active != 0) & table_readable & (tables.offsets != 0)
         wrong &= looked_at[rows]
@@ -388,30 +363,16 @@ class Tally:
         first = -(-self.disk_size // self.cluster_size)
         if int(tables.index.max() + np.uint64(1)) * width <= first:
             return
-        guest = tables.index[rows] * np.uint64(width) + (places % width).astype(np.uint64)
+        guest = tables.guest_clusters(places)
         past = (guest >= np.uint64(first)) & (tables.active[rows] != 0)
         if not self.extended:
             past &= (tables.entries.reshape(-1)[places] & np.uint64(ZERO)) == 0
         self.l2_issue_if("beyond-end", tables, places, past)
 
-    def _aliases(self, tables: Tables, places: Places, rows: Places, clusters: U64) -> None:
-        """Note host clusters that some other guest offset maps too.
-
-        QEMU shares a cluster between states only at one and the same guest offset.
-        """
-        width = np.uint64(tables.entries.shape[1])
-        guest = tables.index[rows] * width + (places % int(width)).astype(np.uint64)
-        tag = (guest % _GUEST_MODULUS + np.uint64(1)).astype(np.uint32)
-        known = self._guests[clusters]
-        self._guests[clusters] = tag
-        # The second test sees pairs inside this batch: the last writer won.
-        clash = ((known != 0) & (known != tag)) | (self._guests[clusters] != tag) | tables.shared[rows]
-        self._note_aliases(tables, places, clusters, clash)
-
-    def _note_aliases(self, tables: Tables, places: Places, clusters: U64, clash: Mask) -> None:
+    def _note_aliases(self, tables: Tables, places: Places, rows: Places, clusters: U64, clash: Mask) -> None:
+        clash = clash | tables.shared[rows]
         if clash.any():
-            room = max(0, 100 - len(self.aliases))
-            self.aliases.update(clusters[clash][:room].tolist())
+            self.aliases.keep(clusters[clash])
             self.l2_issue("alias", tables, places[clash])
 
     # --- compressed clusters ---------------------------------------------------------------------
@@ -450,7 +411,8 @@ class Tally:
         inside = ~beyond
         places, rows, weights = places[inside], rows[inside], weights[inside]
         offsets, sizes = offsets[inside], sizes[inside]
-        self._compressed_aliases(tables, places, rows, offsets)
+        clash = self.aliases.streams(offsets, tables.guest_clusters(places))
+        self._note_aliases(tables, places, rows, offsets >> np.uint64(self.cluster_bits), clash)
         bits, one = np.uint64(self.cluster_bits), np.uint64(1)
         clusters, last = offsets >> bits, (offsets + sizes - one) >> bits
         while len(clusters):
@@ -459,41 +421,10 @@ class Tally:
             more = clusters < last
             clusters, last, weights, rows = clusters[more] + one, last[more], weights[more], rows[more]
 
-    def _compressed_aliases(self, tables: Tables, places: Places, rows: Places, offsets: U64) -> None:
-        """Note streams that two guest offsets map; a bounded memory of streams may forget some."""
-        if self._descriptors is None:
-            self._descriptors = np.zeros(_ALIAS_SLOTS, dtype=np.uint64)
-            self._descriptor_guests = np.zeros(_ALIAS_SLOTS, dtype=np.uint64)
-        width = tables.entries.shape[1]
-        guest = tables.index[rows] * np.uint64(width) + (places % width).astype(np.uint64)
-        slots = (offsets * _HASH) >> np.uint64(44)
-        known = (self._descriptors[slots] == offsets) & (self._descriptor_guests[slots] != guest)
-        self._descriptors[slots] = offsets
-        self._descriptor_guests[slots] = guest
-        clash = known | ((self._descriptors[slots] == offsets) & (self._descriptor_guests[slots] != guest))
-        clash |= tables.shared[rows]
-        self._note_aliases(tables, places, offsets >> np.uint64(self.cluster_bits), clash)
-
     @property
     def checked(self) -> int:
         """How many clusters the check compares: those of the file, and one more if a claim reaches into it."""
         return self.clusters + (self.counts[self.clusters] > 0)
-
-    # --- refcounts on disk -----------------------------------------------------------------------
-
-    def refcount_is_one(self, clusters: U64) -> tuple[Mask, Mask]:
-        """Return which clusters have the refcount 1 on disk, and for which it can be read."""
-        inside = clusters < np.uint64(self.clusters)
-        if inside.all():
-            stored = self.stored[clusters]
-            return stored == StoredClass.ONE, stored != StoredClass.UNREADABLE
-        single = np.zeros(len(clusters), dtype=np.bool_)
-        readable = np.ones(len(clusters), dtype=np.bool_)
-        stored = self.stored[clusters[inside]]
-        single[inside], readable[inside] = stored == StoredClass.ONE, stored != StoredClass.UNREADABLE
-        values, known = self.refcounts.lookup(clusters[~inside])
-        single[~inside], readable[~inside] = values == 1, known
-        return single, readable
 
 
 def descriptors(entries: U64, cluster_bits: int) -> tuple[U64, U64]:

@@ -1,0 +1,67 @@
+"""Which host clusters and compressed streams two guest offsets map.
+
+QEMU shares a cluster between states only at one and the same guest offset, so one remembered
+guest offset for each is enough to see every other one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .model import U64, Mask
+
+_STREAMS = 1 << 20  # remembered; a colliding one displaces another, which can hide an alias, never invent one
+_HASH = np.uint64(0x9E37_79B9_7F4A_7C15)
+_MODULUS = 2**32 - 1  # guest clusters are remembered in 32 bits; 0 is none
+_KEPT = 100
+
+
+class Aliases:
+    """What is known of the guest offsets of host clusters and streams; offsets count in clusters."""
+
+    def __init__(self, clusters: int) -> None:
+        self.clusters: set[int] = set()  # host clusters with an alias, the first met
+        self._guests = np.zeros(clusters, dtype=np.uint32)
+        self._streams: U64 | None = None
+        self._stream_guests = np.zeros(0, dtype=np.uint64)
+
+    def run(self, start: int, count: int, guest: int) -> bool:
+        """Remember that ``count`` host clusters from ``start`` map guest clusters from ``guest``.
+
+        False, and nothing remembered, when that is not the plain case.
+        """
+        first = guest % _MODULUS + 1
+        if first + count > _MODULUS:
+            return False
+        tags = np.arange(first, first + count, dtype=np.uint32)
+        known = self._guests[start : start + count]
+        if known.any() and not ((known == 0) | (known == tags)).all():
+            return False
+        self._guests[start : start + count] = tags
+        return True
+
+    def plain(self, clusters: U64, guests: U64) -> Mask:
+        """Remember which guest clusters map host clusters; return which of these have another one too."""
+        tags = (guests % np.uint64(_MODULUS) + np.uint64(1)).astype(np.uint32)
+        known = self._guests[clusters]
+        self._guests[clusters] = tags
+        # The second test sees pairs within these: the last writer won.
+        clash: Mask = ((known != 0) & (known != tags)) | (self._guests[clusters] != tags)
+        return clash
+
+    def streams(self, offsets: U64, guests: U64) -> Mask:
+        """Do the same for compressed streams at host byte offsets."""
+        if self._streams is None:
+            self._streams = np.zeros(_STREAMS, dtype=np.uint64)
+            self._stream_guests = np.zeros(_STREAMS, dtype=np.uint64)
+        slots = (offsets * _HASH) >> np.uint64(44)
+        names = offsets + np.uint64(1)
+        clash: Mask = (self._streams[slots] == names) & (self._stream_guests[slots] != guests)
+        self._streams[slots] = names
+        self._stream_guests[slots] = guests
+        clash |= (self._streams[slots] == names) & (self._stream_guests[slots] != guests)
+        return clash
+
+    def keep(self, clusters: U64) -> None:
+        """Keep host clusters that have an alias."""
+        self.clusters.update(clusters[: max(0, _KEPT - len(self.clusters))].tolist())
