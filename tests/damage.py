@@ -135,7 +135,7 @@ class Bases:
 # --- edits ---------------------------------------------------------------------------------------
 
 
-class _Editor:
+class Editor:
     """One image in memory, and where its structures are."""
 
     def __init__(self, data: bytes, chance: random.Random) -> None:
@@ -202,31 +202,31 @@ class _Editor:
         )
 
 
-def _edit_l1(image: _Editor) -> None:
+def _edit_l1(image: Editor) -> None:
     if places := image.l1():
         at = image.chance.choice(places)
         image.put("L1", at, image.entry(image.get(at)))
 
 
-def _edit_l2(image: _Editor) -> None:
+def edit_l2(image: Editor) -> None:
     if places := image.l2():
         at = image.chance.choice(places)
         image.put("L2", at, image.entry(image.get(at)))
 
 
-def _copy_l2(image: _Editor) -> None:
+def _copy_l2(image: Editor) -> None:
     if places := image.l2():
         source, target = image.chance.choice(places), image.chance.choice(places)
         image.put("L2 copy", target, image.get(source))
 
 
-def _edit_subclusters(image: _Editor) -> None:
+def _edit_subclusters(image: Editor) -> None:
     if image.extended and (places := image.l2()):
         at = image.chance.choice(places) + 8
         image.put("subclusters", at, image.get(at) ^ (1 << image.chance.randrange(64)))
 
 
-def _edit_reftable(image: _Editor) -> None:
+def _edit_reftable(image: Editor) -> None:
     start, count = image.get(48), image.get(56, 4) * image.cluster // 8
     places = [*image.slots(start, count), start + 8 * image.chance.randrange(max(1, min(count, 4)))]
     at = image.chance.choice(places)
@@ -236,7 +236,7 @@ def _edit_reftable(image: _Editor) -> None:
     )
 
 
-def _edit_refcount(image: _Editor) -> None:
+def edit_refcount(image: Editor) -> None:
     blocks = [image.get(place) & ~0x1FF for place in image.slots(image.get(48), image.get(56, 4) * image.cluster // 8)]
     blocks = [block for block in blocks if block + image.cluster <= len(image.data)]
     if not blocks:
@@ -255,7 +255,7 @@ def _edit_refcount(image: _Editor) -> None:
     image.put("refcount", at, image.chance.choice((0, 1, 2, old + 1, old - 1, image.chance.getrandbits(bits))), length)
 
 
-def _edit_snapshot(image: _Editor) -> None:
+def _edit_snapshot(image: Editor) -> None:
     count, at = image.get(60, 4), image.get(64)
     if not count or at + 40 > len(image.data):
         return
@@ -268,7 +268,7 @@ def _edit_snapshot(image: _Editor) -> None:
     image.put("snapshot", at + offset, new, length)
 
 
-def _edit_snapshot_l1(image: _Editor) -> None:
+def _edit_snapshot_l1(image: Editor) -> None:
     count, at = image.get(60, 4), image.get(64)
     if count and at + 40 <= len(image.data):
         places = image.slots(image.get(at), min(image.get(at + 8, 4), 4096))
@@ -277,7 +277,7 @@ def _edit_snapshot_l1(image: _Editor) -> None:
             image.put("snapshot L1", place, image.entry(image.get(place)))
 
 
-def _edit_header(image: _Editor) -> None:
+def _edit_header(image: Editor) -> None:
     offset, length = image.chance.choice(
         ((24, 8), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8), (72, 8), (88, 8), (96, 4))
     )
@@ -288,7 +288,7 @@ def _edit_header(image: _Editor) -> None:
     image.put("header", offset, new, length)
 
 
-def _edit_bitmaps(image: _Editor) -> None:
+def _edit_bitmaps(image: Editor) -> None:
     at = 112 if image.version >= 3 else 72
     while at + 8 <= min(len(image.data), image.cluster):
         kind, length = image.get(at, 4), image.get(at + 4, 4)
@@ -309,7 +309,7 @@ def _edit_bitmaps(image: _Editor) -> None:
         at += 8 + -(-length // 8) * 8
 
 
-def _edit_length(image: _Editor) -> None:
+def _edit_length(image: Editor) -> None:
     chance = image.chance
     size = len(image.data)
     new = chance.choice(
@@ -320,23 +320,23 @@ def _edit_length(image: _Editor) -> None:
     del image.data[new:]
 
 
-def _append(image: _Editor) -> None:
+def _append(image: Editor) -> None:
     count = image.chance.randrange(1, 3 * image.cluster)
     image.told.append(f"append {count}")
     image.data += bytes([0xEE]) * count
 
 
-def _flip(image: _Editor) -> None:
+def _flip(image: Editor) -> None:
     """Any byte of the metadata-rich start of the file."""
     at = image.chance.randrange(min(len(image.data), 12 * image.cluster))
     image.put("flip", at, image.get(at, 1) ^ (1 << image.chance.randrange(8)), 1)
 
 
-_EDITS: tuple[tuple[int, Callable[[_Editor], None]], ...] = (
-    (8, _edit_l2),
+_EDITS: tuple[tuple[int, Callable[[Editor], None]], ...] = (
+    (8, edit_l2),
     (4, _edit_l1),
     (4, _copy_l2),
-    (5, _edit_refcount),
+    (5, edit_refcount),
     (3, _edit_subclusters),
     (3, _edit_reftable),
     (3, _edit_snapshot),
@@ -361,7 +361,7 @@ def damaged(seed: int, bases: Bases, folder: Path) -> Damaged:
     """Write the image of one seed into ``folder``."""
     chance = random.Random(seed)
     base = chance.choice(sorted(BASES))
-    image = _Editor(bases[base].read_bytes(), chance)
+    image = Editor(bases[base].read_bytes(), chance)
     weights, edits = zip(*_EDITS, strict=True)
     for edit in chance.choices(edits, weights, k=chance.choice((1, 1, 2, 3))):
         edit(image)

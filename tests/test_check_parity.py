@@ -6,6 +6,7 @@ More images than a test run has time for: ``python -m tests.damage --count 5000`
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,28 @@ def test_counters_equal_qemus_on_hostile_images(ident: str, tmp_path: Path) -> N
         assert check is not None
         unimportant = ("filename", "format", "total-clusters")
         assert {name: value for name, value in check.items() if value and name not in unimportant} == expected
+
+
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+def test_counters_equal_qemus_on_damaged_encrypted_images(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.qcow2"
+    options: dict[str, object] = {"encrypt.format": kind}
+    if kind == "luks":
+        options["encrypt.iter-time"] = 10
+    qemu.create(path, "1M", secret="pw", **options)
+    qemu.io(path, "write -P 1 0 300k", "write -P 2 700k 64k", secret="pw")
+    qemu.snapshot(path, "one", secret="pw")
+    qemu.io(path, "write -P 3 0 64k", secret="pw")
+    whole = path.read_bytes()
+    for seed in range(25):
+        editor = damage.Editor(whole, random.Random(seed))
+        for edit in (damage.edit_l2, damage.edit_refcount):
+            edit(editor)
+        path.write_bytes(editor.data)
+        theirs, mine = qemu.check_json(path, secret="pw").counters, damage.ours(path)
+        assert theirs is not None
+        assert mine is not None
+        assert {**mine, "filename": ""} == {**theirs, "filename": ""}, editor.told
 
 
 # What each kind of damage to base image B counts as, checked by hand against QEMU.

@@ -129,7 +129,10 @@ def _snapshots(image: Image, layout: Layout) -> None:
 
 def _bitmaps(image: Image, layout: Layout) -> None:
     extension = image.extension(ExtensionType.BITMAPS)
-    if extension is None or extension.length != structures.BITMAPS_EXTENSION.size:
+    if extension is None:
+        return
+    if extension.length != structures.BITMAPS_EXTENSION.size:
+        layout.reasons.append(Reason("the bitmaps extension has a wrong size", extension.offset, bitmap=True))
         return
     facts = structures.parse_bitmaps_extension(extension.data)
     layout.bitmap_directory = (facts.directory_offset, facts.directory_size)
