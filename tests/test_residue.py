@@ -116,6 +116,18 @@ def test_deleted_snapshot_whose_l1_table_was_reused_is_an_error(tmp_path: Path) 
         open_disk(path, snapshot="deleted:1")
 
 
+def test_snapshot_behind_a_broken_table_opens_by_its_own_entry(tmp_path: Path) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    before = qemu.raw_bytes(path, snapshot="s2")
+    Poke(path).u32(0xB0000 + 36, 65536)  # the first entry's extra data: the table cannot be read any more
+    with pytest.raises(Qcow2Error):
+        open_disk(path, snapshot="s2")
+    (item,) = deleted_snapshots(path)
+    assert item.entry.name == "s2"
+    with open_disk(path, snapshot=item.selector) as disk:
+        assert disk.read(0, disk.size) == before
+
+
 def test_live_snapshots_in_old_copies_of_the_table_are_not_deleted_ones(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk.qcow2", "1M")
     for name in ("one", "two", "three"):

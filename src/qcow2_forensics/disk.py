@@ -113,7 +113,7 @@ class Disk:
         unbacked: Qcow2Error | None = None,
         unlocker: Callable[[str | bytes], Decryptor] | None = None,
     ) -> None:
-        if snapshot is None:
+        if snapshot is None or snapshot.index < 0:  # a deleted one: no table has to vouch for it
             image.require(DISK)
         else:
             image.require(DISK, SNAPSHOTS, snapshot_part(snapshot.index))
