@@ -80,7 +80,10 @@ def vol(folder: Path, *arguments: str | Path, plugins: bool = True) -> str:
         "-q",
         "-s",
         folder / "symbols",
+        "--cache-path",
+        folder / "cache",
     ]
+    (folder / "cache").mkdir(exist_ok=True)
     if plugins:
         command += ["-p", PLUGINS]
     variables = {**os.environ, "QCOW2_FORENSICS_AUTOLOAD": "0", "PYTHONPATH": str(ROOT / "src")}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,6 +151,14 @@ def plugin_rows(name: str, path: Path, **settings: object) -> list[dict[str, Any
     return found
 
 
+@functools.cache
+def _cache() -> str:
+    """A cache folder for this run: the user's own would be changed by our symbols."""
+    folder = tempfile.mkdtemp(prefix="volatility-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def vol(
     *arguments: str | Path, cwd: Path, program: str = "vol", every_stacker: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -158,7 +170,7 @@ def vol(
     command = [sys.executable, "-c", code]
     if not every_stacker:  # the others look for kernels, which takes seconds and finds none
         command += ["--stackers", "Qcow2Stacker", "QemuRamStacker"]
-    command += ["-q", "-p", str(PLUGINS), *map(str, arguments)]
+    command += ["-q", "-p", str(PLUGINS), "--cache-path", _cache(), *map(str, arguments)]
     return subprocess.run(
         command,
         cwd=cwd,
