@@ -5,6 +5,7 @@ Images are made by qemu-img, the file systems that hold them by mke2fs, mkntfs, 
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import tarfile
@@ -277,3 +278,13 @@ def test_chains_that_loop_inside_a_container_end(tmp_path: Path) -> None:
     for name in "ab":
         with pytest.raises(dfvfs_errors.BackEndError, match="already part of the chain"):
             open_file(qcow(locate(f"/{name}.qcow2")))
+
+
+def test_an_image_in_a_compressed_file_is_not_its_own_backing_file(tmp_path: Path) -> None:
+    overlay(tmp_path / "top.qcow2", "base.raw", "raw")
+    packed = tmp_path / "top.qcow2.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "top.qcow2").read_bytes()))
+    path_spec = qcow(NewPathSpec("GZIP", parent=NewPathSpec("OS", location=str(packed))))
+    assert read(path_spec, 64 * KiB) == TOP
+    with pytest.raises(OSError, match="not in a file system"):
+        read(path_spec)

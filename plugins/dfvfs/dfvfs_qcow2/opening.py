@@ -37,7 +37,19 @@ _KEPT = 4  # disks per resolver context; each may hold tens of MiB of tables and
 
 _kept: WeakKeyDictionary[Any, OrderedDict[tuple[Any, ...], OpenedDisk]] = WeakKeyDictionary()
 _lock = threading.Lock()
-_announced: set[tuple[int, str]] = set()
+_announced: set[str] = set()
+
+
+def _forget() -> None:
+    """Start afresh in a forked worker: no lock that somebody held, no file shared with the parent."""
+    global _lock  # noqa: PLW0603 - a lock cannot be reset
+    _lock = threading.Lock()
+    _kept.clear()
+    _announced.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 class OpenedDisk:
@@ -84,7 +96,7 @@ def _is_same(source: FileSource, status: os.stat_result) -> bool:
 def failures_of(path_spec: Any, resolver_context: Any) -> list[str]:
     """Return why reads of an image failed in this process, as far as it is still kept."""
     kept = _kept.get(resolver_context) or OrderedDict()
-    return [text for key, opened in list(kept.items()) if key[1] == path_spec.comparable for text in opened.failures]
+    return [text for key, opened in list(kept.items()) if key[0] == path_spec.comparable for text in opened.failures]
 
 
 def password_of(path_spec: Any) -> str | bytes | None:
@@ -102,7 +114,7 @@ def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | No
     A disk without its key opens locked, if no password in the key chain fits. A backing file that
     is missing or refused makes the reads that need it fail, and no others.
     """
-    key = (os.getpid(), path_spec.comparable, snapshot)
+    key = (path_spec.comparable, snapshot)
     with _lock:
         kept = _kept.setdefault(resolver_context, OrderedDict())
         opened = kept.get(key)
@@ -113,7 +125,7 @@ def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | No
         opened = _open(path_spec, resolver_context, snapshot)
         if opened.disk.is_locked:
             for other_key, other in list(kept.items()):
-                if other_key[:2] == key[:2] and other.is_current():
+                if other_key[0] == key[0] and other.is_current():
                     opened.disk.adopt_keys(other.disk)
             opened.unlock(password_of(path_spec))
     with _lock:
@@ -160,7 +172,6 @@ def only_os_errors() -> Iterator[None]:
 
 def _announce(path_spec: Any, source: Source) -> None:
     """Log once per process and image what reads it, so that reports can say so."""
-    key = (os.getpid(), path_spec.comparable)
-    if key not in _announced:
-        _announced.add(key)
+    if path_spec.comparable not in _announced:
+        _announced.add(path_spec.comparable)
         logger.info("QCOW back-end qcow2-forensics %s reads %s", __version__, printable(source_name(source)))

@@ -17,6 +17,7 @@ from typing import Any
 from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
+from dfvfs.vfs import root_only_file_system
 
 from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error, printable
 from qcow2_forensics.resolver import Resolver, Role, parse_reference
@@ -58,6 +59,9 @@ class PathSpecResolver(Resolver):
             raise ForbiddenReference(name, "the image is not in a file system that could hold the file")
         try:
             file_system = dfvfs_resolver.Resolver.OpenFileSystem(path_spec, resolver_context=self._context)
+            if isinstance(file_system, root_only_file_system.RootOnlyFileSystem):
+                # A compressed file, for one: whatever is asked for there is that file again.
+                raise ForbiddenReference(name, "the image is not in a file system that could hold the file")
             place = _join(file_system, location, path)
             found = _regular_file(file_system, _sibling(path_spec, place), name)
             if found is None:
