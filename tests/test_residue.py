@@ -88,6 +88,8 @@ def test_reused_clusters_of_a_deleted_snapshot_are_refused_and_the_rest_reads(tm
     item = deleted_snapshots(path)[0]
     assert item.reused == 2
     assert item.readable == 1 - 2 * 65536 / len(before)
+    with open_disk(path, snapshot=item.entry) as disk, pytest.raises(ReadError):
+        disk.read(3 * 65536, 512)
     refused = []
     with open_disk(path, snapshot="deleted:1") as disk:
         for offset in range(0, disk.size, 65536):

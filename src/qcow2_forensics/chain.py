@@ -104,8 +104,10 @@ def open_vm_state(
 
 def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
     """Return the snapshot ``wanted`` names, None for None; raises :class:`SnapshotNotFound`."""
-    if wanted is None or isinstance(wanted, SnapshotEntry):
+    if wanted is None or (isinstance(wanted, SnapshotEntry) and wanted.index >= 0):
         return wanted
+    if isinstance(wanted, SnapshotEntry):  # of no table: what it no longer owns must be refused
+        wanted = f"deleted:{wanted.offset:#x}"
     text = str(wanted)
     prefix, _, rest = text.partition(":")
     by_id = [entry for entry in image.snapshots if entry.id == text]
