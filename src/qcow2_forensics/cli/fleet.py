@@ -30,7 +30,7 @@ from ..errors import Qcow2Error, printable
 from ..findings import Severity
 from ..render import render_line
 from ..resolver import Resolver
-from .output import OutputExists, Progress
+from .output import OutputExists, Progress, refuse_evidence
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
 _HEAD = 65536  # bytes of each image that go into its identity
@@ -52,7 +52,7 @@ def run_fleet(args: argparse.Namespace) -> int:
         raise Qcow2Error("no images were named")
     work = functools.partial(audit_line, depth=args.depth, folders=tuple(args.backing_dir))
     with ExitStack() as stack:
-        out, done = _output(args, stack)
+        out, done = _output(args, paths, stack)
         waiting = [path for path in paths if not _is_done(done.get(path), path, args.depth)]
         results = [done[path] for path in paths if path not in set(waiting)]
         progress = stack.enter_context(Progress("audit", len(paths), unit="images"))
@@ -103,14 +103,16 @@ def _is_done(result: Result | None, path: str, depth: str) -> bool:
     return [result.size, result.mtime_ns] == _stamp(path)
 
 
-def _output(args: argparse.Namespace, stack: ExitStack) -> tuple[TextIO, dict[str, Result]]:
+def _output(args: argparse.Namespace, paths: list[str], stack: ExitStack) -> tuple[TextIO, dict[str, Result]]:
     """Return where lines go, and what earlier runs finished."""
     if args.resume:
         path = Path(args.resume)
+        refuse_evidence(path, paths)
         done = _finished(path)
         return stack.enter_context(path.open("a", encoding="utf-8")), done
     if args.output:
         path = Path(args.output)
+        refuse_evidence(path, paths)
         if path.exists() and not args.force:
             raise OutputExists(path)
         return stack.enter_context(path.open("w", encoding="utf-8")), {}
@@ -124,6 +126,9 @@ def _finished(path: Path) -> dict[str, Result]:
         return done
     good = 0
     with path.open("rb") as stream:
+        if stream.read(1) not in (b"", b"{"):  # nothing of ours, and nothing to cut off
+            raise Qcow2Error(f"{printable(str(path))} is not a file of audit lines")
+        stream.seek(0)
         for line in stream:
             if not line.endswith(b"\n"):
                 break

@@ -92,8 +92,9 @@ class IsEvidence(Qcow2Error):
 def refuse_evidence(path: str | os.PathLike[str], evidence: Iterable[str | os.PathLike[str]] = ()) -> None:
     """Raise :class:`IsEvidence` when ``path`` is one of ``evidence``, or any file that is open as a source."""
     target = Path(path)
-    same = (target.exists() and Path(item).exists() and target.samefile(item) for item in evidence)
-    if is_being_read(target) or any(same):
+    if not target.exists():
+        return
+    if is_being_read(target) or any(Path(item).exists() and target.samefile(item) for item in evidence):
         raise IsEvidence(target)
 
 
