@@ -247,6 +247,23 @@ def test_file_that_holds_no_audit_lines_is_not_appended_to(run: Run, tmp_path: P
     assert (tmp_path / "notes").read_text() == "my notes\n"
 
 
+@pytest.mark.parametrize("option", ["--resume", "--output"])
+def test_fleet_never_writes_to_an_image(run: Run, tmp_path: Path, fleet: list[Path], option: str) -> None:
+    (tmp_path / "no newline.qcow2").write_bytes(b"QFI\xfb" + bytes(1000))
+    (tmp_path / "link").symlink_to(fleet[1])
+    for target in (fleet[0], tmp_path / "link", tmp_path / "no newline.qcow2"):
+        before = target.read_bytes()
+        code, _, err = run("audit", fleet[0], fleet[1], tmp_path / "no newline.qcow2", option, target, "--force")
+        assert code == 2
+        assert "never written" in err
+        assert target.read_bytes() == before
+    # Not even when it is no image of this run: nothing but a line that was cut off is ever removed.
+    other = tmp_path / "no newline.qcow2"
+    before = other.read_bytes()
+    assert run("audit", fleet[0], fleet[1], "--resume", other)[0] == 2
+    assert other.read_bytes() == before
+
+
 def dies_on_two(path: str) -> str:
     if path.endswith("2.qcow2"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -119,6 +119,18 @@ def _output(args: argparse.Namespace, paths: list[str], stack: ExitStack) -> tup
     return sys.stdout, {}
 
 
+def _is_one_of(target: str, paths: list[str]) -> bool:
+    def identity(path: str) -> tuple[int, int] | None:
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return None
+        return status.st_dev, status.st_ino
+
+    wanted = identity(target)
+    return wanted is not None and any(identity(path) == wanted for path in paths)
+
+
 def _finished(path: Path) -> dict[str, Result]:
     """Return what a file of lines already has, and cut off a last line that was not finished."""
     done: dict[str, Result] = {}
