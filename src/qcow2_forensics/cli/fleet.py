@@ -30,7 +30,7 @@ from ..errors import Qcow2Error, printable
 from ..findings import Severity
 from ..render import render_line
 from ..resolver import Resolver
-from .output import OutputExists, Progress, refuse_evidence
+from .output import OutputExists, Progress, refuse_evidence, refuse_evidence
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
 _HEAD = 65536  # bytes of each image that go into its identity
@@ -117,18 +117,6 @@ def _output(args: argparse.Namespace, paths: list[str], stack: ExitStack) -> tup
             raise OutputExists(path)
         return stack.enter_context(path.open("w", encoding="utf-8")), {}
     return sys.stdout, {}
-
-
-def _is_one_of(target: str, paths: list[str]) -> bool:
-    def identity(path: str) -> tuple[int, int] | None:
-        try:
-            status = os.stat(path)
-        except (OSError, ValueError):
-            return None
-        return status.st_dev, status.st_ino
-
-    wanted = identity(target)
-    return wanted is not None and any(identity(path) == wanted for path in paths)
 
 
 def _finished(path: Path) -> dict[str, Result]:
