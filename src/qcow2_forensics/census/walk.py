@@ -13,7 +13,7 @@ from .counters import weighted_segments
 from .model import I64, U64, Mask, Tables
 
 _L1_CHUNK = 1 << 22  # bytes of an L1 table read at once
-_BATCH = 1 << 21  # bytes of L2 tables handled at once: temporaries stay in the cache
+_BATCH = 1 << 19  # bytes of L2 tables handled at once: temporaries stay in the cache
 _UNALIGNED_BUDGET = 1 << 30  # bytes; unaligned tables overlap, so their sum has no other bound
 _MERGE_ROWS = 1 << 20
 
