@@ -30,7 +30,7 @@ from ..errors import Qcow2Error, printable
 from ..findings import Severity
 from ..render import render_line
 from ..resolver import Resolver
-from .output import OutputExists, Progress, refuse_evidence, refuse_evidence
+from .output import OutputExists, Progress, refuse_evidence
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
 _HEAD = 65536  # bytes of each image that go into its identity

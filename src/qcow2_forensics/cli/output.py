@@ -86,7 +86,7 @@ class IsEvidence(Qcow2Error):
     """An output would replace a file that is being examined."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{printable(str(path))} is part of the evidence and is not written to")
+        super().__init__(f"{printable(str(path))} is part of the evidence, which is never written to")
 
 
 def refuse_evidence(path: str | os.PathLike[str], evidence: Iterable[str | os.PathLike[str]] = ()) -> None:
