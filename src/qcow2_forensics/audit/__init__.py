@@ -35,13 +35,15 @@ _MODULES = {
     "header": Depth.TRIAGE,
     "integrity": Depth.STANDARD,
     "overlap": Depth.STANDARD,
-    "residual": Depth.STANDARD,
+    "residual": Depth.DEEP,
+    "hidden": Depth.STANDARD,
     "slack": Depth.TRIAGE,
     "history": Depth.TRIAGE,
     "provenance": Depth.TRIAGE,
     "encryption": Depth.TRIAGE,
     "plaintext": Depth.STANDARD,
     "references": Depth.TRIAGE,
+    "hostility": Depth.TRIAGE,
     "expansion": Depth.STANDARD,
 }
 

@@ -16,13 +16,15 @@ _SECTIONS = {
     "header": "Header, extensions and the tables they name",
     "integrity": "Integrity, by the rules of `qemu-img check` and beyond them",
     "overlap": "Overlaps, aliases and ends",
-    "residual": "Residual and hidden data",
+    "residual": "Residual data",
+    "hidden": "Hidden data and old VM states",
     "slack": "Slack",
     "history": "Snapshots and bitmaps: history",
     "provenance": "Provenance and writer",
     "encryption": "Encryption",
     "plaintext": "Plain text in encrypted images",
-    "references": "References and hostile images",
+    "references": "References",
+    "hostility": "Hostile images",
     "expansion": "Expansion",
 }
 

@@ -1,0 +1,230 @@
+"""Rules about bytes of clusters in use that no state shows, and about old VM states (section "residual")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from .. import structures
+from ..census import Owner
+from ..errors import Qcow2Error
+from ..findings import Evidence, Finding, Severity
+from ..residue import hidden, streams
+from ..source import FileSource
+from ..structures import Autoclear
+from .facts import Facts
+from .history import machine_type
+from .names import chain
+from .pieces import evidence_of
+from .residual import Group, finding_of, survey_of
+from .rules import QEMU_MADE, Depth, rule, variant
+
+# --- hidden inside clusters in use ---------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-ZERO-ALLOC-DATA",
+    Severity.LOW,
+    "data under a zero flag",
+    note="hidden from the guest by the flag: consistent with a zeroing request that kept the old bytes",
+    when="a cluster whose entry says zeros is not zeros and no other state shows it",
+    harmless="frequent where guests issue WRITE ZEROES",
+    depth=Depth.DEEP,
+    validated=QEMU_MADE,
+)
+def zero_alloc_data(facts: Facts) -> Iterator[Evidence]:
+    if not facts.header.external_data:
+        for piece in hidden.zero_flagged(facts.image, facts.census):
+            yield evidence_of(piece)
+
+
+@rule(
+    "QCOW2-SUBCLUSTER-RESIDUE",
+    Severity.LOW,
+    "data in subclusters that are not allocated",
+    note="consistent with zeroed or discarded data, or with older content of a reused cluster",
+    when="with extended L2 entries, a subcluster without its allocation bit in any state is not zeros",
+    harmless="frequent",
+    depth=Depth.DEEP,
+    validated=QEMU_MADE,
+)
+def subcluster_residue(facts: Facts) -> Iterator[Evidence]:
+    for piece in hidden.subclusters(facts.image, facts.census):
+        yield evidence_of(piece)
+
+
+@rule(
+    "QCOW2-COMPRESSED-SLACK",
+    Severity.LOW,
+    "data between compressed clusters",
+    note="consistent with overwritten compressed clusters",
+    when="bytes no live stream consumes are not zeros; Medium when a whole cluster can be decompressed there",
+    harmless="gaps are normal after rewrites",
+    depth=Depth.DEEP,
+    validated=QEMU_MADE,
+)
+def compressed_slack(facts: Facts) -> Iterator[Finding]:
+    streams_found, rest = Group(), Group()
+    for piece in streams.compressed_slack(facts.image, facts.census):
+        (streams_found if piece.looks == "stream" else rest).add(piece)
+    if streams_found.count:
+        evidence = [
+            replace(evidence_of(piece), field="cluster_sha256", value=piece.signature) for piece in streams_found.kept
+        ]
+        yield variant(
+            "QCOW2-COMPRESSED-SLACK",
+            evidence,
+            severity=Severity.MEDIUM,
+            title="overwritten compressed clusters can be decompressed",
+            count=streams_found.count,
+        )
+    yield from finding_of("QCOW2-COMPRESSED-SLACK", rest)
+
+
+@rule(
+    "QCOW2-TAIL-BEYOND-DISK",
+    Severity.LOW,
+    "data behind the end of the disk in its last cluster",
+    note="the guest cannot reach it: consistent with an edited size or with embedding",
+    when="the disk size is not whole clusters, and the last one is not zeros behind it",
+    depth=Depth.DEEP,
+)
+def tail_beyond_disk(facts: Facts) -> Iterator[Evidence]:
+    for piece in hidden.tail(facts.image, facts.census):
+        yield evidence_of(piece)
+
+
+# --- external data files -------------------------------------------------------------------------
+
+
+def _hidden_in_data_file(facts: Facts) -> tuple[Group, Group]:
+    """Return what the data file holds under zero flags, and where the image says nothing is."""
+    flagged, unmapped = Group(), Group()
+    member = chain(facts).data
+    if member is None or member.status != "found" or not member.path:
+        return flagged, unmapped
+    try:
+        data = FileSource(member.path, regular_only=True)
+    except (Qcow2Error, OSError):
+        return flagged, unmapped
+    try:
+        for piece in hidden.data_file_residue(facts.image, data):
+            (flagged if piece.kind == "zero-flagged" else unmapped).add(piece)
+    finally:
+        data.close()
+    return flagged, unmapped
+
+
+@rule(
+    "QCOW2-DATAFILE-RESIDUE",
+    Severity.MEDIUM,
+    "the data file holds bytes the image does not show",
+    note="visible in the data file but not through the image: consistent with zeroed or discarded data, or with a file "
+    "that held something else before",
+    when="bytes where the image says nothing, or beyond the disk, are not zeros; Low under zero flags alone",
+    harmless="zeroing keeps old bytes in data files that are not raw",
+    depth=Depth.DEEP,
+    validated=QEMU_MADE,
+)
+def datafile_residue(facts: Facts) -> Iterator[Finding]:
+    if facts.header.external_data:
+        flagged, unmapped = facts.once(_hidden_in_data_file)
+        yield from finding_of("QCOW2-DATAFILE-RESIDUE", unmapped)
+        yield from finding_of("QCOW2-DATAFILE-RESIDUE", flagged, Severity.LOW, "the data file keeps zeroed bytes")
+
+
+@rule(
+    "QCOW2-RAW-DATAFILE-DIVERGES",
+    Severity.HIGH,
+    "the raw data file and the image are two different disks",
+    note="the image promises that its data file can be read as a raw disk, and it cannot: one reader sees what "
+    "another does not",
+    when="autoclear bit 1 is set and the data file is not zeros where the image reads as zeros",
+    depth=Depth.DEEP,
+)
+def raw_datafile_diverges(facts: Facts) -> Iterator[Evidence]:
+    if facts.header.external_data and facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA:
+        for group in facts.once(_hidden_in_data_file):
+            for piece in group.kept:
+                if piece.offset < facts.image.disk_size:
+                    yield evidence_of(piece)
+
+
+# --- memory snapshots ----------------------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-VMSTATE-RESIDUE",
+    Severity.MEDIUM,
+    "the start of a VM state that no snapshot owns",
+    note="consistent with a deleted memory snapshot",
+    when="an unreferenced cluster, or the active state behind the disk, starts with QEVM and a version",
+    depth=Depth.DEEP,
+    validated=QEMU_MADE,
+)
+def vm_state_residue(facts: Facts) -> Iterator[Evidence]:
+    for piece in survey_of(facts).of(["free", "leaked", "trailing"], ["vm-state"]).kept:
+        yield from _vm_state(facts, piece.offset, f"{piece.kind} clusters")
+    for offset in _active_vm_clusters(facts):
+        applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
+        if not applied and facts.read(offset, 7) == b"QEVM\0\0\0":
+            yield from _vm_state(facts, offset, "active state behind the disk")
+
+
+def _vm_state(facts: Facts, offset: int, structure: str) -> Iterator[Evidence]:
+    head = facts.read(offset, 512)
+    yield Evidence("version", int.from_bytes(head[4:8], "big"), offset, 8, structure)
+    machine = machine_type(head)
+    if machine:
+        yield Evidence("machine", machine, offset, 512, structure)
+
+
+def _first_vm_slot(facts: Facts) -> int:
+    return -(-facts.header.size // facts.header.l2_span)
+
+
+def _active_vm_clusters(facts: Facts) -> Iterator[int]:
+    """Yield host offsets of stored clusters the active state maps behind the disk."""
+    first = _first_vm_slot(facts)
+    for batch in facts.census.tables():
+        for row in np.flatnonzero((batch.active > 0) & (batch.index >= first)).tolist():
+            entries = batch.entries[row]
+            plain = (entries & np.uint64(structures.COMPRESSED)) == 0
+            offsets = entries[plain] & np.uint64(structures.OFFSET_MASK)
+            yield from np.unique(offsets[offsets != 0])[:1024].tolist()
+
+
+@rule(
+    "QCOW2-VMSTATE-TRACE",
+    Severity.LOW,
+    "the active state still has room for a VM state",
+    note="consistent with an earlier savevm, also after its snapshot was deleted; the number of entries tells the size",
+    when="an active L2 table behind the disk holds only empty and zero entries, and no live snapshot has a VM state "
+    "of that size",
+    harmless="live snapshots with a VM state leave it too and are left out by their size",
+    depth=Depth.STANDARD,
+    validated=QEMU_MADE,
+)
+def vm_state_trace(facts: Facts) -> Iterator[Evidence]:
+    first = _first_vm_slot(facts)
+    slots: list[tuple[int, int, int]] = []
+    for batch in facts.census.tables():
+        for row in np.flatnonzero((batch.active > 0) & (batch.index >= first)).tolist():
+            entries = batch.entries[row]
+            offsets = entries & np.uint64(structures.OFFSET_MASK | structures.COMPRESSED)
+            if batch.bitmaps is None:
+                zeros = int((entries == np.uint64(structures.ZERO)).sum())
+            else:
+                zeros = int((batch.bitmaps[row] != 0).sum())
+            if not offsets.any() and zeros:
+                slots.append((int(batch.index[row]), int(batch.offsets[row]), zeros))
+    total = sum(zeros for _, _, zeros in slots)
+    live = {-(-entry.vm_state_size // facts.cluster_size) for entry in facts.image.snapshots if entry.vm_state_size}
+    if total and total not in live:
+        for index, offset, zeros in slots:
+            at = facts.header.l1_table_offset + index * 8
+            yield Evidence("l1_slot", index, at, 8, "L1", guest_offset=index * facts.header.l2_span)
+            yield Evidence("zero_entries", zeros, offset, facts.cluster_size, f"L2[{index}]")
+        yield Evidence("estimated_vm_state_size", total * facts.cluster_size)

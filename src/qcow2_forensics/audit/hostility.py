@@ -1,0 +1,223 @@
+"""Rules about what could harm whoever opens the image (section "references")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..disk import Disk
+from ..errors import Qcow2Error
+from ..findings import Evidence, Finding, Severity
+from ..foreign import probe
+from ..header_rules import MAX_DISK_BYTES
+from ..limits import MiB
+from ..source import Source
+from .facts import Facts
+from .names import chain, names
+from .rules import DERIVED, QEMU_MADE, rule, variant
+
+TiB = 1 << 40
+
+
+@rule(
+    "QCOW2-SIZE-ABSURD",
+    Severity.MEDIUM,
+    "the disk is far larger than the file",
+    note="consistent with an empty thin disk, or with an image made to exhaust whatever expands it",
+    when="the size is above what QEMU accepts, or above 64 TiB and a million times the file; Info from 10,000 times",
+    harmless="an empty thin disk of 1 TiB takes 200 KiB",
+    validated=QEMU_MADE,
+)
+def size_absurd(facts: Facts) -> Iterator[Finding]:
+    size, stored = facts.header.size, max(facts.image.file_size, 1)
+    ratio = size // stored
+    evidence = [facts.field("size"), Evidence("file_size", stored), Evidence("ratio", ratio)]
+    if size > MAX_DISK_BYTES or (size > 64 * TiB and ratio > 1_000_000):
+        yield variant("QCOW2-SIZE-ABSURD", evidence)
+    elif ratio > 10_000:
+        yield variant("QCOW2-SIZE-ABSURD", evidence, severity=Severity.INFO)
+
+
+@rule(
+    "QCOW2-TABLE-ABSURD",
+    Severity.HIGH,
+    "a table is far larger than the image can need",
+    note="consistent with an image made to exhaust the memory or time of whatever parses it",
+    when="an L1 or refcount table above 1 MiB and four times its need, more than 10,000 snapshots, more than 1,024 "
+    "bytes of extra data, or a bitmap table above four times its need",
+)
+def table_absurd(facts: Facts) -> Iterator[Evidence]:
+    header, image = facts.header, facts.image
+    if header.version == 1:
+        return
+    needed = -(-header.size // header.l2_span)
+    if header.l1_size * 8 > MiB and header.l1_size > 4 * needed:
+        yield facts.field("l1_size")
+        yield Evidence("l1_size_needed", needed)
+    if header.refcount_order <= 6:
+        per_block = header.cluster_size * 8 // header.refcount_bits
+        blocks = -(-image.file_size // header.cluster_size // per_block)
+        clusters = max(1, -(-blocks * 8 // header.cluster_size))
+        table = header.refcount_table_clusters
+        if table * header.cluster_size > MiB and table > 4 * clusters:
+            yield facts.field("refcount_table_clusters")
+            yield Evidence("refcount_table_clusters_needed", clusters)
+    if header.nb_snapshots > 10_000:
+        yield facts.field("nb_snapshots")
+    for problem in facts.problems("QCOW2-SNAPSHOT-TABLE-INVALID"):
+        if problem.field == "extra_data_size" and problem.limit is not None:
+            yield facts.problem_evidence(problem, "snapshot table")
+    yield from _absurd_snapshots(facts)
+    yield from _absurd_bitmaps(facts)
+
+
+def _absurd_snapshots(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    for entry in facts.image.snapshots:
+        if entry.l1_size * 8 <= MiB:
+            continue
+        reach = (entry.disk_size or header.size) + entry.vm_state_size
+        if entry.l1_size > 4 * (-(-reach // header.l2_span) + 1):
+            yield Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=entry.id)
+
+
+def _absurd_bitmaps(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    for bitmap in facts.image.bitmaps:
+        bits = -(-header.size >> bitmap.granularity_bits) if bitmap.granularity_bits < 64 else 1
+        clusters = -(-abs(bits) // 8 // header.cluster_size)
+        if bitmap.table_size > 4 * abs(clusters) + 4:
+            yield Evidence("bitmap_table_size", bitmap.table_size, bitmap.offset + 8, 4, "bitmap directory")
+
+
+# --- one file, two readings ----------------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-NESTED-IMAGE",
+    Severity.MEDIUM,
+    "the disk itself starts as another image",
+    note="a trap when the disk is later handled as raw and its format guessed (the class of CVE-2014-0134), or a "
+    "nested disk; a LUKS header is guest full-disk encryption",
+    when="the first bytes of the guest disk are an image format's magic",
+    harmless="LUKS at the start is ordinary full-disk encryption (Info)",
+    validated=QEMU_MADE,
+)
+def nested_image(facts: Facts) -> Iterator[Evidence | Finding]:
+    head = _guest_head(facts)
+    if head is None:
+        return
+    kind = probe(head)
+    evidence = Evidence("content_starts_as", kind, structure="guest disk", guest_offset=0, length=512)
+    if kind == "luks":
+        yield variant("QCOW2-NESTED-IMAGE", [evidence], severity=Severity.INFO, title="the disk starts with LUKS")
+    elif kind != "raw":
+        yield evidence
+
+
+def _guest_head(facts: Facts) -> Source | None:
+    """Return the first sector of the active disk where this image (or its data file) holds it plainly."""
+    image = facts.image
+    if image.header.crypt_method:
+        return None
+    from ..source import BytesSource, FileSource
+
+    data = None
+    try:
+        if image.header.external_data:
+            member = chain(facts).data
+            if member is None or not member.path:
+                return None
+            data = FileSource(member.path, regular_only=True)
+        return BytesSource(Disk(image, data=data).read(0, 512))
+    except (Qcow2Error, OSError):
+        return None  # other rules say why the disk cannot be read
+    finally:
+        if data is not None:
+            data.close()
+
+
+@rule(
+    "QCOW2-POLYGLOT",
+    Severity.HIGH,
+    "the file is also valid as another format",
+    note="the same bytes can be parsed two ways: consistent with crafting to pass a filter, or with a file appended "
+    "to or embedded in the image",
+    when="an ISO 9660 volume, a partition table, a PDF or tar header stands in the header cluster, or a ZIP "
+    "directory ends the file",
+)
+def polyglot(facts: Facts) -> Iterator[Evidence]:
+    image = facts.image
+    # Only bytes QEMU zero-fills are looked at: guest data may hold anything.
+    head = image.read(0, min(facts.cluster_size, 0x9000))
+    if head[0x8001:0x8006] == b"CD001" and head[0x8000] in (0, 1, 2):
+        yield Evidence("signature", "ISO 9660", 0x8001, 5, "header cluster")
+    if head[510:512] == b"\x55\xaa" and _partitions(head):
+        yield Evidence("signature", "MBR partition table", 510, 2, "header cluster")
+    if facts.cluster_size >= 4096:
+        if head[512:520] == b"EFI PART":
+            yield Evidence("signature", "GPT", 512, 8, "header cluster")
+        if (at := head.find(b"%PDF-", 0, 1024)) >= 0:
+            yield Evidence("signature", "PDF", at, 5, "header cluster")
+        if head[257:262] == b"ustar":
+            yield Evidence("signature", "tar", 257, 5, "header cluster")
+    length = min(image.file_size, 65_557)  # the longest end record: 22 bytes and a comment
+    place = _zip_end(image.read(image.file_size - length, length))
+    if place is not None:
+        yield Evidence("signature", "ZIP end record", image.file_size - length + place, 22, "end of file")
+
+
+def _partitions(head: bytes) -> bool:
+    entries = [head[at : at + 16] for at in range(446, 510, 16)]
+    used = [entry for entry in entries if entry[4] and int.from_bytes(entry[12:16], "little")]
+    return bool(used) and all(entry[0] in (0, 0x80) for entry in entries)
+
+
+def _zip_end(data: bytes) -> int | None:
+    """Return where the ZIP end record starts whose comment ends exactly with the data."""
+    at = data.rfind(b"PK\5\6")
+    while at >= 0:
+        comment = int.from_bytes(data[at + 20 : at + 22], "little")
+        size = int.from_bytes(data[at + 12 : at + 16], "little")
+        if at + 22 + comment == len(data):
+            directory = data[at - size : at - size + 4] if size <= at else b"PK\1\2"
+            if directory == b"PK\1\2" or size == 0:
+                return at
+        at = data.rfind(b"PK\5\6", 0, at)
+    return None
+
+
+# --- gatekeepers ---------------------------------------------------------------------------------
+
+
+@rule(
+    "QCOW2-GATEKEEPER",
+    Severity.INFO,
+    "what services that accept images would say to this one",
+    note="from header facts alone; services check more around it",
+    when="always",
+    validated=DERIVED,
+)
+def gatekeeper(facts: Facts) -> Iterator[Evidence]:
+    header = facts.header
+    refusals: list[str] = []
+    if header.version not in (2, 3):
+        refusals.append(f"version {header.version}")
+    if header.backing_file_offset:
+        refusals.append("a backing file offset")
+    if header.version == 3 and header.external_data:
+        refusals.append("an external data file")
+    if header.version == 3 and header.incompatible_features >> 4:
+        refusals.append("an incompatible feature bit above 3 (extended L2 entries are bit 4)")
+    yield _verdict("OpenStack format inspector (Nova, Glance, Cinder, Ironic)", refusals)
+    names_in = [f"a {name.role} file" for name in names(facts)]
+    yield _verdict("KubeVirt CDI, CloudStack import", names_in)
+    unformatted = ["a backing file without a recorded format"] if _unformatted(facts) else []
+    yield _verdict("libvirt", unformatted)
+
+
+def _unformatted(facts: Facts) -> bool:
+    return bool(facts.image.backing_name) and (facts.header.version == 1 or not facts.image.backing_format)
+
+
+def _verdict(gate: str, refusals: list[str]) -> Evidence:
+    return Evidence(gate, f"refuses: {', '.join(refusals)}" if refusals else "accepts", structure="gatekeeper")
