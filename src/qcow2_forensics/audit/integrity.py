@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Severity
+from ..structures import Incompatible
 from .decoding import undecodable
 from .facts import Facts
 from .items import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence
@@ -42,7 +43,8 @@ _COUNTED = (
     when="a cluster that a guest range maps to has the refcount 0",
     harmless="images with lazy refcounts after a crash",
     depth=STANDARD,
-    explained_by=_DIRTY,
+    validated=QEMU_MADE,
+    explained_by=(*_DIRTY, *_CUT),
 )
 def orphan_clusters(facts: Facts) -> Iterator[Finding]:
     census = facts.census
@@ -55,7 +57,9 @@ def orphan_clusters(facts: Facts) -> Iterator[Finding]:
     for item in issue.items:
         found.append(refcount_evidence(facts, item))
         found += [referrer_evidence(facts, one) for one in mapping.get((item.host or 0) // census.cluster_size, ())[:3]]
-    yield variant("QCOW2-ORPHAN-CLUSTERS", found, count=issue.count)
+    stale = facts.header.incompatible_features & Incompatible.DIRTY
+    note = "expected of an image that was not closed, whose refcounts are stale" if stale else ""
+    yield variant("QCOW2-ORPHAN-CLUSTERS", found, count=issue.count, note=note)
 
 
 @rule(
@@ -65,6 +69,7 @@ def orphan_clusters(facts: Facts) -> Iterator[Finding]:
     note="metadata is inconsistent by QEMU's own rules",
     when="the counter corruptions of qemu-img check is above 0",
     depth=STANDARD,
+    validated=QEMU_MADE,
     explained_by=(*_DIRTY, *_CUT),
 )
 def check_corruptions(facts: Facts) -> Iterator[Finding]:
@@ -144,7 +149,7 @@ def refcount_low(facts: Facts) -> Iterator[Finding]:
     note="the next write may destroy a table",
     when="a cluster of the header, a table or a LUKS header has the refcount 0",
     depth=STANDARD,
-    explained_by=_DIRTY,
+    explained_by=(*_DIRTY, *_CUT),
 )
 def refcount_zero_metadata(facts: Facts) -> Iterator[Finding]:
     yield from refcounts(facts, "QCOW2-REFCOUNT-ZERO-METADATA", "refcount-zero-metadata")
