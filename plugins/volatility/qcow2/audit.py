@@ -58,6 +58,7 @@ class Audit(EvidencePlugin):
             ("Code", str),
             ("Count", int),
             ("Offset", format_hints.Hex),
+            ("Title", str),
             ("Note", str),
         ]
         return renderers.TreeGrid(columns, self.guarded(self._rows))
@@ -68,12 +69,13 @@ def _finding(finding: Finding) -> tuple[Any, ...]:
 
     offset = next((item.offset for item in finding.evidence if item.offset is not None), None)
     count = finding.count or len(finding.evidence) or 1
-    return finding.severity.label, finding.code, count, hexadecimal(offset), printable(finding.note)
+    title, note = printable(finding.title), printable(finding.note)
+    return finding.severity.label, finding.code, count, hexadecimal(offset), title, note
 
 
 def _evidence(finding: Finding, item: Evidence) -> tuple[Any, ...]:
     from qcow2_forensics.errors import printable
 
     where = f" in {printable(item.structure)}" if item.structure else ""
-    note = f"{printable(item.field)}{where}: {printable(str(item.value))}"
-    return finding.severity.label, finding.code, ABSENT(), hexadecimal(item.offset), note
+    title = f"{printable(item.field)}{where}"
+    return finding.severity.label, finding.code, ABSENT(), hexadecimal(item.offset), title, printable(str(item.value))
