@@ -30,6 +30,8 @@ class Fifo(Generic[K, V]):
                 self.entries.pop(self._order.popleft(), None)
             except IndexError:  # another thread emptied it
                 break
+        if len(self.entries) > 2 * self._kept:  # races left entries that no order names
+            self.clear()
 
     def take(self, key: K) -> V | None:
         """Remove and return an entry, None when it is not there."""

@@ -7,11 +7,12 @@ is decoded ahead is bounded, and an error in it shows only to whoever reads that
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from .cache import Fifo
-from .errors import FormatError
+from .errors import FormatError, Qcow2Error
 from .image import Image
 from .limits import KiB, MiB
 from .mapping import Kind, Mapping, Run
@@ -28,6 +29,7 @@ _Key = tuple[int, int]  # host offset and size of a stream
 _Batch = dict[_Key, bytes | FormatError]
 
 _pool: ThreadPoolExecutor | None = None
+_thread = threading.local()  # ``is_worker`` is set in the threads of the pool
 
 
 def _shared_pool() -> ThreadPoolExecutor:
@@ -35,8 +37,18 @@ def _shared_pool() -> ThreadPoolExecutor:
     if _pool is None:
         from concurrent.futures import ThreadPoolExecutor  # imports logging: not before it is needed
 
-        _pool = ThreadPoolExecutor(_WORKERS, "qcow2-inflate")
+        _pool = ThreadPoolExecutor(_WORKERS, "qcow2-inflate", initializer=_mark_worker)
     return _pool
+
+
+def _mark_worker() -> None:
+    _thread.is_worker = True
+
+
+def _in_worker() -> bool:
+    # An image inside an image: the worker that decodes a cluster of the inner one reads the outer
+    # one. Waiting for the pool there could wait for itself.
+    return getattr(_thread, "is_worker", False)
 
 
 def _forget_pool() -> None:
@@ -51,13 +63,22 @@ if hasattr(os, "register_at_fork"):
 class Clusters:
     """The decompressed clusters of one mapping.
 
-    ``decode`` turns stream bytes into exactly one cluster or raises ``ValueError``.
+    ``decode`` turns stream bytes into exactly one cluster or raises ``ValueError``. ``filled`` is
+    told how many bytes past the end of the file were taken for zeros to decode a cluster; without
+    it a stream that needs such bytes is an error.
     """
 
-    def __init__(self, image: Image, mapping: Mapping, decode: Callable[[bytes, int], bytes]) -> None:
+    def __init__(
+        self,
+        image: Image,
+        mapping: Mapping,
+        decode: Callable[[bytes, int], bytes],
+        filled: Callable[[int], None] | None = None,
+    ) -> None:
         self._image = image
         self._mapping = mapping
         self._decode = decode
+        self._filled = filled
         self._size = image.cluster_size
         self._parallel = _WORKERS > 1 and not getattr(image.source, "single_threaded", False)
         self._process = os.getpid()
@@ -81,7 +102,7 @@ class Clusters:
 
         At most :attr:`window` runs: what is decoded must still be kept when its turn comes.
         """
-        if not self._parallel:
+        if not self._parallel or _in_worker():
             return
         wanted = [run for run in runs if run.kind == Kind.COMPRESSED]
         if not wanted:
@@ -105,7 +126,7 @@ class Clusters:
         if start < end:
             try:
                 yield from (run for run in self._mapping.runs(start, end - start) if run.kind == Kind.COMPRESSED)
-            except FormatError:
+            except (Qcow2Error, OSError):
                 return  # whoever reads on meets it again
 
     def _start(self, runs: Iterable[Run]) -> None:
@@ -125,7 +146,11 @@ class Clusters:
             self._submit(batch)
 
     def _submit(self, batch: list[tuple[_Key, int]]) -> None:
-        future = _shared_pool().submit(self._decode_batch, batch)
+        try:
+            future = _shared_pool().submit(self._decode_batch, batch)
+        except RuntimeError:  # at interpreter exit, or where no thread can be had: whoever reads it decodes it
+            self._parallel = False
+            return
         for key, _ in batch:
             self._pending.add(key, future)
 
@@ -144,7 +169,8 @@ class Clusters:
         cluster = self._cache.entries.get(key)
         if cluster is not None:
             return cluster
-        future = self._pending.take(key) if self._process == os.getpid() else None
+        usable = self._process == os.getpid() and not _in_worker()
+        future = self._pending.take(key) if usable else None
         if future is None:
             cluster = self._load(key, guest)
         else:
@@ -160,12 +186,23 @@ class Clusters:
     def _load(self, key: _Key, guest: int) -> bytes:
         host, size = key
         stored = self._image.read(host, size)
+        missing = size - len(stored)
         try:
-            return self._decode(stored.ljust(size, b"\0"), self._size)
+            # Never padded at first: a cut stream with zeros behind it can decode to wrong bytes.
+            return self._decode(stored, self._size)
         except ValueError as error:
-            cut = f", {size - len(stored)} bytes past the end of the file" if len(stored) < size else ""
-            raise FormatError(
-                f"the compressed cluster of guest offset {guest:#x} cannot be decoded: {error}{cut}",
-                offset=host,
-                field="compressed cluster",
-            ) from None
+            why = error
+        if missing and self._filled is not None:
+            try:
+                cluster = self._decode(stored.ljust(size, b"\0"), self._size)
+            except ValueError as error:
+                why = error
+            else:
+                self._filled(missing)
+                return cluster
+        cut = f", {missing} bytes past the end of the file" if missing else ""
+        raise FormatError(
+            f"the compressed cluster of guest offset {guest:#x} cannot be decoded: {why}{cut}",
+            offset=host,
+            field="compressed cluster",
+        )

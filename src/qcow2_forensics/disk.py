@@ -6,6 +6,7 @@ and a read that meets bytes it cannot vouch for raises, naming the structure and
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -140,7 +141,10 @@ class Disk:
         self._data = data
         self._host: Source = data if data is not None else image.source
         self._clusters = Clusters(
-            image, self.mapping, unzstd if header.compression_type == Compression.ZSTD else inflate
+            image,
+            self.mapping,
+            unzstd if header.compression_type == Compression.ZSTD else inflate,
+            self._count_filled if eof == "zeros" else None,
         )
         # For the fast path of read().
         self._cluster_size = header.cluster_size
@@ -237,7 +241,7 @@ class Disk:
     def _unallocated(self, offset: int, length: int) -> bytes:
         if self.backing is None:
             if self._unbacked is not None and offset < self.size:
-                raise self._unbacked
+                raise copy.copy(self._unbacked)  # one object would gather the traceback of every read
             return bytes(length)
         # Past the end of the disk (VM state) the backing file has no say.
         below = min(length, self.backing.size - offset, self.size - offset)
@@ -274,9 +278,12 @@ class Disk:
                     offset=at,
                     field="data cluster",
                 )
-            self.filled["clusters"] += -(-beyond // self._cluster_size)
-            self.filled["bytes"] += beyond
+            self._count_filled(beyond)
         return data.ljust(length, b"\0")
+
+    def _count_filled(self, count: int) -> None:
+        self.filled["clusters"] += -(-count // self._cluster_size)
+        self.filled["bytes"] += count
 
     # --- maps --------------------------------------------------------------------------------
 
