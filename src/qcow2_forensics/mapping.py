@@ -96,7 +96,8 @@ class Mapping:
         self.table_span = header.l2_span  # guest bytes under one L1 entry
         self._cache: Fifo[int, Slice] = Fifo(max(16, image.limits.table_cache_bytes // self._slice_bytes))
         self.slices = self._cache.entries  # guest slice number -> its entries, empty where no L2 table is
-        self._l1_pages: dict[int, Slice] = {}
+        # All pages of what QEMU takes; version 1 may have an L1 table of 2 GiB.
+        self._l1_pages: Fifo[int, Slice] = Fifo(max(4, image.limits.l1_bytes // (L1_PAGE * 8)))
         self._scan: Callable[[Slice, int, int, int], Iterator[Run]]
         if self._version == 1:
             self._scan = self._qcow1_runs
@@ -110,7 +111,7 @@ class Mapping:
 
         Fewer at its end, and where the file ends inside the table: :meth:`l1_entry` then raises.
         """
-        page = self._l1_pages.get(number)
+        page = self._l1_pages.entries.get(number)
         if page is None:
             first = number * L1_PAGE
             offset = self.l1_table_offset + first * 8
@@ -122,7 +123,7 @@ class Mapping:
                 page = _EMPTY_L1_PAGE
             else:
                 page = self._load(offset, count, "the L1 table")
-            self._l1_pages[number] = page
+            self._l1_pages.add(number, page)
         return page
 
     def l1_entry(self, index: int) -> int:
