@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Owner
+from ..limits import MiB
 from ..residue import trees
 from ..structures import OFFSET_MASK, SnapshotEntry
 from .facts import Facts
@@ -171,7 +172,7 @@ def _history(facts: Facts) -> list[tuple[SnapshotEntry, str]]:
 
 
 def _note(entry: SnapshotEntry) -> str:
-    return f"VM state of {entry.vm_state_size} bytes" if entry.vm_state_size else ""
+    return f"VM state of {entry.vm_state_size / MiB:.1f} MiB" if entry.vm_state_size else ""
 
 
 def _parents(facts: Facts, states: list[trees.State]) -> list[int | None]:

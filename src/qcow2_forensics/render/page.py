@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Report, Severity
 from .escape import hexadecimal, markup, sentence, shown_value
-from .facts import check_line, heading, name
+from .facts import check_line, heading
 from .picture import draw_map
 from .style import CSS
 from .text import summary
@@ -24,7 +24,7 @@ def render_html(report: Report, *, items: int = ITEMS) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            f"<title>{markup(report.image.get('name') or name(report), 200)}</title>",
+            f"<title>{_title(report)}</title>",
             f"<style>{CSS}</style></head><body>",
             *_head(report),
             *_figures(report),
@@ -35,9 +35,14 @@ def render_html(report: Report, *, items: int = ITEMS) -> str:
     )
 
 
+def _title(report: Report) -> str:
+    path = str(report.image.get("path") or "")
+    return markup(report.image.get("name") or path.rpartition("/")[2] or path or "image", 200)
+
+
 def _head(report: Report) -> Iterator[str]:
     worst = report.worst
-    yield f"<h1>{markup(report.image.get('name') or report.image.get('path') or 'image')}</h1>"
+    yield f"<h1>{_title(report)}</h1>"
     yield f"<p>{markup(heading(report))}</p>"
     checked = check_line(report.check)
     if checked:
