@@ -6,6 +6,7 @@ import contextlib
 import random
 import struct
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -177,3 +178,32 @@ def test_a_bomb_is_decoded_no_further_than_a_cluster() -> None:
     assert inflate(stream, CLUSTER) == bytes(CLUSTER)
     with pytest.raises(ValueError, match="more than"):
         unzstd(zstd.compress(bytes(256 << 20)), CLUSTER)
+
+
+# --- what costs much ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stream", "why"),
+    [
+        (struct.pack("<II", 0x184D2A50, 0) * (4 << 17), "give 0 of"),
+        (struct.pack("<II", 0x184D2A50, 0xFFFFFFFF), "give 0 of"),
+        (struct.pack("<I", 0x184D2A50), "zstd"),
+        (zstd.compress(b"") * 100_000, "more than 256"),
+    ],
+    ids=["half a million skippable frames", "a skippable frame past the end", "half a head", "many empty frames"],
+)
+def test_zstd_frames_that_decode_to_nothing_cost_little(stream: bytes, why: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ValueError, match=why):
+        unzstd(stream, 2 << 20)
+    assert time.process_time() - started < 3
+
+
+def test_as_many_zstd_frames_as_are_taken_are_taken() -> None:
+    parts = [DATA[at : at + 256] for at in range(0, CLUSTER, 256)]
+    stream = b"".join(SKIPPABLE + zstd.compress(part) for part in parts)
+    assert len(parts) == 256
+    assert unzstd(stream, CLUSTER) == DATA
+    with pytest.raises(ValueError, match="more than 256"):
+        unzstd(zstd.compress(b"") + stream, CLUSTER)

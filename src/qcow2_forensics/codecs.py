@@ -22,6 +22,8 @@ try:
 except ImportError:  # the "fast" extra; zlib does the same, at half the speed
     isal_zlib = None
 
+_MAX_FRAMES = 256  # per cluster: writers make one, and each costs a decoder and a copy of what follows
+_SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a skippable frame's magic; byte 0 is 0x50 to 0x5f
 _WINDOW_LOG_MAX = 27  # libzstd's own default for streaming; clusters need 21 at most
 
 
@@ -57,11 +59,15 @@ def unzstd(data: bytes, size: int) -> bytes:
     """Return ``size`` bytes from the zstd frames in ``data``.
 
     Frames are decoded until ``size`` is reached, and the frame that reaches it must end there.
-    Skippable frames between them are passed over; what follows the last one is ignored.
+    Skippable frames between them are passed over; what follows the last one is ignored. More than
+    256 frames are refused: no writer makes them, and decoding them is slow.
     """
     pieces: list[bytes] = []
     missing = size
     while missing:
+        data = _past_skippable(data)
+        if len(pieces) == _MAX_FRAMES:
+            raise ValueError(f"more than {_MAX_FRAMES} zstd frames")
         if not data:
             raise ValueError(f"the zstd frames give {size - missing} of {size} bytes")
         decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
@@ -78,3 +84,11 @@ def unzstd(data: bytes, size: int) -> bytes:
             raise ValueError(f"a zstd frame is cut off after {size - missing} of {size} bytes")
         data = decoder.unused_data
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _past_skippable(data: bytes) -> bytes:
+    """Return ``data`` without the skippable frames it starts with: a head of 8 bytes, then as many as that says."""
+    at = 0
+    while data[at + 1 : at + 4] == _SKIPPABLE and 0x50 <= data[at] <= 0x5F and at + 8 <= len(data):
+        at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+    return data[at:] if at else data
