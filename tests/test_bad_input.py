@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import qcow2_forensics as q
 from tests import qemu
+from tests.image_builder import EXT_CRYPTO, Builder, Poke, empty
 
 COMMANDS = ["info", "map", "snapshots", "audit"]
 
@@ -146,3 +149,34 @@ def test_every_command_has_help_with_examples(command: str) -> None:
     done = _run(command, "--help")
     assert done.returncode == 0
     assert "example" in done.stdout.lower(), done.stdout
+
+
+# --- much of a small thing ------------------------------------------------------------------------
+
+
+@qemu.requires_qemu
+def test_an_unknown_name_among_65536_snapshots_is_a_short_message(tmp_path: Path) -> None:
+    path = empty(tmp_path / "disk")
+    end = -(-path.stat().st_size // 65536) * 65536
+    entry = struct.pack(">QIHHIIQII", 0x10000, 1, 1, 7, 0, 0, 0, 0, 16) + bytes(16) + b"1aaaaaaa"
+    Poke(path).cut(end).append(entry * 65536).u32(60, 65536).u64(64, end)
+    started = time.process_time()
+    with pytest.raises(q.SnapshotNotFound, match=r"and 65516 more$") as caught:
+        q.open_disk(path, "nope")
+    assert len(str(caught.value)) < 1000
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("kind", [0x12345678, EXT_CRYPTO])
+def test_header_extensions_are_counted_to_a_limit(kind: int, tmp_path: Path) -> None:
+    most = q.DEFAULT_LIMITS.header_extensions
+    path = Builder(cluster_bits=21).write(tmp_path / "disk")
+    Poke(path).write(112, struct.pack(">II", 0x12345678, 0) * most)
+    with q.open_disk(path) as disk:
+        assert len(disk.image.extensions) == most
+    Poke(path).write(112, struct.pack(">II", kind, 0) * ((2 << 20) // 8 - 14))
+    with q.open_image(path) as image:
+        assert len(image.extensions) == most
+        assert any("more than 4096" in problem.message for problem in image.problems)
+    with pytest.raises(q.FormatError):
+        q.open_disk(path)

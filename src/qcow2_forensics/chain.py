@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
@@ -127,9 +128,9 @@ def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
 
 def snapshot_choices(image: Image, entries: list[SnapshotEntry]) -> Iterator[str]:
     """Yield ``id (name)`` of the given snapshots, of all when none are given; index for equal IDs."""
-    ids = [entry.id for entry in image.snapshots]
+    ids = Counter(entry.id for entry in image.snapshots)
     for entry in entries or image.snapshots:
-        key = printable(entry.id) if ids.count(entry.id) == 1 else f"index:{entry.index}"
+        key = printable(entry.id) if ids[entry.id] == 1 else f"index:{entry.index}"
         yield f"{key} ({printable(entry.name)})"
 
 

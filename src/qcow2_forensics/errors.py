@@ -33,6 +33,8 @@ _INVISIBLE = (
     | {0x061C, 0xFEFF}
 )
 
+_CHOICES_SHOWN = 20  # snapshots listed in a message: an image may hold 65536
+
 
 def printable(text: str | bytes, limit: int = 1023) -> str:
     """Return ``text`` with everything escaped that a terminal or a reader could be fooled by.
@@ -118,7 +120,9 @@ class SnapshotNotFound(Qcow2Error, LookupError):
 
     def __init__(self, wanted: str, choices: Iterable[str], *, ambiguous: bool = False) -> None:
         self.choices = tuple(choices)
-        listed = ", ".join(self.choices) or "none"
+        listed = ", ".join(self.choices[:_CHOICES_SHOWN]) or "none"
+        if len(self.choices) > _CHOICES_SHOWN:
+            listed += f" and {len(self.choices) - _CHOICES_SHOWN} more"
         if ambiguous:
             message = f"snapshot {printable(wanted)!r} is ambiguous, use an ID: {listed}"
         else:

@@ -15,6 +15,7 @@ class Limits:
 
     l1_bytes: int = 32 * MiB  # what QEMU accepts for the active table and each snapshot's
     refcount_table_bytes: int = 8 * MiB  # what QEMU accepts
+    header_extensions: int = 4096  # writers make up to six; a first cluster of 2 MiB has room for 262,130
     snapshots: int = 65_536  # what QEMU accepts
     snapshot_table_bytes: int = 64 * MiB  # what QEMU accepts
     snapshot_extra_bytes: int = 1024  # what QEMU accepts

@@ -55,6 +55,9 @@ def read_extensions(image: Metadata) -> tuple[tuple[Extension, ...], tuple[Probl
         if length > end - at - 8:
             problems.append(_extension_problem(at, kind, length, "reaches past the header extension area", DISK))
             break
+        if len(found) == image.limits.header_extensions:
+            problems.append(_too_many_extensions(at, image.limits.header_extensions))
+            break
         extension = Extension(kind, at, area[at + 8 : at + 8 + length])
         found.append(extension)
         problems.extend(_extension_rules(header, extension))
@@ -65,6 +68,11 @@ def read_extensions(image: Metadata) -> tuple[tuple[Extension, ...], tuple[Probl
 def _extension_problem(at: int, kind: int, length: int, what: str, *blocks: str) -> Problem:
     message = f"header extension {kind:#010x} of {length} bytes {what}"
     return Problem("QCOW2-EXTENSION-INVALID", message, "extension", kind, at, frozenset(blocks))
+
+
+def _too_many_extensions(at: int, limit: int) -> Problem:
+    message = f"there are more than {limit} header extensions"
+    return Problem("QCOW2-EXTENSION-INVALID", message, "header extensions", limit + 1, at, frozenset({DISK}), limit)
 
 
 def _extension_rules(header: Header, extension: Extension) -> Iterator[Problem]:
