@@ -278,6 +278,8 @@ REFUSED = [
     "..",
     "/",
     "C:\\base.qcow2",
+    "base.qcow2/",
+    'json:{"driver":"qcow2","file.filename":"\\ud800"}',  # no file name can hold half a character
 ]
 
 

@@ -110,6 +110,12 @@ class Resolver:
 
     def locate(self, name: str, path: str, role: Role, parent: Source, top: Source) -> Path:
         """Return the real path of the file ``path`` means in ``parent``, if the policy allows it."""
+        try:
+            os.fsencode(path)
+        except UnicodeError as error:  # json: names may escape lone surrogates, which no file name can hold
+            raise ForbiddenReference(name, "it cannot be a file name here") from error
+        if path.endswith("/"):
+            raise ForbiddenReference(name, "it names a folder")
         beside = getattr(parent, "path", None)
         if beside is None and not os.path.isabs(path):
             if not self.folders:
