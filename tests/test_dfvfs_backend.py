@@ -5,6 +5,7 @@ Images are made by qemu-img; what is true comes from the raw disk or from qemu-i
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -310,3 +311,14 @@ def test_the_log_names_the_back_end_and_its_version(base_image: Path, caplog: py
         open_file(qcow(base_image))
         open_file(qcow(base_image))
     assert caplog.text.count(f"QCOW back-end qcow2-forensics {__version__} reads {base_image}") == 1
+
+
+def test_few_images_stay_open_however_many_contexts_come_and_go(base_image: Path) -> None:
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
+        pytest.skip("/proc is absent")
+    before = len(list(descriptors.iterdir()))
+    for _ in range(50):
+        open_file(qcow(base_image), context.Context()).read(16)
+    gc.collect()
+    assert len(list(descriptors.iterdir())) <= before + opening._KEPT

@@ -1,8 +1,8 @@
 """Path specifications become disks, once: dfVFS opens the same image again and again.
 
 A file object lives as long as somebody holds it, which in plaso is often one file of the timeline.
-So the few disks used last are kept per resolver context, with their tables, decompressed clusters
-and derived keys, and given out again while their files are unchanged.
+So the few disks used last are kept, with their tables, decompressed clusters and derived keys, and
+given out again to the same resolver context while their files are unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.resolver import resolver as dfvfs_resolver
@@ -33,9 +33,10 @@ from .sources import open_source
 logger = logging.getLogger("dfvfs_qcow2")
 
 _FAILURES = 20  # failed reads remembered and logged per disk
-_KEPT = 4  # disks per resolver context; each may hold tens of MiB of tables and clusters
+_KEPT = 6  # disks per process; each may hold tens of MiB of tables and clusters
 
-_kept: WeakKeyDictionary[Any, OrderedDict[tuple[Any, ...], OpenedDisk]] = WeakKeyDictionary()
+_Key = tuple[int, str, SnapshotKey | None]  # the resolver context, the QCOW path specification, the state
+_kept: OrderedDict[_Key, OpenedDisk] = OrderedDict()
 _lock = threading.Lock()
 _announced: set[str] = set()
 
@@ -55,16 +56,19 @@ if hasattr(os, "register_at_fork"):
 class OpenedDisk:
     """A disk, the files it stands on, and the passphrases that did not open it."""
 
-    def __init__(self, disk: Disk, sources: list[Source]) -> None:
+    def __init__(self, disk: Disk, sources: list[Source], resolver_context: Any) -> None:
         self.disk = disk
+        self._context = ref(resolver_context)
         self._files = [source for source in sources if isinstance(source, FileSource)]
         self._wrong: set[str | bytes] = set()
         self.failures: list[str] = []  # the first reads that failed, for people
 
-    def is_current(self) -> bool:
-        """Whether the files are still the ones that were opened."""
+    def is_current(self, resolver_context: Any) -> bool:
+        """Whether the files, and the context they were opened in, are still the same."""
         try:
-            return all(_is_same(source, os.stat(source.path)) for source in self._files)
+            return self._context() is resolver_context and all(
+                _is_same(source, os.stat(source.path)) for source in self._files
+            )
         except OSError:
             return False
 
@@ -93,10 +97,15 @@ def _is_same(source: FileSource, status: os.stat_result) -> bool:
     return source.identity == (status.st_dev, status.st_ino) and source.mtime_ns == status.st_mtime_ns
 
 
+def _kept_states(path_spec: Any, resolver_context: Any) -> list[OpenedDisk]:
+    """Return what is kept of an image: its active state, its snapshots."""
+    wanted = (id(resolver_context), path_spec.comparable)
+    return [item for key, item in list(_kept.items()) if key[:2] == wanted and item.is_current(resolver_context)]
+
+
 def failures_of(path_spec: Any, resolver_context: Any) -> list[str]:
     """Return why reads of an image failed in this process, as far as it is still kept."""
-    kept = _kept.get(resolver_context) or OrderedDict()
-    return [text for key, opened in list(kept.items()) if key[0] == path_spec.comparable for text in opened.failures]
+    return [text for opened in _kept_states(path_spec, resolver_context) for text in opened.failures]
 
 
 def password_of(path_spec: Any) -> str | bytes | None:
@@ -114,25 +123,23 @@ def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | No
     A disk without its key opens locked, if no password in the key chain fits. A backing file that
     is missing or refused makes the reads that need it fail, and no others.
     """
-    key = (path_spec.comparable, snapshot)
+    key = (id(resolver_context), path_spec.comparable, snapshot)
     with _lock:
-        kept = _kept.setdefault(resolver_context, OrderedDict())
-        opened = kept.get(key)
-        if opened is not None and opened.is_current():
-            kept.move_to_end(key)
+        opened = _kept.get(key)
+        if opened is not None and opened.is_current(resolver_context):
+            _kept.move_to_end(key)
             return opened
     with only_os_errors():
         opened = _open(path_spec, resolver_context, snapshot)
         if opened.disk.is_locked:
-            for other_key, other in list(kept.items()):
-                if other_key[0] == key[0] and other.is_current():
-                    opened.disk.adopt_keys(other.disk)
+            for other in _kept_states(path_spec, resolver_context):
+                opened.disk.adopt_keys(other.disk)
             opened.unlock(password_of(path_spec))
     with _lock:
-        kept[key] = opened
-        kept.move_to_end(key)
-        while len(kept) > _KEPT:
-            kept.popitem(last=False)
+        _kept[key] = opened
+        _kept.move_to_end(key)
+        while len(_kept) > _KEPT:
+            _kept.popitem(last=False)
     return opened
 
 
@@ -146,7 +153,7 @@ def _open(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None) -
     _announce(path_spec, source)
     if disk.unbacked is not None:
         logger.warning("%s: %s; reads that need it fail", printable(source_name(source)), disk.unbacked)
-    return OpenedDisk(disk, [source, *resolver.opened])
+    return OpenedDisk(disk, [source, *resolver.opened], resolver_context)
 
 
 def find_entry(image: Image, snapshot: SnapshotKey) -> Any:
