@@ -126,7 +126,9 @@ class ViewLayer(interfaces.layers.TranslationLayerInterface):
 
     def _title(self) -> str:
         """What the layer is of, to begin a message with."""
-        return LayerSource(self.context.layers[self._base_layer]).name
+        from qcow2_forensics.errors import printable
+
+        return printable(LayerSource(self.context.layers[self._base_layer]).name)
 
     def _make_view(self) -> Any:
         raise NotImplementedError

@@ -15,6 +15,7 @@ from .evidence import EvidencePlugin, Row, Stream, hexadecimal
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image
 
+# Subject, item, value, address and size; values are escaped already, as the core's own sentences are.
 Facts = Iterator[tuple[str, str, str, int | None, int | None]]
 
 
@@ -39,7 +40,7 @@ class Info(EvidencePlugin):
             warn(f"no memory is shown: {error}")
         for part in facts:
             for subject, item, value, address, size in part:
-                yield 0, (subject, printable(item), printable(value), hexadecimal(address), hexadecimal(size))
+                yield 0, (subject, printable(item), value, hexadecimal(address), hexadecimal(size))
 
     def run(self) -> Any:
         columns = [
@@ -53,15 +54,17 @@ class Info(EvidencePlugin):
 
 
 def _image_facts(image: Image) -> Facts:
+    from qcow2_forensics.errors import printable
+
     header = image.header
-    yield "image", "file", image.name, None, image.file_size
+    yield "image", "file", printable(image.name), None, image.file_size
     yield "image", "version", str(header.version), None, None
     yield "image", "virtual disk", "", None, header.size
     yield "image", "cluster", "", None, image.cluster_size
     yield "image", "snapshots", str(len(image.snapshots)), None, None
     for name, value in (("backing file", image.backing_name), ("data file", image.data_file_name)):
         if value is not None:
-            yield "image", name, value, None, None
+            yield "image", name, printable(value), None, None
     if header.crypt_method:
         yield (
             "image",
@@ -75,11 +78,13 @@ def _image_facts(image: Image) -> Facts:
 
 
 def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
+    from qcow2_forensics.errors import printable
+
     layout = memory.layout
     if stream.snapshot is not None:
         yield "memory", "snapshot", describe(stream.snapshot), None, None
     yield "memory", "stream", "complete" if memory.complete else "cut off", None, stream.source.size
-    yield "memory", "machine", memory.machine or "not recorded", None, None
+    yield "memory", "machine", printable(memory.machine) or "not recorded", None, None
     yield "memory", "architecture", memory.architecture or "unknown", None, None
     yield "memory", "processors", str(len(memory.cpus)), None, None
     yield "layout", "decided by", f"{layout.method}, order by {layout.order}", None, None

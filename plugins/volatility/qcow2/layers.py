@@ -37,8 +37,10 @@ class Qcow2VmStateLayer(ViewLayer):
         return state
 
     def _title(self) -> str:
+        from qcow2_forensics.errors import printable
+
         snapshot = self.config.get("snapshot", None)
-        return super()._title() + (f", snapshot {snapshot}" if snapshot else "")
+        return super()._title() + (f", snapshot {printable(str(snapshot))}" if snapshot else "")
 
     def mapping(self, offset: int, length: int, ignore_errors: bool = False) -> Iterable[Mapped]:
         return _mapped(self, self.view.runs(offset, length), offset, length, ignore_errors)
