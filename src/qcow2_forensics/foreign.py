@@ -6,6 +6,7 @@ extra); anything else is :class:`Unsupported` by name, never raw bytes by mistak
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 from .disk import Extent
 from .errors import FormatError, ReadError, Unsupported, printable
+from .limits import MiB
 from .mapping import Kind
 from .source import Source, source_name
 from .stream import SourceStream
@@ -29,7 +31,13 @@ _MAGICS = (
     (0, b"WithoutFreeSpace", "parallels"),
     (0, b"WithouFreSpacExt", "parallels"),
     (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"Bochs Virtual HD Image", "bochs"),
+    (0, b"#!/bin/sh\n#V2.0 Format\n", "cloop"),
 )
+_DESCRIPTOR = b"# Disk DescriptorFile"  # a VMDK that only names the files with the data
+_NO_PARENT = 0xFFFFFFFF  # a VMDK's parent identifier
+_VHD_DIFFERENTIAL = 4
+_READ_BYTES = 16 * MiB  # per call of a library: they count in 32 bits
 _LIBRARIES = {"vmdk": "pyvmdk", "vhdx": "pyvhdi", "vpc": "pyvhdi"}
 
 
@@ -71,13 +79,29 @@ class ForeignDisk:
         self._handle = module.handle() if kind == "vmdk" else module.file()
         try:
             self._handle.open_file_object(SourceStream(source))
+            why = self._needs_more(source)
+            if why:
+                raise Unsupported(f"{printable(self.name)}, a backing file of format {kind} {why}")
             if kind == "vmdk":
                 self._handle.open_extent_data_files_as_file_objects([SourceStream(source)])
             self.size = int(self._handle.get_media_size())
-        except (OSError, AttributeError) as error:
+        except (OSError, ValueError, MemoryError, AttributeError) as error:
             raise FormatError(
                 f"{printable(self.name)} cannot be read as {kind}: {printable(str(error), 200)}"
             ) from None
+
+    def _needs_more(self, source: Source) -> str:
+        """Return why this file alone is not the whole disk, empty when it is.
+
+        The library is never left to open what the file names: those names are evidence too.
+        """
+        if self._kind == "vmdk":
+            if source.read(0, len(_DESCRIPTOR)) == _DESCRIPTOR or self._handle.get_number_of_extents() != 1:
+                return "whose data is in other files"
+            parent = self._handle.get_parent_content_identifier()
+            return "" if parent in (None, _NO_PARENT) else "that is a difference to a parent"
+        differs = self._handle.get_disk_type() == _VHD_DIFFERENTIAL or self._handle.get_parent_identifier()
+        return "that is a difference to a parent" if differs else ""
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes, fewer only at the end."""
@@ -88,8 +112,8 @@ class ForeignDisk:
         with self._lock:
             while length > 0:
                 try:
-                    data = bytes(self._handle.read_buffer_at_offset(length, offset))
-                except OSError as error:
+                    data = bytes(self._handle.read_buffer_at_offset(min(length, _READ_BYTES), offset))
+                except (OSError, ValueError, MemoryError) as error:
                     why = f"{printable(self.name)} ({self._kind}): {printable(str(error), 200)}"
                     raise ReadError(why, offset=offset, length=length) from None
                 if not data:
@@ -106,6 +130,9 @@ class ForeignDisk:
             yield Extent(offset, end - offset, Kind.DATA, None, 0)
 
     def close(self) -> None:
+        """Close handle and file; closing twice is fine."""
+        with self._lock, contextlib.suppress(OSError):  # that it is closed already
+            self._handle.close()
         close = getattr(self.source, "close", None)
         if close is not None:
             close()
