@@ -14,7 +14,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +108,8 @@ def _api(path: Path) -> None:
     case = FileCase(path)
     with closing(case.source):
         for name in ("read", "vm_state", "audit", "compare", "residue"):
-            try:
+            with suppress(Qcow2Error):
                 TARGETS[name](case)
-            except Qcow2Error:
-                pass
 
 
 def _command_line(path: Path) -> None:
@@ -129,11 +127,8 @@ def _adapter(name: str) -> Callable[[Path], None]:
             _volatility(path)
             return
         case = FileCase(path)
-        with closing(case.source):
-            try:
-                TARGETS[name](case)
-            except Qcow2Error:
-                pass
+        with closing(case.source), suppress(Qcow2Error):
+            TARGETS[name](case)
 
     return use
 
