@@ -315,10 +315,10 @@ def test_interrupt_ends_the_workers_at_once(tmp_path: Path) -> None:
 def test_report_of_a_worker_survives_pickling(image: Path) -> None:
     import pickle
 
-    report = pickle.loads(pickle.dumps(audit_path))(str(image))  # noqa: S301 - made right here
-    again: Report = pickle.loads(pickle.dumps(report))  # noqa: S301
+    report = pickle.loads(pickle.dumps(audit_path))(str(image))
+    again: Report = pickle.loads(pickle.dumps(report))
     assert again == report
-    assert pickle.loads(pickle.dumps(functools.partial(audit_line, depth="triage")))(str(image))  # noqa: S301
+    assert pickle.loads(pickle.dumps(functools.partial(audit_line, depth="triage")))(str(image))
 
 
 def test_fleet_reads_names_from_standard_input(

@@ -138,7 +138,7 @@ def test_threads_may_share_a_positional_reader(subject: Subject) -> None:
             for _ in range(40):
                 offset = generator.randrange(subject.reader.size - 4096)
                 assert subject.reader.read(offset, 4096) == subject.wanted[offset : offset + 4096]
-        except BaseException as error:  # noqa: BLE001 - shown by the test itself
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -152,7 +152,7 @@ def test_threads_may_share_a_positional_reader(subject: Subject) -> None:
 def test_a_pickled_copy_reads_on_where_that_is_promised(subject: Subject) -> None:
     if not subject.adapter.pickles:
         return
-    copy = pickle.loads(pickle.dumps(subject.reader.native))  # noqa: S301 - our own
+    copy = pickle.loads(pickle.dumps(subject.reader.native))
     assert copy.read(0, subject.reader.size) == subject.wanted
     assert subject.reader.read(0, 512) == subject.wanted[:512]
 

@@ -526,7 +526,7 @@ def test_a_layer_survives_pickling_and_holds_no_file(saved: Saved) -> None:
     layer = stack(saved.image, snapshot="1")
     data = pickle.dumps(layer)
     assert len(data) < 8192
-    assert pickle.loads(data).read(LOADED, 8192) == layer.read(LOADED, 8192)  # noqa: S301 - our own bytes
+    assert pickle.loads(data).read(LOADED, 8192) == layer.read(LOADED, 8192)
 
 
 def test_a_cloned_context_reads_the_same(saved: Saved) -> None:
