@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
             "output": printable(args.output),
             "size": disk.size,
             "sha256": digest,
-            "filled_bytes": disk.filled["bytes"],
+            "filled_bytes": sum(layer.filled["bytes"] for layer in _layers(disk)),
+            "filled_tables": sum(layer.mapping.filled_tables for layer in _layers(disk)),
         }
     if args.format == "json":
         print(json.dumps(summary))
@@ -66,19 +67,32 @@ def run(args: argparse.Namespace) -> int:
     print(f"{summary['output']}: {disk.size} bytes ({human_size(disk.size)})")
     if digest:
         print(f"sha256 {digest}")
-    if disk.filled["bytes"]:
-        print(f"{disk.filled['bytes']} bytes past the end of the image were filled with zeros")
+    if summary["filled_bytes"]:
+        print(f"{summary['filled_bytes']} bytes past the end of the image were filled with zeros")
+    if summary["filled_tables"]:
+        print(f"{summary['filled_tables']} reads of tables past the end of the image were taken as empty")
     return 0
+
+
+def _layers(disk: Disk) -> Iterator[Disk]:
+    """Yield the image and every image below it."""
+    layer: object = disk
+    while isinstance(layer, Disk):
+        yield layer
+        layer = layer.backing
 
 
 def write_raw(disk: Disk, out: BinaryIO, progress: Progress, *, hashed: bool = True) -> str | None:
     """Write ``disk`` to an empty file, leaving holes for zeros; return the SHA-256 in hex."""
+    out.truncate(disk.size)  # first of all: a size no file can have fails before anything is read
     with _Hasher() if hashed else nullcontext() as hasher:
         for extent in disk.extents():
             if extent.kind in (Kind.ZERO, Kind.HOLE):
+                if hasher is None:
+                    progress.advance(extent.length)
+                    continue
                 for step in _steps(extent.length, len(_ZEROS)):
-                    if hasher is not None:
-                        hasher.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
+                    hasher.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
                     progress.advance(step)
                 continue
             out.seek(extent.offset)
@@ -90,7 +104,6 @@ def write_raw(disk: Disk, out: BinaryIO, progress: Progress, *, hashed: bool = T
                 out.write(data)
                 at += step
                 progress.advance(step)
-        out.truncate(disk.size)
     return hasher.hexdigest() if hasher is not None else None
 
 

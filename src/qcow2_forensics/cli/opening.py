@@ -8,14 +8,14 @@ import os
 import sys
 from pathlib import Path
 
-from ..chain import find_snapshot, open_disk, open_vm_state
+from ..chain import open_disk
 from ..disk import Disk
 from ..errors import Locked, Qcow2Error, printable
-from ..image import Image
 from ..resolver import Resolver
-from ..vm_state import VmState
 
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
+
+_PASSPHRASE_BYTES = 1 << 20  # key files are a few KiB; a device would never end
 
 
 def add_image_argument(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +74,11 @@ def passphrase_of(args: argparse.Namespace) -> bytes | None:
     if asked is not None:
         return asked
     if args.passphrase_file:
-        return Path(args.passphrase_file).read_bytes().removesuffix(b"\n")
+        with Path(args.passphrase_file).open("rb") as file:
+            secret = file.read(_PASSPHRASE_BYTES + 1)
+        if len(secret) > _PASSPHRASE_BYTES:
+            raise Qcow2Error(f"{printable(args.passphrase_file)} is too long for a passphrase")
+        return secret.removesuffix(b"\n")
     value = os.environ.get(PASSPHRASE_VARIABLE)
     return None if value is None else os.fsencode(value)
 
@@ -83,18 +87,28 @@ def ask_passphrase(name: str) -> bytes:
     """Ask on the terminal; raises :class:`Locked` where there is none."""
     if not sys.stdin.isatty():
         raise Locked(name, f"set {PASSPHRASE_VARIABLE} or give --passphrase-file")
-    return getpass.getpass("Passphrase: ").encode()
+    try:
+        return os.fsencode(getpass.getpass("Passphrase: "))
+    except (EOFError, UnicodeError):
+        print(file=sys.stderr)  # the prompt has no end of line yet
+        raise Locked(name, "no passphrase was typed") from None
 
 
 def resolver_of(args: argparse.Namespace) -> Resolver:
     """Return the policy the options widen."""
     files = {}
     for pair in args.backing_file:
-        name, separator, path = pair.rpartition("=")
-        if not separator:
+        if "=" not in pair:
             raise Qcow2Error(f"--backing-file {printable(pair)} is not NAME=PATH")
-        files[name] = path
+        files.update(_name_and_path(pair))
     return Resolver(folders=args.backing_dir, files=files)
+
+
+def _name_and_path(pair: str) -> dict[str, str]:
+    """Return the path under its name. Both may hold "=": then every split counts whose path is there."""
+    places = [at for at, character in enumerate(pair) if character == "="]
+    there = [at for at in places if os.path.exists(pair[at + 1 :])]
+    return {pair[:at]: pair[at + 1 :] for at in there or places[-1:]}
 
 
 def open_from(args: argparse.Namespace, snapshot: str | None = None) -> Disk:
@@ -117,13 +131,3 @@ def open_from(args: argparse.Namespace, snapshot: str | None = None) -> Disk:
             disk.close()
             raise
     return disk
-
-
-def open_state_from(args: argparse.Namespace) -> VmState:
-    """Open the VM state the options mean, asking for a passphrase when it is locked."""
-    passphrase = passphrase_of(args)
-    if passphrase is None:
-        with Image(args.image) as image:
-            if image.header.crypt_method and find_snapshot(image, args.snapshot) is not None:
-                passphrase = ask_passphrase("encrypted image")
-    return open_vm_state(args.image, args.snapshot, passphrase)
