@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .errors import ForbiddenReference, MissingFile, Qcow2Error
+from .errors import ForbiddenReference, MissingFile, Qcow2Error, printable
 from .source import FileSource, Source
 
 Role = Literal["backing", "data"]
@@ -46,7 +46,7 @@ def parse_reference(name: str, role: Role) -> Reference:
         return Reference(name.removeprefix("file:"))
     protocol = _PROTOCOL.match(name)
     if protocol:
-        raise ForbiddenReference(name, f"{protocol.group()} is a protocol or driver, not a plain file")
+        raise ForbiddenReference(name, f"{printable(protocol.group(), 80)} is a protocol or driver, not a plain file")
     return Reference(name)
 
 
