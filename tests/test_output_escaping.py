@@ -35,6 +35,7 @@ TEXTS = {
     "minus": b"-2+3",
     "at": b"@SUM(1)",
     "space": b" \t=1+1",
+    "spaces": b"  =1+1",
     "dde": b"|cmd /c calc",
     "percent": b"%s%n%x",
     "markup": b"<script>alert(1)</script>",

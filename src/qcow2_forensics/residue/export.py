@@ -141,7 +141,7 @@ def _cell(value: object) -> object:
     if not isinstance(value, str):
         return "" if value is None else value
     shown = printable(value)
-    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
+    return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@", "|", "%")) else shown
 
 
 def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
