@@ -208,8 +208,8 @@ class _Opener:
             raise LimitExceeded("chain depth", len(self._seen), self._limits.chain_depth)
 
     def _data_file(self, image: Image, top: Source) -> Source:
-        name = image.data_file_name
-        if name is None:
+        name = image.data_file_name or ""  # a caller may supply what the image does not name
+        if not name and "" not in getattr(self._resolver, "files", ()):
             raise MissingFile("data", "")
         source, _ = self._resolver.open(name, "data", image.source, top)
         identity = getattr(source, "identity", None)
@@ -223,7 +223,10 @@ class _Opener:
 
     def _backing(self, image: Image, top: Source) -> tuple[Layer | None, Qcow2Error | None]:
         name = image.backing_name
-        if name is None or not self._follow:
+        if not self._follow:
+            return None, None
+        self._check_backing_name(image)
+        if name is None:
             return None, None
         try:
             source, driver = self._resolver.open(name, "backing", image.source, top)
@@ -236,6 +239,13 @@ class _Opener:
             layer = self._layer(source, driver or image.backing_format, top, name)
             undo.pop_all()
             return layer, None
+
+    def _check_backing_name(self, image: Image) -> None:
+        at, length = image.header.backing_file_offset, image.header.backing_file_size
+        if self._eof == "strict" and at and at + length > image.file_size:
+            raise FormatError(
+                "the backing file name reaches past the end of the file", offset=at, field="backing_file_offset"
+            )
 
     def _layer(self, source: Source, recorded: str | None, top: Source, name: str) -> Layer:
         kind = recorded or probe(source)

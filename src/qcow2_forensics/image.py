@@ -130,9 +130,9 @@ class Image:
 
     @property
     def data_file_name(self) -> str | None:
-        """The name of the external data file, None when none is recorded."""
+        """The name of the external data file, cut at the first NUL; None when none is recorded."""
         extension = self.extension(ExtensionType.DATA_FILE)
-        return extension.data.decode("utf-8", "surrogateescape") or None if extension else None
+        return extension.data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None if extension else None
 
     @property
     def crypto_header(self) -> tuple[int, int] | None:

@@ -82,6 +82,10 @@ class FileSource:
             data = os.pread(self._fd, length, offset)
         except OSError as error:
             raise ReadError(f"{printable(self.name)}: {error.strerror}", offset=offset, length=length) from error
+        except (OverflowError, MemoryError):  # more than a file can have: what there is, is the answer
+            if offset + length <= self.size:
+                raise
+            return self.read(offset, self.size - offset) if offset < self.size else b""
         if len(data) == length or offset + len(data) >= self.size:
             return data
         return self._read_on(offset, min(length, self.size - offset), data)
@@ -128,6 +132,8 @@ class StreamSource:
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes at ``offset``, fewer only at the end."""
         wanted = min(length, self.size - offset)
+        if wanted <= 0:
+            return b""
         pieces: list[bytes] = []
         with self._lock:
             try:

@@ -41,7 +41,7 @@ def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True
         metavar="NAME=PATH",
         action="append",
         default=[],
-        help="the file to open where the image says NAME (repeatable)",
+        help="the file to open where the image says NAME; =PATH where it names no data file (repeatable)",
     )
     group.add_argument(
         "--no-backing",

@@ -82,7 +82,7 @@ def unlock(
     :class:`FormatError` or :class:`LimitExceeded` when the LUKS header is unsound, and
     :class:`Unsupported` for a cipher, mode or hash that cannot be had here.
     """
-    secret = passphrase.encode() if isinstance(passphrase, str) else passphrase
+    secret = passphrase.encode("utf-8", "surrogateescape") if isinstance(passphrase, str) else passphrase
     if header.crypt_method == Crypt.AES:
         return _LegacyAes(sector_cipher("aes", "cbc-plain64", secret[:16].ljust(16, b"\0")))
     if header.crypt_method != Crypt.LUKS:
