@@ -287,3 +287,20 @@ def test_a_disk_no_file_can_hold_fails_before_anything_is_read(tmp_path: Path) -
         one_sentence(run("export", path, tmp_path / "out", *extra))
         assert time.monotonic() - started < 20
         assert sorted(item.name for item in tmp_path.iterdir()) == ["disk"]
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\u00e9" * 127], ids=["ascii", "two bytes each"])
+def test_an_output_may_have_as_long_a_name_as_there_can_be(name: str, tmp_path: Path) -> None:
+    path = base_b(tmp_path / "disk")
+    assert run("export", path, tmp_path / name)[0] == 0
+    assert same(path, tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_closed_standard_files_are_no_traceback(encrypted: Path, tmp_path: Path) -> None:
+    plain = base_b(tmp_path / "plain")
+    for redirection, path, code in (("<&-", encrypted, 2), ("2>&-", plain, 0), (">&- 2>&- <&-", plain, 0)):
+        line = f'exec "$@" {redirection}'
+        command = ["sh", "-c", line, "sh", *COMMAND, "export", str(path), str(tmp_path / "out"), "--force"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=ENVIRONMENT)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr

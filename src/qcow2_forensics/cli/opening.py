@@ -85,7 +85,7 @@ def passphrase_of(args: argparse.Namespace) -> bytes | None:
 
 def ask_passphrase(name: str) -> bytes:
     """Ask on the terminal; raises :class:`Locked` where there is none."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise Locked(name, f"set {PASSPHRASE_VARIABLE} or give --passphrase-file")
     try:
         return os.fsencode(getpass.getpass("Passphrase: "))

@@ -37,7 +37,7 @@ class Progress:
         self._total = total
         self._unit = unit
         self._stream = stream or sys.stderr
-        self._shown = self._stream.isatty()
+        self._shown = self._stream is not None and self._stream.isatty()  # None: closed by whoever started us
         self._done = 0
         self._started = time.monotonic()
         self._next = self._started + 0.2
@@ -113,7 +113,9 @@ def atomic_writer(
         raise OutputExists(target)
     if target.exists() and not target.is_file():
         raise Qcow2Error(f"{printable(str(target))} is not a regular file")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # Half of a long name: with what is added it must still be a name.
+    kept = target.name if len(os.fsencode(target.name)) < 200 else target.name[: len(target.name) // 2]
+    partial = target.with_name(f".{kept}.{os.getpid()}.partial")
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(descriptor, "w+b") as stream:
