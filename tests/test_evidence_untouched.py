@@ -31,10 +31,14 @@ from tests.traps import TRAPS
 
 pytestmark = qemu.requires_qemu
 
-# Making a LUKS image takes seconds, and the traps differ in numbers only.
-NAMES = [*hostile.IMAGES, *(name for name in TRAPS if not name.startswith("LUKS") or name == "LUKS-TIME")]
-# Honest work, and much of it: millions of mapped ranges, 65536 states to list the files of.
-_SKIPPED = {"L1-EQUAL": ("map", "diff"), "BOMB": ("map", "diff"), "SNAPSHOTS-65536": ("timeline", "diff")}
+# Making a LUKS image takes seconds, and 65536 snapshots take seconds each time: neither names anything.
+NAMES = [*hostile.IMAGES, *(name for name in TRAPS if not name.startswith(("LUKS", "SNAPSHOTS")))]
+# Honest work, and much of it: millions of mapped ranges.
+_SKIPPED = {
+    "L1-EQUAL": ("map", "diff"),
+    "BOMB": ("map", "diff"),
+    "SPARSE-15T": ("audit", "residue"),
+}
 _NEEDS = {"img_info": "pytsk3", "dfvfs": "dfvfs", "volatility": "volatility3.framework"}
 
 
@@ -107,7 +111,10 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
 def _api(path: Path) -> None:
     case = FileCase(path)
     with closing(case.source):
+        skipped = _SKIPPED.get(path.parent.name, ())
         for name in ("read", "vm_state", "audit", "compare", "residue"):
+            if name in skipped:
+                continue
             with suppress(Qcow2Error):
                 TARGETS[name](case)
 
