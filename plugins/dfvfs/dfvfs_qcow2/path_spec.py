@@ -25,8 +25,11 @@ class QCOWPathSpec(_Stock):
     @property
     def comparable(self) -> str:
         """The key of caches and hashes; two passwords must not share an open file."""
-        password = getattr(self, "password", None)
-        text: str = self._GetComparable(sub_comparable_string=f"password: {password}" if password else "")
+        password = self.__dict__.get("password")
+        if not password:
+            # What the built-in class composes; asked for at every look-up, so written out.
+            return f"{self.parent.comparable}type: QCOW\n"
+        text: str = self._GetComparable(sub_comparable_string=f"password: {password}")
         return text
 
 
