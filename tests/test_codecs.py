@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics.codecs import inflate, unzstd
+from qcow2_forensics.codecs import inflate, inflate_zlib, unzstd
 from qcow2_forensics.errors import FormatError
 from tests import qemu
 from tests.image_builder import COMPRESSED, Builder, Poke, compressed_entry, deflate
@@ -207,3 +207,22 @@ def test_as_many_zstd_frames_as_are_taken_are_taken() -> None:
     assert unzstd(stream, CLUSTER) == DATA
     with pytest.raises(ValueError, match="more than 256"):
         unzstd(zstd.compress(b"") + stream, CLUSTER)
+
+
+def test_codes_that_zlib_refuses_are_refused_whatever_library_decodes() -> None:
+    generator = random.Random(11)
+    refused = 0
+    for _ in range(4000):
+        data = bytes(generator.choices(b"abcdefgh ", k=512))
+        stream = bytearray(raw(data))
+        for _ in range(generator.randrange(1, 4)):
+            stream[generator.randrange(min(len(stream), 60))] ^= 1 << generator.randrange(8)
+        answers: list[bytes | None] = []
+        for decode in (inflate, inflate_zlib):
+            try:
+                answers.append(decode(bytes(stream), 512))
+            except ValueError:
+                answers.append(None)
+        assert answers[0] == answers[1], stream.hex()
+        refused += answers[0] is None
+    assert refused > 100

@@ -22,6 +22,8 @@ try:
 except ImportError:  # the "fast" extra; zlib does the same, at half the speed
     isal_zlib = None
 
+_DYNAMIC = 4  # bits 1 and 2 of a deflate stream: its first block has codes of its own
+_CODE_BYTES = 1024  # hold all code lengths of a block, at most 570 bytes, and a first symbol
 _MAX_FRAMES = 256  # per cluster: writers make one, and each costs a decoder and a copy of what follows
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a skippable frame's magic; byte 0 is 0x50 to 0x5f
 _WINDOW_LOG_MAX = 27  # libzstd's own default for streaming; clusters need 21 at most
@@ -35,13 +37,20 @@ def inflate(data: bytes, size: int) -> bytes:
     """
     if isal_zlib is not None:
         try:
+            _check_codes(data)
             result: bytes = isal_zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
-        except isal_zlib.error:
+        except (isal_zlib.error, zlib.error):
             pass  # zlib has the last word on what is an error
         else:
             if len(result) == size:
                 return result
     return inflate_zlib(data, size)
+
+
+def _check_codes(data: bytes) -> None:
+    """Let zlib look at the code lengths a stream starts with: isal takes incomplete codes, which QEMU does not."""
+    if data and data[0] & 6 == _DYNAMIC:
+        zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[:_CODE_BYTES], 1)
 
 
 def inflate_zlib(data: bytes, size: int) -> bytes:
