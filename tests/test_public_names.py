@@ -64,3 +64,18 @@ def test_importing_the_package_imports_neither_numpy_nor_a_framework() -> None:
     assert "dfvfs" not in found
     assert "pytsk3" not in found
     assert "cryptography" not in found
+
+
+def test_a_disk_that_nobody_holds_closes_its_file_at_once() -> None:
+    code = (
+        "import gc, os, importlib.resources, lzma, tempfile, qcow2_forensics as q;"
+        "gc.disable();"
+        "data = (importlib.resources.files('qcow2_forensics') / 'data' / 'demo.qcow2.xz').read_bytes();"
+        "file = tempfile.NamedTemporaryFile(suffix='.qcow2');"
+        "file.write(lzma.decompress(data)); file.flush();"
+        "count = lambda: len(os.listdir('/proc/self/fd'));"
+        "before = count();"
+        "q.open_disk(file.name).read(0, 4096); q.open_vm_state(file.name).read(0, 4);"
+        "print(count() - before)"
+    )
+    assert _fresh(code) == "0"

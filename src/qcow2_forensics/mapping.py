@@ -98,11 +98,12 @@ class Mapping:
         self.slices = self._cache.entries  # guest slice number -> its entries, empty where no L2 table is
         # All pages of what QEMU takes; version 1 may have an L1 table of 2 GiB.
         self._l1_pages: Fifo[int, Slice] = Fifo(max(4, image.limits.l1_bytes // (L1_PAGE * 8)))
-        self._scan: Callable[[Slice, int, int, int], Iterator[Run]]
+        # A plain function: a bound method would be a cycle, and files would stay open until it is collected.
+        self._scan: Callable[[Mapping, Slice, int, int, int], Iterator[Run]]
         if self._version == 1:
-            self._scan = self._qcow1_runs
+            self._scan = Mapping._qcow1_runs
         else:
-            self._scan = self._extended_runs if header.extended_l2 else self._standard_runs
+            self._scan = Mapping._extended_runs if header.extended_l2 else Mapping._standard_runs
 
     # --- tables --------------------------------------------------------------------------------
 
@@ -202,7 +203,7 @@ class Mapping:
                 entries = self.slice(number)
             if entries:
                 stop = min(end, (number + 1) << self.slice_shift)
-                yield from self._scan(entries, number, offset, stop)
+                yield from self._scan(self, entries, number, offset, stop)
             else:
                 stop = min(end, self._next_table(offset, end))
                 yield Run(offset, stop - offset, Kind.HOLE)

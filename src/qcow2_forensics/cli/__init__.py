@@ -13,6 +13,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
 from ..errors import Qcow2Error, printable
@@ -47,6 +48,13 @@ Evidence is only ever read. "qcow2-forensics COMMAND --help" shows more examples
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviations: ``--passphrase SECRET`` must not pass for the option with a file name."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """Return the parser with the given subcommands; all of them by default."""
     parser = argparse.ArgumentParser(
@@ -56,7 +64,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qcow2-forensics {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for command in commands:
         importlib.import_module(f".{command}", __name__).add_parser(subparsers)
     return parser
