@@ -109,7 +109,8 @@ def sequential(read: Callable[[int, int], bytes], size: int, block: int, skew: i
 
 
 def random_reads(read: Callable[[int, int], bytes], size: int, block: int, count: int) -> Callable[[], None]:
-    offsets = [random.Random(5).randrange(size // block) * block for _ in range(count)]
+    chance = random.Random(5)
+    offsets = [chance.randrange(size // block) * block for _ in range(count)]
 
     def work() -> None:
         for at in offsets:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+from array import array
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -17,7 +18,7 @@ from .codecs import inflate, unzstd
 from .errors import FormatError, Locked, Qcow2Error, printable
 from .header_rules import DISK, SNAPSHOTS, snapshot_part
 from .image import Image
-from .mapping import Kind, Mapping, Run
+from .mapping import Kind, Mapping, Run, Slice
 from .source import Source, source_name
 from .stream import SourceStream
 from .structures import COMPRESSED, OFFSET_MASK, SECTOR, ZERO, Compression, Crypt, SnapshotEntry
@@ -206,21 +207,31 @@ class Disk:
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` guest bytes at ``offset``, fewer only at the end of the disk."""
-        inside = offset & self._inside_mask
-        if 0 < length <= self._cluster_size - inside and offset + length <= self.size:
-            # Fast path: within one plain cluster whose table is cached.
+        end = offset + length
+        if length > 0 and end <= self.size:
+            # Fast path: plain clusters that follow each other in the file, under one cached slice.
             entries = self._slices.get(offset >> self._slice_shift)
             if entries:
-                entry = entries[(offset >> self._cluster_bits) & self._slice_mask]
-                if entry and not entry & self._not_plain:
-                    host = entry & OFFSET_MASK
-                    if host:
+                index = (offset >> self._cluster_bits) & self._slice_mask
+                entry = entries[index]
+                host = entry & OFFSET_MASK
+                if host and not entry & self._not_plain:
+                    inside = offset & self._inside_mask
+                    more = (inside + length - 1) >> self._cluster_bits  # clusters after the first
+                    if not more or self._follow(entries, index, more):
                         data = self._host.read(host + inside, length)
                         if len(data) == length:
                             return data
         if offset < 0 or length < 0:
             raise ValueError(f"negative offset or length: {offset}, {length}")
         return self.read_mapped(offset, min(length, self.size - offset))
+
+    def _follow(self, entries: Slice, first: int, more: int) -> bool:
+        """Whether the entries after ``first`` continue it in the file, all of them in this slice."""
+        entry, size = entries[first], self._cluster_size
+        if entries[first + more : first + more + 1] != array("Q", [entry + more * size]):
+            return False  # the last one tells most often, also that it lies in another slice
+        return entries[first : first + more + 1] == array("Q", range(entry, entry + more * size + 1, size))
 
     def read_mapped(self, offset: int, length: int) -> bytes:
         """Like :meth:`read`, but not clipped to the disk: VM state lies past its end."""

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, BinaryIO
 
 from ..disk import Disk
@@ -86,18 +88,18 @@ def write_raw(disk: Disk, out: BinaryIO, progress: Progress, *, hashed: bool = T
     """Write ``disk`` to an empty file, leaving holes for zeros; return the SHA-256 in hex."""
     out.truncate(disk.size)  # first of all: a size no file can have fails before anything is read
     with _Hasher() if hashed else nullcontext() as hasher:
-        for extent in disk.extents():
-            if extent.kind in (Kind.ZERO, Kind.HOLE):
+        for offset, length, is_zero in _ranges(disk):
+            if is_zero:
                 if hasher is None:
-                    progress.advance(extent.length)
+                    progress.advance(length)
                     continue
-                for step in _steps(extent.length, len(_ZEROS)):
+                for step in _steps(length, len(_ZEROS)):
                     hasher.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
                     progress.advance(step)
                 continue
-            out.seek(extent.offset)
-            at = extent.offset
-            for step in _steps(extent.length, _CHUNK):
+            out.seek(offset)
+            at = offset
+            for step in _steps(length, _CHUNK):
                 data = disk.read(at, step)
                 if hasher is not None:
                     hasher.update(data)
@@ -105,6 +107,17 @@ def write_raw(disk: Disk, out: BinaryIO, progress: Progress, *, hashed: bool = T
                 at += step
                 progress.advance(step)
     return hasher.hexdigest() if hasher is not None else None
+
+
+def _ranges(disk: Disk) -> Iterator[tuple[int, int, bool]]:
+    """Yield (offset, length, whether it reads as zeros), neighbours of one sort joined."""
+    kinds = ((extent.kind in (Kind.ZERO, Kind.HOLE), extent) for extent in disk.extents())
+    for is_zero, group in groupby(kinds, key=itemgetter(0)):
+        start = end = -1
+        for _, extent in group:
+            start = extent.offset if start < 0 else start
+            end = extent.offset + extent.length
+        yield start, end - start, is_zero
 
 
 def _steps(length: int, most: int) -> Iterator[int]:
