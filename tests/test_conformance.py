@@ -138,7 +138,7 @@ def test_threads_may_share_a_positional_reader(subject: Subject) -> None:
             for _ in range(40):
                 offset = generator.randrange(subject.reader.size - 4096)
                 assert subject.reader.read(offset, 4096) == subject.wanted[offset : offset + 4096]
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - shown by the test itself
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
