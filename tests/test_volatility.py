@@ -8,6 +8,7 @@ import random
 import re
 import struct
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -582,3 +583,26 @@ def test_an_index_on_disk_is_used_and_a_damaged_one_is_not(tmp_path: Path, monke
 
 def test_the_stackers_come_before_volatilitys_own() -> None:
     assert (stackers.Qcow2Stacker.stack_order, stackers.QemuRamStacker.stack_order) == (5, 9)
+
+
+@qemu.requires_qemu
+def test_the_memory_of_a_deleted_snapshot_is_analysed_when_its_tables_survive(tmp_path: Path) -> None:
+    from qcow2_forensics.cli import demo
+
+    demo.write_files(tmp_path)
+    image = tmp_path / "demo.qcow2"
+    options = {"driver": "qcow2", "file.filename": str(image), "pass-discard-snapshot": "off"}
+    qemu.img(
+        "snapshot", "--image-opts", "-d", "intrusion", ",".join(f"{key}={value}" for key, value in options.items())
+    )
+    command = [sys.executable, "-c", "from volatility3.cli import main; main()", "-q", "--cache-path", str(tmp_path)]
+    command += [
+        "--qcow2-snapshot",
+        "deleted:intrusion",
+        "-p",
+        str(Path(__file__).parents[1] / "plugins" / "volatility"),
+    ]
+    done = subprocess.run(
+        [*command, "-f", str(image), "banners.Banners"], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "0x10ff0\tLinux version 0.0.0" in done.stdout, done.stderr

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 
 class Choice(NamedTuple):
-    """A snapshot's memory, or a disk: of a snapshot, or the active one when ``snapshot`` is None."""
+    """A snapshot's memory, or a disk: of a snapshot, or the active one when ``snapshot`` is None.
+
+    ``name`` finds the snapshot again, also one that was deleted or that shares its ID.
+    """
 
     memory: bool
     snapshot: SnapshotEntry | None
+    name: str = ""
 
 
 def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
@@ -40,7 +44,7 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
                 f"{title} holds {len(held)} snapshots with memory: {'; '.join(map(describe, held))}. "
                 f"The latest is used, {describe(latest)}. Choose with --qcow2-snapshot ID before the plugin's name"
             )
-        return Choice(True, latest)
+        return Choice(True, latest, lasting_name(image, latest, latest.id))
     try:
         entry = find_snapshot(image, wanted)
     except SnapshotNotFound:
@@ -48,10 +52,24 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
             return Choice(False, None)
         if not wanted.startswith(DISK + ":"):
             raise
-        return Choice(False, find_snapshot(image, wanted.removeprefix(DISK + ":")))
+        wanted = wanted.removeprefix(DISK + ":")
+        entry = find_snapshot(image, wanted)
+        return Choice(False, entry, "" if entry is None else lasting_name(image, entry, wanted))
     if entry is None or not entry.vm_state_size:
         raise SnapshotNotFound(f"{wanted} with memory", memory_choices(image))
-    return Choice(True, entry)
+    return Choice(True, entry, lasting_name(image, entry, wanted))
+
+
+def lasting_name(image: Image, entry: SnapshotEntry, wanted: str) -> str:
+    """Return what names this very snapshot in a saved configuration.
+
+    That is its ID, its place in the table where several share the ID, and for a deleted one, which
+    is in no table, the words it was asked for with.
+    """
+    if entry.index < 0:
+        return wanted
+    ids = [other.id for other in image.snapshots]
+    return entry.id if ids.count(entry.id) == 1 else f"index:{entry.index}"
 
 
 def tell_problems(image: Image, title: str) -> None:

@@ -84,7 +84,9 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             raise Qcow2Error(f"{printable(source.name)}: no snapshot with memory")
         state = open_vm_state(source, choice.snapshot, passphrase(self.context))
         state.read(0, 4)
-        return Stream(state, choice.snapshot, key and f"{key}_{choice.snapshot.index}", local)
+        return Stream(
+            state, choice.snapshot, key and f"{key}_{choice.snapshot.index}_{choice.snapshot.l1_table_offset}", local
+        )
 
     def guarded(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """Yield rows; what goes wrong with the evidence becomes a warning, and the end of them."""

@@ -101,7 +101,7 @@ def _new(
 
 
 def _layer(context: interfaces.context.ContextInterface, layer_name: str, choice: Choice) -> ViewLayer:
-    settings = {} if choice.snapshot is None else {"snapshot": choice.snapshot.id}
+    settings = {"snapshot": choice.name} if choice.name else {}
     return _new(context, layer_name, Qcow2VmStateLayer if choice.memory else Qcow2DiskLayer, **settings)
 
 
