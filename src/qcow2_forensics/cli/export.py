@@ -140,7 +140,9 @@ class _Hasher:
         self._waiting.append(self._thread.submit(self._digest.update, data))
 
     def hexdigest(self) -> str:
-        """Return the digest of everything; only after the ``with`` block."""
+        """Return the digest of everything; only after the ``with`` block. Raises what hashing a piece raised."""
+        while self._waiting:
+            self._waiting.popleft().result()
         return self._digest.hexdigest()
 
     def __enter__(self) -> _Hasher:
