@@ -443,6 +443,8 @@ def _run_end(entries: Slice, index: int, stop: int, step: int) -> int:
         expected += step
         index += 1
     width = 16  # grows, so that short runs cost little and long ones are found at the speed of C
+    if index < stop and entries[stop - 1] == expected + (stop - 1 - index) * step:
+        width = stop - index  # most likely all of them
     while index < stop:
         width = min(width, stop - index)
         if _is_steady(entries, index, width, step):
