@@ -36,6 +36,21 @@ def make_raw(path: Path, size: int, kind: str) -> None:
         out.truncate(size)
 
 
+def settle(path: Path) -> Path:
+    """Drop a file from the page cache and read it in again, as evidence that was copied here is.
+
+    How a file was written decides in what pieces the kernel keeps it, and so how fast it is read:
+    a raw file just written by one program and an image by another are not under the same conditions.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while file.read(MiB):
+            pass
+    return path
+
+
 class Images:
     """Makes each image once, with the real tools, on first use."""
 
@@ -47,12 +62,14 @@ class Images:
         path = self.folder / f"{kind}.raw"
         if not path.exists():
             make_raw(path, self.size, kind)
+            settle(path)
         return path
 
     def convert(self, name: str, *options: str, kind: str = "dense") -> Path:
         path = self.folder / f"{name}.qcow2"
         if not path.exists():
             qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, self.raw(kind), path)
+            settle(path)
         return path
 
     def fragmented(self) -> Path:
@@ -67,6 +84,7 @@ class Images:
             ) as io:
                 io.communicate("".join(f"write -q -s {self.raw()} {at} 64k\n" for at in order).encode() + b"quit\n")
             # qemu-io reads its pattern from the start of the file; the content does not matter here.
+            settle(path)
         return path
 
     def chain(self) -> Path:
@@ -80,6 +98,7 @@ class Images:
                 commands = [f"-cwrite -q -P {level} {at} 64k" for at in range(level * 65536, self.size, 3 * 65536)]
                 for first in range(0, len(commands), 1000):
                     qemu("qemu-io", "-f", "qcow2", *commands[first : first + 1000], layer)
+                settle(layer)
                 below = layer
         return top
 
@@ -97,7 +116,7 @@ class Images:
             ]
             if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode:
                 path.unlink(missing_ok=True)
-        return path
+        return settle(path)
 
 
 def sequential(read: Callable[[int, int], bytes], size: int, block: int, skew: int = 0) -> Callable[[], None]:
@@ -250,15 +269,24 @@ def _python(code: str) -> Callable[[], None]:
 
 
 def _exports(path: Path, folder: Path) -> dict[str, Callable[[], object]]:
+    converted, exported = folder / "converted.raw", folder / "exported.raw"
+
+    def convert() -> None:
+        converted.unlink(missing_ok=True)  # both write new files: replacing one makes ext4 write it out at once
+        convert_to_raw(path, folder)()
+
     def hashed() -> None:
-        qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, folder / "converted.raw")
-        with open(folder / "converted.raw", "rb") as stream:
+        convert()
+        with converted.open("rb") as stream:
             hashlib.file_digest(stream, "sha256")
 
-    export = [sys.executable, "-m", "qcow2_forensics", "export", str(path), str(folder / "exported.raw"), "--force"]
+    def export(*options: str) -> None:
+        exported.unlink(missing_ok=True)
+        qemu(sys.executable, "-m", "qcow2_forensics", "export", path, exported, *options)
+
     return {
-        "qemu-img convert": convert_to_raw(path, folder),
+        "qemu-img convert": convert,
         "qemu-img convert, then SHA-256": hashed,
-        "qcow2-forensics export": lambda: qemu(*export),
-        "qcow2-forensics export --no-hash": lambda: qemu(*export, "--no-hash"),
+        "qcow2-forensics export": export,
+        "qcow2-forensics export --no-hash": lambda: export("--no-hash"),
     }

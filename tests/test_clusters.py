@@ -66,6 +66,31 @@ def test_the_pool_marks_its_threads() -> None:
     assert clusters._in_worker() is False
 
 
+@pytest.mark.parametrize("stored", [set(), {3}, {0, 3}], ids=["all compressed", "ends stored", "starts and ends so"])
+def test_what_a_sequential_reader_needs_next_is_decoded_ahead(
+    stored: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clusters, "_WORKERS", 2)
+    content = letters(1 << 19)
+    builder = Builder(cluster_bits=12, size=len(content))
+    for at in range(0, len(content), CLUSTER):  # of every four clusters some are stored as they are
+        data = content[at : at + CLUSTER]
+        if at // CLUSTER % 4 in stored:
+            builder.data(at, data)
+        else:
+            builder.packed(at, deflate(data))
+    ahead: list[int] = []
+    with q.open_disk(builder.write(tmp_path / "disk")) as disk:
+        submit = disk._clusters._submit
+        monkeypatch.setattr(
+            disk._clusters, "_submit", lambda batch: (ahead.extend(guest for _, guest in batch), submit(batch))
+        )
+        assert disk.read(0, 4 * CLUSTER) == content[: 4 * CLUSTER]
+        assert not any(guest >= 4 * CLUSTER for guest in ahead)  # one read is no sequence
+        assert disk.read(4 * CLUSTER, 4 * CLUSTER) == content[4 * CLUSTER : 8 * CLUSTER]
+        assert max(ahead) >= 12 * CLUSTER
+
+
 def test_a_disk_can_be_read_while_the_interpreter_exits(tmp_path: Path) -> None:
     path = packed(tmp_path / "disk", letters(1 << 18))
     code = (

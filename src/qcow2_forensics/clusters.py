@@ -88,7 +88,7 @@ class Clusters:
         self.window = kept // 2  # runs that one call of prepare() may be given
         # Streams being decoded: first in, first out, so that what nobody fetches goes away.
         self._pending: Fifo[_Key, Future[_Batch]] = Fifo(kept)
-        self._next = -1  # the guest offset at which a sequential reader goes on
+        self._next = 2**64  # the guest offset at which a sequential reader goes on; nobody does yet
         self._horizon = 0  # up to where decoding ahead was started
         self._ahead = _AHEAD_MIN
 
@@ -109,7 +109,7 @@ class Clusters:
         if not wanted:
             return
         first, last = wanted[0].offset, wanted[-1].offset + wanted[-1].length
-        sequential = first == self._next or (first & ~(self._size - 1)) == self._next
+        sequential = 0 <= first - self._next <= _AHEAD_MAX  # stored clusters may lie between
         self._next = last
         if len(wanted) > 1:
             self._start(wanted)

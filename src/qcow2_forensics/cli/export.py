@@ -15,14 +15,14 @@ from typing import Any, BinaryIO
 
 from ..disk import Disk
 from ..errors import printable
-from ..limits import MiB
+from ..limits import KiB, MiB
 from ..mapping import Kind
 from .opening import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, atomic_writer, human_size
 
-_CHUNK = 2 * MiB
+_CHUNK = 512 * KiB  # read, hashed and written at once: what fits in the processor's cache
 _ZEROS = bytes(MiB)
-_PIECES_BEHIND = 4  # what the hash may lag behind the reader
+_PIECES_BEHIND = 8  # what the hash may lag behind the reader
 
 _EPILOG = """examples:
   qcow2-forensics export disk.qcow2 disk.raw
