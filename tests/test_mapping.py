@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics.mapping import Kind, _run_end
+from qcow2_forensics.mapping import Kind
+from qcow2_forensics.sequences import sequence_end
 from tests.image_builder import COPIED, Builder
 
 CLUSTER = 65536
@@ -40,7 +41,7 @@ def test_the_end_of_a_run_is_the_first_entry_that_does_not_continue_it(
             entries[at] = value
     stop = min(stop, length)
     wanted = next((at for at in range(1, stop) if entries[at] != entries[at - 1] + step), stop)
-    assert _run_end(entries, 1, stop, step) == wanted
+    assert sequence_end(entries, 1, stop, step) == wanted
 
 
 @given(

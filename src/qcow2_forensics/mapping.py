@@ -13,7 +13,6 @@ Tables are read in slices on first use and kept, within a budget, as arrays of i
 from __future__ import annotations
 
 import enum
-import sys
 from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias
@@ -22,6 +21,7 @@ from .cache import Fifo
 from .errors import FormatError
 from .image import Image
 from .limits import KiB
+from .sequences import sequence_end
 from .structures import (
     COMPRESSED,
     COPIED,
@@ -291,7 +291,7 @@ class Mapping:
             return None
         start = offset & -size
         stop = min(len(entries), index + 1 + ((offset + wanted - 1 - start) >> bits))
-        end = start + ((_run_end(entries, index + 1, stop, size) - index) << bits)
+        end = start + ((sequence_end(entries, index + 1, stop, size) - index) << bits)
         return start, end, host - start
 
     # One generator per entry format. Each yields the runs of one slice between two guest offsets;
@@ -312,7 +312,7 @@ class Mapping:
             last = ((stop - 1) >> bits) & mask
             # The usual case: entries that continue the first one, as a cluster or as nothing.
             step = size if entry & OFFSET_MASK or (self._data_file and entry & COPIED) else 0
-            index = _run_end(entries, index + 1, last + 1, step)
+            index = sequence_end(entries, index + 1, last + 1, step)
             run_end = min(stop, (number << self.slice_shift) + (index << bits))
             host = entry & OFFSET_MASK
             if entry & special or self._data_file:
@@ -428,51 +428,6 @@ class Mapping:
     def _bad_entry(self, offset: int, what: str) -> FormatError:
         at = self.entry_offset(offset)
         return FormatError(f"the L2 entry of guest offset {offset:#x} {what}", offset=at, field="l2_entry")
-
-
-def _run_end(entries: Slice, index: int, stop: int, step: int) -> int:
-    """Return the first index from ``index`` on whose entry is not ``step`` above the one before it, at most ``stop``.
-
-    ``step`` is small enough for a run not to leave 64 bits.
-    """
-    expected = entries[index - 1] + step
-    near = min(stop, index + 4)
-    while index < near:
-        if entries[index] != expected:
-            return index
-        expected += step
-        index += 1
-    width = 16  # grows, so that short runs cost little and long ones are found at the speed of C
-    if index < stop and entries[stop - 1] == expected + (stop - 1 - index) * step:
-        width = stop - index  # most likely all of them
-    while index < stop:
-        width = min(width, stop - index)
-        if _is_steady(entries, index, width, step):
-            index += width
-            width *= 4
-        elif width == 1:
-            break
-        else:
-            width = -(-width // 4)
-    return index
-
-
-def _is_steady(entries: Slice, index: int, width: int, step: int) -> bool:
-    """Whether each of ``width`` entries is ``step`` above the one before it."""
-    if not step:
-        return entries[index : index + width] == array("Q", [entries[index - 1]]) * width
-    # As one long number each: subtracting all entries at once is ten times faster than counting up.
-    # The first entry is the lowest digit, so the first that differs shows, whatever follows it.
-    return _number(entries[index : index + width]) - _number(entries[index - 1 : index + width - 1]) == step * (
-        _ONES >> 64 * (_SLICE_BYTES // 8 - width)
-    )
-
-
-def _number(entries: Slice) -> int:
-    return int.from_bytes(entries if sys.byteorder == "little" else entries[::-1], sys.byteorder)
-
-
-_ONES = _number(array("Q", [1]) * (_SLICE_BYTES // 8))
 
 
 def _continues(first: Run, second: Run) -> bool:
