@@ -15,15 +15,19 @@ This folder goes on Volatility's plugin path, where its name is ``volatility3.pl
     info, snapshots, audit, registers, vmstatedump: the plugins
 
 Volatility imports every file below this folder at every start, and only an ImportError is
-forgiven there. So this file imports the others first and turns anything into that, and neither
-the core nor numpy is imported before an image needs them.
+forgiven there. So this file imports those that Volatility has to see, whatever they raise becomes
+that, and the rest stands ready to be executed at first use: a user of another plugin pays for no more.
+Neither the core nor numpy is imported before an image needs them.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
+import sys
+
+_SEEN = ("audit", "info", "options", "registers", "snapshots", "stackers", "vmstatedump")
+_LATER = ("backing", "choice", "common", "content", "elision", "index_cache", "layers", "ram")
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +37,22 @@ if importlib.util.find_spec("qcow2_forensics") is None:
         _log.warning("The QCOW2 plugins need the qcow2_forensics package: pip install qcow2-forensics")
     raise ImportError("qcow2_forensics is not installed")
 
+
+def _import_later(name: str) -> None:
+    """Put a module in its place that is executed when something of it is wanted."""
+    spec = importlib.util.spec_from_file_location(f"{__name__}.{name}", f"{__path__[0]}/{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} cannot be imported")
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = globals()[name] = module
+    spec.loader.exec_module(module)
+
+
 try:
-    for _name in ("audit", "info", "layers", "options", "ram", "registers", "snapshots", "stackers", "vmstatedump"):
+    for _name in _LATER:
+        _import_later(_name)
+    for _name in _SEEN:
         importlib.import_module(f".{_name}", __name__)
 except ImportError:
     raise

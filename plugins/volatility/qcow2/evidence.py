@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import constants, exceptions, interfaces, renderers
 from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
-from .choice import choose
-from .common import LayerSource, add_file_layer, warn
-from .index_cache import identify, index_memory
+from . import choice, common, index_cache
 from .options import passphrase, snapshot_option
 
 if TYPE_CHECKING:
@@ -22,17 +20,18 @@ Row = tuple[int, tuple[Any, ...]]
 ABSENT = renderers.NotAvailableValue
 
 
-class Stream(NamedTuple):
+class Stream:
     """A memory stream and where it was found; ``snapshot`` is None outside of QCOW2 images."""
 
-    source: Source
-    snapshot: SnapshotEntry | None
-    key: str | None
-    local: bool
+    def __init__(self, source: Source, snapshot: SnapshotEntry | None, key: str | None, local: bool) -> None:
+        self.source = source
+        self.snapshot = snapshot
+        self._key = key
+        self._local = local
 
     def memory(self) -> GuestMemory:
         """Return the stream as guest memory, indexed."""
-        return index_memory(self.source, self.key, on_disk=self.local)
+        return index_cache.index_memory(self.source, self._key, on_disk=self._local)
 
 
 class EvidencePlugin(interfaces.plugins.PluginInterface):
@@ -50,7 +49,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             )
         ]
 
-    def source(self) -> LayerSource:
+    def source(self) -> common.LayerSource:
         """Return the file that was named; raises :class:`Qcow2Error` and OSError."""
         from qcow2_forensics import Qcow2Error
 
@@ -59,7 +58,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         )
         if not location:
             raise Qcow2Error("no file is given: use -f")
-        return LayerSource(add_file_layer(self.context, self.config_path, "Qcow2Evidence", str(location)))
+        return common.LayerSource(common.add_file_layer(self.context, self.config_path, "Qcow2Evidence", str(location)))
 
     def image(self) -> Image:
         """Return the QCOW2 image that was named."""
@@ -74,19 +73,18 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         from qcow2_forensics.guest_memory import find_stream
 
         source = self.source()
-        key, local = identify(source.layer)
+        key, local = index_cache.identify(source.layer)
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
             return Stream(stream, None, key, local)
         image = open_image(source)
-        choice = choose(image, snapshot_option(self.context), printable(source.name))
-        if choice is None or not choice.memory or choice.snapshot is None:
+        chosen = choice.choose(image, snapshot_option(self.context), printable(source.name))
+        if chosen is None or not chosen.memory or chosen.snapshot is None:
             raise Qcow2Error(f"{printable(source.name)}: no snapshot with memory")
-        state = open_vm_state(source, choice.snapshot, passphrase(self.context))
+        state = open_vm_state(source, chosen.snapshot, passphrase(self.context))
         state.read(0, 4)
-        return Stream(
-            state, choice.snapshot, key and f"{key}_{choice.snapshot.index}_{choice.snapshot.l1_table_offset}", local
-        )
+        entry = chosen.snapshot
+        return Stream(state, entry, key and f"{key}_{entry.index}_{entry.l1_table_offset}", local)
 
     def guarded(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """Yield rows; what goes wrong with the evidence becomes a warning, and the end of them."""
@@ -96,9 +94,9 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         try:
             yield from rows()
         except Qcow2Error as error:
-            warn(str(error))
+            common.warn(str(error))
         except (OSError, ImportError, exceptions.VolatilityException) as error:
-            warn(printable(str(error)))
+            common.warn(printable(str(error)))
 
 
 def hexadecimal(value: int | None) -> Any:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from volatility3.framework import renderers
 from volatility3.framework.renderers import format_hints
 
-from .choice import describe
-from .common import warn
+from . import choice, common
 from .evidence import EvidencePlugin, Row, Stream, hexadecimal
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Info(EvidencePlugin):
             stream = self.stream()
             facts.append(_memory_facts(stream, stream.memory()))
         except (Qcow2Error, ImportError) as error:
-            warn(f"no memory is shown: {error}")
+            common.warn(f"no memory is shown: {error}")
         for part in facts:
             for subject, item, value, address, size in part:
                 yield 0, (subject, printable(item), value, hexadecimal(address), hexadecimal(size))
@@ -82,7 +81,7 @@ def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
 
     layout = memory.layout
     if stream.snapshot is not None:
-        yield "memory", "snapshot", describe(stream.snapshot), None, None
+        yield "memory", "snapshot", choice.describe(stream.snapshot), None, None
     yield "memory", "stream", "complete" if memory.complete else "cut off", None, stream.source.size
     yield "memory", "machine", printable(memory.machine) or "not recorded", None, None
     yield "memory", "architecture", memory.architecture or "unknown", None, None

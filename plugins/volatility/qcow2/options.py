@@ -12,7 +12,7 @@ from typing import Any
 from volatility3.framework import constants, interfaces
 from volatility3.framework.configuration import requirements
 
-from .common import local_path, warn
+from . import common
 
 SNAPSHOT_VARIABLE = "QCOW2_SNAPSHOT"
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable
@@ -69,7 +69,9 @@ class Qcow2Options(interfaces.automagic.AutomagicInterface):
         for key in tuple(context.config):
             if key.endswith(".class") and str(context.config[key]).endswith(".Qcow2VmStateLayer"):
                 pinned = context.config.get(key.removesuffix("class") + "snapshot")
-                warn(f"the saved configuration names snapshot {pinned!r}: --qcow2-snapshot {wanted!r} is not used")
+                common.warn(
+                    f"the saved configuration names snapshot {pinned!r}: --qcow2-snapshot {wanted!r} is not used"
+                )
                 return
 
 
@@ -93,11 +95,11 @@ def passphrase(context: interfaces.context.ContextInterface) -> bytes | None:
     """Return the passphrase, from the key file or the environment; it is never kept in a configuration."""
     named = _option(context, "qcow2_key_file") or os.environ.get(KEY_FILE_VARIABLE)
     if named:
-        path = local_path(str(named)) if str(named).startswith("file:") else str(named)
+        path = common.local_path(str(named)) if str(named).startswith("file:") else str(named)
         try:
             return Path(path or "").read_bytes().removesuffix(b"\n").removesuffix(b"\r")
         except OSError as error:
-            warn(f"the key file {named!r} cannot be read: {error.strerror}")
+            common.warn(f"the key file {named!r} cannot be read: {error.strerror}")
     given = os.environ.get(PASSPHRASE_VARIABLE)
     return os.fsencode(given) if given is not None else None
 

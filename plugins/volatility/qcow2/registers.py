@@ -9,7 +9,7 @@ from volatility3.framework import interfaces, renderers
 from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
-from .common import warn
+from . import common
 from .evidence import EvidencePlugin, Row
 
 
@@ -36,7 +36,7 @@ class Registers(EvidencePlugin):
 
         memory = self.stream().memory()
         if not memory.cpus:
-            warn("the memory stream tells nothing about its processors")
+            common.warn("the memory stream tells nothing about its processors")
         wanted = {name.lower() for name in self.config.get("register", None) or ()}
         for cpu in memory.cpus:
             for name, value in cpu.registers.items():

@@ -10,8 +10,7 @@ from volatility3.framework import renderers
 from volatility3.framework.renderers import format_hints
 from volatility3.plugins import timeliner
 
-from .choice import choose, describe, snapshot_date
-from .common import warn
+from . import choice, common
 from .evidence import ABSENT, EvidencePlugin, Row, hexadecimal
 from .options import snapshot_option
 
@@ -30,20 +29,20 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
         image = self.image()
         chosen = None
         try:
-            choice = choose(image, snapshot_option(self.context), printable(image.name))
-            chosen = choice.snapshot if choice is not None else None
+            made = choice.choose(image, snapshot_option(self.context), printable(image.name))
+            chosen = made.snapshot if made is not None else None
         except Qcow2Error as error:
-            warn(str(error))
+            common.warn(str(error))
         for problem in image.problems:
             if problem.blocks & {"disk", "snapshots"}:
-                warn(f"{printable(image.name)}: {problem.error()}")
+                common.warn(f"{printable(image.name)}: {problem.error()}")
         for entry in image.snapshots:
             yield (
                 0,
                 (
                     printable(entry.id),
                     printable(entry.name),
-                    snapshot_date(entry) or renderers.UnparsableValue(),
+                    choice.snapshot_date(entry) or renderers.UnparsableValue(),
                     str(dt.timedelta(microseconds=entry.vm_clock_nsec // 1000)),
                     entry.vm_state_size,
                     ABSENT() if entry.disk_size is None else entry.disk_size,
@@ -56,10 +55,10 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
     def generate_timeline(self) -> Iterator[tuple[str, timeliner.TimeLinerType, dt.datetime]]:
         """Yield when each snapshot was taken, by the clock of the host."""
         for entry in self.image().snapshots:
-            date = snapshot_date(entry)
+            date = choice.snapshot_date(entry)
             if date is not None:
                 memory = "with memory" if entry.vm_state_size else "without memory"
-                words = f"QCOW2 snapshot {describe(entry)} {memory} taken (host clock)"
+                words = f"QCOW2 snapshot {choice.describe(entry)} {memory} taken (host clock)"
                 yield words, timeliner.TimeLinerType.CREATED, date
 
     def run(self) -> Any:

@@ -6,12 +6,8 @@ from typing import TYPE_CHECKING
 
 from volatility3.framework import constants, exceptions, interfaces
 
-from .choice import Choice, choose
-from .common import LayerSource, ViewLayer, warn
-from .content import ordinary_disk
-from .layers import Qcow2DiskLayer, Qcow2VmStateLayer
+from . import choice, common, content, layers, ram
 from .options import snapshot_option
-from .ram import QemuRamLayer
 
 if TYPE_CHECKING:
     from qcow2_forensics import Image
@@ -38,16 +34,16 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         from qcow2_forensics import Qcow2Error, open_image
         from qcow2_forensics.errors import printable
 
-        source = LayerSource(context.layers[layer_name])
+        source = common.LayerSource(context.layers[layer_name])
         title = printable(source.name)
         try:
             image = open_image(source)
-            choice = choose(image, snapshot_option(context), title)
-            if choice is None:
+            chosen = choice.choose(image, snapshot_option(context), title)
+            if chosen is None:
                 return _disk(context, layer_name, title, image)
-            return _layer(context, layer_name, choice)
+            return _layer(context, layer_name, chosen)
         except Qcow2Error as error:
-            warn(f"{title}: {error}")
+            common.warn(f"{title}: {error}")
         except exceptions.LayerException:
             pass  # the layer has said why
         return None
@@ -71,7 +67,7 @@ class QemuRamStacker(interfaces.automagic.StackerLayerInterface):
         if progress_callback is not None:
             progress_callback(0, "Indexing QEMU memory")
         try:
-            return _new(context, layer_name, QemuRamLayer)
+            return _new(context, layer_name, ram.QemuRamLayer)
         except exceptions.LayerException:
             return None  # the layer has said why
 
@@ -88,9 +84,9 @@ def _starts_with(context: interfaces.context.ContextInterface, layer_name: str, 
 def _new(
     context: interfaces.context.ContextInterface,
     layer_name: str,
-    kind: type[ViewLayer],
+    kind: type[common.ViewLayer],
     **settings: str | bool,
-) -> ViewLayer:
+) -> common.ViewLayer:
     join = interfaces.configuration.path_join
     name = context.layers.free_layer_name(kind.__name__)
     path = join("automagic", "LayerStacker", "stack", name)
@@ -100,15 +96,17 @@ def _new(
     return kind(context, path, name)
 
 
-def _layer(context: interfaces.context.ContextInterface, layer_name: str, choice: Choice) -> ViewLayer:
-    settings = {"snapshot": choice.name} if choice.name else {}
-    return _new(context, layer_name, Qcow2VmStateLayer if choice.memory else Qcow2DiskLayer, **settings)
+def _layer(context: interfaces.context.ContextInterface, layer_name: str, chosen: choice.Choice) -> common.ViewLayer:
+    settings = {"snapshot": chosen.name} if chosen.name else {}
+    return _new(context, layer_name, layers.Qcow2VmStateLayer if chosen.memory else layers.Qcow2DiskLayer, **settings)
 
 
-def _disk(context: interfaces.context.ContextInterface, layer_name: str, title: str, image: Image) -> ViewLayer | None:
+def _disk(
+    context: interfaces.context.ContextInterface, layer_name: str, title: str, image: Image
+) -> common.ViewLayer | None:
     """Return the disk's layer when it may be a memory dump; else one that costs no scan."""
-    layer = _new(context, layer_name, Qcow2DiskLayer)
-    what = ordinary_disk(layer.view)
+    layer = _new(context, layer_name, layers.Qcow2DiskLayer)
+    what = content.ordinary_disk(layer.view)
     if what is None:
         return layer
     if image.snapshots:
@@ -118,8 +116,8 @@ def _disk(context: interfaces.context.ContextInterface, layer_name: str, title: 
         )
     else:
         memory = "it has no snapshot with memory"
-    warn(
+    common.warn(
         f"{title} is an ordinary disk that starts with {what}; {memory}. Nothing is scanned. For its files use "
         "log2timeline, The Sleuth Kit or 'qcow2-forensics'; to scan it all the same give --qcow2-snapshot disk"
     )
-    return _new(context, layer_name, Qcow2DiskLayer, ordinary=True)
+    return _new(context, layer_name, layers.Qcow2DiskLayer, ordinary=True)
