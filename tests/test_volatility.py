@@ -22,9 +22,10 @@ pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
 from volatility3.framework import constants, contexts, exceptions
 from volatility3.framework.layers import scanners
 
-from qcow2_forensics import open_disk, open_vm_state
+from qcow2_forensics import open_disk, open_image, open_vm_state
 from qcow2_forensics.source import BytesSource
 from tests import machines, qemu, stream_builder
+from tests.image_builder import Poke
 from tests.machines import MiB
 from tests.volatility_tools import (
     LENGTH,
@@ -479,9 +480,46 @@ def test_a_stream_that_makes_no_sense_is_one_warning(
 # --- encryption ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", params=["luks", "aes"])
+def sealed(request: pytest.FixtureRequest, stream: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encrypted image with the machine's memory in a snapshot, put there by qemu-io.
+
+    A machine cannot do it: QEMU 7.2 aborts in ``savevm`` and ``snapshot-save`` because it writes VM
+    state in pieces that are no whole sectors. The bytes, their place and their encryption are QEMU's;
+    the size of the VM state, which qemu-img sets to 0, is written here.
+    """
+    folder = tmp_path_factory.mktemp("sealed")
+    length = -(-len(stream) // 512) * 512
+    (folder / "stream").write_bytes(stream.ljust(length, b"\0"))
+    secret = "open sesame"
+    image = qemu.create(folder / "sealed.qcow2", "8M", secret=secret, encrypt={"format": request.param})
+    qemu.io(image, f"write -b -s {folder / 'stream'} 0 {length}", secret=secret)
+    qemu.snapshot(image, "memory", secret=secret)
+    with open_image(image) as opened:
+        entry = opened.snapshots[0]
+    Poke(image).u32(entry.offset + 32, len(stream)).u64(entry.offset + 40, len(stream))
+    return image
+
+
+def test_encrypted_vm_state_is_the_memory_qemu_dumped(
+    saved: Saved, sealed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings_of(caplog) as messages:
+        assert type(stack(sealed)).__name__ == "FileLayer"
+    assert len(messages) == 1
+    assert "encrypted" in messages[0]
+    pytest.importorskip("cryptography", reason="cryptography is absent")
+    monkeypatch.setenv("QCOW2_PASSPHRASE", "open sesame")
+    layer = stack(sealed)
+    assert layer.context.layers["Qcow2VmStateLayer"].config["snapshot"] == "1"
+    assert without_vga(all_bytes(layer)) == without_vga(saved.dumps["second"])
+    assert found(layer, SCANNERS["bytes"]()) == found(raw_layer(saved.dumps["second"]), SCANNERS["bytes"]())
+    assert b"QEVM" not in sealed.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LUKS image whose disk is a memory stream: QEMU 7.2 aborts when it saves VM state into one."""
+    """A LUKS image whose disk is a memory stream."""
     qemu.need()
     folder = tmp_path_factory.mktemp("luks")
     stream = sparse_stream(2 * MiB, {300: b"m" * 4096})
