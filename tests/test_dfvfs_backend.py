@@ -26,8 +26,11 @@ from dfvfs.resolver import context, resolver
 from dfvfs.serializer import json_serializer
 
 import dfvfs_qcow2
-from dfvfs_qcow2 import opening
+import qcow2_forensics
+from dfvfs_qcow2 import inspection, opening
+from qcow2_forensics.residue import collect
 from tests import plaso_tools, qemu
+from tests.image_builder import Poke
 
 NewPathSpec = factory.Factory.NewPathSpec
 STOCK_ENVIRONMENT = plaso_tools.environment(active=False)
@@ -269,6 +272,110 @@ def test_the_scanner_finds_file_systems_in_the_snapshots_asked_for(snapshots_ima
     for text in ("3", "1,4", "third", "2..1", "1,,2", "id:9"):
         with pytest.raises(dfvfs_errors.ScannerError):
             scan(snapshots_image, qcow_snapshots=text)
+
+
+# --- deleted snapshots ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image_with_deleted_snapshots(disk: Path, tmp_path: Path) -> tuple[Path, bytes]:
+    """The disk in the snapshot ``alpha``, deleted, and another one taken and deleted after it was wiped."""
+    path = plaso_tools.VARIANTS["plain qcow2"](tmp_path, disk).path
+    qemu.snapshot(path, "alpha")
+    before = qemu.raw_bytes(path, snapshot="alpha")
+    qemu.io(path, "write -P 0x66 0 32M")
+    qemu.snapshot(path, "live")
+    qemu.snapshot(path, "alpha", action="-d", opts={"pass-discard-snapshot": "off", "discard": "ignore"})
+    return path, before
+
+
+def test_a_deleted_snapshot_has_a_path_spec_that_survives_serialisation(
+    image_with_deleted_snapshots: tuple[Path, bytes],
+) -> None:
+    path, before = image_with_deleted_snapshots
+    (found,) = dfvfs_qcow2.deleted_snapshots(qcow(path))
+    path_spec = inspection.snapshot_path_spec(qcow(path), found.entry)
+    assert path_spec.encoding_method == f"qcow2-snapshot:deleted:{found.entry.offset:#x}:alpha"
+    again = json_serializer.JsonPathSpecSerializer.ReadSerialized(
+        json_serializer.JsonPathSpecSerializer.WriteSerialized(path_spec)
+    )
+    assert open_file(again).read() == before
+    assert len(walk_file_system(again)) > 80
+    assert dfvfs_qcow2.snapshots(qcow(path))[0].name != "alpha"
+
+
+def test_opening_a_deleted_snapshot_does_not_read_all_free_space(
+    image_with_deleted_snapshots: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before = image_with_deleted_snapshots
+    (found,) = dfvfs_qcow2.deleted_snapshots(qcow(path))
+    monkeypatch.setattr(collect, "unclaimed", None)
+    assert open_file(inspection.snapshot_path_spec(qcow(path), found.entry)).read(65536) == before[:65536]
+
+
+@pytest.mark.parametrize("method", ["deleted:{:#x}:beta", "deleted:{:x}:alpha", "deleted:0x10000:alpha", "deleted::a"])
+def test_a_deleted_snapshot_that_is_not_at_its_place_is_an_error(
+    method: str, image_with_deleted_snapshots: tuple[Path, bytes]
+) -> None:
+    path, _ = image_with_deleted_snapshots
+    (found,) = dfvfs_qcow2.deleted_snapshots(qcow(path))
+    method = f"qcow2-snapshot:{method.format(found.entry.offset)}"
+    with pytest.raises((dfvfs_errors.BackEndError, dfvfs_errors.PathSpecError)):
+        open_file(NewPathSpec("ENCODED_STREAM", encoding_method=method, parent=qcow(path)))
+
+
+def test_a_live_snapshot_named_like_a_deleted_one_is_not_taken_for_it(
+    image_with_deleted_snapshots: tuple[Path, bytes],
+) -> None:
+    path, before = image_with_deleted_snapshots
+    (found,) = dfvfs_qcow2.deleted_snapshots(qcow(path))
+    (live,) = dfvfs_qcow2.snapshots(qcow(path))
+    name = found.selector.encode()
+    poke = Poke(path)
+    poke.write(live.offset + 14, len(name).to_bytes(2, "big"))
+    poke.write(live.offset + live.length - len(live.name_bytes), name)
+    assert dfvfs_qcow2.snapshots(qcow(path))[0].name == found.selector
+    with qcow2_forensics.open_disk(path, snapshot=found.entry) as opened:
+        assert opened.read(0, 4096) == before[:4096]
+    assert open_file(inspection.snapshot_path_spec(qcow(path), found.entry)).read(4096) == before[:4096]
+
+
+def test_the_scanner_takes_deleted_snapshots_only_when_they_are_asked_for(
+    image_with_deleted_snapshots: tuple[Path, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = image_with_deleted_snapshots
+    (found,) = dfvfs_qcow2.deleted_snapshots(qcow(path))
+    method = f"qcow2-snapshot:deleted:{found.entry.offset:#x}:alpha"
+    for text in (
+        "deleted",
+        "all,deleted",
+        "1,deleted",
+        "deleted:alpha",
+        "deleted:1",
+        found.selector,
+        "live, deleted:1",
+    ):
+        assert [item.parent.encoding_method for item in scan(path, qcow_snapshots=text)] == [method], text
+    assert scan(path, qcow_snapshots="all") == []  # the live one holds no file system
+    for text in ("alpha", "deleted:live", "deleted:2", "name:deleted"):
+        with pytest.raises(dfvfs_errors.ScannerError):
+            scan(path, qcow_snapshots=text)
+
+
+def test_what_is_left_of_a_deleted_snapshot_is_told(
+    image_with_deleted_snapshots: tuple[Path, bytes], base_image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = image_with_deleted_snapshots
+    with caplog.at_level("WARNING", logger="dfvfs_qcow2"):
+        scan(base_image, qcow_snapshots="deleted")
+        assert "No table entry of a deleted snapshot" in caplog.text
+        (found,) = dfvfs_qcow2.deleted_snapshots(qcow(path))
+        with path.open("r+b") as file:
+            file.seek(found.entry.l1_table_offset)
+            file.write(b"\xff" * 512)
+        assert scan(path, qcow_snapshots="deleted") == []
+    assert f"0% of the deleted snapshot at {found.entry.offset:#x} (alpha) can be read" in caplog.text
+    assert "Unable to scan deleted snapshot" in caplog.text
 
 
 def test_an_image_with_a_file_system_only_in_a_snapshot_is_a_storage_media_image(snapshots_image: Path) -> None:

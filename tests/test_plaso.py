@@ -5,6 +5,12 @@ The disk is made by mke2fs and its images by qemu-img; the raw disk says what th
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import re
+import sqlite3
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,6 +23,8 @@ from tests.conftest import EvidenceCase
 from tests.plaso_tools import Variant, log2timeline, run_tool
 
 pytestmark = pytest.mark.slow
+
+PLAN = "the plan, in seven steps\n" * 99  # only the deleted snapshot has it
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +119,91 @@ def test_a_hint_tells_of_snapshots_that_nobody_asked_for(image_with_snapshot: Pa
     assert "1 internal snapshot(s)" in run.output
     assert "--qcow_snapshots all" in run.output
     assert "1: quarter ../end (ID 1, " in run.output
+
+
+@pytest.fixture(scope="module")
+def image_with_deleted_snapshot(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another file system was on the disk when ``alpha`` was taken, which was deleted; ``beta`` is live."""
+    folder = tmp_path_factory.mktemp("deleted")
+    (folder / "tree/home/bob").mkdir(parents=True)
+    (folder / "tree/home/bob/plan.txt").write_text(PLAN)
+    former = folder / "former.raw"
+    former.write_bytes(b"")
+    os.truncate(former, plaso_tools.SIZE)
+    qemu.run("mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", str(folder / "tree"), str(former))
+    path = folder / "disk.qcow2"
+    qemu.convert(former, path, fmt="raw", target_format="qcow2")
+    qemu.snapshot(path, "alpha, 1st")
+    qemu.img("convert", "-n", "-f", "raw", "-O", "qcow2", disk, path)
+    qemu.snapshot(path, "beta")
+    qemu.snapshot(path, "alpha, 1st", action="-d", opts={"pass-discard-snapshot": "off", "discard": "ignore"})
+    return path
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_deleted_snapshots_are_in_the_timeline_when_asked_for(
+    start_method: str, image_with_deleted_snapshot: Path, tmp_path: Path
+) -> None:
+    quick = ("--parsers", "filestat", "--hashers", "sha256", "--qcow_snapshots")
+    image = Variant(image_with_deleted_snapshot)
+    run = log2timeline(image, tmp_path / "all", *quick, "all", start_method=start_method)
+    assert run.rc == 0, run.output
+    assert not any("plan.txt" in line or "DELETED" in line for line in run.lines)
+
+    run = log2timeline(image, tmp_path / "both", *quick, "all,deleted", start_method=start_method)
+    assert run.rc == 0, run.output
+    places = {line.split(",")[6].split(":", 1)[0] for line in run.lines if "/home/" in line}
+    assert {place.partition("[")[0].rstrip("x0123456789abcdef") for place in places} == {
+        "EXT",
+        "QCOW2-SNAPSHOT",
+        "QCOW2-DELETED-",
+    }
+    plan = [line for line in run.lines if "plan.txt" in line]
+    assert plan
+    assert all("QCOW2-DELETED-0x" in line and "[alpha  1st]:EXT:/home/bob/plan.txt" in line for line in plan)
+    # The hash of the content is in the storage file, under a path specification that any dfVFS understands.
+    assert hashlib.sha256(PLAN.encode()).hexdigest().encode() in b"".join(_stored(run.storage))
+    (taken,) = [line for line in run.lines if "former_entry: 0x" in line]
+    assert ",Snapshot Creation Time," in taken
+    worded = plaso_tools.psort(run.storage, tmp_path / "worded.csv", active=True)
+    assert sum("Deleted internal snapshot of a QCOW image" in line for line in worded) == 1
+
+
+def _stored(storage: Path) -> list[bytes]:
+    """Return the containers of a storage file, as JSON."""
+    with contextlib.closing(sqlite3.connect(storage)) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = [row for name in tables for row in database.execute(f"SELECT * FROM {name}")]  # noqa: S608 - plaso's own names
+    values = [value for row in rows for value in row if isinstance(value, (str, bytes))]
+    return [value.encode() if isinstance(value, str) else _inflated(value) for value in values]
+
+
+def _inflated(value: bytes) -> bytes:
+    try:
+        return zlib.decompress(value)
+    except zlib.error:
+        return value
+
+
+@pytest.mark.parametrize("wanted", ["deleted:alpha", "deleted:9", "deleted:0x10000"])
+def test_a_deleted_snapshot_that_is_not_there_is_one_sentence(
+    wanted: str, image_with_deleted_snapshot: Path, tmp_path: Path
+) -> None:
+    run = log2timeline(Variant(image_with_deleted_snapshot), tmp_path / "out", "--qcow_snapshots", wanted)
+    assert run.rc == 1
+    assert f"no snapshot '{wanted}'; the image holds: deleted:0x" in run.output
+    assert "(ID 1, alpha, 1st)" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_image_export_gives_back_files_of_a_deleted_snapshot(image_with_deleted_snapshot: Path, tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    options = ("-u", "--no_hashes", "--include_duplicates", "--names", "plan.txt", "--qcow_snapshots", "deleted:1")
+    done = run_tool("image_export", *options, "-w", target, image_with_deleted_snapshot, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    (file,) = (path for path in target.rglob("*") if path.is_file())
+    assert re.fullmatch(r"qcow2-deleted-0x[0-9a-f]+-alpha__1st/home/bob/plan.txt", str(file.relative_to(target)))
+    assert file.read_text() == PLAN
 
 
 def test_image_export_keeps_the_files_of_each_snapshot_apart(image_with_snapshot: Path, tmp_path: Path) -> None:

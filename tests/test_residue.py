@@ -79,6 +79,25 @@ def test_deleted_snapshot_is_named_by_id_name_or_entry_offset(tmp_path: Path) ->
         open_disk(path, snapshot="deleted:7")
 
 
+def test_an_entry_behind_the_live_snapshot_table_is_found_wherever_that_ends(tmp_path: Path) -> None:
+    """The live entry's name makes the table end between two multiples of eight bytes, as names do."""
+    for number, name in enumerate(("a", "abcd", "abcdefgh")):
+        path, _ = deleted_image(tmp_path, f"{number}.qcow2")
+        (item,) = deleted_snapshots(path)
+        former = Poke(path).read(item.entry.offset, item.entry.length)
+        qemu.snapshot(path, name)
+        with Image(path) as image:
+            live = image.snapshots[-1]
+        poke = Poke(path)
+        if poke.read(item.entry.offset, len(former)) == former:
+            poke.write(item.entry.offset, bytes(len(former)))
+        place = (live.offset + live.length + 7) // 8 * 8
+        poke.write(place, former)
+        assert [(item.entry.name, item.entry.offset) for item in deleted_snapshots(path)] == [("alpha", place)], name
+        with Image(path) as image:
+            assert residue(image).entry_at(place) == deleted_snapshots(path)[0].entry
+
+
 def test_reused_clusters_of_a_deleted_snapshot_are_refused_and_the_rest_reads(tmp_path: Path) -> None:
     path, before = deleted_image(tmp_path)
     active, former = l2_tables(path)

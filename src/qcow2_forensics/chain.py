@@ -108,15 +108,13 @@ def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
     if wanted is None or (isinstance(wanted, SnapshotEntry) and wanted.index >= 0):
         return wanted
     if isinstance(wanted, SnapshotEntry):  # of no table: what it no longer owns must be refused
-        wanted = f"deleted:{wanted.offset:#x}"
+        return _selector("deleted")(image, f"{wanted.offset:#x}")
     text = str(wanted)
     prefix, _, rest = text.partition(":")
     by_id = [entry for entry in image.snapshots if entry.id == text]
     found = by_id or [entry for entry in image.snapshots if entry.name == text]
-    if not found and prefix in _SELECTOR_MODULES:
-        importlib.import_module(f".{_SELECTOR_MODULES[prefix]}", __package__)
-    if not found and prefix in SNAPSHOT_SELECTORS:
-        return SNAPSHOT_SELECTORS[prefix](image, rest)
+    if not found and (prefix in _SELECTOR_MODULES or prefix in SNAPSHOT_SELECTORS):
+        return _selector(prefix)(image, rest)
     if not found and prefix == "index" and rest.isdecimal():
         found = [entry for entry in image.snapshots if entry.index == int(rest)]
     if len(found) == 1:
@@ -124,6 +122,12 @@ def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
     if not found:
         image.require("snapshots")  # perhaps it is in the part of the table that cannot be read
     raise SnapshotNotFound(text, snapshot_choices(image, found), ambiguous=bool(found))
+
+
+def _selector(prefix: str) -> Callable[[Image, str], SnapshotEntry]:
+    if prefix in _SELECTOR_MODULES:
+        importlib.import_module(f".{_SELECTOR_MODULES[prefix]}", __package__)
+    return SNAPSHOT_SELECTORS[prefix]
 
 
 def snapshot_choices(image: Image, entries: list[SnapshotEntry]) -> Iterator[str]:

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 from . import autoload
 
 if TYPE_CHECKING:
-    from .inspection import audit, findings, snapshot_path_specs, snapshots
+    from .inspection import audit, deleted_snapshots, findings, snapshot_path_specs, snapshots
 
-__all__ = ["audit", "findings", "is_active", "snapshot_path_specs", "snapshots"]
+__all__ = ["audit", "deleted_snapshots", "findings", "is_active", "snapshot_path_specs", "snapshots"]
 
-_LAZY = frozenset(("audit", "findings", "snapshot_path_specs", "snapshots"))
+_LAZY = frozenset(("audit", "deleted_snapshots", "findings", "snapshot_path_specs", "snapshots"))
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 from qcow2_forensics.image import Image
 from qcow2_forensics.structures import SnapshotEntry
 
-from .names import encoding_method
+from .names import SnapshotKey
 from .opening import only_os_errors, password_of
 from .references import PathSpecResolver
 from .sources import open_source
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qcow2_forensics.findings import Finding, Report
+    from qcow2_forensics.residue import DeletedSnapshot
 
 
 def qcow_path_specs(path_spec: Any) -> Iterator[Any]:
@@ -48,11 +49,22 @@ def snapshots(path_spec: Any, resolver_context: Any = None) -> tuple[SnapshotEnt
         return open_image(path_spec, resolver_context).snapshots
 
 
+def deleted_snapshots(path_spec: Any, resolver_context: Any = None) -> list[DeletedSnapshot]:
+    """Return the deleted snapshots whose entries survive, and how much of each; raises OSError.
+
+    Everything in the image that nothing points at is read for it.
+    """
+    from qcow2_forensics.residue import deleted_snapshots as find
+
+    with only_os_errors():
+        return find(open_image(path_spec, resolver_context), read_data=False)
+
+
 def snapshot_path_spec(path_spec: Any, entry: SnapshotEntry) -> Any:
-    """Return the path specification of a snapshot of the image."""
+    """Return the path specification of a snapshot of the image, also of a deleted one."""
     return factory.Factory.NewPathSpec(
         definitions.TYPE_INDICATOR_ENCODED_STREAM,
-        encoding_method=encoding_method(entry.index, entry.name_bytes),
+        encoding_method=SnapshotKey.of(entry).encoding_method,
         parent=_innermost(path_spec),
     )
 

@@ -3,10 +3,12 @@
 A snapshot of an image is the official dfVFS type ENCODED_STREAM over QCOW, with the encoding method
 
     qcow2-snapshot:<index>:<percent-encoded name>
+    qcow2-snapshot:deleted:0x<offset>:<percent-encoded name>
 
-``index`` counts from 0 in the order of the snapshot table and is the key; the name is there for
-people, and to notice that the table changed. The stock dfVFS and plaso read, print and store such
-a path specification, and refuse to open it: they never show the wrong state.
+``index`` counts from 0 in the order of the snapshot table and is the key; of a deleted snapshot it
+is the file offset of its former table entry. The name is there for people, and to notice that the
+image changed. The stock dfVFS and plaso read, print and store such a path specification, and
+refuse to open it: they never show the wrong state.
 
 People see positions that count from 1: ``--qcow_snapshots 2`` and ``QCOW2-SNAPSHOT2[...]`` are
 index 1.
@@ -14,13 +16,18 @@ index 1.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from qcow2_forensics.errors import printable
+from qcow2_forensics.structures import SnapshotEntry
 
 PREFIX = "qcow2-snapshot:"
+_DELETED = "deleted:"
+_METHOD = re.compile(r"(?:deleted:0x([0-9a-f]{1,16})|([0-9]{1,9})):(.*)", re.DOTALL)
 _ENCODED_STREAM = "ENCODED_STREAM"  # dfVFS's type indicator
 _SHOWN_NAME = 64  # characters of a name inside a display name
 _SHOWN_IN_FOLDER = 32  # and inside a folder's name
@@ -30,48 +37,69 @@ _SHOWN_IN_FOLDER = 32  # and inside a folder's name
 class SnapshotKey:
     """Which snapshot a path specification means."""
 
-    index: int  # from 0, in table order
+    place: int  # in the table, from 0; of a deleted one, the file offset of its former entry
     name: bytes
+    deleted: bool = False
+
+    @classmethod
+    def of(cls, entry: SnapshotEntry) -> SnapshotKey:
+        """Return the key of an entry; one that is in no table has the index -1."""
+        deleted = entry.index < 0
+        return cls(entry.offset if deleted else entry.index, entry.name_bytes, deleted)
 
     @property
-    def position(self) -> int:
-        """The number people see, from 1."""
-        return self.index + 1
+    def position(self) -> int | None:
+        """The number people see, from 1; None for a deleted snapshot."""
+        return None if self.deleted else self.place + 1
 
+    @property
+    def encoding_method(self) -> str:
+        """The encoding method that stands for the snapshot."""
+        place = f"{_DELETED}{self.place:#x}" if self.deleted else str(self.place)
+        return f"{PREFIX}{place}:{quote_from_bytes(self.name, safe='')}"
 
-def encoding_method(index: int, name: bytes) -> str:
-    """Return the encoding method that stands for a snapshot."""
-    return f"{PREFIX}{index}:{quote_from_bytes(name, safe='')}"
+    def __str__(self) -> str:
+        kind = f"deleted snapshot at {self.place:#x}" if self.deleted else f"snapshot {self.position}"
+        return f"{kind} ({printable(self.name, _SHOWN_NAME)})"
 
 
 def parse_encoding_method(method: str) -> SnapshotKey | None:
     """Return which snapshot an encoding method means; None when it is not one of ours."""
     if not method.startswith(PREFIX):
         return None
-    index, colon, name = method[len(PREFIX) :].partition(":")
-    if not colon or not index.isascii() or not index.isdigit() or len(index) > 9:
+    match = _METHOD.fullmatch(method[len(PREFIX) :])
+    if match is None:
         return None
+    offset, index, name = match.groups()
+    if offset is not None:
+        return SnapshotKey(int(offset, 16), unquote_to_bytes(name), deleted=True)
     return SnapshotKey(int(index), unquote_to_bytes(name))
 
 
-def snapshot_of(path_spec: Any) -> SnapshotKey | None:
-    """Return the innermost snapshot that a dfVFS path specification lies in, None for none."""
+def snapshots_around(path_spec: Any) -> Iterator[tuple[SnapshotKey, Any]]:
+    """Yield the snapshots that a dfVFS path specification lies in, innermost first, each with that of its image."""
     while path_spec is not None:
         if path_spec.type_indicator == _ENCODED_STREAM:
             key = parse_encoding_method(path_spec.encoding_method)
             if key is not None:
-                return key
+                yield key, path_spec.parent
         path_spec = path_spec.parent
-    return None
+
+
+def snapshot_of(path_spec: Any) -> SnapshotKey | None:
+    """Return the innermost snapshot that a dfVFS path specification lies in, None for none."""
+    return next((key for key, _ in snapshots_around(path_spec)), None)
 
 
 def label(key: SnapshotKey) -> str:
-    """Return what display names start with, such as ``QCOW2-SNAPSHOT2[during-incident]``."""
-    return f"QCOW2-SNAPSHOT{key.position}[{printable(key.name, _SHOWN_NAME)}]"
+    """Return what display names start with: ``QCOW2-SNAPSHOT2[during]``, ``QCOW2-DELETED-0x190000[alpha]``."""
+    kind = f"DELETED-{key.place:#x}" if key.deleted else f"SNAPSHOT{key.position}"
+    return f"QCOW2-{kind}[{printable(key.name, _SHOWN_NAME)}]"
 
 
 def folder(key: SnapshotKey) -> str:
     """Return a folder name for files exported from a snapshot, safe on every file system."""
     name = key.name.decode("utf-8", "replace")[:_SHOWN_IN_FOLDER]
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name)
-    return f"qcow2-snapshot{key.position}-{safe}"
+    kind = f"deleted-{key.place:#x}" if key.deleted else f"snapshot{key.position}"
+    return f"qcow2-{kind}-{safe}"

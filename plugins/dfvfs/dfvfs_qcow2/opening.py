@@ -157,11 +157,17 @@ def _open(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None) -
 
 
 def find_entry(image: Image, snapshot: SnapshotKey) -> Any:
-    """Return the table entry a key means; OSError when the table no longer has it there."""
-    for entry in image.snapshots:
-        if entry.index == snapshot.index and entry.name_bytes == snapshot.name:
+    """Return the entry a key means; OSError when the image no longer has it there."""
+    for entry in [_former_entry(image, snapshot)] if snapshot.deleted else image.snapshots:
+        if entry is not None and SnapshotKey.of(entry) == snapshot:
             return entry
-    raise OSError(f"{printable(image.name)} has no snapshot {snapshot.position} named {printable(snapshot.name)!r}")
+    raise OSError(f"{printable(image.name)} has no {snapshot}")
+
+
+def _former_entry(image: Image, snapshot: SnapshotKey) -> Any:
+    from qcow2_forensics.residue import Residue  # numpy: only where it is needed
+
+    return Residue(image).entry_at(snapshot.place)
 
 
 @contextmanager

@@ -17,9 +17,12 @@ from plaso.preprocessors import interface, manager
 from qcow2_forensics.errors import Qcow2Error, printable
 
 from .inspection import audit, open_image, qcow_path_specs, snapshot_path_spec
-from .names import SnapshotKey, label
+from .names import SnapshotKey, label, snapshots_around
+from .opening import find_entry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qcow2_forensics.findings import Evidence, Finding
     from qcow2_forensics.structures import SnapshotEntry
 
@@ -43,6 +46,7 @@ class QCOWSnapshotEventData(_StockEventData):
         self.creation_time: Any = None
         self.display_name: str | None = None
         self.disk_size: int | None = None
+        self.former_entry: str | None = None  # of a deleted snapshot: where its table entry still stands
         self.identifier: str | None = None
         self.name: str | None = None
         self.position: int | None = None
@@ -72,7 +76,17 @@ class QCOWPlugin(_Stock):
             if path_spec.comparable not in seen:
                 seen.add(path_spec.comparable)
                 _tell_findings(mediator, path_spec)
-                _tell_snapshots(mediator, path_spec)
+                _tell_snapshots(mediator, path_spec, _entries(path_spec))
+        self._tell_deleted(mediator, file_system._path_spec)
+
+    def _tell_deleted(self, mediator: Any, path_spec: Any) -> None:
+        """Write the events about the deleted snapshots a file system lies in, each once."""
+        seen = self._seen[mediator]
+        for key, qcow in snapshots_around(path_spec):
+            name = f"{qcow.comparable}{key.encoding_method}"
+            if key.deleted and name not in seen:
+                seen.add(name)
+                _tell_snapshots(mediator, qcow, [find_entry(open_image(qcow), key)])
 
 
 class _Location:
@@ -116,11 +130,14 @@ def _item(item: Evidence) -> str:
     return f"{printable(item.field)}: {printable(str(item.value), 200)}{where}"
 
 
-def _tell_snapshots(mediator: Any, path_spec: Any) -> None:
+def _entries(path_spec: Any) -> Sequence[SnapshotEntry]:
     try:
-        entries = open_image(path_spec).snapshots[:_MOST]
+        return open_image(path_spec).snapshots[:_MOST]
     except (OSError, Qcow2Error):
-        return  # the audit has said so
+        return ()  # the audit has said so
+
+
+def _tell_snapshots(mediator: Any, path_spec: Any, entries: Sequence[SnapshotEntry]) -> None:
     if not entries:
         return
     for entry in entries:
@@ -146,11 +163,13 @@ def _event_data(entry: SnapshotEntry) -> QCOWSnapshotEventData:
     event_data.creation_time = posix_time.PosixTimeInNanoseconds(
         timestamp=entry.date_sec * _NANOSECONDS + min(entry.date_nsec, _NANOSECONDS - 1)
     )
-    event_data.display_name = label(SnapshotKey(entry.index, entry.name_bytes))
+    key = SnapshotKey.of(entry)
+    event_data.display_name = label(key)
+    event_data.former_entry = f"{key.place:#x}" if key.deleted else None
     event_data.disk_size = entry.disk_size
     event_data.identifier = printable(entry.id)
     event_data.name = printable(entry.name)
-    event_data.position = entry.index + 1
+    event_data.position = key.position
     event_data.vm_clock = entry.vm_clock_nsec
     event_data.vm_state_size = entry.vm_state_size
     return event_data

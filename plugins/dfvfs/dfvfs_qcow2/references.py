@@ -42,7 +42,7 @@ class PathSpecResolver(Resolver):
 
     def open(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         """Return the file ``name`` in ``parent`` means, and the driver the name itself fixes."""
-        if isinstance(parent, FileObjectSource):
+        if hasattr(parent, "path_spec"):  # also behind what keeps a deleted snapshot from foreign bytes
             source, driver = self._open_inside(name, role, parent)
         else:
             # A Windows name can only mean the file of that name beside the image here.
@@ -51,7 +51,7 @@ class PathSpecResolver(Resolver):
         self.opened.append(source)
         return source, driver
 
-    def _open_inside(self, name: str, role: Role, parent: FileObjectSource) -> tuple[Source, str | None]:
+    def _open_inside(self, name: str, role: Role, parent: Any) -> tuple[Source, str | None]:
         path, driver = (name, None) if _DRIVE.match(name) else parse_reference(name, role)
         path_spec = parent.path_spec
         location = getattr(path_spec, "location", None)

@@ -2,8 +2,8 @@
 
 What is asked for is, in this order: the attribute ``qcow_snapshots`` of the scanner's options, what
 a command line tool asks for around the scan (:func:`asking`), and the environment variable
-``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``none``, ``1,3..5`` or a name. The default is none, with
-a hint when there are some.
+``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``none``, ``1,3..5``, a name, or ``deleted``; see
+:mod:`.selection`. The default is none, with a hint when there are some.
 
 Each snapshot is scanned like an image of its own, so partitions, volume managers, shadow copies and
 encryption inside it go the normal way.
@@ -29,7 +29,8 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 from qcow2_forensics.errors import SnapshotNotFound, printable
 from qcow2_forensics.structures import SnapshotEntry
 
-from .inspection import snapshot_path_spec, snapshots
+from .inspection import deleted_snapshots, snapshot_path_spec, snapshots
+from .names import SnapshotKey
 from .opening import failures_of
 from .selection import Selection
 
@@ -120,7 +121,7 @@ def _scan_image(
     if not selection.wants_any or scan_context.IsLockedScanNode(qcow):
         return []
     found: list[Any] = []
-    for entry in _chosen(selection, entries):
+    for entry in [*_chosen(selection, entries), *_chosen_deleted(selection, qcow, request)]:
         found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), entry, options, request)
     return found
 
@@ -157,11 +158,30 @@ def _chosen(selection: Selection, entries: tuple[SnapshotEntry, ...]) -> list[Sn
         raise dfvfs_errors.ScannerError(str(error)) from error
 
 
+def _chosen_deleted(selection: Selection, qcow: Any, request: Request | None) -> list[SnapshotEntry]:
+    if not selection.wants_deleted:
+        return []
+    try:
+        known = deleted_snapshots(qcow)
+        chosen = selection.choose_deleted(known)
+    except SnapshotNotFound as error:
+        raise dfvfs_errors.ScannerError(str(error)) from error
+    except OSError as error:
+        _tell(request, f"Deleted snapshots could not be looked for: {error}", logging.WARNING)
+        return []
+    if not known:
+        _tell(request, "No table entry of a deleted snapshot was found in the image.", logging.WARNING)
+    for item in chosen:
+        if item.readable < 1:
+            _tell(request, f"{item.readable:.0%} of the {SnapshotKey.of(item.entry)} can be read.", logging.WARNING)
+    return [item.entry for item in chosen]
+
+
 def _scan_snapshot(
     scanner: Any, path_spec: Any, entry: SnapshotEntry, options: Any, request: Request | None
 ) -> list[Any]:
     """Return the base path specifications in a snapshot; none, with a warning, if it cannot be read."""
-    name = f"snapshot {entry.index + 1} ({printable(entry.name, 64)})"
+    name = str(SnapshotKey.of(entry))
     try:
         scan_context = scanner._ScanSourcePathSpec(path_spec)
         base_path_specs = scanner._GetBasePathSpecs(scan_context, options)

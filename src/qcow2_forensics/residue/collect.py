@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -19,12 +20,13 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..resolver import Resolver
 from ..source import PathOrSource, Source
 from ..stream import SourceStream
-from ..structures import OFFSET_MASK, BitmapEntry, SnapshotEntry
+from ..structures import OFFSET_MASK, BitmapEntry, SnapshotEntry, padded
 from . import deleted, hidden, slack, streams, tables
 from .deleted import DeletedSnapshot
 from .pieces import Piece
 from .scan import Found, unclaimed
 
+_OFFSET = re.compile(r"0x[0-9a-fA-F]{1,16}")
 _ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
 _DELETED = 1000  # former snapshots followed into their tables
 _BITMAPS = 1000  # former bitmaps followed into their tables
@@ -100,8 +102,7 @@ class Residue:
     ) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
         """Add the entries behind the live tables and leave out what is still live."""
         geometry = tables.Geometry.of(self.image)
-        for offset, length in slack.table_tails(self.image):
-            data = self.image.read(offset, length)
+        for offset, data in self._table_tails():
             snapshots += tables.find_snapshot_entries(data, offset, geometry)
             bitmaps += tables.find_bitmap_entries(data, offset, geometry)
         live = {(bitmap.name_bytes, bitmap.table_offset) for bitmap in self.image.bitmaps}
@@ -111,6 +112,26 @@ class Residue:
             if (bitmap.name_bytes, bitmap.table_offset) not in live
         }
         return deleted.unknown_entries(self.image, snapshots), list(former.values())
+
+    def _table_tails(self) -> Iterator[tuple[int, bytes]]:
+        for offset, length in slack.table_tails(self.image):
+            start = padded(offset)  # entries stand on eight bytes of the file, wherever the last live one ends
+            yield start, self.image.read(start, offset + length - start)
+
+    def entry_at(self, offset: int) -> SnapshotEntry | None:
+        """Return the former snapshot entry at a file offset; None when there is none.
+
+        The same as the one among :meth:`entries`, without reading all free space for it.
+        """
+        start = offset // self.image.cluster_size * self.image.cluster_size
+        if start < self.image.file_size and not self.census.owner(start):
+            places = [(start, self.image.read(start, self.image.cluster_size))]
+        else:
+            places = [(at, data) for at, data in self._table_tails() if at <= offset < at + len(data)]
+        geometry = tables.Geometry.of(self.image)
+        found = [tables.snapshot_entry_at(data, offset - at, at, geometry) for at, data in places if offset % 8 == 0]
+        former = deleted.unknown_entries(self.image, [entry for entry in found if entry is not None])
+        return former[0] if former else None
 
     def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""
@@ -228,9 +249,11 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     """
     image.require("disk")
     found = Residue(image)
-    former, _ = found.entries()
-    chosen = deleted.choose([DeletedSnapshot(entry, False) for entry in former], wanted)
-    (examined,) = deleted.examine(image, [chosen.entry], found.census, read_data=False)
+    entry = found.entry_at(int(wanted, 16)) if _OFFSET.fullmatch(wanted) else None
+    if entry is None:
+        former, _ = found.entries()
+        entry = deleted.choose([DeletedSnapshot(entry, False) for entry in former], wanted).entry
+    (examined,) = deleted.examine(image, [entry], found.census, read_data=False)
     if not examined.l1_intact:
         raise deleted.gone(examined.entry)
     return deleted.guard(image, examined)
