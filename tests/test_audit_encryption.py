@@ -84,6 +84,18 @@ def text_called_encrypted(path: Path) -> None:
     Poke(path).write(0x50000, b"the quick brown fox " * 3000)
 
 
+def second_slot(path: Path) -> None:
+    luks()(path)
+    add = {"encrypt.new-secret": "key0", "encrypt.keyslot": 1, "encrypt.iter-time": 10, "encrypt.state": "active"}
+    qemu.amend(path, secret=SECRET, **add)
+
+
+def erased_slot(path: Path) -> None:
+    """A passphrase was added and taken away again."""
+    second_slot(path)
+    qemu.amend(path, secret=SECRET, **{"encrypt.keyslot": 1, "encrypt.state": "inactive"})
+
+
 T = Severity
 CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("LEGACY-AES", aes(), T.MEDIUM),
@@ -103,7 +115,8 @@ CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("CRYPTO-HEADER-INVALID", luks(), None),
     ("LUKS-DETAILS", luks(), T.INFO),
     ("LUKS-DETAILS", aes(), None),
-    ("LUKS-ERASED-SLOT", luks(), None),
+    ("LUKS-ERASED-SLOT", erased_slot, T.MEDIUM),
+    ("LUKS-ERASED-SLOT", second_slot, None),
     ("WEAK-CRYPTO", header(lambda p, at: p.write(at + 40, b"ecb\0")), T.MEDIUM),
     ("WEAK-CRYPTO", header(lambda p, at: p.write(at + 72, b"md5\0\0\0\0")), T.MEDIUM),
     ("WEAK-CRYPTO", iterations(999), T.MEDIUM),
@@ -136,14 +149,9 @@ def test_details_are_those_qemu_reports(tmp_path: Path) -> None:
 
 def test_slot_that_qemu_erased_is_told(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
-    luks()(path)
-    add = {"encrypt.new-secret": "key0", "encrypt.keyslot": 1, "encrypt.iter-time": 10, "encrypt.state": "active"}
-    qemu.amend(path, secret=SECRET, **add)
-    assert severity(path, "LUKS-ERASED-SLOT", "triage") is None
-    qemu.amend(path, secret=SECRET, **{"encrypt.keyslot": 1, "encrypt.state": "inactive"})
+    erased_slot(path)
     (finding,) = found(path, "LUKS-ERASED-SLOT", "triage")
     assert [item.field for item in finding.evidence] == ["slot_1_nonzero"]
-    assert finding.severity is Severity.MEDIUM
 
 
 def test_unencrypted_compressed_clusters_are_named_by_their_entries(tmp_path: Path) -> None:
