@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2_forensics.census import Owner, take_census, tally
+from qcow2_forensics.audit import audit
+from qcow2_forensics.census import Owner, reach, take_census, tally
 from qcow2_forensics.census.counters import Counters, sum_by, weighted_segments
 from qcow2_forensics.census.refcounts import StoredRefcounts, decode
+from qcow2_forensics.census.seats import Seats
 from qcow2_forensics.errors import FormatError
 from qcow2_forensics.image import Image
 from qcow2_forensics.source import BytesSource
@@ -167,7 +171,7 @@ def test_long_and_short_way_of_counting_agree(tmp_path: Path, monkeypatch: pytes
         for width in (256, 1 << 40):
             monkeypatch.setattr(tally, "_LINEAR_WIDTH", width)
             census = take_census(Image(path))
-            results.append((census.check, census.issues.kinds(), census.owners.tobytes(), census.mapped_clusters))
+            results.append((census.check, census.issues.kinds(), list(census.owner_runs()), census.mapped_clusters))
         assert results[0] == results[1]
         assert damage.compare(path).kind == "same"
 
@@ -190,6 +194,86 @@ def test_an_image_of_unknown_geometry_cannot_be_counted(tmp_path: Path) -> None:
     Poke(path).u32(20, 63)
     with pytest.raises(FormatError):
         take_census(Image(path))
+
+
+# --- seats ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 20)), max_size=12), st.integers(0, 230), st.data())
+def test_every_claimed_cluster_has_a_seat_of_its_own_and_no_other_has(
+    spans: list[tuple[int, int]], start: int, data: st.DataObject
+) -> None:
+    clusters = 230
+    claimed = sorted({number for at, count in [(0, 1), *spans] for number in range(at, at + count)})
+    starts, stops = np.asarray([(at, at + count) for at, count in [(0, 1), *spans]], dtype=np.uint64).T
+    seats = Seats(clusters, reach.merged(starts, stops))
+    assert seats.nobody == len(claimed)
+    assert seats.taken(0, seats.nobody).tolist() == claimed
+    everything = np.arange(clusters + 1, dtype=np.uint64)
+    expected = [claimed.index(number) if number in claimed else seats.nobody for number in range(clusters + 1)]
+    assert seats.of(everything).tolist() == expected == [seats.at(number) for number in range(clusters + 1)]
+    assert [seats.cluster(seat) for seat in range(seats.nobody)] == claimed
+    stop = data.draw(st.integers(start, clusters))
+    values = np.append(np.arange(1, seats.nobody + 1), 0).astype(np.uint32)
+    assert seats.part(values, start, stop).tolist() == values[expected[start:stop]].tolist()
+    assert seats.blank(start, stop) == (not any(start <= number < stop for number in claimed))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> damage.Bases:
+    return damage.Bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.mark.parametrize("seed", range(300, 360))
+def test_a_census_with_seats_for_claimed_clusters_only_sees_the_same(
+    seed: int, bases: damage.Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = damage.damaged(seed, bases, tmp_path).path
+    seen = []
+    for always in (1 << 22, 0):
+        monkeypatch.setattr(reach, "_ALWAYS", always)
+        monkeypatch.setattr(reach, "_SHARE", 0.1)  # compact however much is claimed
+        report = audit(path, "deep", pictures=True)
+        try:
+            census = take_census(Image(path))
+        except FormatError:
+            seen.append((report.to_dict(),))
+            continue
+        assert census.seats.compact == (not always)
+        ranges = list(census.owner_runs()), list(census.free()), list(census.leaked())
+        seen.append((report.to_dict(), ranges, census.issues.kinds(), census.aliases, census.end))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("depth", ["standard", "deep"])
+def test_memory_follows_what_is_claimed_and_not_the_length_of_the_file(depth: str, tmp_path: Path) -> None:
+    """Clusters claimed all over 15 TiB: arrays of all 250 million clusters would take 2 GiB."""
+    far = 15 << 40
+    hosts = [(1 << 20) + (far // 20_000 & ~0xFFFF) * number | COPIED for number in range(8192)]
+    builder = Builder(size=8192 << 16)
+    table = builder.put(b"".join(host.to_bytes(8, "big") for host in hosts))
+    builder.raw(builder.l1, (table | COPIED).to_bytes(8, "big"))
+    path = builder.write(tmp_path / "x.qcow2")
+    os.truncate(path, far)
+    audit(base_b(tmp_path / "b.qcow2"), depth)  # imports are no cost of the image
+    tracemalloc.start()
+    try:
+        report = audit(path, depth)
+        assert tracemalloc.get_traced_memory()[1] < 48 << 20
+    finally:
+        tracemalloc.stop()
+    assert report.check is not None
+    assert report.check["allocated-clusters"] == 8192
+
+
+def test_a_file_that_is_mostly_claimed_has_a_seat_for_every_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_ALWAYS", 1000)
+    full = qemu.create(tmp_path / "full.qcow2", "16M", cluster_size="4k", preallocation="metadata")
+    assert not take_census(Image(full)).seats.compact
+    os.truncate(full, 1 << 28)
+    assert take_census(Image(full)).seats.compact
 
 
 # --- refcounts -----------------------------------------------------------------------------------

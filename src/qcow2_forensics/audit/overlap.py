@@ -14,7 +14,6 @@ from .items import item_evidence, referrer_evidence, snapshot_id
 from .rules import QEMU_MADE, Depth, rule, variant
 
 STANDARD = Depth.STANDARD
-_CHUNK = 1 << 22  # clusters looked at together
 
 
 @rule(
@@ -47,9 +46,7 @@ def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
     """Return the first host clusters that have an owner in each mask, and how many there are."""
     first: list[int] = []
     count = 0
-    owners = facts.census.owners
-    for start in range(0, len(owners), _CHUNK):
-        part = owners[start : start + _CHUNK]
+    for start, part in facts.census.owner_parts():
         chosen = np.ones(len(part), dtype=np.bool_)
         for mask in masks:
             chosen &= (part & np.uint16(mask)) != 0

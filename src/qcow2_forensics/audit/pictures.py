@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..census import Owner
+from ..census import Census, Owner
 from ..limits import MiB
 from ..residue import trees
 from ..structures import OFFSET_MASK, SnapshotEntry
@@ -22,7 +22,6 @@ from .rules import Depth
 CELLS = 2048  # squares of the map
 _CLUSTERS = 1 << 26  # host clusters a map is made of at most; beyond that memory would show
 _SNAPSHOTS = 24  # with a colour of their own
-_CHUNK = 1 << 20  # clusters looked up together
 _STATES = 64  # whose shared clusters are counted
 _ENTRIES = 1 << 20  # of their L1 tables
 _TABLES = 20_000  # L2 tables compared with each other
@@ -60,7 +59,7 @@ def details(facts: Facts) -> dict[str, Any]:
 def cluster_map(facts: Facts) -> dict[str, Any]:
     """Return the host file as at most 2,048 cells, each with the clusters of every owner in it."""
     census = facts.census
-    classes = _classes(census.owners)
+    classes = _classes(census)
     bits = facts.header.cluster_bits
     for offset, length in census.leaked():
         classes[offset >> bits : (offset + length) >> bits] = _LEAKED
@@ -72,11 +71,11 @@ def cluster_map(facts: Facts) -> dict[str, Any]:
     return _cells(classes, labels, facts.cluster_size)
 
 
-def _classes(owners: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+def _classes(census: Census) -> npt.NDArray[np.uint8]:
     table = _by_owner()
-    classes = np.empty(len(owners), np.uint8)
-    for start in range(0, len(owners), _CHUNK):  # an index of 16 bits becomes one of 64 on its way
-        classes[start : start + _CHUNK] = table[owners[start : start + _CHUNK]]
+    classes = np.empty(census.clusters, np.uint8)
+    for start, part in census.owner_parts():
+        classes[start : start + len(part)] = table[part]
     return classes
 
 

@@ -17,11 +17,14 @@ _KEPT = 100
 
 
 class Aliases:
-    """What is known of the guest offsets of host clusters and streams; offsets count in clusters."""
+    """What is known of the guest offsets of host clusters and streams; offsets count in clusters.
 
-    def __init__(self, clusters: int) -> None:
+    Host clusters are named by their seats.
+    """
+
+    def __init__(self, seats: int) -> None:
         self.clusters: set[int] = set()  # host clusters with an alias, the first met
-        self._guests = np.zeros(clusters, dtype=np.uint32)
+        self._guests = np.zeros(seats, dtype=np.uint32)
         self._streams: U64 | None = None
         self._stream_guests = np.zeros(0, dtype=np.uint64)
 
@@ -40,13 +43,13 @@ class Aliases:
         self._guests[start : start + count] = tags
         return True
 
-    def plain(self, clusters: U64, guests: U64) -> Mask:
+    def plain(self, seats: U64, guests: U64) -> Mask:
         """Remember which guest clusters map host clusters; return which of these have another one too."""
         tags = (guests % np.uint64(_MODULUS) + np.uint64(1)).astype(np.uint32)
-        known = self._guests[clusters]
-        self._guests[clusters] = tags
+        known = self._guests[seats]
+        self._guests[seats] = tags
         # The second test sees pairs within these: the last writer won.
-        clash: Mask = ((known != 0) & (known != tags)) | (self._guests[clusters] != tags)
+        clash: Mask = ((known != 0) & (known != tags)) | (self._guests[seats] != tags)
         return clash
 
     def streams(self, offsets: U64, guests: U64) -> Mask:
@@ -61,6 +64,11 @@ class Aliases:
         self._stream_guests[slots] = guests
         clash |= (self._streams[slots] == names) & (self._stream_guests[slots] != guests)
         return clash
+
+    def forget(self) -> None:
+        """Let go of what only the counting needs."""
+        self._guests = np.zeros(0, dtype=np.uint32)
+        self._streams = None
 
     def keep(self, clusters: U64) -> None:
         """Keep host clusters that have an alias."""

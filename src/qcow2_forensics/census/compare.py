@@ -39,7 +39,7 @@ def compare_refcounts(tally: Tally) -> Comparison:
         if not readable:
             found.errors += stop - start
             continue
-        claimed = tally.counts.part(start, stop)
+        claimed = tally.seats.part(tally.counts.all, start, stop)
         if values is None:
             used = np.flatnonzero(claimed)
             low, high = used, used[:0]
@@ -61,7 +61,7 @@ def compare_refcounts(tally: Tally) -> Comparison:
         if len(low):
             stored = np.zeros(len(low), dtype=np.uint64) if values is None else values[low]
             zero = stored == 0
-            owners = tally.owners[start + low]
+            owners = tally.owners[tally.seats.of((start + low).astype(np.uint64))]
             metadata = (owners & _METADATA) != 0
             _note(tally, "refcount-zero-metadata", start + low[zero & metadata])
             _note(tally, "refcount-zero-data", start + low[zero & ~metadata])

@@ -14,7 +14,7 @@ _MOST = {np.dtype(width).itemsize: int(np.iinfo(width).max) for width in _WIDTHS
 
 
 class Counters:
-    """One count per host cluster.
+    """One count per host cluster, by its seat.
 
     Starts with 16 bits each, and widens as a whole when a crafted image counts further: sharing a
     table a million times makes numbers large, not arrays long. Untouched parts cost no memory.
@@ -60,9 +60,10 @@ class Counters:
             width = next(width for width in _WIDTHS if value <= np.iinfo(width).max)
             self._counts = self._counts.astype(width)
 
-    def part(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
-        """Return the counts of clusters ``start`` to ``stop``, a view."""
-        return self._counts[start:stop]
+    @property
+    def all(self) -> npt.NDArray[np.unsignedinteger]:
+        """Every count, a view."""
+        return self._counts
 
     def at(self, clusters: U64 | npt.NDArray[np.int64]) -> U64:
         """Return the counts of some clusters."""

@@ -15,6 +15,7 @@ from ..image import Image
 from ..structures import Crypt, ExtensionType, padded
 from ..tables import read_bitmap_directory
 
+MAX_SNAPSHOT_L1 = 4 * 2**20  # entries, what QEMU's check walks
 _WINDOW = 1 << 18
 
 

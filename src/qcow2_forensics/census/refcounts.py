@@ -52,12 +52,15 @@ class StoredRefcounts:
             self._blocks.add(offset, found)
         return found
 
-    def windows(self, clusters: int, limit: int = 1 << 22) -> Iterator[Window]:
-        """Yield ``(start, stop, refcounts, readable)`` tiling clusters 0 to ``clusters``.
+    def blank(self, start: int, stop: int) -> bool:
+        """Whether the table has no block for any cluster from ``start`` to ``stop``."""
+        return not self.offsets[start // self.per_block : -(-stop // self.per_block)].any()
+
+    def windows(self, clusters: int, start: int = 0, limit: int = 1 << 22) -> Iterator[Window]:
+        """Yield ``(start, stop, refcounts, readable)`` tiling the clusters from ``start`` to ``clusters``.
 
         ``refcounts`` is None where all are zero, or cannot be read.
         """
-        start = 0
         while start < clusters:
             slot = start // self.per_block
             stop = min(clusters, (slot + 1) * self.per_block)

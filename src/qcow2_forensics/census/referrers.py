@@ -8,7 +8,7 @@ import numpy as np
 
 from ..structures import COMPRESSED, OFFSET_MASK
 from .issues import Item
-from .model import Mask, Tables
+from .model import U64, Mask, Tables
 from .tally import descriptors
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[
     found: dict[int, list[Item]] = {}
     if census.image.header.external_data or not clusters:
         return found
-    wanted = np.zeros(census.clusters + 3, dtype=np.bool_)
-    wanted[[cluster for cluster in clusters if cluster < census.clusters]] = True
+    wanted = np.zeros(census.seats.length, dtype=np.bool_)
+    wanted[[census.seats.at(cluster) for cluster in clusters if cluster < census.clusters]] = True
     left = limit
     for tables in census.tables():
         for row, column in tables.where(_mapping(tables, wanted, census)):
@@ -39,22 +39,23 @@ def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[
 
 def _mapping(tables: Tables, wanted: Mask, census: Census) -> Mask:
     entries, bits = tables.entries, np.uint64(tables.cluster_bits)
-    last = np.uint64(census.clusters)
+
+    def among(clusters: U64) -> Mask:
+        named: Mask = wanted[census.seats.of(np.minimum(clusters, np.uint64(census.clusters)))]
+        return named
+
     packed = (entries & np.uint64(COMPRESSED)) != 0
     hosts = entries & np.uint64(OFFSET_MASK)
-    first = np.minimum(hosts >> bits, last)
-    mask: Mask = wanted[first]
+    mask = among(hosts >> bits)
     if bool(((hosts & np.uint64(census.cluster_size - 1)) != 0).any()):
         odd = (hosts & np.uint64(census.cluster_size - 1)) != 0
-        mask |= wanted[first + np.uint64(1)] & odd
+        mask |= among((hosts >> bits) + np.uint64(1)) & odd
     mask &= ~packed & (hosts != 0)
     if packed.any():
         rows, columns = np.nonzero(packed)
         offsets, sizes = descriptors(entries[rows, columns], tables.cluster_bits)
-        start = np.minimum(offsets >> bits, last)
-        stop = np.minimum((offsets + sizes - np.uint64(1)) >> bits, last)
-        middle = np.minimum(start + np.uint64(1), stop)
-        mask[rows, columns] = wanted[start] | wanted[middle] | wanted[stop]
+        start, stop = offsets >> bits, (offsets + sizes - np.uint64(1)) >> bits
+        mask[rows, columns] = among(start) | among(np.minimum(start + np.uint64(1), stop)) | among(stop)
     return mask
 
 

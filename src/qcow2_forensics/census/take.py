@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import FormatError, LimitExceeded
 from ..header_rules import INT64_MAX
@@ -15,15 +16,16 @@ from ..structures import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERVED, 
 from .compare import Comparison, compare_refcounts
 from .grades import MORE, ONE
 from .issues import Issues, Item
-from .layout import Layout, Reason, read_layout
+from .layout import MAX_SNAPSHOT_L1, Layout, Reason, read_layout
 from .model import U64, Mask, Owner, Range, Tables
+from .reach import seats_for
 from .refcounts import StoredRefcounts
+from .seats import Seats, Values
 from .tally import Tally
 from .walk import Gathering, Named, batches, l1_chunks, walkable
 
 MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
-MAX_SNAPSHOT_L1 = 4 * 2**20  # entries, what QEMU's check walks
-_RUN_CHUNK = 1 << 22  # clusters looked at together
+_RUN_CHUNK = 1 << 20  # clusters looked at together
 
 
 class Structures(NamedTuple):
@@ -61,10 +63,12 @@ class Census:
         self._walked = walked
         self.structures = structures
         self.refcounts = tally.refcounts
+        self.seats: Seats = tally.seats
         self.issues: Issues = tally.issues
         self._tally = tally
         self.comparison: Comparison = compare_refcounts(tally)
         self.end = (self.comparison.highest + 1) * self.cluster_size
+        tally.aliases.forget()
 
     # --- the check -------------------------------------------------------------------------------
 
@@ -104,9 +108,7 @@ class Census:
 
     def owned(self, owner: Owner) -> int:
         """Return how many host clusters have one of some owners."""
-        bits = np.uint16(owner)
-        parts = (self.owners[start : start + _RUN_CHUNK] for start in range(0, self.clusters, _RUN_CHUNK))
-        return sum(int(np.count_nonzero(part & bits)) for part in parts)
+        return sum(int(np.count_nonzero(part & np.uint16(owner))) for _, part in self.owner_parts())
 
     @property
     def mapped_clusters(self) -> int:
@@ -128,28 +130,32 @@ class Census:
     def owner(self, offset: int) -> Owner:
         """Return who claims the cluster at a host offset."""
         cluster = offset // self.cluster_size
-        return Owner(int(self._tally.owners[cluster])) if cluster < self.clusters else Owner(0)
+        return Owner(int(self._tally.owners[self.seats.at(cluster)])) if cluster < self.clusters else Owner(0)
 
     def references(self, offset: int) -> int:
         """Return how often the cluster at a host offset is claimed."""
         cluster = offset // self.cluster_size
-        return self._tally.counts[cluster] if cluster < self.clusters else 0
+        return self._tally.counts[self.seats.at(cluster)] if cluster < self.clusters else 0
 
     def refcount(self, offset: int) -> int | None:
         """Return the stored refcount of the cluster at a host offset, None when it cannot be read."""
         values, readable = self.refcounts.lookup(np.asarray([offset // self.cluster_size], dtype=np.uint64))
         return int(values[0]) if readable[0] else None
 
-    @property
-    def owners(self) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
-        """:class:`Owner` bits of every host cluster, a view: one 16-bit number each."""
-        return self._tally.owners[: self.clusters]
+    def is_claimed(self, clusters: npt.NDArray[np.integer]) -> Mask:
+        """Return which of some host clusters, all inside the file, anything refers to."""
+        claimed: Mask = self._tally.owners[self.seats.of(clusters.astype(np.uint64))] != 0
+        return claimed
+
+    def owner_parts(self) -> Iterator[tuple[int, Values]]:
+        """Yield (first cluster, :class:`Owner` bits of it and those after it), tiling the host file."""
+        for start in range(0, self.clusters, _RUN_CHUNK):
+            yield start, self.seats.part(self._tally.owners, start, min(start + _RUN_CHUNK, self.clusters))
 
     def owner_runs(self) -> Iterator[tuple[int, int, Owner]]:
         """Yield (offset, length, owner) tiling the host file in whole clusters."""
         pending: tuple[int, int, int] | None = None
-        for start in range(0, self.clusters, _RUN_CHUNK):
-            part = self.owners[start : start + _RUN_CHUNK]
+        for start, part in self.owner_parts():
             edges = np.flatnonzero(part[1:] != part[:-1]) + 1
             for first, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(part)], strict=True):
                 owner = int(part[first])
@@ -178,11 +184,7 @@ class Census:
         size = self.cluster_size
         for start in range(0, self.clusters, _RUN_CHUNK):
             stop = min(start + _RUN_CHUNK, self.clusters)
-            stored = self._tally.grades.of[start:stop]
-            kept = (stored == ONE) | (stored == MORE)
-            wanted = (self._tally.counts.part(start, stop) == 0) & (kept if counted else ~kept)
-            edges = np.flatnonzero(np.diff(wanted.view(np.int8), prepend=0, append=0)) + start
-            for first, last in edges.reshape(-1, 2).tolist():
+            for first, last in self._stretches(start, stop, counted=counted):
                 if pending and pending[1] == first:
                     pending[1] = last
                     continue
@@ -191,6 +193,16 @@ class Census:
                 pending = [first, last]
         if pending:
             yield Range(pending[0] * size, (pending[1] - pending[0]) * size)
+
+    def _stretches(self, start: int, stop: int, *, counted: bool) -> list[list[int]]:
+        if self.seats.blank(start, stop) and self.refcounts.blank(start, stop):
+            return [] if counted else [[start, stop]]
+        stored = self._tally.grades.part(start, stop)
+        kept = (stored == ONE) | (stored == MORE)
+        wanted = (self.seats.part(self._tally.counts.all, start, stop) == 0) & (kept if counted else ~kept)
+        edges = np.flatnonzero(np.diff(wanted.view(np.int8), prepend=0, append=0)) + start
+        found: list[list[int]] = edges.reshape(-1, 2).tolist()
+        return found
 
     # --- tables ----------------------------------------------------------------------------------
 
@@ -214,8 +226,8 @@ def take_census(image: Image) -> Census:
     clusters = -(-length // header.cluster_size)
     if clusters > MAX_CLUSTERS:
         raise LimitExceeded("host clusters", clusters, MAX_CLUSTERS)
-    tally = Tally(image, StoredRefcounts(image), length, clusters)
-    layout = read_layout(image)
+    layout, refcounts = read_layout(image), StoredRefcounts(image)
+    tally = Tally(image, refcounts, length, seats_for(image, layout, refcounts, length, clusters))
     taker = _Taker(image, tally, layout)
     named = taker.run()
     return Census(image, tally, layout, named, taker.walked, taker.structures)
@@ -359,8 +371,8 @@ class _Taker:
         if excess:
             self.tally.corruptions += excess
             over = self.tally.counts.over(most)
-            size = self.tally.cluster_size
-            items = [Item("host cluster", None, self.tally.counts[c], c * size) for c in over]
+            size, cluster = self.tally.cluster_size, self.tally.seats.cluster
+            items = [Item("host cluster", None, self.tally.counts[seat], cluster(seat) * size) for seat in over]
             self.tally.issues.add("refcount-overflow", items)
 
     def _refcount_blocks(self, most: int) -> None:
@@ -379,15 +391,16 @@ class _Taker:
         if not len(slots):
             return
         clusters = offsets[slots] >> np.uint64(tally.cluster_bits)
-        before = np.minimum(tally.counts.at(clusters), np.uint64(most))
+        seats = tally.seats.of(clusters)
+        before = np.minimum(tally.counts.at(seats), np.uint64(most))
         nth = _occurrence(clusters)
         after = before + nth
         full = after > np.uint64(most)
         tally.corruptions += int(full.sum())  # a counter at its end cannot take one more
         wrong = np.minimum(after, np.uint64(most)) != 1
         self._reftable_issue("reftable-shared", slots[wrong])
-        tally.counts.add(clusters, 1)
-        tally.owners[clusters] |= np.uint16(Owner.REFCOUNT_BLOCK)
+        tally.counts.add(seats, 1)
+        tally.owners[seats] |= np.uint16(Owner.REFCOUNT_BLOCK)
         self._structures(np.unique(clusters) << np.uint64(tally.cluster_bits), Owner.REFCOUNT_BLOCK)
 
     def _reftable_issue(self, kind: str, slots: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:

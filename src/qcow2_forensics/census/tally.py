@@ -26,6 +26,7 @@ from .grades import ONE, UNREADABLE, Grades
 from .issues import Issues, Item
 from .model import U64, Mask, Owner, Places, Tables
 from .refcounts import StoredRefcounts
+from .seats import Seats
 from .walk import L1Chunk, Named
 
 _LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than one by one
@@ -34,12 +35,13 @@ _LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than 
 class Tally:
     """Counters, owners and issues of one image while its metadata is walked."""
 
-    def __init__(self, image: Image, refcounts: StoredRefcounts, length: int, clusters: int) -> None:
+    def __init__(self, image: Image, refcounts: StoredRefcounts, length: int, seats: Seats) -> None:
         header = image.header
         self.image = image
         self.refcounts = refcounts
         self.length = length  # of the file, in whole sectors, as QEMU sees it
-        self.clusters = clusters  # of the host file
+        self.seats = seats
+        self.clusters = seats.clusters  # of the host file
         self.cluster_size = header.cluster_size
         self.cluster_bits = header.cluster_bits
         self.data_file = header.external_data
@@ -53,11 +55,11 @@ class Tally:
         self.compressed = 0
         self.compressed_entries = 0  # of all states
         self.mapped_clusters = 0  # guest clusters with host bytes, every reference counted
-        # One more: the last cluster of a claim may begin just past the last one of the file.
-        self.counts = Counters(clusters + 1)
-        self.owners = np.zeros(clusters + 1, dtype=np.uint16)
-        self.aliases = Aliases(clusters + 1)
-        self.grades = Grades(refcounts, clusters)
+        # These are by seat.
+        self.counts = Counters(seats.length)
+        self.owners = np.zeros(seats.length, dtype=np.uint16)
+        self.aliases = Aliases(seats.length)
+        self.grades = Grades(refcounts, seats)
         self.highest_missing = -1  # the furthest host offset pointed at beyond the end of the file
 
     # --- claims of whole structures --------------------------------------------------------------
@@ -75,8 +77,9 @@ class Tally:
             else:
                 valid.append((offset >> self.cluster_bits, ((offset + length - 1) >> self.cluster_bits) + 1, 1, 0))
         for start, stop, weight, _, _ in weighted_segments(valid):
-            self.counts.add_range(start, stop - start, weight)
-            self.owners[start:stop] |= np.uint16(kind)
+            seat = self.seats.at(start)
+            self.counts.add_range(seat, stop - start, weight)
+            self.owners[seat : seat + stop - start] |= np.uint16(kind)
 
     def claim_clusters(self, kind: Owner, hosts: U64, weight: int, structure: str, positions: U64) -> None:
         """Count whole clusters, named by the entries at file offsets ``positions``, ``weight`` times each."""
@@ -87,9 +90,9 @@ class Tally:
             items = [Item(structure, at, host, host) for at, host in pairs]
             self.missing(items, int(beyond.sum()), int(hosts[beyond].max()))
             hosts = hosts[~beyond]
-        clusters = hosts >> np.uint64(self.cluster_bits)
-        self.counts.add(clusters, weight)
-        self.owners[clusters] |= np.uint16(kind)
+        seats = self.seats.of(hosts >> np.uint64(self.cluster_bits))
+        self.counts.add(seats, weight)
+        self.owners[seats] |= np.uint16(kind)
 
     def missing(self, items: list[Item], count: int, host: int) -> None:
         """Note references beyond the end of the file."""
@@ -145,11 +148,12 @@ class Tally:
         clusters = inside.offsets >> bits
         weights = inside.active + inside.snapshots
         odd = (inside.offsets & np.uint64(self.cluster_size - 1)) != 0
+        seats, second = self.seats.of(clusters), self.seats.of(clusters[odd] + one)
         for owner, mask in ((Owner.L2, inside.active != 0), (Owner.SNAPSHOT_L2, inside.snapshots != 0)):
-            self.owners[clusters[mask]] |= np.uint16(owner)
-            self.owners[clusters[mask & odd] + one] |= np.uint16(owner)
-        self.counts.add(clusters, weights)
-        self.counts.add(clusters[odd] + one, weights[odd])
+            self.owners[seats[mask]] |= np.uint16(owner)
+            self.owners[second[mask[odd]]] |= np.uint16(owner)
+        self.counts.add(seats, weights)
+        self.counts.add(second, weights[odd])
 
     # --- L2 entries ------------------------------------------------------------------------------
 
@@ -204,7 +208,7 @@ class Tally:
 
     def _linear_table(self, tables: Tables, row: int, host: int) -> bool:
         width = tables.entries.shape[1]
-        start = host >> self.cluster_bits
+        start = self.seats.at(host >> self.cluster_bits)
         stop = start + width
         active, weight = int(tables.active[row]), int(tables.active[row] + tables.snapshots[row])
         if active and not self._copied_as_a_whole(tables, row, start, stop):
@@ -219,12 +223,12 @@ class Tally:
         return True
 
     def _copied_as_a_whole(self, tables: Tables, row: int, start: int, stop: int) -> bool:
-        """Whether the copied flags of a linear table are right; when in doubt, no."""
+        """Whether the copied flags of a linear table, whose clusters sit on these seats, are right; when in doubt, no."""
         grades = self.grades.of[start:stop]
         single = grades == ONE
         fine = single.all() if int(tables.entries[row, 0]) & COPIED else not single.any()
         table = int(tables.offsets[row]) >> self.cluster_bits
-        known = 0 < table < self.clusters and self.grades.of[table] != UNREADABLE
+        known = 0 < table < self.clusters and self.grades.of[self.seats.at(table)] != UNREADABLE
         return bool(fine) and known and int(grades.max()) != UNREADABLE
 
     def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64, *, counted: bool = True) -> None:
@@ -309,13 +313,15 @@ class Tally:
                 odd[inside],
             )
         clusters = hosts >> np.uint64(self.cluster_bits)
-        self._add(clusters, weights)
-        self._own(tables, rows, clusters, Owner.DATA, Owner.SNAPSHOT_DATA)
-        clash = self.aliases.plain(clusters, tables.guest_clusters(places))
+        seats = self.seats.of(clusters)
+        self._add(seats, weights)
+        self._own(tables, rows, seats, Owner.DATA, Owner.SNAPSHOT_DATA)
+        clash = self.aliases.plain(seats, tables.guest_clusters(places))
         self._note_aliases(tables, places, rows, clusters, clash)
         if odd.any():
-            self._add(clusters[odd] + np.uint64(1), weights[odd])
-            self._own(tables, rows[odd], clusters[odd] + np.uint64(1), Owner.DATA, Owner.SNAPSHOT_DATA)
+            second = self.seats.of(clusters[odd] + np.uint64(1))
+            self._add(second, weights[odd])
+            self._own(tables, rows[odd], second, Owner.DATA, Owner.SNAPSHOT_DATA)
 
     def l2_issue_if(self, kind: str, tables: Tables, places: Places, mask: Mask) -> None:
         """Note the masked ones of some entries."""
@@ -328,17 +334,17 @@ class Tally:
         broken: Mask = (step != np.uint64(self.cluster_size)) & (rows[1:] == rows[:-1])
         return broken
 
-    def _add(self, clusters: U64, weights: U64) -> None:
-        if len(clusters):
+    def _add(self, seats: U64, weights: U64) -> None:
+        if len(seats):
             first = int(weights[0])
-            self.counts.add(clusters, first if bool((weights == weights[0]).all()) else weights)
+            self.counts.add(seats, first if bool((weights == weights[0]).all()) else weights)
 
-    def _own(self, tables: Tables, rows: Places, clusters: U64, active: Owner, snapshot: Owner) -> None:
+    def _own(self, tables: Tables, rows: Places, seats: U64, active: Owner, snapshot: Owner) -> None:
         for owner, shares in ((active, tables.active), (snapshot, tables.snapshots)):
             if shares.all():
-                self.owners[clusters] |= np.uint16(owner)
+                self.owners[seats] |= np.uint16(owner)
             elif shares.any():
-                self.owners[clusters[shares[rows] != 0]] |= np.uint16(owner)
+                self.owners[seats[shares[rows] != 0]] |= np.uint16(owner)
 
     def _copied(self, tables: Tables, places: Places, rows: Places, hosts: U64) -> None:
         """Compare the copied flags of the active state with the refcounts on disk."""
@@ -416,15 +422,16 @@ class Tally:
         bits, one = np.uint64(self.cluster_bits), np.uint64(1)
         clusters, last = offsets >> bits, (offsets + sizes - one) >> bits
         while len(clusters):
-            self.counts.add(clusters, weights)
-            self._own(tables, rows, clusters, Owner.DATA | Owner.COMPRESSED, Owner.SNAPSHOT_DATA | Owner.COMPRESSED)
+            seats = self.seats.of(clusters)
+            self.counts.add(seats, weights)
+            self._own(tables, rows, seats, Owner.DATA | Owner.COMPRESSED, Owner.SNAPSHOT_DATA | Owner.COMPRESSED)
             more = clusters < last
             clusters, last, weights, rows = clusters[more] + one, last[more], weights[more], rows[more]
 
     @property
     def checked(self) -> int:
         """How many clusters the check compares: those of the file, and one more if a claim reaches into it."""
-        return self.clusters + (self.counts[self.clusters] > 0)
+        return self.clusters + (self.counts[self.seats.at(self.clusters)] > 0)
 
 
 def descriptors(entries: U64, cluster_bits: int) -> tuple[U64, U64]:

@@ -24,7 +24,6 @@ from ..image import Image
 from ..structures import OFFSET_MASK, SnapshotEntry
 from . import tables, trees
 from .guard import GuardedSource
-from .scan import is_claimed
 from .tables import Geometry
 
 Flags = npt.NDArray[np.bool_]
@@ -109,6 +108,7 @@ def examine(
 
 
 _UNKNOWN, _BYTES, _ZEROS, _HOLE = range(4)  # what a free host cluster holds
+_PAGE = 256  # host clusters remembered together, once one of them was looked at
 
 
 class _Examiner:
@@ -121,11 +121,13 @@ class _Examiner:
         self.live = trees.l1_tables(image)
         self.room = image.file_size // 8  # L1 entries of former tables that do not overlap
         self._read_data = read_data
-        self._contents = np.zeros(census.clusters, np.uint8)
+        self._pages = np.zeros(-(-census.clusters // _PAGE), np.intp)
+        self._known = np.full((1, _PAGE), _UNKNOWN, np.uint8)  # the first page is that of clusters not looked at
 
     def is_claimed(self, offset: int, length: int) -> bool:
         size = self.image.cluster_size
-        return bool((self.census.owners[offset // size : -(-(offset + length) // size)] != 0).any())
+        last = min(-(-(offset + length) // size), self.census.clusters)
+        return bool(self.census.is_claimed(np.arange(offset // size, last)).any())
 
     def is_hole(self, offset: int, length: int) -> bool:
         """Whether the file system stores nothing for the range; False where it cannot be asked."""
@@ -133,9 +135,15 @@ class _Examiner:
 
     def contents(self, numbers: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
         """Return what the free host clusters of these numbers hold."""
-        for number in np.unique(numbers[self._contents[numbers] == _UNKNOWN]).tolist():
-            self._contents[number] = self._look(number * self.image.cluster_size)
-        return self._contents[numbers]
+        pages, places = numbers // _PAGE, numbers % _PAGE
+        fresh = np.unique(pages[self._pages[pages] == 0])
+        if len(fresh):
+            self._pages[fresh] = np.arange(len(fresh)) + len(self._known)
+            self._known = np.concatenate((self._known, np.full((len(fresh), _PAGE), _UNKNOWN, np.uint8)))
+        for number in np.unique(numbers[self._known[self._pages[pages], places] == _UNKNOWN]).tolist():
+            self._known[self._pages[number // _PAGE], number % _PAGE] = self._look(number * self.image.cluster_size)
+        found: npt.NDArray[np.uint8] = self._known[self._pages[pages], places]
+        return found
 
     def _look(self, offset: int) -> int:
         size = self.image.cluster_size
@@ -215,7 +223,7 @@ class _Examination:
         """Count data clusters: those still mapped by a live state, reused ones, and free ones."""
         numbers = np.minimum(hosts // np.uint64(self._cluster_size), np.uint64(self._examiner.census.clusters - 1))
         numbers = numbers.astype(np.intp)
-        reused = ~mapped & is_claimed(self._examiner.census, numbers)
+        reused = ~mapped & self._examiner.census.is_claimed(numbers)
         free = ~mapped & ~reused
         holds = np.full(len(hosts), _UNKNOWN, np.uint8)
         holds[free] = self._examiner.contents(numbers[free])

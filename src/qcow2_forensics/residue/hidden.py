@@ -48,14 +48,14 @@ def _snapshot(image: Image, batch: Tables, row: int) -> str:
 
 
 def shown_clusters(census: Census) -> Flags:
-    """Return, for each host cluster of the file, whether some state reads (part of) it as data."""
-    shown = np.zeros(census.clusters + 1, np.bool_)
+    """Return, by seat in the census, whether some state reads (part of) a host cluster as data."""
+    shown = np.zeros(census.seats.length, np.bool_)
     for batch in census.tables():
         offsets = np.where(_zero_flags(batch), np.uint64(0), _offsets(batch))
         if batch.bitmaps is not None:
             offsets = np.where((batch.bitmaps & _ALL) == 0, np.uint64(0), offsets)
         numbers = offsets[offsets != 0] >> np.uint64(batch.cluster_bits)
-        shown[np.minimum(numbers, np.uint64(census.clusters)).astype(np.intp)] = True
+        shown[census.seats.of(np.minimum(numbers, np.uint64(census.clusters)))] = True
     return shown
 
 
@@ -70,17 +70,19 @@ def zero_flagged(image: Image, census: Census, data: Source | None = None) -> It
     size = image.cluster_size
     shown = np.zeros(0, np.bool_) if external else shown_clusters(census)
     host: Source | Image = data if external and data is not None else image
-    seen = np.zeros(census.clusters + 1, np.bool_)
+    seen = np.zeros(len(shown), np.bool_)
     for batch in census.tables():
         offsets = _offsets(batch)
         wanted = _zero_flags(batch) & (offsets != 0) & (offsets & np.uint64(size - 1) == 0)
         for row, column in batch.where(wanted):
             offset = int(offsets[row, column])
-            number = offset // size
             if not external:
-                if number >= census.clusters or shown[number] or seen[number]:
+                if offset // size >= census.clusters:
                     continue
-                seen[number] = True
+                seat = census.seats.at(offset // size)
+                if shown[seat] or seen[seat]:
+                    continue
+                seen[seat] = True
             piece = piece_of(host.read(offset, size), offset, "zero-flagged")
             if piece is not None:
                 guest = batch.guest_offset(row, column) + piece.offset - offset
@@ -120,14 +122,15 @@ def subclusters(image: Image, census: Census) -> Iterator[Piece]:
 def _partial_clusters(image: Image, census: Census) -> dict[int, _Partial]:
     """Return, per host offset, the mapped clusters no state shows whole."""
     found: dict[int, _Partial] = {}
-    whole = np.zeros(census.clusters + 1, np.bool_)
+    seats = census.seats
+    whole = np.zeros(seats.length, np.bool_)
     for batch in census.tables():
         if batch.bitmaps is None:
             continue
         offsets, bits = _offsets(batch), batch.bitmaps & _ALL
         placed = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
         placed &= offsets < np.uint64(image.file_size)
-        whole[(offsets[placed & (bits == _ALL)] >> np.uint64(batch.cluster_bits)).astype(np.intp)] = True
+        whole[seats.of(offsets[placed & (bits == _ALL)] >> np.uint64(batch.cluster_bits))] = True
         for row, column in batch.where(placed & (bits != _ALL)):
             host = int(offsets[row, column])
             known = found.get(host)
@@ -136,7 +139,7 @@ def _partial_clusters(image: Image, census: Census) -> dict[int, _Partial]:
             else:
                 guest = batch.guest_offset(row, column)
                 found[host] = _Partial(int(bits[row, column]), guest, _snapshot(image, batch, row))
-    return {host: cluster for host, cluster in found.items() if not whole[host >> image.header.cluster_bits]}
+    return {host: cluster for host, cluster in found.items() if not whole[seats.at(host >> image.header.cluster_bits)]}
 
 
 def tail(image: Image, census: Census) -> Iterator[Piece]:

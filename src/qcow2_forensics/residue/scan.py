@@ -31,12 +31,6 @@ class Found(NamedTuple):
     bitmaps: tuple[BitmapEntry, ...] = ()
 
 
-def is_claimed(census: Census, numbers: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
-    """Return whether something live refers to each of some host clusters, all inside the file."""
-    claimed: npt.NDArray[np.bool_] = census.owners[numbers] != 0
-    return claimed
-
-
 def unclaimed(image: Image, census: Census) -> Iterator[Found]:
     """Yield what lies in clusters nothing refers to, in file order, zeros left out.
 
@@ -183,5 +177,5 @@ class _Scanner:
         """Return how many targets nothing live uses and that still hold bytes; a sample's worth."""
         numbers = (facts.targets // np.uint64(self._cluster_size)).astype(np.intp)
         numbers = numbers[numbers < self._census.clusters]
-        free = numbers[~is_claimed(self._census, numbers)][:_TARGETS]
+        free = numbers[~self._census.is_claimed(numbers)][:_TARGETS]
         return sum(any(self._image.read(number * self._cluster_size, self._cluster_size)) for number in free.tolist())
