@@ -329,15 +329,14 @@ _SNAPSHOT = struct.Struct(">QIHHIIQII")
 SNAPSHOT_ENTRY_LENGTH = _SNAPSHOT.size  # 40
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotEntry:
+class SnapshotEntry(NamedTuple):
     """One entry of the snapshot table ("Snapshots"); ``index`` counts from 0 in table order.
 
     ``disk_size`` and ``icount`` are None when the extra data does not reach them. Dates are
     seconds and nanoseconds of the epoch as the host's clock had them.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs here
     offset: int  # file offset of this entry
     length: int  # bytes with extra data, ID and name, unpadded
     l1_table_offset: int
@@ -404,21 +403,20 @@ def parse_snapshot_head(data: bytes) -> SnapshotHead:
 
 def build_snapshot_entry(index: int, offset: int, head: SnapshotHead, tail: bytes) -> SnapshotEntry:
     """Return the entry from its fixed part and the bytes that follow it."""
-    id_at = head.extra_length
-    name_at = id_at + head.id_length
+    name_at = head.extra_length + head.id_length
     return SnapshotEntry(
-        index=index,
-        offset=offset,
-        length=head.total_length,
-        l1_table_offset=head.l1_table_offset,
-        l1_size=head.l1_size,
-        date_sec=head.date_sec,
-        date_nsec=head.date_nsec,
-        vm_clock_nsec=head.vm_clock_nsec,
-        vm_state_size32=head.vm_state_size32,
-        extra=tail[:id_at],
-        id_bytes=tail[id_at:name_at],
-        name_bytes=tail[name_at : name_at + head.name_length],
+        index,
+        offset,
+        head.total_length,
+        head.l1_table_offset,
+        head.l1_size,
+        head.date_sec,
+        head.date_nsec,
+        head.vm_clock_nsec,
+        head.vm_state_size32,
+        tail[: head.extra_length],
+        tail[head.extra_length : name_at],
+        tail[name_at : name_at + head.name_length],
     )
 
 

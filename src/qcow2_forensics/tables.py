@@ -105,14 +105,18 @@ def read_snapshot_table(image: Metadata) -> tuple[tuple[SnapshotEntry, ...], tup
     found: list[SnapshotEntry] = []
     problems: list[Problem] = []
     reader = _Window(image)
+    unaligned, most_l1 = header.cluster_size - 1, limits.l1_bytes // 8
     at = header.snapshots_offset
     for index in range(header.nb_snapshots):
         problem = _read_snapshot(reader, index, at, found, limits, header)
         if problem is not None:
             problems.append(problem)
             break
-        problems.extend(_snapshot_rules(header, limits, found[-1]))
-        at += padded(found[-1].length)
+        entry = found[-1]
+        place = entry.l1_table_offset
+        if not place or place & unaligned or place > INT64_MAX or entry.l1_size > most_l1:
+            problems.extend(_snapshot_rules(header, limits, entry))
+        at += padded(entry.length)
         if at - header.snapshots_offset > limits.snapshot_table_bytes:
             size = at - header.snapshots_offset
             text = "the snapshot table is too large"

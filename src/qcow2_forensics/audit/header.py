@@ -294,12 +294,12 @@ def snapshot_table_invalid(facts: Facts) -> Iterator[Evidence]:
     when="the bitmaps extension, its directory or a directory entry breaks a rule, or a bitmap is too short for the disk",
 )
 def bitmap_invalid(facts: Facts) -> Iterator[Evidence]:
-    image = facts.image
     for problem in facts.problems("QCOW2-BITMAP-INVALID"):
         yield facts.problem_evidence(problem, "bitmap directory")
     if facts.depth >= Depth.STANDARD and facts.has_census:
+        told = {problem.offset for problem in facts.image.problems}
         for reason in facts.census.reasons:
-            if reason.bitmap and not any(problem.offset == reason.offset for problem in image.problems):
+            if reason.bitmap and reason.offset not in told:
                 yield Evidence(reason.what, None, reason.offset, structure="bitmap directory")
 
 

@@ -71,12 +71,12 @@ def table_absurd(facts: Facts) -> Iterator[Evidence]:
 
 
 def _absurd_snapshots(facts: Facts) -> Iterator[Evidence]:
-    header = facts.header
+    span, size = facts.header.l2_span, facts.header.size
     for entry in facts.image.snapshots:
         if entry.l1_size * 8 <= MiB:
             continue
-        reach = (entry.disk_size or header.size) + entry.vm_state_size
-        if entry.l1_size > 4 * (-(-reach // header.l2_span) + 1):
+        reach = (entry.disk_size or size) + entry.vm_state_size
+        if entry.l1_size > 4 * (-(-reach // span) + 1):
             yield Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=entry.id)
 
 
