@@ -11,7 +11,6 @@ import random
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -305,7 +304,7 @@ def test_a_stream_that_contradicts_the_grammar_is_refused(data: bytes, error: ty
 
 def test_the_number_of_runs_has_a_limit() -> None:
     records = [page(0, 1, BLOCK), *(page(n, n % 2) for n in range(1, PAGES))]
-    limits = replace(DEFAULT_LIMITS, ram_runs=10)
+    limits = DEFAULT_LIMITS._replace(ram_runs=10)
     with pytest.raises(LimitExceeded, match="ram_runs"):
         GuestMemory(BytesSource(simple(records, {BLOCK: PAGES * PAGE})), limits)
 

@@ -13,7 +13,6 @@ import lzma
 import struct
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +91,7 @@ def test_damaged_compression_is_a_format_error_and_leaves_no_cache(packing: int,
 
 def test_decompression_has_a_limit(tmp_path: Path) -> None:
     bomb = gzip.compress(STREAM + bytes(1 << 20))
-    limits = replace(DEFAULT_LIMITS, decompressed_stream_bytes=1 << 19)
+    limits = DEFAULT_LIMITS._replace(decompressed_stream_bytes=1 << 19)
     with pytest.raises(LimitExceeded):
         find_stream(BytesSource(libvirt(bomb, 1)), cache_dir=tmp_path, limits=limits)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,6 @@ subjects are made by qemu-img; memory streams are built by hand.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import random
 import zlib
@@ -25,7 +24,7 @@ from qcow2_forensics.source import BytesSource
 from tests import qemu, stream_builder
 from tests.stream_builder import PAGE
 
-FIELDS = [field.name for field in dataclasses.fields(Limits)]
+FIELDS = list(Limits._fields)
 Look = Callable[[Limits], list[str]]
 
 
@@ -67,11 +66,11 @@ def look_at_stream(data: bytes, limits: Limits) -> list[str]:
 def smallest_value(name: str, look: Look, most: int) -> int:
     """Return the smallest value of a limit under which the subject looks as it does without one."""
     whole = look(DEFAULT_LIMITS)
-    assert look(dataclasses.replace(DEFAULT_LIMITS, **{name: most})) == whole
+    assert look(DEFAULT_LIMITS._replace(**{name: most})) == whole
     low, high = 0, most
     while low < high:
         middle = (low + high) // 2
-        if look(dataclasses.replace(DEFAULT_LIMITS, **{name: middle})) == whole:
+        if look(DEFAULT_LIMITS._replace(**{name: middle})) == whole:
             high = middle
         else:
             low = middle + 1
@@ -148,7 +147,7 @@ def test_an_image_at_a_limit_reads_and_one_above_does_not(name: str, subject: Pa
 @qemu.requires_qemu
 @pytest.mark.parametrize("name", IMAGE_LIMITS)
 def test_what_a_limit_refuses_is_said_and_never_shown_as_empty(name: str, subject: Path) -> None:
-    tight = dataclasses.replace(DEFAULT_LIMITS, **{name: _expected(subject)[name] - 1})
+    tight = DEFAULT_LIMITS._replace(**{name: _expected(subject)[name] - 1})
     with q.open_image(subject, limits=tight) as image:
         said = [problem.message for problem in image.problems]
     known = [item for item in look_at_image(subject, DEFAULT_LIMITS) if "Error" in item]
@@ -161,7 +160,7 @@ def test_what_a_limit_refuses_is_said_and_never_shown_as_empty(name: str, subjec
 def test_an_audit_under_tight_limits_is_a_report(subject: Path) -> None:
     for name in FIELDS:
         for value in (0, 1):
-            report = q.audit(subject, limits=dataclasses.replace(DEFAULT_LIMITS, **{name: value}))
+            report = q.audit(subject, limits=DEFAULT_LIMITS._replace(**{name: value}))
             assert report.to_json()
 
 
@@ -223,7 +222,7 @@ def _stream() -> bytes:
 def test_a_stream_at_a_limit_reads_and_one_above_does_not(name: str, wanted: int) -> None:
     data = _stream()
     assert smallest_value(name, lambda limits: look_at_stream(data, limits), 2 * wanted + 64) == wanted
-    assert "limit" in look_at_stream(data, dataclasses.replace(DEFAULT_LIMITS, **{name: wanted - 1}))[0]
+    assert "limit" in look_at_stream(data, DEFAULT_LIMITS._replace(**{name: wanted - 1}))[0]
 
 
 @pytest.mark.parametrize("name", ["ram_runs", "device_state_bytes", "device_description_bytes"])
@@ -254,5 +253,5 @@ def test_every_limit_says_its_reason() -> None:
 
 
 def test_limits_cannot_be_changed_in_place() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         DEFAULT_LIMITS.snapshots = 1  # type: ignore[misc]

@@ -33,11 +33,9 @@ from .errors import (
     SnapshotNotFound,
     Unsupported,
 )
-from .findings import Evidence, Finding, Report, Severity
 from .image import Image
 from .limits import DEFAULT_LIMITS, Limits
 from .mapping import Kind
-from .resolver import Resolver
 from .source import FileSource, Source, StreamSource
 from .stream import SourceStream
 from .vm_state import VmState
@@ -45,7 +43,9 @@ from .vm_state import VmState
 if TYPE_CHECKING:
     from .audit import audit, audit_path
     from .compare import compare
+    from .findings import Evidence, Finding, Report, Severity
     from .guest_memory import GuestMemory, open_guest_memory
+    from .resolver import Resolver
 
 __version__ = "0.1.0"
 
@@ -87,9 +87,14 @@ __all__ = [
     "open_vm_state",
 ]
 
-# Names whose modules need numpy or much time to import: loaded on first use.
+# Names whose modules take time to import and are not needed to read a disk: loaded on first use.
 _LAZY = {
+    "Evidence": "findings",
+    "Finding": "findings",
     "GuestMemory": "guest_memory",
+    "Report": "findings",
+    "Resolver": "resolver",
+    "Severity": "findings",
     "audit": "audit",
     "audit_path": "audit",
     "compare": "compare",

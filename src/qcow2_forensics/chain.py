@@ -6,6 +6,7 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from .disk import Disk, EofPolicy, Layer, RawDisk
@@ -18,17 +19,16 @@ from .errors import (
     SnapshotNotFound,
     printable,
 )
-from .foreign import open_foreign, probe
 from .header_rules import DISK
 from .image import Image
 from .limits import DEFAULT_LIMITS, Limits
-from .resolver import Resolver
 from .source import PathOrSource, Source, as_source
 from .structures import MAGIC, Crypt, SnapshotEntry
 from .vm_state import VmState
 
 if TYPE_CHECKING:
     from .encryption import Decryptor
+    from .resolver import Resolver
 
 MissingPolicy = Literal["refuse", "raise", "zeros"]
 SnapshotName = str | int | SnapshotEntry | None
@@ -64,7 +64,7 @@ def open_disk(
     or followed means: an error now, an error for each read that needs it, or zeros.
     ``follow=False`` opens this file alone: what it does not hold reads as zeros.
     """
-    opener = _Opener(resolver or Resolver(), limits, passphrase, eof, missing, follow)
+    opener = _Opener(resolver, limits, passphrase, eof, missing, follow)
     source = as_source(origin)
     with ExitStack() as undo:
         if source is not origin:
@@ -160,20 +160,28 @@ class _Opener:
 
     def __init__(
         self,
-        resolver: Resolver,
+        resolver: Resolver | None,
         limits: Limits,
         passphrase: Passphrase,
         eof: EofPolicy,
         missing: MissingPolicy,
         follow: bool,
     ) -> None:
-        self._resolver = resolver
+        self._given = resolver
         self._limits = limits
         self._passphrase = passphrase
         self._eof: EofPolicy = eof
         self._missing = missing
         self._follow = follow
         self._seen: list[object] = []
+
+    @cached_property
+    def _resolver(self) -> Resolver:
+        if self._given is not None:
+            return self._given
+        from .resolver import Resolver  # only for an image that names another file
+
+        return Resolver()
 
     def disk(self, image: Image, top: Source, snapshot: SnapshotEntry | None = None) -> Disk:
         image.require(DISK)
@@ -248,6 +256,8 @@ class _Opener:
             )
 
     def _layer(self, source: Source, recorded: str | None, top: Source, name: str) -> Layer:
+        from .foreign import open_foreign, probe
+
         kind = recorded or probe(source)
         if kind == "raw":
             self._enter(source, name)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 _WORKERS = min(4, os.cpu_count() or 1)
-_TASK_BYTES = 128 * KiB  # decoded by one task: smaller ones cost more to hand over than to do
-_AHEAD_MIN = 256 * KiB  # decoded ahead of a sequential reader, at least and at most
+_TASK_MIN = 128 * KiB  # decoded by one task: smaller ones cost more to hand over than to do
+_TASK_MAX = 512 * KiB
+_AHEAD_MIN = 256 * KiB  # decoded ahead of a sequential reader at first, then twice as much each time
 _AHEAD_MAX = 2 * MiB
 
 _Key = tuple[int, int]  # host offset and size of a stream
@@ -87,9 +88,9 @@ class Clusters:
         self.window = kept // 2  # runs that one call of prepare() may be given
         # Streams being decoded: first in, first out, so that what nobody fetches goes away.
         self._pending: Fifo[_Key, Future[_Batch]] = Fifo(kept)
-        self._per_task = max(1, _TASK_BYTES // self._size)
         self._next = -1  # the guest offset at which a sequential reader goes on
         self._horizon = 0  # up to where decoding ahead was started
+        self._ahead = _AHEAD_MIN
 
     def read(self, run: Run) -> bytes:
         """Return the bytes of a COMPRESSED run."""
@@ -112,14 +113,16 @@ class Clusters:
         self._next = last
         if len(wanted) > 1:
             self._start(wanted)
-        if not sequential or self._horizon < last:
-            self._horizon = last
-        if sequential:
-            most = min(_AHEAD_MAX, self._image.limits.cluster_cache_bytes // 2)
-            ahead = min(most, max(_AHEAD_MIN, last - first, self._size))
-            if self._horizon - last <= ahead // 2:
-                start, self._horizon = -(-self._horizon // self._size) * self._size, last + ahead
-                self._start(self._compressed_runs(start, self._horizon))
+        if not sequential:
+            self._horizon, self._ahead = last, _AHEAD_MIN
+            return
+        self._horizon = max(self._horizon, last)
+        most = min(_AHEAD_MAX, self._image.limits.cluster_cache_bytes // 2)
+        ahead = min(most, max(self._ahead, last - first, self._size))
+        if self._horizon - last <= ahead // 2:
+            start, self._horizon = -(-self._horizon // self._size) * self._size, last + ahead
+            self._start(self._compressed_runs(start, self._horizon))
+            self._ahead = 2 * ahead
 
     def _compressed_runs(self, start: int, end: int) -> Iterator[Run]:
         end = min(end, self._mapping.l1_size * self._mapping.table_span)
@@ -134,16 +137,13 @@ class Clusters:
             # After a fork: tasks of the parent will never finish here.
             self._process = os.getpid()
             self._pending.clear()
-        batch: list[tuple[_Key, int]] = []
-        for run in runs:
-            key = (run.host_offset or 0, run.size)
-            if key not in self._cache.entries and key not in self._pending.entries:
-                batch.append((key, run.offset & ~(self._size - 1)))
-                if len(batch) == self._per_task:
-                    self._submit(batch)
-                    batch = []
-        if batch:
-            self._submit(batch)
+        wanted = {(run.host_offset or 0, run.size): run.offset & ~(self._size - 1) for run in runs}
+        known = (self._cache.entries, self._pending.entries)
+        todo = [(key, guest) for key, guest in wanted.items() if not any(key in entries for entries in known)]
+        share = -(-len(todo) // _WORKERS) * self._size
+        per_task = max(1, min(_TASK_MAX, max(_TASK_MIN, share)) // self._size)
+        for first in range(0, len(todo), per_task):
+            self._submit(todo[first : first + per_task])
 
     def _submit(self, batch: list[tuple[_Key, int]]) -> None:
         try:

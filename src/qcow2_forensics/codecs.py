@@ -7,20 +7,11 @@ it was and says so.
 
 from __future__ import annotations
 
+import functools
 import sys
 import zlib
+from types import ModuleType
 from typing import Any
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-isal_zlib: Any
-try:
-    from isal import isal_zlib
-except ImportError:  # the "fast" extra; zlib does the same, at half the speed
-    isal_zlib = None
 
 _DYNAMIC = 4  # bits 1 and 2 of a deflate stream: its first block has codes of its own
 _CODE_BYTES = 1024  # hold all code lengths of a block, at most 570 bytes, and a first symbol
@@ -29,12 +20,33 @@ _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a skippable frame's magic; byte 
 _WINDOW_LOG_MAX = 27  # libzstd's own default for streaming; clusters need 21 at most
 
 
+@functools.cache
+def _isal() -> Any:
+    """Return the module that inflates twice as fast as zlib, None without the "fast" extra."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return None
+    return isal_zlib
+
+
+@functools.cache
+def _zstd() -> ModuleType:
+    """Return the zstd module; imported for the first cluster, because most images have none."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
+
+
 def inflate(data: bytes, size: int) -> bytes:
     """Return the first ``size`` bytes of the raw deflate stream in ``data``.
 
     One stream only; what it would produce beyond ``size`` is not looked at. The window is the
     full 32 KiB: QEMU decodes longer distances than the 4 KiB it announces.
     """
+    isal_zlib = _isal()
     if isal_zlib is not None:
         try:
             _check_codes(data)
@@ -71,6 +83,7 @@ def unzstd(data: bytes, size: int) -> bytes:
     Skippable frames between them are passed over; what follows the last one is ignored. More than
     256 frames are refused: no writer makes them, and decoding them is slow.
     """
+    zstd = _zstd()
     pieces: list[bytes] = []
     missing = size
     while missing:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import io
-from array import array
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -18,17 +17,15 @@ from .codecs import inflate, unzstd
 from .errors import FormatError, Locked, Qcow2Error, printable
 from .header_rules import DISK, SNAPSHOTS, snapshot_part
 from .image import Image
-from .mapping import Kind, Mapping, Run, Slice
+from .mapping import Kind, Mapping, PlainRun, Run
 from .source import Source, source_name
 from .stream import SourceStream
-from .structures import COMPRESSED, OFFSET_MASK, SECTOR, ZERO, Compression, Crypt, SnapshotEntry
+from .structures import OFFSET_MASK, SECTOR, Compression, Crypt, SnapshotEntry
 
 if TYPE_CHECKING:
     from .encryption import Decryptor
 
 EofPolicy = Literal["strict", "zeros"]
-
-_COPIED_OR_OFFSET = (1 << 63) | OFFSET_MASK
 
 
 class Extent(NamedTuple):
@@ -153,18 +150,15 @@ class Disk:
             unzstd if header.compression_type == Compression.ZSTD else inflate,
             self._count_filled if eof == "zeros" else None,
         )
-        # For the fast path of read().
+        # For read(): the stored clusters found last, as far as they are of this disk.
+        self._run: PlainRun = (0, 0, 0)
         self._cluster_size = header.cluster_size
         self._inside_mask = header.cluster_size - 1
         self._cluster_bits = header.cluster_bits
         self._slices = self.mapping.slices
         self._slice_shift = self.mapping.slice_shift
         self._slice_mask = self.mapping.slice_mask
-        plain = header.version != 1 and not header.extended_l2 and not self._encrypted and data is None
-        # Bits that take an entry off the fast path; all of them where the format is not the plain one.
-        self._not_plain = ~_COPIED_OR_OFFSET & (2**64 - 1) | COMPRESSED | ZERO | (OFFSET_MASK & self._inside_mask)
-        if not plain:
-            self._not_plain = 2**64 - 1
+        self._not_plain = 2**64 - 1 if self._encrypted else self.mapping.not_plain
 
     # --- facts -------------------------------------------------------------------------------
 
@@ -207,47 +201,60 @@ class Disk:
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` guest bytes at ``offset``, fewer only at the end of the disk."""
-        end = offset + length
-        if length > 0 and end <= self.size:
-            # Fast path: plain clusters that follow each other in the file, under one cached slice.
+        start, end, shift = self._run
+        if start <= offset and 0 < length <= end - offset:
+            data = self._host.read(offset + shift, length)
+            if len(data) == length:
+                return data
+        elif offset != end and 0 < length <= self.size - offset:  # not whoever reads on: a longer run helps him more
             entries = self._slices.get(offset >> self._slice_shift)
             if entries:
-                index = (offset >> self._cluster_bits) & self._slice_mask
-                entry = entries[index]
+                entry = entries[(offset >> self._cluster_bits) & self._slice_mask]
+                inside = offset & self._inside_mask
                 host = entry & OFFSET_MASK
-                if host and not entry & self._not_plain:
-                    inside = offset & self._inside_mask
-                    more = (inside + length - 1) >> self._cluster_bits  # clusters after the first
-                    if not more or self._follow(entries, index, more):
-                        data = self._host.read(host + inside, length)
-                        if len(data) == length:
-                            return data
+                if host and not entry & self._not_plain and inside + length <= self._cluster_size:
+                    data = self._host.read(host + inside, length)
+                    if len(data) == length:
+                        return data
         if offset < 0 or length < 0:
             raise ValueError(f"negative offset or length: {offset}, {length}")
         return self.read_mapped(offset, min(length, self.size - offset))
-
-    def _follow(self, entries: Slice, first: int, more: int) -> bool:
-        """Whether the entries after ``first`` continue it in the file, all of them in this slice."""
-        entry, size = entries[first], self._cluster_size
-        if entries[first + more : first + more + 1] != array("Q", [entry + more * size]):
-            return False  # the last one tells most often, also that it lies in another slice
-        return entries[first : first + more + 1] == array("Q", range(entry, entry + more * size + 1, size))
 
     def read_mapped(self, offset: int, length: int) -> bytes:
         """Like :meth:`read`, but not clipped to the disk: VM state lies past its end."""
         if length <= 0:
             return b""
+        pieces = []
+        while length and not self._encrypted:
+            first, before, _ = self._run
+            wanted = max(length, 2 * (before - first)) if offset == before else length
+            run = self.mapping.plain_run(offset, wanted)
+            if run is None:
+                break
+            start, end, shift = run
+            self._run = (start, min(end, self.size), shift)
+            step = min(length, end - offset)
+            data = self._host.read(offset + shift, step)
+            if len(data) != step:
+                break
+            pieces.append(data)
+            offset += step
+            length -= step
+        if length:
+            pieces += self._pieces(offset, length)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _pieces(self, offset: int, length: int) -> Iterator[bytes]:
+        """Yield the bytes of each run, whatever it is."""
         if self.snapshot is not None and offset + length > self._mapped_end:
             raise self._past_the_table(self.snapshot)
         runs = list(self.mapping.runs(offset, length))
-        pieces = []
         for index, run in enumerate(runs):
             if index % self._clusters.window == 0:
                 self._clusters.prepare(runs[index : index + self._clusters.window])
             # Here and not in _piece(): a chain of two hundred layers costs a frame less for each.
             hole = run.kind == Kind.HOLE
-            pieces.append(self._unallocated(run.offset, run.length) if hole else self._piece(run))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            yield self._unallocated(run.offset, run.length) if hole else self._piece(run)
 
     def _past_the_table(self, entry: SnapshotEntry) -> FormatError:
         return FormatError(

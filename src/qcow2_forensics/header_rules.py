@@ -8,7 +8,7 @@ matter for reading the guest's disk (refcounts, snapshots, bitmaps) only that pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import FormatError, LimitExceeded, Qcow2Error, Unsupported, printable
 from .limits import Limits
@@ -39,8 +39,7 @@ def snapshot_part(index: int) -> str:
     return f"snapshot:{index}"
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One way the metadata contradicts the specification.
 
     ``code`` is the finding it belongs to; ``blocks`` names what cannot be read soundly because of

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 KiB = 1024
 MiB = 1024 * KiB
 GiB = 1024 * MiB
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """What one image may cost. Sizes are bytes. The defaults read everything QEMU reads."""
 
     l1_bytes: int = 32 * MiB  # what QEMU accepts for the active table and each snapshot's

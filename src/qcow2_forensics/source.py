@@ -12,7 +12,6 @@ import os
 import stat
 import threading
 import weakref
-from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from .errors import NotQcow2, ReadError, printable
@@ -56,8 +55,8 @@ class FileSource:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, regular_only: bool = False) -> None:
-        self.path = Path(path)
-        self.name = str(self.path)
+        self.path = os.fspath(path)
+        self.name = os.fsdecode(self.path)
         # O_NONBLOCK: opening a FIFO must not wait for a writer; regular files ignore it.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)

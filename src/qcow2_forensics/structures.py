@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import struct
 from array import array
-from dataclasses import dataclass
 from typing import NamedTuple
 
 MAGIC = b"QFI\xfb"
@@ -162,8 +161,7 @@ V3_HEADER_LENGTH = 104
 _MOST_BITS = 64  # a header may claim 2^32 - 1: as a power of two, half a gigabyte of one number
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """The fields of a version 1, 2 or 3 header, with the defaults a version implies.
 
     ``mtime`` and ``l2_bits`` exist in version 1 only; there ``l1_size`` is not stored but follows
@@ -338,7 +336,7 @@ class SnapshotEntry(NamedTuple):
     seconds and nanoseconds of the epoch as the host's clock had them.
     """
 
-    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs here
+    index: int  # type: ignore[assignment]  # stands for a method of tuple that nobody calls on an entry
     offset: int  # file offset of this entry
     length: int  # bytes with extra data, ID and name, unpadded
     l1_table_offset: int

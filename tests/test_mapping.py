@@ -1,0 +1,67 @@
+"""Runs of L2 entries: what is found at the speed of C is what a look at each entry finds."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from pathlib import Path
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import qcow2_forensics as q
+from qcow2_forensics.mapping import Kind, _run_end
+from tests.image_builder import COPIED, Builder
+
+CLUSTER = 65536
+LARGEST = 2**64 - 1
+
+values = st.one_of(
+    st.integers(0, LARGEST),
+    st.sampled_from([0, 1, COPIED, COPIED | CLUSTER, LARGEST, LARGEST - CLUSTER + 1, CLUSTER, CLUSTER - 1]),
+)
+
+
+@given(
+    first=st.integers(0, 2**63 + 2**62 - 1),
+    length=st.integers(1, 700),
+    step=st.sampled_from([0, 512, CLUSTER, 2 << 20]),
+    odd=st.lists(st.tuples(st.integers(1, 699), values), max_size=3),
+    stop=st.integers(1, 700),
+)
+@example(first=COPIED | CLUSTER, length=400, step=CLUSTER, odd=[(1, LARGEST), (2, LARGEST)], stop=400)
+@example(first=0, length=100, step=512, odd=[(50, LARGEST), (51, 511)], stop=100)  # one up and one down is no run
+def test_the_end_of_a_run_is_the_first_entry_that_does_not_continue_it(
+    first: int, length: int, step: int, odd: list[tuple[int, int]], stop: int
+) -> None:
+    entries = array("Q", [first + index * step for index in range(length)])
+    for at, value in odd:
+        if at < length:
+            entries[at] = value
+    stop = min(stop, length)
+    wanted = next((at for at in range(1, stop) if entries[at] != entries[at - 1] + step), stop)
+    assert _run_end(entries, 1, stop, step) == wanted
+
+
+@given(
+    parts=st.lists(st.tuples(st.sampled_from("sfzn"), st.integers(1, 40)), min_size=1, max_size=12),
+    offset=st.integers(0, 2**16),
+    wanted=st.integers(1, 2**16),
+)
+def test_a_plain_run_is_stored_data_that_follows_each_other(
+    parts: list[tuple[str, int]], offset: int, wanted: int
+) -> None:
+    kinds = "".join(kind * count for kind, count in parts)
+    offset %= len(kinds) * 512
+    builder = Builder(size=len(kinds) * 512, cluster_bits=9)
+    host = 1 << 20
+    for index, kind in enumerate(kinds):  # in sequence, fragmented, zero, not allocated
+        host += {"s": 512, "f": 1024}.get(kind, 0)
+        builder.entry(index * 512, {"z": 1, "n": 0}.get(kind, COPIED | host))
+    with tempfile.TemporaryDirectory() as folder, q.open_disk(builder.write(Path(folder) / "a")) as disk:
+        run = disk.mapping.plain_run(offset, wanted)
+        assert (run is not None) == (kinds[offset // 512] in "sf")
+        if run is not None:
+            start, end, shift = run
+            assert start <= offset < end
+            assert [*disk.mapping.runs(start, end - start)] == [(start, end - start, Kind.DATA, start + shift, 0)]
