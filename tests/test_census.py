@@ -367,9 +367,11 @@ def test_segments_cover_every_place_once_with_the_right_weight(spans: list[tuple
             weights[place] += 1
     found = Counter[int]()
     previous = 0
-    for start, end, weight, owner, origin in weighted_segments((a, b, 1, n) for n, (a, b) in enumerate(spans)):
+    segments = weighted_segments((a, b, n) for n, (a, b) in enumerate(spans))
+    for start, end, weight, owner, origin in np.column_stack(segments).tolist():
         assert previous <= start < end
         assert spans[owner][0] == origin <= start
+        assert end <= spans[owner][1]
         previous = end
         for place in range(start, end):
             found[place] += weight

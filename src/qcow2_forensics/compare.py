@@ -24,7 +24,7 @@ from .mapping import Kind
 from .structures import SECTOR, Crypt
 
 _CHUNK = 1 * MiB  # read of each side at a time
-_WINDOW_CLUSTERS = 4096  # whose mappings are compared at a time: bounds what is kept
+_WINDOW_CLUSTERS = 4096  # after which L1 tables are compared again, and progress is told
 _WINDOW_BYTES = 64 * MiB  # at least, so that tiny clusters do not mean tiny windows
 _BLOCK = 4096  # compared before its sectors are
 
@@ -97,13 +97,15 @@ def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int]
     shared_until = _shared_tables(before, after)
     opaque = _common_layers(before, after)
     cluster = max(_cluster_size(before), _cluster_size(after))
-    window = max(_WINDOW_CLUSTERS * cluster, _WINDOW_BYTES)
+    window = smallest = max(_WINDOW_CLUSTERS * cluster, _WINDOW_BYTES)
     position = 0
     while position < end:
         settled = position
         position = min(end, shared_until(position))
         stop = min(end, position + window)
+        window *= 2  # what tables of a few clusters say of petabytes needs few looks
         for candidate in _candidates(before, after, position, stop, cluster, opaque):
+            window = smallest
             if candidate.change is Change.UNREADABLE:
                 yield Difference(*candidate)
             else:
@@ -193,22 +195,46 @@ def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator
                 yield _Piece(run.offset + rest, run.length - rest, None, False)
 
 
-def _unproven(before: Layer, after: Layer, start: int, end: int, opaque: _Opaque) -> Iterator[_Candidate]:
-    """Yield the parts of a range whose pieces are not the same in both."""
-    lefts = _pieces(before, start, end - start, opaque)
-    rights = _pieces(after, start, end - start, opaque)
-    left, right = next(lefts), next(rights)
-    while True:
-        length = min(left.length, right.length)
-        if left.content != right.content:
-            change = (
-                Change.CHANGED if left.stored and right.stored else Change.ZEROED if left.stored else Change.WRITTEN
-            )
-            yield _Candidate(left.offset, length, change)
-        if left.offset + length >= end:
-            return
-        left = _rest(left, length) if left.length > length else next(lefts)
-        right = _rest(right, length) if right.length > length else next(rights)
+def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, opaque: _Opaque) -> Iterator[_Candidate]:
+    """Yield the parts of a range whose pieces are not the same in both, or cannot be told."""
+    while start < end:
+        try:
+            lefts = _pieces(before, start, end - start, opaque)
+            rights = _pieces(after, start, end - start, opaque)
+            left, right = next(lefts), next(rights)
+            while True:
+                length = min(left.length, right.length)
+                if left.content != right.content:
+                    yield _Candidate(left.offset, length, _change(left, right))
+                start = left.offset + length
+                if start >= end:
+                    return
+                left = _rest(left, length) if left.length > length else next(lefts)
+                right = _rest(right, length) if right.length > length else next(rights)
+        except Qcow2Error as error:
+            until = max(_unmappable_until(layer, start, end) for layer in (before, after))
+            until = min(end, max(until, (start // cluster + 1) * cluster))
+            yield _Candidate(start, until - start, Change.UNREADABLE, str(error))
+            start = until
+
+
+def _change(left: _Piece, right: _Piece) -> Change:
+    if left.stored:
+        return Change.CHANGED if right.stored else Change.ZEROED
+    return Change.WRITTEN
+
+
+def _unmappable_until(layer: Layer | None, offset: int, end: int) -> int:
+    """Return how far the mapping that ``layer`` has at ``offset`` is broken; ``offset`` when it is not."""
+    while isinstance(layer, Disk) and offset < min(end, layer.size):
+        try:
+            run = next(layer.mapping.runs(offset, end - offset))
+        except Qcow2Error:
+            return layer.mapping.broken_until(offset, end)
+        if run.kind != Kind.HOLE:
+            break
+        layer, end = layer.backing, run.offset + run.length
+    return offset
 
 
 def _rest(piece: _Piece, taken: int) -> _Piece:
@@ -223,27 +249,13 @@ def _rest(piece: _Piece, taken: int) -> _Piece:
 def _candidates(
     before: Layer, after: Layer, start: int, end: int, cluster: int, opaque: _Opaque
 ) -> Iterator[_Candidate]:
-    """Yield what the mappings leave open; a mapping that cannot be read is narrowed to its cluster."""
-    if start >= end:
-        return
-    try:
-        found = list(_unproven(before, after, start, end, opaque))
-        if opaque:
+    """Yield what the mappings leave open."""
+    for outer in _unproven(before, after, start, end, cluster, opaque):
+        if opaque and outer.change is not Change.UNREADABLE:
             # What differs from a shared layer may still be proved equal by looking into that layer.
-            found = [
-                inner
-                for outer in found
-                for inner in _unproven(before, after, outer.offset, outer.offset + outer.length, {})
-            ]
-    except Qcow2Error as error:
-        if end - start <= cluster:
-            yield _Candidate(start, end - start, Change.UNREADABLE, str(error))
-            return
-        middle = start + max(cluster, (end - start) // 2 // cluster * cluster)
-        yield from _candidates(before, after, start, middle, cluster, opaque)
-        yield from _candidates(before, after, middle, end, cluster, opaque)
-        return
-    yield from found
+            yield from _unproven(before, after, outer.offset, outer.offset + outer.length, cluster, {})
+        else:
+            yield outer
 
 
 # --- what the bytes say ------------------------------------------------------------------------

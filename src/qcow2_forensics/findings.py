@@ -10,7 +10,7 @@ import enum
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 SCHEMA_VERSION = 1  # of Report.to_dict(); raised when a reader of an older one would be misled
 
@@ -43,8 +43,7 @@ class Severity(enum.IntEnum):
 Value = int | str | bool | float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(NamedTuple):
     """One observed value and where it stands.
 
     ``offset`` and ``length`` are bytes in ``file`` (empty: the image itself); ``guest_offset`` is

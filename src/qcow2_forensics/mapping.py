@@ -37,6 +37,7 @@ from .structures import (
 
 _SLICE_BYTES = 64 * KiB  # of an L2 table, read and cached together
 L1_PAGE = 8192  # L1 entries read and kept together
+_BLANK_TABLES = 1 << 17  # remembered: as many as fit in a file of 64 MiB
 _EMPTY_L1_PAGE = array("Q", bytes(8 * L1_PAGE))  # one for all that lie past the end: a header may claim thousands
 
 
@@ -99,6 +100,8 @@ class Mapping:
         self.slices = self._cache.entries  # guest slice number -> its entries, empty where no L2 table is
         # All pages of what QEMU takes; version 1 may have an L1 table of 2 GiB.
         self._l1_pages: Fifo[int, Slice] = Fifo(max(4, image.limits.l1_bytes // (L1_PAGE * 8)))
+        self._blank_tables: Fifo[int, Kind | None] = Fifo(_BLANK_TABLES)  # L2 tables by host offset, see _blank
+        self._broken_tables: Fifo[int, bool] = Fifo(_BLANK_TABLES)
         # Bits that make an entry anything but a stored cluster; all of them where the format is not the plain one.
         self.not_plain = ~(COPIED | OFFSET_MASK) & (2**64 - 1) | (OFFSET_MASK & (self.cluster_size - 1))
         if self._version == 1 or header.extended_l2 or self._data_file:
@@ -187,21 +190,33 @@ class Mapping:
         :class:`FormatError` at the first cluster that cannot be read, naming its entry.
         """
         pending: Run | None = None
-        for run in self._pieces(offset, length):
-            if pending is None:
-                pending = run
-                continue
-            if _continues(pending, run):
-                pending = Run(pending.offset, pending.length + run.length, pending.kind, pending.host_offset)
-            else:
-                yield pending
-                pending = run
+        try:
+            for run in self._pieces(offset, length):
+                if pending is None:
+                    pending = run
+                    continue
+                if _continues(pending, run):
+                    pending = Run(pending.offset, pending.length + run.length, pending.kind, pending.host_offset)
+                else:
+                    yield pending
+                    pending = run
+        except FormatError:
+            if pending is not None:
+                yield pending  # what is right in front of the fault
+            raise
         if pending is not None:
             yield pending
 
     def _pieces(self, offset: int, length: int) -> Iterator[Run]:
         end = offset + length
         while offset < end:
+            if end - offset >= self.table_span and not offset % self.table_span:
+                kind = self._blank(offset // self.table_span)
+                if kind is not None:
+                    stop = min(end, self._blank_until(offset // self.table_span + 1, kind, end) * self.table_span)
+                    yield Run(offset, stop - offset, kind)
+                    offset = stop
+                    continue
             number = offset >> self.slice_shift
             entries = self.slices.get(number)
             if entries is None:
@@ -213,6 +228,103 @@ class Mapping:
                 stop = min(end, self._next_table(offset, end))
                 yield Run(offset, stop - offset, Kind.HOLE)
             offset = stop
+
+    # A crafted L1 table may name a few L2 tables that map nothing a million times. Each is looked at once.
+
+    def _blank(self, index: int) -> Kind | None:
+        """Return ZERO or HOLE when all under an L1 slot is that, without host clusters; None when it is not."""
+        table = self.l2_table_offset(index)
+        if not table:
+            return Kind.HOLE
+        if table not in self._blank_tables.entries:
+            self._blank_tables.add(table, self._judge(index))
+        return self._blank_tables.entries.get(table)
+
+    def _judge(self, index: int) -> Kind | None:
+        kind: Kind | None = None
+        try:
+            for number in range(index * self._slices_per_table, (index + 1) * self._slices_per_table):
+                start = number << self.slice_shift
+                for run in self._scan(self, self.slice(number), number, start, start + self.slice_span):
+                    if run.kind not in (Kind.ZERO, Kind.HOLE) or run.host_offset is not None:
+                        return None
+                    if kind not in (None, run.kind):
+                        return None
+                    kind = run.kind
+        except FormatError:
+            return None  # said when its turn comes
+        return kind
+
+    def _blank_until(self, index: int, kind: Kind, end: int) -> int:
+        """Return the first L1 slot from ``index`` on that is not known to be blank in the same way."""
+        kinds = self._blank_tables.entries
+
+        def is_alike(entry: int) -> bool:
+            table = self._table_of(entry)
+            return (kinds.get(table) if table else Kind.HOLE) == kind
+
+        index = self._alike_until(index, end, is_alike)
+        return 2**64 if kind == Kind.HOLE and index >= self.l1_size else index  # nothing is mapped past the table
+
+    def broken_until(self, offset: int, end: int) -> int:
+        """Return how far from ``offset``, and at most to ``end``, nothing can be mapped; ``offset`` where it can."""
+        index = offset // self.table_span
+        if not offset % self.table_span and index < self.l1_size:
+            self._judge_broken(index)
+        index = self._alike_until(index, end, self._is_broken)
+        if index < self.l1_size and index % L1_PAGE >= len(self.l1_page(index // L1_PAGE)):
+            index = self.l1_size  # cut off by the end of the file
+        return min(end, max(offset, index * self.table_span))
+
+    def _judge_broken(self, index: int) -> None:
+        """Remember whether no cluster at all under an L1 slot has an entry that can be."""
+        start = index * self.table_span
+        try:
+            table = self.l2_table_offset(index)
+            if not table or table in self._broken_tables.entries:
+                return
+            self._broken_tables.add(table, False)
+            for at in range(start, start + self.table_span, self.cluster_size):
+                number = at >> self.slice_shift
+                try:
+                    next(self._scan(self, self.slice(number), number, at, at + self.cluster_size))
+                except FormatError:
+                    continue
+                return
+            self._broken_tables.add(table, True)
+        except FormatError:
+            pass  # the entry itself says it
+
+    def _is_broken(self, entry: int) -> bool:
+        table = self._table_of(entry)
+        if not table:
+            return False
+        if self._version == 1 and table > 2**63 - 1 - self._table_bytes:
+            return True
+        if self._version != 1 and table & (self.cluster_size - 1):
+            return True
+        if not self._eof_zeros and table + self._slice_bytes > self.image.file_size:
+            return True
+        return self._broken_tables.entries.get(table, False)
+
+    def _table_of(self, entry: int) -> int:
+        return entry if self._version == 1 else entry & OFFSET_MASK
+
+    def _alike_until(self, index: int, end: int, is_alike: Callable[[int], bool]) -> int:
+        """Return the first L1 slot from ``index`` on that fails a test, or where the table or ``end`` is reached.
+
+        Every value is tested once for many slots: what is crafted repeats, and what does not repeat is paid for.
+        """
+        width = 8  # grows, so that a short answer costs little and a long one is found at the speed of C
+        while index < self.l1_size and index * self.table_span < end:
+            page, first = self.l1_page(index // L1_PAGE), index % L1_PAGE
+            part = page[first : first + width]
+            others = {entry for entry in set(part) if not is_alike(entry)}
+            if others or not part:
+                return index + next((at for at, entry in enumerate(part) if entry in others), 0)
+            index += len(part)
+            width = min(4 * width, L1_PAGE)
+        return index
 
     def _next_table(self, offset: int, end: int = 2**64) -> int:
         """Return where the guest range without L2 tables that holds ``offset`` ends, or a place past ``end``."""

@@ -324,12 +324,14 @@ CRYPTO_EXTENSION = struct.Struct(">QQ")  # offset and length in bytes of the LUK
 # --- snapshot table ----------------------------------------------------------------------------
 
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
+_SNAPSHOT_EXTRA = struct.Struct(">QQq")  # vm_state_size, disk_size, icount
 SNAPSHOT_ENTRY_LENGTH = _SNAPSHOT.size  # 40
 
 
 class SnapshotEntry(NamedTuple):
     """One entry of the snapshot table ("Snapshots"); ``index`` counts from 0 in table order.
 
+    ``vm_state_size`` is the 64-bit field where the extra data has it, the 32-bit one elsewhere;
     ``disk_size`` and ``icount`` are None when the extra data does not reach them. Dates are
     seconds and nanoseconds of the epoch as the host's clock had them.
     """
@@ -343,6 +345,9 @@ class SnapshotEntry(NamedTuple):
     date_nsec: int
     vm_clock_nsec: int
     vm_state_size32: int
+    vm_state_size: int
+    disk_size: int | None
+    icount: int | None
     extra: bytes
     id_bytes: bytes
     name_bytes: bytes
@@ -360,19 +365,6 @@ class SnapshotEntry(NamedTuple):
     @property
     def extra_length(self) -> int:
         return len(self.extra)
-
-    @property
-    def vm_state_size(self) -> int:
-        """Bytes of VM state; the 64-bit field overrides the 32-bit one."""
-        return int.from_bytes(self.extra[:8], "big") if len(self.extra) >= 8 else self.vm_state_size32
-
-    @property
-    def disk_size(self) -> int | None:
-        return int.from_bytes(self.extra[8:16], "big") if len(self.extra) >= 16 else None
-
-    @property
-    def icount(self) -> int | None:
-        return int.from_bytes(self.extra[16:24], "big", signed=True) if len(self.extra) >= 24 else None
 
 
 class SnapshotHead(NamedTuple):
@@ -394,28 +386,34 @@ class SnapshotHead(NamedTuple):
         return SNAPSHOT_ENTRY_LENGTH + self.extra_length + self.id_length + self.name_length
 
 
-def parse_snapshot_head(data: bytes) -> SnapshotHead:
-    """Return the fixed part of an entry; ``data`` must hold at least 40 bytes."""
-    return SnapshotHead(*_SNAPSHOT.unpack_from(data))
+def parse_snapshot_head(data: bytes, at: int = 0) -> SnapshotHead:
+    """Return the fixed part of the entry at ``data[at:]``, which must hold at least 40 bytes."""
+    return SnapshotHead._make(_SNAPSHOT.unpack_from(data, at))
 
 
 def build_snapshot_entry(index: int, offset: int, head: SnapshotHead, tail: bytes) -> SnapshotEntry:
     """Return the entry from its fixed part and the bytes that follow it."""
-    id_at = head.extra_length
-    name_at = id_at + head.id_length
+    extra_length = head.extra_length
+    name_at = extra_length + head.id_length
+    if extra_length >= _SNAPSHOT_EXTRA.size:
+        numbers: tuple[int, int | None, int | None] = _SNAPSHOT_EXTRA.unpack_from(tail)
+    else:
+        vm_state_size = int.from_bytes(tail[:8], "big") if extra_length >= 8 else head.vm_state_size32
+        numbers = vm_state_size, int.from_bytes(tail[8:16], "big") if extra_length >= 16 else None, None
     return SnapshotEntry(
-        index=index,
-        offset=offset,
-        length=head.total_length,
-        l1_table_offset=head.l1_table_offset,
-        l1_size=head.l1_size,
-        date_sec=head.date_sec,
-        date_nsec=head.date_nsec,
-        vm_clock_nsec=head.vm_clock_nsec,
-        vm_state_size32=head.vm_state_size32,
-        extra=tail[:id_at],
-        id_bytes=tail[id_at:name_at],
-        name_bytes=tail[name_at : name_at + head.name_length],
+        index,
+        offset,
+        head.total_length,
+        head.l1_table_offset,
+        head.l1_size,
+        head.date_sec,
+        head.date_nsec,
+        head.vm_clock_nsec,
+        head.vm_state_size32,
+        *numbers,
+        tail[:extra_length],
+        tail[extra_length:name_at],
+        tail[name_at : name_at + head.name_length],
     )
 
 

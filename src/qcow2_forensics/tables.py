@@ -105,14 +105,18 @@ def read_snapshot_table(image: Metadata) -> tuple[tuple[SnapshotEntry, ...], tup
     found: list[SnapshotEntry] = []
     problems: list[Problem] = []
     reader = _Window(image)
+    unaligned, most_l1 = header.cluster_size - 1, limits.l1_bytes // 8
     at = header.snapshots_offset
     for index in range(header.nb_snapshots):
         problem = _read_snapshot(reader, index, at, found, limits, header)
         if problem is not None:
             problems.append(problem)
             break
-        problems.extend(_snapshot_rules(header, limits, found[-1]))
-        at += padded(found[-1].length)
+        entry = found[-1]
+        place = entry.l1_table_offset
+        if not place or place & unaligned or place > INT64_MAX or entry.l1_size > most_l1:
+            problems.extend(_snapshot_rules(header, limits, entry))
+        at += padded(entry.length)
         if at - header.snapshots_offset > limits.snapshot_table_bytes:
             size = at - header.snapshots_offset
             text = "the snapshot table is too large"
@@ -131,31 +135,33 @@ class _Window:
         self._start = 0
         self._data = b""
 
-    def read(self, offset: int, length: int) -> bytes:
+    def look(self, offset: int, length: int) -> tuple[bytes, int]:
+        """Return data and where in it ``offset`` is; ``length`` bytes follow there unless the file ends."""
         at = offset - self._start
         if at < 0 or at + length > len(self._data):
             self._start, at = offset, 0
             self._data = self._image.read(offset, max(length, _CHUNK))
-        return self._data[at : at + length]
+        return self._data, at
 
 
 def _read_snapshot(
     reader: _Window, index: int, at: int, found: list[SnapshotEntry], limits: Limits, header: Header
 ) -> Problem | None:
-    fixed = reader.read(at, structures.SNAPSHOT_ENTRY_LENGTH)
-    if len(fixed) < structures.SNAPSHOT_ENTRY_LENGTH:
+    data, start = reader.look(at, structures.SNAPSHOT_ENTRY_LENGTH)
+    if len(data) < start + structures.SNAPSHOT_ENTRY_LENGTH:
         return _table_problem(at, "snapshot", index, f"snapshot table entry {index} lies past the end of the file")
-    head = structures.parse_snapshot_head(fixed)
+    head = structures.parse_snapshot_head(data, start)
     if head.extra_length > limits.snapshot_extra_bytes:
         text = f"snapshot table entry {index} has too much extra data"
         return _table_problem(at, "extra_data_size", head.extra_length, text, limit=limits.snapshot_extra_bytes)
-    tail_length = head.total_length - structures.SNAPSHOT_ENTRY_LENGTH
-    tail = reader.read(at + structures.SNAPSHOT_ENTRY_LENGTH, tail_length)
-    if len(tail) < tail_length:
+    length = head.total_length
+    data, start = reader.look(at, length)
+    if len(data) < start + length:
         return _table_problem(at, "snapshot", index, f"snapshot table entry {index} reaches past the end of the file")
     if header.version >= 3 and head.extra_length < 16:
         text = f"snapshot table entry {index} lacks the extra data version 3 requires"
         return _table_problem(at, "extra_data_size", head.extra_length, text)
+    tail = data[start + structures.SNAPSHOT_ENTRY_LENGTH : start + length]
     found.append(structures.build_snapshot_entry(index, at, head, tail))
     return None
 

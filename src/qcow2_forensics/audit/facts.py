@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from ..chain import Passphrase
 from ..errors import Qcow2Error
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from ..census import Census
 
 T = TypeVar("T")
+
+
+class _Failure(NamedTuple):
+    """What remains of a question that ended in an error."""
+
+    error: Qcow2Error | OSError
 
 
 class Facts:
@@ -94,13 +100,19 @@ class Facts:
         try:
             return take_census(self.image)
         except (Qcow2Error, OSError) as error:
-            return error
+            return error.with_traceback(None)  # its frames hold arrays
 
     def once(self, function: Callable[[Facts], T]) -> T:
-        """Return ``function(self)``, computed once per audit and shared between rules."""
+        """Return ``function(self)``, computed once per audit and shared between rules; its error too."""
         if function not in self._memory:
-            self._memory[function] = function(self)
-        return cast(T, self._memory[function])
+            try:
+                self._memory[function] = function(self)
+            except (Qcow2Error, OSError) as error:
+                self._memory[function] = _Failure(error.with_traceback(None))
+        result = self._memory[function]
+        if isinstance(result, _Failure):
+            raise result.error
+        return cast(T, result)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return host bytes, fewer only at the end of the file."""

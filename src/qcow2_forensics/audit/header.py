@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 
 from ..findings import Evidence, Finding, Severity
 from ..structures import (
@@ -294,12 +295,12 @@ def snapshot_table_invalid(facts: Facts) -> Iterator[Evidence]:
     when="the bitmaps extension, its directory or a directory entry breaks a rule, or a bitmap is too short for the disk",
 )
 def bitmap_invalid(facts: Facts) -> Iterator[Evidence]:
-    image = facts.image
     for problem in facts.problems("QCOW2-BITMAP-INVALID"):
         yield facts.problem_evidence(problem, "bitmap directory")
     if facts.depth >= Depth.STANDARD and facts.has_census:
+        told = {problem.offset for problem in facts.image.problems}
         for reason in facts.census.reasons:
-            if reason.bitmap and not any(problem.offset == reason.offset for problem in image.problems):
+            if reason.bitmap and reason.offset not in told:
                 yield Evidence(reason.what, None, reason.offset, structure="bitmap directory")
 
 
@@ -326,18 +327,21 @@ def snapshot_with_datafile(facts: Facts) -> Iterator[Evidence]:
     note="consistent with a crafted snapshot table: QEMU copies the L1 table for every snapshot",
     when="a snapshot names the L1 table of the active state or of another snapshot",
 )
-def snapshot_l1_alias(facts: Facts) -> Iterator[Evidence]:
+def snapshot_l1_alias(facts: Facts) -> Iterator[Callable[[], Evidence]]:
     header = facts.header
-    seen = {header.l1_table_offset: ""} if header.l1_size else {}
+    seen: dict[int, str | None] = {header.l1_table_offset: None} if header.l1_size else {}
     for entry in facts.image.snapshots:
         if not entry.l1_size:
             continue
         if entry.l1_table_offset in seen:
-            other = seen[entry.l1_table_offset]
-            told = f"l1_table_offset, also of {f'snapshot {other}' if other else 'the active state'}"
-            yield Evidence(told, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, entry.id)
+            yield partial(_alias, entry, seen[entry.l1_table_offset])
         else:
             seen[entry.l1_table_offset] = entry.id
+
+
+def _alias(entry: SnapshotEntry, other: str | None) -> Evidence:
+    told = f"l1_table_offset, also of {'the active state' if other is None else f'snapshot {other}'}"
+    return Evidence(told, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, entry.id)
 
 
 @rule(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
@@ -71,7 +70,7 @@ def compressed_slack(facts: Facts) -> Iterator[Finding]:
         (streams_found if piece.looks == "stream" else rest).add(piece)
     if streams_found.count:
         evidence = [
-            replace(evidence_of(piece), field="cluster_sha256", value=piece.signature) for piece in streams_found.kept
+            evidence_of(piece)._replace(field="cluster_sha256", value=piece.signature) for piece in streams_found.kept
         ]
         yield variant(
             "QCOW2-COMPRESSED-SLACK",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 
 from ..bitmaps import dirty_ranges
 from ..disk import Disk
@@ -203,19 +204,21 @@ def _decimal(entry: SnapshotEntry) -> bool:
     when="IDs do not increase, an ID or name repeats, or one is empty, not decimal, or not printable text",
     harmless="people may give two snapshots one name",
 )
-def snapshot_order(facts: Facts) -> Iterator[Evidence]:
+def snapshot_order(facts: Facts) -> Iterator[Callable[[], Evidence]]:
     ids: set[bytes] = set()
     names: set[bytes] = set()
     highest = 0
     for entry in facts.image.snapshots:
-        if entry.id_bytes in ids or not _decimal(entry) or int(entry.id_bytes) < highest:
-            yield _id_field(entry)
-        elif _decimal(entry):
-            highest = int(entry.id_bytes)
-        if entry.name_bytes in names or not entry.name_bytes or not _readable(entry.name_bytes):
-            yield _name_field(entry)
-        ids.add(entry.id_bytes)
-        names.add(entry.name_bytes)
+        ident, name = entry.id_bytes, entry.name_bytes
+        number = int(ident) if _decimal(entry) else -1
+        if number < highest or ident in ids:
+            yield partial(_id_field, entry)
+        else:
+            highest = number
+        if name in names or not name or not _readable(name):
+            yield partial(_name_field, entry)
+        ids.add(ident)
+        names.add(name)
 
 
 def _readable(text: bytes) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from ..disk import Disk
 from ..errors import Qcow2Error
@@ -11,6 +12,7 @@ from ..foreign import probe
 from ..header_rules import MAX_DISK_BYTES
 from ..limits import MiB
 from ..source import Source
+from ..structures import SnapshotEntry
 from .facts import Facts
 from .names import chain, names
 from .rules import DERIVED, QEMU_MADE, rule, variant
@@ -45,7 +47,7 @@ def size_absurd(facts: Facts) -> Iterator[Finding]:
     when="an L1 or refcount table above 1 MiB and four times its need, more than 10,000 snapshots, more than 1,024 "
     "bytes of extra data, or a bitmap table above four times its need",
 )
-def table_absurd(facts: Facts) -> Iterator[Evidence]:
+def table_absurd(facts: Facts) -> Iterator[Evidence | Callable[[], Evidence]]:
     header, image = facts.header, facts.image
     if header.version == 1:
         return
@@ -70,14 +72,18 @@ def table_absurd(facts: Facts) -> Iterator[Evidence]:
     yield from _absurd_bitmaps(facts)
 
 
-def _absurd_snapshots(facts: Facts) -> Iterator[Evidence]:
-    header = facts.header
+def _absurd_snapshots(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+    span, size = facts.header.l2_span, facts.header.size
     for entry in facts.image.snapshots:
         if entry.l1_size * 8 <= MiB:
             continue
-        reach = (entry.disk_size or header.size) + entry.vm_state_size
-        if entry.l1_size > 4 * (-(-reach // header.l2_span) + 1):
-            yield Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=entry.id)
+        reach = (entry.disk_size or size) + entry.vm_state_size
+        if entry.l1_size > 4 * (-(-reach // span) + 1):
+            yield partial(_absurd_l1, entry)
+
+
+def _absurd_l1(entry: SnapshotEntry) -> Evidence:
+    return Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=entry.id)
 
 
 def _absurd_bitmaps(facts: Facts) -> Iterator[Evidence]:

@@ -188,7 +188,7 @@ def _tables(facts: Facts, code: str, looks: str) -> Iterator[Finding]:
         return
     telling = [piece for piece in group.kept if piece.intact and not piece.zero_only]
     severity = None if telling else Severity.LOW
-    evidence = [replace(evidence_of(piece), value=_contents(piece)) for piece in group.kept]
+    evidence = [evidence_of(piece)._replace(value=_contents(piece)) for piece in group.kept]
     yield variant(code, evidence, severity=severity, confidence="likely", count=group.count)
 
 

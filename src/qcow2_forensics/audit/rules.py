@@ -10,19 +10,20 @@ A rule takes :class:`~qcow2_forensics.audit.facts.Facts` and yields what it saw:
             yield facts.field("incompatible_features")
 
 Everything a rule yields as :class:`Evidence` becomes one finding of the rule's severity; a rule
-that grades by case yields :class:`Finding` made with :func:`variant`.
+that grades by case yields :class:`Finding` made with :func:`variant`. Where a crafted table can make
+evidence come by the ten thousand a rule yields functions that make it: few of them are called.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from ..errors import Qcow2Error
-from ..findings import Evidence, Finding, Severity, capped
+from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity, capped
 
 if TYPE_CHECKING:
     from .facts import Facts
@@ -61,7 +62,7 @@ Validated = Literal["QEMU-made", "crafted", "derived"]
 # What a rule needs to be sound before it runs.
 Needs = Literal["header", "geometry", "census"]
 
-Observation = Evidence | Finding
+Observation = Evidence | Callable[[], Evidence] | Finding
 RuleFunction = Callable[["Facts"], Iterable[Observation]]
 
 
@@ -158,22 +159,23 @@ FINDINGS_PER_RULE = 1000  # a snapshot table may hold 65,536 entries
 def apply(entry: Rule, facts: Facts) -> tuple[list[Finding], Qcow2Error | OSError | None]:
     """Run one rule: its findings, evidence capped, and the error that stopped it, if one did."""
     findings: list[Finding] = []
-    failure: list[Qcow2Error | OSError] = []
-
-    def evidence() -> Iterator[Evidence]:
-        try:
-            for item in entry.function(facts):
-                if isinstance(item, Evidence):
-                    yield item
-                elif len(findings) < FINDINGS_PER_RULE:
+    kept: list[Evidence] = []
+    count = 0
+    failure: Qcow2Error | OSError | None = None
+    try:
+        for item in entry.function(facts):
+            if isinstance(item, Finding):
+                if len(findings) < FINDINGS_PER_RULE:
                     findings.append(item)
-        except (Qcow2Error, OSError) as error:
-            failure.append(error)  # what was seen before it still counts
-
-    kept, count = capped(evidence())
+                continue
+            count += 1
+            if count <= EVIDENCE_LIMIT:
+                kept.append(item if isinstance(item, Evidence) else item())
+    except (Qcow2Error, OSError) as error:
+        failure = error.with_traceback(None)  # what was seen before it still counts; its frames hold arrays
     if kept:
         findings.append(variant(entry.code, kept, count=count))
-    return findings, failure[0] if failure else None
+    return findings, failure
 
 
 def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from ..findings import Evidence, Severity
 from ..residue import Piece, slack
@@ -29,7 +28,7 @@ def header_slack(facts: Facts) -> Iterator[Evidence]:
 def _previewed(facts: Facts, piece: Piece) -> Evidence:
     if piece.looks == "text":
         shown = facts.read(piece.offset, min(piece.length, 200)).decode("utf-8", "replace")
-        return replace(evidence_of(piece), field="text", value=shown)
+        return evidence_of(piece)._replace(field="text", value=shown)
     return evidence_of(piece)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .model import U64
+from .model import I64, U64
 
 _WIDTHS = (np.uint16, np.uint32, np.uint64)
 _MOST = {np.dtype(width).itemsize: int(np.iinfo(width).max) for width in _WIDTHS}
@@ -104,29 +105,35 @@ def sum_by(keys: U64, weights: U64) -> tuple[U64, U64]:
     return ordered[starts], np.add.reduceat(weights[order], starts)
 
 
-def weighted_segments(intervals: Iterable[tuple[int, int, int, int]]) -> Iterable[tuple[int, int, int, int, int]]:
-    """Sweep ``(start, end, weight, owner)`` and yield ``(start, end, weight, owner, owner_start)``.
+class Segments(NamedTuple):
+    """Disjoint rising byte ranges, one array a column, that ``weight`` intervals cover each.
 
-    The segments are disjoint and rising; the weight is the sum over the intervals that cover a
-    segment, the owner the one of them that begins last. However often intervals repeat or
-    overlap, every byte comes once.
+    ``owner`` is the number of one of them and ``origin`` where that one begins.
     """
-    events: dict[int, list[tuple[bool, int, int]]] = {}
-    merged: dict[tuple[int, int], tuple[int, int]] = {}
-    for start, end, weight, owner in intervals:
-        if end > start:
-            total, first = merged.get((start, end), (0, owner))
-            merged[start, end] = (total + weight, first)
-    for (start, end), (weight, owner) in merged.items():
-        events.setdefault(start, []).append((True, weight, owner))
-        events.setdefault(end, []).append((False, weight, owner))
-    total, previous = 0, 0
-    owner, owner_start = 0, 0
-    for position in sorted(events):
-        if total and position > previous:
-            yield previous, position, total, owner, owner_start
-        for begins, weight, number in events[position]:
-            total += weight if begins else -weight
-            if begins:
-                owner, owner_start = number, position
-        previous = position
+
+    start: I64
+    end: I64
+    weight: I64
+    owner: I64
+    origin: I64
+
+
+def weighted_segments(intervals: Iterable[tuple[int, int, int]]) -> Segments:
+    """Sweep intervals ``(start, end, owner)``: however they repeat or overlap, every byte comes once.
+
+    Of several that cover a segment the owner is the one that reaches furthest, the first of equals.
+    """
+    table = np.asarray([item for item in intervals if item[1] > item[0]], dtype=np.int64).reshape(-1, 3)
+    if not len(table):
+        return Segments(*np.zeros((5, 0), dtype=np.int64))
+    starts, ends, owners = table[np.argsort(table[:, 0], kind="stable")].T
+    reach = np.maximum.accumulate(ends)
+    further = np.concatenate(([True], reach[1:] > reach[:-1]))
+    furthest = np.maximum.accumulate(np.where(further, np.arange(len(starts)), 0))
+    places = np.unique(np.concatenate((starts, ends)))
+    steps = np.bincount(np.searchsorted(places, starts), minlength=len(places))
+    steps -= np.bincount(np.searchsorted(places, ends), minlength=len(places))
+    weight = np.cumsum(steps)[:-1]
+    chosen = furthest[np.searchsorted(starts, places[:-1], side="right") - 1]
+    columns = (places[:-1], places[1:], weight, owners[chosen], starts[chosen])
+    return Segments(*(column[weight > 0] for column in columns))

@@ -110,9 +110,16 @@ def _snapshots(image: Image, layout: Layout) -> None:
             Reason("the snapshot table is at an impossible offset", header.offset_of("snapshots_offset"))
         )
         return
+    # What the reader proper has parsed stands; behind its first fault the check goes on by itself.
+    whole = image.snapshots
+    layout.snapshots += [SnapshotL1(entry.index, entry.offset, entry.l1_table_offset, entry.l1_size) for entry in whole]
+    at = whole[-1].offset + whole[-1].length if whole else start
+    if at - start > limits.snapshot_table_bytes:
+        layout.reasons.append(Reason("the snapshot table is too large", at))
+        layout.snapshot_table_length = at - start
+        return
     reader = _Zeros(image)
-    at = start
-    for index in range(header.nb_snapshots):
+    for index in range(len(whole), header.nb_snapshots):
         at = padded(at)
         head = structures.parse_snapshot_head(reader.read(at, structures.SNAPSHOT_ENTRY_LENGTH))
         if head.extra_length > limits.snapshot_extra_bytes:

@@ -64,7 +64,8 @@ def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: in
         starts, lengths = np.asarray(sorted(kept), dtype=np.uint64).T
         yield starts >> bits, (starts + lengths - one) >> bits
     yield whole(refcounts.offsets[refcounts.offsets != 0])
-    for chunk in l1_chunks(image, [(offset, count, 0) for offset, count in bitmaps]):
+    aligned = [(offset, count, 0) for offset, count in bitmaps if offset % header.cluster_size == 0]
+    for chunk in l1_chunks(image, aligned):
         yield whole(chunk.entries & np.uint64(OFFSET_MASK))
     gathering = Gathering()
     readable = {table for table in l1_tables if table[0] + table[1] * 8 <= INT64_MAX}

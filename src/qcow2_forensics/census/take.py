@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ..structures import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERVED, 
 from .compare import Comparison, compare_refcounts
 from .grades import MORE, ONE
 from .issues import Issues, Item
-from .layout import MAX_SNAPSHOT_L1, Layout, Reason, read_layout
+from .layout import MAX_SNAPSHOT_L1, BitmapPlace, Layout, Reason, read_layout
 from .model import U64, Mask, Owner, Range, Tables
 from .reach import seats_for
 from .refcounts import StoredRefcounts
@@ -310,22 +311,18 @@ class _Taker:
 
     def _snapshot_tables(self) -> list[tuple[int, int, int]]:
         usable = []
+        cluster_size = self.tally.cluster_size
         for snapshot in self.layout.snapshots:
-            offset, count = snapshot.l1_table_offset, snapshot.l1_size
-            item = Item("snapshot table", snapshot.entry_offset, offset, offset, None, snapshot.number)
-            if offset % self.tally.cluster_size:
+            number, at, offset, count = snapshot
+            if offset % cluster_size:
                 self.tally.corruptions += 1
-                self.tally.issues.add("unaligned", [item])
+                self.tally.issues.add("unaligned", [Item("snapshot table", at, offset, offset, None, number)])
             elif count > MAX_SNAPSHOT_L1:
                 self.tally.corruptions += 1
             elif offset + count * 8 > INT64_MAX:
-                self.layout.reasons.append(
-                    Reason(
-                        f"the L1 table of snapshot table entry {snapshot.number} is unreadable", snapshot.entry_offset
-                    )
-                )
+                self.layout.reasons.append(Reason(f"the L1 table of snapshot table entry {number} is unreadable", at))
             else:
-                usable.append((offset, count, snapshot.number))
+                usable.append((offset, count, number))
         return usable
 
     # --- bitmaps ---------------------------------------------------------------------------------
@@ -337,7 +334,9 @@ class _Taker:
         self._claim(Owner.BITMAP_DIRECTORY, [layout.bitmap_directory], "bitmap directory")
         spans = [(place.table_offset, place.table_size * 8) for place in layout.bitmaps]
         self._claim(Owner.BITMAP_TABLE, spans, "bitmap table")
-        for chunk in l1_chunks(self.image, [(p.table_offset, p.table_size, n) for n, p in enumerate(layout.bitmaps)]):
+        aligned = [place for place in layout.bitmaps if place.table_offset % tally.cluster_size == 0]
+        bad: list[U64] = []
+        for chunk in l1_chunks(self.image, [(p.table_offset, p.table_size, n) for n, p in enumerate(aligned)]):
             entries, weight = chunk.entries, chunk.weight
             hosts = entries & np.uint64(OFFSET_MASK)
             reserved = (entries & np.uint64(BITMAP_TABLE_RESERVED)) != 0
@@ -346,22 +345,31 @@ class _Taker:
             good = ~reserved & ~odd & (hosts != 0)
             for kind, mask in (("reserved-bits", reserved), ("unaligned", odd)):
                 if mask.any():
-                    tally.corruptions += int(mask.sum()) * weight
+                    tally.corruptions += int(weight[mask].sum())
                     tally.issues.add(kind, self._bitmap_items(chunk.positions, entries, mask), int(mask.sum()))
-                    self._unreadable_bitmaps(chunk.positions[mask])
-            tally.claim_clusters(Owner.BITMAP_DATA, hosts[good], weight, "bitmap table", chunk.positions[good])
+                    bad.append(self._first_in_clusters(chunk.positions[mask]))
+            tally.claim_clusters(Owner.BITMAP_DATA, hosts[good], weight[good], "bitmap table", chunk.positions[good])
             self._structures(hosts[good], Owner.BITMAP_DATA)
+        if bad:
+            self._unreadable_bitmaps(aligned, np.sort(np.concatenate(bad)))
+
+    def _first_in_clusters(self, positions: U64) -> U64:
+        """Return the first of some rising positions in each cluster: tables begin where clusters do."""
+        return positions[np.unique(positions >> np.uint64(self.tally.cluster_bits), return_index=True)[1]]
 
     def _bitmap_items(self, positions: U64, entries: U64, mask: Mask) -> Iterator[Item]:
         for place in np.flatnonzero(mask).tolist():
             entry = int(entries[place])
             yield Item("bitmap table", int(positions[place]), entry, entry & OFFSET_MASK)
 
-    def _unreadable_bitmaps(self, positions: U64) -> None:
+    def _unreadable_bitmaps(self, places: list[BitmapPlace], bad: U64) -> None:
         """QEMU loads every bitmap that is not in use when it opens the image, and fails on a bad entry."""
-        for place in self.layout.bitmaps:
-            inside = (positions >= place.table_offset) & (positions < place.table_offset + place.table_size * 8)
-            if not place.in_use and inside.any():
+        starts = np.asarray([place.table_offset for place in places], dtype=np.uint64)
+        ends = starts + np.asarray([place.table_size * 8 for place in places], dtype=np.uint64)
+        following = np.searchsorted(bad, starts)
+        hit = np.append(bad, np.uint64(2**64 - 1))[following] < ends
+        for place in itertools.compress(places, hit.tolist()):
+            if not place.in_use:
                 self.layout.reasons.append(Reason("a bitmap table has a bad entry", place.entry_offset, bitmap=True))
 
     # --- refcount structures ---------------------------------------------------------------------

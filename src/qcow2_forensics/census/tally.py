@@ -24,11 +24,12 @@ from .aliases import Aliases
 from .counters import Counters, weighted_segments
 from .grades import ONE, UNREADABLE, Grades
 from .issues import Issues, Item
-from .model import U64, Mask, Owner, Places, Tables
+from .model import I64, U64, Mask, Owner, Places, Tables
 from .refcounts import StoredRefcounts
 from .seats import Seats
 from .walk import L1Chunk, Named
 
+_SHORT_RUN = 8  # clusters of one structure
 _LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than one by one
 
 
@@ -75,21 +76,27 @@ class Tally:
                 tree = trees[number] if trees else -1
                 self.missing([Item(structure, None, length, offset, None, tree)], 1, offset)
             else:
-                valid.append((offset >> self.cluster_bits, ((offset + length - 1) >> self.cluster_bits) + 1, 1, 0))
-        for start, stop, weight, _, _ in weighted_segments(valid):
+                valid.append((offset >> self.cluster_bits, ((offset + length - 1) >> self.cluster_bits) + 1, 0))
+        segments = weighted_segments(valid)
+        lengths = segments.end - segments.start
+        short = lengths <= _SHORT_RUN  # many of them only where crafted: all at once
+        for start, stop, weight in np.column_stack(segments[:3])[~short].tolist():
             seat = self.seats.at(start)
             self.counts.add_range(seat, stop - start, weight)
             self.owners[seat : seat + stop - start] |= np.uint16(kind)
+        seats = self.seats.of(_ranges(segments.start[short], lengths[short]))
+        self.counts.add(seats, np.repeat(segments.weight[short], lengths[short]).astype(np.uint64))
+        self.owners[seats] |= np.uint16(kind)
 
-    def claim_clusters(self, kind: Owner, hosts: U64, weight: int, structure: str, positions: U64) -> None:
+    def claim_clusters(self, kind: Owner, hosts: U64, weight: U64, structure: str, positions: U64) -> None:
         """Count whole clusters, named by the entries at file offsets ``positions``, ``weight`` times each."""
         beyond = hosts >= np.uint64(self.length)
         if beyond.any():
-            self.corruptions += int(beyond.sum()) * weight
+            self.corruptions += int(weight[beyond].sum())
             pairs = zip(positions[beyond][:100].tolist(), hosts[beyond][:100].tolist(), strict=True)
             items = [Item(structure, at, host, host) for at, host in pairs]
             self.missing(items, int(beyond.sum()), int(hosts[beyond].max()))
-            hosts = hosts[~beyond]
+            hosts, weight = hosts[~beyond], weight[~beyond]
         seats = self.seats.of(hosts >> np.uint64(self.cluster_bits))
         self.counts.add(seats, weight)
         self.owners[seats] |= np.uint16(kind)
@@ -105,16 +112,16 @@ class Tally:
         """Check the entries of a piece of an L1 table; what they name is counted by :meth:`l2_tables`."""
         reserved = (chunk.entries & np.uint64(L1_RESERVED)) != 0
         if reserved.any():
-            self.corruptions += int(reserved.sum()) * chunk.weight
+            self.corruptions += int(chunk.weight[reserved].sum())
             self._l1_issue("reserved-bits", chunk, reserved)
         targets = chunk.entries & np.uint64(OFFSET_MASK)
         odd = (targets & np.uint64(self.cluster_size - 1)) != 0
         if odd.any():
-            self.corruptions += int(odd.sum()) * chunk.weight
+            self.corruptions += int(chunk.weight[odd].sum())
             self._l1_issue("unaligned", chunk, odd)
         beyond = targets >= np.uint64(self.length)
         if beyond.any():
-            self.corruptions += int(beyond.sum()) * chunk.weight
+            self.corruptions += int(chunk.weight[beyond].sum())
             self._l1_issue("beyond-eof", chunk, beyond)
             self.highest_missing = max(self.highest_missing, int(targets[beyond].max()))
         empty = targets == 0
@@ -137,7 +144,7 @@ class Tally:
             for place in np.flatnonzero(mask)[: self.issues.room(kind)].tolist():
                 entry = int(chunk.entries[place])
                 guest = int(chunk.index[place]) * span
-                yield Item("L1", int(chunk.positions[place]), entry, entry & OFFSET_MASK, guest, chunk.tree)
+                yield Item("L1", int(chunk.positions[place]), entry, entry & OFFSET_MASK, guest, int(chunk.tree[place]))
 
         self.issues.add(kind, items(), int(mask.sum()))
 
@@ -432,6 +439,12 @@ class Tally:
     def checked(self) -> int:
         """How many clusters the check compares: those of the file, and one more if a claim reaches into it."""
         return self.clusters + (self.counts[self.seats.at(self.clusters)] > 0)
+
+
+def _ranges(starts: I64, lengths: I64) -> U64:
+    """Return the numbers of all ranges, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return (np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))).astype(np.uint64)
 
 
 def descriptors(entries: U64, cluster_bits: int) -> tuple[U64, U64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from ..image import Image
 from ..structures import OFFSET_MASK
-from .counters import weighted_segments
+from .counters import Segments, weighted_segments
 from .model import I64, U64, Mask, Tables
 
-_L1_CHUNK = 1 << 22  # bytes of an L1 table read at once
+_L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
+_L1_GAP = 1 << 16  # bytes between two tables that are read over
 _BATCH = 1 << 19  # bytes of L2 tables handled at once: temporaries stay in the cache
 _UNALIGNED_BUDGET = 1 << 30  # bytes; unaligned tables overlap, so their sum has no other bound
 _MERGE_ROWS = 1 << 20
@@ -20,35 +22,54 @@ _MERGE_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class L1Chunk:
-    """Non-zero entries of one piece of an L1 table: positions in the file and values.
+    """Non-zero entries of one piece of L1 tables: positions in the file and values.
 
-    ``weight`` is how many trees hold this piece; ``tree`` is the one named as owner.
+    ``weight`` is how many trees hold each; ``tree`` is the one named as its owner, ``index`` the slot there.
     """
 
     positions: U64
     entries: U64
     index: U64
-    weight: int
-    tree: int
+    weight: U64
+    tree: I64
 
 
 def l1_chunks(image: Image, tables: Iterable[tuple[int, int, int]]) -> Iterator[L1Chunk]:
-    """Yield the non-zero entries of L1 tables given as (offset, entries, tree).
+    """Yield the non-zero entries of L1 tables given as (offset, entries, tree), at multiples of 8 bytes.
 
     Every byte is read once, also where tables repeat or overlap; past the end of the file entries
     are zero.
     """
     end_of_file = -(-image.file_size // 8) * 8
-    spans = ((offset, min(offset + count * 8, end_of_file), 1, tree) for offset, count, tree in tables)
-    for start, end, weight, tree, origin in weighted_segments(spans):
-        for at in range(start, end, _L1_CHUNK):
-            size = min(_L1_CHUNK, end - at)
+    spans = ((offset, min(offset + count * 8, end_of_file), tree) for offset, count, tree in tables)
+    segments = weighted_segments(spans)
+    for first, last in _stretches(segments):
+        start, stop = int(segments.start[first]), int(segments.end[last - 1])
+        for at in range(start, stop, _L1_CHUNK):
+            size = min(_L1_CHUNK, stop - at)
             entries = big_endian(image.read(at, size).ljust(size, b"\0"))
             places = np.flatnonzero(entries)
+            positions = places * 8 + at
+            which = np.searchsorted(segments.start[first:last], positions, side="right") + (first - 1)
+            inside = positions < segments.end[which]
+            if not inside.all():
+                places, positions, which = places[inside], positions[inside], which[inside]
             if len(places):
-                positions = places.astype(np.uint64) * np.uint64(8) + np.uint64(at)
-                index = (positions - np.uint64(origin)) // np.uint64(8)
-                yield L1Chunk(positions, entries[places], index, weight, tree)
+                yield L1Chunk(
+                    positions.astype(np.uint64),
+                    entries[places],
+                    ((positions - segments.origin[which]) // 8).astype(np.uint64),
+                    segments.weight[which].astype(np.uint64),
+                    segments.owner[which],
+                )
+
+
+def _stretches(segments: Segments) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) of segments to be read at once: small gaps cost less than a read."""
+    if len(segments.start):
+        edges = np.flatnonzero(segments.start[1:] - segments.end[:-1] > _L1_GAP) + 1
+        bounds = [0, *edges.tolist(), len(segments.start)]
+        yield from itertools.pairwise(bounds)
 
 
 def big_endian(data: bytes) -> U64:
@@ -81,12 +102,10 @@ class Named:
     @classmethod
     def of_chunk(cls, chunk: L1Chunk, *, active: bool) -> Named:
         """Return the tables one piece of an L1 table names."""
-        weight = np.full(len(chunk.entries), chunk.weight, dtype=np.uint64)
         none = np.zeros(len(chunk.entries), dtype=np.uint64)
-        tree = np.full(len(chunk.entries), chunk.tree, dtype=np.int64)
         targets = chunk.entries & np.uint64(OFFSET_MASK)
-        on, off = (weight, none) if active else (none, weight)
-        return cls(targets, on, off, chunk.index, chunk.index, tree).merged()
+        on, off = (chunk.weight, none) if active else (none, chunk.weight)
+        return cls(targets, on, off, chunk.index, chunk.index, chunk.tree).merged()
 
     @classmethod
     def joined(cls, parts: list[Named]) -> Named:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -84,9 +85,10 @@ def unknown_entries(image: Image, entries: Iterable[SnapshotEntry]) -> list[Snap
 
     QEMU rewrites the whole table at each change, so old copies of it list live snapshots too.
     """
-    live = {_identity(entry) for entry in image.snapshots}
+    former = list(entries)
+    live = {_identity(entry) for entry in image.snapshots} if former else ()
     unknown: dict[object, SnapshotEntry] = {}
-    for entry in entries:
+    for entry in former:
         if _identity(entry) not in live:
             unknown.setdefault((*_identity(entry), entry.l1_table_offset), entry)
     return sorted(unknown.values(), key=lambda entry: (int(entry.id_bytes), entry.date_sec, entry.offset))
@@ -118,11 +120,15 @@ class _Examiner:
         self.image = image
         self.census = census
         self.geometry = Geometry.of(image)
-        self.live = trees.l1_tables(image)
         self.room = image.file_size // 8  # L1 entries of former tables that do not overlap
         self._read_data = read_data
         self._pages = np.zeros(-(-census.clusters // _PAGE), np.intp)
         self._known = np.full((1, _PAGE), _UNKNOWN, np.uint8)  # the first page is that of clusters not looked at
+
+    @cached_property
+    def live(self) -> dict[trees.State, tables.Words]:
+        """The L1 tables of the states that are not deleted: large where crafted, so read when asked for."""
+        return trees.l1_tables(self.image)
 
     def is_claimed(self, offset: int, length: int) -> bool:
         size = self.image.cluster_size

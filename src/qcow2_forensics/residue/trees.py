@@ -14,6 +14,7 @@ from ..image import Image
 from ..structures import SnapshotEntry
 from .tables import Words, words_of
 
+_L1_CHUNK = 1 << 16  # entries handled at once
 _SPARE_ENTRIES = 65_536  # so that tiny images with a table cut off are no matter
 
 
@@ -56,18 +57,26 @@ def l1_tables(image: Image) -> dict[State, Words]:
     most = image.file_size // 8 + _SPARE_ENTRIES
     total = 0
     for state in states(image):
-        found[state] = l1_table(image, state)
-        total += len(found[state])
+        total += _l1_entries(image, state)
         if total > most:
             raise LimitExceeded("L1 entries of all states", total, most)
+        found[state] = l1_table(image, state)
     return found
 
 
 def l1_table(image: Image, state: State) -> Words:
     """Return the host offsets in an L1 table; entries past the end of the file or the limit are left out."""
+    table = np.empty(_l1_entries(image, state), np.uint64)
+    for at in range(0, len(table), _L1_CHUNK):
+        part = table[at : at + _L1_CHUNK]
+        data = image.read(state.l1_table_offset + at * 8, len(part) * 8)
+        np.bitwise_and(words_of(data), np.uint64(structures.OFFSET_MASK), out=part)
+    return table
+
+
+def _l1_entries(image: Image, state: State) -> int:
     count = min(state.l1_size, image.limits.l1_bytes // 8)
-    data = image.read(state.l1_table_offset, count * 8)
-    return words_of(data) & np.uint64(structures.OFFSET_MASK)
+    return max(0, min(count, (image.file_size - state.l1_table_offset) // 8))
 
 
 def l2_table(image: Image, offset: int) -> Words | None:
