@@ -224,7 +224,23 @@ class Disk:
         """Like :meth:`read`, but not clipped to the disk: VM state lies past its end."""
         if length <= 0:
             return b""
-        pieces = []
+        pieces = self._plain_pieces(offset, length)
+        done = sum(map(len, pieces))
+        if done < length:
+            if self.snapshot is not None and offset + length > self._mapped_end:
+                raise self._past_the_table(self.snapshot)
+            runs = list(self.mapping.runs(offset + done, length - done))
+            for index, run in enumerate(runs):
+                if index % self._clusters.window == 0:
+                    self._clusters.prepare(runs[index : index + self._clusters.window])
+                # Here and not in _piece(): a chain of two hundred layers costs a frame less for each.
+                hole = run.kind == Kind.HOLE
+                pieces.append(self._unallocated(run.offset, run.length) if hole else self._piece(run))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _plain_pieces(self, offset: int, length: int) -> list[bytes]:
+        """Return the bytes at ``offset`` as far as they are simply stored, one piece a run."""
+        pieces: list[bytes] = []
         while length and not self._encrypted:
             first, before, _ = self._run
             wanted = max(length, 2 * (before - first)) if offset == before else length
@@ -236,25 +252,11 @@ class Disk:
             step = min(length, end - offset)
             data = self._host.read(offset + shift, step)
             if len(data) != step:
-                break
+                break  # what lies past the end of the file is not simply stored
             pieces.append(data)
             offset += step
             length -= step
-        if length:
-            pieces += self._pieces(offset, length)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """Yield the bytes of each run, whatever it is."""
-        if self.snapshot is not None and offset + length > self._mapped_end:
-            raise self._past_the_table(self.snapshot)
-        runs = list(self.mapping.runs(offset, length))
-        for index, run in enumerate(runs):
-            if index % self._clusters.window == 0:
-                self._clusters.prepare(runs[index : index + self._clusters.window])
-            # Here and not in _piece(): a chain of two hundred layers costs a frame less for each.
-            hole = run.kind == Kind.HOLE
-            yield self._unallocated(run.offset, run.length) if hole else self._piece(run)
+        return pieces
 
     def _past_the_table(self, entry: SnapshotEntry) -> FormatError:
         return FormatError(
