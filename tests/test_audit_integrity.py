@@ -358,6 +358,19 @@ def test_findings_that_a_truncation_explains_say_so(tmp_path: Path) -> None:
         assert "QCOW2-TRUNCATED" in only(report, code).explained_by
 
 
+def test_a_header_longer_than_a_cluster_is_damage_and_no_missing_tail(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).u32(100, 0xFFFFFFFF)
+    assert found(path, "HEADER-INVALID")
+    assert not found(path, "TRUNCATED")
+    Poke(path).cut(104).u32(100, 112)
+    (finding,) = found(path, "TRUNCATED")
+    told = {item.field: item.value for item in finding.evidence}
+    assert told["file size"] == 104
+    assert told["header, bytes"] == 112
+    assert int(str(told["least expected size"])) >= 112
+
+
 def test_reserved_bits_that_qemus_check_passes_over_are_found(tmp_path: Path) -> None:
     path = tmp_path / "x.qcow2"
     _extended(1, 0)(path)

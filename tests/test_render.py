@@ -9,9 +9,10 @@ import json
 
 import pytest
 
-from qcow2_forensics.findings import Evidence, Finding, Report, Severity
-from qcow2_forensics.render import FORMATS, render
-from qcow2_forensics.render.escape import cell, columns, size, wrap
+import qcow2_forensics
+from qcow2_forensics.findings import TOOL, Evidence, Finding, Report, Severity
+from qcow2_forensics.render import FORMATS, evidence_line, render
+from qcow2_forensics.render.escape import cell, columns, shown_value, size, wrap
 
 HOSTILE = "\x1b[31m<script>alert(1)</script>\u202egpj\x00=cmd|'/C calc'!A0 & \"q\" \udcff"
 
@@ -24,7 +25,9 @@ def report(*findings: Finding, **image: object) -> Report:
 def hostile_report() -> Report:
     evidence = (Evidence("backing_file", HOSTILE, 504, 12, HOSTILE, 0, HOSTILE, HOSTILE),)
     finding = Finding("QCOW2-X", Severity.HIGH, HOSTILE, HOSTILE, evidence, scope=HOSTILE, explained_by=(HOSTILE,))
-    states = [{"kind": "snapshot", "id": HOSTILE, "name": HOSTILE, "date": HOSTILE, "note": HOSTILE, "parent": None}]
+    states = [
+        {"kind": "snapshot", "id": HOSTILE, "name": HOSTILE, "date": HOSTILE, "note": HOSTILE, "parent": None}
+    ] * 2
     picture = {
         "cluster_size": 512,
         "per_cell": 1,
@@ -115,6 +118,56 @@ def test_capped_evidence_says_how_much_more_there_is() -> None:
     items = tuple(Evidence("host", n) for n in range(100))
     assert "and 4995 more" in render(report(Finding("QCOW2-X", Severity.HIGH, "t", "n", items, count=5000)))
     assert "and 4980 more" in render(report(Finding("QCOW2-X", Severity.HIGH, "t", "n", items, count=5000)), "html")
+
+
+def test_a_cut_list_of_evidence_is_said_once_with_the_way_to_see_it() -> None:
+    items = tuple(Evidence("host", n) for n in range(6))
+    shown = render(report(*[Finding("QCOW2-X", Severity.HIGH, "t", "n", items)] * 3))
+    assert shown.count("-v shows more of the evidence") == 1
+    assert "-v shows" not in render(report(Finding("QCOW2-X", Severity.HIGH, "t", "n", items[:5])))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("entry, pointing at 0x20000", 1 << 62, "0x4000000000000000"),
+        ("L2 entry mapping host cluster 0x20000", 0x20000, "0x20000"),
+        ("copied flag disagrees with the refcount: entry", 9, "0x9"),
+        ("places: copied flag disagrees with the refcount", 9, "9"),
+        ("l1_table_offset", 4096, "0x1000"),
+        ("snapshot table at 0x1000000, bytes", 1 << 20, "1048576 (1 MiB)"),
+        ("vm_clock_nsec", 4_332_881_785, "4332881785 (4.333 s)"),
+        ("nb_snapshots", 65536, "65536"),
+        ("readable_fraction", 0.5, "0.50"),
+    ],
+)
+def test_values_are_written_as_an_examiner_would_look_for_them(field: str, value: float, shown: str) -> None:
+    assert shown_value(field, value) == shown
+
+
+def test_evidence_says_how_many_bytes_stand_where() -> None:
+    assert evidence_line(Evidence("id", "1", 0x40, 1, "snapshot table", snapshot="1")) == (
+        "id = 1  (at 0x40, 1 byte, snapshot table, snapshot 1)"
+    )
+    assert evidence_line(Evidence("the bitmap is cut", None, 0x40)) == "the bitmap is cut  (at 0x40)"
+
+
+@pytest.mark.parametrize(
+    ("check", "shown"), [({"corruptions": 1, "leaks": 2}, "1 corruption, 2 leaks"), ({}, "no err")]
+)
+def test_counters_are_counted_in_words(check: dict[str, int], shown: str) -> None:
+    assert shown in render(Report({"path": "x"}, (), check, "standard"))
+
+
+def test_reports_name_the_tool_and_its_version() -> None:
+    assert TOOL in render(report(), "html")
+    assert json.loads(render(report(), "json"))["tool"] == TOOL == f"qcow2-forensics {qcow2_forensics.__version__}"
+
+
+def test_a_disk_with_one_state_has_no_tree() -> None:
+    states = [{"kind": "active", "name": "active state"}]
+    page = render(Report({"path": "x"}, (), None, "deep", {"lineage": {"states": states}}), "html")
+    assert "States of the disk" not in page
 
 
 def test_json_line_is_one_line_and_leaves_the_pictures_out() -> None:

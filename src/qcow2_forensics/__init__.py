@@ -38,6 +38,7 @@ from .limits import DEFAULT_LIMITS, Limits
 from .mapping import Kind
 from .source import FileSource, Source, StreamSource
 from .stream import SourceStream
+from .version import __version__
 from .vm_state import VmState
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from .findings import Evidence, Finding, Report, Severity
     from .guest_memory import GuestMemory, open_guest_memory
     from .resolver import Resolver
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_LIMITS",

@@ -12,6 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .version import __version__
+
+TOOL = f"qcow2-forensics {__version__}"  # every report says what made it
+
 SCHEMA_VERSION = 1  # of Report.to_dict(); raised when a reader of an older one would be misled
 
 EVIDENCE_LIMIT = 100  # items listed per finding; the count says how many there were
@@ -142,6 +146,7 @@ class Report:
         """Return the report as JSON-ready data; docs/findings.md documents the schema."""
         return {
             "schema": SCHEMA_VERSION,
+            "tool": TOOL,
             "depth": self.depth,
             "image": dict(self.image),
             "check": None if self.check is None else dict(self.check),

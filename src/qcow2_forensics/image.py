@@ -51,7 +51,11 @@ class Image:
         try:
             self._head = self.source.read(0, _FIRST_READ)
             if len(self._head) < 8 or self._head[:4] != MAGIC:
-                what = "is empty" if not self._head else "is not a QCOW image (magic 'QFI\\xfb' is missing)"
+                what = (
+                    "is empty"
+                    if not self._head
+                    else "is not a QCOW image (it does not begin with the bytes 51 46 49 fb)"
+                )
                 raise NotQcow2(f"{printable(self.name)} {what}")
             self.header: Header = structures.parse_header(self._head)
         except BaseException:

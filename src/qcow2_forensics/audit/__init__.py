@@ -138,7 +138,10 @@ def _sound(entry: Rule, facts: Facts) -> bool:
 
 def _failure(code: str, error: Qcow2Error | OSError) -> Evidence:
     offset = error.offset if isinstance(error, (FormatError, ReadError)) else None
-    return Evidence(code, str(error), offset)
+    told = str(error)
+    if not isinstance(error, Qcow2Error) and error.filename and error.strerror:
+        told = f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
+    return Evidence(code, told, offset)
 
 
 def _unreadable(error: Qcow2Error | OSError) -> Finding:

@@ -42,7 +42,7 @@ def _evidence(facts: Facts, tables: Tables, row: int, column: int, fault: str) -
         tables.guest_offset(row, column),
     )
     host, size = compressed_descriptor(entry, tables.cluster_bits)
-    return Evidence(f"{fault} (stream at {host:#x}, {size} bytes)", entry, at, 8, "L2", guest, snapshot)
+    return Evidence(f"entry of a stream at {host:#x}, {size} bytes: {fault}", entry, at, 8, "L2", guest, snapshot)
 
 
 def _fault(facts: Facts, entry: int) -> str | None:

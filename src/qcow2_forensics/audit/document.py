@@ -66,6 +66,7 @@ Each finding says how it was validated: *QEMU-made* {_VALIDATION["QEMU-made"]}; 
 | key | value |
 |---|---|
 | `schema` | version of this layout; raised when a reader of an older one would be misled |
+| `tool` | what made the report, with its version |
 | `depth` | `triage`, `standard` or `deep` |
 | `image` | what was audited: `path`, `file_size`, `version`, `virtual_size`, `cluster_size`, `snapshots`, `bitmaps`, `backing_file`, `backing_format`, `data_file`, `encryption`, `refcount_bits`; null where there is none or it cannot be read |
 | `check` | the fields of `qemu-img check --output=json`, equal to QEMU's; null at triage, for version 1, and where QEMU's check stops without counters |

@@ -128,7 +128,7 @@ def internal_snapshots(facts: Facts) -> Iterator[Evidence]:
     "QCOW2-SNAPSHOT",
     Severity.LOW,
     "internal snapshot",
-    note="one point-in-time guest state, which can be opened as its own disk",
+    note="one point-in-time guest state, which can be opened as its own disk; its date is UTC, by the clock of the host",
     when="an entry of the snapshot table can be read; one finding each",
     validated=QEMU_MADE,
 )

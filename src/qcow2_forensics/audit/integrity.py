@@ -8,7 +8,7 @@ from ..findings import Evidence, Finding, Severity
 from ..structures import Incompatible
 from .decoding import undecodable
 from .facts import Facts
-from .items import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence
+from .items import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence, told
 from .rules import QEMU_MADE, Depth, rule, variant
 
 STANDARD = Depth.STANDARD
@@ -16,23 +16,23 @@ _DIRTY = ("QCOW2-DIRTY",)
 _CUT = ("QCOW2-TRUNCATED",)
 
 # Issues of the census that QEMU's check counts as corruptions.
-_COUNTED = (
-    "reserved-bits",
-    "unaligned",
-    "beyond-eof",
-    "copied-flag",
-    "subcluster",
-    "compressed-copied",
-    "compressed-data-file",
-    "refcount-zero-metadata",
-    "refcount-zero-data",
-    "refcount-low",
-    "refcount-overflow",
-    "reftable-reserved",
-    "reftable-unaligned",
-    "reftable-beyond-eof",
-    "reftable-shared",
-)
+_COUNTED = {
+    "reserved-bits": "reserved bits are set",
+    "unaligned": "pointer is not aligned",
+    "beyond-eof": "pointer leads past the end of the file",
+    "copied-flag": "copied flag disagrees with the refcount",
+    "subcluster": "subcluster bitmap contradicts itself",
+    "compressed-copied": "compressed, with the copied flag",
+    "compressed-data-file": "compressed, beside a data file",
+    "refcount-zero-metadata": "metadata has the refcount 0",
+    "refcount-zero-data": "mapped cluster has the refcount 0",
+    "refcount-low": "refcount is below the references",
+    "refcount-overflow": "more references than a refcount can hold",
+    "reftable-reserved": "reserved bits are set for a refcount block",
+    "reftable-unaligned": "refcount block is not aligned",
+    "reftable-beyond-eof": "refcount block is past the end of the file",
+    "reftable-shared": "refcount block is used by something else too",
+}
 
 
 @rule(
@@ -79,9 +79,11 @@ def check_corruptions(facts: Facts) -> Iterator[Finding]:
     total = int(check.get("corruptions", 0))
     found = [Evidence("corruptions", total), Evidence("check-errors", check["check-errors"])]
     kinds = facts.census.issues.kinds()
-    found += [Evidence(kind.replace("-", " "), kinds[kind], structure="count") for kind in _COUNTED if kind in kinds]
-    for kind in _COUNTED:
-        found += [item_evidence(facts, item, kind.replace("-", " ")) for item in facts.census.issues[kind].items]
+    found += [Evidence(f"places: {words}", kinds[kind]) for kind, words in _COUNTED.items() if kind in kinds]
+    for kind, words in _COUNTED.items():
+        for item in facts.census.issues[kind].items:
+            value = "refcount" if item.structure == "refcount block" else told(item)
+            found.append(item_evidence(facts, item, f"{words}: {value}"))
     yield variant("QCOW2-CHECK-CORRUPTIONS", found, count=total)
 
 

@@ -39,13 +39,18 @@ def entries(facts: Facts, code: str, *kinds: str, what: str = "entry") -> Iterat
     for kind in kinds:
         issue = facts.census.issues[kind]
         count += issue.count
-        found += [item_evidence(facts, item, _told(item, what)) for item in issue.items]
+        found += [item_evidence(facts, item, told(item, what)) for item in issue.items]
     if found:
         yield variant(code, found[:EVIDENCE_LIMIT], count=count)
 
 
-def _told(item: Item, what: str) -> str:
-    return what if item.host is None else f"{what}, pointing at {item.host:#x}"
+def told(item: Item, what: str = "entry") -> str:
+    """Return words for the value of an item: of a table's entry, or of a structure's length."""
+    if item.host is None:
+        return what
+    if item.offset is None:
+        return f"{item.structure} at {item.host:#x}, bytes"
+    return f"{what}, pointing at {item.host:#x}"
 
 
 def refcount_evidence(facts: Facts, item: Item) -> Evidence:

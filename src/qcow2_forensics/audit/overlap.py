@@ -10,7 +10,7 @@ import numpy as np
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
 from .facts import Facts
-from .items import item_evidence, referrer_evidence, snapshot_id
+from .items import item_evidence, referrer_evidence, snapshot_id, told
 from .rules import QEMU_MADE, Depth, rule, variant
 
 STANDARD = Depth.STANDARD
@@ -36,8 +36,8 @@ def data_over_metadata(facts: Facts) -> Iterator[Finding]:
     mapping = census.referrers(set(clusters))
     for cluster in clusters:
         host = cluster * census.cluster_size
-        told = f"host cluster {host:#x} is claimed by {structure_of(census.owner(host))}; refcount"
-        found.append(Evidence(told, census.refcount(host), host, census.cluster_size, "host cluster"))
+        words = f"refcount of host cluster {host:#x}, claimed by {structure_of(census.owner(host))}"
+        found.append(Evidence(words, census.refcount(host), host, census.cluster_size, "host cluster"))
         found += [referrer_evidence(facts, item) for item in mapping.get(cluster, ())[:3]]
     yield variant("QCOW2-DATA-OVER-METADATA", found, count=count)
 
@@ -194,14 +194,17 @@ def truncated(facts: Facts) -> Iterator[Finding]:
         entry = item.structure in ("L1", "L2", "bitmap table")
         # One stray pointer is not a missing tail; a refcount that agrees, or its absence, is.
         if not entry or census.refcount(host) or census.issues["reftable-beyond-eof"].count:
-            missing.append(item_evidence(facts, item, f"{item.structure}, at or pointing at {host:#x}"))
+            missing.append(item_evidence(facts, item, told(item)))
     for item in census.issues["reftable-beyond-eof"].items:
         if item.host is not None and item.host < 2**62:
-            missing.append(item_evidence(facts, item, f"refcount block at {item.host:#x}"))
-    if end < facts.header.header_length:
-        missing.append(Evidence("bytes of the header", facts.header.header_length, 0, end, "header"))
+            missing.append(item_evidence(facts, item, told(item)))
+    least = census.highest_missing + 1
+    length = facts.header.header_length
+    if end < length <= facts.cluster_size:  # a longer one is no header, whatever the file's size
+        missing.append(Evidence("header, bytes", length, 0, end, "header"))
+        least = max(least, length)
     if missing:
-        found = [Evidence("file size", end), Evidence("expected, at least", census.highest_missing + 1), *missing]
+        found = [Evidence("file size", end), Evidence("least expected size", least), *missing]
         yield variant("QCOW2-TRUNCATED", found, count=len(missing))
 
 

@@ -215,7 +215,7 @@ def residual_snapshot_entry(facts: Facts) -> Iterator[Evidence]:
     "QCOW2-RECOVERABLE-SNAPSHOT",
     Severity.HIGH,
     "a snapshot that no table lists can be read",
-    note="consistent with a deleted snapshot: its tables survive and its clusters were not reused as far as the image "
+    note="consistent with a deleted snapshot, or with a damaged snapshot table: its tables survive and its clusters were not reused as far as the image "
     "tells; open it as deleted:OFFSET. A cluster freed and mapped again at the same place cannot be told apart",
     when="a former entry's L1 and L2 tables are intact and no cluster belongs to anything else; Medium when a part is",
     depth=Depth.DEEP,

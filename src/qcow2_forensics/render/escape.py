@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import re
 import unicodedata
 from collections.abc import Iterator
 
 from ..errors import printable
 from ..findings import Value
 
+_ENTRY = re.compile(r"(^|: |L2 )entry\b")  # the word of a table
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # what spreadsheets take for a formula or a command
 
 
@@ -45,8 +47,10 @@ def shown_value(field: str, value: Value) -> str:
     """Return an evidence value for people: offsets in hexadecimal, sizes with their unit."""
     if isinstance(value, bool) or not isinstance(value, int):
         return f"{value:.2f}" if isinstance(value, float) else text(value, 300)
-    if "offset" in field or field in {"entry", "host", "guest", "mask", "value", "target"}:
+    if "offset" in field or field in {"host", "guest", "mask", "value", "target"} or _ENTRY.search(field):
         return f"{value:#x}"
+    if field.endswith("_nsec"):
+        return f"{value} ({value / 1_000_000_000:.3f} s)"
     if field.endswith(("size", "bytes", "length")) and abs(value) >= 10 * 1024:
         return f"{value} ({size(value)})"
     return str(value)

@@ -48,9 +48,8 @@ def check_line(check: Mapping[str, Any] | None) -> str:
     """Return the ``qemu-img check`` counters as one sentence, empty when there are none."""
     if check is None:
         return ""
-    problems = [
-        f"{check[key]} {key.replace('-', ' ')}" for key in ("corruptions", "leaks", "check-errors") if check.get(key)
-    ]
+    names = (("corruptions", "corruption"), ("leaks", "leak"), ("check-errors", "check error"))
+    problems = [f"{check[key]} {one}{'s' * (check[key] != 1)}" for key, one in names if check.get(key)]
     total = check.get("total-clusters") or 0
     allocated = check.get("allocated-clusters") or 0
     parts = [", ".join(problems) if problems else "no errors"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..findings import Evidence, Finding, Report, Severity
+from ..findings import TOOL, Evidence, Finding, Report, Severity
 from .escape import hexadecimal, markup, sentence, shown_value
 from .facts import check_line, heading
 from .picture import draw_map
@@ -12,6 +12,10 @@ from .style import CSS
 from .text import summary
 from .tree import draw_tree
 
+_FOOTER = (
+    f"Made by {TOOL}. Offsets are bytes from the start of the file, in hexadecimal; guest offsets are "
+    "bytes from the start of the guest's disk. Times are UTC; those of snapshots are by the clock of the host that took them."
+)
 ITEMS = 20  # evidence items printed per finding; the JSON has them all
 
 
@@ -29,6 +33,7 @@ def render_html(report: Report, *, items: int = ITEMS) -> str:
             *_head(report),
             *_figures(report),
             *_findings(report, items),
+            f"<footer class='quiet'>{_FOOTER}</footer>",
             "</body></html>",
             "",
         ]
@@ -63,7 +68,7 @@ def _figures(report: Report) -> Iterator[str]:
     if picture and picture.get("cells"):
         yield f"<section><h2>The file</h2>{draw_map(picture)}</section>"
     lineage = report.details.get("lineage")
-    if lineage and lineage.get("states"):
+    if lineage and len(lineage.get("states", ())) > 1:
         yield f"<section><h2>States of the disk</h2>{draw_tree(lineage)}"
         yield (
             "<p class='quiet'>In order of time. The format stores no parents: a line joins each state "

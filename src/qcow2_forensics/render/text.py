@@ -40,6 +40,8 @@ def render_text(report: Report, *, width: int = DEFAULT_WIDTH, colour: bool = Fa
             for finding in group:
                 lines += _finding(finding, width, items, colour, note=finding.note != previous)
                 previous = finding.note
+    if items <= ITEMS and any(_unseen(finding, items) for finding in report.findings):
+        lines += ["", "-v shows more of the evidence, --format json all that was kept."]
     return "\n".join(lines) + "\n"
 
 
@@ -72,16 +74,22 @@ def _finding(finding: Finding, width: int, items: int, colour: bool, *, note: bo
         yield f"      confidence: {text(finding.confidence, 40)}"
     for item in finding.evidence[:items]:
         yield from wrap(evidence_line(item), width, "        ")
-    total = max(finding.count, len(finding.evidence))
-    if total > min(items, len(finding.evidence)):
-        yield f"        and {total - min(items, len(finding.evidence))} more"
+    unseen = _unseen(finding, items)
+    if unseen:
+        yield f"        and {unseen} more"
+
+
+def _unseen(finding: Finding, items: int) -> int:
+    return max(finding.count, len(finding.evidence)) - min(items, len(finding.evidence))
 
 
 def evidence_line(item: Evidence) -> str:
-    """Return one evidence item: ``field = value  (at 0x123+8, structure, guest 0x0)``."""
+    """Return one evidence item: ``field = value  (at 0x123, 8 bytes, structure, guest 0x0)``."""
     places = []
     if item.offset is not None:
-        places.append(f"at {hexadecimal(item.offset)}" + (f"+{item.length}" if item.length else ""))
+        places.append(f"at {hexadecimal(item.offset)}")
+    if item.length:
+        places.append(f"{item.length} byte{'s' * (item.length > 1)}")
     if item.structure:
         places.append(text(item.structure, 100))
     if item.guest_offset is not None:
@@ -90,5 +98,7 @@ def evidence_line(item: Evidence) -> str:
         places.append(f"snapshot {text(item.snapshot, 100)}")
     if item.file:
         places.append(text(item.file, 300))
-    told = f"{text(item.field, 200)} = {shown_value(item.field, item.value)}"
+    told = text(item.field, 200)
+    if item.value is not None:
+        told += f" = {shown_value(item.field, item.value)}"
     return f"{told}  ({', '.join(places)})" if places else told
