@@ -285,7 +285,8 @@ def slow(path: str, folder: str) -> str:
     return path
 
 
-def test_interrupt_ends_the_workers_at_once(tmp_path: Path) -> None:
+def busy_run(tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """Start a run of two workers in a process group of its own; return it and the workers when both are busy."""
     script = (
         "import functools, sys\n"
         "from tests.test_cli_audit import lines, slow\n"
@@ -303,13 +304,44 @@ def test_interrupt_ends_the_workers_at_once(tmp_path: Path) -> None:
     while len(workers) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
         workers = [int(item.name.removeprefix("started-")) for item in tmp_path.glob("started-*")]
+    assert len(workers) == 2
+    return process, workers
+
+
+def test_interrupt_ends_the_workers_at_once(tmp_path: Path) -> None:
+    process, workers = busy_run(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=30)
-    assert len(workers) == 2
     assert err.count(b"Traceback") == 1  # ours, none of a worker
     for pid in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_workers_end_when_the_run_is_killed(tmp_path: Path) -> None:
+    process, _ = busy_run(tmp_path)
+    process.kill()
+    process.communicate(timeout=30)  # which is until no worker holds the other end of its standard error
+
+
+def test_a_fifo_in_the_list_waits_for_no_writer(run: Run, tmp_path: Path, image: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    out = tmp_path / "out.jsonl"
+    code, _, _ = run("audit", tmp_path / "fifo", image, "--resume", out)
+    assert code == 2
+    assert [line["identity"]["head_sha256"] is None for line in read_lines(out)] == [True, False]
+
+
+def test_names_in_a_list_end_at_line_feeds_only(run: Run, tmp_path: Path, image: Path) -> None:
+    names = [image.with_name(name) for name in ("a\rb", "c\u2028d", "e\x0bf", "plain")]
+    for name in names:
+        name.write_bytes(image.read_bytes())
+    (tmp_path / "list").write_bytes(b"".join(os.fsencode(name) + b"\n" for name in names[:3]))
+    with (tmp_path / "list").open("ab") as stream:
+        stream.write(os.fsencode(names[3]) + b"\r\n")  # as other systems end lines
+    out = tmp_path / "out.jsonl"
+    assert run("audit", "--files-from", tmp_path / "list", "--resume", out)[0] == 0
+    assert {line["identity"]["path"] for line in read_lines(out)} == set(map(str, names))
 
 
 def test_report_of_a_worker_survives_pickling(image: Path) -> None:
@@ -324,7 +356,7 @@ def test_report_of_a_worker_survives_pickling(image: Path) -> None:
 def test_fleet_reads_names_from_standard_input(
     run: Run, image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{image}\n\n{image}\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{image}\n\n{image}\n".encode())))
     code, out, _ = run("audit", "--files-from", "-")
     assert code == 0
     assert [json.loads(line)["identity"]["path"] for line in out.splitlines()] == [str(image)]

@@ -4,7 +4,7 @@ Each image is audited in a process of its own from a small pool, so that a crash
 interpreter, of a decompressor, by the kernel for want of memory) costs that one image. A line
 carries the identity of what was audited, and a finished line is never written in part::
 
-    {"schema": 1, "identity": {"path": ..., "size": ..., "mtime_ns": ..., "head_sha256": ...}, "image": ..., ...}
+    {"schema": 1, "tool": ..., "identity": {"path": ..., "size": ..., "mtime_ns": ..., "head_sha256": ...}, "image": ..., ...}
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,9 +28,10 @@ from typing import Any, NamedTuple, TextIO
 
 from ..audit import audit
 from ..errors import Qcow2Error, printable
-from ..findings import Severity
+from ..findings import SCHEMA_VERSION, TOOL, Severity
 from ..render import render_line
 from ..resolver import Resolver
+from ..source import FileSource
 from .output import OutputExists, Progress, refuse_evidence
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
@@ -73,10 +75,15 @@ def run_fleet(args: argparse.Namespace) -> int:
 def _paths(args: argparse.Namespace) -> list[str]:
     names = list(args.images)
     if args.files_from == "-":
-        names += sys.stdin.read().splitlines()
+        names += _listed(sys.stdin.buffer.read())
     elif args.files_from:
-        names += Path(args.files_from).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        names += _listed(Path(args.files_from).read_bytes())
     return list(dict.fromkeys(name for name in names if name.strip()))
+
+
+def _listed(data: bytes) -> list[str]:
+    """Return the lines of a list; file names may hold all other characters that end lines of text."""
+    return [os.fsdecode(line.removesuffix(b"\r")) for line in data.split(b"\n")]
 
 
 class Result(NamedTuple):
@@ -160,17 +167,27 @@ def audit_line(path: str, depth: str = "standard", folders: tuple[str, ...] = ()
     identity = _identity(path)
     report = audit(path, depth, resolver=Resolver(folders=folders))
     data = json.loads(render_line(report))
-    return json.dumps({"schema": data.pop("schema"), "identity": identity, **data}, separators=(",", ":"))
+    return _line(identity, data)
+
+
+def _line(identity: dict[str, Any], data: dict[str, Any]) -> str:
+    head = {"schema": SCHEMA_VERSION, "tool": TOOL, "identity": identity}
+    return json.dumps({**head, **data}, separators=(",", ":"))
 
 
 def _identity(path: str) -> dict[str, Any]:
     stamp = _stamp(path)
     identity: dict[str, Any] = {"path": path, "size": stamp and stamp[0], "mtime_ns": stamp and stamp[1]}
     try:
-        with open(path, "rb") as stream:
-            identity["head_sha256"] = hashlib.sha256(stream.read(_HEAD)).hexdigest()
-    except (OSError, ValueError):
+        source = FileSource(path)  # waits for no FIFO's writer
+    except (Qcow2Error, OSError, ValueError):
+        return {**identity, "head_sha256": None}
+    try:
+        identity["head_sha256"] = hashlib.sha256(source.read(0, _HEAD)).hexdigest()
+    except OSError:
         identity["head_sha256"] = None
+    finally:
+        source.close()
     return identity
 
 
@@ -223,7 +240,7 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
     # Not forked: a worker must not share our locks, our open files or our terminal's state.
     context = multiprocessing.get_context("spawn")
     known = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, context, max_tasks_per_child=_PER_WORKER)
+    pool = ProcessPoolExecutor(jobs, context, _end_with_parent, max_tasks_per_child=_PER_WORKER)
     try:
         yield pool
     except BaseException:
@@ -233,6 +250,18 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the run is killed, instead of waiting for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -261,4 +290,4 @@ def _crashed(path: str, why: str) -> str:
         "evidence": [{"field": "error", "value": why}],
     }
     empty = {"depth": "", "image": {"path": path}, "check": None, "findings": [finding], "details": {}}
-    return json.dumps({"schema": 1, "identity": _identity(path), **empty}, separators=(",", ":"))
+    return _line(_identity(path), empty)
