@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from functools import partial
 
 from ..bitmaps import dirty_ranges
@@ -16,6 +15,7 @@ from ..mapping import Kind
 from ..structures import Autoclear, BitmapEntry, BitmapFlag, ExtensionType, SnapshotEntry
 from ..vm_state import vm_state_offset
 from .facts import Facts
+from .header import snapshot_date
 from .names import mtime_of
 from .rules import QEMU_MADE, Depth, rule, variant
 
@@ -24,12 +24,6 @@ _KNOWN_EXTRA = 24  # bytes of extra data the format defines
 _RANGES = 20  # dirty ranges told per bitmap
 _VM_STATE_MAGIC = b"QEVM"
 _VM_CONFIGURATION = 7  # section type: the machine's name follows
-
-
-def date_of(entry: SnapshotEntry) -> str:
-    """Return the date of a snapshot in UTC, as the host's clock had it."""
-    moment = datetime.fromtimestamp(entry.date_sec, UTC)
-    return f"{moment:%Y-%m-%d %H:%M:%S}.{entry.date_nsec:09d}Z"
 
 
 # Where each fixed field of an entry stands: offset in the entry, length in bytes.
@@ -244,14 +238,14 @@ def snapshot_clock(facts: Facts) -> Iterator[Evidence]:
         odd = entry.date_nsec >= 1_000_000_000 or entry.date_nsec % 1000
         before = previous is not None and (entry.date_sec, entry.date_nsec) < (previous.date_sec, previous.date_nsec)
         if entry.date_sec == 0 or entry.date_sec > latest or before:
-            yield _field(entry, "date", date_of(entry))
+            yield _field(entry, "date", snapshot_date(entry))
         if odd:
             yield _field(entry, "date_nsec", entry.date_nsec)
         previous = entry
     newest = max(facts.image.snapshots, key=lambda entry: entry.date_sec, default=None)
     # A copy may carry the time of its making, never one before what it holds.
     if newest is not None and mtime is not None and mtime + 1 < newest.date_sec <= latest:
-        yield _field(newest, "date", date_of(newest))
+        yield _field(newest, "date", snapshot_date(newest))
         yield Evidence("file_mtime", mtime)
 
 

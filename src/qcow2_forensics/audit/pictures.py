@@ -15,7 +15,7 @@ from ..limits import MiB
 from ..residue import trees
 from ..structures import OFFSET_MASK, SnapshotEntry
 from .facts import Facts
-from .history import date_of
+from .header import snapshot_date
 from .residual import survey_of
 from .rules import Depth
 
@@ -148,9 +148,7 @@ def lineage(facts: Facts) -> dict[str, Any]:
     states: list[trees.State] = []
     for entry, note in _history(facts):
         kind = "deleted" if entry.index < 0 else "snapshot"
-        nodes.append(
-            {"kind": kind, "id": entry.id, "name": entry.name, "date": date_of(entry)[:19] + "Z", "note": note}
-        )
+        nodes.append({"kind": kind, "id": entry.id, "name": entry.name, "date": _shown_date(entry), "note": note})
         states.append(trees.State(entry, entry.l1_table_offset, entry.l1_size))
     nodes.append({"kind": "active", "name": "active state", "note": ""})
     states.append(trees.State(None, facts.header.l1_table_offset, facts.header.l1_size))
@@ -168,6 +166,10 @@ def _history(facts: Facts) -> list[tuple[SnapshotEntry, str]]:
             found.append((item.entry, told))
     found.sort(key=lambda item: (item[0].date_sec, item[0].date_nsec))
     return found[-1000:]
+
+
+def _shown_date(entry: SnapshotEntry) -> str:
+    return snapshot_date(entry)[:19].replace("T", " ") + "Z"
 
 
 def _note(entry: SnapshotEntry) -> str:

@@ -6,15 +6,20 @@ from ..findings import Evidence
 from ..residue import Piece
 
 
+def entries_of(piece: Piece) -> str:
+    """Return how many entries a former table has, in words."""
+    return f"{piece.entries} entr{'y' if piece.entries == 1 else 'ies'}"
+
+
 def evidence_of(piece: Piece, label: str = "") -> Evidence:
     """Return a piece as evidence: what it is, how much of it is there, how it starts."""
     told = [f"{piece.nonzero} non-zero bytes", f"entropy {piece.entropy:.2f}"]
     if piece.signature and piece.looks != "stream":
         told.append(piece.signature)
-    elif piece.looks != "data":
+    elif label and piece.looks != "data":
         told.append(piece.looks)
     if piece.entries:
-        told.append(f"{piece.entries} entries")
+        told.append(entries_of(piece))
     told.append(f"starts {piece.first[:23]}")  # eight bytes
     return Evidence(
         label or piece.looks,

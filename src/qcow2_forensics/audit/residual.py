@@ -11,8 +11,8 @@ from ..residue import DeletedSnapshot, Piece, Residue
 from ..residue.deleted import examine
 from ..structures import BitmapEntry, SnapshotEntry
 from .facts import Facts
-from .history import date_of
-from .pieces import evidence_of
+from .header import snapshot_date
+from .pieces import entries_of, evidence_of
 from .rules import CRAFTED, QEMU_MADE, Depth, rule, variant
 
 _DELETED = 100  # former snapshots followed into their tables
@@ -193,7 +193,7 @@ def _tables(facts: Facts, code: str, looks: str) -> Iterator[Finding]:
 
 
 def _contents(piece: Piece) -> str:
-    return f"{piece.entries} entries, {piece.intact} of their targets unused since and not empty"
+    return f"{entries_of(piece)}, {piece.intact} of their first targets unused since and not empty"
 
 
 @rule(
@@ -207,7 +207,7 @@ def _contents(piece: Piece) -> str:
 )
 def residual_snapshot_entry(facts: Facts) -> Iterator[Evidence]:
     for entry in survey_of(facts).snapshots:
-        told = f"ID {entry.id}, {entry.name}, {date_of(entry)}, L1 at {entry.l1_table_offset:#x}"
+        told = f"ID {entry.id}, {snapshot_date(entry)}, L1 table at {entry.l1_table_offset:#x}, name {entry.name}"
         yield Evidence("snapshot", told, entry.offset, entry.length, "former snapshot table", snapshot=entry.id)
 
 
@@ -259,5 +259,5 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Finding]:
 )
 def residual_bitmap_dir(facts: Facts) -> Iterator[Evidence]:
     for entry in survey_of(facts).bitmaps:
-        told = f"{entry.name}, granularity {entry.granularity}, table at {entry.table_offset:#x}"
+        told = f"granularity {entry.granularity}, table at {entry.table_offset:#x}, name {entry.name}"
         yield Evidence("bitmap", told, entry.offset, entry.length, "former bitmap directory")

@@ -91,7 +91,7 @@ def wrap(shown: str, width: int, indent: str = "") -> list[str]:
         else:
             line = joined
     lines.append(line)
-    return [indent + line for line in lines]
+    return [indent + line.rstrip(" ") for line in lines]
 
 
 def _cut_words(shown: str, room: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ CSS = """
 --header:#c8d3dd;--free:#2a3138;--shared:#86a878}}
 @media print{:root{--bg:#fff;--fg:#000;--quiet:#444;--line:#bbb;--card:#fff;--free:#eee;--header:#22303c}
 body{max-width:none!important;font-size:9.5pt}section,tr,svg{break-inside:avoid}thead{display:table-header-group}h2,h3,h4{break-after:avoid}
-.scroll{overflow:visible!important}rect{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+.scroll{overflow:visible!important}table{font-size:.75em}th,td{padding-right:.5rem}rect{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1.5rem;max-width:70rem;background:var(--bg);color:var(--fg);
 font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
