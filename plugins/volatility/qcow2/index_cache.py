@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Source
 
 KEPT = 8  # indexes in this process; a worst-case one is some megabytes
-WORTH_A_FILE = 512 * 1024 * 1024  # bytes of stream below which parsing is as fast as looking it up
+WORTH_A_FILE = 512 * 1024 * 1024  # bytes of guest memory below which indexing is as fast as looking it up
 
 _kept: dict[str, bytes] = {}
 
@@ -32,7 +32,7 @@ def index_memory(stream: Source, key: str | None, *, on_disk: bool) -> GuestMemo
     """Return the guest memory of a stream, indexed now or before; ``key`` None keeps nothing."""
     from qcow2_forensics import FormatError, GuestMemory
 
-    path = _path(key) if key is not None and on_disk and stream.size >= WORTH_A_FILE else None
+    path = _path(key) if key is not None and on_disk else None
     for stored in (_kept.get(key or ""), _load(path)):
         if stored is not None:
             try:
@@ -45,7 +45,8 @@ def index_memory(stream: Source, key: str | None, *, on_disk: bool) -> GuestMemo
         while len(_kept) >= KEPT:
             del _kept[next(iter(_kept))]
         _kept[key] = data
-        _store(path, data)
+        if memory.size >= WORTH_A_FILE:
+            _store(path, data)
     return memory
 
 
