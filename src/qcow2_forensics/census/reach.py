@@ -21,7 +21,7 @@ from .tally import descriptors
 from .walk import Gathering, Named, batches, l1_chunks, walkable
 
 _ALWAYS = 1 << 22  # clusters whose arrays, 36 MiB, are not worth a second look
-_SHARE = 8  # a file of which a larger part is claimed has a seat for every cluster
+_SHARE = 16  # a file of which a larger part is claimed has a seat for every cluster
 _ROWS = 1 << 20  # runs gathered before they are merged
 
 Runs = tuple[U64, U64]
@@ -121,8 +121,9 @@ class _Gathered:
 
 def merged(starts: U64, stops: U64) -> Runs:
     """Return runs [start, stop), in any order, as rising ones that neither overlap nor touch."""
-    order = np.argsort(starts, kind="stable")
-    starts, stops = starts[order], np.maximum.accumulate(stops[order])
+    if not bool(((starts[1:] >= starts[:-1]) & (stops[1:] >= stops[:-1])).all()):  # most tables are in order
+        order = np.argsort(starts, kind="stable")
+        starts, stops = starts[order], np.maximum.accumulate(stops[order])
     fresh = np.concatenate(([True], starts[1:] > stops[:-1]))
     last = np.append(np.flatnonzero(fresh)[1:] - 1, len(starts) - 1)
     return starts[fresh], stops[last]
