@@ -105,10 +105,10 @@ def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int]
         stop = min(end, position + window)
         window *= 2  # what tables of a few clusters say of petabytes needs few looks
         for candidate in _candidates(before, after, position, stop, cluster, opaque):
-            window = smallest
             if candidate.change is Change.UNREADABLE:
                 yield Difference(*candidate)
             else:
+                window = smallest
                 yield from _unequal_bytes(before, after, candidate)
         position = stop
         if progress is not None:

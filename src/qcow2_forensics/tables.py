@@ -229,17 +229,17 @@ def _read_directory(image: Metadata, extension: Extension) -> tuple[tuple[Bitmap
 
 
 def _bitmap_rules(image: Metadata, entry: BitmapEntry) -> Iterator[Problem]:
-    limits = image.limits
+    limits, cluster_size = image.limits, image.header.cluster_size
     faults = (
-        (entry.type != 1, f"a bitmap has the unknown type {entry.type}"),
-        (not 9 <= entry.granularity_bits <= 31, f"a bitmap has the granularity 2^{entry.granularity_bits}"),
+        (entry.type != 1, "a bitmap has the unknown type {0.type}"),
+        (not 9 <= entry.granularity_bits <= 31, "a bitmap has the granularity 2^{0.granularity_bits}"),
         (len(entry.name_bytes) > limits.name_bytes, "a bitmap has too long a name"),
         (bool(entry.extra), "a bitmap has extra data, which QEMU refuses"),
-        (entry.table_offset % image.header.cluster_size != 0, "a bitmap table is not aligned to a cluster"),
+        (entry.table_offset % cluster_size != 0, "a bitmap table is not aligned to a cluster"),
         (entry.table_size > limits.bitmap_table_entries, "a bitmap table is too large"),
-        (entry.table_size * image.header.cluster_size > limits.bitmap_data_bytes, "a bitmap has too much data"),
+        (entry.table_size * cluster_size > limits.bitmap_data_bytes, "a bitmap has too much data"),
         (bool(entry.flags & ~7), "a bitmap has unknown flags"),
     )
     for broken, message in faults:
         if broken:
-            yield _bitmap_problem(entry.offset, message)
+            yield _bitmap_problem(entry.offset, message.format(entry))

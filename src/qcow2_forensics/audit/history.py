@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ..bitmaps import dirty_ranges
+from ..bitmaps import dirty_ranges, dirty_totals
 from ..disk import Disk
 from ..errors import FormatError, Qcow2Error, ReadError, printable
 from ..findings import Evidence, Finding, Severity
@@ -22,6 +23,8 @@ from .rules import QEMU_MADE, Depth, rule, variant
 _TABLE = "snapshot table"
 _KNOWN_EXTRA = 24  # bytes of extra data the format defines
 _RANGES = 20  # dirty ranges told per bitmap
+_BITMAPS = 20  # told with their ranges: what fits in one finding
+_BITMAP_TABLES = 1 << 16  # entries of their tables together; a table of 64 KiB clusters has 8192 at most
 _VM_STATE_MAGIC = b"QEVM"
 _VM_CONFIGURATION = 7  # section type: the machine's name follows
 
@@ -318,30 +321,31 @@ def _bitmap(entry: BitmapEntry, field: str, value: int | str) -> Evidence:
     depth=Depth.STANDARD,
     validated=QEMU_MADE,
 )
-def bitmaps(facts: Facts) -> Iterator[Evidence]:
-    for entry in _current(facts):
-        yield _bitmap(entry, "name", entry.name)
-        yield _bitmap(entry, "granularity", entry.granularity)
-        yield _bitmap(entry, "flags", _flags(entry))
-        yield from _dirty(facts, entry)
+def bitmaps(facts: Facts) -> Iterator[Evidence | Callable[[], Evidence]]:
+    room = _BITMAP_TABLES
+    for number, entry in enumerate(_current(facts)):
+        yield partial(_bitmap, entry, "name", entry.name)
+        yield partial(_bitmap, entry, "granularity", entry.granularity)
+        yield partial(_flags, entry)
+        if number < _BITMAPS:  # those that are listed; there may be 65,535
+            room -= entry.table_size
+            yield from _dirty(facts, entry) if room >= 0 else [_bitmap(entry, "dirty_ranges", "too large to count")]
 
 
-def _flags(entry: BitmapEntry) -> str:
-    return ", ".join(flag.name.lower() for flag in BitmapFlag if entry.flags & flag and flag.name) or "none"
+def _flags(entry: BitmapEntry) -> Evidence:
+    names = [flag.name.lower() for flag in BitmapFlag if entry.flags & flag and flag.name]
+    return _bitmap(entry, "flags", ", ".join(names) or "none")
 
 
 def _dirty(facts: Facts, entry: BitmapEntry) -> Iterator[Evidence]:
-    total = count = 0
     try:
-        for start, length in dirty_ranges(facts.image, entry):
-            if count < _RANGES:
-                yield Evidence("dirty_bytes", length, structure=f"bitmap {printable(entry.name)}", guest_offset=start)
-            count += 1
-            total += length
+        count, total = dirty_totals(facts.image, entry)
+        for start, length in itertools.islice(dirty_ranges(facts.image, entry), _RANGES):
+            yield Evidence("dirty_bytes", length, structure=f"bitmap {printable(entry.name)}", guest_offset=start)
+        yield _bitmap(entry, "dirty_bytes_total", total)
+        yield _bitmap(entry, "dirty_ranges", count)
     except (FormatError, ReadError) as error:
         yield _bitmap(entry, "error", str(error))
-    yield _bitmap(entry, "dirty_bytes_total", total)
-    yield _bitmap(entry, "dirty_ranges", count)
 
 
 @rule(
@@ -353,10 +357,11 @@ def _dirty(facts: Facts, entry: BitmapEntry) -> Iterator[Evidence]:
     harmless="live copies",
     validated=QEMU_MADE,
 )
-def bitmap_in_use(facts: Facts) -> Iterator[Evidence]:
+def bitmap_in_use(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+    in_use = int(BitmapFlag.IN_USE)  # a plain number: there may be 65,535 to look at
     for entry in _current(facts):
-        if entry.flags & BitmapFlag.IN_USE:
-            yield _bitmap(entry, "name", entry.name)
+        if entry.flags & in_use:
+            yield partial(_bitmap, entry, "name", entry.name)
 
 
 @rule(

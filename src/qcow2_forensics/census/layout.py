@@ -144,14 +144,16 @@ def _bitmaps(image: Image, layout: Layout) -> None:
         return
     facts = structures.parse_bitmaps_extension(extension.data)
     layout.bitmap_directory = (facts.directory_offset, facts.directory_size)
-    in_use = structures.BitmapFlag.IN_USE
-    entries, problems = read_bitmap_directory(_ZeroTail(image))
+    in_use, cluster_size, disk_size = int(structures.BitmapFlag.IN_USE), image.cluster_size, image.disk_size
+    entries, problems = image.bitmaps, tuple(p for p in image.problems if p.code == "QCOW2-BITMAP-INVALID")
+    if problems:  # which may be none for a reader that does not mind the end of the file
+        entries, problems = read_bitmap_directory(_ZeroTail(image))
     for entry in entries:
         layout.bitmaps.append(
             BitmapPlace(entry.offset, entry.table_offset, entry.table_size, bool(entry.flags & in_use))
         )
-        bits = (entry.table_size * image.cluster_size * 8) << entry.granularity_bits
-        if not entry.flags & in_use and bits < image.disk_size:
+        bits = (entry.table_size * cluster_size * 8) << entry.granularity_bits
+        if not entry.flags & in_use and bits < disk_size:
             layout.reasons.append(Reason("a bitmap does not cover the disk", entry.offset, bitmap=True))
     for problem in problems:
         layout.reasons.append(Reason(problem.message, problem.offset, bitmap=True))

@@ -349,7 +349,8 @@ class _Taker:
                     tally.issues.add(kind, self._bitmap_items(chunk.positions, entries, mask), int(mask.sum()))
                     bad.append(self._first_in_clusters(chunk.positions[mask]))
             tally.claim_clusters(Owner.BITMAP_DATA, hosts[good], weight[good], "bitmap table", chunk.positions[good])
-            self._structures(hosts[good], Owner.BITMAP_DATA)
+            clusters, times = np.unique(hosts[good], return_counts=True)
+            self._structures(np.repeat(clusters, np.minimum(times, 2)), Owner.BITMAP_DATA)  # twice is an overlap
         if bad:
             self._unreadable_bitmaps(aligned, np.sort(np.concatenate(bad)))
 

@@ -30,7 +30,7 @@ else:
 _TRIES = 512  # places in one gap where an old stream is looked for
 _TRIED = 1 << 34  # bytes such tries may decode in one image, if each came to a whole cluster
 _DECODED = 1 << 30  # bytes live streams may decode to, and how many more for each byte of the file:
-_DECODED_PER_BYTE = 128  # streams that do not overlap and are not all zeros stay far below
+_DECODED_PER_BYTE = 32  # streams that do not overlap and are not of one byte stay below
 
 
 def consumed(data: bytes, size: int, *, zstandard: bool = False) -> tuple[bytes, int] | None:
@@ -67,6 +67,11 @@ def _unzstd(data: bytes, size: int) -> tuple[bytes, int] | None:
     return result, len(data) - len(decoder.unused_data)
 
 
+def decoded_limit(image: Image) -> int:
+    """Return how many bytes decoding every stream once may give; :class:`LimitExceeded` above it."""
+    return _DECODED + _DECODED_PER_BYTE * image.file_size
+
+
 def compressed_slack(image: Image, census: Census) -> Iterator[Piece]:
     """Yield bytes of host clusters in use for compressed data that no live stream consumes.
 
@@ -78,7 +83,7 @@ def compressed_slack(image: Image, census: Census) -> Iterator[Piece]:
         return
     zstandard = image.header.compression_type == Compression.ZSTD
     size = image.cluster_size
-    most = _DECODED + _DECODED_PER_BYTE * image.file_size
+    most = decoded_limit(image)
     used: list[tuple[int, int]] = []
     for number, entry in enumerate(_descriptors(census).tolist()):
         if number * size > most:
