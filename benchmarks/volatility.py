@@ -4,6 +4,9 @@ The guests are the real Linux guest of the evidence case (``QCOW2_EVIDENCE`` nam
 to 2 GiB that are all data and to 5 GiB that are mostly zero. Volatility's own layer gets the stream
 already extracted, and a symbol file whose banner lies inside one page, for it finds no other.
 
+The kernel and all that it maps lie in the first 128 MiB of each: ``linux.pslist`` reads no further, and
+``yarascan`` covers no more. With KASLR a real 5 GiB guest has its kernel anywhere, see docs/volatility.md.
+
 Every run is a process of its own, started as a user starts it; ``--json`` of ``run.py`` keeps the
 times, and the last lines tell the most memory that a process of each reader held.
 """
