@@ -9,20 +9,23 @@ import csv
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics import open_disk
 from qcow2_forensics.errors import FormatError, Qcow2Error, ReadError, SnapshotNotFound
+from qcow2_forensics.host_holes import host_runs
 from qcow2_forensics.image import Image
-from qcow2_forensics.residue import content, deleted_snapshots, open_deleted, residue, tables
+from qcow2_forensics.residue import content, deleted_snapshots, hidden, open_deleted, residue, tables
 from qcow2_forensics.residue.export import write
 from qcow2_forensics.residue.guard import GuardedSource
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.source import BytesSource, FileSource
 from tests import qemu
 from tests.image_builder import Poke, base_b, base_s, deflate
 
@@ -434,3 +437,69 @@ def test_guarded_source_refuses_only_the_guarded_range() -> None:
         with pytest.raises(ReadError):
             source.read(offset, length)
     assert source.read(12, 0) == b""
+
+
+# --- holes ---------------------------------------------------------------------------------------
+
+
+class Counting(FileSource):
+    """A file that notes where it was read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.places: list[int] = []
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        self.places.append(offset)
+        return super().read(offset, length)
+
+
+def test_clusters_under_zero_flags_that_are_holes_of_the_file_are_not_read(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "x.qcow2", "64M", preallocation="metadata")
+    qemu.io(path, "write -P 7 20M 64k", *(f"write -z {number}M 1M" for number in range(64)))
+    if path.stat().st_blocks * 512 > 16 << 20:
+        pytest.skip("the file system keeps no holes")
+    source = Counting(path)
+    with residue(Image(source)) as found:
+        assert found.census.allocated == 1024
+        source.places.clear()
+        (piece,) = (piece for piece in found.hidden() if piece.kind == "zero-flagged")
+    assert (piece.guest_offset, piece.length) == (20 << 20, 65536)
+    assert len(source.places) < 50
+    source.close()
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.lists(st.integers(0, 50), unique=True, max_size=30))
+def test_stored_clusters_are_those_the_file_system_keeps_bytes_of(written: list[int], asked: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sparse"
+        with path.open("wb") as stream:
+            for block in written:
+                stream.seek(block * 4096)
+                stream.write(b"x")
+            stream.truncate(41 * 4096)
+        source = FileSource(path)
+        size = 8192
+        offsets = np.asarray([number * 4096 for number in asked], dtype=np.uint64)
+        places = np.arange(len(asked))
+        kept = hidden._stored(places, offsets, source, size).tolist()
+        for place, number in enumerate(asked):
+            if number * 4096 >= source.size:
+                continue  # past the end there is nothing to read anyway
+            runs = host_runs(source, number * 4096, min(size, source.size - number * 4096))
+            assert (place in kept) == any(not run.is_hole for run in runs), (place, number)
+        source.close()
+
+
+def test_bytes_in_dead_subclusters_are_found_whatever_state_allocates_the_rest(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "x.qcow2", "1M", extended_l2="on", cluster_size="64k")
+    qemu.io(path, "write -P 7 0 64k", "write -P 8 128k 64k")
+    qemu.io(path, "write -z 4k 2k", "write -z 130k 2k")
+    with residue(path) as found:
+        pieces = [piece for piece in found.hidden() if piece.kind == "subcluster"]
+        assert [(piece.guest_offset, piece.length) for piece in pieces] == [(4096, 2048), (130 << 10, 2048)]
+    qemu.snapshot(path, "one")
+    qemu.io(path, "write -P 9 32k 2k")  # copies the cluster: the one with the residue is the snapshot's alone
+    with residue(path) as found:
+        told = {(piece.guest_offset, piece.snapshot) for piece in found.hidden() if piece.kind == "subcluster"}
+    assert told == {(4096, "1"), (130 << 10, "1")}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from .tables import Words
 
 _ALL = np.uint64(0xFFFF_FFFF)
 Flags = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.intp]
 
 
 def _offsets(batch: Tables) -> Words:
@@ -68,21 +68,15 @@ def zero_flagged(image: Image, census: Census, data: Source | None = None) -> It
     if image.header.version < 3 or image.header.extended_l2 or (external and data is None):
         return
     size = image.cluster_size
-    shown = np.zeros(0, np.bool_) if external else shown_clusters(census)
     host: Source | Image = data if external and data is not None else image
-    seen = np.zeros(len(shown), np.bool_)
+    known = None if external else shown_clusters(census)  # by seat: shown by some state, or looked at already
     for batch in census.tables():
         offsets = _offsets(batch)
         wanted = _zero_flags(batch) & (offsets != 0) & (offsets & np.uint64(size - 1) == 0)
-        for row, column in batch.where(wanted):
+        places = _fresh(np.flatnonzero(wanted), offsets.reshape(-1), census, known)
+        for place in _stored(places, offsets.reshape(-1), data if external else image.source, size).tolist():
+            row, column = divmod(place, offsets.shape[1])
             offset = int(offsets[row, column])
-            if not external:
-                if offset // size >= census.clusters:
-                    continue
-                seat = census.seats.at(offset // size)
-                if shown[seat] or seen[seat]:
-                    continue
-                seen[seat] = True
             piece = piece_of(host.read(offset, size), offset, "zero-flagged")
             if piece is not None:
                 guest = batch.guest_offset(row, column) + piece.offset - offset
@@ -90,12 +84,35 @@ def zero_flagged(image: Image, census: Census, data: Source | None = None) -> It
                 yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row), file=where)
 
 
-class _Partial(NamedTuple):
-    """A mapped cluster of which some subclusters are allocated, and where it was first seen."""
+def _fresh(places: Places, offsets: Words, census: Census, known: Flags | None) -> Places:
+    """Return the places, flat ones of a batch, whose host clusters are in the file and not known, and know these."""
+    if known is None or not len(places):
+        return places
+    numbers = offsets[places] >> np.uint64(census.image.header.cluster_bits)
+    inside = numbers < np.uint64(census.clusters)
+    places, numbers = places[inside], numbers[inside]
+    seats = census.seats.of(numbers)
+    _, first = np.unique(seats, return_index=True)
+    first = np.sort(first[~known[seats[first]]])
+    known[seats[first]] = True
+    kept: Places = places[first]
+    return kept
 
-    allocated: int
-    guest_offset: int
-    snapshot: str
+
+def _stored(places: Places, offsets: Words, source: Source | None, size: int) -> Places:
+    """Return the places whose host clusters the file system keeps any byte of; each of its runs is asked for once."""
+    order = np.argsort(offsets[places], kind="stable")
+    rising = offsets[places[order]].astype(np.int64)  # below 2**56
+    kept = np.ones(len(places), np.bool_)
+    at = 0
+    while source is not None and at < len(rising) and rising[at] < source.size:
+        run = next(host_runs(source, int(rising[at]), source.size - int(rising[at])))
+        # A cluster that ends in the next run counts as stored.
+        last = run.offset + run.length - (size if run.is_hole and run.offset + run.length < source.size else 1)
+        stop = max(at + 1, int(np.searchsorted(rising, last, side="right")))
+        kept[order[at:stop]] = not run.is_hole or rising[at] > last
+        at = stop
+    return places[kept]
 
 
 def subclusters(image: Image, census: Census) -> Iterator[Piece]:
@@ -103,43 +120,50 @@ def subclusters(image: Image, census: Census) -> Iterator[Piece]:
     if not image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size
-    part = size // SUBCLUSTERS
-    for host, cluster in _partial_clusters(image, census).items():
-        data = image.read(host, size)
-        at = 0
-        while at < SUBCLUSTERS:
-            stop = at
-            while stop < SUBCLUSTERS and not cluster.allocated >> stop & 1:
-                stop += 1
-            if stop > at:
-                guest = cluster.guest_offset + at * part
-                piece = piece_of(data[at * part : stop * part], host + at * part, "subcluster")
-                if piece is not None:
-                    yield replace(piece, guest_offset=guest, snapshot=cluster.snapshot)
-            at = stop + 1
-
-
-def _partial_clusters(image: Image, census: Census) -> dict[int, _Partial]:
-    """Return, per host offset, the mapped clusters no state shows whole."""
-    found: dict[int, _Partial] = {}
-    seats = census.seats
-    whole = np.zeros(seats.length, np.bool_)
+    allocated = _allocated(image, census)
+    known = allocated == _ALL.astype(np.uint32)
     for batch in census.tables():
-        if batch.bitmaps is None:
-            continue
-        offsets, bits = _offsets(batch), batch.bitmaps & _ALL
-        placed = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
-        placed &= offsets < np.uint64(image.file_size)
-        whole[seats.of(offsets[placed & (bits == _ALL)] >> np.uint64(batch.cluster_bits))] = True
-        for row, column in batch.where(placed & (bits != _ALL)):
-            host = int(offsets[row, column])
-            known = found.get(host)
-            if known is not None:
-                found[host] = known._replace(allocated=known.allocated | int(bits[row, column]))
-            else:
-                guest = batch.guest_offset(row, column)
-                found[host] = _Partial(int(bits[row, column]), guest, _snapshot(image, batch, row))
-    return {host: cluster for host, cluster in found.items() if not whole[seats.at(host >> image.header.cluster_bits)]}
+        offsets = _offsets(batch).reshape(-1)
+        places = _fresh(np.flatnonzero(_placed(image, offsets)), offsets, census, known)
+        for place in _stored(places, offsets, image.source, size).tolist():
+            host = int(offsets[place])
+            row, column = divmod(place, batch.entries.shape[1])
+            bits = int(allocated[census.seats.at(host >> batch.cluster_bits)])
+            for piece in _dead(image.read(host, size), host, bits, size // SUBCLUSTERS):
+                guest = batch.guest_offset(row, column) + piece.offset - host
+                yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row))
+
+
+def _placed(image: Image, offsets: Words) -> Flags:
+    placed: Flags = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
+    placed &= offsets < np.uint64(image.file_size)
+    return placed
+
+
+def _allocated(image: Image, census: Census) -> npt.NDArray[np.uint32]:
+    """Return, by seat, the subclusters of each host cluster that some state allocates."""
+    allocated = np.zeros(census.seats.length, np.uint32)
+    for batch in census.tables():
+        offsets = _offsets(batch)
+        placed = _placed(image, offsets)
+        if batch.bitmaps is not None and placed.any():
+            seats = census.seats.of(offsets[placed] >> np.uint64(batch.cluster_bits))
+            np.bitwise_or.at(allocated, seats, (batch.bitmaps[placed] & _ALL).astype(np.uint32))
+    return allocated
+
+
+def _dead(data: bytes, host: int, allocated: int, part: int) -> Iterator[Piece]:
+    """Yield what stands in each run of subclusters that are not allocated."""
+    at = 0
+    while at < SUBCLUSTERS:
+        stop = at
+        while stop < SUBCLUSTERS and not allocated >> stop & 1:
+            stop += 1
+        if stop > at:
+            piece = piece_of(data[at * part : stop * part], host + at * part, "subcluster")
+            if piece is not None:
+                yield piece
+        at = stop + 1
 
 
 def tail(image: Image, census: Census) -> Iterator[Piece]:
