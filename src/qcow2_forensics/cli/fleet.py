@@ -20,10 +20,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple, TextIO
 
 from ..audit import audit
@@ -215,23 +216,28 @@ def _until_broken(
 ) -> Iterator[str]:
     """Work off ``waiting`` until it is empty or a worker died; ``suspects`` ran when it did."""
     running: dict[Future[str], str] = {}
+    # Ctrl-C inside concurrent.futures.wait() can leave a lock held that the pool needs to end; a queue's get() is safe.
+    finished: SimpleQueue[Future[str]] = SimpleQueue()
     while running or (waiting and not suspects):
         while waiting and not suspects and len(running) < ahead:
             path = waiting.pop()
             try:
                 with _interrupts_held():  # submitting starts workers
-                    running[pool.submit(work, path)] = path
+                    future = pool.submit(work, path)
+                    running[future] = path
+                    future.add_done_callback(finished.put)
             except BrokenProcessPool:
                 suspects.append(path)
-        finished, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in finished:
-            path = running.pop(future)
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                suspects.append(path)
-            except Exception as error:  # noqa: BLE001 - one image never stops the run; it is reported
-                yield _crashed(path, f"{type(error).__name__}: {error}")
+        if not running:
+            return
+        future = finished.get()
+        path = running.pop(future)
+        try:
+            yield future.result()
+        except BrokenProcessPool:
+            suspects.append(path)
+        except Exception as error:  # noqa: BLE001 - one image never stops the run; it is reported
+            yield _crashed(path, f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
