@@ -176,14 +176,18 @@ def recover_key(
     hash_name = _hash_name(header.hash_spec)
     sector_cipher(header.cipher_name, header.cipher_mode, bytes(header.key_bytes))  # refuses before minutes of work
     unsound: FormatError | None = None
+    rounds = 0  # of PBKDF2, over all slots tried: an image must not cost one attempt for each of eight
     for slot in header.slots:
         if not slot.is_active:
             continue
         try:
-            material = _key_material(header, slot, read, offset, length, limits)
+            material = _key_material(header, slot, read, offset, length)
+            needed = rounds + slot.iterations + header.mk_digest_iterations
+            _check_iterations(f"LUKS slot {slot.index} iterations", needed, offset + slot.offset + 4, limits)
         except FormatError as error:
             unsound = unsound or error
             continue
+        rounds = needed
         key = _open_slot(header, slot, hash_name, material, passphrase)
         if key is not None:
             return header, key
@@ -230,10 +234,10 @@ def _key_material(
     read: Callable[[int, int], bytes],
     offset: int,
     length: int,
-    limits: Limits,
 ) -> bytes:
     name = f"LUKS slot {slot.index}"
-    _check_iterations(f"{name} iterations", slot.iterations, offset + slot.offset + 4, limits)
+    if slot.iterations == 0:
+        raise FormatError(f"{name} iterations is 0", offset=offset + slot.offset + 4, field="iterations")
     wanted = header.material_bytes(slot)
     if slot.stripes == 0 or slot.key_material_offset < HEADER_LENGTH or slot.key_material_offset + wanted > length:
         raise FormatError(f"{name} has its key material outside the LUKS area", offset=offset + slot.offset + 40)

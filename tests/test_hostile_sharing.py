@@ -1,0 +1,384 @@
+"""Small files that name the same thing a million times: what repeats is looked at once.
+
+Every image here is crafted by :mod:`tests.image_builder`; that our answers are right where the work
+is skipped is held against the same tables looked at one by one.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import struct
+import tracemalloc
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qcow2_forensics as q
+from qcow2_forensics import mapping
+from qcow2_forensics.bitmaps import dirty_ranges, dirty_totals
+from qcow2_forensics.cli import main
+from qcow2_forensics.compare import Change
+from qcow2_forensics.source import BytesSource, FileSource, Source
+from tests import qemu
+from tests.image_builder import COPIED, EXT_BITMAPS, EXT_CRYPTO, Builder, Poke, compressed_entry, deflate, luks
+
+MiB = 1 << 20
+SLOTS = 1 << 18  # of an L1 table
+SPAN = 64 * 512  # guest bytes under one slot, for clusters of 512 bytes
+
+
+class Counted:
+    """A source that counts how often it is read."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.size = source.size
+        self.reads = 0
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        self.reads += 1
+        return self._source.read(offset, length)
+
+
+def table(*entries: int) -> bytes:
+    """One L2 table of 512 bytes that repeats some entries."""
+    return struct.pack(">64Q", *itertools.islice(itertools.cycle(entries), 64))
+
+
+ZEROS, ZEROS_TOO, HOLES, HOLES_TOO = table(1), table(1, 3), table(0), table(0, 2)
+
+
+def repeated(tables: list[bytes], *, slots: int = SLOTS, snapshot: list[bytes] | None = None) -> Builder:
+    """An image whose L1 table, and that of a snapshot, repeat a few tables."""
+    builder = Builder(cluster_bits=9, size=slots * SPAN)
+
+    def l1(contents: list[bytes]) -> bytes:
+        words = [(builder.put(content) | COPIED).to_bytes(8, "big") for content in contents]
+        return (b"".join(words) * slots)[: 8 * slots]
+
+    builder.raw(builder.l1, l1(tables))
+    if snapshot is not None:
+        builder.snapshot(b"1", b"s", l1_offset=builder.put(l1(snapshot)), l1_size=slots)
+    return builder
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(io.StringIO()):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue()
+
+
+# --- mappings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tables", [[ZEROS], [ZEROS, ZEROS_TOO], [ZEROS_TOO, ZEROS, ZEROS]])
+def test_a_few_tables_of_zeros_under_a_quarter_million_slots_are_one_run_and_few_reads(
+    tables: list[bytes], tmp_path: Path
+) -> None:
+    path = repeated(tables).write(tmp_path / "zeros.qcow2")
+    source = Counted(FileSource(path))
+    with q.open_disk(source) as disk:
+        before = source.reads
+        assert [(extent.offset, extent.length, extent.kind) for extent in disk.extents()] == [
+            (0, SLOTS * SPAN, mapping.Kind.ZERO)
+        ]
+        assert source.reads - before < 100
+
+
+def test_map_prints_one_line_for_them(tmp_path: Path) -> None:
+    path = repeated([ZEROS, ZEROS_TOO]).write(tmp_path / "zeros.qcow2")
+    code, out = run("map", path)
+    assert (code, len(out.splitlines())) == (0, 2)
+
+
+@qemu.requires_qemu
+def test_tables_that_map_nothing_are_told_from_those_that_map_zeros_as_qemu_does(tmp_path: Path) -> None:
+    path = repeated([ZEROS, HOLES, HOLES_TOO, ZEROS_TOO, ZEROS], slots=64).write(tmp_path / "mixed.qcow2")
+    rows = qemu.map_json(path)
+    with q.open_disk(path) as disk:
+        runs = [(e.offset, e.length, e.kind == mapping.Kind.ZERO) for e in disk.extents()]
+    assert runs == [(row["start"], row["length"], row["present"]) for row in rows]
+
+
+_ANY_TABLE = st.sampled_from([ZEROS, ZEROS_TOO, HOLES, HOLES_TOO, table(0, 1), b"", "data"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(_ANY_TABLE, min_size=1, max_size=12), st.integers(0, 12 * SPAN), st.integers(1, 12 * SPAN))
+def test_runs_are_what_the_clusters_say_one_by_one(contents: list[bytes | str], start: int, length: int) -> None:
+    builder = Builder(cluster_bits=9, size=12 * SPAN)
+    data = builder.put(b"\x11" * 512)
+    known: dict[bytes | str, int] = {b"": 0}
+    words = []
+    for content in itertools.islice(itertools.cycle(contents), 12):
+        if content not in known:
+            known[content] = builder.put(table(data) if isinstance(content, str) else content)
+        words.append(known[content].to_bytes(8, "big"))
+    builder.raw(builder.l1, b"".join(words))
+    image = q.open_image(BytesSource(_bytes(builder)))
+    length = min(length, 12 * SPAN - start)
+    if length <= 0:
+        return
+    whole = mapping.Mapping(image, image.header.l1_table_offset, image.header.l1_size)
+    singly = mapping.Mapping(image, image.header.l1_table_offset, image.header.l1_size)
+    found = [(run.kind, at) for run in whole.runs(start, length) for at in range(run.offset, run.offset + run.length)]
+    wanted: list[tuple[mapping.Kind, int]] = []
+    at = start
+    while at < start + length:  # never a whole table, so that nothing is known of one
+        stop = min(start + length, at - at % 512 + 512)
+        wanted += [(next(singly.runs(at, stop - at)).kind, place) for place in range(at, stop)]
+        at = stop
+    assert found == wanted
+
+
+def _bytes(builder: Builder) -> bytes:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return builder.write(Path(folder) / "image.qcow2").read_bytes()
+
+
+# --- comparisons ---------------------------------------------------------------------------------
+
+
+def test_two_states_of_different_tables_of_zeros_are_equal_at_few_reads(tmp_path: Path) -> None:
+    path = repeated([ZEROS], snapshot=[ZEROS_TOO, ZEROS]).write(tmp_path / "zeros.qcow2")
+    source = Counted(FileSource(path))
+    with q.open_disk(source, "1") as before, q.open_disk(source) as after:
+        assert list(q.compare(before, after)) == []
+    assert source.reads < 400
+
+
+@pytest.mark.parametrize("offsets", [(1 << 40,), (1 << 40, 1 << 41)], ids=["one", "alternating"])
+def test_tables_past_the_end_of_the_file_are_one_unreadable_range(offsets: tuple[int, ...], tmp_path: Path) -> None:
+    builder = repeated([b""], snapshot=[HOLES])
+    words = [offset.to_bytes(8, "big") for offset in offsets]
+    builder.raw(builder.l1, (b"".join(words) * SLOTS)[: 8 * SLOTS])
+    path = builder.write(tmp_path / "past.qcow2")
+    with q.open_disk(path, "1") as before, q.open_disk(path) as after:
+        found = list(q.compare(before, after))
+    assert [(item.offset, item.length, item.change) for item in found] == [(0, SLOTS * SPAN, Change.UNREADABLE)]
+    assert "past the end" in found[0].note
+
+
+def test_what_lies_behind_a_broken_table_is_still_compared(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=9, size=8 * SPAN)
+    builder.data(0, b"\x11" * 512).data(5 * SPAN, b"\x22" * 512)
+    builder.raw(builder.l1 + 8 * 2, (1 << 40).to_bytes(8, "big") * 2)
+    builder.snapshot(b"1", b"s", l1_offset=builder.put(bytes(64)), l1_size=8)
+    path = builder.write(tmp_path / "broken.qcow2")
+    with q.open_disk(path, "1") as before, q.open_disk(path) as after:
+        found = [(item.offset, item.length, item.change) for item in q.compare(before, after)]
+    assert found == [
+        (0, 512, Change.WRITTEN),
+        (2 * SPAN, 2 * SPAN, Change.UNREADABLE),
+        (5 * SPAN, 512, Change.WRITTEN),
+    ]
+
+
+def test_a_fault_in_a_backing_file_spoils_nothing_that_the_overlay_holds(tmp_path: Path) -> None:
+    base = Builder(cluster_bits=9, size=4 * SPAN)
+    base.raw(base.l1, (1 << 40).to_bytes(8, "big") * 4)
+    base.write(tmp_path / "base.qcow2")
+    for name, byte in (("a", 1), ("b", 2)):
+        builder = Builder(cluster_bits=9, size=4 * SPAN, backing=b"base.qcow2")
+        builder.data(SPAN, bytes([byte]) * 512).write(tmp_path / f"{name}.qcow2")
+    copy = (tmp_path / "base.qcow2").read_bytes()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "base.qcow2").write_bytes(copy)
+    (tmp_path / "b.qcow2").rename(tmp_path / "other" / "b.qcow2")
+    with q.open_disk(tmp_path / "a.qcow2") as before, q.open_disk(tmp_path / "other" / "b.qcow2") as after:
+        found = [(item.offset, item.length, item.change) for item in q.compare(before, after)]
+    assert found == [
+        (0, SPAN, Change.UNREADABLE),
+        (SPAN, 512, Change.CHANGED),
+        (SPAN + 512, 3 * SPAN - 512, Change.UNREADABLE),
+    ]
+
+
+def test_a_run_is_told_before_the_fault_behind_it(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=9, size=2 * SPAN).data(0, b"\x11" * 512)
+    builder.raw(builder.l1 + 8, (1 << 40).to_bytes(8, "big"))
+    with q.open_disk(builder.write(tmp_path / "fault.qcow2")) as disk:
+        extents = disk.extents()
+        assert [next(extents).length, next(extents).length] == [512, SPAN - 512]
+        with pytest.raises(q.FormatError):
+            next(extents)
+
+
+# --- audits --------------------------------------------------------------------------------------
+
+
+def _staggered(length: Callable[[int], int]) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        builder = Builder(cluster_bits=9)
+        l2 = builder.put(bytes(512))
+        base = builder.put((l2 | COPIED).to_bytes(8, "big") * (MiB // 2))
+        for index in range(8192):
+            builder.snapshot(b"%d" % (index + 1), b"s", l1_offset=base + 512 * index, l1_size=length(index))
+        return builder.write(path)
+
+    return make
+
+
+def _bitmaps(place: Callable[[Builder, int], tuple[int, int]], count: int) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        builder = Builder(cluster_bits=9, autoclear=1)
+        entries = []
+        for index in range(count):
+            offset, entries_of_table = place(builder, index)
+            entries.append(struct.pack(">QIIBBHI5s3x", offset, entries_of_table, 0, 1, 16, 5, 0, b"%05d" % index))
+        directory = b"".join(entries)
+        where = builder.put(directory)
+        builder.extensions.append((EXT_BITMAPS, struct.pack(">IIQQ", count, 0, len(directory), where)))
+        return builder.write(path)
+
+    return make
+
+
+def _one_entry(entry: int) -> Callable[[Builder, int], tuple[int, int]]:
+    return lambda builder, _index: (builder.put(entry.to_bytes(8, "big")), 1)
+
+
+CROWDS = {
+    "L1 tables side by side": _staggered(lambda _index: 64),
+    "L1 tables inside each other": _staggered(lambda index: 64 * (8192 - index)),
+    "bitmap tables of one entry": _bitmaps(_one_entry(0x200), 8192),
+    "bitmap tables of one bad entry": _bitmaps(_one_entry(0x201), 8192),
+}
+
+
+@pytest.mark.parametrize("name", CROWDS)
+def test_crowds_of_tables_are_counted_together(name: str, tmp_path: Path) -> None:
+    source = Counted(FileSource(CROWDS[name](tmp_path / "crowd.qcow2")))
+    tracemalloc.start()
+    try:
+        report = q.audit(source)
+        assert tracemalloc.get_traced_memory()[1] < 64 * MiB
+    finally:
+        tracemalloc.stop()
+    assert "QCOW2-AUDIT-INCOMPLETE" not in {finding.code for finding in report}
+    assert source.reads < 2000
+
+
+@qemu.requires_qemu
+def test_counters_of_tables_inside_each_other_are_those_of_qemu(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=9)
+    l2 = builder.put(bytes(512))
+    base = builder.put((l2 | COPIED).to_bytes(8, "big") * 64 * 8)
+    for index, (first, count) in enumerate([(0, 512), (1, 64), (1, 448), (3, 100), (3, 100), (7, 64)]):
+        builder.snapshot(b"%d" % (index + 1), b"s", l1_offset=base + 512 * first, l1_size=count)
+    path = builder.write(tmp_path / "nested.qcow2")
+    theirs = qemu.check_json(path).counters or {}
+    ours = q.audit(path).check or {}
+    assert {key: ours.get(key, 0) for key in ("corruptions", "leaks", "image-end-offset")} == {
+        key: theirs.get(key, 0) for key in ("corruptions", "leaks", "image-end-offset")
+    }
+
+
+def test_evidence_of_65536_snapshots_is_counted_and_few_of_it_made(tmp_path: Path) -> None:
+    builder = Builder()
+    shared = builder.put(bytes(8))
+    for index in range(3000):
+        builder.snapshot(b"%d" % (index + 1), b"same", l1_offset=shared, l1_size=1)
+    report = q.audit(builder.write(tmp_path / "many.qcow2"))
+    told = {finding.code: finding for finding in report}
+    for code in ("QCOW2-SNAPSHOT-ORDER", "QCOW2-SNAPSHOT-L1-ALIAS"):
+        assert (told[code].count, len(told[code].evidence)) == (2999, 100)
+
+
+# --- bitmaps -------------------------------------------------------------------------------------
+
+
+def _bitmap_image(entries: list[int], clusters: list[bytes], size: int, granularity_bits: int) -> bytes:
+    """One bitmap whose table names clusters by number; -1 is all ones and None of them nothing."""
+    builder = Builder(cluster_bits=9, size=size, l1_size=1, autoclear=1)  # of the disk nothing is looked at
+    hosts = [builder.put(data) for data in clusters]
+    words = [1 if entry == -1 else 0 if entry == -2 else hosts[entry % len(hosts)] for entry in entries]
+    where = builder.put(struct.pack(f">{len(words)}Q", *words))
+    entry = struct.pack(">QIIBBHI1s7x", where, len(words), 0, 1, granularity_bits, 1, 0, b"b")
+    builder.extensions.append((EXT_BITMAPS, struct.pack(">IIQQ", 1, 0, len(entry), builder.put(entry))))
+    return _bytes(builder)
+
+
+_CLUSTER = st.sampled_from([bytes(512), b"\xff" * 512, b"\x55" * 512, b"\x80" + bytes(510) + b"\x01"]) | st.binary(
+    min_size=512, max_size=512
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(-2, 3), min_size=1, max_size=6),
+    st.lists(_CLUSTER, min_size=1, max_size=4),
+    st.integers(1, 6 * 4096 * 512 + 5000),
+)
+def test_totals_of_a_bitmap_are_those_of_its_ranges(entries: list[int], clusters: list[bytes], size: int) -> None:
+    data = _bitmap_image(entries, clusters, size // 512 * 512 + 512, 9)
+    with q.open_image(BytesSource(data)) as image:
+        ranges = list(dirty_ranges(image, image.bitmaps[0]))
+        assert dirty_totals(image, image.bitmaps[0]) == (len(ranges), sum(length for _, length in ranges))
+
+
+@pytest.mark.parametrize("cluster", [bytes(512), b"\xff" * 512], ids=["zeros", "ones"])
+def test_a_cluster_of_bits_named_a_hundred_thousand_times_is_read_once(cluster: bytes) -> None:
+    source = Counted(BytesSource(_bitmap_image([0] * 100_000, [cluster], 1 << 50, 16)))
+    with q.open_image(source) as image:
+        bitmap = image.bitmaps[0]
+        before = source.reads
+        assert len(list(dirty_ranges(image, bitmap))) == (cluster[0] != 0)
+        assert dirty_totals(image, bitmap)[0] == (cluster[0] != 0)
+        assert source.reads - before < 100
+
+
+# --- streams and keys ----------------------------------------------------------------------------
+
+
+def test_a_deep_audit_stops_decoding_bombs_and_says_so(tmp_path: Path) -> None:
+    stream = deflate(bytes(2 * MiB))
+    stream += bytes(-len(stream) % 8)
+    builder = Builder(cluster_bits=21, size=2048 * 2 * MiB)
+    host = builder.put(stream * 800)
+    entries = [compressed_entry(host + len(stream) * index, len(stream), 21) for index in range(800)]
+    builder.raw(builder.l1, builder.put(struct.pack(">800Q", *entries)).to_bytes(8, "big"))
+    report = q.audit(builder.write(tmp_path / "bombs.qcow2"), depth="deep")
+    incomplete = [
+        item.value for finding in report if finding.code == "QCOW2-AUDIT-INCOMPLETE" for item in finding.evidence
+    ]
+    assert any("decoded bytes of all streams" in str(value) for value in incomplete)
+
+
+def test_one_bad_stream_named_many_times_is_one_finding_with_a_count(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=9, size=4 * SPAN)
+    host = builder.put(b"\xff" * 512)
+    builder.raw(builder.l1, builder.put(table(compressed_entry(host, 100, 9))).to_bytes(8, "big"))
+    report = q.audit(builder.write(tmp_path / "bad.qcow2"), depth="deep")
+    found = [finding for finding in report if finding.code == "QCOW2-COMPRESSED-INVALID"]
+    assert [finding.count for finding in found] == [64]
+
+
+@qemu.requires_qemu
+def test_the_slots_of_a_luks_header_share_one_allowance(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    path = luks(tmp_path / "luks.qcow2")
+    poke = Poke(path)
+    at = poke.read(0, 4096).index(struct.pack(">II", EXT_CRYPTO, 16))
+    header = poke.get(at + 8)
+    first, digest = poke.read(header + 208, 48), poke.get(header + 164, 4)
+    rounds = int.from_bytes(first[4:8], "big") + digest
+    poke.write(header + 208 + 48, first)  # the second slot is the first one again
+    with (
+        pytest.raises(q.Locked, match="no key slot accepts"),
+        q.open_disk(path, passphrase="wrong", limits=q.Limits(luks_iterations=2 * rounds)),
+    ):
+        pass
+    with (
+        pytest.raises(q.LimitExceeded),
+        q.open_disk(path, passphrase="wrong", limits=q.Limits(luks_iterations=2 * rounds - 1)),
+    ):
+        pass
