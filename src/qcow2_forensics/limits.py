@@ -26,7 +26,7 @@ class Limits(NamedTuple):
     chain_depth: int = 200  # QEMU has none; sixty were seen to work, backup tools make dozens
     table_cache_bytes: int = 32 * MiB  # cached L1 and L2 pages per image: 256 GiB of 64 KiB clusters
     cluster_cache_bytes: int = 8 * MiB  # inflated clusters kept per disk; 128 of 64 KiB
-    luks_iterations: int = 100_000_000  # PBKDF2 rounds a passphrase may cost, all slots together: a minute or two
+    luks_iterations: int = 200_000_000  # PBKDF2 rounds a passphrase may cost, all slots together: a few minutes
     luks_payload_bytes: int = 64 * MiB  # LUKS header area with key material
     stream_name_bytes: int = 1024  # a machine type name; QEMU's own are under 40
     guest_memory_bytes: int = 1 << 52  # all RAM blocks of a stream: what x86-64 can address
