@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     # Only the module of the command asked for is imported: start-up time is part of triage.
     commands = given[:1] if given and given[0] in COMMANDS else COMMANDS
-    args = build_parser(commands).parse_args(given)
     try:
+        args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
         return int(args.run(args))
     except Qcow2Error as error:
         return fail(str(error))

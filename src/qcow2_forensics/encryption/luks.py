@@ -183,7 +183,9 @@ def recover_key(
         try:
             material = _key_material(header, slot, read, offset, length)
             needed = rounds + slot.iterations + header.mk_digest_iterations
-            _check_iterations(f"LUKS slot {slot.index} iterations", needed, offset + slot.offset + 4, limits)
+            name, at = f"LUKS slot {slot.index} iterations", offset + slot.offset + 4
+            _check_iterations(name, slot.iterations, at, limits)
+            _check_iterations(f"{name}, with the digest's and those of the slots before,", needed, at, limits)
         except FormatError as error:
             unsound = unsound or error
             continue
