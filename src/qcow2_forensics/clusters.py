@@ -24,7 +24,7 @@ _WORKERS = min(4, os.cpu_count() or 1)
 _TASK_MIN = 128 * KiB  # decoded by one task: smaller ones cost more to hand over than to do
 _TASK_MAX = 512 * KiB
 _AHEAD_MIN = 256 * KiB  # decoded ahead of a sequential reader at first, then twice as much each time
-_AHEAD_MAX = 2 * MiB
+_AHEAD_MAX = 4 * MiB
 
 _Key = tuple[int, int]  # host offset and size of a stream
 _Batch = dict[_Key, bytes | FormatError]

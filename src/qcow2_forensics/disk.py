@@ -206,7 +206,7 @@ class Disk:
             data = self._host.read(offset + shift, length)
             if len(data) == length:
                 return data
-        elif offset != end and 0 < length <= self.size - offset:  # not whoever reads on: a longer run helps him more
+        elif not start <= offset <= end and 0 < length <= self.size - offset:  # a longer run helps whoever reads on
             entries = self._slices.get(offset >> self._slice_shift)
             if entries:
                 entry = entries[(offset >> self._cluster_bits) & self._slice_mask]
@@ -243,7 +243,7 @@ class Disk:
         pieces: list[bytes] = []
         while length and not self._encrypted:
             first, before, _ = self._run
-            wanted = max(length, 2 * (before - first)) if offset == before else length
+            wanted = max(length, 2 * (before - first)) if first <= offset <= before else length
             run = self.mapping.plain_run(offset, wanted)
             if run is None:
                 break
