@@ -127,12 +127,18 @@ def _alike_until(tables: Tables, index: int, end: int, is_alike: Callable[[int],
     Every value is tested once for many slots: what is crafted repeats, and what does not repeat is paid for.
     """
     width = 8  # grows, so that a short answer costs little and a long one is found at the speed of C
+    passed: array[int] | None = None  # a page of which all passed: past the end of the file one stands for all
     while index < tables.l1_size and index * tables.table_span < end:
         page, first = tables.l1_page(index // L1_PAGE), index % L1_PAGE
+        if page is passed and not first:
+            index += len(page)
+            continue
         part = page[first : first + width]
         others = {entry for entry in set(part) if not is_alike(entry)}
         if others or not part:
             return index + next((at for at, entry in enumerate(part) if entry in others), 0)
+        if len(part) == len(page):
+            passed = page
         index += len(part)
         width = min(4 * width, L1_PAGE)
     return index
