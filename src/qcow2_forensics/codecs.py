@@ -13,21 +13,19 @@ import zlib
 from types import ModuleType
 from typing import Any
 
-_DYNAMIC = 4  # bits 1 and 2 of a deflate stream: its first block has codes of its own
-_CODE_BYTES = 1024  # hold all code lengths of a block, at most 570 bytes, and a first symbol
 _MAX_FRAMES = 256  # per cluster: writers make one, and each costs a decoder and a copy of what follows
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a skippable frame's magic; byte 0 is 0x50 to 0x5f
 _WINDOW_LOG_MAX = 27  # libzstd's own default for streaming; clusters need 21 at most
 
 
 @functools.cache
-def _isal() -> Any:
-    """Return the module that inflates twice as fast as zlib, None without the "fast" extra."""
+def _zlib() -> Any:
+    """Return the module that inflates: zlib-ng of the "fast" extra, which refuses what zlib refuses, or zlib."""
     try:
-        from isal import isal_zlib
+        from zlib_ng import zlib_ng
     except ImportError:
-        return None
-    return isal_zlib
+        return zlib
+    return zlib_ng
 
 
 @functools.cache
@@ -46,30 +44,10 @@ def inflate(data: bytes, size: int) -> bytes:
     One stream only; what it would produce beyond ``size`` is not looked at. The window is the
     full 32 KiB: QEMU decodes longer distances than the 4 KiB it announces.
     """
-    isal_zlib = _isal()
-    if isal_zlib is not None:
-        try:
-            _check_codes(data)
-            result: bytes = isal_zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
-        except (isal_zlib.error, zlib.error):
-            pass  # zlib has the last word on what is an error
-        else:
-            if len(result) == size:
-                return result
-    return inflate_zlib(data, size)
-
-
-def _check_codes(data: bytes) -> None:
-    """Let zlib look at the code lengths a stream starts with: isal takes incomplete codes, which QEMU does not."""
-    if data and data[0] & 6 == _DYNAMIC:
-        zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[:_CODE_BYTES], 1)
-
-
-def inflate_zlib(data: bytes, size: int) -> bytes:
-    """Like :func:`inflate`, by zlib itself: the very decoder QEMU uses."""
+    library = _zlib()
     try:
-        result = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
-    except zlib.error as error:
+        result: bytes = library.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
+    except library.error as error:
         raise ValueError(f"bad deflate data: {error}") from None
     if len(result) != size:
         raise ValueError(f"the deflate stream gives {len(result)} of {size} bytes")
