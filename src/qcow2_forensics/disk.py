@@ -174,6 +174,13 @@ class Disk:
         return self._host
 
     @property
+    def stored_size(self) -> int:
+        """Bytes of the files behind this disk: what reading all of it can be expected to cost."""
+        return self._host.size + (
+            0 if self.backing is None else getattr(self.backing, "stored_size", self.backing.size)
+        )
+
+    @property
     def depth(self) -> int:
         """Layers from here to the bottom of the chain, 1 without a backing file."""
         return 1 + (self.backing.depth if self.backing is not None else 0)

@@ -34,6 +34,7 @@ class VmState:
         self.offset = vm_state_offset(
             disk.image.header.size if recorded is None else recorded, disk.image.header.l2_span
         )
+        self.stored_size = disk.stored_size
         self._disk = disk
         if self.offset + self.size > 2**63:
             raise FormatError(

@@ -54,6 +54,7 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
     facts = layout.Facts(stream.machine, blocks, cmos, read_block, hint, bodies)
     architecture, placed, regions = layout.place(facts)
     notes = [*placed.notes, *(printable(note) for note in stream.notes)]
+    notes += states.notes if states else ()
     if ram.ignore_shared:
         notes.append("shared memory was left out of the stream (x-ignore-shared)")
     if not stream.complete:

@@ -48,6 +48,7 @@ class StreamWindow:
         self.source = source
         self.start = start
         self.size = size
+        self.stored_size = int(getattr(source, "stored_size", source.size))
         self.name = source_name(source)
 
     def read(self, offset: int, length: int, /) -> bytes:

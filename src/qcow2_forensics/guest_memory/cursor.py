@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from ..errors import FormatError
-from ..limits import MiB
+from ..errors import FormatError, LimitExceeded
+from ..limits import Limits, MiB
 from ..source import Source
 
 WINDOW = 4 * MiB  # bytes read at once: large enough to hide the cost of a read, small enough to forget
+_READ = 16 * MiB  # bytes of any stream that may be read, and ``stream_repeats`` more for each one stored
+_RUNS, _STORED_PER_RUN = 1 << 16, 512  # runs of any stream, and one more for so many bytes; a page has 4096
+_STEPS, _STORED_PER_STEP = 1 << 16, 2048  # sections and what else holds no pages, likewise
 
 
 class Truncated(FormatError):
@@ -28,13 +31,20 @@ class Cursor:
 
     ``base`` is the stream offset of ``buffer[0]``, ``index`` the place in the buffer, which may lie beyond
     its end after a skip.
+
+    Clusters of an image may be named many times over, so that a small file holds a stream without end:
+    what it may cost goes by the bytes that are stored.
     """
 
-    def __init__(self, source: Source, position: int = 0) -> None:
+    def __init__(self, source: Source, limits: Limits) -> None:
         self.source = source
         self.buffer = b""
-        self.base = position
+        self.base = 0
         self.index = 0
+        stored = int(getattr(source, "stored_size", source.size))
+        self.most_runs = min(limits.ram_runs, _RUNS + stored // _STORED_PER_RUN)
+        self._most_steps = self._steps_left = _STEPS + stored // _STORED_PER_STEP
+        self._most_bytes = self._bytes_left = _READ + limits.stream_repeats * stored
 
     @property
     def position(self) -> int:
@@ -44,10 +54,24 @@ class Cursor:
     def fill(self, length: int) -> bool:
         """Make the buffer start at the position; tell whether ``length`` bytes are there."""
         position = self.base + self.index
-        self.buffer = self.source.read(position, max(length, WINDOW)) if position < self.source.size else b""
+        self.buffer = self.read(position, max(length, WINDOW)) if position < self.source.size else b""
         self.base = position
         self.index = 0
         return len(self.buffer) >= length
+
+    def read(self, position: int, length: int) -> bytes:
+        """Return bytes from anywhere in the stream, fewer only at its end; :class:`LimitExceeded` after too many."""
+        data = self.source.read(position, length)
+        self._bytes_left -= len(data)
+        if self._bytes_left < 0:
+            raise LimitExceeded("stream_repeats", self._most_bytes - self._bytes_left, self._most_bytes)
+        return data
+
+    def step(self) -> None:
+        """Count something that holds no pages; :class:`LimitExceeded` after too many."""
+        self._steps_left -= 1
+        if self._steps_left < 0:
+            raise broken(f"more than {self._most_steps} sections and marks", self.position)
 
     def take(self, length: int) -> bytes:
         """Return the next bytes; the caller has checked that ``length`` is reasonable."""

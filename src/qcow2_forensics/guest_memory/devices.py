@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ..limits import Limits
@@ -18,7 +19,8 @@ from .grammar import FOOTER, FULL
 from .model import Cpu, Device
 
 _DESCRIPTION = re.compile(rb'\x7e....\x00\x06(....)\{"', re.DOTALL)
-_CANDIDATES = 16  # texts that look like the description and are tried; the real one is the first in practice
+_CANDIDATES = 4  # texts that look like the description and are tried; the real one is the first in practice
+_TEXT_PER_STRUCTURE = 32  # bytes of the description for each object or list in it; QEMU writes 48
 _DEPTH = 64  # nested structures in the description; QEMU's own stay under 10
 
 _X86_WORDS = (
@@ -81,7 +83,8 @@ class DeviceStates:
         self.offset = offset
         wanted = min(limits.device_state_bytes, max(0, source.size - offset))
         self.data = source.read(offset, wanted) if wanted else b""
-        self._described = _description(self.data, limits)
+        self.notes: list[str] = []
+        self._described = self._description(limits)
         self.devices = tuple(self._walk())
 
     def body(self, device: Device) -> bytes:
@@ -116,6 +119,26 @@ class DeviceStates:
                 found.append(Cpu(device.instance, "aarch64", _aarch64(fields, body)))
         return tuple(found)
 
+    def _description(self, limits: Limits) -> list[dict[str, Any]]:
+        """Return the described devices, empty when there is no readable description."""
+        for found in islice(_DESCRIPTION.finditer(self.data), _CANDIDATES):
+            length = int.from_bytes(found[1], "big")
+            start = found.end() - 2
+            if start + length > len(self.data):
+                continue
+            text = self.data[start : min(start + length, start + limits.device_description_bytes)]
+            structures = text.count(b"{") + text.count(b"[")
+            if length > len(text) or structures > limits.device_description_bytes // _TEXT_PER_STRUCTURE:
+                self.notes.append(f"the description of the devices, {length} bytes, is over the limit and was not read")
+                continue
+            try:
+                devices = json.loads(text)["devices"]
+                if isinstance(devices, list) and all(isinstance(device, dict) for device in devices):
+                    return devices
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+        return []
+
     def _walk(self) -> Iterator[Device]:
         """Walk the sections in step with their descriptions, stopping at the first disagreement."""
         data, at = self.data, 0
@@ -132,23 +155,6 @@ class DeviceStates:
                 return
             yield Device(name, instance, version, self.offset + body, end - body)
             at = end + 5
-
-
-def _description(data: bytes, limits: Limits) -> list[dict[str, Any]]:
-    """Return the described devices, empty when there is no readable description."""
-    for _, found in zip(range(_CANDIDATES), _DESCRIPTION.finditer(data), strict=False):
-        length = int.from_bytes(found[1], "big")
-        start = found.end() - 2
-        if length > limits.device_description_bytes or start + length > len(data):
-            continue
-        try:
-            text = json.loads(data[start : start + length])
-            devices = text["devices"]
-            if isinstance(devices, list) and all(isinstance(device, dict) for device in devices):
-                return devices
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    return []
 
 
 def _length(description: Mapping[str, Any]) -> int:

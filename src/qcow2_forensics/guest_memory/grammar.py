@@ -64,7 +64,7 @@ def read_stream(source: Source, limits: Limits, *, allow_truncated: bool = False
 
 class _Walker:
     def __init__(self, source: Source, limits: Limits) -> None:
-        self.cursor = Cursor(source)
+        self.cursor = Cursor(source, limits)
         self.limits = limits
         self.stream = Stream(RamRecords(limits))
         self._names: dict[int, str] = {}
@@ -82,6 +82,7 @@ class _Walker:
     def _section(self) -> bool:
         """Read one section; tell whether RAM is complete and its devices begin here."""
         cursor = self.cursor
+        cursor.step()
         at = cursor.position
         kind = cursor.uint(1)
         if kind == CONFIGURATION:
@@ -160,6 +161,7 @@ class _Walker:
         """Skip disk content that an old "migrate -b" put between the RAM sections."""
         cursor = self.cursor
         while True:
+            cursor.step()
             at = cursor.position
             flags = cursor.uint(8) & 0x1FF
             if flags == 0x02:
@@ -176,7 +178,7 @@ class _Walker:
         self._skip_to_footer(number, name)
         if len(self.stream.early) < _EARLY_DEVICES:
             length = min(self.cursor.position - 5 - begin, _EARLY_BYTES)
-            self.stream.early.append((name, self.cursor.source.read(begin, length)))
+            self.stream.early.append((name, self.cursor.read(begin, length)))
 
     def _skip_to_footer(self, number: int, name: str) -> None:
         """Pass a section of unknown content: its footer names it, and a section type follows."""
@@ -186,10 +188,11 @@ class _Walker:
         stop = min(cursor.source.size, begin + self.limits.device_state_bytes)
         at = begin
         while at < stop:
-            data = cursor.source.read(at, _SKIP)
+            data = cursor.read(at, _SKIP)
             found = data.find(footer)
             while found >= 0:
-                after = data[found + 5 : found + 6] or cursor.source.read(at + found + 5, 1)
+                cursor.step()
+                after = data[found + 5 : found + 6] or cursor.read(at + found + 5, 1)
                 if after and after[0] in (END, START, PART, LAST, FULL, COMMAND):
                     if len(self.stream.notes) < _NOTES:
                         self.stream.notes.append(f"section {name!r} was passed by its footer")

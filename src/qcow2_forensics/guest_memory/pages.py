@@ -46,7 +46,7 @@ _FOREIGN = {
 _STREAK = 13  # equal records before numpy looks ahead: where its fixed cost is paid back
 _RECORD = 8 + 1 + 255 + 1  # the longest record without the page: word, name, fill byte
 _MAPPED_HEADER = struct.Struct(">IQQQ")  # version, page size, bitmap offset, pages offset
-_BITMAP_PIECE = 1 << 20  # bytes of a mapped-ram bitmap looked at together
+_BITMAP_PIECE = 1 << 16  # bytes of a mapped-ram bitmap looked at together
 
 
 @dataclass(slots=True)
@@ -73,6 +73,7 @@ class RamRecords:
     """Groups of four: block index, first page, pages, value; in the order of the stream."""
     _numbers: dict[str, int] = field(default_factory=dict)
     _current: int = -1
+    _most: int = 0
     _steps: npt.NDArray[np.uint64] | None = None
 
     @property
@@ -91,6 +92,7 @@ class RamRecords:
         page_continued, zero_continued = PAGE | CONTINUE, ZERO | CONTINUE
         word_at = struct.Struct(">Q").unpack_from
         buffer, base, index = cursor.buffer, cursor.base, cursor.index
+        self._most = cursor.most_runs
         first = count = value = streak = 0
         next_page = next_value = -1
         while True:
@@ -140,6 +142,7 @@ class RamRecords:
         Returns the start of a new segment (first page, pages, value), of no pages for a record that
         holds none, and None for the end of the section.
         """
+        cursor.step()
         kind = flags & ~CONTINUE
         if flags & CONTINUE and kind in (PAGE, ZERO):
             raise truncated(cursor.source.size)
@@ -196,8 +199,8 @@ class RamRecords:
         block = self.blocks[self._current]
         if first + count > block.pages:
             raise broken(f"page {first + count - 1:#x} of a block of {block.pages:#x} pages", max(value, 0))
-        if len(self.segments) >= 4 * self.limits.ram_runs:
-            raise LimitExceeded("ram_runs", self.limits.ram_runs + 1, self.limits.ram_runs)
+        if len(self.segments) >= 4 * self._most:
+            raise LimitExceeded("ram_runs", self._most + 1, self._most)
         self.segments.extend((self._current, first, count, value))
 
     def _find(self, name: str, position: int) -> int:
@@ -255,7 +258,7 @@ class RamRecords:
             where = bitmap + done // 8
             if where + length > cursor.source.size:
                 raise truncated(cursor.source.size)
-            data = cursor.source.read(where, length)
+            data = cursor.read(where, length)
             bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")[: block.pages - done]
             edges = np.flatnonzero(np.diff(bits)) + 1
             for begin, end in zip([0, *edges.tolist()], [*edges.tolist(), len(bits)], strict=True):
