@@ -19,6 +19,7 @@ from qcow2_forensics import FileSource, open_disk
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.filesystems import KINDS, make, sleuthkit
+from tests.image_builder import COPIED, Builder
 
 pytsk3 = pytest.importorskip("pytsk3", reason="pytsk3 is absent")
 
@@ -255,6 +256,38 @@ def test_a_caller_may_have_zeros_and_a_list_of_them_instead(damaged: tuple[Path,
         with pytest.raises(OSError, match=r"part of the content cannot be read.*past the end of"):
             system.sha256(records["/large.bin"])
     assert len(content) == records["/large.bin"].size
+
+
+def test_a_large_range_that_cannot_be_read_is_not_tried_sector_by_sector(tmp_path: Path) -> None:
+    """One cluster in sixteen lies past the end of the file, and a snapshot claims more than its L1 table maps."""
+    builder = Builder(size=16 << 20)
+    builder.data(0, b"\x11" * 65536).entry(65536, (1 << 40) | COPIED)
+    l1 = builder.put(bytes(8))
+    builder.snapshot(b"1", b"wide", l1_offset=l1, l1_size=1, disk_size=4 << 30)
+    path = builder.write(tmp_path / "disk.qcow2")
+    for snapshot, at, length, wanted, most in [
+        (None, 0, 16 << 20, [(65536, 65536)], 40),
+        ("wide", 256 << 20, 1 << 30, [(512 << 20, 768 << 20)], 40),
+    ]:
+        with open_disk(path, snapshot) as disk:
+            tried = _counting(disk)
+            image = Img_Info(disk, unreadable="zeros")
+            assert len(image.read(at, length)) == length
+            assert image.unreadable == wanted
+            assert len(tried) < most
+
+
+def _counting(disk: Any) -> list[int]:
+    """Have a disk note the places at which it is read."""
+    places: list[int] = []
+    read = disk.read
+
+    def noting(offset: int, length: int) -> bytes:
+        places.append(offset)
+        return bytes(read(offset, length))
+
+    disk.read = noting
+    return places
 
 
 # --- life --------------------------------------------------------------------------------------------

@@ -130,11 +130,11 @@ class Disk:
             if snapshot.disk_size is not None:
                 self.size = snapshot.disk_size // SECTOR * SECTOR
         # What a snapshot says it has, its own L1 table must reach: past that is nothing to vouch for.
-        self._mapped_end = 2**64
+        self.mapped_end = 2**64
         if snapshot is not None and eof == "strict":
-            self._mapped_end = l1_size * header.l2_span
+            self.mapped_end = l1_size * header.l2_span
             if snapshot.disk_size is None:  # its size is not known; it may have been smaller than the disk is now
-                self._mapped_end = max(self._mapped_end, self.size)
+                self.mapped_end = max(self.mapped_end, self.size)
         self.mapping = Mapping(image, l1_table_offset, l1_size, eof_zeros=eof == "zeros")
         if eof == "strict" and l1_size and header.version != 1:
             image.read_exactly(l1_table_offset, 8, "the L1 table")
@@ -234,7 +234,7 @@ class Disk:
         pieces = self._plain_pieces(offset, length)
         done = sum(map(len, pieces))
         if done < length:
-            if self.snapshot is not None and offset + length > self._mapped_end:
+            if self.snapshot is not None and offset + length > self.mapped_end:
                 raise self._past_the_table(self.snapshot)
             runs = list(self.mapping.runs(offset + done, length - done))
             for index, run in enumerate(runs):
@@ -338,7 +338,7 @@ class Disk:
         end = self.size if length is None else min(self.size, offset + length)
         if offset >= end:
             return
-        mapped = min(end, self._mapped_end)
+        mapped = min(end, self.mapped_end)
         for run in self.mapping.runs(offset, mapped - offset):
             if run.kind != Kind.HOLE or self.backing is None:
                 host = None if run.kind == Kind.COMPRESSED else run.host_offset

@@ -18,8 +18,8 @@ import pytsk3
 
 from qcow2_forensics import open_disk
 from qcow2_forensics import open_image as open_metadata
-from qcow2_forensics.disk import Disk, EofPolicy, Layer
-from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error, printable
+from qcow2_forensics.disk import Disk, EofPolicy, Layer, RawDisk
+from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error, ReadError, printable
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.source import PathOrSource, as_source
 from qcow2_forensics.structures import SECTOR, Crypt, SnapshotEntry
@@ -58,6 +58,16 @@ def _locked_method(disk: Disk) -> str:
             methods.append(Crypt(layer.image.header.crypt_method).name)
         layer = layer.backing
     return ", ".join(methods)
+
+
+def _smallest_cluster(layer: Layer | None) -> int:
+    """Return the bytes that a chain reads or refuses as a whole: the smallest cluster, or subcluster, in it."""
+    unit = 1 << 21
+    while isinstance(layer, Disk):
+        header = layer.image.header
+        unit = min(unit, header.cluster_size // 32 if header.extended_l2 else header.cluster_size)
+        layer = layer.backing
+    return unit if layer is None or isinstance(layer, RawDisk) else SECTOR
 
 
 class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in for
@@ -129,15 +139,17 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
             return b"".join(self._with_zeros(off, min(len, self._size - off)))
 
     def _with_zeros(self, offset: int, length: int) -> Iterator[bytes]:
-        """Yield a range by halves down to sectors; zeros for those that cannot be read."""
+        """Yield a range by halves, down to what is read or not as a whole; zeros for what cannot be read."""
         try:
             yield self._disk.read(offset, length)
             return
         except Qcow2Error as error:
-            middle = (offset + length // 2) // SECTOR * SECTOR
+            unit = SECTOR if isinstance(error, ReadError) else _smallest_cluster(self._disk)
+            middle = (offset + length // 2) // unit * unit
             if middle <= offset:
-                middle = offset // SECTOR * SECTOR + SECTOR
-            if middle >= offset + length:  # within one sector
+                middle = offset // unit * unit + unit
+            never = isinstance(self._disk, Disk) and offset >= self._disk.mapped_end
+            if never or middle >= offset + length:
                 self._remember(str(error))
                 self._list(offset, length)
                 yield bytes(length)
