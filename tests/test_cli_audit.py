@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -316,6 +316,23 @@ def test_interrupt_ends_the_workers_at_once(tmp_path: Path) -> None:
     for pid in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_an_interrupted_run_over_many_images_leaves_no_report(
+    run: Run, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(paths: list[str], work: Callable[[str], str], _jobs: int) -> Iterator[str]:
+        yield work(paths[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qcow2_forensics.cli.fleet.lines", interrupted)
+    other = image.with_name("other")
+    other.write_bytes(image.read_bytes())
+    before = sorted(tmp_path.rglob("*"))
+    assert run("audit", image, other, "--format", "jsonl", "-o", tmp_path / "out.jsonl")[0] == 130
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run("audit", image, other, "--resume", tmp_path / "kept.jsonl")[0] == 130
+    assert len(read_lines(tmp_path / "kept.jsonl")) == 1
 
 
 def test_workers_end_when_the_run_is_killed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ from ..findings import SCHEMA_VERSION, TOOL, Severity
 from ..render import render_line
 from ..resolver import Resolver
 from ..source import FileSource
-from .output import OutputExists, Progress, refuse_evidence
+from .output import Progress, atomic_writer, refuse_evidence
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
 _HEAD = 65536  # bytes of each image that go into its identity
@@ -119,11 +120,9 @@ def _output(args: argparse.Namespace, paths: list[str], stack: ExitStack) -> tup
         done = _finished(path)
         return stack.enter_context(path.open("a", encoding="utf-8")), done
     if args.output:
-        path = Path(args.output)
-        refuse_evidence(path, paths)
-        if path.exists() and not args.force:
-            raise OutputExists(path)
-        return stack.enter_context(path.open("w", encoding="utf-8")), {}
+        # Its name says that it is whole; --resume is for what may be interrupted.
+        file = stack.enter_context(atomic_writer(args.output, force=args.force, evidence=paths))
+        return io.TextIOWrapper(file, encoding="utf-8", write_through=True), {}
     return sys.stdout, {}
 
 
