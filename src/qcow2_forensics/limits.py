@@ -32,7 +32,7 @@ class Limits(NamedTuple):
     guest_memory_bytes: int = 1 << 52  # all RAM blocks of a stream: what x86-64 can address
     ram_blocks: int = 4096  # RAM blocks of a stream; a large machine has dozens
     stream_repeats: int = 8  # stream bytes read for each one stored: QEMU stores all, compressed clusters a third
-    ram_runs: int = 1 << 24  # pages after joining like neighbours: a 64 GiB guest without any; 512 MiB while indexing
+    ram_runs: int = 1 << 24  # pages after joining like neighbours: a 64 GiB guest without any; fewer in small files
     device_state_bytes: int = 16 * MiB  # everything after RAM; seen 0.02 to 0.8 MiB, with 64 processors
     device_description_bytes: int = 2 * MiB  # the JSON after it: 8 KiB a processor and 0.1 MiB
     decompressed_stream_bytes: int = 1024 * GiB  # a compressed save file, written to disk once

@@ -44,7 +44,8 @@ class Cursor:
         stored = int(getattr(source, "stored_size", source.size))
         self.most_runs = min(limits.ram_runs, _RUNS + stored // _STORED_PER_RUN)
         self._most_steps = self._steps_left = _STEPS + stored // _STORED_PER_STEP
-        self._most_bytes = self._bytes_left = _READ + limits.stream_repeats * stored
+        self._repeats = limits.stream_repeats
+        self._bytes_left = _READ + limits.stream_repeats * stored
 
     @property
     def position(self) -> int:
@@ -64,11 +65,11 @@ class Cursor:
         data = self.source.read(position, length)
         self._bytes_left -= len(data)
         if self._bytes_left < 0:
-            raise LimitExceeded("stream_repeats", self._most_bytes - self._bytes_left, self._most_bytes)
+            raise LimitExceeded("stream_repeats", self._repeats + 1, self._repeats)
         return data
 
     def step(self) -> None:
-        """Count something that holds no pages; :class:`LimitExceeded` after too many."""
+        """Count something that holds no pages; :class:`FormatError` after too many."""
         self._steps_left -= 1
         if self._steps_left < 0:
             raise broken(f"more than {self._most_steps} sections and marks", self.position)
