@@ -12,9 +12,12 @@ import pytest
 
 from qcow2_forensics import open_image
 from qcow2_forensics.cli import main
+from qcow2_forensics.cli._files import state_labels
+from qcow2_forensics.structures import SnapshotEntry
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.filesystems import make, sleuthkit
+from tests.image_builder import Builder
 
 MIB = 1 << 20
 
@@ -158,6 +161,26 @@ def test_snapshots_of_one_name_are_told_apart(
         qemu.snapshot(path, "twin")
     states = [json.loads(line)["state"] for line in timeline(path, "--no-files", "--format", "jsonl")]
     assert states == ["twin (ID 1)", "twin (ID 2)"]
+
+
+def test_thousands_of_snapshots_are_named_in_one_pass(tmp_path: Path, timeline: Callable[..., list[str]]) -> None:
+    builder = Builder(size=MIB)
+    for number in range(300):
+        builder.snapshot(b"%d" % number, b"same", l1_offset=builder.l1, l1_size=1)
+    path = builder.write(tmp_path / "disk.qcow2")
+    assert len(timeline(path, "--no-files")) == 300
+    looked_at = []
+
+    class Entries(list[SnapshotEntry]):
+        def __iter__(self) -> Iterator[SnapshotEntry]:
+            looked_at.append(len(self))
+            return super().__iter__()
+
+    with open_image(path) as image:
+        entries = Entries(image.snapshots)
+    label = state_labels(entries)
+    assert [label(entry) for entry in entries[:2]] == ["same (ID 0)", "same (ID 1)"]
+    assert looked_at == [300]
 
 
 def test_the_case_tells_when_the_implant_came(evidence: EvidenceCase, timeline: Callable[..., list[str]]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,17 @@ def need_pytsk3() -> None:
         raise Qcow2Error("listing files needs pytsk3: pip install 'qcow2-forensics[tsk]'")
 
 
-def state_label(entry: SnapshotEntry | None, entries: Iterable[SnapshotEntry]) -> str:
-    """Return what to call a state: its name, with the ID where several snapshots share the name."""
-    if entry is None:
-        return "active"
-    name = entry.name or entry.id
-    shared = sum(1 for other in entries if (other.name or other.id) == name) > 1
-    return printable(f"{name} (ID {entry.id})" if shared or name == "active" else name)
+def state_labels(entries: Iterable[SnapshotEntry]) -> Callable[[SnapshotEntry | None], str]:
+    """Return what says how to call a state: by its name, with the ID where several snapshots share the name."""
+    names = Counter(entry.name or entry.id for entry in entries)
+
+    def label(entry: SnapshotEntry | None) -> str:
+        if entry is None:
+            return "active"
+        name = entry.name or entry.id
+        return printable(f"{name} (ID {entry.id})" if names[name] > 1 or name == "active" else name)
+
+    return label
 
 
 def open_files(disk: Layer) -> Any:

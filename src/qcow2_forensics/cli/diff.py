@@ -130,7 +130,7 @@ def _open(args: argparse.Namespace, wanted: str, stack: ExitStack) -> Layer:
 
 
 def _label(disk: Layer, wanted: str, snapshots: Any) -> str:
-    return _files.state_label(disk.snapshot, snapshots) if isinstance(disk, Disk) and wanted != "backing" else wanted
+    return _files.state_labels(snapshots)(disk.snapshot) if isinstance(disk, Disk) and wanted != "backing" else wanted
 
 
 # --- ranges --------------------------------------------------------------------------------------

@@ -90,11 +90,12 @@ def run(args: argparse.Namespace) -> int:
         print(_event_body(event) if args.format == "body" else _event_json(event, args.image))
     if args.no_files:
         return 0
+    label = _files.state_labels(snapshots)
     wanted = args.state or [*(f"index:{entry.index}" for entry in snapshots), "active"]
     for state in wanted:
         with ExitStack() as stack:
             disk = stack.enter_context(open_from(args, state))
-            _print_files(args, disk, _files.state_label(disk.snapshot, snapshots))
+            _print_files(args, disk, label(disk.snapshot))
     return 0
 
 
@@ -107,13 +108,13 @@ def image_events(image: Image, modified: int | None) -> Iterator[ImageEvent]:
     Bitmaps carry no date. They are listed with the time the file was last written, as what it held
     then.
     """
-    snapshots = image.snapshots
-    for entry in snapshots:
+    label = _files.state_labels(image.snapshots)
+    for entry in image.snapshots:
         yield ImageEvent(
             entry.date_sec * _SECOND + entry.date_nsec,
             "Snapshot Creation Time",
             f"snapshot {printable(entry.name)!r} (ID {printable(entry.id)}) was taken{_details(entry)}",
-            _files.state_label(entry, snapshots),
+            label(entry),
             "snapshot",
             created=True,
         )
