@@ -45,6 +45,8 @@ def printable(text: str | bytes, limit: int = 1023) -> str:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
+    if len(text) <= limit and text.isascii() and text.isprintable() and "\\" not in text:
+        return text  # nearly all there is
     pieces = [_escape(character) for character in text[:limit]]
     return "".join(pieces) + ("…" if len(text) > limit else "")
 

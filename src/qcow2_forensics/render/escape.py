@@ -75,6 +75,8 @@ def sentence(shown: str) -> str:
 
 def columns(shown: str) -> int:
     """Return how many terminal columns ``shown`` takes: wide East Asian characters take two."""
+    if shown.isascii():
+        return len(shown)
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)
 
 
