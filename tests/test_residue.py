@@ -385,8 +385,7 @@ def test_recognition_never_raises_on_any_bytes(data: bytes) -> None:
     for geometry in (GEOMETRY, GEOMETRY._replace(extended_l2=True), GEOMETRY._replace(version=2, cluster_bits=9)):
         tables.parse_l1(data, geometry)
         tables.parse_l2(data, geometry)
-        list(tables.find_snapshot_entries(data, 0, geometry))
-        list(tables.find_bitmap_entries(data, 0, geometry))
+        tables.find_entries(data, 0, geometry)
     content.describe(data)
 
 
@@ -399,7 +398,7 @@ def test_guest_data_is_not_taken_for_a_table(data: bytes) -> None:
     data = data.ljust(65536, b"\0")
     assert tables.parse_l1(data, GEOMETRY) is None
     assert tables.parse_l2(data, GEOMETRY) is None
-    assert list(tables.find_snapshot_entries(data, 0, GEOMETRY)) == []
+    assert tables.find_entries(data, 0, GEOMETRY) == ([], [])
 
 
 def test_live_tables_are_recognised_as_what_they_are(tmp_path: Path) -> None:
@@ -411,7 +410,7 @@ def test_live_tables_are_recognised_as_what_they_are(tmp_path: Path) -> None:
         assert facts is not None
         assert tables.parse_l2(image.read(int(facts.targets[0]), 65536), geometry) is not None
         table = image.read(image.header.snapshots_offset, 65536)
-        assert [entry.name for entry in tables.find_snapshot_entries(table, 0, geometry)] == ["s1", "s2"]
+        assert [entry.name for entry in tables.find_entries(table, 0, geometry)[0]] == ["s1", "s2"]
 
 
 @pytest.mark.parametrize(

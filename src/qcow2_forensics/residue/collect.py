@@ -103,8 +103,10 @@ class Residue:
         """Add the entries behind the live tables and leave out what is still live."""
         geometry = tables.Geometry.of(self.image)
         for offset, data in self._table_tails():
-            snapshots += tables.find_snapshot_entries(data, offset, geometry)
-            bitmaps += tables.find_bitmap_entries(data, offset, geometry)
+            if data.strip(b"\0"):
+                old_snapshots, old_bitmaps = tables.find_entries(data, offset, geometry)
+                snapshots += old_snapshots
+                bitmaps += old_bitmaps
         live = {(bitmap.name_bytes, bitmap.table_offset) for bitmap in self.image.bitmaps}
         former = {
             (bitmap.name_bytes, bitmap.table_offset): bitmap

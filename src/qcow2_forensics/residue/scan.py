@@ -117,8 +117,7 @@ class _Scanner:
 
     def _table(self, offset: int, data: bytes, counts: npt.NDArray[np.int64]) -> Found | None:
         geometry = self._geometry
-        snapshots = tuple(tables.find_snapshot_entries(data, offset, geometry))
-        bitmaps = tuple(tables.find_bitmap_entries(data, offset, geometry))
+        snapshots, bitmaps = tables.find_entries(data, offset, geometry)
         looks, facts = "", None
         if snapshots:
             looks = "snapshot-table"
@@ -143,7 +142,7 @@ class _Scanner:
             intact=self._free_targets(facts) if facts is not None else 0,
             zero_only=facts is not None and facts.zero_plain == facts.entries,
         )
-        return Found(piece, snapshots, bitmaps)
+        return Found(piece, tuple(snapshots), tuple(bitmaps))
 
     def _mapping(self, data: bytes) -> tuple[str, tables.TableFacts | None]:
         if len(data) < self._cluster_size:

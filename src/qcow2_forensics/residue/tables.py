@@ -7,7 +7,6 @@ file and reserved bits zero, which guest data does not satisfy by chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ Words = npt.NDArray[np.uint64]
 _EXTRA_LENGTHS = frozenset({0, 8, 16, 24})  # what QEMU has written
 _MAX_L1_SIZE = 4 * 1024 * 1024  # entries QEMU accepts
 _MAX_ID_LENGTH = 10  # decimal, QEMU counts in 32 bits
+_MAX_NAME_LENGTH = 1023
 _CANDIDATES = 4096  # places per call looked at in detail: crafted bytes must not cost more
 
 
@@ -161,26 +161,48 @@ def _small_counts(data: bytes, bits: int) -> bool:
     return used.size >= 4 and int(used.max()) <= 64 and int((used == 1).sum()) * 2 >= used.size
 
 
-# --- snapshot table entries --------------------------------------------------------------------
+# --- entries of snapshots and bitmaps -----------------------------------------------------------
 
 
-def find_snapshot_entries(data: bytes, base: int, geometry: Geometry) -> Iterator[SnapshotEntry]:
-    """Yield what parses as a snapshot table entry, wherever it starts on 8 bytes.
+def find_entries(
+    data: bytes, base: int, geometry: Geometry, most: int = _CANDIDATES
+) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
+    """Return what parses as snapshot table and as bitmap directory entries, wherever they start on 8 bytes.
 
-    ``base`` is the file offset of ``data``. The index of such an entry is -1: it is in no table.
+    ``base`` is the file offset of ``data``. The index of such a snapshot is -1: it is in no table.
+    At most ``most`` places of each kind are looked at whole.
     """
-    for at in _aligned_offsets(data, geometry):
-        entry = snapshot_entry_at(data, at, base, geometry)
-        if entry is not None:
-            yield entry
-
-
-def _aligned_offsets(data: bytes, geometry: Geometry) -> list[int]:
-    # The first field of both kinds of entry is the offset of a table: rare, and found at once.
     table = words_of(data)
-    fits = (table != 0) & ((table & np.uint64(geometry.cluster_size - 1)) == 0)
-    fits &= table < np.uint64(geometry.file_size)
-    return [int(index) * 8 for index in np.flatnonzero(fits)[:_CANDIDATES]]
+    # The first field of both is the offset of a table: rare, and found at once.
+    named = (
+        (table != 0) & ((table & np.uint64(geometry.cluster_size - 1)) == 0) & (table < np.uint64(geometry.file_size))
+    )
+    places = np.flatnonzero(named)
+    if not places.size:
+        return [], []
+    snapshots = (snapshot_entry_at(data, at, base, geometry) for at in _snapshot_places(table, places)[:most])
+    bitmaps = (_bitmap_entry_at(data, at, base, geometry) for at in _bitmap_places(table, places)[:most])
+    return [entry for entry in snapshots if entry], [entry for entry in bitmaps if entry]
+
+
+def _snapshot_places(table: Words, places: npt.NDArray[np.intp]) -> list[int]:
+    """Return where the numbers of a snapshot table entry are sane: crafted bytes must not cost more than that."""
+    places = places[places + 5 <= len(table)]
+    sizes, dates, extra = table[places + 1], table[places + 2], table[places + 4] & np.uint64(0xFFFF_FFFF)
+    l1_sizes, ids, names = sizes >> np.uint64(32), sizes >> np.uint64(16) & np.uint64(0xFFFF), sizes & np.uint64(0xFFFF)
+    sane = (l1_sizes - np.uint64(1) < _MAX_L1_SIZE) & (ids - np.uint64(1) < _MAX_ID_LENGTH)
+    sane &= (names - np.uint64(1) < _MAX_NAME_LENGTH) & (dates & np.uint64(0xFFFF_FFFF) < 1_000_000_000)
+    sane &= (extra <= max(_EXTRA_LENGTHS)) & (extra % np.uint64(8) == 0)
+    return [place * 8 for place in places[sane].tolist()]
+
+
+def _bitmap_places(table: Words, places: npt.NDArray[np.intp]) -> list[int]:
+    """The same for bitmap directory entries: table size, flags, type, granularity, and no extra data."""
+    places = places[places + 3 <= len(table)]
+    sizes, kinds = table[places + 1], table[places + 2]
+    sane = (sizes >> np.uint64(32) != 0) & (sizes & np.uint64(0xFFFF_FFFF) <= 7) & (kinds >> np.uint64(56) == 1)
+    sane &= kinds & np.uint64(0xFFFF_FFFF) == 0
+    return [place * 8 for place in places[sane].tolist()]
 
 
 def snapshot_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> SnapshotEntry | None:
@@ -195,7 +217,7 @@ def snapshot_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> Sn
         and head.l1_table_offset < geometry.file_size
         and 1 <= head.l1_size <= _MAX_L1_SIZE
         and 1 <= head.id_length <= _MAX_ID_LENGTH
-        and 1 <= head.name_length <= 1023
+        and 1 <= head.name_length <= _MAX_NAME_LENGTH
         and head.date_nsec < 1_000_000_000
         and head.extra_length in _EXTRA_LENGTHS
         and (geometry.version < 3 or head.extra_length >= 16)
@@ -214,17 +236,11 @@ def _sane_name(name: bytes) -> bool:
         return False
 
 
-# --- bitmap directory entries ------------------------------------------------------------------
-
-
-def find_bitmap_entries(data: bytes, base: int, geometry: Geometry) -> Iterator[BitmapEntry]:
-    """Yield what parses as a bitmap directory entry, wherever it starts on 8 bytes."""
+def _bitmap_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> BitmapEntry | None:
     if geometry.version < 3:
-        return
-    for at in _aligned_offsets(data, geometry):
-        entry = structures.parse_bitmap_entry(data, at, base + at)
-        if entry is not None and _sane_bitmap(entry):
-            yield entry
+        return None
+    entry = structures.parse_bitmap_entry(data, at, base + at)
+    return entry if entry is not None and _sane_bitmap(entry) else None
 
 
 def _sane_bitmap(entry: BitmapEntry) -> bool:
@@ -233,7 +249,7 @@ def _sane_bitmap(entry: BitmapEntry) -> bool:
         and entry.table_size > 0
         and not entry.flags & ~7
         and 9 <= entry.granularity_bits <= 31
-        and 1 <= len(entry.name_bytes) <= 1023
+        and 1 <= len(entry.name_bytes) <= _MAX_NAME_LENGTH
         and not entry.extra
         and _sane_name(entry.name_bytes)
     )
