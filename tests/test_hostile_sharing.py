@@ -6,9 +6,11 @@ is skipped is held against the same tables looked at one by one.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import struct
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,8 +23,10 @@ from hypothesis import strategies as st
 import qcow2_forensics as q
 from qcow2_forensics import mapping
 from qcow2_forensics.bitmaps import dirty_ranges, dirty_totals
+from qcow2_forensics.census import take_census
 from qcow2_forensics.cli import main
 from qcow2_forensics.compare import Change
+from qcow2_forensics.image import Image
 from qcow2_forensics.source import BytesSource, FileSource, Source
 from tests import qemu
 from tests.image_builder import COPIED, EXT_BITMAPS, EXT_CRYPTO, Builder, Poke, compressed_entry, deflate, luks
@@ -382,3 +386,41 @@ def test_the_slots_of_a_luks_header_share_one_allowance(tmp_path: Path) -> None:
         q.open_disk(path, passphrase="wrong", limits=q.Limits(luks_iterations=2 * rounds - 1)),
     ):
         pass
+
+
+# --- refcounts -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=80), st.integers(0, 255))
+@settings(max_examples=60, deadline=None)
+def test_refcounts_past_the_end_are_those_of_each_slot_looked_at_alone(slots: list[int], start: int) -> None:
+    """A refcount table names a few blocks again and again; between them none, an unaligned and a lost one."""
+    blank = BytesSource(_blank_image())
+    data = bytearray(blank.read(0, blank.size))
+    first = len(data)
+    contents = [[0] * 256, [1] * 256, [0] * start + [3] * (256 - start), [0] * 255 + [9]]
+    data += b"".join(struct.pack(">256H", *content) for content in contents)
+    named = [0, 513, 1 << 40, *range(first, len(data), 512)]
+    (own,) = struct.unpack_from(">Q", data, *struct.unpack_from(">Q", data, 48))
+    table = [own, *(named[slot] for slot in slots)]
+    clusters = -(-len(table) // 64)
+    struct.pack_into(">QI", data, 48, len(data), clusters)
+    data += struct.pack(f">{len(table)}Q", *table).ljust(512 * clusters, b"\0")
+    hits = [
+        (slot, place)
+        for slot, block in enumerate(table)
+        if block and block % 512 == 0 and block < len(data)
+        for place in range(256)
+        if slot * 256 + place >= len(data) // 512 and data[block + 2 * place : block + 2 * place + 2] != b"\0\0"
+    ]
+    firsts = {table[slot]: slot for slot in range(len(table) - 1, 0, -1)}
+    listed = [512 * (256 * slot + place) for slot, place in hits if slot == 0 or firsts[table[slot]] == slot]
+    issue = take_census(Image(BytesSource(bytes(data)))).issues["refcount-past-end"]
+    assert issue.count == len(hits)
+    assert [item.host for item in issue.items] == listed[:100]
+
+
+@functools.cache
+def _blank_image() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return Builder(cluster_bits=9, size=MiB).write(Path(folder) / "disk").read_bytes()

@@ -89,24 +89,25 @@ def _note(tally: Tally, kind: str, clusters: Places) -> None:
 
 def _past_end(tally: Tally) -> None:
     """Note refcounts above 0 for clusters that begin past the end of the file."""
-    stored = tally.refcounts
-    first = tally.checked
-    start_slot = first // stored.per_block
-    seen: dict[int, int] = {}
-    for slot in range(start_slot, len(stored.table)):
-        offset = int(stored.offsets[slot])
-        if stored.unreadable[slot] or not offset or offset >= tally.image.file_size:
-            continue
-        begin = max(0, first - slot * stored.per_block)
-        if begin == 0 and offset in seen:
-            count = seen[offset]  # the same block again: arithmetic, not reading
-            tally.issues.add("refcount-past-end", (), count)
-            continue
-        hits = np.flatnonzero(stored.block(offset)[begin:]) + begin
-        if begin == 0:
-            seen[offset] = len(hits)
-        if len(hits):
-            _note(tally, "refcount-past-end", slot * stored.per_block + hits)
+    kind, stored = "refcount-past-end", tally.refcounts
+    usable = ~stored.unreadable & (stored.offsets != 0) & (stored.offsets < np.uint64(tally.image.file_size))
+    slot, begin = divmod(tally.checked, stored.per_block)
+    if begin:
+        if slot < len(usable) and usable[slot]:
+            hits = np.flatnonzero(stored.block(int(stored.offsets[slot]))[begin:]) + begin
+            _note(tally, kind, slot * stored.per_block + hits)
+        slot += 1
+    slots = np.flatnonzero(usable[slot:]) + slot
+    blocks, firsts, times = np.unique(stored.offsets[slots], return_index=True, return_counts=True)
+    used = stored.used(blocks)  # the table may name a block any number of times
+    rest = int((used * times).sum())
+    order = np.argsort(firsts)
+    for number in order[used[order] > 0][: tally.issues.room(kind)].tolist():
+        hits = np.flatnonzero(stored.block(int(blocks[number])))
+        _note(tally, kind, int(slots[firsts[number]]) * stored.per_block + hits)
+        rest -= len(hits)
+    if rest:
+        tally.issues.add(kind, (), rest)
 
 
 def structure_of(owner: Owner) -> str:

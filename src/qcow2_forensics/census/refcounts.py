@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ Block = npt.NDArray[np.unsignedinteger]
 Window = tuple[int, int, Block | None, bool]
 
 _CACHE_BYTES = 4 << 20  # of decoded blocks
+_READ = 1 << 20  # bytes of neighbouring blocks decoded at once
 
 
 class StoredRefcounts:
@@ -51,6 +53,20 @@ class StoredRefcounts:
             found = decode(data, self.bits)
             self._blocks.add(offset, found)
         return found
+
+    def used(self, blocks: U64) -> npt.NDArray[np.int64]:
+        """Return how many refcounts are above 0 in each block of a sorted list of host offsets."""
+        size = self.cluster_size
+        counts = np.zeros(len(blocks), np.int64)
+        gaps = np.flatnonzero(np.diff(blocks) != size) + 1
+        for start, stop in itertools.pairwise([0, *gaps.tolist(), len(blocks)]):
+            for first in range(start, stop, max(1, _READ // size)):  # neighbours in the file at once
+                last = min(stop, first + max(1, _READ // size))
+                length = (last - first) * size
+                data = self._image.read(int(blocks[first]), length).ljust(length, b"\0")
+                values = decode(data, self.bits).reshape(last - first, -1)
+                counts[first:last] = np.count_nonzero(values, axis=1)
+        return counts
 
     def blank(self, start: int, stop: int) -> bool:
         """Whether the table has no block for any cluster from ``start`` to ``stop``."""
