@@ -8,8 +8,8 @@ from ..source import Source
 
 WINDOW = 4 * MiB  # bytes read at once: large enough to hide the cost of a read, small enough to forget
 _READ = 16 * MiB  # bytes of any stream that may be read, and ``stream_repeats`` more for each one stored
-_RUNS, _STORED_PER_RUN = 1 << 16, 512  # runs of any stream, and one more for so many bytes; a page has 4096
-_STEPS, _STORED_PER_STEP = 1 << 16, 2048  # sections and what else holds no pages, likewise
+_RECORDS = 1 << 16  # runs, and sections and what else holds no pages, of any stream
+_STORED_PER_RECORD = 512  # bytes for one more of each; a page has 4096
 
 
 class Truncated(FormatError):
@@ -42,8 +42,8 @@ class Cursor:
         self.base = 0
         self.index = 0
         stored = int(getattr(source, "stored_size", source.size))
-        self.most_runs = min(limits.ram_runs, _RUNS + stored // _STORED_PER_RUN)
-        self._most_steps = self._steps_left = _STEPS + stored // _STORED_PER_STEP
+        self._most_steps = self._steps_left = _RECORDS + stored // _STORED_PER_RECORD
+        self.most_runs = min(limits.ram_runs, self._most_steps)
         self._repeats = limits.stream_repeats
         self._bytes_left = _READ + limits.stream_repeats * stored
 

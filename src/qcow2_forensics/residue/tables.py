@@ -164,13 +164,11 @@ def _small_counts(data: bytes, bits: int) -> bool:
 # --- entries of snapshots and bitmaps -----------------------------------------------------------
 
 
-def find_entries(
-    data: bytes, base: int, geometry: Geometry, most: int = _CANDIDATES
-) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
+def find_entries(data: bytes, base: int, geometry: Geometry) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
     """Return what parses as snapshot table and as bitmap directory entries, wherever they start on 8 bytes.
 
     ``base`` is the file offset of ``data``. The index of such a snapshot is -1: it is in no table.
-    At most ``most`` places of each kind are looked at whole.
+    At most 4,096 places of each kind are looked at whole.
     """
     table = words_of(data)
     # The first field of both is the offset of a table: rare, and found at once.
@@ -180,8 +178,8 @@ def find_entries(
     places = np.flatnonzero(named)
     if not places.size:
         return [], []
-    snapshots = (snapshot_entry_at(data, at, base, geometry) for at in _snapshot_places(table, places)[:most])
-    bitmaps = (_bitmap_entry_at(data, at, base, geometry) for at in _bitmap_places(table, places)[:most])
+    snapshots = (snapshot_entry_at(data, at, base, geometry) for at in _snapshot_places(table, places)[:_CANDIDATES])
+    bitmaps = (_bitmap_entry_at(data, at, base, geometry) for at in _bitmap_places(table, places)[:_CANDIDATES])
     return [entry for entry in snapshots if entry], [entry for entry in bitmaps if entry]
 
 
