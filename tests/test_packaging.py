@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from qcow2_forensics.cli.doctor import diagnose
+
 ROOT = Path(__file__).parent.parent
 FOLDER = "qcow2_forensics_volatility"
 STARTUP = ["qcow2_forensics_autoload.pth", "qcow2_forensics_autoload.start"]
@@ -230,6 +232,14 @@ def test_doctor_finds_every_installed_framework_active(kind: str, request: pytes
     active = {part["framework"] for part in diagnosis["frameworks"] if part["active"]}
     names = {"Volatility 3": "volatility3", "dfVFS": "dfvfs", "plaso": "plaso", "pytsk3": "pytsk3"}
     assert active == {label for label, name in names.items() if importlib.util.find_spec(name)}
+
+
+def test_doctor_finds_every_installed_library() -> None:
+    import_names = {"numpy": "numpy", "cryptography": "cryptography", "zlib-ng": "zlib_ng"}
+    found = {library.name: library.version for library in diagnose().libraries if library.name in import_names}
+    assert found.keys() == import_names.keys()
+    for name, module in import_names.items():
+        assert (found[name] is not None) == (importlib.util.find_spec(module) is not None)
 
 
 @needs("volatility3")

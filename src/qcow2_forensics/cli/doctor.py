@@ -90,7 +90,7 @@ def diagnose() -> Diagnosis:
         libraries=(
             _library("numpy", "numpy", "guest memory, the full audit", ""),
             _library("cryptography", "cryptography", "encrypted images", "luks"),
-            _library("zlib-ng", "zlib_ng", "faster zlib clusters", "fast"),
+            _library("zlib_ng", "zlib-ng", "faster zlib clusters", "fast"),
             _zstd(),
         ),
     )
