@@ -121,7 +121,9 @@ def test_what_follows_the_memory_is_read_up_to_a_limit() -> None:
     source = Endless(stream(configuration(), body) + b"\x04" + u32(9) + name("device"), bytes(4096))
     tracemalloc.start()
     try:
-        assert GuestMemory(source).blocks[0].recorded == PAGE
+        memory = GuestMemory(source)
+        assert memory.blocks[0].recorded == PAGE
+        assert any("first 16777216 bytes of the devices" in note for note in memory.layout.notes)
         assert tracemalloc.get_traced_memory()[1] < 64 * MiB
     finally:
         tracemalloc.stop()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -259,7 +261,7 @@ def test_a_caller_may_have_zeros_and_a_list_of_them_instead(damaged: tuple[Path,
 
 
 def test_a_large_range_that_cannot_be_read_is_not_tried_sector_by_sector(tmp_path: Path) -> None:
-    """One cluster in sixteen lies past the end of the file, and a snapshot claims more than its L1 table maps."""
+    """The second cluster lies past the end of the file, and a snapshot claims more than its L1 table maps."""
     builder = Builder(size=16 << 20)
     builder.data(0, b"\x11" * 65536).entry(65536, (1 << 40) | COPIED)
     l1 = builder.put(bytes(8))
@@ -275,6 +277,14 @@ def test_a_large_range_that_cannot_be_read_is_not_tried_sector_by_sector(tmp_pat
             assert len(image.read(at, length)) == length
             assert image.unreadable == wanted
             assert len(tried) < most
+
+
+def test_a_version_1_cluster_that_the_end_of_the_file_cuts_is_read_up_to_there() -> None:
+    header = b"QFI\xfb" + struct.pack(">IQIIQBBHIQ", 1, 0, 0, 0, 1 << 21, 12, 9, 0, 0, 4096)
+    parts = [header, struct.pack(">Q", 8192), struct.pack(">Q", 12288 + 512), b"\x11" * 4096]  # not on a cluster
+    image = Img_Info(io.BytesIO(b"".join(part.ljust(4096, b"\0") for part in parts)), unreadable="zeros")
+    assert image.read(0, 4096) == b"\x11" * 3584 + bytes(512)
+    assert image.unreadable == [(3584, 512)]
 
 
 def _counting(disk: Any) -> list[int]:

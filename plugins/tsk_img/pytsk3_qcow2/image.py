@@ -65,6 +65,8 @@ def _smallest_cluster(layer: Layer | None) -> int:
     unit = 1 << 21
     while isinstance(layer, Disk):
         header = layer.image.header
+        if header.version == 1:  # its clusters stand anywhere: the end of the file may cut one at any sector
+            return SECTOR
         unit = min(unit, header.cluster_size // 32 if header.extended_l2 else header.cluster_size)
         layer = layer.backing
     return unit if layer is None or isinstance(layer, RawDisk) else SECTOR

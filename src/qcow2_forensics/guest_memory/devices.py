@@ -85,6 +85,8 @@ class DeviceStates:
         self.data = source.read(offset, wanted) if wanted else b""
         self.notes: list[str] = []
         self._described = self._description(limits)
+        if not self._described and source.size - offset > wanted:
+            self.notes.append(f"only the first {wanted} bytes of the devices were read, which is the limit")
         self.devices = tuple(self._walk())
 
     def body(self, device: Device) -> bytes:
@@ -120,16 +122,17 @@ class DeviceStates:
         return tuple(found)
 
     def _description(self, limits: Limits) -> list[dict[str, Any]]:
-        """Return the described devices, empty when there is no readable description."""
+        """Return the described devices, empty when there is no readable description; a note says where one is too long."""
+        too_long = 0
         for found in islice(_DESCRIPTION.finditer(self.data), _CANDIDATES):
             length = int.from_bytes(found[1], "big")
             start = found.end() - 2
             if start + length > len(self.data):
                 continue
-            text = self.data[start : min(start + length, start + limits.device_description_bytes)]
+            text = self.data[start : start + min(length, limits.device_description_bytes)]
             structures = text.count(b"{") + text.count(b"[")
             if length > len(text) or structures > limits.device_description_bytes // _TEXT_PER_STRUCTURE:
-                self.notes.append(f"the description of the devices, {length} bytes, is over the limit and was not read")
+                too_long = length
                 continue
             try:
                 devices = json.loads(text)["devices"]
@@ -137,6 +140,8 @@ class DeviceStates:
                     return devices
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
+        if too_long:
+            self.notes.append(f"the description of the devices, {too_long} bytes, is over the limit and was not read")
         return []
 
     def _walk(self) -> Iterator[Device]:
