@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import qcow2_forensics as q
 from qcow2_forensics import mapping
 from qcow2_forensics.bitmaps import dirty_ranges, dirty_totals
-from qcow2_forensics.census import take_census
+from qcow2_forensics.census import take, take_census
 from qcow2_forensics.cli import main
 from qcow2_forensics.compare import Change
 from qcow2_forensics.image import Image
@@ -420,7 +420,58 @@ def test_refcounts_past_the_end_are_those_of_each_slot_looked_at_alone(slots: li
     assert [item.host for item in issue.items] == listed[:100]
 
 
+def _with_refcount_table(table: list[int], more: bytes, order: int = 4) -> bytes:
+    """A blank image with another refcount table, behind some more bytes; 0 stands for its own block."""
+    data = bytearray(_blank_image(order))
+    (own,) = struct.unpack_from(">Q", data, *struct.unpack_from(">Q", data, 48))
+    data += more
+    struct.pack_into(">QI", data, 48, len(data), -(-len(table) // 64))
+    words = struct.pack(f">{len(table)}Q", *(entry or own for entry in table))
+    return bytes(data) + words + bytes(-len(words) % 512)
+
+
+def test_a_refcount_table_that_names_one_block_a_million_times_is_counted_in_pieces() -> None:
+    block = len(_blank_image())
+    data = _with_refcount_table([0] + [block] * (MiB - 1), struct.pack(">256H", *[1] * 256))
+    image = Image(BytesSource(data))
+    tracemalloc.start()
+    try:
+        census = take_census(image)
+        assert tracemalloc.get_traced_memory()[1] < 64 * MiB
+    finally:
+        tracemalloc.stop()
+    assert census.issues["reftable-shared"].count == MiB - 2
+    assert census.issues["refcount-past-end"].count > (MiB - 1000) * 256
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 4), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_refcount_blocks_counted_in_pieces_are_those_counted_at_once(slots: list[int], order: int, piece: int) -> None:
+    first = len(_blank_image(order))
+    data = _with_refcount_table([0, *(first + 512 * slot for slot in slots)], bytes(512 * 5), order)
+
+    def counted() -> tuple[int, dict[str, int], list[object]]:
+        census = take_census(Image(BytesSource(data)))
+        return census.corruptions, census.issues.kinds(), [*census.issues["reftable-shared"].items]
+
+    whole = counted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(take, "_SLOT_CHUNK", piece)
+        assert counted() == whole
+
+
+def test_refcount_blocks_that_stand_apart_are_read_together() -> None:
+    first, count = len(_blank_image()), 3000
+    block = struct.pack(">256H", *[1] * 256)
+    data = _with_refcount_table([0, *(first + 1024 * number for number in range(count))], block * (2 * count))
+    source = Counted(BytesSource(data))
+    census = take_census(Image(source))
+    assert census.issues["refcount-past-end"].count > (count - 100) * 256
+    assert source.reads < 300
+
+
 @functools.cache
-def _blank_image() -> bytes:
+def _blank_image(order: int = 4) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        return Builder(cluster_bits=9, size=MiB).write(Path(folder) / "disk").read_bytes()
+        builder = Builder(cluster_bits=9, size=MiB, refcount_order=order)
+        return builder.write(Path(folder) / "disk").read_bytes()

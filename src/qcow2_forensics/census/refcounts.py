@@ -19,6 +19,7 @@ Window = tuple[int, int, Block | None, bool]
 
 _CACHE_BYTES = 4 << 20  # of decoded blocks
 _READ = 1 << 20  # bytes of neighbouring blocks decoded at once
+_GAP = 1 << 16  # bytes between two blocks that are read over
 
 
 class StoredRefcounts:
@@ -55,17 +56,20 @@ class StoredRefcounts:
         return found
 
     def used(self, blocks: U64) -> npt.NDArray[np.int64]:
-        """Return how many refcounts are above 0 in each block of a sorted list of host offsets."""
+        """Return how many refcounts are above 0 in each block of a sorted list of aligned host offsets."""
         size = self.cluster_size
         counts = np.zeros(len(blocks), np.int64)
-        gaps = np.flatnonzero(np.diff(blocks) != size) + 1
+        gaps = np.flatnonzero(np.diff(blocks) > max(size, _GAP)) + 1
         for start, stop in itertools.pairwise([0, *gaps.tolist(), len(blocks)]):
-            for first in range(start, stop, max(1, _READ // size)):  # neighbours in the file at once
-                last = min(stop, first + max(1, _READ // size))
-                length = (last - first) * size
-                data = self._image.read(int(blocks[first]), length).ljust(length, b"\0")
-                values = decode(data, self.bits).reshape(last - first, -1)
-                counts[first:last] = np.count_nonzero(values, axis=1)
+            first = start
+            while first < stop:  # those that stand near one another at once
+                begin = int(blocks[first])
+                last = int(np.searchsorted(blocks[first:stop], begin + max(size, _READ))) + first
+                length = int(blocks[last - 1]) - begin + size
+                values = decode(self._image.read(begin, length).ljust(length, b"\0"), self.bits)
+                rows = (blocks[first:last] - np.uint64(begin)) // np.uint64(size)
+                counts[first:last] = np.count_nonzero(values.reshape(-1, self.per_block), axis=1)[rows]
+                first = last
         return counts
 
     def blank(self, start: int, stop: int) -> bool:

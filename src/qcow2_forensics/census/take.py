@@ -27,6 +27,7 @@ from .walk import Gathering, Named, batches, l1_chunks, walkable
 
 MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
 _RUN_CHUNK = 1 << 20  # clusters looked at together
+_SLOT_CHUNK = 1 << 16  # refcount table entries counted together
 
 
 class Structures(NamedTuple):
@@ -399,18 +400,18 @@ class _Taker:
         slots = slots[~beyond & (offsets[slots] != 0)]
         if not len(slots):
             return
-        clusters = offsets[slots] >> np.uint64(tally.cluster_bits)
-        seats = tally.seats.of(clusters)
-        before = np.minimum(tally.counts.at(seats), np.uint64(most))
-        nth = _occurrence(clusters)
-        after = before + nth
-        full = after > np.uint64(most)
-        tally.corruptions += int(full.sum())  # a counter at its end cannot take one more
-        wrong = np.minimum(after, np.uint64(most)) != 1
-        self._reftable_issue("reftable-shared", slots[wrong])
-        tally.counts.add(seats, 1)
-        tally.owners[seats] |= np.uint16(Owner.REFCOUNT_BLOCK)
-        self._structures(np.unique(clusters) << np.uint64(tally.cluster_bits), Owner.REFCOUNT_BLOCK)
+        blocks: list[U64] = []
+        for first in range(0, len(slots), _SLOT_CHUNK):  # each sees what those before it added
+            part = slots[first : first + _SLOT_CHUNK]
+            clusters = offsets[part] >> np.uint64(tally.cluster_bits)
+            seats = tally.seats.of(clusters)
+            after = np.minimum(tally.counts.at(seats), np.uint64(most)) + _occurrence(clusters)
+            tally.corruptions += int((after > np.uint64(most)).sum())  # a counter at its end cannot take one more
+            self._reftable_issue("reftable-shared", part[np.minimum(after, np.uint64(most)) != 1])
+            tally.counts.add(seats, 1)
+            tally.owners[seats] |= np.uint16(Owner.REFCOUNT_BLOCK)
+            blocks.append(np.unique(clusters))
+        self._structures(np.unique(np.concatenate(blocks)) << np.uint64(tally.cluster_bits), Owner.REFCOUNT_BLOCK)
 
     def _reftable_issue(self, kind: str, slots: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
         if len(slots):
