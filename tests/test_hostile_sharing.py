@@ -24,6 +24,7 @@ import qcow2_forensics as q
 from qcow2_forensics import mapping
 from qcow2_forensics.bitmaps import dirty_ranges, dirty_totals
 from qcow2_forensics.census import take, take_census
+from qcow2_forensics.census.layout import read_layout
 from qcow2_forensics.cli import main
 from qcow2_forensics.compare import Change
 from qcow2_forensics.image import Image
@@ -338,6 +339,17 @@ def test_a_cluster_of_bits_named_a_hundred_thousand_times_is_read_once(cluster: 
         assert len(list(dirty_ranges(image, bitmap))) == (cluster[0] != 0)
         assert dirty_totals(image, bitmap)[0] == (cluster[0] != 0)
         assert source.reads - before < 100
+
+
+def test_a_directory_of_bad_bitmaps_is_parsed_once_and_its_problems_share_what_they_can(tmp_path: Path) -> None:
+    place = _bitmaps(lambda _builder, index: (0x10004 + 8 * index, 1), 8192)
+    source = Counted(FileSource(place(tmp_path / "unaligned.qcow2")))
+    with q.open_image(source) as image:
+        assert len(image.bitmaps) == len(image.problems) == 8192
+        assert len({id(problem.blocks) for problem in image.problems}) == 1
+        before = source.reads
+        read_layout(image)
+        assert source.reads == before
 
 
 # --- streams and keys ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .structures import BitmapEntry, Crypt, Extension, ExtensionType, Header, Sn
 
 _MAX_FORMAT_NAME = 15  # bytes, what QEMU accepts
 _CHUNK = 256 * KiB
+_ONLY_BITMAPS = frozenset({BITMAPS})  # one for all: there may be 65,535 problems
 
 
 class Metadata(Protocol):
@@ -196,7 +197,7 @@ def read_bitmap_directory(image: Metadata) -> tuple[tuple[BitmapEntry, ...], tup
 
 
 def _bitmap_problem(at: int, message: str) -> Problem:
-    return Problem("QCOW2-BITMAP-INVALID", message, "bitmap_directory", 0, at, frozenset({BITMAPS}))
+    return Problem("QCOW2-BITMAP-INVALID", message, "bitmap_directory", 0, at, _ONLY_BITMAPS)
 
 
 def _read_directory(image: Metadata, extension: Extension) -> tuple[tuple[BitmapEntry, ...], tuple[Problem, ...]]:
@@ -223,23 +224,26 @@ def _read_directory(image: Metadata, extension: Extension) -> tuple[tuple[Bitmap
             problems.append(_bitmap_problem(facts.directory_offset + at, text))
             break
         found.append(entry)
-        problems.extend(_bitmap_rules(image, entry))
+        for message in _bitmap_faults(limits, cluster_size, entry):
+            problems.append(_bitmap_problem(entry.offset, message))
         at += padded(entry.length)
     return tuple(found), tuple(problems)
 
 
-def _bitmap_rules(image: Metadata, entry: BitmapEntry) -> Iterator[Problem]:
-    limits, cluster_size = image.limits, image.header.cluster_size
-    faults = (
-        (entry.type != 1, "a bitmap has the unknown type {0.type}"),
-        (not 9 <= entry.granularity_bits <= 31, "a bitmap has the granularity 2^{0.granularity_bits}"),
-        (len(entry.name_bytes) > limits.name_bytes, "a bitmap has too long a name"),
-        (bool(entry.extra), "a bitmap has extra data, which QEMU refuses"),
-        (entry.table_offset % cluster_size != 0, "a bitmap table is not aligned to a cluster"),
-        (entry.table_size > limits.bitmap_table_entries, "a bitmap table is too large"),
-        (entry.table_size * cluster_size > limits.bitmap_data_bytes, "a bitmap has too much data"),
-        (bool(entry.flags & ~7), "a bitmap has unknown flags"),
-    )
-    for broken, message in faults:
-        if broken:
-            yield _bitmap_problem(entry.offset, message.format(entry))
+def _bitmap_faults(limits: Limits, cluster_size: int, entry: BitmapEntry) -> Iterator[str]:
+    if entry.type != 1:
+        yield f"a bitmap has the unknown type {entry.type}"
+    if not 9 <= entry.granularity_bits <= 31:
+        yield f"a bitmap has the granularity 2^{entry.granularity_bits}"
+    if len(entry.name_bytes) > limits.name_bytes:
+        yield "a bitmap has too long a name"
+    if entry.extra:
+        yield "a bitmap has extra data, which QEMU refuses"
+    if entry.table_offset % cluster_size:
+        yield "a bitmap table is not aligned to a cluster"
+    if entry.table_size > limits.bitmap_table_entries:
+        yield "a bitmap table is too large"
+    if entry.table_size * cluster_size > limits.bitmap_data_bytes:
+        yield "a bitmap has too much data"
+    if entry.flags & ~7:
+        yield "a bitmap has unknown flags"

@@ -146,7 +146,7 @@ def _bitmaps(image: Image, layout: Layout) -> None:
     layout.bitmap_directory = (facts.directory_offset, facts.directory_size)
     in_use, cluster_size, disk_size = int(structures.BitmapFlag.IN_USE), image.cluster_size, image.disk_size
     entries, problems = image.bitmaps, tuple(p for p in image.problems if p.code == "QCOW2-BITMAP-INVALID")
-    if problems:  # which may be none for a reader that does not mind the end of the file
+    if facts.directory_offset + facts.directory_size > image.file_size:  # which the check does not mind
         entries, problems = read_bitmap_directory(_ZeroTail(image))
     for entry in entries:
         layout.bitmaps.append(
