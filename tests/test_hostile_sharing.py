@@ -28,6 +28,8 @@ from qcow2_forensics.census.layout import read_layout
 from qcow2_forensics.cli import main
 from qcow2_forensics.compare import Change
 from qcow2_forensics.image import Image
+from qcow2_forensics.residue import streams
+from qcow2_forensics.residue.streams import decode_all
 from qcow2_forensics.source import BytesSource, FileSource, Source
 from tests import qemu
 from tests.image_builder import COPIED, EXT_BITMAPS, EXT_CRYPTO, Builder, Poke, compressed_entry, deflate, luks
@@ -355,18 +357,73 @@ def test_a_directory_of_bad_bitmaps_is_parsed_once_and_its_problems_share_what_t
 # --- streams and keys ----------------------------------------------------------------------------
 
 
-def test_a_deep_audit_stops_decoding_bombs_and_says_so(tmp_path: Path) -> None:
-    stream = deflate(bytes(2 * MiB))
-    stream += bytes(-len(stream) % 8)
-    builder = Builder(cluster_bits=21, size=2048 * 2 * MiB)
-    host = builder.put(stream * 800)
-    entries = [compressed_entry(host + len(stream) * index, len(stream), 21) for index in range(800)]
-    builder.raw(builder.l1, builder.put(struct.pack(">800Q", *entries)).to_bytes(8, "big"))
-    report = q.audit(builder.write(tmp_path / "bombs.qcow2"), depth="deep")
+def _streams_within_streams(path: Path, count: int, *, good: bool) -> Path:
+    """Streams of 2 MiB clusters that each begin in the one before: empty blocks, then what all end with."""
+    empty, ending = b"\0\0\0\xff\xff", deflate(bytes(2 * MiB))
+    ending = ending if good else ending[:-3] + b"\xff" * 3
+    builder = Builder(cluster_bits=21, size=count * 2 * MiB)
+    host = builder.put(empty * count + ending)
+    entries = [
+        compressed_entry(host + len(empty) * number, len(empty) * (count - number) + len(ending), 21)
+        for number in range(count)
+    ]
+    builder.raw(builder.l1, builder.put(struct.pack(f">{count}Q", *entries)).to_bytes(8, "big"))
+    return builder.write(path)
+
+
+@pytest.mark.parametrize("good", [True, False], ids=["good", "bad"])
+def test_a_deep_audit_stops_decoding_streams_that_share_bytes_and_says_so(good: bool, tmp_path: Path) -> None:
+    path = _streams_within_streams(tmp_path / "bombs.qcow2", 400, good=good)
+    with q.open_image(path) as image:
+        decoded = decode_all(image, take_census(image))
+    assert decoded.stopped is not None
+    assert len(decoded.used) < 60
+    report = q.audit(path, depth="deep")
     incomplete = [
         item.value for finding in report if finding.code == "QCOW2-AUDIT-INCOMPLETE" for item in finding.evidence
     ]
-    assert any("decoded bytes of all streams" in str(value) for value in incomplete)
+    assert any("streams that are bad or share bytes" in str(value) for value in incomplete)
+    assert ("QCOW2-COMPRESSED-INVALID" in {finding.code for finding in report}) is not good
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+@pytest.mark.parametrize("cluster_size", ["4k", "64k", "2M"])
+def test_a_deep_audit_decodes_all_of_what_qemu_compressed_however_far_it_expands(
+    kind: str, cluster_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "_SUSPECT", 0)
+    monkeypatch.setattr(streams, "_SUSPECT_PER_BYTE", 0)
+    raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    raw.write_bytes((b"\x5a" * 64 * 1024 + b"\x01" + bytes(64 * 1024 - 1)) * 256)
+    options = f"cluster_size={cluster_size},compression_type={kind}"
+    qemu.img("convert", "-c", "-O", "qcow2", "-o", options, raw, path)
+    report = q.audit(path, depth="deep")
+    assert not {"QCOW2-AUDIT-INCOMPLETE", "QCOW2-COMPRESSED-INVALID"} & {finding.code for finding in report}
+    with q.open_image(path) as image:
+        census = take_census(image)
+        assert len(decode_all(image, census).used) == census.compressed > 0
+
+
+def test_streams_like_the_one_before_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = Builder(cluster_bits=16, size=64 << 16)
+    stream, other = deflate(b"\x11" * 65536), deflate(b"\x22" * 65536)
+    at = builder.put((stream * 30 + other) * 2)
+    for number in range(62):
+        length = len(other if number % 31 == 30 else stream)
+        builder.entry(number << 16, compressed_entry(at, length, 16))
+        at += length
+    decoded: list[bytes] = []
+    real = streams.consumed
+    monkeypatch.setattr(
+        streams, "consumed", lambda data, size, **kind: decoded.append(data) or real(data, size, **kind)
+    )
+    with q.open_image(builder.write(tmp_path / "alike.qcow2")) as image:
+        found = decode_all(image, take_census(image))
+    assert len(decoded) == 4
+    ends = [end for _, end in found.used]
+    assert ends[:-1] == [start for start, _ in found.used[1:]]
+    assert (found.failed.tolist(), found.stopped) == ([], None)
 
 
 def test_one_bad_stream_named_many_times_is_one_finding_with_a_count(tmp_path: Path) -> None:

@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 
 from ..census import Tables
 from ..codecs import inflate, unzstd
-from ..errors import LimitExceeded
 from ..findings import Evidence
-from ..residue.streams import decoded_limit
-from ..structures import COMPRESSED, Compression, compressed_descriptor
+from ..residue.streams import Decoded, decode_all
+from ..structures import Compression, compressed_descriptor
 from .facts import Facts
 from .items import snapshot_id
 
-_REMEMBERED = 1 << 18  # descriptors known to be good, so that a shared stream is decoded once
+
+def decoded_streams(facts: Facts) -> Decoded:
+    """Return what decoding every live stream showed; for :meth:`Facts.once`."""
+    return decode_all(facts.image, facts.census)
 
 
 def undecodable(facts: Facts) -> Iterator[Callable[[], Evidence]]:
     """Yield the compressed entries whose stream is bad, too short, or too long.
 
-    :class:`LimitExceeded` where decoding every stream would take too long.
+    :class:`LimitExceeded` behind them where decoding every stream would take too long.
     """
     if facts.header.external_data:
         return
-    known: dict[int, str | None] = {}
-    decoded, most = 0, decoded_limit(facts.image)
-    for tables in facts.census.tables():
-        packed = (tables.entries & np.uint64(COMPRESSED)) != 0
-        faults: dict[int, str] = {}
-        for entry in np.unique(tables.entries[packed]).tolist():
-            if entry not in known:
-                if len(known) >= _REMEMBERED:
-                    known.clear()
-                decoded += facts.cluster_size
-                if decoded > most:
-                    raise LimitExceeded("decoded bytes of all streams", decoded, most)
-                known[entry] = _fault(facts, entry)
-            if (fault := known[entry]) is not None:
-                faults[entry] = fault
-        if faults:
-            bad = np.asarray(list(faults), dtype=np.uint64)
-            for row, column in tables.where(packed & np.isin(tables.entries, bad)):
-                yield partial(_evidence, facts, tables, row, column, faults)
+    decoded = facts.once(decoded_streams)
+    bad = np.asarray([entry for entry in decoded.failed.tolist() if _fault(facts, entry)], dtype=np.uint64)
+    if len(bad):
+        for tables in facts.census.tables():
+            for row, column in tables.where(np.isin(tables.entries, bad)):
+                yield partial(_evidence, facts, tables, row, column)
+    if decoded.stopped is not None:
+        raise decoded.stopped
 
 
-def _evidence(facts: Facts, tables: Tables, row: int, column: int, faults: Mapping[int, str]) -> Evidence:
+def _evidence(facts: Facts, tables: Tables, row: int, column: int) -> Evidence:
     snapshot = snapshot_id(facts, int(tables.tree[row]))
     entry, at, guest = (
         int(tables.entries[row, column]),
@@ -57,7 +48,7 @@ def _evidence(facts: Facts, tables: Tables, row: int, column: int, faults: Mappi
     )
     host, size = compressed_descriptor(entry, tables.cluster_bits)
     return Evidence(
-        f"entry of a stream at {host:#x}, {size} bytes: {faults[entry]}", entry, at, 8, "L2", guest, snapshot
+        f"entry of a stream at {host:#x}, {size} bytes: {_fault(facts, entry)}", entry, at, 8, "L2", guest, snapshot
     )
 
 
@@ -70,11 +61,9 @@ def _fault(facts: Facts, entry: int) -> str | None:
         if facts.header.compression_type == Compression.ZSTD:
             unzstd(stored, facts.cluster_size)
         else:
-            given = _given(stored, facts.cluster_size + 1)
-            if given > facts.cluster_size:
+            inflate(stored, facts.cluster_size)
+            if _given(stored, facts.cluster_size + 1) > facts.cluster_size:
                 return "the deflate stream gives more than a cluster"  # QEMU keeps the first cluster of it
-            if given != facts.cluster_size:
-                inflate(stored, facts.cluster_size)  # knows what is wrong, or that only what follows is
     except ValueError as error:
         return f"{error}{cut}"
     return None

@@ -13,6 +13,7 @@ from ..findings import Evidence, Finding, Severity
 from ..residue import hidden, streams
 from ..source import FileSource
 from ..structures import Autoclear
+from .decoding import decoded_streams
 from .facts import Facts
 from .history import machine_type
 from .names import chain
@@ -66,7 +67,7 @@ def subcluster_residue(facts: Facts) -> Iterator[Evidence]:
 )
 def compressed_slack(facts: Facts) -> Iterator[Finding]:
     streams_found, rest = Group(), Group()
-    for piece in streams.compressed_slack(facts.image, facts.census):
+    for piece in streams.compressed_slack(facts.image, facts.census, facts.once(decoded_streams)):
         (streams_found if piece.looks == "stream" else rest).add(piece)
     if streams_found.count:
         evidence = [

@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,11 @@ else:
 
 _TRIES = 512  # places in one gap where an old stream is looked for
 _TRIED = 1 << 34  # bytes such tries may decode in one image, if each came to a whole cluster
-_DECODED = 1 << 30  # bytes live streams may decode to, and how many more for each byte of the file:
-_DECODED_PER_BYTE = 32  # streams that do not overlap and are not of one byte stay below
+# What decoding streams that are bad, or that share bytes with another, may cost in one image, in bytes
+# they have and may decode to: so much, and for each byte of the file. Writers make none, and damage few.
+_SUSPECT = 1 << 26
+_SUSPECT_PER_BYTE = 2
+_SUSPECT_EACH = 1 << 14  # what beginning a stream costs, however short it is
 
 
 def consumed(data: bytes, size: int, *, zstandard: bool = False) -> tuple[bytes, int] | None:
@@ -67,34 +71,72 @@ def _unzstd(data: bytes, size: int) -> tuple[bytes, int] | None:
     return result, len(data) - len(decoder.unused_data)
 
 
-def decoded_limit(image: Image) -> int:
-    """Return how many bytes decoding every stream once may give; :class:`LimitExceeded` above it."""
-    return _DECODED + _DECODED_PER_BYTE * image.file_size
+class Decoded(NamedTuple):
+    """What decoding every live stream once showed.
+
+    ``used`` are the host bytes (start, end) that streams take, rising; one that does not give exactly a
+    cluster keeps all of its descriptor: its bytes are not residue. ``failed`` are the entries of those.
+    ``stopped`` says that not all were decoded.
+    """
+
+    used: list[tuple[int, int]]
+    failed: npt.NDArray[np.uint64]
+    stopped: LimitExceeded | None
 
 
-def compressed_slack(image: Image, census: Census) -> Iterator[Piece]:
+def decode_all(image: Image, census: Census) -> Decoded:
+    """Decode every live stream once, in the order they stand in the file.
+
+    Streams that a writer made stand side by side, and however far they expand they are decoded. Of those
+    that share bytes, or do not decode, a small file could name any number: they have an allowance.
+    """
+    zstandard = image.header.compression_type == Compression.ZSTD
+    size, bits = image.cluster_size, image.header.cluster_bits
+    entries = _descriptors(census)
+    order = np.argsort(entries & np.uint64((1 << (70 - bits)) - 1), kind="stable")
+    used: list[tuple[int, int]] = []
+    failed: list[int] = []
+    stopped: LimitExceeded | None = None
+    suspect, most = 0, _SUSPECT + _SUSPECT_PER_BYTE * image.file_size
+    taken, last = 0, b""  # how far good streams reach, and the bytes of the one before
+    for entry in entries[order].tolist():
+        if suspect > most:
+            stopped = LimitExceeded("decoded bytes of streams that are bad or share bytes", suspect, most)
+            break
+        offset, length = compressed_descriptor(entry, bits)
+        data = image.read(offset, length)
+        cost, end = length, offset + len(last)
+        if not last or not data.startswith(last):  # else a cluster like the one before
+            found = consumed(data, size, zstandard=zstandard)
+            cost += max(size, _SUSPECT_EACH)
+            if found is None:
+                failed.append(entry)
+                used.append((offset, offset + length))
+                suspect += cost
+                continue
+            end, last = offset + found[1], data[: found[1]]
+        if offset < taken:
+            suspect += cost
+        taken = max(taken, end)
+        used.append((offset, end))
+    return Decoded(used, np.asarray(failed, dtype=np.uint64), stopped)
+
+
+def compressed_slack(image: Image, census: Census, decoded: Decoded | None = None) -> Iterator[Piece]:
     """Yield bytes of host clusters in use for compressed data that no live stream consumes.
 
     ``looks`` is ``stream`` when something there decompresses to exactly one cluster; ``signature``
-    is then the SHA-256 of that cluster. Raises :class:`LimitExceeded` for streams that overlap so
-    much that decoding them all is a bomb.
+    is then the SHA-256 of that cluster. ``decoded`` is what :func:`decode_all` found, if known. Raises
+    :class:`LimitExceeded` where that stopped.
     """
     if image.header.version == 1 or image.header.external_data:
         return
+    decoded = decoded or decode_all(image, census)
+    if decoded.stopped is not None:
+        raise decoded.stopped
     zstandard = image.header.compression_type == Compression.ZSTD
-    size = image.cluster_size
-    most = decoded_limit(image)
-    used: list[tuple[int, int]] = []
-    for number, entry in enumerate(_descriptors(census).tolist()):
-        if number * size > most:
-            raise LimitExceeded("decoded bytes of all streams", number * size, most)
-        offset, length = compressed_descriptor(entry, image.header.cluster_bits)
-        found = consumed(image.read(offset, length), size, zstandard=zstandard)
-        # A stream that cannot be decoded keeps all of its descriptor: its bytes are not residue.
-        used.append((offset, offset + (length if found is None else found[1])))
-    used.sort()
-    tries = max(_TRIES, _TRIED // size)
-    for start, stop in _gaps(image, used):
+    tries = max(_TRIES, _TRIED // image.cluster_size)
+    for start, stop in _gaps(image, decoded.used):
         count = min(_TRIES, tries)
         tries -= count
         yield from _gap(image, start, stop, zstandard, count)
