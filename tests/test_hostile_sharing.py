@@ -7,6 +7,7 @@ is skipped is held against the same tables looked at one by one.
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import itertools
 import struct
@@ -15,6 +16,7 @@ import tracemalloc
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +34,19 @@ from qcow2_forensics.residue import streams
 from qcow2_forensics.residue.streams import decode_all
 from qcow2_forensics.source import BytesSource, FileSource, Source
 from tests import qemu
-from tests.image_builder import COPIED, EXT_BITMAPS, EXT_CRYPTO, Builder, Poke, compressed_entry, deflate, luks
+from tests.image_builder import (
+    COPIED,
+    EXT_BACKING_FORMAT,
+    EXT_BITMAPS,
+    EXT_CRYPTO,
+    Builder,
+    Poke,
+    compressed_entry,
+    deflate,
+    luks,
+)
+
+compare_module = importlib.import_module("qcow2_forensics.compare")  # the package has the function by this name
 
 MiB = 1 << 20
 SLOTS = 1 << 18  # of an L1 table
@@ -160,6 +174,100 @@ def test_two_states_of_different_tables_of_zeros_are_equal_at_few_reads(tmp_path
     with q.open_disk(source, "1") as before, q.open_disk(source) as after:
         assert list(q.compare(before, after)) == []
     assert source.reads < 400
+
+
+_DIFFERENT_TABLES = {
+    "nothing and zeros": ([0], [1]),
+    "zeros and nothing in turn": ([0, 1], [1, 0]),
+    "clusters and nothing in turn": ([0x200 | COPIED, 0], [0x200, 0]),
+}
+
+
+@pytest.mark.parametrize("name", _DIFFERENT_TABLES)
+def test_thousands_of_different_tables_that_say_the_same_are_compared_in_few_reads_and_no_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 4096
+    builder = Builder(cluster_bits=9, size=count * SPAN)
+    places = [builder.put(table(*entries) * count) for entries in _DIFFERENT_TABLES[name]]
+    l1 = [struct.pack(f">{count}Q", *range(place, place + 512 * count, 512)) for place in places]
+    builder.raw(builder.l1, l1[0]).snapshot(b"1", b"s", l1_offset=builder.put(l1[1]), l1_size=count)
+    source = Counted(FileSource(builder.write(tmp_path / "tables.qcow2")))
+    monkeypatch.setattr(mapping.Mapping, "runs", None)
+    with q.open_disk(source, "1") as before, q.open_disk(source) as after:
+        assert list(q.compare(before, after)) == []
+    assert source.reads < 100
+
+
+_ENTRIES = st.lists(
+    st.sampled_from([0, 1, 2, COPIED, 1 << 40, 0x900])
+    | st.builds(
+        lambda host, flags: host | flags, st.sampled_from([0, 0x8000, 0x10000]), st.sampled_from([0, 1, COPIED])
+    )
+    | st.builds(compressed_entry, st.sampled_from([0x8000, 0x8010]), st.sampled_from([90, 500]), st.just(9)),
+    min_size=1,
+    max_size=7,
+)
+_BITMAPS = st.lists(st.sampled_from([0, 1, 0xF, 0xF << 32, 0xF0 << 32 | 0xF, 1 << 32 | 1]), min_size=1, max_size=5)
+_SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {"cluster_bits": 9},
+    "version 2": {"cluster_bits": 9, "version": 2},
+    "subclusters": {"cluster_bits": 14, "extended_l2": True},
+}
+
+
+@pytest.mark.parametrize("shape", _SHAPES)
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.sampled_from([None, 0.5, 1.5, 2]))
+def test_what_whole_tables_prove_equal_is_what_their_runs_prove_equal(
+    shape: str, data: st.DataObject, backing: float | None
+) -> None:
+    fields = _SHAPES[shape]
+    with tempfile.TemporaryDirectory() as name:
+        builder = Builder(**fields, size=1, l1_size=2, backing=None if backing is None else b"base")
+        span = builder.l2_entries << builder.cluster_bits
+        builder.size = 2 * span
+        builder.extensions.append((EXT_BACKING_FORMAT, b"raw"))
+        builder.raw(0x8000, bytes(range(256)) * 128 + b"" * 0x4000)
+        builder._end = 0x14000
+        tables = []
+        for entries in data.draw(st.lists(_ENTRIES, min_size=3, max_size=3)):
+            words = [itertools.cycle(entries)]
+            if fields.get("extended_l2"):
+                words.append(itertools.cycle(data.draw(_BITMAPS)))
+            cells = itertools.islice(zip(*words, strict=True), 64)
+            content = b"".join(word.to_bytes(8, "big") for cell in cells for word in cell)
+            tables.append(builder.put(content.ljust(builder.cluster_size, b"\0")))
+        slot = st.sampled_from([0, 1 << 40, 0x8100, *tables])
+        l1 = [data.draw(st.tuples(slot, slot)) for _ in range(2)]
+        # A table of one file that both name is equal even where it cannot be read, unless what stands before is looked at.
+        parts = [number * span for number in range(2) if l1[0][number] != l1[1][number]]
+        active, snapshot = (struct.pack(">2Q", *row) for row in l1)
+        builder.raw(builder.l1, active).snapshot(b"1", b"s", l1_offset=builder.put(snapshot), l1_size=2)
+        path = builder.write(Path(name) / "disk")
+        if backing is not None:
+            (Path(name) / "base").write_bytes(b"D" * (int(backing * span) // 512 * 512))
+        other = path.with_name("other")
+        other.write_bytes(path.read_bytes())
+        for name_after in ("disk", "other"):
+            with q.open_disk(path, "1") as before, q.open_disk(path.with_name(name_after)) as after:
+                _hold_against_runs(before, after, parts if name_after == "disk" else [0, span], span)
+        if backing is not None:
+            with q.open_disk(path) as over:
+                assert over.backing is not None
+                _hold_against_runs(over.backing, over, [0, span], span)
+
+
+def _hold_against_runs(before: q.Layer, after: q.Layer, parts: list[int], span: int) -> None:
+    def found() -> list[tuple[int, int, Change]]:
+        items = list(q.compare(before, after))
+        clipped = [(max(i.offset, at), min(i.end, at + span), i.change) for at in parts for i in items]
+        return [item for item in clipped if item[0] < item[1]]
+
+    with_tables = found()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_module, "_left_open", lambda *_: lambda start, end: [(start, end)])
+        assert with_tables == found()
 
 
 @pytest.mark.parametrize("offsets", [(1 << 40,), (1 << 40, 1 << 41)], ids=["one", "alternating"])

@@ -22,11 +22,13 @@ from .errors import Qcow2Error
 from .limits import MiB
 from .mapping import Kind
 from .structures import SECTOR, Crypt
+from .unlike import Unlike
 
 _CHUNK = 1 * MiB  # read of each side at a time
 _WINDOW_CLUSTERS = 4096  # after which L1 tables are compared again, and progress is told
 _WINDOW_BYTES = 64 * MiB  # at least, so that tiny clusters do not mean tiny windows
 _BLOCK = 4096  # compared before its sectors are
+_NEVER = 2**64  # past the end of any disk
 
 
 class Change(enum.StrEnum):
@@ -94,7 +96,7 @@ def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | No
 
 
 def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int], None] | None) -> Iterator[Difference]:
-    shared_until = _shared_tables(before, after)
+    shared_until, left_open = _shared_tables(before, after), _left_open(before, after)
     opaque = _common_layers(before, after)
     cluster = max(_cluster_size(before), _cluster_size(after))
     window = smallest = max(_WINDOW_CLUSTERS * cluster, _WINDOW_BYTES)
@@ -104,12 +106,13 @@ def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int]
         position = min(end, shared_until(position))
         stop = min(end, position + window)
         window *= 2  # what tables of a few clusters say of petabytes needs few looks
-        for candidate in _candidates(before, after, position, stop, cluster, opaque):
-            if candidate.change is Change.UNREADABLE:
-                yield Difference(*candidate)
-            else:
-                window = smallest
-                yield from _unequal_bytes(before, after, candidate)
+        for low, high in left_open(position, stop):
+            for candidate in _candidates(before, after, low, high, cluster, opaque):
+                if candidate.change is Change.UNREADABLE:
+                    yield Difference(*candidate)
+                else:
+                    window = smallest
+                    yield from _unequal_bytes(before, after, candidate)
         position = stop
         if progress is not None:
             progress(position - settled)
@@ -122,6 +125,12 @@ def _file(layer: Layer) -> object:
     """Return what identifies the file that ``layer`` stores its own bytes in."""
     source = layer.host if isinstance(layer, Disk) else getattr(layer, "source", layer)
     return getattr(source, "identity", None) or id(source)
+
+
+def _is_one_file(before: Disk, after: Disk) -> bool:
+    """Whether two disks have their tables in one file, and their bytes too."""
+    tables = [getattr(disk.image.source, "identity", None) or id(disk.image.source) for disk in (before, after)]
+    return tables[0] == tables[1] and _file(before) == _file(after)
 
 
 def _keys(layer: Layer | None) -> Iterator[tuple[object, ...]]:
@@ -155,7 +164,7 @@ def _cluster_size(layer: Layer) -> int:
 
 def _shared_tables(before: Layer, after: Layer) -> Callable[[int], int]:
     """Return a function that tells how far from an offset the L1 tables alone prove the two equal."""
-    if isinstance(before, Disk) and isinstance(after, Disk) and _file(before) == _file(after):
+    if isinstance(before, Disk) and isinstance(after, Disk) and _is_one_file(before, after):
         backing = [list(_keys(disk.backing)) for disk in (before, after)]
         unbacked = [disk.unbacked is not None for disk in (before, after)]
         if backing[0] == backing[1] and unbacked[0] == unbacked[1]:
@@ -165,6 +174,24 @@ def _shared_tables(before: Layer, after: Layer) -> Callable[[int], int]:
         if isinstance(over, Disk) and over.backing is not None and list(_keys(over.backing)) == list(_keys(under)):
             return over.mapping.unmapped_until
     return lambda offset: offset
+
+
+def _left_open(before: Layer, after: Layer) -> Callable[[int, int], Iterable[tuple[int, int]]]:
+    """Return a function that tells which parts of a range the L2 tables do not prove equal."""
+    for over, under in ((after, before), (before, after)):
+        if isinstance(over, Disk) and over.backing is not None and list(_keys(over.backing)) == list(_keys(under)):
+            return Unlike(over.mapping, None, one_file=True, blank_from=_NEVER).ranges
+    if isinstance(before, Disk) and isinstance(after, Disk):
+        first, second = before.mapping, after.mapping
+        alike = (first.table_span, first.cluster_size) == (second.table_span, second.cluster_size)
+        backing = [list(_keys(disk.backing)) for disk in (before, after)]
+        unbacked = before.unbacked is not None or after.unbacked is not None
+        if _is_one_file(before, after) and backing[0] == backing[1]:
+            blank_from = _NEVER if unbacked else before.backing.size if before.backing is not None else 0
+            return Unlike(first, second, one_file=True, blank_from=blank_from).ranges
+        if alike and backing == [[], []] and not unbacked:
+            return Unlike(first, second, one_file=False, blank_from=0).ranges
+    return lambda start, end: [(start, end)]
 
 
 def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator[_Piece]:
