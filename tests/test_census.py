@@ -367,7 +367,9 @@ def test_segments_cover_every_place_once_with_the_right_weight(spans: list[tuple
             weights[place] += 1
     found = Counter[int]()
     previous = 0
-    segments = weighted_segments((a, b, n) for n, (a, b) in enumerate(spans))
+    segments = weighted_segments(
+        np.asarray([(a, b, n) for n, (a, b) in enumerate(spans)], dtype=np.int64).reshape(-1, 3)
+    )
     for start, end, weight, owner, origin in np.column_stack(segments).tolist():
         assert previous <= start < end
         assert spans[owner][0] == origin <= start

@@ -11,6 +11,7 @@ import importlib
 import io
 import itertools
 import struct
+import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable
@@ -406,6 +407,39 @@ def test_evidence_of_65536_snapshots_is_counted_and_few_of_it_made(tmp_path: Pat
     told = {finding.code: finding for finding in report}
     for code in ("QCOW2-SNAPSHOT-ORDER", "QCOW2-SNAPSHOT-L1-ALIAS"):
         assert (told[code].count, len(told[code].evidence)) == (2999, 100)
+
+
+@pytest.mark.parametrize("inside", [0, 1], ids=["aligned", "unaligned"])
+def test_the_census_takes_no_more_than_a_few_steps_for_each_snapshot(inside: int, tmp_path: Path) -> None:
+    def steps(count: int) -> int:
+        builder = Builder(cluster_bits=9)
+        base = builder.put(bytes(512 * 100))
+        for index in range(count):
+            builder.snapshot(b"%d" % index, b"s", l1_offset=base + 512 * (index % 100) + inside, l1_size=64)
+        with q.open_image(builder.write(tmp_path / f"{count}.qcow2")) as image:
+            assert len(image.snapshots) == count
+            events: list[str] = []
+            sys.setprofile(lambda _frame, event, _argument: events.append(event))
+            try:
+                take_census(image)
+            finally:
+                sys.setprofile(None)
+        return sum(event in ("call", "c_call") for event in events)
+
+    assert steps(2000) - steps(1000) <= 4 * 1000
+
+
+def test_ids_and_names_of_64_kib_are_told_cut(tmp_path: Path) -> None:
+    builder = Builder()
+    for index in range(100):
+        text = (b"%d" % index).rjust(60_000, b"9")
+        builder.snapshot(text, text, l1_offset=builder.l1, l1_size=1)
+    report = q.audit(builder.write(tmp_path / "long.qcow2"))
+    assert len(report.to_json()) < 20 * MiB
+    (first, *_) = (finding for finding in report if finding.code == "QCOW2-SNAPSHOT")
+    told = {item.field: item for item in first.evidence}
+    assert told["name"].value == "9" * 1024 + "... (60000 characters)"
+    assert told["name"].length == 60_000
 
 
 # --- bitmaps -------------------------------------------------------------------------------------

@@ -156,7 +156,8 @@ def _read_snapshot(
         text = f"snapshot table entry {index} has too much extra data"
         return _table_problem(at, "extra_data_size", head.extra_length, text, limit=limits.snapshot_extra_bytes)
     length = head.total_length
-    data, start = reader.look(at, length)
+    if len(data) < start + length:
+        data, start = reader.look(at, length)
     if len(data) < start + length:
         return _table_problem(at, "snapshot", index, f"snapshot table entry {index} reaches past the end of the file")
     if header.version >= 3 and head.extra_length < 16:

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_MOST_TEXT = 1024  # characters of an ID or name told; an entry has room for 65,535 bytes of each, and there may be many
+
+
+def shortened(text: str) -> str:
+    """Return a text from evidence as it is told: a very long one is cut and says so."""
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}... ({len(text)} characters)"
+
+
 class _Failure(NamedTuple):
     """What remains of a question that ended in an error."""
 

@@ -20,7 +20,7 @@ from ..structures import (
     SnapshotEntry,
     padded,
 )
-from .facts import Facts
+from .facts import Facts, shortened
 from .rules import FINDINGS_PER_RULE, QEMU_MADE, Depth, rule, variant
 
 # --- observations every examiner wants -----------------------------------------------------------
@@ -138,12 +138,14 @@ def snapshot(facts: Facts) -> Iterator[Finding]:
 
 
 def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
+    ident = shortened(entry.id)
+
     def told(name: str, value: int | str | None, at: int, length: int) -> Evidence:
-        return Evidence(name, value, entry.offset + at, length, "snapshot table", None, entry.id)
+        return Evidence(name, value, entry.offset + at, length, "snapshot table", None, ident)
 
     id_at = 40 + entry.extra_length
-    yield told("id", entry.id, id_at, len(entry.id_bytes))
-    yield told("name", entry.name, id_at + len(entry.id_bytes), len(entry.name_bytes))
+    yield told("id", ident, id_at, len(entry.id_bytes))
+    yield told("name", shortened(entry.name), id_at + len(entry.id_bytes), len(entry.name_bytes))
     yield told("date", snapshot_date(entry), 16, 8)
     yield told("vm_clock_nsec", entry.vm_clock_nsec, 24, 8)
     yield told("l1_table_offset", entry.l1_table_offset, 0, 8)
@@ -281,10 +283,10 @@ def _missing_end(facts: Facts) -> Iterator[Evidence]:
     note="consistent with damage or a crafted image; what it says about snapshots cannot be trusted",
     when="an entry lies past the end of the file, has impossible lengths, or names an impossible L1 table",
 )
-def snapshot_table_invalid(facts: Facts) -> Iterator[Evidence]:
+def snapshot_table_invalid(facts: Facts) -> Iterator[Callable[[], Evidence]]:
     for problem in facts.problems("QCOW2-SNAPSHOT-TABLE-INVALID"):
         structure = "header" if problem.field in ("nb_snapshots", "snapshots_offset") else "snapshot table"
-        yield facts.problem_evidence(problem, structure)
+        yield partial(facts.problem_evidence, problem, structure)
 
 
 @rule(
@@ -340,8 +342,8 @@ def snapshot_l1_alias(facts: Facts) -> Iterator[Callable[[], Evidence]]:
 
 
 def _alias(entry: SnapshotEntry, other: str | None) -> Evidence:
-    told = f"l1_table_offset, also of {'the active state' if other is None else f'snapshot {other}'}"
-    return Evidence(told, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, entry.id)
+    told = f"l1_table_offset, also of {'the active state' if other is None else f'snapshot {shortened(other)}'}"
+    return Evidence(told, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, shortened(entry.id))
 
 
 @rule(

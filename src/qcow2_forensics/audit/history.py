@@ -15,7 +15,7 @@ from ..header_rules import INT64_MAX
 from ..mapping import Kind
 from ..structures import Autoclear, BitmapEntry, BitmapFlag, ExtensionType, SnapshotEntry
 from ..vm_state import vm_state_offset
-from .facts import Facts
+from .facts import Facts, shortened
 from .header import snapshot_date
 from .names import mtime_of
 from .rules import QEMU_MADE, Depth, rule, variant
@@ -47,17 +47,17 @@ def _field(entry: SnapshotEntry, name: str, value: int | str | None) -> Evidence
     at, length = _PLACES.get(name, (0, entry.length))
     if at + length > entry.length:
         at, length = 0, entry.length
-    return Evidence(name, value, entry.offset + at, length, _TABLE, snapshot=entry.id)
+    return Evidence(name, value, entry.offset + at, length, _TABLE, snapshot=shortened(entry.id))
 
 
 def _id_field(entry: SnapshotEntry) -> Evidence:
     at = entry.offset + 40 + entry.extra_length
-    return Evidence("id", entry.id, at, len(entry.id_bytes), _TABLE, snapshot=entry.id)
+    return Evidence("id", shortened(entry.id), at, len(entry.id_bytes), _TABLE, snapshot=shortened(entry.id))
 
 
 def _name_field(entry: SnapshotEntry) -> Evidence:
     at = entry.offset + 40 + entry.extra_length + len(entry.id_bytes)
-    return Evidence("name", entry.name, at, len(entry.name_bytes), _TABLE, snapshot=entry.id)
+    return Evidence("name", shortened(entry.name), at, len(entry.name_bytes), _TABLE, snapshot=shortened(entry.id))
 
 
 # --- VM state ------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
             state.host,
             structure="VM state",
             guest_offset=state.offset,
-            snapshot=entry.id,
+            snapshot=shortened(entry.id),
         )
         if state.head[:4] == _VM_STATE_MAGIC:
             yield Evidence(
@@ -130,7 +130,7 @@ def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
             )
         machine = machine_type(state.head)
         if machine:
-            yield Evidence("machine", machine, state.host, structure="VM state", snapshot=entry.id)
+            yield Evidence("machine", machine, state.host, structure="VM state", snapshot=shortened(entry.id))
 
 
 @rule(
@@ -146,10 +146,12 @@ def snapshot_vm_state_invalid(facts: Facts) -> Iterator[Evidence]:
         entry = state.entry
         if state.why:
             yield _field(entry, "vm_state_size", entry.vm_state_size)
-            yield Evidence("error", state.why, structure="VM state", guest_offset=state.offset, snapshot=entry.id)
+            yield Evidence(
+                "error", state.why, structure="VM state", guest_offset=state.offset, snapshot=shortened(entry.id)
+            )
         elif not facts.header.crypt_method and state.head[:4] != _VM_STATE_MAGIC:
             shown = state.head[:16].hex(" ")
-            yield Evidence("starts_with", shown, state.host, 16, "VM state", state.offset, entry.id)
+            yield Evidence("starts_with", shown, state.host, 16, "VM state", state.offset, shortened(entry.id))
     for entry in facts.image.snapshots:
         if (
             entry.extra_length >= 8
@@ -177,7 +179,7 @@ def snapshot_vm_state_invalid(facts: Facts) -> Iterator[Evidence]:
 )
 def snapshot_id_gap(facts: Facts) -> Iterator[Evidence]:
     entries = facts.image.snapshots
-    ids = sorted({int(entry.id) for entry in entries if _decimal(entry)})
+    ids = sorted({int(entry.id_bytes) for entry in entries if _decimal(entry)})
     if not ids or len(ids) != len(entries):
         return  # foreign or repeated IDs are SNAPSHOT-ORDER's subject
     missing = [(low + 1, high - 1) for low, high in zip([0, *ids], ids, strict=False) if high - low > 1]
@@ -278,7 +280,11 @@ def snapshot_size_changed(facts: Facts) -> Iterator[Evidence]:
 )
 def snapshot_writer(facts: Facts) -> Iterator[Evidence]:
     seen: set[tuple[str, int]] = set()
+    previous: SnapshotEntry | None = None
     for entry in facts.image.snapshots:
+        if previous is not None and entry.icount == previous.icount and len(entry.extra) == len(previous.extra):
+            continue
+        previous = entry
         for name, value in (("extra_data_size", entry.extra_length), ("icount", entry.icount)):
             # Each value once, where it stands first: tables are long, writers few.
             if value is not None and len(seen) < 100 and (name, value) not in seen:
@@ -298,7 +304,9 @@ def snapshot_unknown_extra(facts: Facts) -> Iterator[Evidence]:
         if entry.extra_length > _KNOWN_EXTRA:
             at = entry.offset + 40 + _KNOWN_EXTRA
             shown = entry.extra[_KNOWN_EXTRA : _KNOWN_EXTRA + 64].hex(" ")
-            yield Evidence("extra_data", shown, at, entry.extra_length - _KNOWN_EXTRA, _TABLE, snapshot=entry.id)
+            yield Evidence(
+                "extra_data", shown, at, entry.extra_length - _KNOWN_EXTRA, _TABLE, snapshot=shortened(entry.id)
+            )
 
 
 # --- bitmaps -------------------------------------------------------------------------------------

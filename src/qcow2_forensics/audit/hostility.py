@@ -13,7 +13,7 @@ from ..header_rules import MAX_DISK_BYTES
 from ..limits import MiB
 from ..source import Source
 from ..structures import SnapshotEntry
-from .facts import Facts
+from .facts import Facts, shortened
 from .names import chain, names
 from .rules import DERIVED, QEMU_MADE, rule, variant
 
@@ -83,7 +83,7 @@ def _absurd_snapshots(facts: Facts) -> Iterator[Callable[[], Evidence]]:
 
 
 def _absurd_l1(entry: SnapshotEntry) -> Evidence:
-    return Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=entry.id)
+    return Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=shortened(entry.id))
 
 
 def _absurd_bitmaps(facts: Facts) -> Iterator[Evidence]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -118,12 +117,12 @@ class Segments(NamedTuple):
     origin: I64
 
 
-def weighted_segments(intervals: Iterable[tuple[int, int, int]]) -> Segments:
-    """Sweep intervals ``(start, end, owner)``: however they repeat or overlap, every byte comes once.
+def weighted_segments(table: I64) -> Segments:
+    """Sweep intervals, a row ``(start, end, owner)`` each: however they repeat or overlap, every byte comes once.
 
     Of several that cover a segment the owner is the one that reaches furthest, the first of equals.
     """
-    table = np.asarray([item for item in intervals if item[1] > item[0]], dtype=np.int64).reshape(-1, 3)
+    table = table[table[:, 1] > table[:, 0]]
     if not len(table):
         return Segments(*np.zeros((5, 0), dtype=np.int64))
     starts, ends, owners = table[np.argsort(table[:, 0], kind="stable")].T

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .. import structures
 from ..header_rules import DISK, INT64_MAX, REFCOUNTS
 from ..image import Image
-from ..structures import Crypt, ExtensionType, padded
+from ..structures import Crypt, ExtensionType, SnapshotEntry, padded
 from ..tables import read_bitmap_directory
 
 MAX_SNAPSHOT_L1 = 4 * 2**20  # entries, what QEMU's check walks
@@ -33,10 +33,10 @@ class Reason(NamedTuple):
 
 
 class SnapshotL1(NamedTuple):
-    """Where a snapshot table entry, by its number, says its L1 table is."""
+    """Where a snapshot table entry that the reader proper does not take says its L1 table is."""
 
-    number: int
-    entry_offset: int
+    index: int  # type: ignore[assignment]  # as in SnapshotEntry, which stands beside it
+    offset: int
     l1_table_offset: int
     l1_size: int
 
@@ -54,7 +54,7 @@ class BitmapPlace(NamedTuple):
 class Layout:
     """Where all metadata but the L2 tables is."""
 
-    snapshots: list[SnapshotL1] = field(default_factory=list)
+    snapshots: list[SnapshotEntry | SnapshotL1] = field(default_factory=list)
     snapshot_table_length: int = 0
     short_extra: list[int] = field(default_factory=list)  # offsets of v3 entries without the extra data
     bitmap_directory: tuple[int, int] | None = None
@@ -112,7 +112,7 @@ def _snapshots(image: Image, layout: Layout) -> None:
         return
     # What the reader proper has parsed stands; behind its first fault the check goes on by itself.
     whole = image.snapshots
-    layout.snapshots += [SnapshotL1(entry.index, entry.offset, entry.l1_table_offset, entry.l1_size) for entry in whole]
+    layout.snapshots += whole
     at = whole[-1].offset + whole[-1].length if whole else start
     if at - start > limits.snapshot_table_bytes:
         layout.reasons.append(Reason("the snapshot table is too large", at))

@@ -18,7 +18,7 @@ from .model import U64, Tables
 from .refcounts import StoredRefcounts
 from .seats import Seats
 from .tally import descriptors
-from .walk import Gathering, Named, batches, l1_chunks, walkable
+from .walk import Gathering, L1Chunk, Named, batches, l1_chunks, walkable
 
 _ALWAYS = 1 << 22  # clusters whose arrays, 36 MiB, are not worth a second look
 _SHARE = 16  # a file of which a larger part is claimed has a seat for every cluster
@@ -64,12 +64,12 @@ def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: in
         starts, lengths = np.asarray(sorted(kept), dtype=np.uint64).T
         yield starts >> bits, (starts + lengths - one) >> bits
     yield whole(refcounts.offsets[refcounts.offsets != 0])
-    aligned = [(offset, count, 0) for offset, count in bitmaps if offset % header.cluster_size == 0]
-    for chunk in l1_chunks(image, aligned):
+    aligned = [place for place in bitmaps if place[0] % header.cluster_size == 0]
+    for chunk in _entries(image, aligned):
         yield whole(chunk.entries & np.uint64(OFFSET_MASK))
     gathering = Gathering()
     readable = {table for table in l1_tables if table[0] + table[1] * 8 <= INT64_MAX}
-    for chunk in l1_chunks(image, [(offset, count, 0) for offset, count in sorted(readable)]):
+    for chunk in _entries(image, sorted(readable)):
         gathering.add(Named.of_chunk(chunk, active=True))
     named = gathering.result()
     yield whole(named.offsets)
@@ -80,6 +80,11 @@ def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: in
             yield whole(hosts[plain & (hosts != 0)])
             if not plain.all():
                 yield _streams(tables, ~plain)
+
+
+def _entries(image: Image, tables: list[tuple[int, int]]) -> Iterator[L1Chunk]:
+    offsets, counts = [offset for offset, _ in tables], [count for _, count in tables]
+    return l1_chunks(image, offsets, counts, [0] * len(tables))
 
 
 def _streams(tables: Tables, packed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Runs:

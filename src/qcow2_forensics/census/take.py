@@ -18,7 +18,7 @@ from .compare import Comparison, compare_refcounts
 from .grades import MORE, ONE
 from .issues import Issues, Item
 from .layout import MAX_SNAPSHOT_L1, BitmapPlace, Layout, Reason, read_layout
-from .model import U64, Mask, Owner, Range, Tables
+from .model import U64, Mask, Owner, Places, Range, Tables
 from .reach import seats_for
 from .refcounts import StoredRefcounts
 from .seats import Seats, Values
@@ -272,13 +272,11 @@ class _Taker:
         self._refcount_blocks(most)
         return named
 
-    def _claim(
-        self, owner: Owner, spans: list[tuple[int, int]], structure: str, trees: list[int] | None = None
-    ) -> None:
-        self.tally.claim(owner, spans, structure, trees)
-        spans = [span for span in spans if span[1] > 0]
-        offsets, lengths = np.asarray(spans, dtype=np.uint64).reshape(-1, 2).T
-        self.structures.append(Structures(offsets, lengths, owner, tuple(trees or ())))
+    def _claim(self, owner: Owner, spans: list[tuple[int, int]], structure: str) -> None:
+        self.tally.claim(owner, spans, structure)
+        table = np.asarray(spans, dtype=np.uint64).reshape(-1, 2)
+        offsets, lengths = table[table[:, 1] != 0].T
+        self.structures.append(Structures(offsets, lengths, owner))
 
     def _structures(self, offsets: U64, owner: Owner) -> None:
         lengths = np.full(len(offsets), self.tally.cluster_size, dtype=np.uint64)
@@ -292,39 +290,50 @@ class _Taker:
         count = min(header.l1_size, MAX_SNAPSHOT_L1)
         if header.l1_table_offset + count * 8 <= INT64_MAX:
             self._claim(Owner.L1, [(header.l1_table_offset, count * 8)], "L1 table")
-            for chunk in l1_chunks(self.image, [(header.l1_table_offset, count, -1)]):
+            for chunk in l1_chunks(self.image, [header.l1_table_offset], [count], [-1]):
                 self.tally.l1_entries(chunk, active=True)
                 gathering.add(Named.of_chunk(chunk, active=True))
         usable = self._snapshot_tables()
-        spans = [(offset, size * 8) for offset, size, _ in usable]
-        self.tally.claim(Owner.SNAPSHOT_L1, spans, "snapshot L1 table", [tree for _, _, tree in usable])
+        offsets, counts, trees = usable.T
+        spans = np.column_stack((offsets, counts * np.uint64(8)))
+        self.tally.claim(Owner.SNAPSHOT_L1, spans, "snapshot L1 table", trees)
         # One that several entries name is one structure.
-        distinct = {(offset, size): tree for offset, size, tree in reversed(usable) if size}
-        table = np.asarray(list(distinct), dtype=np.uint64).reshape(-1, 2)
-        eight = np.uint64(8)
-        self.structures.append(
-            Structures(table[:, 0], table[:, 1] * eight, Owner.SNAPSHOT_L1, tuple(distinct.values()))
-        )
-        for chunk in l1_chunks(self.image, usable):
+        firsts = _firsts(spans[:, 0], spans[:, 1])
+        firsts = firsts[spans[firsts, 1] != 0]
+        owners = tuple(trees[firsts].tolist())
+        self.structures.append(Structures(spans[firsts, 0], spans[firsts, 1], Owner.SNAPSHOT_L1, owners))
+        for chunk in l1_chunks(self.image, offsets, counts, trees):
             self.tally.l1_entries(chunk, active=False)
             gathering.add(Named.of_chunk(chunk, active=False))
         return gathering.result()
 
-    def _snapshot_tables(self) -> list[tuple[int, int, int]]:
-        usable = []
-        cluster_size = self.tally.cluster_size
-        for snapshot in self.layout.snapshots:
-            number, at, offset, count = snapshot
-            if offset % cluster_size:
-                self.tally.corruptions += 1
-                self.tally.issues.add("unaligned", [Item("snapshot table", at, offset, offset, None, number)])
-            elif count > MAX_SNAPSHOT_L1:
-                self.tally.corruptions += 1
-            elif offset + count * 8 > INT64_MAX:
-                self.layout.reasons.append(Reason(f"the L1 table of snapshot table entry {number} is unreadable", at))
-            else:
-                usable.append((offset, count, number))
-        return usable
+    def _snapshot_tables(self) -> U64:
+        """Return the snapshots' L1 tables that can be walked, a row (offset, entries, snapshot) each."""
+        snapshots, tally = self.layout.snapshots, self.tally
+        offsets, counts, numbers = (
+            np.fromiter(column, np.uint64, len(snapshots))
+            for column in (
+                (snapshot.l1_table_offset for snapshot in snapshots),
+                (snapshot.l1_size for snapshot in snapshots),
+                (snapshot.index for snapshot in snapshots),
+            )
+        )
+        odd = (offsets & np.uint64(tally.cluster_size - 1)) != 0
+        large = ~odd & (counts > np.uint64(MAX_SNAPSHOT_L1))
+        far = ~odd & ~large & (offsets > np.uint64(INT64_MAX) - counts * np.uint64(8))
+        tally.corruptions += int(odd.sum()) + int(large.sum())
+        if odd.any():
+            wrong = (snapshots[place] for place in np.flatnonzero(odd).tolist())
+            items = (
+                Item("snapshot table", one.offset, one.l1_table_offset, one.l1_table_offset, None, one.index)
+                for one in wrong
+            )
+            tally.issues.add("unaligned", items, int(odd.sum()))
+        for place in np.flatnonzero(far).tolist():
+            text = f"the L1 table of snapshot table entry {snapshots[place].index} is unreadable"
+            self.layout.reasons.append(Reason(text, snapshots[place].offset))
+        usable = ~(odd | large | far)
+        return np.column_stack((offsets[usable], counts[usable], numbers[usable]))
 
     # --- bitmaps ---------------------------------------------------------------------------------
 
@@ -336,8 +345,9 @@ class _Taker:
         spans = [(place.table_offset, place.table_size * 8) for place in layout.bitmaps]
         self._claim(Owner.BITMAP_TABLE, spans, "bitmap table")
         aligned = [place for place in layout.bitmaps if place.table_offset % tally.cluster_size == 0]
+        offsets, counts = [place.table_offset for place in aligned], [place.table_size for place in aligned]
         bad: list[U64] = []
-        for chunk in l1_chunks(self.image, [(p.table_offset, p.table_size, n) for n, p in enumerate(aligned)]):
+        for chunk in l1_chunks(self.image, offsets, counts, list(range(len(aligned)))):
             entries, weight = chunk.entries, chunk.weight
             hosts = entries & np.uint64(OFFSET_MASK)
             reserved = (entries & np.uint64(BITMAP_TABLE_RESERVED)) != 0
@@ -422,6 +432,14 @@ class _Taker:
                 for slot in slots[:100].tolist()
             )
             self.tally.issues.add(kind, items, len(slots))
+
+
+def _firsts(one: U64, two: U64) -> Places:
+    """Return where each distinct pair of two columns stands first."""
+    order = np.lexsort((np.arange(len(one)), two, one))
+    fresh = np.append(True, (one[order][1:] != one[order][:-1]) | (two[order][1:] != two[order][:-1]))[: len(order)]
+    firsts: Places = order[fresh]
+    return firsts
 
 
 def _occurrence(values: U64) -> U64:

@@ -6,7 +6,7 @@ what that check does not look at (aliases, references the guest cannot reach) is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -65,19 +65,27 @@ class Tally:
 
     # --- claims of whole structures --------------------------------------------------------------
 
-    def claim(self, kind: Owner, spans: list[tuple[int, int]], structure: str, trees: list[int] | None = None) -> None:
+    def claim(
+        self, kind: Owner, spans: U64 | Sequence[tuple[int, int]], structure: str, trees: U64 | None = None
+    ) -> None:
         """Count byte ranges ``(offset, length)``, each of which occupies every cluster it touches."""
-        valid = []
-        for number, (offset, length) in enumerate(spans):
-            if length <= 0:
-                continue
-            if offset + length - self.length >= self.cluster_size:
-                self.corruptions += 1
-                tree = trees[number] if trees else -1
-                self.missing([Item(structure, None, length, offset, None, tree)], 1, offset)
-            else:
-                valid.append((offset >> self.cluster_bits, ((offset + length - 1) >> self.cluster_bits) + 1, 0))
-        segments = weighted_segments(valid)
+        table = np.asarray(spans, dtype=np.uint64).reshape(-1, 2)
+        numbers = np.flatnonzero(table[:, 1])
+        offsets, lengths = table[numbers].T
+        bound = np.uint64(self.length + self.cluster_size)
+        beyond = (offsets >= bound) | (lengths >= bound) | (offsets + lengths >= bound)
+        if beyond.any():
+            count, lost = int(beyond.sum()), numbers[beyond].tolist()
+            self.corruptions += count
+            places = ((number, *table[number].tolist()) for number in lost)
+            items = (
+                Item(structure, None, length, offset, None, int(trees[number]) if trees is not None else -1)
+                for number, offset, length in places
+            )
+            self.missing(items, count, int(offsets[beyond].max()))
+        bits, one = np.uint64(self.cluster_bits), np.uint64(1)
+        first, last = offsets[~beyond] >> bits, ((offsets[~beyond] + lengths[~beyond] - one) >> bits) + one
+        segments = weighted_segments(np.column_stack((first, last, np.zeros_like(first))).astype(np.int64))
         lengths = segments.end - segments.start
         short = lengths <= _SHORT_RUN  # many of them only where crafted: all at once
         for start, stop, weight in np.column_stack(segments[:3])[~short].tolist():
@@ -101,7 +109,7 @@ class Tally:
         self.counts.add(seats, weight)
         self.owners[seats] |= np.uint16(kind)
 
-    def missing(self, items: list[Item], count: int, host: int) -> None:
+    def missing(self, items: Iterable[Item], count: int, host: int) -> None:
         """Note references beyond the end of the file."""
         self.issues.add("beyond-eof", items, count)
         self.highest_missing = max(self.highest_missing, host)

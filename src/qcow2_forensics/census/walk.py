@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,18 +34,23 @@ class L1Chunk:
     tree: I64
 
 
-def l1_chunks(image: Image, tables: Iterable[tuple[int, int, int]]) -> Iterator[L1Chunk]:
-    """Yield the non-zero entries of L1 tables given as (offset, entries, tree), at multiples of 8 bytes.
+def l1_chunks(
+    image: Image, offsets: U64 | list[int], counts: U64 | list[int], trees: U64 | I64 | list[int]
+) -> Iterator[L1Chunk]:
+    """Yield the non-zero entries of L1 tables, each of some entries and of a tree, at multiples of 8 bytes.
 
     Every byte is read once, also where tables repeat or overlap; past the end of the file entries
     are zero.
     """
     end_of_file = -(-image.file_size // 8) * 8
-    spans = ((offset, min(offset + count * 8, end_of_file), tree) for offset, count, tree in tables)
-    segments = weighted_segments(spans)
+    start = np.asarray(offsets, dtype=np.uint64)
+    inside = start < np.uint64(end_of_file)
+    start = start[inside].astype(np.int64)
+    end = np.minimum(start + np.asarray(counts, dtype=np.int64)[inside] * 8, end_of_file)
+    segments = weighted_segments(np.column_stack((start, end, np.asarray(trees, dtype=np.int64)[inside])))
     for first, last in _stretches(segments):
-        start, stop = int(segments.start[first]), int(segments.end[last - 1])
-        for at in range(start, stop, _L1_CHUNK):
+        stop = int(segments.end[last - 1])
+        for at in range(int(segments.start[first]), stop, _L1_CHUNK):
             size = min(_L1_CHUNK, stop - at)
             entries = big_endian(image.read(at, size).ljust(size, b"\0"))
             places = np.flatnonzero(entries)
