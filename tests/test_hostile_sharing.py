@@ -50,7 +50,7 @@ from tests.image_builder import (
 compare_module = importlib.import_module("qcow2_forensics.compare")  # the package has the function by this name
 
 MiB = 1 << 20
-SLOTS = 1 << 18  # of an L1 table
+SLOTS = 1 << 16  # of an L1 table
 SPAN = 64 * 512  # guest bytes under one slot, for clusters of 512 bytes
 
 
@@ -100,9 +100,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("tables", [[ZEROS], [ZEROS, ZEROS_TOO], [ZEROS_TOO, ZEROS, ZEROS]])
-def test_a_few_tables_of_zeros_under_a_quarter_million_slots_are_one_run_and_few_reads(
-    tables: list[bytes], tmp_path: Path
-) -> None:
+def test_a_few_tables_of_zeros_under_65536_slots_are_one_run_and_few_reads(tables: list[bytes], tmp_path: Path) -> None:
     path = repeated(tables).write(tmp_path / "zeros.qcow2")
     source = Counted(FileSource(path))
     with q.open_disk(source) as disk:
@@ -218,16 +216,21 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", _SHAPES)
-@settings(max_examples=20, deadline=None)
-@given(st.data(), st.sampled_from([None, 0.5, 1.5, 2]))
-def test_what_whole_tables_prove_equal_is_what_their_runs_prove_equal(
-    shape: str, data: st.DataObject, backing: float | None
-) -> None:
+def test_what_whole_tables_prove_equal_is_what_their_runs_prove_equal(shape: str) -> None:
+    @settings(max_examples=25, deadline=None)
+    @given(st.data(), st.sampled_from([None, 0.5, 1.5, 2]))
+    def hold(data: st.DataObject, backing: float | None) -> None:
+        _hold_tables_against_runs(shape, data, backing)
+
+    hold()
+
+
+def _hold_tables_against_runs(shape: str, data: st.DataObject, backing: float | None) -> None:
     fields = _SHAPES[shape]
     with tempfile.TemporaryDirectory() as name:
         builder = Builder(**fields, size=1, l1_size=2, backing=None if backing is None else b"base")
         span = builder.l2_entries << builder.cluster_bits
-        builder.size = 2 * span
+        builder.size = 2 * span if span < MiB else 64 << builder.cluster_bits
         builder.extensions.append((EXT_BACKING_FORMAT, b"raw"))
         builder.raw(0x8000, bytes(range(256)) * 128 + b"" * 0x4000)
         builder._end = 0x14000
