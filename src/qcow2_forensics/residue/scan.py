@@ -1,26 +1,33 @@
-"""Walks the host clusters nothing refers to and says what they hold, as runs of one kind."""
+"""Walks the host clusters nothing refers to and says what they hold, as runs of one kind.
+
+Clusters are looked at many at a time: small ones are many, and a crafted file is full of what looks
+like tables::
+
+    batch    | guest data | guest data | L2 | zeros | guest data that begins as an ELF |
+    pieces   [ data                   ] [l2]         [ data                      goes on in the next batch
+"""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from .. import structures
 from ..census import Census
 from ..host_holes import host_runs
 from ..image import Image
 from ..limits import MiB
 from ..structures import BitmapEntry, SnapshotEntry
-from . import content, tables
+from . import content
 from .pieces import Piece
-from .tables import Geometry
+from .recognise import LOOKS, Clusters, Recogniser, Seen
+from .tables import Counts, words_of
 
-_CHUNK = 8 * MiB
-_TARGETS = 64  # of a former table, read to see whether they still hold bytes
+_BATCH = 1 * MiB  # of clusters looked at together
+_KINDS = ("free", "leaked", "trailing")
 
 
 class Found(NamedTuple):
@@ -31,150 +38,154 @@ class Found(NamedTuple):
     bitmaps: tuple[BitmapEntry, ...] = ()
 
 
+class _Stretch(NamedTuple):
+    """Stored bytes of neighbouring clusters; only the file's last one may be cut."""
+
+    offset: int
+    length: int
+    kind: int  # among _KINDS
+
+
 def unclaimed(image: Image, census: Census) -> Iterator[Found]:
     """Yield what lies in clusters nothing refers to, in file order, zeros left out.
 
     Neighbouring clusters of guest-like data become one piece until a new file signature starts.
     """
-    for offset, length, kind in heapq.merge(
-        ((offset, length, "free") for offset, length in census.free()),
-        ((offset, length, "leaked") for offset, length in census.leaked()),
-    ):
+    scanner = _Scanner(image, census)
+    batch: list[_Stretch] = []
+    room = most = max(1, _BATCH // image.cluster_size) * image.cluster_size
+    for stretch in _stretches(image, census):
+        offset, stop = stretch.offset, stretch.offset + stretch.length
+        while offset < stop:
+            length = min(room, stop - offset)
+            batch.append(_Stretch(offset, length, stretch.kind))
+            offset, room = offset + length, room - length
+            if room < image.cluster_size:
+                yield from scanner.look(batch)
+                batch, room = [], most
+    yield from scanner.look(batch)
+    yield from scanner.end()
+
+
+def _stretches(image: Image, census: Census) -> Iterator[_Stretch]:
+    size = image.cluster_size
+    for offset, length, kind in _unclaimed(census):
+        at = offset
+        for run in host_runs(image.source, offset, min(length, image.file_size - offset)):
+            at = max(run.offset // size * size, at)  # holes may be smaller than a cluster
+            stop = min(-(-(run.offset + run.length) // size) * size, image.file_size)
+            if at < stop and not run.is_hole:
+                yield _Stretch(at, stop - at, kind)
+                at = stop
+
+
+def _unclaimed(census: Census) -> Iterator[_Stretch]:
+    free = (_Stretch(offset, length, 0) for offset, length in census.free())
+    leaked = (_Stretch(offset, length, 1) for offset, length in census.leaked())
+    for offset, length, kind in heapq.merge(free, leaked):
         inside = max(0, min(length, census.end - offset))
         if inside:
-            yield from _Scanner(image, census, kind).scan(offset, inside)
+            yield _Stretch(offset, inside, kind)
         if inside < length:
-            yield from _Scanner(image, census, "trailing").scan(offset + inside, length - inside)
+            yield _Stretch(offset + inside, length - inside, 2)
 
 
 class _Scanner:
-    """Gathers one stretch of unclaimed clusters into pieces."""
+    """Looks at batches of clusters, in file order, and gathers pieces."""
 
-    def __init__(self, image: Image, census: Census, kind: str) -> None:
+    def __init__(self, image: Image, census: Census) -> None:
         self._image = image
-        self._census = census
-        self._kind = kind
-        self._geometry = Geometry.of(image)
-        self._cluster_size = image.cluster_size
-        self._start = 0
-        self._length = 0
-        self._counts = np.zeros(256, np.int64)
-        self._signature = ""
-        self._first = ""
+        self._size = image.cluster_size
+        self._recogniser = Recogniser(image, census)
+        self._open: tuple[Piece, Counts] | None = None  # data the next cluster may go on with, how often each byte came
 
-    def scan(self, offset: int, length: int) -> Iterator[Found]:
-        size = self._cluster_size
-        length = min(length, self._image.file_size - offset)
-        at = offset
-        for run in host_runs(self._image.source, offset, length):
-            if run.is_hole:
-                continue
-            at = max(run.offset // size * size, at)  # holes may be smaller than a cluster
-            stop = run.offset + run.length
-            while at < stop:
-                step = min(max(_CHUNK, size), -(-(stop - at) // size) * size)
-                data = self._image.read(at, step)
-                for place in range(0, len(data), size):
-                    yield from self._cluster(at + place, data[place : place + size])
-                at += step
-        yield from self._flush()
-
-    def _cluster(self, offset: int, data: bytes) -> Iterator[Found]:
-        counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
-        if counts[0] == len(data):
-            yield from self._flush()
+    def look(self, stretches: list[_Stretch]) -> Iterator[Found]:
+        """Yield the pieces that end in a batch."""
+        clusters, kinds = self._read(stretches)
+        if not len(kinds):
             return
-        found = self._table(offset, data, counts)
-        if found is not None:
-            yield from self._flush()
-            yield found
-            return
-        signature = content.signature(data)
-        if self._length and (signature or offset != self._start + self._length):
-            yield from self._flush()
-        if not self._length:
-            self._start, self._signature, self._first = offset, signature, content.preview(data)
-        self._length += len(data)
-        self._counts += counts
-
-    def _flush(self) -> Iterator[Found]:
-        if self._length:
-            counts = self._counts
-            yield Found(
-                Piece(
-                    self._start,
-                    self._length,
-                    self._kind,
-                    "vm-state" if self._signature == "QEMU VM state" else "data",
-                    int(counts[1:].sum()),
-                    content.entropy_of(counts),
-                    self._signature,
-                    self._first,
-                )
-            )
-            self._length = 0
-            self._counts = np.zeros(256, np.int64)
-
-    def _table(self, offset: int, data: bytes, counts: npt.NDArray[np.int64]) -> Found | None:
-        geometry = self._geometry
-        snapshots, bitmaps = tables.find_entries(data, offset, geometry)
-        looks, facts = "", None
-        if snapshots:
-            looks = "snapshot-table"
-        elif bitmaps:
-            looks = "bitmap-directory"
-        else:
-            looks, facts = self._mapping(data)
-            if facts is None and tables.looks_like_refcounts(data, self._image.header.refcount_order):
-                looks = "refcounts"
-        if not looks:
-            return None
-        nonzero = len(data) - int(counts[0])
-        piece = Piece(
-            offset,
-            len(data),
-            self._kind,
-            looks,
-            nonzero,
-            content.entropy_of(counts),
-            first=content.preview(data),
-            entries=facts.entries if facts is not None else len(snapshots) + len(bitmaps),
-            intact=self._free_targets(facts) if facts is not None else 0,
-            zero_only=facts is not None and facts.zero_plain == facts.entries,
+        seen = self._recogniser.look(clusters)
+        signatures = {row: name for row, name in content.signatures(clusters.data).items() if not seen.looks[row]}
+        starts = self._starts(clusters, kinds, seen, list(signatures))
+        missing = np.maximum(0, clusters.offsets + self._size - self._image.file_size)
+        lengths = np.add.reduceat(self._size - missing, starts)
+        is_start = np.zeros(len(kinds), np.intp)
+        is_start[starts] = 1
+        counts = content.histograms(clusters.data, np.cumsum(is_start) - 1)
+        counts[-1, 0] -= missing[-1]
+        columns = (
+            starts,
+            clusters.offsets[starts],
+            lengths,
+            kinds[starts],
+            seen.looks[starts],
+            counts[:, 1:].sum(axis=1),
+            content.entropies(counts),
+            seen.entries[starts],
+            seen.intact[starts],
+            seen.zero_only[starts],
         )
-        return Found(piece, tuple(snapshots), tuple(bitmaps))
+        heads = clusters.data[starts, :16].tobytes()
+        for number, (row, offset, length, kind, looks, nonzero, entropy, entries, intact, zero_only) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True)
+        ):
+            signature = signatures.get(row, "")
+            piece = Piece(
+                offset,
+                length,
+                _KINDS[kind],
+                "vm-state" if signature == "QEMU VM state" else LOOKS[looks],
+                nonzero,
+                entropy,
+                signature,
+                content.preview(heads[number * 16 : number * 16 + min(16, length)]),
+                entries=entries,
+                intact=intact,
+                zero_only=zero_only,
+            )
+            if looks:
+                yield from self.end()
+                yield Found(piece, tuple(seen.snapshots.get(row, ())), tuple(seen.bitmaps.get(row, ())))
+            else:
+                yield from self._data(piece, counts[number])
 
-    def _mapping(self, data: bytes) -> tuple[str, tables.TableFacts | None]:
-        if len(data) < self._cluster_size:
-            data = data.ljust(self._cluster_size, b"\0")
-        l1 = tables.parse_l1(data, self._geometry)
-        if l1 is not None and self._targets_are_refcounts(data, l1):
-            return "refcount-table", l1
-        if l1 is not None and self._targets_are_tables(l1):
-            return "l1", l1
-        l2 = tables.parse_l2(data, self._geometry)
-        # One lone word may be anything: a small number, a flag.
-        if l2 is not None and (l2.entries > 1 or (l2.targets.size and not l2.zero_plain)):
-            return "l2", l2
-        return "", None
+    def end(self) -> Iterator[Found]:
+        """Yield the piece that is still open."""
+        if self._open is not None:
+            yield Found(self._open[0])
+            self._open = None
 
-    def _targets_are_tables(self, facts: tables.TableFacts) -> bool:
-        for offset in facts.targets[:8].tolist():
-            data = self._image.read(offset, self._cluster_size)
-            if tables.parse_l2(data, self._geometry) is None:
-                return False
-        return True
+    def _data(self, piece: Piece, counts: Counts) -> Iterator[Found]:
+        if self._open is not None:
+            before, so_far = self._open
+            if (piece.offset, piece.kind, piece.signature) == (before.offset + before.length, before.kind, ""):
+                counts = so_far + counts
+                length, nonzero = before.length + piece.length, before.nonzero + piece.nonzero
+                piece = replace(before, length=length, nonzero=nonzero, entropy=content.entropy_of(counts))
+            else:
+                yield from self.end()
+        self._open = piece, counts
 
-    def _targets_are_refcounts(self, data: bytes, facts: tables.TableFacts) -> bool:
-        order = self._image.header.refcount_order
-        if tables.words_of(data)[facts.indices[0]] & np.uint64(structures.COPIED):
-            return False  # refcount tables have no flags
-        first = self._image.read(int(facts.targets[0]), self._cluster_size)
-        return tables.looks_like_refcounts(first, order)
+    def _read(self, stretches: list[_Stretch]) -> tuple[Clusters, Counts]:
+        """Return the clusters that are not all zeros, and the kind of each."""
+        size, image = self._size, self._image
+        table = np.asarray(stretches, dtype=np.intp).reshape(-1, 3)
+        numbers = -(-table[:, 1] // size)
+        data = b"".join(
+            image.read(offset, length).ljust(-(-length // size) * size, b"\0") for offset, length, _ in stretches
+        )
+        words = words_of(data).reshape(-1, size // 8)
+        firsts = np.repeat(table[:, 0] - (np.cumsum(numbers) - numbers) * size, numbers)
+        rows = np.flatnonzero(words.any(axis=1))
+        offsets = (firsts + np.arange(len(words)) * size)[rows]
+        clusters = Clusters(offsets, np.frombuffer(data, np.uint8).reshape(-1, size)[rows], words[rows])
+        return clusters, np.repeat(table[:, 2], numbers)[rows]
 
-    def _free_targets(self, facts: tables.TableFacts) -> int:
-        """Return how many targets nothing live uses and that still hold bytes; a sample's worth."""
-        numbers = (facts.targets // np.uint64(self._cluster_size)).astype(np.intp)
-        numbers = numbers[numbers < self._census.clusters]
-        free = numbers[~self._census.is_claimed(numbers)][:_TARGETS]
-        return sum(any(self._image.read(number * self._cluster_size, self._cluster_size)) for number in free.tolist())
+    def _starts(self, clusters: Clusters, kinds: Counts, seen: Seen, signed: list[int]) -> Counts:
+        """Return the rows where a piece starts, the first among them."""
+        table = seen.looks != 0
+        start = table.copy()
+        start[1:] |= table[:-1] | (np.diff(clusters.offsets) != self._size) | (np.diff(kinds) != 0)
+        start[signed] = True
+        start[0] = True
+        return np.flatnonzero(start)

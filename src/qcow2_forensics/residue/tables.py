@@ -7,7 +7,9 @@ file and reserved bits zero, which guest data does not satisfy by chance.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from itertools import groupby, islice
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +18,18 @@ from .. import structures
 from ..image import Image
 from ..structures import BitmapEntry, SnapshotEntry
 
-Words = npt.NDArray[np.uint64]
+Words: TypeAlias = npt.NDArray[np.uint64]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Counts: TypeAlias = npt.NDArray[np.intp]
 
 _EXTRA_LENGTHS = frozenset({0, 8, 16, 24})  # what QEMU has written
 _MAX_L1_SIZE = 4 * 1024 * 1024  # entries QEMU accepts
 _MAX_ID_LENGTH = 10  # decimal, QEMU counts in 32 bits
 _MAX_NAME_LENGTH = 1023
+_MOST_COUNT = 64  # that a former refcount block is believed
+_FIRST_WORDS = 16  # of a cluster: what cannot be a table is mostly seen from these
+_FIRST_BYTES = 128
 _CANDIDATES = 4096  # places per call looked at in detail: crafted bytes must not cost more
 
 
@@ -58,107 +66,121 @@ class TableFacts(NamedTuple):
     zero_plain: int
     compressed: int
     targets: Words  # host offsets of the plain entries, in table order
-    indices: npt.NDArray[np.intp]  # their places in the table
+
+
+class Rows(NamedTuple):
+    """The same for many clusters at once, of which each is a row of words."""
+
+    sound: Mask  # rows all of whose entries can be genuine; of a blank row too
+    entries: Counts
+    zero_plain: Counts
+    compressed: Counts
+    targets: Words  # 0 where an entry names none
+
+    @property
+    def tables(self) -> Mask:
+        """Which rows are sound and have entries."""
+        return self.sound & (self.entries > 0)
+
+    def only(self, which: Mask) -> Rows:
+        """Return these facts of some of the rows."""
+        return Rows(
+            self.sound[which],
+            self.entries[which],
+            self.zero_plain[which],
+            self.compressed[which],
+            self.targets[which],
+        )
+
+
+Rule = Callable[[Words, Geometry], Rows]
 
 
 def parse_l2(data: bytes, geometry: Geometry) -> TableFacts | None:
     """Return the entries of what may be an L2 table; None when one of them cannot be genuine."""
-    table = words_of(data)
-    if geometry.extended_l2:
-        return _parse_extended(table, geometry)
-    used = np.flatnonzero(table)
-    if not used.size:
-        return None
-    return _entries(table[used], used, geometry, zero_flag=geometry.version >= 3)
-
-
-def _parse_extended(table: Words, geometry: Geometry) -> TableFacts | None:
-    bitmaps = table[1::2]
-    entries = table[0::2][: len(bitmaps)]
-    used = np.flatnonzero(entries | bitmaps)
-    if not used.size:
-        return None
-    entries, bitmaps = entries[used], bitmaps[used]
-    allocated, zeros = bitmaps & np.uint64(0xFFFF_FFFF), bitmaps >> np.uint64(32)
-    if (allocated & zeros).any():
-        return None
-    placed = entries != 0
-    if allocated[~placed].any() or bitmaps[(entries & np.uint64(structures.COMPRESSED)) != 0].any():
-        return None
-    facts = _entries(entries[placed], used[placed], geometry, zero_flag=False) if placed.any() else None
-    if placed.any() and facts is None:
-        return None
-    plain_zero = int((~placed).sum())
-    if facts is None:
-        return TableFacts(plain_zero, plain_zero, 0, np.empty(0, np.uint64), np.empty(0, np.intp))
-    return facts._replace(entries=facts.entries + plain_zero, zero_plain=plain_zero)
-
-
-def _entries(
-    entries: Words, indices: npt.NDArray[np.intp], geometry: Geometry, *, zero_flag: bool
-) -> TableFacts | None:
-    compressed = (entries & np.uint64(structures.COMPRESSED)) != 0
-    if compressed.any():
-        if not geometry.compressed or (entries[compressed] & np.uint64(structures.COPIED)).any():
-            return None
-        split = np.uint64((1 << (70 - geometry.cluster_bits)) - 1)
-        if ((entries[compressed] & split) >= np.uint64(geometry.file_size)).any():
-            return None
-        entries, indices = entries[~compressed], indices[~compressed]
-    reserved = structures.L2_RESERVED if zero_flag else structures.L2_RESERVED | structures.ZERO
-    if (entries & np.uint64(reserved)).any():
-        return None
-    offsets = entries & np.uint64(structures.OFFSET_MASK)
-    if not geometry.external_data and not _plausible(offsets, geometry):
-        return None
-    placed = offsets != 0
-    # Without an offset only the bare zero flag means anything.
-    bare = entries[~placed]
-    if bare.size and ((bare != np.uint64(structures.ZERO)).any() or not zero_flag):
-        return None
-    return TableFacts(
-        len(entries) + int(compressed.sum()), len(bare), int(compressed.sum()), offsets[placed], indices[placed]
-    )
-
-
-def _plausible(offsets: Words, geometry: Geometry) -> bool:
-    aligned = not (offsets & np.uint64(geometry.cluster_size - 1)).any()
-    return aligned and not (offsets >= np.uint64(geometry.file_size)).any()
+    return _one(l2_rows, data[: len(data) // 16 * 16], geometry)
 
 
 def parse_l1(data: bytes, geometry: Geometry) -> TableFacts | None:
     """Return the entries of what may be (part of) an L1 table; its targets are still to be checked."""
-    table = words_of(data)
-    used = np.flatnonzero(table)
-    if not used.size:
-        return None
-    entries = table[used]
-    if (entries & np.uint64(structures.L1_RESERVED)).any():
-        return None
-    offsets = entries & np.uint64(structures.OFFSET_MASK)
-    if (offsets == 0).any() or not _plausible(offsets, geometry):
-        return None
-    if len(np.unique(offsets)) != len(offsets):
-        return None  # QEMU never maps two ranges through one L2 table
-    return TableFacts(len(entries), 0, 0, offsets, used)
+    return _one(l1_rows, data, geometry)
 
 
-def looks_like_refcounts(data: bytes, refcount_order: int) -> bool:
-    """Whether the bytes may be a former refcount block: whole small numbers, mostly ones.
+def _one(rule: Rule, data: bytes, geometry: Geometry) -> TableFacts | None:
+    rows = rule(words_of(data).reshape(1, -1), geometry)
+    if not rows.tables[0]:
+        return None
+    targets = rows.targets[rows.targets != 0]
+    return TableFacts(int(rows.entries[0]), int(rows.zero_plain[0]), int(rows.compressed[0]), targets)
+
+
+def likely(rule: Rule, words: Words, geometry: Geometry) -> npt.NDArray[np.intp]:
+    """Return the rows whose first words are sound: few of guest data, all of tables."""
+    return np.flatnonzero(rule(words[:, :_FIRST_WORDS], geometry).sound)
+
+
+def l2_rows(words: Words, geometry: Geometry) -> Rows:
+    """Judge rows of an even number of words as L2 tables."""
+    bitmaps = np.zeros(1, np.uint64)
+    if geometry.extended_l2:
+        words, bitmaps = words[:, 0::2], words[:, 1::2]
+    placed, packed = words != 0, (words & np.uint64(structures.COMPRESSED)) != 0
+    hosts = words & np.uint64(structures.OFFSET_MASK)
+    flagged = geometry.version >= 3 and not geometry.extended_l2  # an entry may have the zero flag
+    plain = (words & np.uint64(structures.L2_RESERVED | (0 if flagged else structures.ZERO))) == 0
+    if not geometry.external_data:
+        plain &= _plausible(hosts, geometry)
+    # Without an offset only the bare zero flag means anything.
+    bare = placed & ~packed & (hosts == 0)
+    plain &= ~bare | (words == np.uint64(structures.ZERO)) if flagged else ~bare
+    split = np.uint64((1 << (70 - geometry.cluster_bits)) - 1)
+    stream = ((words & np.uint64(structures.COPIED)) == 0) & ((words & split) < np.uint64(geometry.file_size))
+    sound = ~placed | np.where(packed, stream & geometry.compressed, plain)
+    if geometry.extended_l2:
+        allocated, zeros = bitmaps & np.uint64(0xFFFF_FFFF), bitmaps >> np.uint64(32)
+        sound &= ((allocated & zeros) == 0) & (placed | (allocated == 0)) & (~packed | (bitmaps == 0))
+        bare = ~placed & (bitmaps != 0)
+    return Rows(
+        sound.all(axis=1),
+        np.count_nonzero(placed | (bitmaps != 0), axis=1),
+        np.count_nonzero(bare, axis=1),
+        np.count_nonzero(packed, axis=1),
+        np.where(packed, np.uint64(0), hosts),
+    )
+
+
+def l1_rows(words: Words, geometry: Geometry) -> Rows:
+    """Judge rows of words as (parts of) L1 tables."""
+    used, offsets = words != 0, words & np.uint64(structures.OFFSET_MASK)
+    sound = ((words & np.uint64(structures.L1_RESERVED)) == 0) & _plausible(offsets, geometry)
+    whole = (~used | (sound & (offsets != 0))).all(axis=1)
+    ordered = np.sort(offsets[whole], axis=1)
+    # QEMU never maps two ranges through one L2 table.
+    whole[whole] = ~((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != 0)).any(axis=1)
+    none = np.zeros(len(words), np.intp)
+    return Rows(whole, np.count_nonzero(used, axis=1), none, none, offsets)
+
+
+def _plausible(offsets: Words, geometry: Geometry) -> Mask:
+    aligned: Mask = (offsets & np.uint64(geometry.cluster_size - 1)) == 0
+    return aligned & (offsets < np.uint64(geometry.file_size))
+
+
+def refcount_rows(data: Bytes, refcount_order: int) -> Mask:
+    """Return which rows of bytes may be former refcount blocks: whole small numbers, mostly ones.
 
     The width may be another than today's: changing it leaves blocks of the former one behind.
     """
-    if len(data) % 8:
-        return False
+    found = np.zeros(len(data), np.bool_)
     # Counts of 8 bits look like anything, narrower ones more so; they count only where in use.
-    orders = {4, 5, 6} | ({3} & {refcount_order})
-    return any(_small_counts(data, 1 << order) for order in orders)
-
-
-def _small_counts(data: bytes, bits: int) -> bool:
-    counts = np.frombuffer(data, f">u{bits // 8}")
-    used = counts[counts != 0]
-    return used.size >= 4 and int(used.max()) <= 64 and int((used == 1).sum()) * 2 >= used.size
+    orders = (3, 4, 5, 6) if refcount_order == 3 else (4, 5, 6)
+    narrow = data[:, :_FIRST_BYTES].view(f">u{1 << orders[0] - 3}")  # small numbers are small in halves too
+    rows = np.flatnonzero(narrow.max(axis=1) <= _MOST_COUNT)
+    for order in orders:
+        counts = data[rows].view(f">u{1 << order - 3}")
+        used, ones = np.count_nonzero(counts, axis=1), np.count_nonzero(counts == 1, axis=1)
+        found[rows] |= (used >= 4) & (counts.max(axis=1) <= _MOST_COUNT) & (ones * 2 >= used)
+    return found
 
 
 # --- entries of snapshots and bitmaps -----------------------------------------------------------
@@ -170,37 +192,61 @@ def find_entries(data: bytes, base: int, geometry: Geometry) -> tuple[list[Snaps
     ``base`` is the file offset of ``data``. The index of such a snapshot is -1: it is in no table.
     At most 4,096 places of each kind are looked at whole.
     """
-    table = words_of(data)
-    # The first field of both is the offset of a table: rare, and found at once.
-    named = (
-        (table != 0) & ((table & np.uint64(geometry.cluster_size - 1)) == 0) & (table < np.uint64(geometry.file_size))
+    snapshots, bitmaps = entry_places(words_of(data).reshape(1, -1), geometry)
+    return (
+        snapshot_entries_at(data, snapshots.get(0, ()), base, geometry),
+        bitmap_entries_at(data, bitmaps.get(0, ()), base, geometry),
     )
-    places = np.flatnonzero(named)
-    if not places.size:
-        return [], []
-    snapshots = (snapshot_entry_at(data, at, base, geometry) for at in _snapshot_places(table, places)[:_CANDIDATES])
-    bitmaps = (_bitmap_entry_at(data, at, base, geometry) for at in _bitmap_places(table, places)[:_CANDIDATES])
-    return [entry for entry in snapshots if entry], [entry for entry in bitmaps if entry]
 
 
-def _snapshot_places(table: Words, places: npt.NDArray[np.intp]) -> list[int]:
+def entry_places(words: Words, geometry: Geometry) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Return where in which rows of words the numbers are those of a snapshot or a bitmap entry, in bytes.
+
+    The bytes there are still to be looked at; those of no other place need be.
+    """
+    table, width = words.reshape(-1), words.shape[1]
+    # The first field of both is the offset of a table: rare, and found at once.
+    places = np.flatnonzero((table != 0) & _plausible(table, geometry))
+    room = width - places % width  # words to the end of the row
+    return (
+        _by_row(_snapshot_places(table, places[room >= 5]), width),
+        _by_row(_bitmap_places(table, places[room >= 3]), width),
+    )
+
+
+def _by_row(places: Counts, width: int) -> dict[int, list[int]]:
+    rows = groupby(places.tolist(), key=lambda place: place // width)
+    return {row: [place % width * 8 for place in islice(found, _CANDIDATES)] for row, found in rows}
+
+
+def _snapshot_places(table: Words, places: Counts) -> Counts:
     """Return where the numbers of a snapshot table entry are sane: crafted bytes must not cost more than that."""
-    places = places[places + 5 <= len(table)]
     sizes, dates, extra = table[places + 1], table[places + 2], table[places + 4] & np.uint64(0xFFFF_FFFF)
     l1_sizes, ids, names = sizes >> np.uint64(32), sizes >> np.uint64(16) & np.uint64(0xFFFF), sizes & np.uint64(0xFFFF)
     sane = (l1_sizes - np.uint64(1) < _MAX_L1_SIZE) & (ids - np.uint64(1) < _MAX_ID_LENGTH)
     sane &= (names - np.uint64(1) < _MAX_NAME_LENGTH) & (dates & np.uint64(0xFFFF_FFFF) < 1_000_000_000)
     sane &= (extra <= max(_EXTRA_LENGTHS)) & (extra % np.uint64(8) == 0)
-    return [place * 8 for place in places[sane].tolist()]
+    return places[sane]
 
 
-def _bitmap_places(table: Words, places: npt.NDArray[np.intp]) -> list[int]:
+def _bitmap_places(table: Words, places: Counts) -> Counts:
     """The same for bitmap directory entries: table size, flags, type, granularity, and no extra data."""
-    places = places[places + 3 <= len(table)]
     sizes, kinds = table[places + 1], table[places + 2]
-    sane = (sizes >> np.uint64(32) != 0) & (sizes & np.uint64(0xFFFF_FFFF) <= 7) & (kinds >> np.uint64(56) == 1)
+    sane: Mask = (sizes >> np.uint64(32) != 0) & (sizes & np.uint64(0xFFFF_FFFF) <= 7) & (kinds >> np.uint64(56) == 1)
     sane &= kinds & np.uint64(0xFFFF_FFFF) == 0
-    return [place * 8 for place in places[sane].tolist()]
+    return places[sane]
+
+
+def snapshot_entries_at(data: bytes, places: Iterable[int], base: int, geometry: Geometry) -> list[SnapshotEntry]:
+    """Return the sane snapshot table entries at some places of ``data``."""
+    found = (snapshot_entry_at(data, at, base, geometry) for at in places)
+    return [entry for entry in found if entry is not None]
+
+
+def bitmap_entries_at(data: bytes, places: Iterable[int], base: int, geometry: Geometry) -> list[BitmapEntry]:
+    """Return the sane bitmap directory entries at some places of ``data``."""
+    found = (_bitmap_entry_at(data, at, base, geometry) for at in places)
+    return [entry for entry in found if entry is not None]
 
 
 def snapshot_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> SnapshotEntry | None:

@@ -1,0 +1,170 @@
+"""Says which of many clusters are former tables, and what is left of what they name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import structures
+from ..census import Census
+from ..image import Image
+from ..limits import MiB
+from ..structures import BitmapEntry, SnapshotEntry
+from . import tables
+from .tables import Bytes, Counts, Geometry, Mask, Words
+
+# What a cluster may look like, rising: the last of several that apply is told.
+LOOKS = ("data", "refcounts", "l2", "l1", "refcount-table", "bitmap-directory", "snapshot-table")
+_REFCOUNTS, _L2, _L1, _REFCOUNT_TABLE, _BITMAPS, _SNAPSHOTS = range(1, len(LOOKS))
+
+_READ = 1 * MiB  # of targets looked at together
+_TARGETS = 64  # of a former table, read to see whether they still hold bytes
+_L1_TARGETS = 8  # of what may be an L1 table, read to see whether they are L2 tables
+_ENTRIES = 65_536  # places of one file looked at for snapshot or bitmap entries, as many as QEMU accepts; then one of each cluster
+_KNOWN, _HOLDS_BYTES, _IS_L2, _IS_REFCOUNTS = 1, 2, 4, 8
+
+
+class Clusters(NamedTuple):
+    """Clusters of a file, a row each; what is missing of a cut one is zeros."""
+
+    offsets: Counts
+    data: Bytes
+    words: Words  # the same bytes
+
+
+class Seen(NamedTuple):
+    """What each of some clusters looks like."""
+
+    looks: npt.NDArray[np.int8]  # among LOOKS
+    entries: Counts  # of a table
+    intact: Counts  # of its first targets: nothing live uses them and they hold bytes
+    zero_only: Mask  # an L2 table of zero flags alone
+    snapshots: Mapping[int, list[SnapshotEntry]]
+    bitmaps: Mapping[int, list[BitmapEntry]]
+
+
+class Recogniser:
+    """Knows the tables of one image."""
+
+    def __init__(self, image: Image, census: Census) -> None:
+        self._image = image
+        self._census = census
+        self._geometry = Geometry.of(image)
+        self._targets = _Targets(image, self._geometry)
+        self._entries = _ENTRIES
+
+    def look(self, clusters: Clusters) -> Seen:
+        """Return what clusters look like."""
+        count, words = len(clusters.offsets), clusters.words
+        zeros = np.zeros(count, np.intp)
+        seen = Seen(np.zeros(count, np.int8), zeros, zeros.copy(), np.zeros(count, np.bool_), {}, {})
+        seen.looks[tables.refcount_rows(clusters.data, self._image.header.refcount_order)] = _REFCOUNTS
+        rows = tables.likely(tables.l2_rows, words, self._geometry)
+        found = tables.l2_rows(words[rows], self._geometry)
+        # One lone word may be anything: a small number, a flag.
+        telling = (found.entries > 1) | ((found.zero_plain == 0) & found.targets.any(axis=1))
+        self._note(seen, rows, found, found.tables & telling, np.full(len(rows), _L2))
+        if self._geometry.external_data:
+            seen.intact[:] = 0  # what they name is in another file
+        rows = tables.likely(tables.l1_rows, words, self._geometry)
+        found = tables.l1_rows(words[rows], self._geometry)
+        rows, found = rows[found.tables], found.only(found.tables)
+        looks = self._level1(words[rows], found)
+        self._note(seen, rows, found, looks != 0, looks)
+        return self._with_entries(seen, clusters)
+
+    def _note(self, seen: Seen, rows: Counts, found: tables.Rows, which: Mask, looks: Counts) -> None:
+        rows, found = rows[which], found.only(which)
+        seen.looks[rows] = looks[which]
+        seen.entries[rows] = found.entries
+        seen.zero_only[rows] = found.zero_plain == found.entries
+        seen.intact[rows] = self._intact(found.targets)
+
+    def _level1(self, words: Words, found: tables.Rows) -> Counts:
+        """Return what rows that hold only sound L1 entries look like, judged by what these name; 0 for nothing."""
+        looks = np.zeros(len(words), np.intp)
+        if not len(words):
+            return looks
+        places = np.flatnonzero(found.targets)
+        places = places[_nth(places // words.shape[1]) < _L1_TARGETS]
+        seen = self._targets.look(self._numbers(found.targets.reshape(-1)[places]))
+        firsts = np.flatnonzero(_nth(places // words.shape[1]) == 0)  # each row has one
+        looks[np.logical_and.reduceat((seen & _IS_L2) != 0, firsts)] = _L1
+        flagged = (words.reshape(-1)[places[firsts]] & np.uint64(structures.COPIED)) != 0
+        looks[~flagged & ((seen[firsts] & _IS_REFCOUNTS) != 0)] = _REFCOUNT_TABLE  # which has no flags
+        return looks
+
+    def _intact(self, targets: Words) -> Counts:
+        """Return how many targets nothing live uses and that still hold bytes; a sample's worth of each row."""
+        places = np.flatnonzero(targets)
+        rows, numbers = places // targets.shape[1], self._numbers(targets.reshape(-1)[places])
+        inside = numbers < self._census.clusters
+        rows, numbers = rows[inside], numbers[inside]
+        free = ~self._census.is_claimed(numbers)
+        rows, numbers = rows[free], numbers[free]
+        sample = _nth(rows) < _TARGETS
+        holds = (self._targets.look(numbers[sample]) & _HOLDS_BYTES) != 0
+        return np.bincount(rows[sample][holds], minlength=len(targets))
+
+    def _numbers(self, offsets: Words) -> Counts:
+        return (offsets >> np.uint64(self._geometry.cluster_bits)).astype(np.intp)
+
+    def _with_entries(self, seen: Seen, clusters: Clusters) -> Seen:
+        places = tables.entry_places(clusters.words, self._geometry)
+        snapshots: dict[int, list[SnapshotEntry]] = {}
+        bitmaps: dict[int, list[BitmapEntry]] = {}
+        for row in sorted({*places[0], *places[1]}):
+            base = int(clusters.offsets[row])
+            here = [found.get(row, [])[: max(1, self._entries)] for found in places]
+            self._entries -= len(here[0]) + len(here[1])
+            data = clusters.data[row, : self._image.file_size - base].tobytes()
+            snapshots[row] = tables.snapshot_entries_at(data, here[0], base, self._geometry)
+            bitmaps[row] = tables.bitmap_entries_at(data, here[1], base, self._geometry)
+            if snapshots[row] or bitmaps[row]:
+                seen.looks[row] = _SNAPSHOTS if snapshots[row] else _BITMAPS
+                seen.entries[row] = len(snapshots[row]) + len(bitmaps[row])
+                seen.intact[row], seen.zero_only[row] = 0, False
+        return seen._replace(snapshots=snapshots, bitmaps=bitmaps)
+
+
+def _nth(rows: Counts) -> Counts:
+    """Return how many of the same number stand before each of some rising ones."""
+    return np.arange(len(rows)) - np.searchsorted(rows, rows)
+
+
+class _Targets:
+    """Looks at each cluster that tables name once."""
+
+    def __init__(self, image: Image, geometry: Geometry) -> None:
+        self._image = image
+        self._geometry = geometry
+        self._known: npt.NDArray[np.uint8] | None = None  # what is known of each cluster of the file
+
+    def look(self, numbers: Counts) -> npt.NDArray[np.uint8]:
+        """Return what is to be known of some clusters of the file."""
+        size = self._geometry.cluster_size
+        if self._known is None:
+            self._known = np.zeros(-(-self._image.file_size // size), np.uint8)
+        fresh = np.unique(numbers[self._known[numbers] == 0])
+        step = max(1, _READ // size)
+        for at in range(0, len(fresh), step):
+            some = fresh[at : at + step]
+            data = self._read(some, size)
+            words = tables.words_of(data).reshape(-1, size // 8)
+            known = np.where(words.any(axis=1), _KNOWN | _HOLDS_BYTES, _KNOWN)
+            rows = tables.likely(tables.l2_rows, words, self._geometry)
+            known[rows[tables.l2_rows(words[rows], self._geometry).tables]] |= _IS_L2
+            counts = np.frombuffer(data, np.uint8).reshape(-1, size)
+            known[tables.refcount_rows(counts, self._image.header.refcount_order)] |= _IS_REFCOUNTS
+            self._known[some] = known
+        return self._known[numbers]
+
+    def _read(self, numbers: Counts, size: int) -> bytes:
+        edges = np.flatnonzero(np.diff(numbers) != 1) + 1
+        parts = [0, *edges.tolist(), len(numbers)]
+        stretches = [(int(numbers[first]) * size, (stop - first) * size) for first, stop in itertools.pairwise(parts)]
+        return b"".join(self._image.read(offset, length).ljust(length, b"\0") for offset, length in stretches)
