@@ -6,7 +6,6 @@ and a read that meets bytes it cannot vouch for raises, naming the structure and
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -285,7 +284,9 @@ class Disk:
     def _unallocated(self, offset: int, length: int) -> bytes:
         if self.backing is None:
             if self._unbacked is not None and offset < self.size:
-                raise copy.copy(self._unbacked)  # one object would gather the traceback of every read
+                from copy import copy  # here: it takes longer to import than all of this module
+
+                raise copy(self._unbacked)  # one object would gather the traceback of every read
             return bytes(length)
         # Past the end of the disk (VM state) the backing file has no say.
         below = min(length, self.backing.size - offset, self.size - offset)
