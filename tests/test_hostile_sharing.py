@@ -29,7 +29,7 @@ from qcow2_forensics.bitmaps import dirty_ranges, dirty_totals
 from qcow2_forensics.census import take, take_census
 from qcow2_forensics.census.layout import read_layout
 from qcow2_forensics.cli import main
-from qcow2_forensics.compare import Change
+from qcow2_forensics.compare import Change, Difference
 from qcow2_forensics.image import Image
 from qcow2_forensics.residue import streams
 from qcow2_forensics.residue.streams import decode_all
@@ -40,6 +40,7 @@ from tests.image_builder import (
     EXT_BACKING_FORMAT,
     EXT_BITMAPS,
     EXT_CRYPTO,
+    EXT_DATA_FILE,
     Builder,
     Poke,
     compressed_entry,
@@ -272,6 +273,30 @@ def _hold_against_runs(before: q.Layer, after: q.Layer, parts: list[int], span: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_module, "_left_open", lambda *_: lambda start, end: [(start, end)])
         assert with_tables == found()
+
+
+def _in_a_data_file(path: Path, *entries: int, slots: int = 4) -> Builder:
+    """An image over ``d.raw`` whose L1 slots all name one L2 table; a snapshot says the same by another."""
+    path.with_name("d.raw").write_bytes(b"D" * slots * SPAN)
+    builder = Builder(cluster_bits=9, size=slots * SPAN, incompatible=4, extensions=[(EXT_DATA_FILE, b"d.raw")])
+    words = struct.pack(f">{len(entries)}Q", *entries).ljust(512, b"\0")
+    first, second = builder.put(words), builder.put(words)
+    builder.raw(builder.l1, struct.pack(f">{slots}Q", *[first] * slots))
+    other = builder.put(struct.pack(f">{slots}Q", *[second] * slots))
+    return builder.snapshot(b"1", b"s", l1_offset=other, l1_size=slots)
+
+
+@pytest.mark.parametrize(
+    "entry", [0x200 | COPIED, 0x200 | COPIED | 1, 0x200 | 1], ids=["data", "zeros", "zeros, no flag"]
+)
+def test_a_table_that_is_right_under_one_slot_of_a_data_file_proves_nothing_of_the_others(
+    entry: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    _in_a_data_file(path, 0, entry).write(path)
+    expected = [Difference(slot * SPAN + 512, 512, Change.UNREADABLE) for slot in (1, 2, 3)]
+    with q.open_disk(path, "1") as before, q.open_disk(path) as after:
+        assert [item._replace(note="") for item in q.compare(before, after)] == expected
 
 
 @pytest.mark.parametrize("offsets", [(1 << 40,), (1 << 40, 1 << 41)], ids=["one", "alternating"])

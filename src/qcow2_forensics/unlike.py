@@ -102,11 +102,10 @@ class Unlike:
         """Return the guest clusters under some L1 slots, which are left open, and which are right only there."""
         clusters = (slots[:, None] * self._width + np.arange(self._width)).astype(np.uint64)
         blank = slots * self._span >= self._blank_from
-        first, unsound = _codes(self._mappings[0], one, clusters, blank)
-        second, unsound_too = _codes(self._mappings[1], two, clusters, blank)
+        first, unsound, placed = _codes(self._mappings[0], one, clusters, blank)
+        second, unsound_too, placed_too = _codes(self._mappings[1], two, clusters, blank)
         left_open = (first != second if self._one_file else (first | second) != 0).any(axis=2)
-        placed = (first[:, :, 0] & np.uint64(_DATA)) != 0
-        return clusters, left_open | unsound | unsound_too, placed & self._mappings[0].data_file
+        return clusters, left_open | unsound | unsound_too, placed | placed_too
 
 
 def _l2_tables(mapping: Mapping | None, page: int) -> U64:
@@ -120,14 +119,16 @@ def _l2_tables(mapping: Mapping | None, page: int) -> U64:
     return tables
 
 
-def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> tuple[U64, Mask]:
+def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> tuple[U64, Mask, Mask]:
     """Return two words for each cluster, equal where it reads equal, and which cannot be told by them.
 
-    Zeros are 0, and so is what maps nothing in the rows of ``blank``.
+    Zeros are 0, and so is what maps nothing in the rows of ``blank``. The second mask says which entries
+    are right for these clusters only: those that name a place in an external data file.
     """
     codes = np.zeros((*clusters.shape, 2), dtype=np.uint64)
+    nowhere = np.zeros(clusters.shape, dtype=np.bool_)
     if mapping is None:
-        return codes, np.zeros(clusters.shape, dtype=np.bool_)
+        return codes, nowhere, nowhere
     header = mapping.image.header
     length = header.l2_entries * header.l2_entry_size
     lost = tables > np.uint64(max(0, mapping.image.file_size - length))
@@ -142,7 +143,7 @@ def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> 
     if mapping.version == 1:
         codes[:, :, 0] = entries
         crooked = ((entries & np.uint64(QCOW1_COMPRESSED)) == 0) & ((entries & np.uint64(SECTOR - 1)) != 0)
-        return codes, crooked | lost[:, None]
+        return codes, crooked | lost[:, None], nowhere
     hosts = entries & np.uint64(OFFSET_MASK)
     packed = (entries & np.uint64(COMPRESSED)) != 0
     stored = hosts != 0
@@ -164,7 +165,7 @@ def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> 
         plain = np.where(stored, hosts | np.uint64(_DATA), np.uint64(0))
         codes[:, :, 0] = np.where(zero, np.where(shown, np.uint64(_BLANK), np.uint64(0)), plain)
     codes[:, :, 0] = np.where(packed, entries & ~np.uint64(COPIED), codes[:, :, 0])
-    return codes, unsound | lost[:, None]
+    return codes, unsound | lost[:, None], stored if mapping.data_file else nowhere
 
 
 def _read(mapping: Mapping, tables: U64, length: int) -> bytes:
