@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics import mapping
+from qcow2_forensics import mapping, unlike
 from qcow2_forensics.bitmaps import dirty_ranges, dirty_totals
 from qcow2_forensics.census import take, take_census
 from qcow2_forensics.census.layout import read_layout
@@ -297,6 +297,21 @@ def test_a_table_that_is_right_under_one_slot_of_a_data_file_proves_nothing_of_t
     expected = [Difference(slot * SPAN + 512, 512, Change.UNREADABLE) for slot in (1, 2, 3)]
     with q.open_disk(path, "1") as before, q.open_disk(path) as after:
         assert [item._replace(note="") for item in q.compare(before, after)] == expected
+
+
+def test_snapshots_of_two_files_that_say_they_have_petabytes_are_compared_as_far_as_their_tables_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in ("one", "other")]
+    for path in paths:
+        builder = Builder(cluster_bits=9, size=SPAN).data(0, path.name.encode())
+        builder.snapshot(b"1", b"s", l1_offset=builder.l1, l1_size=1, disk_size=1 << 44).write(path)
+    pages: list[int] = []
+    real = unlike._l2_tables
+    monkeypatch.setattr(unlike, "_l2_tables", lambda of, page: pages.append(page) or real(of, page))
+    with q.open_disk(paths[0], "1", eof="zeros") as before, q.open_disk(paths[1], "1", eof="zeros") as after:
+        assert list(q.compare(before, after)) == [Difference(0, 512, Change.CHANGED)]
+    assert len(pages) == 2
 
 
 @pytest.mark.parametrize("offsets", [(1 << 40,), (1 << 40, 1 << 41)], ids=["one", "alternating"])

@@ -45,8 +45,9 @@ class Unlike:
 
     def ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield rising guest ranges (start, end), whole clusters but at the edges, that are left open."""
-        first, last = start // self._span, -(-end // self._span)
-        for page in range(first // L1_PAGE, -(-last // L1_PAGE)):
+        mapped = max(mapping.l1_size for mapping in self._mappings if mapping is not None)
+        first, last = start // self._span, min(-(-end // self._span), mapped)  # past both tables nothing is mapped
+        for page in range(first // L1_PAGE, -(-last // L1_PAGE) if first < last else 0):
             low, high = max(first, page * L1_PAGE), min(last, (page + 1) * L1_PAGE)
             for left, right in self._page(page, low, high):
                 if max(start, left) < min(end, right):
