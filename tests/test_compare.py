@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from qcow2_forensics.compare import Change, Difference, compare, unequal_sectors
 from qcow2_forensics.source import FileSource
 from tests import qemu
 from tests.conftest import EvidenceCase
+from tests.image_builder import COPIED, EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder
 
 SECTOR = 512
 MIB = 1 << 20
@@ -287,3 +289,53 @@ def test_differences_of_the_case_are_those_of_the_raw_exports(evidence: Evidence
             found = list(compare(before, after))
         assert found
         assert merged(found) == unequal_ranges(truth[one], truth[two])
+
+
+# --- states that only look alike ------------------------------------------------------------------
+
+
+def _over_one_data_file(folder: Path, **fields: Any) -> tuple[Path, Path]:
+    """Two images with tables at the same places over one data file: only the first maps its cluster 0."""
+    (folder / "d.raw").write_bytes(b"D" * (4 << 16))
+    paths = folder / "one.qcow2", folder / "other.qcow2"
+    for path, entry in zip(paths, (COPIED, 0), strict=True):
+        builder = Builder(size=4 << 16, incompatible=4, extensions=[(EXT_DATA_FILE, b"d.raw")], **fields)
+        builder.entry(0, entry).entry(1 << 16, 1 << 16 | COPIED).write(path)
+    return paths
+
+
+def test_two_images_over_one_data_file_differ_where_their_tables_do(tmp_path: Path) -> None:
+    one, other = _over_one_data_file(tmp_path)
+    with open_disk(one) as before, open_disk(other) as after:
+        assert list(compare(before, after)) == [Difference(0, 1 << 16, Change.ZEROED)]
+
+
+def test_an_overlay_differs_from_an_image_that_only_shares_the_data_file_of_its_backing_file(tmp_path: Path) -> None:
+    one, other = _over_one_data_file(tmp_path)
+    overlay = Builder(size=4 << 16, backing=one.name.encode(), extensions=[(EXT_BACKING_FORMAT, b"qcow2")])
+    with open_disk(other) as before, open_disk(overlay.write(tmp_path / "overlay.qcow2")) as after:
+        assert list(compare(before, after)) == [Difference(0, 1 << 16, Change.WRITTEN)]
+
+
+def test_two_encrypted_images_over_one_data_file_have_keys_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="cryptography is absent")
+    one, other = _over_one_data_file(tmp_path, crypt_method=1)
+    with open_disk(one, passphrase="a") as before, open_disk(other, passphrase="b") as after:
+        assert list(compare(before, after)) == [
+            Difference(0, 1 << 16, Change.ZEROED),
+            Difference(1 << 16, 1 << 16, Change.CHANGED),
+        ]
+
+
+def test_a_missing_backing_file_is_not_the_zeros_it_is_taken_for_elsewhere(tmp_path: Path) -> None:
+    path = Builder(size=4 << 16, backing=b"gone").data(0, b"A").write(tmp_path / "disk.qcow2")
+    with open_disk(path, missing="raise") as before, open_disk(path, missing="zeros") as after:
+        (found,) = compare(before, after)
+    assert (found.offset, found.end, found.change) == (1 << 16, 4 << 16, Change.UNREADABLE)
+
+
+def test_what_lies_past_the_end_of_the_file_is_not_the_zeros_it_is_taken_for_elsewhere(tmp_path: Path) -> None:
+    path = Builder(size=4 << 16).entry(0, 1 << 40).write(tmp_path / "disk.qcow2")
+    with open_disk(path) as before, open_disk(path, eof="zeros") as after:
+        (found,) = compare(before, after)
+    assert (found.offset, found.end, found.change) == (0, 1 << 16, Change.UNREADABLE)

@@ -127,18 +127,25 @@ def _file(layer: Layer) -> object:
     return getattr(source, "identity", None) or id(source)
 
 
+def _tables(disk: Disk) -> tuple[object, ...]:
+    """Return what must be equal of two disks for one L2 table to mean the same in both, over equal backing disks."""
+    source = disk.image.source
+    return getattr(source, "identity", None) or id(source), _file(disk), disk.eof, disk.unbacked is not None
+
+
 def _is_one_file(before: Disk, after: Disk) -> bool:
-    """Whether two disks have their tables in one file, and their bytes too."""
-    tables = [getattr(disk.image.source, "identity", None) or id(disk.image.source) for disk in (before, after)]
-    return tables[0] == tables[1] and _file(before) == _file(after)
+    """Whether two disks have their tables in one file, and their bytes too, and are read in one way."""
+    return _tables(before) == _tables(after)
 
 
 def _keys(layer: Layer | None) -> Iterator[tuple[object, ...]]:
     """Yield a key for each layer from the bottom of the chain up: equal keys are equal disks."""
     below: tuple[object, ...] = ()
     for member in reversed(list(_chain(layer))):
-        table = (member.image.header.version, member.mapping.l1_table_offset) if isinstance(member, Disk) else ()
-        below = (type(member), _file(member), member.size, table, below)
+        tables: tuple[object, ...] = ()
+        if isinstance(member, Disk):
+            tables = (*_tables(member), member.mapping.l1_table_offset, member.mapping.l1_size, member.mapped_end)
+        below = (type(member), _file(member), member.size, tables, below)
         yield below
 
 
@@ -166,8 +173,7 @@ def _shared_tables(before: Layer, after: Layer) -> Callable[[int], int]:
     """Return a function that tells how far from an offset the L1 tables alone prove the two equal."""
     if isinstance(before, Disk) and isinstance(after, Disk) and _is_one_file(before, after):
         backing = [list(_keys(disk.backing)) for disk in (before, after)]
-        unbacked = [disk.unbacked is not None for disk in (before, after)]
-        if backing[0] == backing[1] and unbacked[0] == unbacked[1]:
+        if backing[0] == backing[1]:
             first, second = before.mapping, after.mapping
             return lambda offset: first.shared_until(second, offset)
     for over, under in ((after, before), (before, after)):
@@ -198,21 +204,24 @@ def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator
     """Tile a range of ``layer`` with pieces, without looking into the layers of ``opaque``."""
     if id(layer) in opaque or not isinstance(layer, Disk):
         # A raw file's bytes may also be what a qcow2 with an external data file maps.
-        where = opaque.get(id(layer)) or ("raw" if isinstance(layer, RawDisk) else "foreign", _file(layer))
+        where = opaque.get(id(layer)) or ("raw" if isinstance(layer, RawDisk) else "foreign", _file(layer), "")
         yield _Piece(offset, length, (*where, offset), True)
         return
-    file = ("encrypted" if layer.image.header.crypt_method != Crypt.NONE else "raw", _file(layer))
+    encrypted = layer.image.header.crypt_method != Crypt.NONE  # with keys of its own, also where it shares a data file
+    file = ("encrypted", *_tables(layer)) if encrypted else ("raw", _file(layer))
     for run in layer.mapping.runs(offset, length):
         if run.kind == Kind.DATA:
-            yield _Piece(run.offset, run.length, (*file, run.host_offset), True)
+            end = (run.host_offset or 0) + run.length
+            past_end = layer.eof if end > layer.host.size else ""
+            yield _Piece(run.offset, run.length, (*file, past_end, run.host_offset), True)
         elif run.kind == Kind.COMPRESSED:
             inside = run.offset & (layer.image.cluster_size - 1)
-            packed = ("compressed", _file(layer), run.host_offset, run.size, inside)
+            packed = ("compressed", _file(layer), layer.eof, run.host_offset, run.size, inside)
             yield _Piece(run.offset, run.length, packed, True)
         elif run.kind == Kind.ZERO:
             yield _Piece(run.offset, run.length, None, False)
         elif layer.backing is None and layer.unbacked is not None:
-            yield _Piece(run.offset, run.length, ("unbacked", _file(layer), run.offset), True)
+            yield _Piece(run.offset, run.length, ("unbacked", *_tables(layer), run.offset), True)
         else:
             below = min(run.length, layer.backing.size - run.offset) if layer.backing is not None else 0
             if layer.backing is not None and below > 0:
