@@ -327,6 +327,24 @@ def test_two_encrypted_images_over_one_data_file_have_keys_of_their_own(tmp_path
         ]
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["one table", "two tables"])
+def test_a_snapshot_whose_l1_table_is_shorter_than_its_disk_is_unreadable_from_there_on(
+    shared: bool, tmp_path: Path
+) -> None:
+    span = 64 * SECTOR
+    builder = Builder(cluster_bits=9, size=3 * span).data(0, b"A").data(span, b"B")
+    l1 = builder.l1 if shared else builder.put(bytes(8))
+    path = builder.snapshot(b"1", b"s", l1_offset=l1, l1_size=1).write(tmp_path / "disk.qcow2")
+    told: list[int] = []
+    with open_disk(path, "1") as before, open_disk(path) as after:
+        *first, last = compare(before, after, progress=told.append)
+    assert first == ([] if shared else [Difference(0, SECTOR, Change.WRITTEN)])
+    assert (last.offset, last.end, last.change) == (span, 3 * span, Change.UNREADABLE)
+    assert sum(told) == 3 * span
+    with open_disk(path, "1", eof="zeros") as before, open_disk(path, eof="zeros") as after:
+        assert list(compare(before, after)) == [*first, Difference(span, SECTOR, Change.WRITTEN)]
+
+
 def test_a_missing_backing_file_is_not_the_zeros_it_is_taken_for_elsewhere(tmp_path: Path) -> None:
     path = Builder(size=4 << 16, backing=b"gone").data(0, b"A").write(tmp_path / "disk.qcow2")
     with open_disk(path, missing="raise") as before, open_disk(path, missing="zeros") as after:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from .disk import Disk, Layer, RawDisk
@@ -88,7 +89,9 @@ def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | No
     reason; it never passes as equal. ``progress`` is told how many further bytes are settled.
     """
     common = min(before.size, after.size)
-    yield from _coalesced(_differences(before, after, common, progress))
+    mapped = min([common, *(layer.mapped_end for layer in (before, after) if isinstance(layer, Disk))])
+    found = _differences(before, after, mapped, progress)
+    yield from _coalesced(chain(found, _past_tables(before, after, mapped, common, progress)))
     if before.size > common:
         yield Difference(common, before.size - common, Change.REMOVED)
     elif after.size > common:
@@ -116,6 +119,19 @@ def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int]
         position = stop
         if progress is not None:
             progress(position - settled)
+
+
+def _past_tables(
+    before: Layer, after: Layer, start: int, end: int, progress: Callable[[int], None] | None
+) -> Iterator[Difference]:
+    """Yield what lies past the end of the L1 table of a snapshot that says it has more."""
+    if start < end:
+        try:
+            before.read(start, SECTOR), after.read(start, SECTOR)
+        except Qcow2Error as error:
+            yield Difference(start, end - start, Change.UNREADABLE, str(error))
+        if progress is not None:
+            progress(end - start)
 
 
 # --- what the mappings prove -------------------------------------------------------------------
