@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qcow2_forensics import open_disk
+from qcow2_forensics import Disk, open_disk, open_image
 from qcow2_forensics.compare import Change, Difference, compare, unequal_sectors
 from qcow2_forensics.source import FileSource
 from tests import qemu
@@ -343,6 +343,20 @@ def test_a_snapshot_whose_l1_table_is_shorter_than_its_disk_is_unreadable_from_t
     assert sum(told) == 3 * span
     with open_disk(path, "1", eof="zeros") as before, open_disk(path, eof="zeros") as after:
         assert list(compare(before, after)) == [*first, Difference(span, SECTOR, Change.WRITTEN)]
+
+
+def test_so_is_it_where_the_snapshot_is_the_backing_disk(tmp_path: Path) -> None:
+    span = 64 * SECTOR
+    builder = Builder(cluster_bits=9, size=3 * span)
+    path = builder.snapshot(b"1", b"s", l1_offset=builder.l1, l1_size=1).write(tmp_path / "base.qcow2")
+    overlay = Builder(cluster_bits=9, size=2 * span).data(span, b"A").write(tmp_path / "overlay.qcow2")
+    with open_disk(path, "1") as base, open_image(overlay) as image, open_disk(path) as other:
+        found = list(compare(other, Disk(image, backing=base)))
+    assert [(item.offset, item.end, item.change) for item in found] == [
+        (span, span + SECTOR, Change.WRITTEN),
+        (span + SECTOR, 2 * span, Change.UNREADABLE),
+        (2 * span, 3 * span, Change.REMOVED),
+    ]
 
 
 def test_a_missing_backing_file_is_not_the_zeros_it_is_taken_for_elsewhere(tmp_path: Path) -> None:

@@ -225,7 +225,8 @@ def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator
         return
     encrypted = layer.image.header.crypt_method != Crypt.NONE  # with keys of its own, also where it shares a data file
     file = ("encrypted", *_tables(layer)) if encrypted else ("raw", _file(layer))
-    for run in layer.mapping.runs(offset, length):
+    mapped = max(offset, min(offset + length, layer.mapped_end))
+    for run in layer.mapping.runs(offset, mapped - offset):
         if run.kind == Kind.DATA:
             end = (run.host_offset or 0) + run.length
             past_end = layer.eof if end > layer.host.size else ""
@@ -245,6 +246,8 @@ def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator
             rest = max(0, below)
             if rest < run.length:
                 yield _Piece(run.offset + rest, run.length - rest, None, False)
+    if mapped < offset + length:
+        layer.read(mapped, SECTOR)  # raises: past the L1 table of a snapshot is nothing to vouch for
 
 
 def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, opaque: _Opaque) -> Iterator[_Candidate]:
@@ -279,6 +282,8 @@ def _change(left: _Piece, right: _Piece) -> Change:
 def _unmappable_until(layer: Layer | None, offset: int, end: int) -> int:
     """Return how far the mapping that ``layer`` has at ``offset`` is broken; ``offset`` when it is not."""
     while isinstance(layer, Disk) and offset < min(end, layer.size):
+        if offset >= layer.mapped_end:
+            return min(end, layer.size)
         try:
             run = next(layer.mapping.runs(offset, end - offset))
         except Qcow2Error:
