@@ -485,6 +485,21 @@ def test_ids_and_names_of_64_kib_are_told_cut(tmp_path: Path) -> None:
     assert told["name"].length == 60_000
 
 
+def test_every_finding_and_picture_tells_an_id_of_64_kib_cut(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=12)
+    stream = builder.put(b"\xff" * 600)
+    for index in range(3):
+        ident = (b"%d" % index).rjust(60_000, b"9")
+        entries = (1 << 40, 0x200, compressed_entry(stream, 600, 12), builder.put(b"D" * 4096), builder.l1)
+        l2 = builder.put(struct.pack(">5Q", *entries).ljust(4096, b"\0"))
+        l1 = builder.put(struct.pack(">2Q", l2, 0x333))
+        builder.snapshot(ident, ident, l1_offset=l1, l1_size=2, vm_size=100)
+    report = q.audit(builder.write(tmp_path / "long.qcow2"), depth="deep", pictures=True)
+    assert {"QCOW2-BEYOND-EOF", "QCOW2-COMPRESSED-INVALID"} <= {finding.code for finding in report}
+    assert "9" * 1000 in report.to_json()
+    assert "9" * 1100 not in report.to_json()
+
+
 # --- bitmaps -------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,12 @@ def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
         )
         if state.head[:4] == _VM_STATE_MAGIC:
             yield Evidence(
-                "version", int.from_bytes(state.head[4:8], "big"), state.host, 8, "VM state", snapshot=entry.id
+                "version",
+                int.from_bytes(state.head[4:8], "big"),
+                state.host,
+                8,
+                "VM state",
+                snapshot=shortened(entry.id),
             )
         machine = machine_type(state.head)
         if machine:

@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from ..census import structure_of
 from ..census.issues import Item
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding
-from .facts import Facts
+from .facts import Facts, shortened
 from .rules import variant
 
 
 def snapshot_id(facts: Facts, tree: int) -> str:
-    """Return the ID of a snapshot by its index in the table, ``#index`` when it cannot be read; "" is the active state."""
+    """Return the ID, as it is told, of a snapshot by its index in the table.
+
+    ``#index`` when it cannot be read; "" is the active state.
+    """
     if tree < 0:
         return ""
     entries = facts.image.snapshots
-    return entries[tree].id if tree < len(entries) else f"#{tree}"
+    return shortened(entries[tree].id) if tree < len(entries) else f"#{tree}"
 
 
 def item_evidence(facts: Facts, item: Item, what: str) -> Evidence:

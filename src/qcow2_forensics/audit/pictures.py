@@ -14,7 +14,7 @@ from ..census import Census, Owner
 from ..limits import MiB
 from ..residue import trees
 from ..structures import OFFSET_MASK, SnapshotEntry
-from .facts import Facts
+from .facts import Facts, shortened
 from .header import snapshot_date
 from .residual import survey_of
 from .rules import Depth
@@ -104,7 +104,9 @@ def _by_owner() -> npt.NDArray[np.uint8]:
 def _name_snapshots(facts: Facts, classes: npt.NDArray[np.uint8]) -> list[list[str]]:
     """Give clusters only snapshots use the class of the first snapshot that does; return the labels."""
     snapshots = facts.image.snapshots[:_SNAPSHOTS]
-    labels = [[f"snapshot:{entry.index}", f"Snapshot {entry.id} ({entry.name})"] for entry in snapshots]
+    labels = [
+        [f"snapshot:{entry.index}", f"Snapshot {shortened(entry.id)} ({shortened(entry.name)})"] for entry in snapshots
+    ]
     labels.append(["snapshot:0", "Other snapshots"])
     if not facts.image.snapshots:
         # A table that cannot be read still has owners: QEMU counts what its entries point at.
@@ -148,7 +150,8 @@ def lineage(facts: Facts) -> dict[str, Any]:
     states: list[trees.State] = []
     for entry, note in _history(facts):
         kind = "deleted" if entry.index < 0 else "snapshot"
-        nodes.append({"kind": kind, "id": entry.id, "name": entry.name, "date": _shown_date(entry), "note": note})
+        ident, name = shortened(entry.id), shortened(entry.name)
+        nodes.append({"kind": kind, "id": ident, "name": name, "date": _shown_date(entry), "note": note})
         states.append(trees.State(entry, entry.l1_table_offset, entry.l1_size))
     nodes.append({"kind": "active", "name": "active state", "note": ""})
     states.append(trees.State(None, facts.header.l1_table_offset, facts.header.l1_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..findings import Evidence
 from ..residue import Piece
+from .facts import shortened
 
 
 def entries_of(piece: Piece) -> str:
@@ -28,6 +29,6 @@ def evidence_of(piece: Piece, label: str = "") -> Evidence:
         piece.length,
         f"{piece.kind} clusters" if piece.kind in ("free", "leaked", "trailing") else piece.kind,
         piece.guest_offset,
-        piece.snapshot,
+        shortened(piece.snapshot),
         piece.file,
     )
