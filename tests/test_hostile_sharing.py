@@ -586,6 +586,20 @@ def test_a_deep_audit_stops_decoding_streams_that_share_bytes_and_says_so(good: 
     assert ("QCOW2-COMPRESSED-INVALID" in {finding.code for finding in report}) is not good
 
 
+def test_streams_that_a_cut_image_lost_are_all_told_and_use_up_no_allowance(tmp_path: Path) -> None:
+    builder = Builder(size=4096 << 16)
+    stream = deflate(b"D" * 65536)
+    at = builder.put(stream + b"what an older stream left behind")
+    entries = [at, *(1 << 30 | 512 * number for number in range(4095))]
+    l2 = builder.put(struct.pack(">4096Q", *(compressed_entry(entry, len(stream), 16) for entry in entries)))
+    builder.raw(builder.l1, (l2 | COPIED).to_bytes(8, "big"))
+    report = q.audit(builder.write(tmp_path / "cut.qcow2"), depth="deep")
+    told = {finding.code: finding for finding in report}
+    assert told["QCOW2-COMPRESSED-INVALID"].count == 4095
+    assert "QCOW2-COMPRESSED-SLACK" in told
+    assert "QCOW2-AUDIT-INCOMPLETE" not in told
+
+
 @qemu.requires_qemu
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 @pytest.mark.parametrize("cluster_size", ["4k", "64k", "2M"])

@@ -12,7 +12,7 @@ from ..census import Tables
 from ..codecs import inflate, unzstd
 from ..findings import Evidence
 from ..residue.streams import Decoded, decode_all
-from ..structures import Compression, compressed_descriptor
+from ..structures import SECTOR, Compression, compressed_descriptor
 from .facts import Facts
 from .items import snapshot_id
 
@@ -56,7 +56,7 @@ def _fault(facts: Facts, entry: int) -> str | None:
     offset, size = compressed_descriptor(entry, facts.header.cluster_bits)
     stored = facts.read(offset, size)
     cut = f"; {size - len(stored)} bytes lie past the end of the file" if len(stored) < size else ""
-    stored = stored.ljust(size, b"\0")
+    stored = stored.ljust(size if stored else SECTOR, b"\0")  # of zeros alone a sector is enough to fail
     try:
         if facts.header.compression_type == Compression.ZSTD:
             unzstd(stored, facts.cluster_size)

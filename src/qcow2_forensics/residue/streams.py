@@ -35,6 +35,7 @@ _TRIED = 1 << 34  # bytes such tries may decode in one image, if each came to a 
 _SUSPECT = 1 << 26
 _SUSPECT_PER_BYTE = 2
 _SUSPECT_EACH = 1 << 14  # what beginning a stream costs, however short it is
+_SUSPECT_LOST = 1 << 8  # what one past the end of the file costs: copies of images are cut, and nothing is decoded
 
 
 def consumed(data: bytes, size: int, *, zstandard: bool = False) -> tuple[bytes, int] | None:
@@ -105,6 +106,11 @@ def decode_all(image: Image, census: Census) -> Decoded:
             break
         offset, length = compressed_descriptor(entry, bits)
         data = image.read(offset, length)
+        if not data:
+            failed.append(entry)
+            used.append((offset, offset + length))
+            suspect += _SUSPECT_LOST
+            continue
         cost, end = length, offset + len(last)
         if not last or not data.startswith(last):  # else a cluster like the one before
             found = consumed(data, size, zstandard=zstandard)
