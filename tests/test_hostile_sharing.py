@@ -299,6 +299,18 @@ def test_a_table_that_is_right_under_one_slot_of_a_data_file_proves_nothing_of_t
         assert [item._replace(note="") for item in q.compare(before, after)] == expected
 
 
+@pytest.mark.parametrize("offset", [SPAN, SPAN + 512], ids=["from before", "alone"])
+def test_zeros_at_a_wrong_place_of_a_data_file_are_unreadable_wherever_a_read_starts(
+    offset: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    _in_a_data_file(path, COPIED | 1, COPIED | 1 | 0x200).write(path)
+    with q.open_disk(path) as disk:
+        assert disk.read(0, 1024) == bytes(1024)
+        with pytest.raises(q.FormatError, match="not to its guest offset"):
+            disk.read(offset, SPAN + 1024 - offset)
+
+
 def test_snapshots_of_two_files_that_say_they_have_petabytes_are_compared_as_far_as_their_tables_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,8 @@ def standard_runs(table: Table, entries: array[int], number: int, offset: int, s
             continue
         last = ((stop - 1) >> bits) & mask
         # The usual case: entries that continue the first one, as a cluster or as nothing.
-        step = size if entry & OFFSET_MASK or (table.data_file and entry & COPIED) else 0
+        at_zero = table.data_file and entry & COPIED and not entry & ZERO  # a cluster of the data file's first byte
+        step = size if entry & OFFSET_MASK or at_zero else 0
         index = sequence_end(entries, index + 1, last + 1, step)
         run_end = min(stop, (number << table.slice_shift) + (index << bits))
         host = entry & OFFSET_MASK
