@@ -122,6 +122,15 @@ def test_reused_clusters_of_a_deleted_snapshot_are_refused_and_the_rest_reads(tm
     assert refused == [3, 7]
 
 
+def test_a_deleted_snapshot_that_claims_more_than_a_file_can_hold_is_examined_all_the_same(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path)
+    Poke(path).u64(deleted_snapshots(path)[0].entry.offset + 40 + 8, 2**64 - 512)
+    active, former = l2_tables(path)
+    Poke(path).u64(active + 8 * 40, Poke(path).get(former))
+    (item,) = deleted_snapshots(path)
+    assert (item.size, item.reused, item.complete) == (2**64 - 512, 1, False)
+
+
 def l2_tables(path: Path) -> tuple[int, int]:
     """Return where the first L2 table of the active state and of the deleted snapshot stand."""
     with Image(path) as image:

@@ -86,7 +86,8 @@ def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | No
 
     Takes two states of one image, an overlay and its backing disk, or any two disks. Where one disk
     is longer the rest of it is one difference. What cannot be read is yielded as such, with the
-    reason; it never passes as equal. ``progress`` is told how many further bytes are settled.
+    reason; it never passes as equal, except where both share the table or the bytes that cannot be
+    read: those are not looked at. ``progress`` is told how many further bytes are settled.
     """
     common = min(before.size, after.size)
     mapped = min([common, *(layer.mapped_end for layer in (before, after) if isinstance(layer, Disk))])

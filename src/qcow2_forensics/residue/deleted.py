@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ..census import Census
 from ..errors import FormatError, SnapshotNotFound, printable
+from ..header_rules import INT64_MAX
 from ..host_holes import host_runs
 from ..image import Image
 from ..structures import OFFSET_MASK, SnapshotEntry
@@ -167,7 +168,8 @@ class _Examination:
         self._entry = entry
         self._cluster_size = self._image.cluster_size
         self._span = self._image.header.l2_span
-        self._size = entry.disk_size if entry.disk_size is not None else self._image.disk_size
+        size = entry.disk_size if entry.disk_size is not None else self._image.disk_size
+        self._size = min(size, INT64_MAX)
         self._forbidden: list[tuple[int, int, str]] = []
         self._counts = {"intact": 0, "shared": 0, "zeroed": 0, "reused": 0, "compressed": 0}
         self._unreadable = 0
