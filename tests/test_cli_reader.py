@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 import qcow2_forensics as q
-from qcow2_forensics.cli import main
+from qcow2_forensics.cli import export, main
 from tests import hostile, qemu
 from tests.image_builder import EXT_BACKING_FORMAT, PASSPHRASE, Builder, Poke, base_b, base_s, empty
 from tests.matrix import AES, PLAIN, Scenario, make
@@ -178,6 +181,61 @@ def test_export_writes_the_bytes_of_qemu(scenario: Scenario, run: Run, tmp_path:
         summary = json.loads(text)
         assert summary["sha256"] == hashlib.sha256(wanted).hexdigest()
         assert summary["size"] == len(wanted)
+
+
+_MANY_PIECES = {
+    "stored": "cluster_size=4k",
+    "zlib": "cluster_size=64k",
+    "zstd, clusters larger than a piece": "cluster_size=2M,compression_type=zstd",
+}
+
+
+@pytest.mark.parametrize("part", [MiB, 1000], ids=["whole", "in parts"])
+@pytest.mark.parametrize("kind", _MANY_PIECES)
+def test_export_in_many_pieces_writes_the_bytes_of_qemu(
+    kind: str, part: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, path, out = tmp_path / "disk.raw", tmp_path / "disk.qcow2", tmp_path / "out.raw"
+    chance = random.Random(1)
+    words = [chance.randbytes(7) for _ in range(300)]
+    pieces = (b"".join(chance.choices(words, k=9400))[:65536] if number % 5 else bytes(65536) for number in range(150))
+    raw.write_bytes(b"".join(pieces) + b"end".ljust(512, b"!"))
+    packed = [] if kind == "stored" else ["-c"]
+    qemu.img("convert", *packed, "-O", "qcow2", "-o", _MANY_PIECES[kind], raw, path)
+    write = os.pwrite
+    monkeypatch.setattr(export, "_PIECE", 65536)
+    monkeypatch.setattr(os, "pwrite", lambda where, data, offset: write(where, data[:part], offset))
+    code, text, _ = run("export", path, out, "--format", "json")
+    assert code == 0
+    assert out.read_bytes() == raw.read_bytes() == qemu.raw_bytes(path)
+    assert json.loads(text)["sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_an_export_that_fails_on_the_way_has_no_writer_left_and_leaves_nothing(
+    error: BaseException, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tmp_path / "disk", tmp_path / "out"
+    folder.mkdir()
+    qemu.create(path, "4M")
+    qemu.io(path, "write -P 0x5a 0 4M")
+    running: set[int] = set()
+
+    def slow(_where: int, data: bytes, offset: int) -> int:
+        running.add(offset)
+        time.sleep(0.02)
+        running.remove(offset)
+        if offset == 5 * 65536:
+            raise error
+        return len(data)
+
+    monkeypatch.setattr(export, "_PIECE", 65536)
+    monkeypatch.setattr(os, "pwrite", slow)
+    code, text, err = run("export", path, folder / "out.raw")
+    assert not running
+    assert (code, text) == ((2, "") if isinstance(error, OSError) else (130, ""))
+    assert ("No space left" in err) is isinstance(error, OSError)
+    assert list(folder.iterdir()) == []
 
 
 def test_export_is_sparse(run: Run, make_image: Callable[..., Path], tmp_path: Path) -> None:

@@ -38,11 +38,12 @@ def _shared_pool() -> ThreadPoolExecutor:
     if _pool is None:
         from concurrent.futures import ThreadPoolExecutor  # imports logging: not before it is needed
 
-        _pool = ThreadPoolExecutor(_WORKERS, "qcow2-inflate", initializer=_mark_worker)
+        _pool = ThreadPoolExecutor(_WORKERS, "qcow2-inflate", initializer=decode_here)
     return _pool
 
 
-def _mark_worker() -> None:
+def decode_here() -> None:
+    """Have the calling thread decode what it reads by itself, for one of several that read side by side."""
     _thread.is_worker = True
 
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, BinaryIO
 
+from ..clusters import decode_here
 from ..disk import Disk
 from ..errors import printable
-from ..limits import KiB, MiB
+from ..limits import MiB
 from ..mapping import Kind
 from .opening import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, atomic_writer, human_size
 
-_CHUNK = 512 * KiB  # read, hashed and written at once: what fits in the processor's cache
+_PIECE = 1 * MiB  # read, written and hashed at once
 _ZEROS = bytes(MiB)
-_PIECES_BEHIND = 8  # what the hash may lag behind the reader
+_WORKERS = min(8, os.cpu_count() or 1)
+_PIECES_AHEAD = 3 * _WORKERS  # read and written before the hash comes to them
 
 _EPILOG = """examples:
   qcow2-forensics export disk.qcow2 disk.raw
@@ -87,66 +91,69 @@ def _layers(disk: Disk) -> Iterator[Disk]:
 def write_raw(disk: Disk, out: BinaryIO, progress: Progress, *, hashed: bool = True) -> str | None:
     """Write ``disk`` to an empty file, leaving holes for zeros; return the SHA-256 in hex."""
     out.truncate(disk.size)  # first of all: a size no file can have fails before anything is read
-    with _Hasher() if hashed else nullcontext() as hasher:
-        for offset, length, is_zero in _ranges(disk):
-            if is_zero:
-                if hasher is None:
-                    progress.advance(length)
-                    continue
+    digest = hashlib.sha256() if hashed else None
+    with closing(_copied(disk, out.fileno())) as pieces:
+        for length, data in pieces:
+            if data is None and digest is not None:
                 for step in _steps(length, len(_ZEROS)):
-                    hasher.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
+                    digest.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
                     progress.advance(step)
                 continue
-            out.seek(offset)
-            at = offset
-            for step in _steps(length, _CHUNK):
-                data = disk.read(at, step)
-                if hasher is not None:
-                    hasher.update(data)
-                out.write(data)
-                at += step
-                progress.advance(step)
-    return hasher.hexdigest() if hasher is not None else None
+            if data is not None and digest is not None:
+                digest.update(data)
+            progress.advance(length)
+    return digest.hexdigest() if digest is not None else None
 
 
-def _ranges(disk: Disk) -> Iterator[tuple[int, int, bool]]:
-    """Yield (offset, length, whether it reads as zeros), neighbours of one sort joined."""
+def _copied(disk: Disk, descriptor: int) -> Generator[tuple[int, bytes | None]]:
+    """Yield (length, bytes) of each piece in order, None for zeros, when it is in the file.
+
+    Threads read and write side by side, a few pieces ahead of who takes them here.
+    """
+
+    def copy(offset: int, length: int) -> bytes:
+        data = disk.read(offset, length)
+        written = 0
+        while written < len(data):  # a disk that is full takes a part, and says so at the next call
+            written += os.pwrite(descriptor, data[written:] if written else data, offset + written)
+        return data
+
+    waiting: deque[tuple[int, Callable[[], bytes | None]]] = deque()
+    # What is filled with zeros is counted, which threads must not do side by side.
+    pool = ThreadPoolExecutor(_WORKERS, "export", initializer=decode_here) if disk.eof == "strict" else None
+    try:
+        for offset, length, is_zero in _pieces(disk):
+            if is_zero:
+                waiting.append((length, lambda: None))
+            elif pool is not None:
+                waiting.append((length, pool.submit(copy, offset, length).result))
+            else:
+                waiting.append((length, partial(copy, offset, length)))
+            if len(waiting) > _PIECES_AHEAD:
+                done, result = waiting.popleft()
+                yield done, result()
+        for done, result in waiting:
+            yield done, result()
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)  # nobody writes any more when the file is closed
+
+
+def _pieces(disk: Disk) -> Iterator[tuple[int, int, bool]]:
+    """Yield (offset, length, whether it reads as zeros); zeros as long as they are, other bytes cut."""
+    most = max(_PIECE, *(layer.image.cluster_size for layer in _layers(disk)))
     kinds = ((extent.kind in (Kind.ZERO, Kind.HOLE), extent) for extent in disk.extents())
     for is_zero, group in groupby(kinds, key=itemgetter(0)):
         start = end = -1
         for _, extent in group:
             start = extent.offset if start < 0 else start
             end = extent.offset + extent.length
-        yield start, end - start, is_zero
+        step = end - start if is_zero else most
+        for offset in range(start, end, step):
+            yield offset, min(step, end - offset), is_zero
 
 
 def _steps(length: int, most: int) -> Iterator[int]:
     while length > 0:
         yield min(length, most)
         length -= most
-
-
-class _Hasher:
-    """SHA-256 in a thread of its own, a few pieces behind: hashing releases the interpreter lock."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, "sha256")
-        self._waiting: deque[Future[None]] = deque()
-
-    def update(self, data: bytes) -> None:
-        if len(self._waiting) >= _PIECES_BEHIND:
-            self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._digest.update, data))
-
-    def hexdigest(self) -> str:
-        """Return the digest of everything; only after the ``with`` block. Raises what hashing a piece raised."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> _Hasher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=False)
