@@ -183,6 +183,44 @@ def test_punched_clusters_of_a_deleted_snapshot_are_refused_not_read_as_zeros(tm
         assert disk.read(65536, 512) == b"\x11" * 512
 
 
+def test_compressed_clusters_of_a_deleted_snapshot_that_others_were_written_over_are_refused(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.io(path, "write -P 1 512k 64k")
+    qemu.snapshot(path, "first")
+    qemu.io(path, "write -P 2 512k 64k")
+    qemu.snapshot(path, "first", action="-d", opts=KEEP)  # from here on the L2 table stands behind free clusters
+    qemu.io(path, "write -c -P 0x11 0 64k", "write -c -P 0x12 64k 64k")
+    qemu.snapshot(path, "alpha")
+    before = qemu.raw_bytes(path, snapshot="alpha")
+    qemu.io(path, "write -P 0x44 0 128k")
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    with open_disk(path, snapshot="deleted:alpha") as disk:
+        assert disk.read(0, disk.size) == before
+    qemu.io(path, "write -c -P 0x77 768k 64k")  # as long as the first of them, and where it was
+    item = next(item for item in deleted_snapshots(path) if item.entry.name == "alpha")
+    assert (item.reused, item.compressed, item.complete) == (2, 0, False)
+    assert item.readable == 1 - 2 * 65536 / len(before)
+    with open_disk(path, snapshot="deleted:alpha") as disk:
+        for offset in (0, 65536):
+            with pytest.raises(ReadError, match="reused"):
+                disk.read(offset, 512)
+        assert disk.read(131072, disk.size) == before[131072:]
+
+
+def test_compressed_clusters_of_a_deleted_snapshot_beside_ones_still_in_use_are_read(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(b"".join(b"%07d the quick brown fox\n" % number for number in range(24000))[: 512 << 10])
+    path = tmp_path / "disk.qcow2"
+    qemu.convert(raw, path, fmt="raw", target_format="qcow2", compressed=True)
+    qemu.snapshot(path, "alpha")
+    qemu.io(path, "write -P 0x44 64k 64k")
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    (item,) = deleted_snapshots(path)
+    assert (item.reused, item.compressed, item.readable) == (0, 8, 1.0)
+    with open_disk(path, snapshot="deleted:alpha") as disk:
+        assert disk.read(0, disk.size) == raw.read_bytes()
+
+
 def test_active_disk_of_an_image_with_residue_reads_as_ever(tmp_path: Path) -> None:
     path, _ = deleted_image(tmp_path)
     with open_disk(path) as disk:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
+from ..census.tally import descriptors
 from ..errors import FormatError, SnapshotNotFound, printable
 from ..header_rules import INT64_MAX
 from ..host_holes import host_runs
@@ -41,8 +42,9 @@ class DeletedSnapshot:
 
     Counts are clusters: ``intact`` ones nothing else uses and that hold bytes, ``shared`` ones a
     live state maps at the same guest offset, ``zeroed`` ones that are free and all zeros,
-    ``reused`` ones that belong to something else now. ``lost_tables`` counts L2 tables that are
-    gone, of ``l2_tables``. ``forbidden`` lists (offset, length, reason) that must not be read.
+    ``reused`` ones that belong to something else now, ``compressed`` ones that do not.
+    ``lost_tables`` counts L2 tables that are gone, of ``l2_tables``. ``forbidden`` lists (offset,
+    length, reason) that must not be read, ``streams`` those of compressed clusters.
     """
 
     entry: SnapshotEntry
@@ -56,6 +58,7 @@ class DeletedSnapshot:
     compressed: int = 0
     unreadable_bytes: int = 0
     forbidden: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
+    streams: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
 
     @property
     def size(self) -> int | None:
@@ -73,7 +76,7 @@ class DeletedSnapshot:
     @property
     def complete(self) -> bool:
         """Whether its L1, every L2 table and every cluster are still there."""
-        return self.l1_intact and not self.lost_tables and not self.reused
+        return self.l1_intact and not self.lost_tables and not self.reused and not self.unreadable_bytes
 
     @property
     def selector(self) -> str:
@@ -171,6 +174,9 @@ class _Examination:
         size = entry.disk_size if entry.disk_size is not None else self._image.disk_size
         self._size = min(size, INT64_MAX)
         self._forbidden: list[tuple[int, int, str]] = []
+        self._streams: list[tuple[int, int, str]] = []
+        self._kept: list[npt.NDArray[np.intp]] = []  # host clusters of streams that a live state maps too
+        self._unmapped: list[tuple[npt.NDArray[np.intp], tables.Words]] = []  # guest offsets and entries of other ones
         self._counts = {"intact": 0, "shared": 0, "zeroed": 0, "reused": 0, "compressed": 0}
         self._unreadable = 0
 
@@ -181,6 +187,7 @@ class _Examination:
             return DeletedSnapshot(self._entry, l1_intact=False)
         used = np.flatnonzero(offsets).tolist()
         lost = sum(not self._table(index, int(offsets[index])) for index in used)
+        self._streams_left()
         return DeletedSnapshot(
             self._entry,
             True,
@@ -188,6 +195,7 @@ class _Examination:
             lost_tables=lost,
             unreadable_bytes=self._unreadable,
             forbidden=tuple(self._forbidden),
+            streams=tuple(self._streams),
             **self._counts,
         )
 
@@ -215,14 +223,16 @@ class _Examination:
             self._forbidden.append((offset, self._cluster_size, _LOST_TABLE))
             self._unreadable += max(0, min(self._span, self._size - guest))
             return False
-        self._counts["compressed"] += facts.compressed
         columns = trees.columns(self._image, tables.words_of(data))
+        lives = self._live_columns(index)
+        if facts.compressed:
+            self._packed(guest, columns, lives)
         hosts = np.where(columns.zero_flags, np.uint64(0), columns.offsets)
         used = np.flatnonzero(hosts)
         hosts = hosts[used]
         mapped = np.zeros(len(used), np.bool_)
-        for live in self._live_hosts(index):
-            mapped |= live[used] == hosts
+        for live in lives:
+            mapped |= live.offsets[used] == hosts
         mapped |= self._image.header.external_data
         self._data(guest + used * self._cluster_size, hosts, mapped)
         return True
@@ -243,11 +253,53 @@ class _Examination:
             self._forbidden += [(int(host), self._cluster_size, reason) for host in np.unique(hosts[gone])]
             self._unreadable += int(np.clip(self._size - guests[gone], 0, self._cluster_size).sum())
 
-    def _live_hosts(self, index: int) -> list[tables.Words]:
+    def _packed(self, guest: int, columns: trees.Entries, lives: list[trees.Entries]) -> None:
+        """Count the compressed clusters that a live state maps too; the others are told when all such are known."""
+        places = np.flatnonzero(columns.compressed)
+        entries = columns.entries[places]
+        mapped = np.zeros(len(places), np.bool_)
+        for live in lives:
+            mapped |= live.entries[places] == entries
+        self._kept.append(np.unique(self._touched(entries[mapped])))
+        self._counts["compressed"] += int(mapped.sum())
+        self._unmapped.append((guest + places[~mapped] * self._cluster_size, entries[~mapped]))
+
+    def _touched(self, entries: tables.Words) -> list[npt.NDArray[np.intp]]:
+        """Return the host clusters that each compressed cluster lies in: the first, one between, the last."""
+        offsets, lengths = descriptors(entries, self._image.header.cluster_bits)
+        most = self._examiner.census.clusters - 1  # a descriptor may reach past the end of the file
+        first, last = (
+            (ends // np.uint64(self._cluster_size)).astype(np.intp)
+            for ends in (offsets, offsets + lengths - np.uint64(1))
+        )
+        return [np.minimum(part, most) for part in (first, (first + last) // 2, last)]
+
+    def _streams_left(self) -> None:
+        """Tell the compressed clusters no live state maps: whole only in host clusters that were never let go.
+
+        QEMU writes streams one behind the other, and never over one while its host cluster holds
+        another that is in use. A stream that the entry and a live state share is one of those.
+        """
+        census = self._examiner.census
+        kept = np.unique(np.concatenate(self._kept)) if self._kept else np.empty(0, np.intp)
+        for guests, entries in self._unmapped:
+            lost = np.zeros(len(entries), np.bool_)
+            for numbers in self._touched(entries):
+                lost |= census.is_claimed(numbers) & ~np.isin(numbers, kept)
+            self._counts["compressed"] += int((~lost).sum())
+            self._counts["reused"] += int(lost.sum())
+            offsets, lengths = descriptors(entries[lost], self._image.header.cluster_bits)
+            found = zip(offsets.tolist(), lengths.tolist(), strict=True)
+            self._streams += [
+                (offset, min(length, self._image.file_size - offset), _REUSED) for offset, length in found
+            ]
+            self._unreadable += int(np.clip(self._size - guests[lost], 0, self._cluster_size).sum())
+
+    def _live_columns(self, index: int) -> list[trees.Entries]:
         live_tables = self._examiner.live.values()
         offsets = {int(live[index]) for live in live_tables if index < len(live)} - {0}
         found = (trees.l2_table(self._image, offset) for offset in offsets)
-        return [trees.columns(self._image, table).offsets for table in found if table is not None]
+        return [trees.columns(self._image, table) for table in found if table is not None]
 
 
 def gone(entry: SnapshotEntry) -> FormatError:
@@ -282,5 +334,5 @@ def guard(image: Image, deleted: DeletedSnapshot) -> SnapshotEntry:
     """
     # What the header names is read before the guard stands, in case a crafted entry maps it.
     _ = image.problems, image.backing_name, image.crypto_header
-    image.source = GuardedSource(image.source, deleted.forbidden)
+    image.source = GuardedSource(image.source, deleted.forbidden, deleted.streams)
     return deleted.entry

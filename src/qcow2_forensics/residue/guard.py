@@ -13,11 +13,15 @@ from ..source import Source
 class GuardedSource:
     """``source`` with ranges whose reading raises :class:`ReadError` with the reason.
 
-    Everything else about the source (its path, its identity, how it is closed) shows through.
+    ``streams`` are (offset, length) of reads that are refused only as such: others may share their
+    sectors. Everything else about the source (its path, its identity, how it is closed) shows through.
     """
 
-    def __init__(self, source: Source, ranges: Iterable[tuple[int, int, str]]) -> None:
+    def __init__(
+        self, source: Source, ranges: Iterable[tuple[int, int, str]], streams: Iterable[tuple[int, int, str]] = ()
+    ) -> None:
         self._source = source
+        self._streams = {(offset, length): reason for offset, length, reason in streams}
         merged: list[tuple[int, int, str]] = []
         for offset, length, reason in sorted(ranges):
             if merged and merged[-1][2] == reason and merged[-1][1] == offset:
@@ -35,8 +39,10 @@ class GuardedSource:
         """Return bytes as the source does; raises when the range touches a guarded one."""
         at = bisect_right(self._starts, offset + length - 1) - 1
         if length > 0 and at >= 0 and self._ranges[at][1] > offset:
-            start, _, reason = self._ranges[at]
-            raise ReadError(reason, offset=max(start, offset), length=length)
+            start, _, why = self._ranges[at]
+            raise ReadError(why, offset=max(start, offset), length=length)
+        if (reason := self._streams.get((offset, length))) is not None:
+            raise ReadError(reason, offset=offset, length=length)
         return self._source.read(offset, length)
 
     def __getattr__(self, name: str) -> Any:
