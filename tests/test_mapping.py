@@ -6,13 +6,14 @@ import tempfile
 from array import array
 from pathlib import Path
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
 from qcow2_forensics.mapping import Kind
 from qcow2_forensics.sequences import sequence_end
-from tests.image_builder import COPIED, Builder
+from tests.image_builder import COPIED, EXT_BACKING_FORMAT, Builder
 
 CLUSTER = 65536
 LARGEST = 2**64 - 1
@@ -66,3 +67,28 @@ def test_a_plain_run_is_stored_data_that_follows_each_other(
             start, end, shift = run
             assert start <= offset < end
             assert [*disk.mapping.runs(start, end - start)] == [(start, end - start, Kind.DATA, start + shift, 0)]
+
+
+@pytest.mark.parametrize("reserved", [0, 0x3F << 56], ids=["into the reserved bits", "into the compressed flag"])
+@pytest.mark.parametrize("extended", [False, True], ids=["standard", "extended"])
+def test_an_entry_at_the_highest_offset_is_not_continued_by_the_one_that_counts_over(
+    extended: bool, reserved: int, tmp_path: Path
+) -> None:
+    (tmp_path / "base").write_bytes(b"b" * 4 * CLUSTER)
+    builder = Builder(size=4 * CLUSTER, extended_l2=extended, backing=b"base")
+    builder.extensions.append((EXT_BACKING_FORMAT, b"raw"))
+    top = (1 << 56) - CLUSTER | reserved
+    builder.entry(0, top, 0xFFFFFFFF).entry(CLUSTER, top + CLUSTER, 0xFFFFFFFF)
+    path = builder.write(tmp_path / "a.qcow2")
+
+    def answer(offset: int, length: int) -> bytes | None:
+        with q.open_disk(path, eof="zeros") as disk:
+            try:
+                return disk.read(offset, length)
+            except q.FormatError:
+                return None
+
+    alone = answer(CLUSTER, CLUSTER)
+    assert answer(0, CLUSTER) == bytes(CLUSTER)
+    assert alone == (None if extended or reserved else b"b" * CLUSTER)
+    assert answer(0, 2 * CLUSTER) == (None if alone is None else bytes(CLUSTER) + alone)

@@ -26,6 +26,8 @@ from .structures import (
     qcow1_compressed_descriptor,
 )
 
+HIGHEST = 1 << 55  # of the bits of a host offset: entries counted up from there could run into the reserved bits
+
 
 class Table(Protocol):
     """What reading entries takes of the mapping they belong to."""
@@ -57,7 +59,7 @@ def standard_runs(table: Table, entries: array[int], number: int, offset: int, s
         # The usual case: entries that continue the first one, as a cluster or as nothing.
         at_zero = table.data_file and entry & COPIED and not entry & ZERO  # a cluster of the data file's first byte
         step = size if entry & OFFSET_MASK or at_zero else 0
-        index = sequence_end(entries, index + 1, last + 1, step)
+        index = index + 1 if entry & HIGHEST else sequence_end(entries, index + 1, last + 1, step)
         run_end = min(stop, (number << table.slice_shift) + (index << bits))
         host = entry & OFFSET_MASK
         if entry & special or table.data_file:
@@ -99,6 +101,7 @@ def extended_runs(table: Table, entries: array[int], number: int, offset: int, s
     bits, size, mask = table.cluster_bits, table.cluster_size, table.slice_mask
     subcluster = size // SUBCLUSTERS
     full = 0xFFFF_FFFF
+    special = HIGHEST | (OFFSET_MASK & (size - 1))
     while offset < stop:
         index = (offset >> bits) & mask
         entry, bitmap = entries[2 * index], entries[2 * index + 1]
@@ -108,7 +111,7 @@ def extended_runs(table: Table, entries: array[int], number: int, offset: int, s
             yield _compressed(table, entry, offset, run_end - offset)
             offset = run_end
             continue
-        if bitmap == full and entry & OFFSET_MASK and not (entry & OFFSET_MASK & (size - 1) or table.data_file):
+        if bitmap == full and entry & OFFSET_MASK and not (entry & special or table.data_file):
             # The usual case: whole clusters, one after the other in the file.
             last, expected = ((stop - 1) >> bits) & mask, entry + size
             index += 1

@@ -19,7 +19,7 @@ from typing import TypeAlias
 from .cache import Fifo
 from .errors import FormatError
 from .image import Image
-from .l2_entries import extended_runs, qcow1_runs, standard_runs
+from .l2_entries import HIGHEST, extended_runs, qcow1_runs, standard_runs
 from .limits import KiB
 from .repeats import L1_PAGE, Repeats
 from .runs import Kind, Run, coalesced
@@ -68,7 +68,7 @@ class Mapping:
         self._l1_pages: Fifo[int, Slice] = Fifo(max(4, image.limits.l1_bytes // (L1_PAGE * 8)))
         self._repeats = Repeats()
         # Bits that make an entry anything but a stored cluster; all of them where the format is not the plain one.
-        self.not_plain = ~(COPIED | OFFSET_MASK) & (2**64 - 1) | (OFFSET_MASK & (self.cluster_size - 1))
+        self.not_plain = ~(COPIED | OFFSET_MASK) & (2**64 - 1) | HIGHEST | (OFFSET_MASK & (self.cluster_size - 1))
         if self.version == 1 or header.extended_l2 or self.data_file:
             self.not_plain = 2**64 - 1
         # No bound method, which would be a cycle: files would stay open until it is collected.
