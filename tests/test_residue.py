@@ -35,9 +35,9 @@ pytestmark = qemu.requires_qemu
 Make = Callable[..., Path]
 
 
-def deleted_image(tmp_path: Path, name: str = "disk.qcow2", **options: object) -> tuple[Path, bytes]:
+def deleted_image(tmp_path: Path, name: str = "disk.qcow2", size: str = "4M", **options: object) -> tuple[Path, bytes]:
     """Make an image whose snapshot ``alpha`` was deleted, and return the disk alpha held."""
-    path = qemu.create(tmp_path / name, "4M", **options)
+    path = qemu.create(tmp_path / name, size, **options)
     qemu.io(path, "write -P 0x11 0 1M", "write -P 0x22 2M 64k", "write -P 0x33 3M 100k")
     qemu.snapshot(path, "alpha")
     before = qemu.raw_bytes(path, snapshot="alpha")
@@ -146,6 +146,32 @@ def test_deleted_snapshot_whose_l1_table_was_reused_is_an_error(tmp_path: Path) 
     Poke(path).u64(active + 8 * 40, entry.l1_table_offset | 1 << 63)  # the active disk now uses that cluster
     assert not deleted_snapshots(path)[0].l1_intact
     with pytest.raises(FormatError, match="reused"):
+        open_disk(path, snapshot="deleted:1")
+
+
+@pytest.mark.parametrize("punched", [False, True])
+def test_deleted_snapshot_whose_l1_table_was_wiped_is_an_error_not_an_empty_disk(tmp_path: Path, punched: bool) -> None:
+    """Zeros are what a discard leaves where the file system knows no holes, or in a copy without them."""
+    path, _ = deleted_image(tmp_path, size="64M", cluster_size=4096)  # an L1 table of 32 entries
+    entry = deleted_snapshots(path)[0].entry
+    if punched:
+        qemu.run("fallocate", "--punch-hole", "--keep-size", "-o", str(entry.l1_table_offset), "-l", "4096", path)
+    else:
+        Poke(path).write(entry.l1_table_offset, bytes(8 * entry.l1_size))
+    (item,) = deleted_snapshots(path)
+    assert (item.l1_intact, item.readable, item.complete) == (False, 0, False)
+    with pytest.raises(FormatError, match="wiped"):
+        open_disk(path, snapshot="deleted:1")
+
+
+def test_deleted_snapshot_with_a_hole_in_its_l1_table_is_an_error(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path, size="2G", cluster_size=4096)  # an L1 table of two clusters
+    entry = deleted_snapshots(path)[0].entry
+    assert entry.l1_size * 8 == 8192
+    second = str(entry.l1_table_offset + 4096)
+    qemu.run("fallocate", "--punch-hole", "--keep-size", "-o", second, "-l", "4096", path)
+    assert not deleted_snapshots(path)[0].l1_intact
+    with pytest.raises(FormatError, match="wiped"):
         open_disk(path, snapshot="deleted:1")
 
 

@@ -143,6 +143,10 @@ class _Examiner:
         """Whether the file system stores nothing for the range; False where it cannot be asked."""
         return all(run.is_hole for run in host_runs(self.image.source, offset, length))
 
+    def has_hole(self, offset: int, length: int) -> bool:
+        """Whether the file system stores nothing for part of the range."""
+        return any(run.is_hole for run in host_runs(self.image.source, offset, length))
+
     def contents(self, numbers: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
         """Return what the free host clusters of these numbers hold."""
         pages, places = numbers // _PAGE, numbers % _PAGE
@@ -208,7 +212,9 @@ class _Examination:
         if examiner.is_claimed(first, length):
             return None
         data = self._image.read(first, length)
-        if (tables.parse_l1(data, examiner.geometry) is None) if any(data) else examiner.is_hole(first, length):
+        # Of zeros nobody can tell whether the disk was empty or the table wiped: not every file system keeps
+        # a discarded table as a hole, and no copy has to.
+        if tables.parse_l1(data, examiner.geometry) is None or examiner.has_hole(first, length):
             return None
         return tables.words_of(data) & np.uint64(OFFSET_MASK)
 
@@ -305,7 +311,8 @@ class _Examination:
 def gone(entry: SnapshotEntry) -> FormatError:
     """Return the error for a former entry whose L1 table is not there any more."""
     return FormatError(
-        f"the L1 table of the deleted snapshot {printable(entry.id)} ({printable(entry.name)}) has been reused",
+        f"the L1 table of the deleted snapshot {printable(entry.id)} ({printable(entry.name)}) "
+        "is gone: it has been reused or wiped",
         offset=entry.l1_table_offset,
         field="l1_table_offset",
     )
