@@ -45,7 +45,7 @@ def test_an_image_inside_an_image_never_waits_for_its_own_thread(
     outer = packed(tmp_path / "outer", inner.read_bytes())
     # One thread for everything: whoever waits in it for another task waits for ever.
     monkeypatch.setattr(clusters, "_WORKERS", 2)
-    with ThreadPoolExecutor(1, initializer=clusters._mark_worker) as pool:
+    with ThreadPoolExecutor(1, initializer=clusters.decode_here) as pool:
         monkeypatch.setattr(clusters, "_pool", pool)
         got: list[bytes] = []
 
