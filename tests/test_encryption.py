@@ -151,6 +151,27 @@ def test_legacy_aes_reads_as_qemu_does(fmt: str, secret: str, tmp_path: Path) ->
     assert_reads_as_qemu_does(path, secret, fmt)
 
 
+def test_what_the_end_of_the_file_cuts_off_an_encrypted_cluster_is_an_error_not_decrypted_zeros(
+    luks: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(luks, tmp_path / "cut.qcow2"))
+    with q.open_disk(path, passphrase=SECRET) as disk:
+        last = max((e for e in disk.extents() if e.host_offset is not None), key=lambda e: e.host_offset or 0)
+        stored = disk.read(last.offset, last.length)
+        end = (last.host_offset or 0) + last.length
+        assert end == path.stat().st_size  # QEMU writes whole clusters where they are encrypted
+    os.truncate(path, end - 5000)
+    with q.open_disk(path, passphrase=SECRET) as disk:
+        whole = last.length - 5120  # the sectors that are there
+        assert disk.read(last.offset, whole) == stored[:whole]
+        for offset, length in ((0, last.length), (whole, 512), (whole + 1, 1), (last.length - 512, 512)):
+            with pytest.raises(q.FormatError, match="an encrypted cluster is cut off by the end of"):
+                disk.read(last.offset + offset, length)
+    with q.open_disk(path, passphrase=SECRET, eof="zeros") as disk:
+        assert disk.read(last.offset, last.length) == qemu.read(path, last.offset, last.length, secret=SECRET)
+        assert disk.filled == {"clusters": 1, "bytes": 5000}
+
+
 @qemu.requires_qemu
 def test_compressed_cluster_of_an_encrypted_disk_is_plain(luks_copy: Path, tmp_path: Path) -> None:
     legacy = qemu.create(tmp_path / "legacy.qcow2", "1M", secret=SECRET, encrypt={"format": "aes"})

@@ -287,6 +287,18 @@ def test_a_version_1_cluster_that_the_end_of_the_file_cuts_is_read_up_to_there()
     assert image.unreadable == [(3584, 512)]
 
 
+def test_an_encrypted_cluster_that_the_end_of_the_file_cuts_is_read_up_to_there(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="cryptography is absent")
+    builder = Builder(size=8192, cluster_bits=12, crypt_method=1)
+    builder.data(4096, b"\x11" * 4096).entry(0, (1 << 20) | COPIED)
+    path = builder.write(tmp_path / "disk.qcow2")
+    os.truncate(path, (1 << 20) + 1000)
+    image = Img_Info(path, passphrase="secret", unreadable="zeros")
+    with open_disk(path, passphrase="secret") as disk:
+        assert image.read(0, 8192) == disk.read(0, 512) + bytes(3584) + disk.read(4096, 4096)
+    assert image.unreadable == [(512, 3584)]
+
+
 def _counting(disk: Any) -> list[int]:
     """Have a disk note the places at which it is read."""
     places: list[int] = []

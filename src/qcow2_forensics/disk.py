@@ -310,21 +310,25 @@ class Disk:
         """Pad what the end of the file cut off.
 
         Normal for the rest of the file's last cluster; a cluster wholly past the end is an error,
-        or with ``eof="zeros"`` zeros that are counted.
+        or with ``eof="zeros"`` zeros that are counted. What is encrypted has no such rest: zeros
+        that were never stored would be decrypted to bytes that nobody wrote.
         """
         end = self._host.size
         last_cluster_end = -(-end // self._cluster_size) * self._cluster_size
-        beyond = host + length - max(host, last_cluster_end)
+        beyond = host + length - max(host, end if self._encrypted else last_cluster_end)
         if beyond > 0:
             if self.eof == "strict":
-                at = max(host, last_cluster_end)
-                raise FormatError(
-                    f"a data cluster lies past the end of {printable(source_name(self._host))} at {end:#x}",
-                    offset=at,
-                    field="data cluster",
-                )
+                raise self._past_the_end(host, length, last_cluster_end)
             self._count_filled(beyond)
         return data.ljust(length, b"\0")
+
+    def _past_the_end(self, host: int, length: int, last_cluster_end: int) -> FormatError:
+        end = self._host.size
+        where = f"the end of {printable(source_name(self._host))} at {end:#x}"
+        if host + length <= last_cluster_end:
+            return FormatError(f"an encrypted cluster is cut off by {where}", offset=end, field="encrypted cluster")
+        at = max(host, last_cluster_end)
+        return FormatError(f"a data cluster lies past {where}", offset=at, field="data cluster")
 
     def _count_filled(self, count: int) -> None:
         self.filled["clusters"] += -(-count // self._cluster_size)

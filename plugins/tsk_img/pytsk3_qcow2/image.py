@@ -19,7 +19,7 @@ import pytsk3
 from qcow2_forensics import open_disk
 from qcow2_forensics import open_image as open_metadata
 from qcow2_forensics.disk import Disk, EofPolicy, Layer, RawDisk
-from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error, ReadError, printable
+from qcow2_forensics.errors import FormatError, Locked, NotQcow2, Qcow2Error, ReadError, printable
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.source import PathOrSource, as_source
 from qcow2_forensics.structures import SECTOR, Crypt, SnapshotEntry
@@ -70,6 +70,11 @@ def _smallest_cluster(layer: Layer | None) -> int:
         unit = min(unit, header.cluster_size // 32 if header.extended_l2 else header.cluster_size)
         layer = layer.backing
     return unit if layer is None or isinstance(layer, RawDisk) else SECTOR
+
+
+def _is_cut_anywhere(error: Qcow2Error) -> bool:
+    """Whether the sectors beside an unreadable one may be readable, though they are of one cluster."""
+    return isinstance(error, ReadError) or (isinstance(error, FormatError) and error.field == "encrypted cluster")
 
 
 class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in for
@@ -146,7 +151,7 @@ class Img_Info(pytsk3.Img_Info):  # noqa: N801 - named as the class it stands in
             yield self._disk.read(offset, length)
             return
         except Qcow2Error as error:
-            unit = SECTOR if isinstance(error, ReadError) else _smallest_cluster(self._disk)
+            unit = SECTOR if _is_cut_anywhere(error) else _smallest_cluster(self._disk)
             middle = (offset + length // 2) // unit * unit
             if middle <= offset:
                 middle = offset // unit * unit + unit
