@@ -178,6 +178,45 @@ def test_a_difference_to_a_parent_is_unsupported_never_zeros(tmp_path: Path) -> 
         q.open_disk(overlay(tmp_path, "vpc"))
 
 
+def test_a_vmdk_with_zeroed_grains_is_unsupported_never_other_bytes_of_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("pyvmdk", reason="pyvmdk is absent")
+    path = qemu.create(tmp_path / "base", "1M", fmt="vmdk", zeroed_grain="on")
+    qemu.io(path, "write -P 17 0 128k", "write -z 0 64k", fmt="vmdk")
+    path = overlay(tmp_path, "vmdk")
+    assert qemu.raw_bytes(path)[:65537] == bytes(65536) + b"\x11"
+    with pytest.raises(Unsupported, match="vmdk with zeroed grains"):
+        q.open_disk(path)
+
+
+def test_a_vhdx_whose_log_was_not_replayed_is_unsupported_never_what_was_before(tmp_path: Path) -> None:
+    pytest.importorskip("pyvhdi", reason="pyvhdi is absent")
+    path = qemu.create(tmp_path / "base", "4M", fmt="vhdx", block_size="1M")
+    qemu.io(path, "write -P 17 0 64k", fmt="vhdx")
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"loge", MiB)  # QEMU replayed it and left it there; as if it had not come to that
+    table = int.from_bytes(content[entry + 80 : entry + 88], "little")
+    content[table : table + 4096] = bytes(4096)
+    header = max((0x10000, 0x20000), key=lambda at: int.from_bytes(content[at + 8 : at + 16], "little"))
+    content[header + 48 : header + 64] = content[entry + 32 : entry + 48]
+    content[header + 4 : header + 8] = bytes(4)
+    struct.pack_into("<I", content, header + 4, _crc32c(content[header : header + 4096]))
+    path.write_bytes(content)
+    path = overlay(tmp_path, "vhdx")
+    with pytest.raises(qemu.QemuError, match="contains a log that needs to be replayed"):
+        qemu.raw_bytes(path)
+    with pytest.raises(Unsupported, match="vhdx whose log was not replayed"):
+        q.open_disk(path)
+
+
+def _crc32c(data: bytes) -> int:
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
 @pytest.mark.parametrize("fmt", ["vmdk", "vpc", "vhdx"])
 def test_what_is_not_of_the_recorded_format_is_a_format_error(fmt: str, tmp_path: Path) -> None:
     pytest.importorskip(LIBRARIES[fmt], reason=f"{LIBRARIES[fmt]} is absent")

@@ -14,7 +14,7 @@ from typing import Any
 
 from .disk import Extent
 from .errors import FormatError, ReadError, Unsupported, printable
-from .limits import MiB
+from .limits import KiB, MiB
 from .mapping import Kind
 from .source import Source, source_name
 from .stream import SourceStream
@@ -37,6 +37,8 @@ _MAGICS = (
 _DESCRIPTOR = b"# Disk DescriptorFile"  # a VMDK that only names the files with the data
 _NO_PARENT = 0xFFFFFFFF  # a VMDK's parent identifier
 _VHD_DIFFERENTIAL = 4
+_VMDK_ZEROED_GRAINS = 4  # of the flags: an entry of 1 is a grain of zeros, not one stored in the second sector
+_VHDX_HEADERS = (64 * KiB, 128 * KiB)  # two copies, the one with the higher sequence number counts
 _READ_BYTES = 16 * MiB  # per call of a library: they count in 32 bits
 _LIBRARIES = {"vmdk": "pyvmdk", "vhdx": "pyvhdi", "vpc": "pyvhdi"}
 
@@ -66,6 +68,13 @@ def open_foreign(kind: str, source: Source) -> ForeignDisk:
     return ForeignDisk(kind, source, module)
 
 
+def _has_log(source: Source) -> bool:
+    """Whether a VHDX names a log: its writer did not come to replay it. libvhdi does not look at it."""
+    heads = [head for head in (source.read(at, 64) for at in _VHDX_HEADERS) if head[:4] == b"head"]
+    current = max(heads, key=lambda head: int.from_bytes(head[8:16], "little"), default=b"")
+    return any(current[48:64])
+
+
 class ForeignDisk:
     """A backing disk read by a libyal library, under a lock: its handles have a position."""
 
@@ -91,15 +100,19 @@ class ForeignDisk:
             ) from None
 
     def _needs_more(self, source: Source) -> str:
-        """Return why this file alone is not the whole disk, empty when it is.
+        """Return why this file alone, or what its library makes of it, is not the whole disk; empty when it is.
 
         The library is never left to open what the file names: those names are evidence too.
         """
         if self._kind == "vmdk":
             if source.read(0, len(_DESCRIPTOR)) == _DESCRIPTOR or self._handle.get_number_of_extents() != 1:
                 return "whose data is in other files"
+            if source.read(0, 4) == b"KDMV" and source.read(8, 1)[0] & _VMDK_ZEROED_GRAINS:
+                return "with zeroed grains, for which its library takes other bytes of the file"
             parent = self._handle.get_parent_content_identifier()
             return "" if parent in (None, _NO_PARENT) else "that is a difference to a parent"
+        if self._kind == "vhdx" and _has_log(source):
+            return "whose log was not replayed: it may hold newer tables than the rest of the file"
         differs = self._handle.get_disk_type() == _VHD_DIFFERENTIAL or self._handle.get_parent_identifier()
         return "that is a difference to a parent" if differs else ""
 
