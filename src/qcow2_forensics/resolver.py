@@ -52,12 +52,15 @@ def parse_reference(name: str, role: Role) -> Reference:
 
 def _parse_json(name: str) -> Reference:
     try:
-        options = json.loads(name.removeprefix("json:"))
+        options = json.loads(name.removeprefix("json:"), object_pairs_hook=_Options)
     except (ValueError, RecursionError) as error:
         raise ForbiddenReference(name, "its json: options cannot be parsed") from error
-    if not isinstance(options, dict):
+    if not isinstance(options, _Options):
         raise ForbiddenReference(name, "its json: options are not an object")
-    flat = dict(_flatten(options))
+    pairs = list(_flatten(options))
+    flat = dict(pairs)
+    if len(flat) != len(pairs):  # QEMU refuses some, and of others it may take another one
+        raise ForbiddenReference(name, "its json: options say one thing twice")
     driver = flat.pop("driver", None)
     path = flat.pop("file.filename", None)
     protocol = flat.pop("file.driver", "file")
@@ -68,12 +71,18 @@ def _parse_json(name: str) -> Reference:
     return Reference(path, str(driver))
 
 
-def _flatten(options: Mapping[str, object], prefix: str = "", depth: int = 0) -> Iterable[tuple[str, object]]:
-    for count, (key, value) in enumerate(options.items()):
+class _Options(tuple[tuple[str, object], ...]):
+    """The members of a JSON object as they are written: a dictionary would drop all but the last of a name."""
+
+    __slots__ = ()
+
+
+def _flatten(options: _Options, prefix: str = "", depth: int = 0) -> Iterable[tuple[str, object]]:
+    for count, (key, value) in enumerate(options):
         if count > _JSON_LIMIT or depth > _JSON_LIMIT:
             yield f"{prefix}...", None  # an option nobody knows: refused
             return
-        if isinstance(value, Mapping):
+        if isinstance(value, _Options):
             yield from _flatten(value, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value
