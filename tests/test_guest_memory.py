@@ -194,6 +194,17 @@ def test_sections_between_those_of_ram_are_passed_over() -> None:
     assert sum("passed by its footer" in note for note in memory.layout.notes) == 3
 
 
+@pytest.mark.parametrize("kind", [1, 4])
+def test_a_part_of_ram_that_damage_made_a_beginning_is_refused_and_not_passed_over(kind: int) -> None:
+    parts = [page(0, b"\1" * 4096, "pc.ram"), page(0, b"\2" * 4096, "pc.ram")]
+    data = stream(configuration(), ram(sizes({"pc.ram": 8192}), *parts), devices([]))
+    assert GuestMemory(BytesSource(data)).read_block("pc.ram", 0, 1) == b"\2"
+    at = data.index(b"\3" + u32(2))
+    damaged = data[:at] + bytes([kind]) + data[at + 1 :]
+    with pytest.raises(FormatError, match="section 2 begins twice"):
+        GuestMemory(BytesSource(damaged))
+
+
 def test_a_section_without_an_end_in_sight_is_named() -> None:
     data = stream(configuration(), section(1, 7, bytes(100), "vfio", footer=False))
     with pytest.raises(Unsupported, match="vfio"):

@@ -95,6 +95,8 @@ class _Walker:
             return True
         elif kind in (START, FULL):
             number = cursor.uint(4)
+            if number in self._names:  # else a part whose type is damaged would be passed, its pages with it
+                raise broken(f"section {number} begins twice", at)
             name = cursor.name()
             cursor.take(8)  # instance and version
             if kind == FULL:
