@@ -205,6 +205,18 @@ def test_a_part_of_ram_that_damage_made_a_beginning_is_refused_and_not_passed_ov
         GuestMemory(BytesSource(damaged))
 
 
+def test_a_page_that_damage_made_the_end_of_its_section_is_refused_where_the_footer_is_missing() -> None:
+    """What follows reads as sections of any kind: here as a command, then as one more part with a newer page."""
+    hidden = b"\x08" + struct.pack(">HH", 0, 4096 - 5)
+    parts = [page(0, b"\1" * 4096, "pc.ram") + page(1, hidden.ljust(4096, b"\2")), page(0, b"\3" * 4096, "pc.ram")]
+    data = stream(configuration(), ram(sizes({"pc.ram": 8192}), *parts), devices([]))
+    assert GuestMemory(BytesSource(data)).read_block("pc.ram", 4096, 1) == b"\x08"
+    at = data.index(u64(4096 | 0x28)) + 7
+    damaged = data[:at] + bytes([EOS_FLAG]) + data[at + 1 :]
+    with pytest.raises(FormatError, match="no footer behind section 2"):
+        GuestMemory(BytesSource(damaged))
+
+
 def test_a_section_without_an_end_in_sight_is_named() -> None:
     data = stream(configuration(), section(1, 7, bytes(100), "vfio", footer=False))
     with pytest.raises(Unsupported, match="vfio"):

@@ -69,6 +69,7 @@ class _Walker:
         self.stream = Stream(RamRecords(limits))
         self._names: dict[int, str] = {}
         self._ram_ended = False
+        self._has_footers = False
 
     def walk(self) -> None:
         cursor = self.cursor
@@ -153,11 +154,14 @@ class _Walker:
         else:
             self._skip_to_footer(number, name)
             return
-        if cursor.peek() == FOOTER:  # machine types before 2.4 write none
-            at = cursor.position
+        at, follows = cursor.position, cursor.peek()
+        if follows == FOOTER:
             cursor.skip(1)
             if cursor.uint(4) != number:
                 raise broken(f"footer that is not of section {number}", at)
+            self._has_footers = True
+        elif self._has_footers and follows >= 0:  # machine types before 2.4 write none at all
+            raise broken(f"no footer behind section {number}", at)
 
     def _block_migration(self) -> None:
         """Skip disk content that an old "migrate -b" put between the RAM sections."""
