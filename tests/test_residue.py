@@ -202,7 +202,7 @@ def test_punched_clusters_of_a_deleted_snapshot_are_refused_not_read_as_zeros(tm
     host = Poke(path).get(l2_tables(path)[1]) & ~(1 << 63)
     qemu.run("fallocate", "--punch-hole", "--keep-size", "-o", str(host), "-l", "65536", path)
     again = deleted_snapshots(path)[0]
-    assert again.zeroed == 1
+    assert (again.zeroed, again.complete) == (1, False)
     with open_disk(path, snapshot="deleted:1") as disk:
         with pytest.raises(ReadError, match="hole"):
             disk.read(0, 512)
@@ -245,6 +245,43 @@ def test_compressed_clusters_of_a_deleted_snapshot_beside_ones_still_in_use_are_
     assert (item.reused, item.compressed, item.readable) == (0, 8, 1.0)
     with open_disk(path, snapshot="deleted:alpha") as disk:
         assert disk.read(0, disk.size) == raw.read_bytes()
+
+
+def test_what_the_active_state_may_have_written_in_place_since_the_deletion_is_counted(tmp_path: Path) -> None:
+    path, before = deleted_image(tmp_path)
+    (item,) = deleted_snapshots(path)
+    assert (item.shared, item.rewritable_bytes) == (2, 2 * 65536)  # at 2M, and the end of 100k at 3M
+    qemu.io(path, "write -P 0x66 2M 64k")
+    with open_disk(path, snapshot="deleted:1") as disk:
+        assert disk.read(2 << 20, 65536) == b"\x66" * 65536 != before[2 << 20 : (2 << 20) + 65536]
+    (item,) = deleted_snapshots(path)
+    assert item.rewritable_bytes == 2 * 65536
+
+
+def test_a_table_only_the_active_state_still_holds_may_be_newer_as_a_whole(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "4M")
+    qemu.io(path, "write -P 0x11 0 1M")
+    qemu.snapshot(path, "alpha")
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    qemu.io(path, "write -P 0x22 0 1M")
+    (item,) = deleted_snapshots(path)
+    assert (item.readable, item.rewritable) == (1, 1)
+    assert item.told == "100% readable, 100% perhaps newer"
+
+
+def test_what_an_older_snapshot_still_holds_is_no_newer_than_the_deleted_one(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "4M")
+    qemu.io(path, "write -P 0x11 0 1M")
+    qemu.snapshot(path, "older")
+    qemu.snapshot(path, "alpha")
+    before = qemu.raw_bytes(path, snapshot="alpha")
+    qemu.io(path, "write -P 0x22 0 64k")
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    qemu.io(path, "write -P 0x33 0 1M")
+    (item,) = deleted_snapshots(path)
+    assert (item.readable, item.rewritable_bytes, item.told) == (1, 0, "100% readable")
+    with open_disk(path, snapshot="deleted:alpha") as disk:
+        assert disk.read(0, disk.size) == before
 
 
 def test_active_disk_of_an_image_with_residue_reads_as_ever(tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Finding]:
             Evidence("open_as", item.selector, entry.offset, entry.length, "former snapshot table", snapshot=entry.id),
             Evidence("name", entry.name, entry.offset, entry.length, "former snapshot table", snapshot=entry.id),
             Evidence("readable_fraction", round(item.readable, 4), snapshot=entry.id),
+            Evidence("rewritable_fraction", round(item.rewritable, 4), snapshot=entry.id),
             Evidence("l2_tables", item.l2_tables, entry.l1_table_offset, entry.l1_size * 8, "former L1 table"),
             Evidence("lost_l2_tables", item.lost_tables),
             Evidence("intact_clusters", item.intact),

@@ -80,7 +80,11 @@ def _deleted(image: Image) -> list[dict[str, Any]]:
 
     rows = []
     for item in Residue(image).deleted_snapshots():
-        told = {"open_as": item.selector, "readable": round(item.readable, 4)}
+        told = {
+            "open_as": item.selector,
+            "readable": round(item.readable, 4),
+            "rewritable": round(item.rewritable, 4),
+        }
         rows.append({**facts_of(item.entry), "deleted": True, **told})
     return rows
 
@@ -109,7 +113,8 @@ def _table(rows: Iterable[dict[str, Any]]) -> str:
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     name = row["name"] if len(row["name"]) <= 40 else row["name"][:39] + "…"
     if row.get("deleted"):
-        name += f" (deleted, {row['readable']:.0%} readable, {row['open_as']})"
+        newer = f", {row['rewritable']:.0%} perhaps newer" if row["rewritable"] else ""
+        name += f" (deleted, {row['readable']:.0%} readable{newer}, {row['open_as']})"
     return (
         row["id"],
         name,

@@ -45,6 +45,9 @@ class DeletedSnapshot:
     ``reused`` ones that belong to something else now, ``compressed`` ones that do not.
     ``lost_tables`` counts L2 tables that are gone, of ``l2_tables``. ``forbidden`` lists (offset,
     length, reason) that must not be read, ``streams`` those of compressed clusters.
+
+    ``rewritable_bytes`` are read, yet may be newer than the snapshot: no snapshot older than it
+    holds their L2 table or cluster too, so that the active state could write there in place.
     """
 
     entry: SnapshotEntry
@@ -57,6 +60,7 @@ class DeletedSnapshot:
     reused: int = 0
     compressed: int = 0
     unreadable_bytes: int = 0
+    rewritable_bytes: int = 0
     forbidden: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
     streams: tuple[tuple[int, int, str], ...] = field(default=(), repr=False)
 
@@ -74,9 +78,21 @@ class DeletedSnapshot:
         return max(0.0, 1 - self.unreadable_bytes / total) if total else 1.0
 
     @property
+    def rewritable(self) -> float:
+        """The fraction of its guest bytes that can be read and may have been written in place since."""
+        total = self.entry.disk_size or 0
+        return min(1.0, self.rewritable_bytes / total) if total else 0.0
+
+    @property
+    def told(self) -> str:
+        """How much can be read, and how much of that may be newer, in words."""
+        newer = f", {self.rewritable:.0%} perhaps newer" if self.rewritable_bytes else ""
+        return f"{self.readable:.0%} readable{newer}"
+
+    @property
     def complete(self) -> bool:
         """Whether its L1, every L2 table and every cluster are still there."""
-        return self.l1_intact and not self.lost_tables and not self.reused and not self.unreadable_bytes
+        return self.l1_intact and not self.forbidden and not self.streams
 
     @property
     def selector(self) -> str:
@@ -183,6 +199,7 @@ class _Examination:
         self._unmapped: list[tuple[npt.NDArray[np.intp], tables.Words]] = []  # guest offsets and entries of other ones
         self._counts = {"intact": 0, "shared": 0, "zeroed": 0, "reused": 0, "compressed": 0}
         self._unreadable = 0
+        self._rewritable = 0
 
     def result(self) -> DeletedSnapshot:
         """Return what became of the entry."""
@@ -198,6 +215,7 @@ class _Examination:
             l2_tables=len(used),
             lost_tables=lost,
             unreadable_bytes=self._unreadable,
+            rewritable_bytes=self._rewritable,
             forbidden=tuple(self._forbidden),
             streams=tuple(self._streams),
             **self._counts,
@@ -221,7 +239,8 @@ class _Examination:
     def _table(self, index: int, offset: int) -> bool:
         """Count one L2 table; return whether it is intact."""
         guest = index * self._span
-        shared = any(index < len(live) and int(live[index]) == offset for live in self._examiner.live.values())
+        lives = self._live_tables(index)
+        shared = offset in lives
         data = self._image.read(offset, self._cluster_size)
         sound = shared or not self._examiner.is_claimed(offset, self._cluster_size)
         facts = tables.parse_l2(data, self._examiner.geometry) if sound else None
@@ -230,16 +249,24 @@ class _Examination:
             self._unreadable += max(0, min(self._span, self._size - guest))
             return False
         columns = trees.columns(self._image, tables.words_of(data))
-        lives = self._live_columns(index)
+        found = [(trees.l2_table(self._image, offset), kept) for offset, kept in lives.items()]
+        live = [(trees.columns(self._image, table), kept) for table, kept in found if table is not None]
         if facts.compressed:
-            self._packed(guest, columns, lives)
+            self._packed(guest, columns, [entries for entries, _ in live])
         hosts = np.where(columns.zero_flags, np.uint64(0), columns.offsets)
         used = np.flatnonzero(hosts)
         hosts = hosts[used]
-        mapped = np.zeros(len(used), np.bool_)
-        for live in lives:
-            mapped |= live.offsets[used] == hosts
+        mapped, kept = np.zeros(len(used), np.bool_), np.zeros(len(used), np.bool_)
+        for entries, by_older in live:
+            same = entries.offsets[used] == hosts
+            mapped |= same
+            kept |= same & by_older
         mapped |= self._image.header.external_data
+        if shared and not lives[offset]:  # the active state wrote its own entries into this very table
+            self._rewritable += max(0, min(self._span, self._size - guest))
+        else:
+            changed = guest + used[mapped & ~kept] * self._cluster_size
+            self._rewritable += int(np.clip(self._size - changed, 0, self._cluster_size).sum())
         self._data(guest + used * self._cluster_size, hosts, mapped)
         return True
 
@@ -301,11 +328,19 @@ class _Examination:
             ]
             self._unreadable += int(np.clip(self._size - guests[lost], 0, self._cluster_size).sum())
 
-    def _live_columns(self, index: int) -> list[trees.Entries]:
-        live_tables = self._examiner.live.values()
-        offsets = {int(live[index]) for live in live_tables if index < len(live)} - {0}
-        found = (trees.l2_table(self._image, offset) for offset in offsets)
-        return [trees.columns(self._image, table) for table in found if table is not None]
+    def _live_tables(self, index: int) -> dict[int, bool]:
+        """Return the L2 tables of live states in an L1 slot, and whether a snapshot older than this one holds each.
+
+        QEMU writes in place what only the active state holds, and never what a snapshot does.
+        """
+        taken = self._entry.date_sec, self._entry.date_nsec
+        found: dict[int, bool] = {}
+        for state, live in self._examiner.live.items():
+            if index < len(live) and live[index]:
+                one = state.snapshot
+                older = one is not None and (one.date_sec, one.date_nsec) < taken
+                found[int(live[index])] = found.get(int(live[index]), False) or older
+        return found
 
 
 def gone(entry: SnapshotEntry) -> FormatError:

@@ -154,6 +154,7 @@ def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
             "disk_size": item.entry.disk_size,
             "l1_table_offset": item.entry.l1_table_offset,
             "readable": round(item.readable, 4),
+            "rewritable": round(item.rewritable, 4),
             "intact_clusters": item.intact,
             "shared_clusters": item.shared,
             "zeroed_clusters": item.zeroed,
@@ -167,5 +168,5 @@ def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
 
 def _told(item: DeletedSnapshot) -> str:
     entry = item.entry
-    state = f"{item.readable:.0%} readable" if item.l1_intact else "its tables are gone"
+    state = item.told if item.l1_intact else "its tables are gone"
     return f"deleted snapshot {printable(entry.id)} ({printable(entry.name)}): {state}, open as {item.selector}"
