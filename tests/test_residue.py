@@ -164,6 +164,22 @@ def test_deleted_snapshot_whose_l1_table_was_wiped_is_an_error_not_an_empty_disk
         open_disk(path, snapshot="deleted:1")
 
 
+def test_an_l1_table_where_an_l2_table_of_the_deleted_snapshot_was_is_not_taken_for_it(tmp_path: Path) -> None:
+    """A later snapshot's L1 table has the form of an L2 table, and ends where the entries of that go on."""
+    path, before = deleted_image(tmp_path, size="64M", cluster_size=4096)
+    entry = deleted_snapshots(path)[0].entry
+    _, former = l2_tables(path)
+    later = Poke(path).get(entry.l1_table_offset + 8)
+    assert later  # the second L2 table: alpha has data at 2M as well
+    Poke(path).write(former, later.to_bytes(8, "big") + bytes(entry.l1_size * 8 - 8))
+    (item,) = deleted_snapshots(path)
+    assert (item.lost_tables, item.complete) == (1, False)
+    with open_disk(path, snapshot="deleted:1") as disk:
+        with pytest.raises(ReadError, match="reused"):
+            disk.read(0, 4096)
+        assert disk.read(2 << 20, 4096) == before[2 << 20 : (2 << 20) + 4096]
+
+
 def test_deleted_snapshot_with_a_hole_in_its_l1_table_is_an_error(tmp_path: Path) -> None:
     path, _ = deleted_image(tmp_path, size="2G", cluster_size=4096)  # an L1 table of two clusters
     entry = deleted_snapshots(path)[0].entry

@@ -129,6 +129,7 @@ def examine(
     return [_Examination(examiner, entry).result() for entry in entries]
 
 
+_L1_TARGETS = 8  # of what may be an L1 table, read to see whether they are L2 tables
 _UNKNOWN, _BYTES, _ZEROS, _HOLE = range(4)  # what a free host cluster holds
 _PAGE = 256  # host clusters remembered together, once one of them was looked at
 
@@ -144,6 +145,17 @@ class _Examiner:
         self._read_data = read_data
         self._pages = np.zeros(-(-census.clusters // _PAGE), np.intp)
         self._known = np.full((1, _PAGE), _UNKNOWN, np.uint8)  # the first page is that of clusters not looked at
+
+    @cached_property
+    def longest_l1(self) -> int:
+        """The entries of the longest L1 table that is not deleted, or that this disk needs."""
+        header = self.image.header
+        return max(header.l1_size, max((entry.l1_size for entry in self.image.snapshots), default=0))
+
+    def is_l2_table(self, offset: int) -> bool:
+        """Whether a host cluster has more of an L2 table than guest data has by chance."""
+        facts = tables.parse_l2(self.image.read(offset, self.image.cluster_size), self.geometry)
+        return facts is not None and facts.is_telling
 
     @cached_property
     def live(self) -> dict[trees.State, tables.Words]:
@@ -244,7 +256,7 @@ class _Examination:
         data = self._image.read(offset, self._cluster_size)
         sound = shared or not self._examiner.is_claimed(offset, self._cluster_size)
         facts = tables.parse_l2(data, self._examiner.geometry) if sound else None
-        if facts is None:
+        if facts is None or (not shared and self._begins_as_l1_table(data)):
             self._forbidden.append((offset, self._cluster_size, _LOST_TABLE))
             self._unreadable += max(0, min(self._span, self._size - guest))
             return False
@@ -269,6 +281,13 @@ class _Examination:
             self._rewritable += int(np.clip(self._size - changed, 0, self._cluster_size).sum())
         self._data(guest + used * self._cluster_size, hosts, mapped)
         return True
+
+    def _begins_as_l1_table(self, data: bytes) -> bool:
+        """Whether a later snapshot's L1 table was written over the first entries, whose form is that of L2 entries."""
+        facts = tables.parse_l1(data[: self._examiner.longest_l1 * 8], self._examiner.geometry)
+        if facts is None or not len(facts.targets) or self._image.header.external_data:
+            return False  # what an L2 table of an image with a data file names is in that file
+        return all(self._examiner.is_l2_table(int(target)) for target in facts.targets[:_L1_TARGETS])
 
     def _data(self, guests: npt.NDArray[np.intp], hosts: tables.Words, mapped: Flags) -> None:
         """Count data clusters: those still mapped by a live state, reused ones, and free ones."""

@@ -65,9 +65,7 @@ class Recogniser:
         seen.looks[tables.refcount_rows(clusters.data, self._image.header.refcount_order)] = _REFCOUNTS
         rows = tables.likely(tables.l2_rows, words, self._geometry)
         found = tables.l2_rows(words[rows], self._geometry)
-        # One lone word may be anything: a small number, a flag.
-        telling = (found.entries > 1) | ((found.zero_plain == 0) & found.targets.any(axis=1))
-        self._note(seen, rows, found, found.tables & telling, np.full(len(rows), _L2))
+        self._note(seen, rows, found, found.tables & found.telling, np.full(len(rows), _L2))
         if self._geometry.external_data:
             seen.intact[:] = 0  # what they name is in another file
         rows = tables.likely(tables.l1_rows, words, self._geometry)

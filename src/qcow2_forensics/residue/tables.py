@@ -60,10 +60,9 @@ def words_of(data: bytes) -> Words:
 
 
 class TableFacts(NamedTuple):
-    """What a table-like cluster holds: entries by kind and the host offsets they name."""
+    """What one table-like cluster holds."""
 
-    entries: int  # that are not zero
-    zero_plain: int
+    is_telling: bool  # see Rows
     compressed: int
     targets: Words  # host offsets of the plain entries, in table order
 
@@ -81,6 +80,12 @@ class Rows(NamedTuple):
     def tables(self) -> Mask:
         """Which rows are sound and have entries."""
         return self.sound & (self.entries > 0)
+
+    @property
+    def telling(self) -> Mask:
+        """Which rows hold no lone word, which may be anything: a small number, a flag."""
+        telling: Mask = (self.entries > 1) | ((self.zero_plain == 0) & self.targets.any(axis=1))
+        return telling
 
     def only(self, which: Mask) -> Rows:
         """Return these facts of some of the rows."""
@@ -111,7 +116,7 @@ def _one(rule: Rule, data: bytes, geometry: Geometry) -> TableFacts | None:
     if not rows.tables[0]:
         return None
     targets = rows.targets[rows.targets != 0]
-    return TableFacts(int(rows.entries[0]), int(rows.zero_plain[0]), int(rows.compressed[0]), targets)
+    return TableFacts(bool(rows.telling[0]), int(rows.compressed[0]), targets)
 
 
 def likely(rule: Rule, words: Words, geometry: Geometry) -> npt.NDArray[np.intp]:
