@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics import open_disk
-from qcow2_forensics.errors import FormatError, Qcow2Error, ReadError, SnapshotNotFound
+from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, ReadError, SnapshotNotFound
 from qcow2_forensics.host_holes import host_runs
 from qcow2_forensics.image import Image
-from qcow2_forensics.residue import content, deleted_snapshots, hidden, open_deleted, residue, tables
+from qcow2_forensics.residue import content, deleted_snapshots, examine, hidden, open_deleted, residue, tables
 from qcow2_forensics.residue.export import write
-from qcow2_forensics.residue.guard import GuardedSource
+from qcow2_forensics.residue.guard import LOST_TABLE, REUSED, GuardedSource, Refusals
 from qcow2_forensics.source import BytesSource, FileSource
 from tests import qemu
 from tests.image_builder import Poke, base_b, base_s, deflate
@@ -178,6 +178,17 @@ def test_an_l1_table_where_an_l2_table_of_the_deleted_snapshot_was_is_not_taken_
         with pytest.raises(ReadError, match="reused"):
             disk.read(0, 4096)
         assert disk.read(2 << 20, 4096) == before[2 << 20 : (2 << 20) + 4096]
+
+
+def test_former_tables_without_end_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = deleted_image(tmp_path)
+    one = deleted_snapshots(path)[0]
+    tables_read = 2 * one.l2_tables  # its own, and the active state's in the same places
+    for room, intact in ((tables_read, True), (tables_read - 1, False)):
+        monkeypatch.setattr(examine, "_TABLE_BYTES", room * 65536 - 4 * path.stat().st_size)
+        assert deleted_snapshots(path)[0].l1_intact == intact
+    with pytest.raises(LimitExceeded, match="L2 tables of deleted snapshots"):
+        open_disk(path, snapshot="deleted:1")
 
 
 def test_deleted_snapshot_with_a_hole_in_its_l1_table_is_an_error(tmp_path: Path) -> None:
@@ -555,12 +566,22 @@ def test_signatures(data: bytes, name: str) -> None:
 
 
 def test_guarded_source_refuses_only_the_guarded_range() -> None:
-    source = GuardedSource(BytesSource(bytes(100)), [(10, 5, "gone"), (15, 5, "gone"), (40, 1, "other")])
+    refusals = Refusals(5)
+    refusals.add_clusters(LOST_TABLE, np.array([15, 10], np.uint64))
+    refusals.add_clusters(REUSED, np.array([40, 20, 15], np.uint64))
+    refusals.add_streams(np.array([60, 60, 50], np.uint64), np.array([9, 3, 7], np.uint64))
+    source = GuardedSource(BytesSource(bytes(100)), refusals)
     assert source.read(0, 10) == bytes(10)
-    assert source.read(20, 20) == bytes(20)
-    for offset, length in ((9, 2), (10, 1), (19, 1), (0, 100), (40, 1)):
+    assert source.read(25, 15) == bytes(15)
+    for offset, length in ((9, 2), (10, 1), (19, 1), (0, 100), (40, 1), (60, 9), (60, 3), (50, 7)):
         with pytest.raises(ReadError):
             source.read(offset, length)
+    with pytest.raises(ReadError, match="L2 table"):
+        source.read(15, 1)
+    with pytest.raises(ReadError, match="reused"):
+        source.read(20, 1)
+    for offset, length in ((60, 8), (61, 3), (50, 9), (59, 11)):
+        assert source.read(offset, length) == bytes(length)
     assert source.read(12, 0) == b""
 
 

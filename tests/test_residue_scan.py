@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from qcow2_forensics.census import take_census
 from qcow2_forensics.image import Image
-from qcow2_forensics.residue import content, recognise, scan, tables
+from qcow2_forensics.residue import content, recognise, scan, tables, targets
 from qcow2_forensics.residue.pieces import Piece
 from qcow2_forensics.source import BytesSource, FileSource, Source
 from tests.image_builder import COMPRESSED, COPIED, Builder
@@ -188,7 +188,7 @@ def test_pieces_are_the_same_however_many_clusters_are_looked_at_together(
     whole = _found(source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "_BATCH", clusters * SIZE)
-        patch.setattr(recognise, "_READ", clusters * SIZE)
+        patch.setattr(targets, "_READ", clusters * SIZE)
         assert _found(source) == whole
     _tile(whole, data[: len(data) - cut])
 

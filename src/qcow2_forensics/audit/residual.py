@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
 from ..residue import DeletedSnapshot, Piece, Residue
-from ..residue.deleted import examine
+from ..residue.examine import examine
 from ..structures import BitmapEntry, SnapshotEntry
 from .facts import Facts
 from .header import snapshot_date

@@ -21,7 +21,7 @@ from ..resolver import Resolver
 from ..source import PathOrSource, Source
 from ..stream import SourceStream
 from ..structures import OFFSET_MASK, BitmapEntry, SnapshotEntry, padded
-from . import deleted, hidden, slack, streams, tables
+from . import deleted, examine, hidden, slack, streams, tables
 from .deleted import DeletedSnapshot
 from .pieces import Piece
 from .scan import Found, unclaimed
@@ -138,7 +138,7 @@ class Residue:
     def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""
         snapshots, _ = self.entries()
-        return deleted.examine(self.image, snapshots[:_DELETED], self.census, read_data=read_data)
+        return examine.examine(self.image, snapshots[:_DELETED], self.census, read_data=read_data)
 
     def former_bitmap_clusters(self) -> set[int]:
         """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
@@ -255,7 +255,5 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     if entry is None:
         former, _ = found.entries()
         entry = deleted.choose([DeletedSnapshot(entry, False) for entry in former], wanted).entry
-    (examined,) = deleted.examine(image, [entry], found.census, read_data=False)
-    if not examined.l1_intact:
-        raise deleted.gone(examined.entry)
-    return deleted.guard(image, examined)
+    examine.guard(image, entry, found.census)
+    return entry

@@ -2,34 +2,70 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable
+from array import array
+from bisect import bisect_left, bisect_right
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import ReadError
 from ..source import Source
+
+Offsets = npt.NDArray[np.uint64]
+
+LOST_TABLE, REUSED, PUNCHED = range(3)
+_REASONS = (
+    "this L2 table of the deleted snapshot is gone: its cluster was reused or punched",
+    "this cluster of the deleted snapshot has been reused by something else",
+    "this cluster of the deleted snapshot is a hole in the file now",
+)
+
+
+class Refusals:
+    """Gathers what must not be read, an array at a time; of what is refused twice the first reason holds."""
+
+    def __init__(self, cluster_size: int) -> None:
+        self._cluster_size = cluster_size
+        self._clusters = [np.empty(0, np.uint64)]
+        self._codes = [np.empty(0, np.uint8)]
+        self._streams = [np.empty((0, 2), np.uint64)]
+
+    def add_clusters(self, reason: int, offsets: Offsets) -> None:
+        """Refuse every read that touches one of these clusters."""
+        self._clusters.append(offsets)
+        self._codes.append(np.full(len(offsets), reason, np.uint8))
+
+    def add_streams(self, offsets: Offsets, lengths: Offsets) -> None:
+        """Refuse reads of exactly these ranges, which were reused: others may share their sectors."""
+        self._streams.append(np.column_stack((offsets, lengths)))
+
+    def clusters(self) -> tuple[Offsets, Offsets, npt.NDArray[np.uint8]]:
+        """Return where the refused ranges start, rising, and stop, and their reasons; neighbours are one range."""
+        starts, first = np.unique(np.concatenate(self._clusters), return_index=True)
+        codes = np.concatenate(self._codes)[first]
+        new = np.ones(len(starts), np.bool_)
+        new[1:] = (np.diff(starts) != self._cluster_size) | (codes[1:] != codes[:-1])
+        return starts[new], starts[np.roll(new, -1)] + np.uint64(self._cluster_size), codes[new]
+
+    def streams(self) -> Offsets:
+        """Return (offset, length) of the refused streams, rising."""
+        found = np.concatenate(self._streams)
+        return found[np.lexsort((found[:, 1], found[:, 0]))]
 
 
 class GuardedSource:
     """``source`` with ranges whose reading raises :class:`ReadError` with the reason.
 
-    ``streams`` are (offset, length) of reads that are refused only as such: others may share their
-    sectors. Everything else about the source (its path, its identity, how it is closed) shows through.
+    Everything else about the source (its path, its identity, how it is closed) shows through.
     """
 
-    def __init__(
-        self, source: Source, ranges: Iterable[tuple[int, int, str]], streams: Iterable[tuple[int, int, str]] = ()
-    ) -> None:
+    def __init__(self, source: Source, refusals: Refusals) -> None:
         self._source = source
-        self._streams = {(offset, length): reason for offset, length, reason in streams}
-        merged: list[tuple[int, int, str]] = []
-        for offset, length, reason in sorted(ranges):
-            if merged and merged[-1][2] == reason and merged[-1][1] == offset:
-                merged[-1] = (merged[-1][0], offset + length, reason)
-            else:
-                merged.append((offset, offset + length, reason))
-        self._ranges = merged
-        self._starts = [start for start, _, _ in merged]
+        starts, stops, codes = refusals.clusters()
+        self._starts, self._stops, self._codes = _packed(starts), _packed(stops), codes.tobytes()
+        streams = refusals.streams()
+        self._offsets, self._lengths = _packed(streams[:, 0]), _packed(streams[:, 1])
 
     @property
     def size(self) -> int:
@@ -38,12 +74,18 @@ class GuardedSource:
     def read(self, offset: int, length: int, /) -> bytes:
         """Return bytes as the source does; raises when the range touches a guarded one."""
         at = bisect_right(self._starts, offset + length - 1) - 1
-        if length > 0 and at >= 0 and self._ranges[at][1] > offset:
-            start, _, why = self._ranges[at]
-            raise ReadError(why, offset=max(start, offset), length=length)
-        if (reason := self._streams.get((offset, length))) is not None:
-            raise ReadError(reason, offset=offset, length=length)
+        if length > 0 and at >= 0 and self._stops[at] > offset:
+            raise ReadError(_REASONS[self._codes[at]], offset=max(self._starts[at], offset), length=length)
+        first = bisect_left(self._offsets, offset)
+        stop = bisect_right(self._offsets, offset, first)
+        at = bisect_left(self._lengths, length, first, stop)
+        if at < stop and self._lengths[at] == length:
+            raise ReadError(_REASONS[REUSED], offset=offset, length=length)
         return self._source.read(offset, length)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+
+def _packed(values: Offsets) -> array[int]:
+    return array("Q", values.astype(np.uint64).tobytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,20 +11,18 @@ import numpy.typing as npt
 from .. import structures
 from ..census import Census
 from ..image import Image
-from ..limits import MiB
 from ..structures import BitmapEntry, SnapshotEntry
 from . import tables
 from .tables import Bytes, Counts, Geometry, Mask, Words
+from .targets import HOLDS_BYTES, IS_L2, IS_REFCOUNTS, Targets
 
 # What a cluster may look like, rising: the last of several that apply is told.
 LOOKS = ("data", "refcounts", "l2", "l1", "refcount-table", "bitmap-directory", "snapshot-table")
 _REFCOUNTS, _L2, _L1, _REFCOUNT_TABLE, _BITMAPS, _SNAPSHOTS = range(1, len(LOOKS))
 
-_READ = 1 * MiB  # of targets looked at together
 _TARGETS = 64  # of a former table, read to see whether they still hold bytes
 _L1_TARGETS = 8  # of what may be an L1 table, read to see whether they are L2 tables
 _ENTRIES = 65_536  # places of one file looked at for snapshot or bitmap entries, as many as QEMU accepts; then one of each cluster
-_KNOWN, _HOLDS_BYTES, _IS_L2, _IS_REFCOUNTS = 1, 2, 4, 8
 
 
 class Clusters(NamedTuple):
@@ -54,7 +51,7 @@ class Recogniser:
         self._image = image
         self._census = census
         self._geometry = Geometry.of(image)
-        self._targets = _Targets(image, self._geometry)
+        self._targets = Targets(image)
         self._entries = _ENTRIES
 
     def look(self, clusters: Clusters) -> Seen:
@@ -75,6 +72,14 @@ class Recogniser:
         self._note(seen, rows, found, looks != 0, looks)
         return self._with_entries(seen, clusters)
 
+    def l1_tables(self, words: Words) -> Mask:
+        """Return which rows are L1 tables: the clusters they name look like L2 tables."""
+        found = tables.l1_rows(words, self._geometry)
+        rows = np.flatnonzero(found.tables)
+        which = np.zeros(len(words), np.bool_)
+        which[rows[self._level1(words[rows], found.only(found.tables)) == _L1]] = True
+        return which
+
     def _note(self, seen: Seen, rows: Counts, found: tables.Rows, which: Mask, looks: Counts) -> None:
         rows, found = rows[which], found.only(which)
         seen.looks[rows] = looks[which]
@@ -91,9 +96,9 @@ class Recogniser:
         places = places[_nth(places // words.shape[1]) < _L1_TARGETS]
         seen = self._targets.look(self._numbers(found.targets.reshape(-1)[places]))
         firsts = np.flatnonzero(_nth(places // words.shape[1]) == 0)  # each row has one
-        looks[np.logical_and.reduceat((seen & _IS_L2) != 0, firsts)] = _L1
+        looks[np.logical_and.reduceat((seen & IS_L2) != 0, firsts)] = _L1
         flagged = (words.reshape(-1)[places[firsts]] & np.uint64(structures.COPIED)) != 0
-        looks[~flagged & ((seen[firsts] & _IS_REFCOUNTS) != 0)] = _REFCOUNT_TABLE  # which has no flags
+        looks[~flagged & ((seen[firsts] & IS_REFCOUNTS) != 0)] = _REFCOUNT_TABLE  # which has no flags
         return looks
 
     def _intact(self, targets: Words) -> Counts:
@@ -105,7 +110,7 @@ class Recogniser:
         free = ~self._census.is_claimed(numbers)
         rows, numbers = rows[free], numbers[free]
         sample = _nth(rows) < _TARGETS
-        holds = (self._targets.look(numbers[sample]) & _HOLDS_BYTES) != 0
+        holds = (self._targets.look(numbers[sample]) & HOLDS_BYTES) != 0
         return np.bincount(rows[sample][holds], minlength=len(targets))
 
     def _numbers(self, offsets: Words) -> Counts:
@@ -132,37 +137,3 @@ class Recogniser:
 def _nth(rows: Counts) -> Counts:
     """Return how many of the same number stand before each of some rising ones."""
     return np.arange(len(rows)) - np.searchsorted(rows, rows)
-
-
-class _Targets:
-    """Looks at each cluster that tables name once."""
-
-    def __init__(self, image: Image, geometry: Geometry) -> None:
-        self._image = image
-        self._geometry = geometry
-        self._known: npt.NDArray[np.uint8] | None = None  # what is known of each cluster of the file
-
-    def look(self, numbers: Counts) -> npt.NDArray[np.uint8]:
-        """Return what is to be known of some clusters of the file."""
-        size = self._geometry.cluster_size
-        if self._known is None:
-            self._known = np.zeros(-(-self._image.file_size // size), np.uint8)
-        fresh = np.unique(numbers[self._known[numbers] == 0])
-        step = max(1, _READ // size)
-        for at in range(0, len(fresh), step):
-            some = fresh[at : at + step]
-            data = self._read(some, size)
-            words = tables.words_of(data).reshape(-1, size // 8)
-            known = np.where(words.any(axis=1), _KNOWN | _HOLDS_BYTES, _KNOWN)
-            rows = tables.likely(tables.l2_rows, words, self._geometry)
-            known[rows[tables.l2_rows(words[rows], self._geometry).tables]] |= _IS_L2
-            counts = np.frombuffer(data, np.uint8).reshape(-1, size)
-            known[tables.refcount_rows(counts, self._image.header.refcount_order)] |= _IS_REFCOUNTS
-            self._known[some] = known
-        return self._known[numbers]
-
-    def _read(self, numbers: Counts, size: int) -> bytes:
-        edges = np.flatnonzero(np.diff(numbers) != 1) + 1
-        parts = [0, *edges.tolist(), len(numbers)]
-        stretches = [(int(numbers[first]) * size, (stop - first) * size) for first, stop in itertools.pairwise(parts)]
-        return b"".join(self._image.read(offset, length).ljust(length, b"\0") for offset, length in stretches)

@@ -47,21 +47,19 @@ def states(image: Image) -> Iterator[State]:
             yield State(entry, *key)
 
 
-def l1_tables(image: Image) -> dict[State, Words]:
-    """Return the L1 table of every state.
+def l1_tables(image: Image) -> Iterator[tuple[State, Words]]:
+    """Yield the L1 table of every state.
 
     Tables that do not overlap fit in the file together; a crafted image whose tables overlap so
     often that they do not raises :class:`LimitExceeded`.
     """
-    found: dict[State, Words] = {}
     most = image.file_size // 8 + _SPARE_ENTRIES
     total = 0
     for state in states(image):
         total += _l1_entries(image, state)
         if total > most:
             raise LimitExceeded("L1 entries of all states", total, most)
-        found[state] = l1_table(image, state)
-    return found
+        yield state, l1_table(image, state)
 
 
 def l1_table(image: Image, state: State) -> Words:
@@ -88,7 +86,7 @@ def l2_table(image: Image, offset: int) -> Words | None:
 
 
 class Entries(NamedTuple):
-    """The columns of one L2 table; ``bitmaps`` is None unless entries are extended."""
+    """The columns of L2 tables, a row each or one alone; ``bitmaps`` is None unless entries are extended."""
 
     entries: Words
     bitmaps: Words | None
@@ -104,16 +102,21 @@ class Entries(NamedTuple):
         return np.where(self.compressed, np.uint64(0), self.entries & np.uint64(structures.OFFSET_MASK))
 
     @property
+    def named(self) -> Words:
+        """What each entry names, equal where two name the same: a host offset, or a compressed cluster's whole entry."""
+        return np.where(self.compressed, self.entries, self.entries & np.uint64(structures.OFFSET_MASK))
+
+    @property
     def zero_flags(self) -> npt.NDArray[np.bool_]:
         """Whether the whole cluster reads as zeros; always False for extended entries."""
         if self.bitmaps is not None:
-            return np.zeros(len(self.entries), np.bool_)
+            return np.zeros(self.entries.shape, np.bool_)
         flags: npt.NDArray[np.bool_] = ~self.compressed & ((self.entries & np.uint64(structures.ZERO)) != 0)
         return flags
 
 
 def columns(image: Image, table: Words) -> Entries:
-    """Return an L2 table as columns, whichever entry format the image has."""
+    """Return L2 tables as columns, whichever entry format the image has."""
     if image.header.extended_l2:
-        return Entries(table[0::2], table[1::2])
+        return Entries(table[..., 0::2], table[..., 1::2])
     return Entries(table, None)

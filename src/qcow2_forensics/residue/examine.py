@@ -1,0 +1,333 @@
+"""Follows the tables of former snapshot entries: what of each deleted snapshot's disk is still there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..census import Census
+from ..census.tally import descriptors
+from ..errors import LimitExceeded
+from ..header_rules import INT64_MAX
+from ..host_holes import host_runs
+from ..image import Image
+from ..limits import MiB
+from ..structures import OFFSET_MASK, SnapshotEntry
+from . import tables, trees
+from .deleted import DeletedSnapshot, gone
+from .guard import LOST_TABLE, PUNCHED, REUSED, GuardedSource, Refusals
+from .recognise import Recogniser
+from .tables import Counts, Geometry, Mask, Words
+from .targets import HOLDS_BYTES, Targets, read_clusters
+
+_ENTRIES = 1 << 16  # of L2 tables looked at together
+_TABLE_BYTES = 64 * MiB  # of L2 tables read for one image, beside four times the file: genuine ones are each in it once
+_ACTIVE = np.uint64(2**64 - 1)  # no snapshot's date
+
+
+def examine(
+    image: Image, entries: Iterable[SnapshotEntry], census: Census, *, read_data: bool = True
+) -> list[DeletedSnapshot]:
+    """Follow former entries' tables and return how much of each disk is still readable.
+
+    Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
+    The L1 tables of crafted entries that name more than a file can hold count as gone.
+    """
+    examiner = _Examiner(image, census, read_data)
+    found = []
+    for entry in entries:
+        try:
+            found.append(_Examination(examiner, entry).result())
+        except LimitExceeded:
+            found.append(DeletedSnapshot(entry, l1_intact=False))
+    return found
+
+
+def guard(image: Image, entry: SnapshotEntry, census: Census) -> None:
+    """Make ``image`` refuse what a deleted snapshot no longer owns.
+
+    After this the image answers for this one state only: it is for a disk of its own. Raises
+    :class:`FormatError` when the L1 table is gone.
+    """
+    # What the header names is read before the guard stands, in case a crafted entry maps it.
+    _ = image.problems, image.backing_name, image.crypto_header
+    refusals = Refusals(image.cluster_size)
+    if not _Examination(_Examiner(image, census, False), entry, refusals).result().l1_intact:
+        raise gone(entry)
+    image.source = GuardedSource(image.source, refusals)
+
+
+class _Live(NamedTuple):
+    """The L2 tables of states that are not deleted, each once, rising by L1 slot."""
+
+    slots: Counts
+    offsets: Words
+    dates: Words  # of the oldest snapshot that holds it; _ACTIVE for none
+
+    def at(self, places: Counts) -> _Live:
+        """Return some of the tables."""
+        return _Live(self.slots[places], self.offsets[places], self.dates[places])
+
+    def of(self, slots: Counts) -> tuple[Counts, Counts]:
+        """Return which of some slots, rising, and which table, for every table that stands in one of them."""
+        first = np.searchsorted(self.slots, slots)
+        counts = np.searchsorted(self.slots, slots, "right") - first
+        rows = np.repeat(np.arange(len(slots)), counts)
+        return rows, np.arange(len(rows)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+
+
+class _Examiner:
+    """What all former entries of an image share; every free cluster is looked at once."""
+
+    def __init__(self, image: Image, census: Census, read_data: bool) -> None:
+        self.image = image
+        self.census = census
+        self.geometry = Geometry.of(image)
+        self.recogniser = Recogniser(image, census)
+        self.l1_entries = image.file_size // 8  # of former tables that do not overlap
+        self.tables = (_TABLE_BYTES + 4 * image.file_size) // image.cluster_size
+        self._targets = Targets(image)
+        self._read_data = read_data
+
+    @cached_property
+    def live(self) -> _Live:
+        """The tables of live states, as many as may be read: what only later ones hold is not shared then."""
+        slots, offsets, dates = [np.empty(0, np.intp)], [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+        room = self.tables
+        for state, table in trees.l1_tables(self.image):
+            whole = (table % np.uint64(self.image.cluster_size) == 0) & (table < np.uint64(self.image.file_size))
+            used = np.flatnonzero((table != 0) & whole)[:room]
+            room -= len(used)
+            slots.append(used)
+            offsets.append(table[used])
+            dates.append(np.full(len(used), _ACTIVE if state.snapshot is None else _date(state.snapshot)))
+        found = _Live(np.concatenate(slots), np.concatenate(offsets), np.concatenate(dates))
+        found = found.at(np.lexsort((found.dates, found.offsets, found.slots)))
+        new = np.ones(len(found.slots), np.bool_)
+        new[1:] = (np.diff(found.slots) != 0) | (np.diff(found.offsets) != 0)
+        return found.at(np.flatnonzero(new))
+
+    @cached_property
+    def longest_l1(self) -> int:
+        """The entries of the longest L1 table that is not deleted."""
+        return max([self.image.header.l1_size, *(entry.l1_size for entry in self.image.snapshots)])
+
+    def numbers(self, offsets: Words) -> Counts:
+        """Return the clusters at host offsets, the last of the file for what lies behind it."""
+        last = np.uint64(self.census.clusters - 1)
+        numbers: Counts = np.minimum(offsets >> np.uint64(self.geometry.cluster_bits), last).astype(np.intp)
+        return numbers
+
+    def l2_tables(self, offsets: Words) -> Words:
+        """Return the words of the L2 tables at some host offsets, a row each."""
+        data = read_clusters(self.image, self.numbers(offsets))
+        return tables.words_of(data).reshape(-1, self.image.cluster_size // 8)
+
+    def has_hole(self, offset: int, length: int) -> bool:
+        """Whether the file system stores nothing for part of the range; False where it cannot be asked."""
+        return any(run.is_hole for run in host_runs(self.image.source, offset, length))
+
+    def punched(self, numbers: Counts) -> Mask:
+        """Return which host clusters the file system stores nothing for."""
+        starts, stops = self._holes
+        offsets = numbers * self.image.cluster_size
+        places = np.searchsorted(starts, offsets, "right") - 1
+        ends = np.minimum(offsets + self.image.cluster_size, self.image.file_size)
+        punched: Mask = (places >= 0) & (stops[places] >= ends)
+        return punched
+
+    @cached_property
+    def _holes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        holes = [
+            (run.offset, run.offset + run.length)
+            for run in host_runs(self.image.source, 0, self.image.file_size)
+            if run.is_hole
+        ]
+        starts, stops = np.array(holes or [(0, 0)], np.int64).T
+        return starts, stops
+
+    def are_zeros(self, numbers: Counts) -> Mask:
+        """Return which free host clusters hold zeros; none where data is not to be read."""
+        if not self._read_data:
+            return np.zeros(len(numbers), np.bool_)
+        zeros: Mask = (self._targets.look(numbers) & HOLDS_BYTES) == 0
+        return zeros
+
+
+class _Examination:
+    """Follows the tables of one former entry."""
+
+    def __init__(self, examiner: _Examiner, entry: SnapshotEntry, refusals: Refusals | None = None) -> None:
+        self._examiner = examiner
+        self._image = examiner.image
+        self._entry = entry
+        self._refusals = refusals
+        self._cluster_size = self._image.cluster_size
+        self._span = self._image.header.l2_span
+        size = entry.disk_size if entry.disk_size is not None else self._image.disk_size
+        self._size = min(size, INT64_MAX)
+        self._kept: list[Counts] = []  # host clusters of streams that a live state maps too
+        self._unmapped: list[tuple[Counts, Words]] = []  # guest offsets and entries of other ones
+        self._counts = {"intact": 0, "shared": 0, "zeroed": 0, "reused": 0, "compressed": 0, "lost_tables": 0}
+        self._unreadable = 0
+        self._rewritable = 0
+
+    def result(self) -> DeletedSnapshot:
+        """Return what became of the entry; raises :class:`LimitExceeded` for crafted tables without end."""
+        l1_table = self._l1_table()
+        if l1_table is None:
+            return DeletedSnapshot(self._entry, l1_intact=False)
+        slots = np.flatnonzero(l1_table)
+        rows, _ = self._examiner.live.of(slots)
+        named, room = len(slots) + len(rows), self._examiner.tables
+        self._examiner.tables -= named
+        if named > room:
+            raise LimitExceeded("L2 tables of deleted snapshots", named, max(0, room))
+        step = max(1, _ENTRIES // self._image.header.l2_entries)
+        for at in range(0, len(slots), step):
+            self._tables(slots[at : at + step], l1_table[slots[at : at + step]])
+        self._streams_left()
+        return DeletedSnapshot(
+            self._entry,
+            True,
+            l2_tables=len(slots),
+            unreadable_bytes=self._unreadable,
+            rewritable_bytes=self._rewritable,
+            **self._counts,
+        )
+
+    def _l1_table(self) -> Words | None:
+        """Return the host offsets in the former L1 table, None when it is not there any more."""
+        examiner, first, length = self._examiner, self._entry.l1_table_offset, self._entry.l1_size * 8
+        examiner.l1_entries -= self._entry.l1_size
+        if first + length > self._image.file_size or length > self._image.limits.l1_bytes or examiner.l1_entries < 0:
+            return None
+        stop = -(-(first + length) // self._cluster_size)
+        if examiner.census.is_claimed(np.arange(first // self._cluster_size, stop)).any():
+            return None
+        data = self._image.read(first, length)
+        # Of zeros nobody can tell whether the disk was empty or the table wiped: not every file system keeps
+        # a discarded table as a hole, and no copy has to.
+        if tables.parse_l1(data, examiner.geometry) is None or examiner.has_hole(first, length):
+            return None
+        return tables.words_of(data) & np.uint64(OFFSET_MASK)
+
+    def _tables(self, slots: Counts, offsets: Words) -> None:
+        """Count what some L2 tables hold, and those that are gone."""
+        examiner, live = self._examiner, self._examiner.live
+        rows, places = live.of(slots)
+        same = live.offsets[places] == offsets[rows]
+        shared, unchanged = np.zeros((2, len(slots)), np.bool_)
+        shared[rows[same]] = True
+        unchanged[rows[same]] = live.dates[places[same]] < _date(self._entry)
+        words = examiner.l2_tables(offsets)
+        sound = tables.l2_rows(words, examiner.geometry).tables
+        own = np.flatnonzero(sound & ~shared)
+        sound[own] = ~examiner.census.is_claimed(examiner.numbers(offsets[own])) & ~self._are_l1_tables(words[own])
+        self._counts["lost_tables"] += int((~sound).sum())
+        self._refuse(LOST_TABLE, offsets[~sound], slots[~sound] * self._span, self._span)
+
+        slots, columns = slots[sound], trees.columns(self._image, words[sound])
+        mapped, kept = self._mapped(slots, columns.named)
+        rewritten = (shared & ~unchanged)[sound]  # the active state wrote its own entries into this very table
+        self._rewritable += self._bytes(slots[rewritten] * self._span, self._span)
+        guests = slots[:, None] * self._span + np.arange(columns.entries.shape[1]) * self._cluster_size
+        self._packed(guests, columns, mapped)
+        hosts = np.where(columns.zero_flags, np.uint64(0), columns.offsets)
+        used = hosts != 0
+        mapped |= self._image.header.external_data
+        self._rewritable += self._bytes(guests[used & mapped & ~kept & ~rewritten[:, None]])
+        self._data(guests[used], hosts[used], mapped[used])
+
+    def _are_l1_tables(self, words: Words) -> Mask:
+        """Return which tables a later snapshot's L1 table was written over, whose form is that of L2 entries."""
+        if self._image.header.external_data:  # where what an L2 table names is in that file
+            return np.zeros(len(words), np.bool_)
+        return self._examiner.recogniser.l1_tables(words[:, : self._examiner.longest_l1])
+
+    def _mapped(self, slots: Counts, named: Words) -> tuple[Mask, Mask]:
+        """Return which entries a live state has too, and which of them a snapshot older than this one.
+
+        QEMU writes in place what only the active state holds, and never what a snapshot does.
+        """
+        mapped, kept = np.zeros((2, *named.shape), np.bool_)
+        live = self._examiner.live
+        rows, places = live.of(slots)
+        older = live.dates < _date(self._entry)
+        step = max(1, _ENTRIES // named.shape[1])
+        for at in range(0, len(rows), step):
+            some, others = rows[at : at + step], places[at : at + step]
+            theirs = trees.columns(self._image, self._examiner.l2_tables(live.offsets[others])).named
+            same = named[some] == theirs
+            firsts = np.flatnonzero(np.diff(some, prepend=-1))
+            mapped[some[firsts]] |= np.logical_or.reduceat(same, firsts)
+            kept[some[firsts]] |= np.logical_or.reduceat(same & older[others][:, None], firsts)
+        return mapped, kept
+
+    def _data(self, guests: Counts, hosts: Words, mapped: Mask) -> None:
+        """Count data clusters: those still mapped by a live state, reused ones, and free ones."""
+        examiner, numbers = self._examiner, self._examiner.numbers(hosts)
+        reused = ~mapped & examiner.census.is_claimed(numbers)
+        free = np.flatnonzero(~mapped & ~reused)
+        holes = examiner.punched(numbers[free])
+        zeros = int(examiner.are_zeros(numbers[free[~holes]]).sum())
+        self._counts["shared"] += int(mapped.sum())
+        self._counts["reused"] += int(reused.sum())
+        self._counts["zeroed"] += zeros + int(holes.sum())
+        self._counts["intact"] += int((~holes).sum()) - zeros
+        self._refuse(REUSED, hosts[reused], guests[reused])
+        self._refuse(PUNCHED, hosts[free[holes]], guests[free[holes]])
+
+    def _packed(self, guests: Counts, columns: trees.Entries, mapped: Mask) -> None:
+        """Count the compressed clusters that a live state maps too; the others are told when all such are known."""
+        packed = columns.compressed
+        if not packed.any():
+            return
+        guests, entries, mapped = guests[packed], columns.entries[packed], mapped[packed]
+        self._kept.append(np.unique(self._touched(entries[mapped])))
+        self._counts["compressed"] += int(mapped.sum())
+        self._unmapped.append((guests[~mapped], entries[~mapped]))
+
+    def _touched(self, entries: Words) -> list[Counts]:
+        """Return the host clusters that each compressed cluster lies in: the first, one between, the last."""
+        offsets, lengths = descriptors(entries, self._image.header.cluster_bits)
+        first, last = (self._examiner.numbers(ends) for ends in (offsets, offsets + lengths - np.uint64(1)))
+        return [first, (first + last) // 2, last]
+
+    def _streams_left(self) -> None:
+        """Tell the compressed clusters no live state maps: whole only in host clusters that were never let go.
+
+        QEMU writes streams one behind the other, and never over one while its host cluster holds
+        another that is in use. A stream that the entry and a live state share is one of those.
+        """
+        census = self._examiner.census
+        kept = np.unique(np.concatenate(self._kept)) if self._kept else np.empty(0, np.intp)
+        for guests, entries in self._unmapped:
+            lost = np.zeros(len(entries), np.bool_)
+            for numbers in self._touched(entries):
+                lost |= census.is_claimed(numbers) & ~np.isin(numbers, kept)
+            self._counts["compressed"] += int((~lost).sum())
+            self._counts["reused"] += int(lost.sum())
+            self._unreadable += self._bytes(guests[lost])
+            if self._refusals is not None:
+                offsets, lengths = descriptors(entries[lost], self._image.header.cluster_bits)
+                lengths = np.minimum(lengths, np.uint64(self._image.file_size) - offsets)
+                self._refusals.add_streams(offsets, lengths)
+
+    def _refuse(self, reason: int, hosts: Words, guests: Counts, length: int | None = None) -> None:
+        """Have host clusters refused, and the guest bytes behind them counted."""
+        self._unreadable += self._bytes(guests, length)
+        if self._refusals is not None:
+            self._refusals.add_clusters(reason, hosts)
+
+    def _bytes(self, guests: Counts, length: int | None = None) -> int:
+        """Return how many bytes of the disk stand at guest offsets, a cluster at each if nothing else is said."""
+        return int(np.clip(self._size - guests, 0, length or self._cluster_size).sum())
+
+
+def _date(entry: SnapshotEntry) -> np.uint64:
+    return np.uint64(entry.date_sec << 32 | entry.date_nsec)
