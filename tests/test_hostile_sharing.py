@@ -521,7 +521,8 @@ def _bitmap_image(entries: list[int], clusters: list[bytes], size: int, granular
     hosts = [builder.put(data) for data in clusters]
     words = [1 if entry == -1 else 0 if entry == -2 else hosts[entry % len(hosts)] for entry in entries]
     where = builder.put(struct.pack(f">{len(words)}Q", *words))
-    entry = struct.pack(">QIIBBHI1s7x", where, len(words), 0, 1, granularity_bits, 1, 0, b"b")
+    in_use = 1  # else its table would have to be for the whole disk
+    entry = struct.pack(">QIIBBHI1s7x", where, len(words), in_use, 1, granularity_bits, 1, 0, b"b")
     builder.extensions.append((EXT_BITMAPS, struct.pack(">IIQQ", 1, 0, len(entry), builder.put(entry))))
     return _bytes(builder)
 

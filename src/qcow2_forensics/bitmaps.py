@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .errors import FormatError, LimitExceeded, printable
 from .image import Image
-from .structures import BITMAP_ALL_ONES, OFFSET_MASK, BitmapEntry
+from .structures import BITMAP_ALL_ONES, BITMAP_TABLE_RESERVED, DIRTY_TRACKING_BITMAP, OFFSET_MASK, BitmapEntry
 
 _SET_BITS = re.compile(rb"\xff+|[^\0\xff]")  # whole bytes at once, others one by one
 _PAGE = 8192  # table entries read at a time
@@ -18,7 +18,8 @@ def dirty_ranges(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]
     """Yield (guest offset, length) in bytes of the ranges a bitmap marks, merged and in order.
 
     Ranges are clipped to the disk. Raises :class:`FormatError` where the table or its clusters
-    cannot be read; a bitmap that is in use (flag 1) was not saved and may be incomplete.
+    cannot be read, or do not reach the end of the disk; a bitmap that is in use (flag 1) was not
+    saved and may be incomplete.
     """
     disk_size = image.disk_size
     pending: tuple[int, int] | None = None
@@ -103,15 +104,20 @@ def _clusters(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]:
     if bitmap.table_size * cluster_size > limits.bitmap_data_bytes + cluster_size:
         size = bitmap.table_size * cluster_size
         raise LimitExceeded("bitmap data bytes", size, limits.bitmap_data_bytes, offset=bitmap.offset)
+    if bitmap.type != DIRTY_TRACKING_BITMAP:
+        raise FormatError(f"bitmap {printable(bitmap.name)} has the unknown type {bitmap.type}", offset=bitmap.offset)
     what = f"the table of bitmap {printable(bitmap.name)}"
+    if not bitmap.table_size or bitmap.is_cut_short(cluster_size, image.disk_size):
+        raise FormatError(f"{what} ends before the disk", offset=bitmap.offset, field="bitmap_table_size")
     for first in range(0, bitmap.table_size, _PAGE):
         count = min(_PAGE, bitmap.table_size - first)
         for index, entry in enumerate(image.table(bitmap.table_offset + first * 8, count, what), first):
             offset = entry & OFFSET_MASK
-            if offset % cluster_size:
-                at = bitmap.table_offset + index * 8
-                raise FormatError(f"{what} names the unaligned cluster {offset:#x}", offset=at)
-            if offset or entry & BITMAP_ALL_ONES:
+            reserved = entry & BITMAP_TABLE_RESERVED or (offset and entry & BITMAP_ALL_ONES)
+            if reserved or offset % cluster_size:
+                why = "has reserved bits set" if reserved else f"names the unaligned cluster {offset:#x}"
+                raise FormatError(f"{what} {why}", offset=bitmap.table_offset + index * 8)
+            if entry:
                 yield index, offset
 
 

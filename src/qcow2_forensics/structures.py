@@ -431,6 +431,9 @@ class BitmapFlag(enum.IntFlag):
     EXTRA_DATA_COMPATIBLE = 4
 
 
+DIRTY_TRACKING_BITMAP = 1  # the only type there is
+
+
 class BitmapEntry(NamedTuple):
     """One bitmap directory entry; ``offset`` is its file offset, ``length`` unpadded bytes."""
 
@@ -453,6 +456,11 @@ class BitmapEntry(NamedTuple):
     def granularity(self) -> int:
         """Guest bytes per bit."""
         return 1 << self.granularity_bits
+
+    def is_cut_short(self, cluster_size: int, disk_size: int) -> bool:
+        """Whether it was saved, and has bits for less than the disk: what changed behind them is not known."""
+        reach = (self.table_size * cluster_size * 8) << self.granularity_bits
+        return reach < disk_size and not self.flags & BitmapFlag.IN_USE
 
 
 def parse_bitmap_entry(data: bytes, at: int, file_offset: int) -> BitmapEntry | None:

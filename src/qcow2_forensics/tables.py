@@ -13,7 +13,7 @@ from . import structures
 from .errors import FormatError, Qcow2Error
 from .header_rules import BITMAPS, DISK, INT64_MAX, SNAPSHOTS, Problem, snapshot_part
 from .limits import KiB, Limits
-from .structures import BitmapEntry, Crypt, Extension, ExtensionType, Header, SnapshotEntry, padded
+from .structures import SECTOR, BitmapEntry, Crypt, Extension, ExtensionType, Header, SnapshotEntry, padded
 
 _MAX_FORMAT_NAME = 15  # bytes, what QEMU accepts
 _CHUNK = 256 * KiB
@@ -225,23 +225,30 @@ def _read_directory(image: Metadata, extension: Extension) -> tuple[tuple[Bitmap
             problems.append(_bitmap_problem(facts.directory_offset + at, text))
             break
         found.append(entry)
-        for message in _bitmap_faults(limits, cluster_size, entry):
+        for message in _bitmap_faults(limits, image.header, entry):
             problems.append(_bitmap_problem(entry.offset, message))
         at += padded(entry.length)
     return tuple(found), tuple(problems)
 
 
-def _bitmap_faults(limits: Limits, cluster_size: int, entry: BitmapEntry) -> Iterator[str]:
-    if entry.type != 1:
+def _bitmap_faults(limits: Limits, header: Header, entry: BitmapEntry) -> Iterator[str]:
+    cluster_size = header.cluster_size
+    if entry.type != structures.DIRTY_TRACKING_BITMAP:
         yield f"a bitmap has the unknown type {entry.type}"
     if not 9 <= entry.granularity_bits <= 31:
         yield f"a bitmap has the granularity 2^{entry.granularity_bits}"
     if len(entry.name_bytes) > limits.name_bytes:
         yield "a bitmap has too long a name"
+    elif not entry.name_bytes:
+        yield "a bitmap has no name"
     if entry.extra:
         yield "a bitmap has extra data, which QEMU refuses"
     if entry.table_offset % cluster_size:
         yield "a bitmap table is not aligned to a cluster"
+    if not entry.table_offset or not entry.table_size:
+        yield "a bitmap has no table"
+    elif entry.is_cut_short(cluster_size, header.size // SECTOR * SECTOR):
+        yield "a bitmap table ends before the disk"
     if entry.table_size > limits.bitmap_table_entries:
         yield "a bitmap table is too large"
     if entry.table_size * cluster_size > limits.bitmap_data_bytes:

@@ -144,7 +144,7 @@ def _bitmaps(image: Image, layout: Layout) -> None:
         return
     facts = structures.parse_bitmaps_extension(extension.data)
     layout.bitmap_directory = (facts.directory_offset, facts.directory_size)
-    in_use, cluster_size, disk_size = int(structures.BitmapFlag.IN_USE), image.cluster_size, image.disk_size
+    in_use = int(structures.BitmapFlag.IN_USE)
     entries, problems = image.bitmaps, tuple(p for p in image.problems if p.code == "QCOW2-BITMAP-INVALID")
     if facts.directory_offset + facts.directory_size > image.file_size:  # which the check does not mind
         entries, problems = read_bitmap_directory(_ZeroTail(image))
@@ -152,9 +152,6 @@ def _bitmaps(image: Image, layout: Layout) -> None:
         layout.bitmaps.append(
             BitmapPlace(entry.offset, entry.table_offset, entry.table_size, bool(entry.flags & in_use))
         )
-        bits = (entry.table_size * cluster_size * 8) << entry.granularity_bits
-        if not entry.flags & in_use and bits < disk_size:
-            layout.reasons.append(Reason("a bitmap does not cover the disk", entry.offset, bitmap=True))
     for problem in problems:
         layout.reasons.append(Reason(problem.message, problem.offset, bitmap=True))
 
