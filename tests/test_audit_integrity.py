@@ -358,6 +358,26 @@ def test_findings_that_a_truncation_explains_say_so(tmp_path: Path) -> None:
         assert "QCOW2-TRUNCATED" in only(report, code).explained_by
 
 
+@pytest.mark.parametrize("extended", ["off", "on"])
+def test_the_end_of_the_file_in_an_encrypted_cluster_is_normal_only_behind_its_data(
+    extended: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.qcow2"
+    qemu.create(path, "1M", secret="pw", encrypt={"format": "aes"}, extended_l2=extended)
+    assert only(audit(path), "QCOW2-PARTIAL-LAST-CLUSTER").severity is Severity.INFO
+    qemu.io(path, "write -P 0x11 0 4k", secret="pw")
+    size = path.stat().st_size
+    assert size % 65536 == (4096 if extended == "on" else 0)  # QEMU writes whole clusters or subclusters
+    assert {finding.severity for finding in found(path, "PARTIAL-LAST-CLUSTER")} <= {Severity.INFO}
+
+    Poke(path).cut((size - 1) // 65536 * 65536 + 1536)
+    assert qemu.check_json(path, secret="pw").rc == 0
+    assert qemu.read(path, 0, 4096, secret="pw") != b"\x11" * 4096
+    finding = only(audit(path), "QCOW2-PARTIAL-LAST-CLUSTER")
+    assert finding.severity is Severity.HIGH
+    assert [item.guest_offset for item in finding.evidence if item.structure == "L2"] == [0]
+
+
 def test_a_header_longer_than_a_cluster_is_damage_and_no_missing_tail(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).u32(100, 0xFFFFFFFF)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
+from ..structures import COMPRESSED, SUBCLUSTERS, ZERO
 from .facts import Facts
 from .items import item_evidence, referrer_evidence, snapshot_id, told
 from .rules import QEMU_MADE, Depth, rule, variant
@@ -213,12 +214,35 @@ def truncated(facts: Facts) -> Iterator[Finding]:
     Severity.INFO,
     "the file ends inside its last cluster",
     note="normal for files QEMU wrote: new images end right after the L1 table",
-    when="the file size is not a multiple of the cluster size and its last cluster is in use",
+    when="the file size is not a multiple of the cluster size and its last cluster is in use; High where it cuts off "
+    "encrypted guest data, of which QEMU writes whole clusters or subclusters",
     depth=STANDARD,
     validated=QEMU_MADE,
 )
-def partial_last_cluster(facts: Facts) -> Iterator[Evidence]:
+def partial_last_cluster(facts: Facts) -> Iterator[Evidence | Finding]:
     size, end = facts.cluster_size, facts.image.file_size
     if end % size and facts.census.end >= end:
-        yield Evidence("file size", end)
-        yield Evidence("whole clusters", facts.census.end)
+        sizes = [Evidence("file size", end), Evidence("whole clusters", facts.census.end)]
+        cut = _cut_off(facts, end) if facts.header.crypt_method else []
+        if not cut:
+            yield from sizes
+            return
+        title = "the file ends inside an encrypted cluster"
+        note = "QEMU decrypts zeros for the rest, to bytes that nobody wrote; consistent with an incomplete copy"
+        yield variant("QCOW2-PARTIAL-LAST-CLUSTER", [*sizes, *cut], severity=Severity.HIGH, title=title, note=note)
+
+
+def _cut_off(facts: Facts, end: int) -> list[Evidence]:
+    """Return the L2 entries whose data, which are not compressed, the end of the file cuts in two."""
+    size = facts.cluster_size
+    cluster = end // size
+    found = []
+    for item in facts.census.referrers({cluster}, EVIDENCE_LIMIT).get(cluster, ()):
+        if facts.header.extended_l2:
+            allocated = int.from_bytes(facts.read((item.offset or 0) + 8, 8), "big") & 0xFFFF_FFFF
+            reach = allocated.bit_length() * size // SUBCLUSTERS
+        else:
+            reach = 0 if item.value & ZERO else size
+        if not item.value & COMPRESSED and cluster * size + reach > end:
+            found.append(referrer_evidence(facts, item))
+    return found
