@@ -293,6 +293,37 @@ def test_json_name_is_taken_apart_in_evidence(tmp_path: Path) -> None:
     assert told["file.host"] == "10.0.0.1"
 
 
+def test_a_json_name_that_names_two_files_shows_neither_as_the_file(tmp_path: Path) -> None:
+    """QEMU refuses the one, and of the other takes the member of the object, wherever it stands."""
+    path = tmp_path / "disk.qcow2"
+    for inner, outer in (("one", "two"), ("two", "one")):
+        twice = f'json:{{"driver":"qcow2","file.filename":"{inner}.qcow2","file.filename":"{outer}.qcow2"}}'
+        outcome = qemu.img("info", twice, check=False, cwd=tmp_path)
+        assert "duplicate key" in outcome.stderr
+        nested = f'json:{{"driver":"qcow2","file.filename":"{outer}.qcow2","file":{{"filename":"{inner}.qcow2"}}}}'
+        qemu.create(tmp_path / f"{inner}.qcow2", "1M")
+        qemu.create(tmp_path / f"{outer}.qcow2", "2M")
+        assert "virtual size: 1 MiB" in qemu.img("info", nested, cwd=tmp_path).text
+        for text in (twice, nested):
+            backing(text.encode())(path)
+            told = [(item.field, item.value) for item in found(path, "REF-JSON")[0].evidence if ", one" in item.field]
+            assert sorted(told) == [("file.filename, one of 2", f"{file}.qcow2") for file in ("one", "two")]
+
+
+def test_a_json_name_that_says_two_drivers_shows_both_where_one_is_not_the_recorded_format(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    backing(b'json:{"driver":"raw","driver":"qcow2","file.filename":"base"}', b"raw")(path)
+    told = [item.value for item in found(path, "BACKING-FORMAT-MISMATCH")[0].evidence if item.field == "driver"]
+    assert told == ["raw", "qcow2"]
+
+
+def test_a_json_name_with_more_options_than_are_looked_at_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    for text in ('{"file.filename":"one",' + '"a":1,' * 70 + '"file.filename":"two"}', '{"x":[' + "{}," * 70 + "1]}"):
+        backing(f"json:{text}".encode())(path)
+        assert found(path, "REF-JSON")[0].evidence[-1].field.endswith("...")
+
+
 def test_no_name_in_an_image_opens_a_file_outside_its_folder(tmp_path: Path) -> None:
     opened: list[str] = []
     armed = [True]

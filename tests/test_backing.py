@@ -272,7 +272,8 @@ REFUSED = [
     'json:{"driver":"qcow2","backing":{"driver":"raw"},"file":{"driver":"file","filename":"base.qcow2"}}',
     'json:{"driver":"raw","file.filename":"base.qcow2","offset":512}',
     'json:{"driver":"qcow2","file.filename":"base.qcow2","file.filename":"base.qcow2"}',  # which QEMU refuses
-    'json:{"driver":"qcow2","file":{"filename":"base.qcow2"},"file.filename":"base.qcow2"}',  # of which it takes the first
+    'json:{"driver":"qcow2","file":{"filename":"base.qcow2"},"file.filename":"base.qcow2"}',  # of which it takes the inner
+    'json:{"driver":"qcow2","file.filename":"base.qcow2","x":{}}',  # which QEMU refuses
     "json:" + '{"file":' * 60 + "1" + "}" * 60,
     "file:/etc/passwd",
     "file:///etc/passwd",

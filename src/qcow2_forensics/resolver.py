@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from .source import FileSource, Source
 Role = Literal["backing", "data"]
 
 _PROTOCOL = re.compile(r"[^/]*?:")  # QEMU: a colon before the first slash
+_JSON_LENGTH = 65_536  # characters; backing file names have up to 1023 bytes
 _JSON_LIMIT = 64  # levels and members; deeper graphs are no plain file reference
 
 
@@ -50,14 +51,21 @@ def parse_reference(name: str, role: Role) -> Reference:
     return Reference(name)
 
 
-def _parse_json(name: str) -> Reference:
+def json_options(name: str) -> Iterator[tuple[str, object]]:
+    """Yield the options of a ``json:`` name, those inside others under dotted keys; one may come twice."""
+    if len(name) > _JSON_LENGTH:
+        raise ForbiddenReference(name, "its json: options are too long")
     try:
         options = json.loads(name.removeprefix("json:"), object_pairs_hook=_Options)
     except (ValueError, RecursionError) as error:
         raise ForbiddenReference(name, "its json: options cannot be parsed") from error
     if not isinstance(options, _Options):
         raise ForbiddenReference(name, "its json: options are not an object")
-    pairs = list(_flatten(options))
+    yield from _flatten(options)
+
+
+def _parse_json(name: str) -> Reference:
+    pairs = list(json_options(name))
     flat = dict(pairs)
     if len(flat) != len(pairs):  # QEMU refuses some, and of others it may take another one
         raise ForbiddenReference(name, "its json: options say one thing twice")
@@ -71,19 +79,20 @@ def _parse_json(name: str) -> Reference:
     return Reference(path, str(driver))
 
 
-class _Options(tuple[tuple[str, object], ...]):
+class _Options(tuple[tuple[object, object], ...]):
     """The members of a JSON object as they are written: a dictionary would drop all but the last of a name."""
 
     __slots__ = ()
 
 
-def _flatten(options: _Options, prefix: str = "", depth: int = 0) -> Iterable[tuple[str, object]]:
+def _flatten(options: _Options, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
     for count, (key, value) in enumerate(options):
         if count > _JSON_LIMIT or depth > _JSON_LIMIT:
-            yield f"{prefix}...", None  # an option nobody knows: refused
+            yield f"{prefix}...", "not looked at"  # an option nobody knows: refused
             return
-        if isinstance(value, _Options):
-            yield from _flatten(value, f"{prefix}{key}.", depth + 1)
+        if value and isinstance(value, (_Options, list)):
+            members = value if isinstance(value, _Options) else _Options(enumerate(value))
+            yield from _flatten(members, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value
 

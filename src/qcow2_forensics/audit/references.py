@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
+from ..errors import ForbiddenReference
 from ..findings import Evidence, Finding, Severity
+from ..resolver import json_options
 from ..structures import Autoclear, ExtensionType
 from .facts import Facts
 from .names import CHAIN_DEEP, Member, Name, chain, names, stands_beside
 from .rules import CRAFTED, QEMU_MADE, rule, variant
 
 _DEVICE_DRIVERS = frozenset({"fat", "host_device", "host_cdrom", "nvme", "host_floppy"})
+_JSON_SHOWN = frozenset({"driver", "filename", "host", "path", "url", "server", "export", ""})  # "": what is left out
 _DEVICE_PATHS = ("/dev/", "/proc/", "/sys/", "\\\\.\\")
 
 
@@ -91,24 +95,20 @@ def ref_json(facts: Facts) -> Iterator[Evidence]:
     for name in names(facts):
         if name.text.startswith("json:"):
             yield _evidence(name)
-            for key, value in _json_members(name.text):
-                yield _evidence(name, key, value)
+            members = _json_members(name.text)
+            times = Counter(key for key, _ in members)
+            for key, value in members:
+                yield _evidence(name, key if times[key] == 1 else f"{key}, one of {times[key]}", value)
 
 
 def _json_members(text: str) -> list[tuple[str, str]]:
-    """Return the drivers and file names inside a json: name, at most 32 of them."""
+    """Return the drivers and file names inside a json: name, at most 32 of them, and where it goes on."""
     try:
-        pending = [("", json.loads(text.removeprefix("json:")))]
-    except (ValueError, RecursionError):
+        wanted = (pair for pair in json_options(text) if pair[0].rpartition(".")[2] in _JSON_SHOWN)
+        found = [(key, str(value)) for key, value in islice(wanted, 33)]
+    except ForbiddenReference:
         return []
-    found: list[tuple[str, str]] = []
-    while pending and len(found) < 32:
-        prefix, value = pending.pop(0)
-        if isinstance(value, dict):
-            pending += [(f"{prefix}.{key}" if prefix else str(key), item) for key, item in list(value.items())[:64]]
-        elif prefix.rpartition(".")[2] in {"driver", "filename", "host", "path", "url", "server", "export"}:
-            found.append((prefix, str(value)))
-    return found
+    return found if len(found) < 33 else [*found[:32], ("...", "not looked at")]
 
 
 @rule(
@@ -196,8 +196,8 @@ def backing_format_mismatch(facts: Facts) -> Iterator[Evidence]:
     for name in names(facts):
         if name.role == "backing" and name.text.startswith("json:") and recorded:
             drivers = [value for key, value in _json_members(name.text) if key == "driver"]
-            if drivers and drivers[0] != recorded:
-                yield _evidence(name, "driver", drivers[0])
+            if any(driver != recorded for driver in drivers):
+                yield from (_evidence(name, "driver", driver) for driver in drivers)
 
 
 @rule(
