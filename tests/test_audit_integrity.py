@@ -414,6 +414,17 @@ def test_a_compressed_cluster_with_the_copied_flag_is_invalid_without_decoding(t
     assert only(audit(path, "standard"), "QCOW2-COMPRESSED-INVALID")
 
 
+def test_streams_beside_a_data_file_are_invalid_and_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.qcow2"
+    _packed(deflate(b"\x11" * 4096))(path)
+    Poke(path).u8(79, 4)
+    monkeypatch.delattr("qcow2_forensics.residue.streams.consumed")
+    (finding,) = found(path, "COMPRESSED-INVALID")
+    assert finding.count == 1
+
+
 def test_a_deflate_stream_longer_than_a_cluster_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "x.qcow2"
     _packed(deflate(b"\x11" * 4097))(path)

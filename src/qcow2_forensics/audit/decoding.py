@@ -27,8 +27,6 @@ def undecodable(facts: Facts) -> Iterator[Callable[[], Evidence]]:
 
     :class:`LimitExceeded` behind them where decoding every stream would take too long.
     """
-    if facts.header.external_data:
-        return
     decoded = facts.once(decoded_streams)
     bad = np.asarray([entry for entry in decoded.failed.tolist() if _fault(facts, entry)], dtype=np.uint64)
     if len(bad):

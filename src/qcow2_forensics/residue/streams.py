@@ -91,6 +91,8 @@ def decode_all(image: Image, census: Census) -> Decoded:
     Streams that a writer made stand side by side, and however far they expand they are decoded. Of those
     that share bytes, or do not decode, a small file could name any number: they have an allowance.
     """
+    if image.header.external_data:  # QEMU reads no streams beside a data file
+        return Decoded([], np.empty(0, np.uint64), None)
     zstandard = image.header.compression_type == Compression.ZSTD
     size, bits = image.cluster_size, image.header.cluster_bits
     entries = _descriptors(census)
@@ -135,8 +137,6 @@ def compressed_slack(image: Image, census: Census, decoded: Decoded | None = Non
     is then the SHA-256 of that cluster. ``decoded`` is what :func:`decode_all` found, if known. Raises
     :class:`LimitExceeded` where that stopped.
     """
-    if image.header.version == 1 or image.header.external_data:
-        return
     decoded = decoded or decode_all(image, census)
     if decoded.stopped is not None:
         raise decoded.stopped
