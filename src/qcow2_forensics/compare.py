@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | No
 
 
 def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int], None] | None) -> Iterator[Difference]:
-    shared_until, left_open = _shared_tables(before, after), _left_open(before, after)
+    shared_until, left_open = _proofs(before, after)
     opaque = _common_layers(before, after)
     cluster = max(_cluster_size(before), _cluster_size(after))
     window = smallest = max(_WINDOW_CLUSTERS * cluster, _WINDOW_BYTES)
@@ -186,35 +187,25 @@ def _cluster_size(layer: Layer) -> int:
     return max((member.image.cluster_size for member in _chain(layer) if isinstance(member, Disk)), default=SECTOR)
 
 
-def _shared_tables(before: Layer, after: Layer) -> Callable[[int], int]:
-    """Return a function that tells how far from an offset the L1 tables alone prove the two equal."""
-    if isinstance(before, Disk) and isinstance(after, Disk) and _is_one_file(before, after):
-        backing = [list(_keys(disk.backing)) for disk in (before, after)]
-        if backing[0] == backing[1]:
-            first, second = before.mapping, after.mapping
-            return lambda offset: first.shared_until(second, offset)
-    for over, under in ((after, before), (before, after)):
-        if isinstance(over, Disk) and over.backing is not None and list(_keys(over.backing)) == list(_keys(under)):
-            return over.mapping.unmapped_until
-    return lambda offset: offset
-
-
-def _left_open(before: Layer, after: Layer) -> Callable[[int, int], Iterable[tuple[int, int]]]:
-    """Return a function that tells which parts of a range the L2 tables do not prove equal."""
-    for over, under in ((after, before), (before, after)):
-        if isinstance(over, Disk) and over.backing is not None and list(_keys(over.backing)) == list(_keys(under)):
-            return Unlike(over.mapping, None, one_file=True, blank_from=_NEVER).ranges
+def _proofs(
+    before: Layer, after: Layer
+) -> tuple[Callable[[int], int], Callable[[int, int], Iterable[tuple[int, int]]]]:
+    """Return what tells how far from an offset L1 tables alone prove equality, and which parts of a range L2 tables don't."""
+    one, two = list(_keys(before)), list(_keys(after))
+    for over, backing, under in ((after, two[:-1], one), (before, one[:-1], two)):
+        if isinstance(over, Disk) and backing == under:
+            return over.mapping.unmapped_until, Unlike(over.mapping, None, one_file=True, blank_from=_NEVER).ranges
     if isinstance(before, Disk) and isinstance(after, Disk):
         first, second = before.mapping, after.mapping
         alike = (first.table_span, first.cluster_size) == (second.table_span, second.cluster_size)
-        backing = [list(_keys(disk.backing)) for disk in (before, after)]
         unbacked = before.unbacked is not None or after.unbacked is not None
-        if _is_one_file(before, after) and backing[0] == backing[1]:
+        if _is_one_file(before, after) and one[:-1] == two[:-1]:
             blank_from = _NEVER if unbacked else before.backing.size if before.backing is not None else 0
-            return Unlike(first, second, one_file=True, blank_from=blank_from).ranges
-        if alike and backing == [[], []] and not unbacked:
-            return Unlike(first, second, one_file=False, blank_from=0).ranges
-    return lambda start, end: [(start, end)]
+            unlike = Unlike(first, second, one_file=True, blank_from=blank_from)
+            return partial(first.shared_until, second), unlike.ranges
+        if alike and len(one) == len(two) == 1 and not unbacked:
+            return lambda offset: offset, Unlike(first, second, one_file=False, blank_from=0).ranges
+    return lambda offset: offset, lambda start, end: [(start, end)]
 
 
 def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator[_Piece]:
