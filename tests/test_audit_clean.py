@@ -173,7 +173,7 @@ def _luks(path: Path) -> None:
 
 
 def _aes(path: Path) -> None:
-    qemu.create(path, MiB, secret="pw", **{"encrypt.format": "aes"})
+    qemu.create(path, MiB, secret="pw", encrypt={"format": "aes"})
     qemu.io(path, f"write -s {pattern_file()} 0 512k", secret="pw")
 
 
