@@ -10,8 +10,10 @@ from pathlib import Path
 from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Evidence, Finding
 from tests import qemu
+from tests.image_builder import Builder, Poke, base_b, compressed_entry, deflate
 
 pytestmark = qemu.requires_qemu
+MiB = 1 << 20
 
 
 def told(path: Path, code: str) -> Finding:
@@ -35,3 +37,33 @@ def test_names_in_header_extensions_are_told_with_their_own_place(tmp_path: Path
     image = qemu.create(tmp_path / "x.qcow2", "1M", data_file=tmp_path / "x.raw")
     (item,) = (item for item in told(image, "QCOW2-EXTERNAL-DATA").evidence if item.field == "data file name")
     assert (item.value, bytes_of(image, item).decode()) == (str(tmp_path / "x.raw"),) * 2
+
+
+def test_a_compressed_entry_past_the_end_of_the_disk_is_found_at_any_host_offset_and_told_with_its_stream(
+    tmp_path: Path,
+) -> None:
+    image = Builder(size=MiB, l1_size=1)
+    streams = [deflate(bytes([number]) * 65536) for number in (1, 2)]
+    host = image.put(b"".join(streams))  # the second begins at an odd offset, where a plain entry has its zero flag
+    places = [host, host + len(streams[0])]
+    assert places[1] % 2
+    for number, (place, stream) in enumerate(zip(places, streams, strict=True)):
+        image.entry(MiB + number * 65536, compressed_entry(place, len(stream), 16))
+    image.references[host >> 16] = 2
+    path = image.write(tmp_path / "x.qcow2")
+    finding = told(path, "QCOW2-DATA-BEYOND-END")
+    assert finding.count == 2
+    assert [item.field for item in finding.evidence[::2]] == [f"entry, mapping host offset {at:#x}" for at in places]
+    for item, place, stream in zip(finding.evidence[1::2], places, streams, strict=True):
+        assert (item.field, item.offset) == ("non-zero bytes in the compressed stream", place)
+        data = bytes_of(path, item)
+        assert data.startswith(stream)
+        assert item.value == len(data) - data.count(0)
+
+
+def test_a_compressed_entry_that_leads_past_the_end_of_the_file_is_told_with_the_offset_it_names(
+    tmp_path: Path,
+) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).l2(0, compressed_entry(0x1000123, 700, 16))
+    assert [item.field for item in told(path, "QCOW2-BEYOND-EOF").evidence] == ["entry, pointing at 0x1000123"]

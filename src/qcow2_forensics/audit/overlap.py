@@ -9,7 +9,7 @@ import numpy as np
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
-from ..structures import COMPRESSED, SUBCLUSTERS, ZERO
+from ..structures import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
 from .facts import Facts
 from .items import item_evidence, referrer_evidence, snapshot_id, told
 from .rules import QEMU_MADE, Depth, rule, variant
@@ -168,15 +168,22 @@ def data_beyond_end(facts: Facts) -> Iterator[Finding]:
     for item in issue.items:
         found.append(item_evidence(facts, item, f"entry, mapping host offset {item.host or 0:#x}"))
         if len(found) <= 8 and not facts.header.external_data and item.host is not None:
-            data = facts.read(item.host, facts.cluster_size)
-            memory |= data[:4] == b"QEVM"
-            told = "non-zero bytes in the cluster"
-            found.append(Evidence(told, len(data) - data.count(0), item.host, len(data), "host cluster", item.guest))
+            found.append(_stored(facts, item.host, item.value, item.guest))
+            memory |= not item.value & COMPRESSED and facts.read(item.host, 4) == b"QEVM"
     if memory:
         note = "it begins as a saved machine state does: consistent with a snapshot that was applied"
         yield variant("QCOW2-DATA-BEYOND-END", found, severity=Severity.LOW, note=note, count=issue.count)
     else:
         yield variant("QCOW2-DATA-BEYOND-END", found, count=issue.count)
+
+
+def _stored(facts: Facts, host: int, entry: int, guest: int | None) -> Evidence:
+    """Return how many bytes are not zero of what an L2 entry, mapping ``host``, stores."""
+    packed = entry & COMPRESSED
+    length = compressed_descriptor(entry, facts.header.cluster_bits)[1] if packed else facts.cluster_size
+    data = facts.read(host, length)
+    told, structure = ("compressed stream", "compressed cluster") if packed else ("cluster", "host cluster")
+    return Evidence(f"non-zero bytes in the {told}", len(data) - data.count(0), host, len(data), structure, guest)
 
 
 @rule(

@@ -19,6 +19,7 @@ from ..structures import (
     OFFSET_MASK,
     SECTOR,
     ZERO,
+    compressed_descriptor,
 )
 from .aliases import Aliases
 from .counters import Counters, weighted_segments
@@ -261,7 +262,8 @@ class Tally:
                 row, column = divmod(place, width)
                 entry = int(tables.entries[row, column])
                 where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
-                yield Item("L2", where, entry, entry & OFFSET_MASK, guest, int(tables.tree[row]))
+                host = compressed_descriptor(entry, self.cluster_bits)[0] if entry & COMPRESSED else entry & OFFSET_MASK
+                yield Item("L2", where, entry, host, guest, int(tables.tree[row]))
 
         self.issues.add(kind, items(), len(places))
 
@@ -387,7 +389,8 @@ class Tally:
         guest = tables.guest_clusters(places)
         past = (guest >= np.uint64(first)) & (tables.active[rows] != 0)
         if not self.extended:
-            past &= (tables.entries.reshape(-1)[places] & np.uint64(ZERO)) == 0
+            entries = tables.entries.reshape(-1)[places]  # bit 0 of a compressed one is part of its host offset
+            past &= (entries & np.uint64(ZERO | COMPRESSED)) != np.uint64(ZERO)
         self.l2_issue_if("beyond-end", tables, places, past)
 
     def _note_aliases(self, tables: Tables, places: Places, rows: Places, clusters: U64, clash: Mask) -> None:
