@@ -10,7 +10,15 @@ from pathlib import Path
 from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Evidence, Finding
 from tests import qemu
-from tests.image_builder import Builder, Poke, base_b, compressed_entry, deflate
+from tests.image_builder import (
+    B_REFTABLE,
+    COPIED,
+    Builder,
+    Poke,
+    base_b,
+    compressed_entry,
+    deflate,
+)
 
 pytestmark = qemu.requires_qemu
 MiB = 1 << 20
@@ -67,3 +75,21 @@ def test_a_compressed_entry_that_leads_past_the_end_of_the_file_is_told_with_the
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).l2(0, compressed_entry(0x1000123, 700, 16))
     assert [item.field for item in told(path, "QCOW2-BEYOND-EOF").evidence] == ["entry, pointing at 0x1000123"]
+
+
+def test_corruptions_of_refcounts_name_the_host_cluster(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).u64(B_REFTABLE, 0)  # no refcount stands anywhere: only the clusters tell the items apart
+    items = told(path, "QCOW2-CHECK-CORRUPTIONS").evidence
+    assert len(items) == len(set(items))
+    assert "mapped cluster has the refcount 0: refcount of host cluster 0x50000" in [item.field for item in items]
+
+
+def test_corruptions_tell_how_often_an_overflowing_cluster_is_referenced(tmp_path: Path) -> None:
+    image = Builder(refcount_order=0)
+    host = image.put(b"x" * 65536)
+    for number in range(3):
+        image.entry(number << 16, host | COPIED)
+    items = told(image.write(tmp_path / "x.qcow2"), "QCOW2-CHECK-CORRUPTIONS").evidence
+    (item,) = (item for item in items if "can hold: " in item.field)
+    assert (item.field.partition(": ")[2], item.value) == (f"references to host cluster {host:#x}", 3)

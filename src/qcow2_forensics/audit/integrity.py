@@ -82,8 +82,7 @@ def check_corruptions(facts: Facts) -> Iterator[Finding]:
     found += [Evidence(f"places: {words}", kinds[kind]) for kind, words in _COUNTED.items() if kind in kinds]
     for kind, words in _COUNTED.items():
         for item in facts.census.issues[kind].items:
-            value = "refcount" if item.structure == "refcount block" else told(item)
-            found.append(item_evidence(facts, item, f"{words}: {value}"))
+            found.append(item_evidence(facts, item, f"{words}: {told(item)}"))
     yield variant("QCOW2-CHECK-CORRUPTIONS", found, count=total)
 
 
@@ -183,11 +182,9 @@ def refcount_past_end(facts: Facts) -> Iterator[Finding]:
     issue = facts.census.issues["refcount-past-end"]
     if issue.count:
         last = max((item.host or 0 for item in issue.items), default=0) + facts.cluster_size
-        told = "implied file size" if len(issue.items) == issue.count else "implied file size, at least"
-        found = [Evidence(told, last)]
-        for item in issue.items:
-            told = f"refcount of host cluster {item.host or 0:#x}"
-            found.append(Evidence(told, item.value, item.offset, structure="refcount block"))
+        words = "implied file size" if len(issue.items) == issue.count else "implied file size, at least"
+        found = [Evidence(words, last)]
+        found += [item_evidence(facts, item, told(item)) for item in issue.items]
         yield variant("QCOW2-REFCOUNT-PAST-END", found, count=issue.count)
 
 

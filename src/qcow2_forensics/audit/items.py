@@ -24,11 +24,12 @@ def snapshot_id(facts: Facts, tree: int) -> str:
 
 def item_evidence(facts: Facts, item: Item, what: str) -> Evidence:
     """Return one item as evidence; ``what`` names the value."""
+    length = refcount_bytes(facts) if item.structure == "refcount block" else 8
     return Evidence(
         what,
         item.value,
         item.offset,
-        8 if item.offset is not None and item.structure != "refcount block" else None,
+        None if item.offset is None else length,
         item.structure,
         item.guest,
         snapshot_id(facts, item.tree),
@@ -48,9 +49,13 @@ def entries(facts: Facts, code: str, *kinds: str, what: str = "entry") -> Iterat
 
 
 def told(item: Item, what: str = "entry") -> str:
-    """Return words for the value of an item: of a table's entry, or of a structure's length."""
+    """Return words for the value of an item: a table's entry, a refcount, or a structure's length."""
     if item.host is None:
         return what
+    if item.structure == "refcount block":
+        return f"refcount of host cluster {item.host:#x}"
+    if item.structure == "host cluster":
+        return f"references to host cluster {item.host:#x}"
     if item.offset is None:
         return f"{item.structure} at {item.host:#x}, bytes"
     return f"{what}, pointing at {item.host:#x}"
@@ -61,7 +66,13 @@ def refcount_evidence(facts: Facts, item: Item) -> Evidence:
     host = item.host or 0
     references, owner = facts.census.references(host), structure_of(facts.census.owner(host))
     told = f"refcount of host cluster {host:#x} ({references} references: {owner})"
-    return Evidence(told, item.value, item.offset, max(1, facts.header.refcount_bits // 8), item.structure)
+    length = None if item.offset is None else refcount_bytes(facts)
+    return Evidence(told, item.value, item.offset, length, item.structure)
+
+
+def refcount_bytes(facts: Facts) -> int:
+    """Return how many bytes hold one refcount; narrow ones share a byte."""
+    return max(1, facts.header.refcount_bits // 8)
 
 
 def refcounts(facts: Facts, code: str, kind: str) -> Iterator[Finding]:
