@@ -93,3 +93,15 @@ def test_corruptions_tell_how_often_an_overflowing_cluster_is_referenced(tmp_pat
     items = told(image.write(tmp_path / "x.qcow2"), "QCOW2-CHECK-CORRUPTIONS").evidence
     (item,) = (item for item in items if "can hold: " in item.field)
     assert (item.field.partition(": ")[2], item.value) == (f"references to host cluster {host:#x}", 3)
+
+
+def test_an_l2_table_at_another_slot_of_a_snapshot_is_told_with_its_own_states_guest_offset(
+    tmp_path: Path,
+) -> None:
+    image = Builder(size=64 * MiB, cluster_bits=12)
+    image.entry(8 * MiB, image.put(b"x" * 4096) | COPIED | 2)  # slot 4 of the active state, with a reserved bit
+    entry = image._chunks[image.l1 + 8 * 4]
+    table = image.put(bytes(entry))  # slot 0 of the snapshot
+    path = image.snapshot(b"1", b"s", l1_offset=table, l1_size=1).write(tmp_path / "x.qcow2")
+    (item,) = told(path, "QCOW2-RESERVED-BITS").evidence
+    assert (item.snapshot, item.guest_offset) == ("", 8 * MiB)

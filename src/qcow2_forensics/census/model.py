@@ -52,9 +52,9 @@ class Tables:
     """A batch of L2 tables: row ``i`` is the table at ``offsets[i]``.
 
     ``entries`` has one row per table; ``bitmaps`` is the second word of extended entries, else
-    None. ``index`` is the L1 slot that names the table (the lowest, where several do: then
-    ``shared``), ``active`` how many slots of the active L1 do, ``snapshots`` how many of snapshots'
-    L1 tables, and ``tree`` who is told as the owner: -1 the active state, else a snapshot's index.
+    None. ``tree`` is who is told as the owner: -1 the active state, else a snapshot's index; ``index``
+    the slot of its L1 table that names the table, the lowest of several. ``shared`` says that slots of
+    other numbers do too, ``active`` how many of the active L1 do, ``snapshots`` how many of snapshots'.
     """
 
     offsets: U64

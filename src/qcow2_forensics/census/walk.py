@@ -86,7 +86,8 @@ def big_endian(data: bytes) -> U64:
 class Named:
     """The L2 tables that L1 tables name, by rising offset, each once.
 
-    ``low`` and ``high`` are the least and greatest L1 slot that names a table.
+    ``low`` and ``high`` are the least and greatest L1 slot that names a table, ``index`` the least
+    one in the L1 table of ``tree``, whose owner is told.
     """
 
     offsets: U64
@@ -94,6 +95,7 @@ class Named:
     snapshots: U64
     low: U64
     high: U64
+    index: U64
     tree: I64
 
     def __len__(self) -> int:
@@ -102,7 +104,7 @@ class Named:
     @classmethod
     def nothing(cls) -> Named:
         empty = np.zeros(0, dtype=np.uint64)
-        return cls(empty, empty, empty, empty, empty, np.zeros(0, dtype=np.int64))
+        return cls(empty, empty, empty, empty, empty, empty, np.zeros(0, dtype=np.int64))
 
     @classmethod
     def of_chunk(cls, chunk: L1Chunk, *, active: bool) -> Named:
@@ -110,14 +112,14 @@ class Named:
         none = np.zeros(len(chunk.entries), dtype=np.uint64)
         targets = chunk.entries & np.uint64(OFFSET_MASK)
         on, off = (chunk.weight, none) if active else (none, chunk.weight)
-        return cls(targets, on, off, chunk.index, chunk.index, chunk.tree).merged()
+        return cls(targets, on, off, chunk.index, chunk.index, chunk.index, chunk.tree).merged()
 
     @classmethod
     def joined(cls, parts: list[Named]) -> Named:
         """Return several as one, still with duplicates."""
         if len(parts) == 1:
             return parts[0]
-        columns = zip(*((p.offsets, p.active, p.snapshots, p.low, p.high, p.tree) for p in parts), strict=True)
+        columns = zip(*((p.offsets, p.active, p.snapshots, p.low, p.high, p.index, p.tree) for p in parts), strict=True)
         return cls(*(np.concatenate(column) for column in columns))
 
     def merged(self) -> Named:
@@ -125,7 +127,7 @@ class Named:
         if not len(self.offsets):
             return self
         # The active state, tree -1, comes first among equals and so is the owner that is told.
-        order = np.lexsort((self.tree, self.offsets))
+        order = np.lexsort((self.index, self.tree, self.offsets))
         offsets = self.offsets[order]
         starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
         return Named(
@@ -134,6 +136,7 @@ class Named:
             np.add.reduceat(self.snapshots[order], starts),
             np.minimum.reduceat(self.low[order], starts),
             np.maximum.reduceat(self.high[order], starts),
+            self.index[order][starts],
             self.tree[order][starts],
         )
 
@@ -145,6 +148,7 @@ class Named:
             self.snapshots[chosen],
             self.low[chosen],
             self.high[chosen],
+            self.index[chosen],
             self.tree[chosen],
         )
 
@@ -199,7 +203,7 @@ def batches(image: Image, named: Named) -> Iterator[Tables]:
             entries, bitmaps = pairs[:, :, 0].copy(), pairs[:, :, 1].copy()
         yield Tables(
             part.offsets,
-            part.low,
+            part.index,
             part.low != part.high,
             part.active,
             part.snapshots,
