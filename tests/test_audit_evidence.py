@@ -11,6 +11,7 @@ from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Evidence, Finding
 from tests import qemu
 from tests.image_builder import (
+    B_END,
     B_REFTABLE,
     COPIED,
     Builder,
@@ -105,3 +106,16 @@ def test_an_l2_table_at_another_slot_of_a_snapshot_is_told_with_its_own_states_g
     path = image.snapshot(b"1", b"s", l1_offset=table, l1_size=1).write(tmp_path / "x.qcow2")
     (item,) = told(path, "QCOW2-RESERVED-BITS").evidence
     assert (item.snapshot, item.guest_offset) == ("", 8 * MiB)
+
+
+def test_a_cluster_just_past_the_end_of_the_file_is_told_with_what_refers_to_it(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).l2(2, (B_END - 0x8000) | COPIED)  # unaligned: its second half is in the next cluster
+    found = [item.field for item in told(path, "QCOW2-ORPHAN-CLUSTERS").evidence]
+    assert f"refcount of host cluster {B_END:#x} (1 references: data)" in found
+
+
+def test_tables_whose_refcounts_cannot_be_read_lie_before_the_end_of_the_image(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).set_bits(B_REFTABLE, 1 << 63)
+    assert "QCOW2-TRAILING-DATA" not in [finding.code for finding in audit(path, "deep")]

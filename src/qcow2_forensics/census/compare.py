@@ -29,6 +29,7 @@ class Comparison:
     errors: int = 0
     orphans: int = 0  # of them, clusters of the active state that are mapped but accounted free
     highest: int = 0  # QEMU never says that an image ends before its first cluster does
+    last: int = 0  # the same, where refcounts cannot be read too
 
 
 def compare_refcounts(tally: Tally) -> Comparison:
@@ -38,6 +39,9 @@ def compare_refcounts(tally: Tally) -> Comparison:
     for start, stop, values, readable in tally.refcounts.windows(tally.checked):
         if not readable:
             found.errors += stop - start
+            claims = np.flatnonzero(tally.seats.part(tally.counts.all, start, stop))
+            if len(claims):
+                found.last = start + int(claims[-1])
             continue
         claimed = tally.seats.part(tally.counts.all, start, stop)
         if values is None:
@@ -72,6 +76,7 @@ def compare_refcounts(tally: Tally) -> Comparison:
             claims = claimed[high] != 0
             _note(tally, "refcount-high", start + high[claims])
             _note(tally, "leaked", start + high[~claims])
+    found.last = max(found.last, found.highest)
     _past_end(tally)
     return found
 

@@ -69,7 +69,7 @@ class Census:
         self.issues: Issues = tally.issues
         self._tally = tally
         self.comparison: Comparison = compare_refcounts(tally)
-        self.end = (self.comparison.highest + 1) * self.cluster_size
+        self.end = (self.comparison.last + 1) * self.cluster_size
         tally.aliases.forget()
 
     # --- the check -------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class Census:
             return None
         tally, found = self._tally, self.comparison
         counters = {
-            "image-end-offset": self.end,
+            "image-end-offset": (found.highest + 1) * self.cluster_size,
             "total-clusters": -(-self.image.disk_size // self.cluster_size),
             "corruptions": self.corruptions,
             "leaks": found.leaks,
@@ -132,12 +132,13 @@ class Census:
     def owner(self, offset: int) -> Owner:
         """Return who claims the cluster at a host offset."""
         cluster = offset // self.cluster_size
-        return Owner(int(self._tally.owners[self.seats.at(cluster)])) if cluster < self.clusters else Owner(0)
+        # The last claim may reach into the cluster just past the end of the file.
+        return Owner(int(self._tally.owners[self.seats.at(cluster)])) if cluster <= self.clusters else Owner(0)
 
     def references(self, offset: int) -> int:
         """Return how often the cluster at a host offset is claimed."""
         cluster = offset // self.cluster_size
-        return self._tally.counts[self.seats.at(cluster)] if cluster < self.clusters else 0
+        return self._tally.counts[self.seats.at(cluster)] if cluster <= self.clusters else 0
 
     def refcount(self, offset: int) -> int | None:
         """Return the stored refcount of the cluster at a host offset, None when it cannot be read."""
