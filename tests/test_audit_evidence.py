@@ -119,3 +119,9 @@ def test_tables_whose_refcounts_cannot_be_read_lie_before_the_end_of_the_image(t
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).set_bits(B_REFTABLE, 1 << 63)
     assert "QCOW2-TRAILING-DATA" not in [finding.code for finding in audit(path, "deep")]
+
+
+def test_refcounts_the_header_rules_out_contradict_no_copied_flag(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).u32(56, 0xFFFFFFFF)
+    assert "QCOW2-COPIED-FLAG" not in [finding.code for finding in audit(path, "deep")]

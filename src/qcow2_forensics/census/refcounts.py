@@ -25,7 +25,7 @@ _GAP = 1 << 16  # bytes between two blocks that are read over
 class StoredRefcounts:
     """Refcount table and blocks of one image; what lies past the end of the file is zero, as for QEMU.
 
-    ``known`` is False when header fields rule out finding them; then every refcount is zero.
+    ``known`` is False when header fields rule out finding them; then none can be read.
     """
 
     def __init__(self, image: Image) -> None:
@@ -84,9 +84,9 @@ class StoredRefcounts:
         while start < clusters:
             slot = start // self.per_block
             stop = min(clusters, (slot + 1) * self.per_block)
-            if slot >= len(self.table):
+            if slot >= len(self.table) or not self.known:
                 stop = min(clusters, start + limit)
-                yield start, stop, None, True
+                yield start, stop, None, self.known
             elif self.unreadable[slot]:
                 yield start, stop, None, False
             elif not self.offsets[slot]:
@@ -106,7 +106,7 @@ class StoredRefcounts:
         slots = clusters // np.uint64(self.per_block)
         inside = slots < np.uint64(len(self.table))
         values = np.zeros(len(clusters), dtype=np.uint64)
-        readable = np.ones(len(clusters), dtype=np.bool_)
+        readable = np.full(len(clusters), self.known)
         if not inside.any():
             return values, readable
         places = np.flatnonzero(inside)
