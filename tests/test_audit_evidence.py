@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Evidence, Finding
 from tests import qemu
@@ -14,9 +16,11 @@ from tests.image_builder import (
     B_END,
     B_REFTABLE,
     COPIED,
+    S_SNAPSHOTS,
     Builder,
     Poke,
     base_b,
+    base_s,
     compressed_entry,
     deflate,
 )
@@ -125,3 +129,16 @@ def test_refcounts_the_header_rules_out_contradict_no_copied_flag(tmp_path: Path
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).u32(56, 0xFFFFFFFF)
     assert "QCOW2-COPIED-FLAG" not in [finding.code for finding in audit(path, "deep")]
+
+
+@pytest.mark.parametrize(
+    ("at", "length", "value"),
+    [(S_SNAPSHOTS, 8, 0x1234), (S_SNAPSHOTS + 8, 4, 0x10000000), (S_SNAPSHOTS + 36, 4, 65536), (64, 8, 0)],
+)
+def test_a_snapshot_table_fault_is_told_where_the_field_stands(
+    at: int, length: int, value: int, tmp_path: Path
+) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    Poke(path).write(at, value.to_bytes(length, "big"))
+    (item,) = told(path, "QCOW2-SNAPSHOT-TABLE-INVALID").evidence
+    assert (item.offset, item.value) == (at, value)

@@ -15,6 +15,7 @@ from .header_rules import BITMAPS, DISK, INT64_MAX, SNAPSHOTS, Problem, snapshot
 from .limits import KiB, Limits
 from .structures import SECTOR, BitmapEntry, Crypt, Extension, ExtensionType, Header, SnapshotEntry, padded
 
+_L1_SIZE_AT, _EXTRA_SIZE_AT = 8, 36  # of the fields, in a snapshot table entry
 _MAX_FORMAT_NAME = 15  # bytes, what QEMU accepts
 _CHUNK = 256 * KiB
 _ONLY_BITMAPS = frozenset({BITMAPS})  # one for all: there may be 65,535 problems
@@ -100,7 +101,8 @@ def read_snapshot_table(image: Metadata) -> tuple[tuple[SnapshotEntry, ...], tup
     if header.version == 1 or header.nb_snapshots == 0:
         return (), ()
     if header.snapshots_offset == 0:
-        return (), (_table_problem(0, "snapshots_offset", 0, "the snapshot table lies on the header", SNAPSHOTS),)
+        place = header.offset_of("snapshots_offset") or 0
+        return (), (_table_problem(place, "snapshots_offset", 0, "the snapshot table lies on the header", SNAPSHOTS),)
     if header.snapshots_offset % header.cluster_size or header.nb_snapshots > limits.snapshots:
         return (), ()  # the header's own problem says so
     found: list[SnapshotEntry] = []
@@ -154,7 +156,9 @@ def _read_snapshot(
     head = structures.parse_snapshot_head(data, start)
     if head.extra_length > limits.snapshot_extra_bytes:
         text = f"snapshot table entry {index} has too much extra data"
-        return _table_problem(at, "extra_data_size", head.extra_length, text, limit=limits.snapshot_extra_bytes)
+        return _table_problem(
+            at + _EXTRA_SIZE_AT, "extra_data_size", head.extra_length, text, limit=limits.snapshot_extra_bytes
+        )
     length = head.total_length
     if len(data) < start + length:
         data, start = reader.look(at, length)
@@ -162,7 +166,7 @@ def _read_snapshot(
         return _table_problem(at, "snapshot", index, f"snapshot table entry {index} reaches past the end of the file")
     if header.version >= 3 and head.extra_length < 16:
         text = f"snapshot table entry {index} lacks the extra data version 3 requires"
-        return _table_problem(at, "extra_data_size", head.extra_length, text)
+        return _table_problem(at + _EXTRA_SIZE_AT, "extra_data_size", head.extra_length, text)
     tail = data[start + structures.SNAPSHOT_ENTRY_LENGTH : start + length]
     found.append(structures.build_snapshot_entry(index, at, head, tail))
     return None
@@ -180,7 +184,9 @@ def _snapshot_rules(header: Header, limits: Limits, entry: SnapshotEntry) -> Ite
         yield _table_problem(entry.offset, "l1_table_offset", entry.l1_table_offset, text, part)
     if entry.l1_size * 8 > limits.l1_bytes:
         text = f"the L1 table of snapshot table entry {entry.index} is too large"
-        yield _table_problem(entry.offset, "l1_size", entry.l1_size, text, part, limit=limits.l1_bytes // 8)
+        yield _table_problem(
+            entry.offset + _L1_SIZE_AT, "l1_size", entry.l1_size, text, part, limit=limits.l1_bytes // 8
+        )
 
 
 # --- bitmap directory --------------------------------------------------------------------------
