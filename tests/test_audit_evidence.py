@@ -23,6 +23,7 @@ from tests.image_builder import (
     base_s,
     compressed_entry,
     deflate,
+    empty,
 )
 
 pytestmark = qemu.requires_qemu
@@ -142,3 +143,11 @@ def test_a_snapshot_table_fault_is_told_where_the_field_stands(
     Poke(path).write(at, value.to_bytes(length, "big"))
     (item,) = told(path, "QCOW2-SNAPSHOT-TABLE-INVALID").evidence
     assert (item.offset, item.value) == (at, value)
+
+
+@pytest.mark.parametrize("data", [b"", b"abc", bytes(range(1, 100))])
+def test_the_start_of_an_unknown_extension_is_told_as_long_as_it_is(data: bytes, tmp_path: Path) -> None:
+    path = empty(tmp_path / "x.qcow2")
+    Poke(path).names([(0x12345678, data)])
+    found = [item for item in told(path, "QCOW2-UNKNOWN-EXTENSION").evidence if item.field == "starts_with"]
+    assert [(item.value, bytes_of(path, item)) for item in found] == [(data[:16].hex(" "), data[:16])] * bool(data)

@@ -241,8 +241,12 @@ def unknown_extension(facts: Facts) -> Iterator[Evidence | Finding]:
             continue
         evidence = [
             Evidence("type", f"{extension.type:#010x}", extension.offset, 8 + extension.length, "header extension"),
-            Evidence("starts_with", content.preview(extension.data), extension.offset + 8, 16, "header extension"),
         ]
+        if extension.data:
+            start = extension.data[:16]
+            evidence.append(
+                Evidence("starts_with", start.hex(" "), extension.offset + 8, len(start), "header extension")
+            )
         signature = content.signature(extension.data)
         if extension.length > 256 or signature or content.is_text(extension.data):
             looks = signature or ("text" if content.is_text(extension.data) else "data")
