@@ -184,6 +184,17 @@ def odd_size(mark: bool) -> Recipe:
     return make
 
 
+def shrunk(*, snapshot: bool) -> Recipe:
+    def make(path: Path) -> None:
+        create(path, "128k")
+        qemu.io(path, "write -P 0x11 64k 64k")
+        if snapshot:
+            qemu.snapshot(path, "larger")
+        qemu.resize(path, "100k", shrink=True)
+
+    return make
+
+
 def data_file(*commands: str, extra: bytes = b"", raw: bool = False) -> Recipe:
     def make(path: Path) -> None:
         target = path.with_suffix(".data")
@@ -275,6 +286,8 @@ CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("TABLE-SLACK", plain_snapshots, None),
     ("TAIL-BEYOND-DISK", odd_size(True), T.LOW),
     ("TAIL-BEYOND-DISK", odd_size(False), None),
+    ("TAIL-BEYOND-DISK", shrunk(snapshot=False), T.LOW),
+    ("TAIL-BEYOND-DISK", shrunk(snapshot=True), None),
     ("DATAFILE-RESIDUE", data_file(extra=b"x" * 100), T.MEDIUM),
     ("DATAFILE-RESIDUE", data_file("write -P 9 0 64k", "write -z 0 64k"), T.LOW),
     ("DATAFILE-RESIDUE", data_file("write -P 9 0 64k"), None),

@@ -8,9 +8,11 @@ import numpy as np
 
 from .. import structures
 from ..census import Owner
+from ..disk import Disk
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Severity
-from ..residue import hidden, streams
+from ..mapping import Kind
+from ..residue import Piece, hidden, streams
 from ..source import FileSource
 from ..structures import Autoclear
 from .decoding import decoded_streams
@@ -87,13 +89,33 @@ def compressed_slack(facts: Facts) -> Iterator[Finding]:
     "QCOW2-TAIL-BEYOND-DISK",
     Severity.LOW,
     "data behind the end of the disk in its last cluster",
-    note="the guest cannot reach it: consistent with an edited size or with embedding",
-    when="the disk size is not whole clusters, and the last one is not zeros behind it",
+    note="the guest cannot reach it: consistent with a disk that was made smaller, with an edited size or with embedding",
+    when="the disk size is not whole clusters, and the last one is not zeros behind it; what a snapshot of a larger "
+    "disk shows is left out",
+    harmless="QEMU keeps these bytes when it makes a disk smaller",
     depth=Depth.DEEP,
+    validated=QEMU_MADE,
 )
 def tail_beyond_disk(facts: Facts) -> Iterator[Evidence]:
     for piece in hidden.tail(facts.image, facts.census):
-        yield evidence_of(piece)
+        if not _in_a_snapshot(facts, piece):
+            yield evidence_of(piece)
+
+
+def _in_a_snapshot(facts: Facts, piece: Piece) -> bool:
+    """Whether a snapshot, whose disk is larger, shows a piece at its own guest offset."""
+    if piece.guest_offset is None or not facts.census.owner(piece.offset) & Owner.SNAPSHOT_DATA:
+        return False
+    for entry in facts.image.snapshots:
+        if entry.disk_size is None or entry.disk_size < piece.guest_offset + piece.length:
+            continue
+        try:
+            run = next(Disk(facts.image, snapshot=entry).mapping.runs(piece.guest_offset, 1))
+        except Qcow2Error:
+            continue  # other rules say why this snapshot cannot be read
+        if run.kind == Kind.DATA and run.host_offset == piece.offset:
+            return True
+    return False
 
 
 # --- external data files -------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def finding_of(code: str, group: Group, severity: Severity | None = None, title:
     "free clusters hold data",
     note="consistent with remains of deleted snapshots, or of discarded or overwritten data",
     when="a cluster with refcount 0 that nothing refers to is not all zeros; Low where it is a former table",
-    harmless="QEMU leaves former L1, L2 and bitmap tables behind in ordinary use",
+    harmless="QEMU leaves former L1, L2 and bitmap tables and overwritten compressed clusters behind in ordinary use",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
