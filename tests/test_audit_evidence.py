@@ -151,3 +151,12 @@ def test_the_start_of_an_unknown_extension_is_told_as_long_as_it_is(data: bytes,
     Poke(path).names([(0x12345678, data)])
     found = [item for item in told(path, "QCOW2-UNKNOWN-EXTENSION").evidence if item.field == "starts_with"]
     assert [(item.value, bytes_of(path, item)) for item in found] == [(data[:16].hex(" "), data[:16])] * bool(data)
+
+
+def test_clusters_whose_refcounts_the_header_does_not_lead_to_are_not_called_free(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).u32(56, 0xFFFFFFFF)
+    finding = told(path, "QCOW2-RESIDUAL-CLUSTERS")
+    assert finding.evidence[0].offset == B_REFTABLE  # which the header names
+    assert finding.title == "clusters nothing refers to hold tables"
+    assert "may be free or not" in finding.note

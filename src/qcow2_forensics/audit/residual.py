@@ -94,10 +94,12 @@ def _survey(facts: Facts) -> _Survey:
     return survey
 
 
-def finding_of(code: str, group: Group, severity: Severity | None = None, title: str = "") -> Iterator[Finding]:
+def finding_of(
+    code: str, group: Group, severity: Severity | None = None, title: str = "", note: str = ""
+) -> Iterator[Finding]:
     if group.count:
         evidence = [evidence_of(piece) for piece in group.kept]
-        yield variant(code, evidence, severity=severity, title=title, count=group.count)
+        yield variant(code, evidence, severity=severity, title=title, note=note, count=group.count)
 
 
 @rule(
@@ -105,16 +107,23 @@ def finding_of(code: str, group: Group, severity: Severity | None = None, title:
     Severity.MEDIUM,
     "free clusters hold data",
     note="consistent with remains of deleted snapshots, or of discarded or overwritten data",
-    when="a cluster with refcount 0 that nothing refers to is not all zeros; Low where it is a former table",
+    when="a cluster that nothing refers to, and whose refcount is 0 or cannot be read, is not all zeros; Low where it "
+    "is a former table",
     harmless="QEMU leaves former L1, L2 and bitmap tables and overwritten compressed clusters behind in ordinary use",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
 def residual_clusters(facts: Facts) -> Iterator[Finding]:
-    survey = survey_of(facts)
-    yield from finding_of("QCOW2-RESIDUAL-CLUSTERS", survey.of(["free"], ["data", "vm-state"]))
-    former = survey.of(["free"], _METADATA)
-    yield from finding_of("QCOW2-RESIDUAL-CLUSTERS", former, Severity.LOW, "free clusters hold former tables")
+    survey, code = survey_of(facts), "QCOW2-RESIDUAL-CLUSTERS"
+    titles, note = ("", "free clusters hold former tables"), ""
+    if not facts.census.refcounts.known:
+        titles = ("clusters nothing refers to hold data", "clusters nothing refers to hold tables")
+        note = (
+            "the header leads to no refcounts, so that these clusters may be free or not; the refcount "
+            "tables themselves may be among them"
+        )
+    yield from finding_of(code, survey.of(["free"], ["data", "vm-state"]), None, titles[0], note)
+    yield from finding_of(code, survey.of(["free"], _METADATA), Severity.LOW, titles[1], note)
 
 
 @rule(
