@@ -160,3 +160,10 @@ def test_clusters_whose_refcounts_the_header_does_not_lead_to_are_not_called_fre
     assert finding.evidence[0].offset == B_REFTABLE  # which the header names
     assert finding.title == "clusters nothing refers to hold tables"
     assert "may be free or not" in finding.note
+
+
+def test_an_extended_entry_with_several_reserved_bits_is_told_once(tmp_path: Path) -> None:
+    image = Builder(extended_l2=True)
+    image.entry(0, image.put(b"x" * 65536) | COPIED | 2 | 1, 0xFFFFFFFF)
+    finding = told(image.write(tmp_path / "x.qcow2"), "QCOW2-RESERVED-BITS")
+    assert (finding.count, len(finding.evidence)) == (1, 1)

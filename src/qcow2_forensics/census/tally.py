@@ -285,7 +285,8 @@ class Tally:
         if zero.any():
             zero &= ~packed
             if self.extended:
-                self._note("extended-bit-0", tables, zero)
+                # One with other reserved bits too is told of already.
+                self._note("extended-bit-0", tables, zero & ((tables.entries & np.uint64(L2_RESERVED)) == 0))
             elif self.version < 3:
                 self._note("zero-flag-v2", tables, zero)
         plain = ~mapped & ~packed & (tables.entries != 0)
