@@ -16,6 +16,7 @@ from tests.image_builder import (
     B_END,
     B_REFTABLE,
     COPIED,
+    S_SNAPSHOT_STEP,
     S_SNAPSHOTS,
     Builder,
     Poke,
@@ -167,3 +168,10 @@ def test_an_extended_entry_with_several_reserved_bits_is_told_once(tmp_path: Pat
     image.entry(0, image.put(b"x" * 65536) | COPIED | 2 | 1, 0xFFFFFFFF)
     finding = told(image.write(tmp_path / "x.qcow2"), "QCOW2-RESERVED-BITS")
     assert (finding.count, len(finding.evidence)) == (1, 1)
+
+
+def test_a_snapshot_table_that_cannot_be_read_to_its_end_is_not_given_a_length(tmp_path: Path) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    Poke(path).u32(S_SNAPSHOTS + S_SNAPSHOT_STEP + 36, 65536)
+    item = told(path, "QCOW2-INTERNAL-SNAPSHOTS").evidence[-1]
+    assert (item.field, item.value) == ("readable part of the snapshot table, bytes", 67)

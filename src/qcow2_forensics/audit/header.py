@@ -123,7 +123,9 @@ def internal_snapshots(facts: Facts) -> Iterator[Evidence]:
         if entries:
             start = facts.header.snapshots_offset
             length = entries[-1].offset + entries[-1].length - start
-            yield Evidence("snapshot table, bytes", length, start, length, "snapshot table")
+            whole = len(entries) == facts.header.nb_snapshots
+            told = "snapshot table, bytes" if whole else "readable part of the snapshot table, bytes"
+            yield Evidence(told, length, start, length, "snapshot table")
 
 
 @rule(
