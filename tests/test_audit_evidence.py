@@ -175,3 +175,10 @@ def test_a_snapshot_table_that_cannot_be_read_to_its_end_is_not_given_a_length(t
     Poke(path).u32(S_SNAPSHOTS + S_SNAPSHOT_STEP + 36, 65536)
     item = told(path, "QCOW2-INTERNAL-SNAPSHOTS").evidence[-1]
     assert (item.field, item.value) == ("readable part of the snapshot table, bytes", 67)
+
+
+def test_a_faulty_header_field_is_told_with_its_length(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).u32(100, 103)
+    (item,) = told(path, "QCOW2-HEADER-INVALID").evidence
+    assert (item.value, bytes_of(path, item)) == (103, (103).to_bytes(4, "big"))

@@ -144,4 +144,6 @@ class Facts:
     def problem_evidence(self, problem: Problem, structure: str = "header") -> Evidence:
         """Return a problem as evidence: the field is what is wrong, the value is what stands there."""
         told = f"{problem.field}: {problem.message}" if problem.field else problem.message
-        return Evidence(told, problem.value, problem.offset, structure=structure)
+        place = next((field for field in self.header.fields if field.name == problem.field), None)
+        length = place.length if place is not None and place.offset == problem.offset else None
+        return Evidence(told, problem.value, problem.offset, length, structure)
