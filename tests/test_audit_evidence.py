@@ -182,3 +182,20 @@ def test_a_faulty_header_field_is_told_with_its_length(tmp_path: Path) -> None:
     Poke(path).u32(100, 103)
     (item,) = told(path, "QCOW2-HEADER-INVALID").evidence
     assert (item.value, bytes_of(path, item)) == (103, (103).to_bytes(4, "big"))
+
+
+def test_a_missing_refcount_block_makes_the_least_size_that_is_expected(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).u64(B_REFTABLE + 8, 0x100000)
+    assert _least(path) == 0x100001
+
+
+def test_a_stray_pointer_makes_no_size_that_is_expected_of_a_cut_file(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).cut(B_END - 0x10000).l2(3, 0x1000000)
+    assert _least(path) == B_END - 0x10000 + 1
+
+
+def _least(path: Path) -> object:
+    (item,) = (item for item in told(path, "QCOW2-TRUNCATED").evidence if item.field == "least expected size")
+    return item.value

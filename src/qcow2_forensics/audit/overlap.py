@@ -196,17 +196,21 @@ def _stored(facts: Facts, host: int, entry: int, guest: int | None) -> Evidence:
 )
 def truncated(facts: Facts) -> Iterator[Finding]:
     census, end = facts.census, facts.image.file_size
-    missing = []
+    lost = []
     for item in census.issues["beyond-eof"].items:
-        host = item.host or 0
         entry = item.structure in ("L1", "L2", "bitmap table")
         # One stray pointer is not a missing tail; a refcount that agrees, or its absence, is.
-        if not entry or census.refcount(host) or census.issues["reftable-beyond-eof"].count:
-            missing.append(item_evidence(facts, item, told(item)))
-    for item in census.issues["reftable-beyond-eof"].items:
-        if item.host is not None and item.host < 2**62:
-            missing.append(item_evidence(facts, item, told(item)))
-    least = census.highest_missing + 1
+        if not entry or census.refcount(item.host or 0) or census.issues["reftable-beyond-eof"].count:
+            lost.append(item)
+    blocks = census.issues["reftable-beyond-eof"].items
+    lost += [item for item in blocks if item.host is not None and item.host < 2**62]
+    missing = [item_evidence(facts, item, told(item)) for item in lost]
+    # Of a table, whose value is its length, all is expected; of a cluster its first byte.
+    least = max(((item.host or 0) + (item.value if item.offset is None else 1) for item in lost), default=0)
+    if census.issues["beyond-eof"].count > len(
+        census.issues["beyond-eof"].items
+    ):  # a missing tail, and not all are kept
+        least = max(least, census.highest_missing + 1)
     length = facts.header.header_length
     if end < length <= facts.cluster_size:  # a longer one is no header, whatever the file's size
         missing.append(Evidence("header, bytes", length, 0, end, "header"))
