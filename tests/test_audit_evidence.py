@@ -199,3 +199,19 @@ def test_a_stray_pointer_makes_no_size_that_is_expected_of_a_cut_file(tmp_path: 
 def _least(path: Path) -> object:
     (item,) = (item for item in told(path, "QCOW2-TRUNCATED").evidence if item.field == "least expected size")
     return item.value
+
+
+def test_plain_content_of_a_snapshot_is_told_as_its_own_and_once(tmp_path: Path) -> None:
+    path = base_s(tmp_path / "s.qcow2")
+    Poke(path).u32(32, 1)  # an encryption method: nothing of the image is encrypted
+    items = told(path, "QCOW2-PLAINTEXT-CONTENT").evidence
+    assert sorted((item.snapshot, item.guest_offset) for item in items) == [("", 0), ("1", 0)]
+
+
+def test_a_compressed_cluster_of_an_encrypted_snapshot_is_told_as_its_own(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "x.qcow2", "1M", secret="k", encrypt={"format": "aes"})
+    qemu.io(path, "write -c -P 1 0 64k", secret="k")
+    qemu.snapshot(path, "s", secret="k")
+    qemu.io(path, "write -P 2 0 64k", secret="k")
+    (item,) = told(path, "QCOW2-PLAINTEXT-COMPRESSED").evidence
+    assert item.snapshot == "1"

@@ -11,6 +11,7 @@ from ..findings import Evidence, Severity
 from ..limits import KiB
 from ..residue import content
 from .facts import Facts
+from .items import snapshot_id
 from .rules import QEMU_MADE, Depth, rule
 
 _SAMPLE = 64 * KiB  # of each cluster looked at
@@ -33,7 +34,8 @@ def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
     for batch in facts.census.tables():
         for row, column in batch.where((batch.entries & np.uint64(structures.COMPRESSED)) != 0):
             host, _ = structures.compressed_descriptor(int(batch.entries[row, column]), facts.header.cluster_bits)
-            yield Evidence("host", host, batch.entry_offset(row, column), 8, "L2", batch.guest_offset(row, column))
+            at, guest = batch.entry_offset(row, column), batch.guest_offset(row, column)
+            yield Evidence("host", host, at, 8, "L2", guest, snapshot_id(facts, int(batch.tree[row])))
 
 
 @rule(
@@ -49,7 +51,7 @@ def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
 def plaintext_content(facts: Facts) -> Iterator[Evidence]:
     if not facts.header.crypt_method or facts.header.external_data:
         return
-    for host, guest in _mapped(facts):
+    for host, guest, snapshot in _mapped(facts):
         data = facts.read(host, min(facts.cluster_size, _SAMPLE))
         if not any(data):
             continue
@@ -57,19 +59,19 @@ def plaintext_content(facts: Facts) -> Iterator[Evidence]:
         # A signature of two or three bytes comes up by chance among many clusters of ciphertext.
         if len(data) >= 4 * KiB and seen.entropy < _LOW_ENTROPY:
             told = f"entropy {seen.entropy:.2f}" + (f", {seen.signature}" if seen.signature else "")
-            yield Evidence("content", told, host, len(data), "data cluster", guest)
+            yield Evidence("content", told, host, len(data), "data cluster", guest, snapshot)
 
 
-def _mapped(facts: Facts) -> Iterator[tuple[int, int]]:
-    """Yield (host offset, guest offset) of up to 512 plainly stored clusters."""
-    count = 0
+def _mapped(facts: Facts) -> Iterator[tuple[int, int, str]]:
+    """Yield (host offset, guest offset, snapshot) of up to 512 plainly stored clusters, each once."""
+    seen: set[int] = set()
     skipped = structures.COMPRESSED | structures.ZERO
     for batch in facts.census.tables():
         plain = ((batch.entries & np.uint64(skipped)) == 0) & ((batch.entries & np.uint64(structures.OFFSET_MASK)) != 0)
         for row, column in batch.where(plain):
             host = int(batch.entries[row, column]) & structures.OFFSET_MASK
-            if host % facts.cluster_size == 0 and host < facts.image.file_size:
-                yield host, batch.guest_offset(row, column)
-                count += 1
-                if count >= _SAMPLES:
+            if host % facts.cluster_size == 0 and host < facts.image.file_size and host not in seen:
+                yield host, batch.guest_offset(row, column), snapshot_id(facts, int(batch.tree[row]))
+                seen.add(host)
+                if len(seen) >= _SAMPLES:
                     return
