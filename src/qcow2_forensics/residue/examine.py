@@ -170,8 +170,7 @@ class _Examination:
         self._span = self._image.header.l2_span
         size = entry.disk_size if entry.disk_size is not None else self._image.disk_size
         self._size = min(size, INT64_MAX)
-        self._kept: list[Counts] = []  # host clusters of streams that a live state maps too
-        self._unmapped: list[tuple[Counts, Words]] = []  # guest offsets and entries of other ones
+        self._waiting: list[Counts] = []  # L1 slots whose tables hold streams that no live state maps
         self._counts = {"intact": 0, "shared": 0, "zeroed": 0, "reused": 0, "compressed": 0, "lost_tables": 0}
         self._unreadable = 0
         self._rewritable = 0
@@ -190,7 +189,9 @@ class _Examination:
         step = max(1, _ENTRIES // self._image.header.l2_entries)
         for at in range(0, len(slots), step):
             self._tables(slots[at : at + step], l1_table[slots[at : at + step]])
-        self._streams_left()
+        waiting = np.concatenate(self._waiting)
+        for at in range(0, len(waiting), step):
+            self._streams_left(waiting[at : at + step], l1_table[waiting[at : at + step]])
         return DeletedSnapshot(
             self._entry,
             True,
@@ -235,8 +236,8 @@ class _Examination:
         mapped, kept = self._mapped(slots, columns.named)
         rewritten = (shared & ~unchanged)[sound]  # the active state wrote its own entries into this very table
         self._rewritable += self._bytes(slots[rewritten] * self._span, self._span)
-        guests = slots[:, None] * self._span + np.arange(columns.entries.shape[1]) * self._cluster_size
-        self._packed(guests, columns, mapped)
+        guests = self._guests(slots)
+        self._packed(slots, columns, mapped)
         hosts = np.where(columns.zero_flags, np.uint64(0), columns.offsets)
         used = hosts != 0
         mapped |= self._image.header.external_data
@@ -282,15 +283,14 @@ class _Examination:
         self._refuse(REUSED, hosts[reused], guests[reused])
         self._refuse(PUNCHED, hosts[free[holes]], guests[free[holes]])
 
-    def _packed(self, guests: Counts, columns: trees.Entries, mapped: Mask) -> None:
+    def _packed(self, slots: Counts, columns: trees.Entries, mapped: Mask) -> None:
         """Count the compressed clusters that a live state maps too; the others are told when all such are known."""
-        packed = columns.compressed
-        if not packed.any():
-            return
-        guests, entries, mapped = guests[packed], columns.entries[packed], mapped[packed]
-        self._kept.append(np.unique(self._touched(entries[mapped])))
-        self._counts["compressed"] += int(mapped.sum())
-        self._unmapped.append((guests[~mapped], entries[~mapped]))
+        kept, left = columns.compressed & mapped, columns.compressed & ~mapped
+        self._counts["compressed"] += int(kept.sum())
+        if kept.any():
+            for numbers in self._touched(columns.entries[kept]):
+                self._kept[self._seats(numbers)] = True
+        self._waiting.append(slots[left.any(axis=1)])
 
     def _touched(self, entries: Words) -> list[Counts]:
         """Return the host clusters that each compressed cluster lies in: the first, one between, the last."""
@@ -298,25 +298,37 @@ class _Examination:
         first, last = (self._examiner.numbers(ends) for ends in (offsets, offsets + lengths - np.uint64(1)))
         return [first, (first + last) // 2, last]
 
-    def _streams_left(self) -> None:
+    @cached_property
+    def _kept(self) -> Mask:
+        """Which host clusters, by their seats in the census, hold streams that a live state maps too."""
+        return np.zeros(self._examiner.census.seats.length, np.bool_)
+
+    def _seats(self, numbers: Counts) -> Words:
+        return self._examiner.census.seats.of(numbers.astype(np.uint64))
+
+    def _streams_left(self, slots: Counts, offsets: Words) -> None:
         """Tell the compressed clusters no live state maps: whole only in host clusters that were never let go.
 
         QEMU writes streams one behind the other, and never over one while its host cluster holds
         another that is in use. A stream that the entry and a live state share is one of those.
         """
-        census = self._examiner.census
-        kept = np.unique(np.concatenate(self._kept)) if self._kept else np.empty(0, np.intp)
-        for guests, entries in self._unmapped:
-            lost = np.zeros(len(entries), np.bool_)
-            for numbers in self._touched(entries):
-                lost |= census.is_claimed(numbers) & ~np.isin(numbers, kept)
-            self._counts["compressed"] += int((~lost).sum())
-            self._counts["reused"] += int(lost.sum())
-            self._unreadable += self._bytes(guests[lost])
-            if self._refusals is not None:
-                offsets, lengths = descriptors(entries[lost], self._image.header.cluster_bits)
-                lengths = np.minimum(lengths, np.uint64(self._image.file_size) - offsets)
-                self._refusals.add_streams(offsets, lengths)
+        columns = trees.columns(self._image, self._examiner.l2_tables(offsets))
+        left = columns.compressed & ~self._mapped(slots, columns.named)[0]
+        guests, entries = self._guests(slots)[left], columns.entries[left]
+        lost = np.zeros(len(entries), np.bool_)
+        for numbers in self._touched(entries):
+            reused = self._examiner.census.is_claimed(numbers) & ~self._kept[self._seats(numbers)]
+            hosts = np.unique(numbers[reused]).astype(np.uint64) << np.uint64(self._image.header.cluster_bits)
+            self._refuse(REUSED, hosts, np.empty(0, np.intp))
+            lost |= reused
+        self._counts["compressed"] += int((~lost).sum())
+        self._counts["reused"] += int(lost.sum())
+        self._unreadable += self._bytes(guests[lost])
+
+    def _guests(self, slots: Counts) -> Counts:
+        """Return the guest offsets that the tables in some L1 slots map, a row each."""
+        guests: Counts = slots[:, None] * self._span + np.arange(self._image.header.l2_entries) * self._cluster_size
+        return guests
 
     def _refuse(self, reason: int, hosts: Words, guests: Counts, length: int | None = None) -> None:
         """Have host clusters refused, and the guest bytes behind them counted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ _REASONS = (
     "this cluster of the deleted snapshot has been reused by something else",
     "this cluster of the deleted snapshot is a hole in the file now",
 )
+_UNSORTED = 1 << 18  # clusters gathered before they are told apart: crafted tables name the same ones over and over
 
 
 class Refusals:
@@ -27,31 +28,29 @@ class Refusals:
 
     def __init__(self, cluster_size: int) -> None:
         self._cluster_size = cluster_size
-        self._clusters = [np.empty(0, np.uint64)]
+        self._clusters = [np.empty(0, np.uint64)]  # the first array is sorted and holds each once
         self._codes = [np.empty(0, np.uint8)]
-        self._streams = [np.empty((0, 2), np.uint64)]
+        self._unsorted = 0
 
     def add_clusters(self, reason: int, offsets: Offsets) -> None:
         """Refuse every read that touches one of these clusters."""
         self._clusters.append(offsets)
         self._codes.append(np.full(len(offsets), reason, np.uint8))
+        self._unsorted += len(offsets)
+        if self._unsorted > max(_UNSORTED, len(self._clusters[0])):
+            self._sort()
 
-    def add_streams(self, offsets: Offsets, lengths: Offsets) -> None:
-        """Refuse reads of exactly these ranges, which were reused: others may share their sectors."""
-        self._streams.append(np.column_stack((offsets, lengths)))
+    def _sort(self) -> None:
+        clusters, first = np.unique(np.concatenate(self._clusters), return_index=True)
+        self._clusters, self._codes, self._unsorted = [clusters], [np.concatenate(self._codes)[first]], 0
 
     def clusters(self) -> tuple[Offsets, Offsets, npt.NDArray[np.uint8]]:
         """Return where the refused ranges start, rising, and stop, and their reasons; neighbours are one range."""
-        starts, first = np.unique(np.concatenate(self._clusters), return_index=True)
-        codes = np.concatenate(self._codes)[first]
+        self._sort()
+        starts, codes = self._clusters[0], self._codes[0]
         new = np.ones(len(starts), np.bool_)
         new[1:] = (np.diff(starts) != self._cluster_size) | (codes[1:] != codes[:-1])
         return starts[new], starts[np.roll(new, -1)] + np.uint64(self._cluster_size), codes[new]
-
-    def streams(self) -> Offsets:
-        """Return (offset, length) of the refused streams, rising."""
-        found = np.concatenate(self._streams)
-        return found[np.lexsort((found[:, 1], found[:, 0]))]
 
 
 class GuardedSource:
@@ -64,8 +63,6 @@ class GuardedSource:
         self._source = source
         starts, stops, codes = refusals.clusters()
         self._starts, self._stops, self._codes = _packed(starts), _packed(stops), codes.tobytes()
-        streams = refusals.streams()
-        self._offsets, self._lengths = _packed(streams[:, 0]), _packed(streams[:, 1])
 
     @property
     def size(self) -> int:
@@ -76,11 +73,6 @@ class GuardedSource:
         at = bisect_right(self._starts, offset + length - 1) - 1
         if length > 0 and at >= 0 and self._stops[at] > offset:
             raise ReadError(_REASONS[self._codes[at]], offset=max(self._starts[at], offset), length=length)
-        first = bisect_left(self._offsets, offset)
-        stop = bisect_right(self._offsets, offset, first)
-        at = bisect_left(self._lengths, length, first, stop)
-        if at < stop and self._lengths[at] == length:
-            raise ReadError(_REASONS[REUSED], offset=offset, length=length)
         return self._source.read(offset, length)
 
     def __getattr__(self, name: str) -> Any:
