@@ -325,6 +325,29 @@ def test_what_the_active_state_may_have_written_in_place_since_the_deletion_is_c
     assert item.rewritable_bytes == 2 * 65536
 
 
+def test_compressed_clusters_that_may_have_been_let_go_and_written_again_are_counted_as_perhaps_newer(
+    tmp_path: Path,
+) -> None:
+    """The active state discards both streams of a host cluster and puts two of the same lengths there."""
+    path = qemu.create(tmp_path / "disk.qcow2", "4M")
+    qemu.io(path, "write -P 1 1M 64k")
+    qemu.snapshot(path, "first")
+    qemu.io(path, "write -P 2 1M 64k")
+    qemu.snapshot(path, "first", action="-d", opts=KEEP)  # from here on the L2 table stands behind free clusters
+    qemu.io(path, "write -c -P 3 0 64k", "write -c -P 4 64k 64k")
+    qemu.snapshot(path, "alpha")
+    before = qemu.raw_bytes(path, snapshot="alpha")
+    qemu.io(path, "write -P 5 1M 64k")  # from here on the active state has an L2 table of its own
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    discards = {"discard": "unmap", "file.discard": "ignore"}
+    qemu.io(path, "discard 0 128k", "write -c -P 5 0 64k", "write -c -P 6 2M 64k", opts=discards)
+    item = next(item for item in deleted_snapshots(path) if item.entry.name == "alpha")
+    assert (item.compressed, item.rewritable_bytes) == (2, 2 * 65536)
+    with open_disk(path, snapshot="deleted:alpha") as disk:
+        assert disk.read(0, 131072) == b"\5" * 65536 + b"\6" * 65536
+        assert disk.read(131072, disk.size) == before[131072:]
+
+
 def test_a_table_only_the_active_state_still_holds_may_be_newer_as_a_whole(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk.qcow2", "4M")
     qemu.io(path, "write -P 0x11 0 1M")

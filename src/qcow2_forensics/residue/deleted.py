@@ -29,7 +29,8 @@ class DeletedSnapshot:
     ``lost_tables`` counts L2 tables that are gone, of ``l2_tables``.
 
     ``rewritable_bytes`` are read, yet may be newer than the snapshot: no snapshot older than it
-    holds their L2 table or cluster too, so that the active state could write there in place.
+    holds their L2 table or cluster too, so that the active state could write there in place, or
+    compressed data over what it had let go of.
     """
 
     entry: SnapshotEntry

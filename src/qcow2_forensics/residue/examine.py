@@ -26,6 +26,7 @@ from .targets import HOLDS_BYTES, Targets, read_clusters
 
 _ENTRIES = 1 << 16  # of L2 tables looked at together
 _TABLE_BYTES = 64 * MiB  # of L2 tables read for one image, beside four times the file: genuine ones are each in it once
+_MAPPED, _KEPT = 1, 2  # a cluster of streams: by a live state, by a snapshot older than the deleted one
 _ACTIVE = np.uint64(2**64 - 1)  # no snapshot's date
 
 
@@ -237,11 +238,11 @@ class _Examination:
         rewritten = (shared & ~unchanged)[sound]  # the active state wrote its own entries into this very table
         self._rewritable += self._bytes(slots[rewritten] * self._span, self._span)
         guests = self._guests(slots)
-        self._packed(slots, columns, mapped)
+        self._packed(slots, columns, mapped, kept)
         hosts = np.where(columns.zero_flags, np.uint64(0), columns.offsets)
         used = hosts != 0
         mapped |= self._image.header.external_data
-        self._rewritable += self._bytes(guests[used & mapped & ~kept & ~rewritten[:, None]])
+        self._rewritable += self._bytes(guests[(used | columns.compressed) & mapped & ~kept & ~rewritten[:, None]])
         self._data(guests[used], hosts[used], mapped[used])
 
     def _are_l1_tables(self, words: Words) -> Mask:
@@ -283,14 +284,15 @@ class _Examination:
         self._refuse(REUSED, hosts[reused], guests[reused])
         self._refuse(PUNCHED, hosts[free[holes]], guests[free[holes]])
 
-    def _packed(self, slots: Counts, columns: trees.Entries, mapped: Mask) -> None:
+    def _packed(self, slots: Counts, columns: trees.Entries, mapped: Mask, kept: Mask) -> None:
         """Count the compressed clusters that a live state maps too; the others are told when all such are known."""
-        kept, left = columns.compressed & mapped, columns.compressed & ~mapped
-        self._counts["compressed"] += int(kept.sum())
-        if kept.any():
-            for numbers in self._touched(columns.entries[kept]):
-                self._kept[self._seats(numbers)] = True
-        self._waiting.append(slots[left.any(axis=1)])
+        packed = columns.compressed
+        self._counts["compressed"] += int((packed & mapped).sum())
+        for which, mark in ((packed & mapped, _MAPPED), (packed & kept, _KEPT)):
+            if which.any():
+                for numbers in self._touched(columns.entries[which]):
+                    self._held[self._seats(numbers)] |= np.uint8(mark)
+        self._waiting.append(slots[(packed & ~mapped).any(axis=1)])
 
     def _touched(self, entries: Words) -> list[Counts]:
         """Return the host clusters that each compressed cluster lies in: the first, one between, the last."""
@@ -299,9 +301,9 @@ class _Examination:
         return [first, (first + last) // 2, last]
 
     @cached_property
-    def _kept(self) -> Mask:
+    def _held(self) -> npt.NDArray[np.uint8]:
         """Which host clusters, by their seats in the census, hold streams that a live state maps too."""
-        return np.zeros(self._examiner.census.seats.length, np.bool_)
+        return np.zeros(self._examiner.census.seats.length, np.uint8)
 
     def _seats(self, numbers: Counts) -> Words:
         return self._examiner.census.seats.of(numbers.astype(np.uint64))
@@ -310,20 +312,24 @@ class _Examination:
         """Tell the compressed clusters no live state maps: whole only in host clusters that were never let go.
 
         QEMU writes streams one behind the other, and never over one while its host cluster holds
-        another that is in use. A stream that the entry and a live state share is one of those.
+        another that is in use. A stream that the entry and a live state share is one of those; yet
+        the active state may have let go of all of them, and have put one of the same length there since.
         """
         columns = trees.columns(self._image, self._examiner.l2_tables(offsets))
         left = columns.compressed & ~self._mapped(slots, columns.named)[0]
         guests, entries = self._guests(slots)[left], columns.entries[left]
-        lost = np.zeros(len(entries), np.bool_)
+        lost, newer = np.zeros((2, len(entries)), np.bool_)
         for numbers in self._touched(entries):
-            reused = self._examiner.census.is_claimed(numbers) & ~self._kept[self._seats(numbers)]
+            claimed, held = self._examiner.census.is_claimed(numbers), self._held[self._seats(numbers)]
+            newer |= claimed & (held & _KEPT == 0)
+            reused = claimed & (held == 0)
             hosts = np.unique(numbers[reused]).astype(np.uint64) << np.uint64(self._image.header.cluster_bits)
             self._refuse(REUSED, hosts, np.empty(0, np.intp))
             lost |= reused
         self._counts["compressed"] += int((~lost).sum())
         self._counts["reused"] += int(lost.sum())
         self._unreadable += self._bytes(guests[lost])
+        self._rewritable += self._bytes(guests[newer & ~lost])
 
     def _guests(self, slots: Counts) -> Counts:
         """Return the guest offsets that the tables in some L1 slots map, a row each."""
