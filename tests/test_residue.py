@@ -193,6 +193,24 @@ def test_former_tables_without_end_are_not_followed(tmp_path: Path, monkeypatch:
         open_disk(path, snapshot="deleted:1")
 
 
+def test_deleted_snapshots_whose_l1_tables_stood_in_one_place_are_all_followed(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path, size="4G", cluster_size=512)  # an L1 table of 1 MiB
+    entry = deleted_snapshots(path)[0].entry
+    raw = Poke(path).read(entry.offset, entry.length - 6)
+    for number in range(1, 6):
+        Poke(path).write(entry.offset + 72 * number, raw + b"%dagain" % (number + 1))
+    assert [item.l1_intact for item in deleted_snapshots(path)] == [True] * 6
+
+
+def test_an_entry_that_names_more_than_may_be_read_keeps_no_other_from_being_followed(tmp_path: Path) -> None:
+    path, _ = deleted_image(tmp_path)
+    entry = deleted_snapshots(path)[0].entry
+    raw = Poke(path).read(entry.offset, entry.length)
+    behind = raw[:8] + (4 << 20).to_bytes(4, "big") + raw[12:-6] + b"0alpha"  # an L1 table of 32 MiB, first in order
+    Poke(path).write(entry.offset + 128, behind)
+    assert [(item.entry.id, item.l1_intact) for item in deleted_snapshots(path)] == [("0", False), ("1", True)]
+
+
 def crafted_image(
     path: Path, l2_words: np.ndarray, *, disk_size: int | None = None, extra: bytes | None = None
 ) -> Path:

@@ -25,6 +25,9 @@ from .tables import Counts, Geometry, Mask, Words
 from .targets import HOLDS_BYTES, Targets, read_clusters
 
 _ENTRIES = 1 << 16  # of L2 tables looked at together
+_L1_BYTES = (
+    32 * MiB
+)  # of L1 tables read for one image, beside its length: former ones may stand in one place after another
 _TABLE_BYTES = 64 * MiB  # of L2 tables read for one image, beside four times the file: genuine ones are each in it once
 _MAPPED, _KEPT = 1, 2  # a cluster of streams: by a live state, by a snapshot older than the deleted one
 _ACTIVE = np.uint64(2**64 - 1)  # no snapshot's date
@@ -89,7 +92,7 @@ class _Examiner:
         self.census = census
         self.geometry = Geometry.of(image)
         self.recogniser = Recogniser(image, census)
-        self.l1_entries = image.file_size // 8  # of former tables that do not overlap
+        self.l1_entries = (_L1_BYTES + image.file_size) // 8
         self.tables = (_TABLE_BYTES + 4 * image.file_size) // image.cluster_size
         self._targets = Targets(image)
         self._read_data = read_data
@@ -184,9 +187,9 @@ class _Examination:
         slots = np.flatnonzero(l1_table)
         rows, _ = self._examiner.live.of(slots)
         named, room = len(slots) + len(rows), self._examiner.tables
-        self._examiner.tables -= named
         if named > room:
-            raise LimitExceeded("L2 tables of deleted snapshots", named, max(0, room))
+            raise LimitExceeded("L2 tables of deleted snapshots", named, room)
+        self._examiner.tables -= named
         step = max(1, _ENTRIES // self._image.header.l2_entries)
         for at in range(0, len(slots), step):
             self._tables(slots[at : at + step], l1_table[slots[at : at + step]])
@@ -205,12 +208,14 @@ class _Examination:
     def _l1_table(self) -> Words | None:
         """Return the host offsets in the former L1 table, None when it is not there any more."""
         examiner, first, length = self._examiner, self._entry.l1_table_offset, self._entry.l1_size * 8
-        examiner.l1_entries -= self._entry.l1_size
-        if first + length > self._image.file_size or length > self._image.limits.l1_bytes or examiner.l1_entries < 0:
+        if first + length > self._image.file_size or length > self._image.limits.l1_bytes:
             return None
         stop = -(-(first + length) // self._cluster_size)
         if examiner.census.is_claimed(np.arange(first // self._cluster_size, stop)).any():
             return None
+        if self._entry.l1_size > examiner.l1_entries:
+            raise LimitExceeded("L1 entries of deleted snapshots", self._entry.l1_size, examiner.l1_entries)
+        examiner.l1_entries -= self._entry.l1_size
         data = self._image.read(first, length)
         # Of zeros nobody can tell whether the disk was empty or the table wiped: not every file system keeps
         # a discarded table as a hole, and no copy has to.
