@@ -29,7 +29,7 @@ from qcow2_forensics.residue.export import write
 from qcow2_forensics.residue.guard import LOST_TABLE, REUSED, GuardedSource, Refusals
 from qcow2_forensics.source import BytesSource, FileSource
 from tests import qemu
-from tests.image_builder import COMPRESSED, Builder, Poke, base_b, base_s, deflate
+from tests.image_builder import COMPRESSED, ZERO, Builder, Poke, base_b, base_s, deflate
 
 KEEP = {"pass-discard-snapshot": "off", "discard": "ignore"}  # what a delete frees keeps its bytes
 pytestmark = qemu.requires_qemu
@@ -232,6 +232,54 @@ def crafted_image(
 
 
 CRAFTED_DATA = 0x20000
+
+
+def test_what_is_past_the_l1_table_or_in_a_table_cut_off_counts_as_unreadable(tmp_path: Path) -> None:
+    words = np.zeros((2, 8192), np.int64)
+    words[:, 0] = CRAFTED_DATA, ZERO
+    span = 8192 * 65536
+    path = crafted_image(tmp_path / "x.qcow2", words, disk_size=3 * span)
+    (item,) = deleted_snapshots(path)
+    assert (item.unreadable_bytes, item.complete) == (span, False)
+    with open_disk(path, snapshot="deleted:1") as disk:
+        assert disk.read(0, 65536) == b"\x11" * 65536
+        with pytest.raises(FormatError, match="past what its L1 table"):
+            disk.read(2 * span, 512)
+    Poke(path).cut(path.stat().st_size - 512)
+    (item,) = deleted_snapshots(path)
+    assert (item.lost_tables, item.unreadable_bytes) == (1, 2 * span)
+    with open_disk(path, snapshot="deleted:1") as disk, pytest.raises(Qcow2Error, match="L2 table"):
+        disk.read(span, 512)
+
+
+def test_clusters_no_byte_of_which_is_allocated_are_not_counted_when_they_were_reused(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "4M", extended_l2="on", cluster_size="64k")
+    qemu.io(path, "write -P 1 0 64k", "write -P 2 1M 64k", "write -z 1M 64k")  # the cluster stays allocated
+    qemu.snapshot(path, "alpha")
+    qemu.io(path, "write -P 3 0 64k")
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    active, former = l2_tables(path)
+    Poke(path).write(active + 16 * 16, bytes(16)).u64(active + 16 * 40, Poke(path).get(former + 16 * 16))
+    (item,) = deleted_snapshots(path)
+    assert (item.reused, item.shared, item.rewritable_bytes, item.complete) == (0, 0, 0, True)
+    with open_disk(path, snapshot="deleted:1") as disk:
+        assert disk.read(0, disk.size) == (b"\1" * 65536).ljust(disk.size, b"\0")
+
+
+def test_punched_compressed_clusters_of_a_deleted_snapshot_are_refused(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "4M")
+    qemu.io(path, "write -c -P 1 0 64k", "write -c -P 2 64k 64k", "write -P 3 1M 64k")
+    qemu.snapshot(path, "alpha")
+    qemu.io(path, "write -P 4 0 128k")
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    (item,) = deleted_snapshots(path)
+    assert (item.compressed, item.complete) == (2, True)
+    stream = Poke(path).get(l2_tables(path)[1]) % (1 << 54) // 65536 * 65536
+    qemu.run("fallocate", "--punch-hole", "--keep-size", "-o", str(stream), "-l", "65536", path)
+    (item,) = deleted_snapshots(path)
+    assert (item.compressed, item.punched, item.zeroed, item.unreadable_bytes) == (0, 2, 2, 2 * 65536)
+    with open_disk(path, snapshot="deleted:1") as disk, pytest.raises(ReadError, match="hole"):
+        disk.read(0, 512)
 
 
 def test_many_compressed_clusters_that_were_reused_are_refused_in_little_memory(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class DeletedSnapshot:
 
     Counts are clusters: ``intact`` ones nothing else uses and that hold bytes, ``shared`` ones a
     live state maps at the same guest offset, ``zeroed`` ones that are free and all zeros,
+    ``punched`` those of them that the file system keeps as holes and that are refused for it,
     ``reused`` ones that belong to something else now, ``compressed`` ones that do not.
     ``lost_tables`` counts L2 tables that are gone, of ``l2_tables``.
 
@@ -40,6 +41,7 @@ class DeletedSnapshot:
     intact: int = 0
     shared: int = 0
     zeroed: int = 0
+    punched: int = 0
     reused: int = 0
     compressed: int = 0
     unreadable_bytes: int = 0
@@ -73,7 +75,8 @@ class DeletedSnapshot:
     @property
     def complete(self) -> bool:
         """Whether its L1, every L2 table and every cluster are still there."""
-        return self.l1_intact and not self.lost_tables and not self.reused and not self.unreadable_bytes
+        lost = self.lost_tables or self.reused or self.punched or self.unreadable_bytes
+        return self.l1_intact and not lost
 
     @property
     def selector(self) -> str:

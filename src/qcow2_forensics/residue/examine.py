@@ -175,7 +175,8 @@ class _Examination:
         size = entry.disk_size if entry.disk_size is not None else self._image.disk_size
         self._size = min(size, INT64_MAX)
         self._waiting: list[Counts] = []  # L1 slots whose tables hold streams that no live state maps
-        self._counts = {"intact": 0, "shared": 0, "zeroed": 0, "reused": 0, "compressed": 0, "lost_tables": 0}
+        counted = ("intact", "shared", "zeroed", "punched", "reused", "compressed", "lost_tables")
+        self._counts = dict.fromkeys(counted, 0)
         self._unreadable = 0
         self._rewritable = 0
 
@@ -193,6 +194,8 @@ class _Examination:
         step = max(1, _ENTRIES // self._image.header.l2_entries)
         for at in range(0, len(slots), step):
             self._tables(slots[at : at + step], l1_table[slots[at : at + step]])
+        if self._entry.disk_size is not None:  # what a snapshot says it has, its L1 table must reach
+            self._unreadable += max(0, self._size - self._entry.l1_size * self._span)
         waiting = np.concatenate(self._waiting)
         for at in range(0, len(waiting), step):
             self._streams_left(waiting[at : at + step], l1_table[waiting[at : at + step]])
@@ -233,6 +236,7 @@ class _Examination:
         unchanged[rows[same]] = live.dates[places[same]] < _date(self._entry)
         words = examiner.l2_tables(offsets)
         sound = tables.l2_rows(words, examiner.geometry).tables
+        sound &= offsets + np.uint64(self._cluster_size) <= np.uint64(self._image.file_size)
         own = np.flatnonzero(sound & ~shared)
         sound[own] = ~examiner.census.is_claimed(examiner.numbers(offsets[own])) & ~self._are_l1_tables(words[own])
         self._counts["lost_tables"] += int((~sound).sum())
@@ -244,7 +248,7 @@ class _Examination:
         self._rewritable += self._bytes(slots[rewritten] * self._span, self._span)
         guests = self._guests(slots)
         self._packed(slots, columns, mapped, kept)
-        hosts = np.where(columns.zero_flags, np.uint64(0), columns.offsets)
+        hosts = columns.stored
         used = hosts != 0
         mapped |= self._image.header.external_data
         self._rewritable += self._bytes(guests[(used | columns.compressed) & mapped & ~kept & ~rewritten[:, None]])
@@ -285,6 +289,7 @@ class _Examination:
         self._counts["shared"] += int(mapped.sum())
         self._counts["reused"] += int(reused.sum())
         self._counts["zeroed"] += zeros + int(holes.sum())
+        self._counts["punched"] += int(holes.sum())
         self._counts["intact"] += int((~holes).sum()) - zeros
         self._refuse(REUSED, hosts[reused], guests[reused])
         self._refuse(PUNCHED, hosts[free[holes]], guests[free[holes]])
@@ -323,16 +328,22 @@ class _Examination:
         columns = trees.columns(self._image, self._examiner.l2_tables(offsets))
         left = columns.compressed & ~self._mapped(slots, columns.named)[0]
         guests, entries = self._guests(slots)[left], columns.entries[left]
-        lost, newer = np.zeros((2, len(entries)), np.bool_)
+        lost, newer, holes = np.zeros((3, len(entries)), np.bool_)
         for numbers in self._touched(entries):
             claimed, held = self._examiner.census.is_claimed(numbers), self._held[self._seats(numbers)]
             newer |= claimed & (held & _KEPT == 0)
-            reused = claimed & (held == 0)
-            hosts = np.unique(numbers[reused]).astype(np.uint64) << np.uint64(self._image.header.cluster_bits)
-            self._refuse(REUSED, hosts, np.empty(0, np.intp))
+            reused, punched = claimed & (held == 0), ~claimed & self._examiner.punched(numbers)
+            for reason, which in ((REUSED, reused), (PUNCHED, punched)):
+                hosts = np.unique(numbers[which]).astype(np.uint64) << np.uint64(self._image.header.cluster_bits)
+                self._refuse(reason, hosts, np.empty(0, np.intp))
             lost |= reused
-        self._counts["compressed"] += int((~lost).sum())
+            holes |= punched
+        holes &= ~lost
         self._counts["reused"] += int(lost.sum())
+        self._counts["zeroed"] += int(holes.sum())
+        self._counts["punched"] += int(holes.sum())
+        lost |= holes
+        self._counts["compressed"] += int((~lost).sum())
         self._unreadable += self._bytes(guests[lost])
         self._rewritable += self._bytes(guests[newer & ~lost])
 

@@ -102,6 +102,12 @@ class Entries(NamedTuple):
         return np.where(self.compressed, np.uint64(0), self.entries & np.uint64(structures.OFFSET_MASK))
 
     @property
+    def stored(self) -> Words:
+        """The same, and 0 where all of the cluster reads as zeros or as nothing."""
+        unread = self.zero_flags if self.bitmaps is None else (self.bitmaps & np.uint64(0xFFFF_FFFF)) == 0
+        return np.where(unread, np.uint64(0), self.offsets)
+
+    @property
     def named(self) -> Words:
         """What each entry names, equal where two name the same: a host offset, or a compressed cluster's whole entry."""
         return np.where(self.compressed, self.entries, self.entries & np.uint64(structures.OFFSET_MASK))
