@@ -25,9 +25,7 @@ from .tables import Counts, Geometry, Mask, Words
 from .targets import HOLDS_BYTES, Targets, read_clusters
 
 _ENTRIES = 1 << 16  # of L2 tables looked at together
-_L1_BYTES = (
-    32 * MiB
-)  # of L1 tables read for one image, beside its length: former ones may stand in one place after another
+_L1_BYTES = 32 * MiB  # of L1 tables read for one image, beside its length: several may have stood in one place
 _TABLE_BYTES = 64 * MiB  # of L2 tables read for one image, beside four times the file: genuine ones are each in it once
 _MAPPED, _KEPT = 1, 2  # a cluster of streams: by a live state, by a snapshot older than the deleted one
 _ACTIVE = np.uint64(2**64 - 1)  # no snapshot's date
