@@ -252,6 +252,21 @@ def test_what_is_past_the_l1_table_or_in_a_table_cut_off_counts_as_unreadable(tm
         disk.read(span, 512)
 
 
+def test_what_is_readable_is_told_of_a_deleted_snapshot_whose_entry_has_no_size(tmp_path: Path) -> None:
+    """QEMU before 1.1 wrote none; the disk is taken to be as large as it is now."""
+    path, before = deleted_image(tmp_path, compat="0.10")
+    entry = deleted_snapshots(path)[0].entry
+    raw = Poke(path).read(entry.offset, 36)
+    Poke(path).write(entry.offset, (raw + bytes(4) + b"1alpha").ljust(entry.length, b"\0"))
+    (item,) = deleted_snapshots(path)
+    assert (item.size, item.complete, item.readable, item.rewritable) == (None, True, 1, 2 * 65536 / len(before))
+    with open_disk(path, snapshot="deleted:1") as disk:
+        assert disk.read(0, disk.size) == before
+    Poke(path).write(l2_tables(path)[1], bytes(65536))
+    (item,) = deleted_snapshots(path)
+    assert (item.lost_tables, item.readable, item.rewritable) == (1, 0, 0)
+
+
 def test_clusters_no_byte_of_which_is_allocated_are_not_counted_when_they_were_reused(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk.qcow2", "4M", extended_l2="on", cluster_size="64k")
     qemu.io(path, "write -P 1 0 64k", "write -P 2 1M 64k", "write -z 1M 64k")  # the cluster stays allocated

@@ -29,6 +29,7 @@ class DeletedSnapshot:
     ``reused`` ones that belong to something else now, ``compressed`` ones that do not.
     ``lost_tables`` counts L2 tables that are gone, of ``l2_tables``.
 
+    ``disk_bytes`` are those of its disk as it opens: today's where the entry does not say.
     ``rewritable_bytes`` are read, yet may be newer than the snapshot: no snapshot older than it
     holds their L2 table or cluster too, so that the active state could write there in place, or
     compressed data over what it had let go of.
@@ -36,6 +37,7 @@ class DeletedSnapshot:
 
     entry: SnapshotEntry
     l1_intact: bool
+    disk_bytes: int = 0
     l2_tables: int = 0
     lost_tables: int = 0
     intact: int = 0
@@ -55,16 +57,14 @@ class DeletedSnapshot:
     @property
     def readable(self) -> float:
         """The fraction of its guest bytes that can be read, 0 when its L1 table is gone."""
-        total = self.entry.disk_size or 0
         if not self.l1_intact:
             return 0.0
-        return max(0.0, 1 - self.unreadable_bytes / total) if total else 1.0
+        return 1 - self.unreadable_bytes / self.disk_bytes if self.disk_bytes else 1.0
 
     @property
     def rewritable(self) -> float:
         """The fraction of its guest bytes that can be read and may have been written in place since."""
-        total = self.entry.disk_size or 0
-        return min(1.0, self.rewritable_bytes / total) if total else 0.0
+        return self.rewritable_bytes / self.disk_bytes if self.disk_bytes else 0.0
 
     @property
     def told(self) -> str:

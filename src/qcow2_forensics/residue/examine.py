@@ -200,6 +200,7 @@ class _Examination:
         return DeletedSnapshot(
             self._entry,
             True,
+            disk_bytes=self._size,
             l2_tables=len(slots),
             unreadable_bytes=self._unreadable,
             rewritable_bytes=self._rewritable,
