@@ -375,7 +375,7 @@ def test_what_is_left_of_a_deleted_snapshot_is_told(
             file.write(b"\xff" * 512)
         assert scan(path, qcow_snapshots="deleted") == []
     assert f"0% of the deleted snapshot at {found.entry.offset:#x} (alpha) can be read" in caplog.text
-    assert "Unable to scan deleted snapshot" in caplog.text
+    assert "Unable to scan" not in caplog.text  # which would open what another snapshot put there
 
 
 def test_an_image_with_a_file_system_only_in_a_snapshot_is_a_storage_media_image(snapshots_image: Path) -> None:

@@ -312,6 +312,25 @@ def test_many_compressed_clusters_that_were_reused_are_refused_in_little_memory(
     assert (item.reused, item.readable) == (words.size, 0)
 
 
+def test_an_l1_table_that_a_later_deleted_snapshot_had_in_its_place_is_gone(tmp_path: Path) -> None:
+    path, before = deleted_image(tmp_path)
+    entry = deleted_snapshots(path)[0].entry
+    raw = Poke(path).read(entry.offset, entry.length)
+    for seconds, name in ((-1, b"0alpha"), (1, b"2later")):  # the same disk, and its L1 table, at other times
+        date = (entry.date_sec + seconds).to_bytes(4, "big")
+        Poke(path).write(entry.offset + 128 * (2 + seconds), raw[:16] + date + raw[20:-6] + name)
+    assert [(item.entry.id, item.l1_intact) for item in deleted_snapshots(path)] == [
+        ("0", False),
+        ("1", False),
+        ("2", True),
+    ]
+    with pytest.raises(FormatError, match="gone"):
+        open_disk(path, snapshot="deleted:1")
+    for place in ("deleted:2", f"deleted:{entry.offset:#x}"):  # by its place an entry opens, whatever others say
+        with open_disk(path, snapshot=place) as disk:
+            assert disk.read(0, disk.size) == before
+
+
 def test_deleted_snapshot_with_a_hole_in_its_l1_table_is_an_error(tmp_path: Path) -> None:
     path, _ = deleted_image(tmp_path, size="2G", cluster_size=4096)  # an L1 table of two clusters
     entry = deleted_snapshots(path)[0].entry

@@ -174,7 +174,8 @@ def _chosen_deleted(selection: Selection, qcow: Any, request: Request | None) ->
     for item in chosen:
         if item.readable < 1:
             _tell(request, f"{item.readable:.0%} of the {SnapshotKey.of(item.entry)} can be read.", logging.WARNING)
-    return [item.entry for item in chosen]
+    # Where the L1 table is gone, the place of the entry would open what another snapshot put there.
+    return [item.entry for item in chosen if item.l1_intact]
 
 
 def _scan_snapshot(

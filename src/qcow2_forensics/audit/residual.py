@@ -90,7 +90,7 @@ def _survey(facts: Facts) -> _Survey:
             survey.ranges.append((found.piece.offset, found.piece.length))
     survey.snapshots, survey.bitmaps = residue.entries()
     survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size)
-    survey.deleted = examine(facts.image, survey.snapshots[:_DELETED], facts.census)
+    survey.deleted = examine(facts.image, survey.snapshots, facts.census, most=_DELETED)
     return survey
 
 

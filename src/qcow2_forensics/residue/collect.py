@@ -138,7 +138,7 @@ class Residue:
     def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""
         snapshots, _ = self.entries()
-        return examine.examine(self.image, snapshots[:_DELETED], self.census, read_data=read_data)
+        return examine.examine(self.image, snapshots, self.census, most=_DELETED, read_data=read_data)
 
     def former_bitmap_clusters(self) -> set[int]:
         """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
@@ -252,8 +252,9 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     image.require("disk")
     found = Residue(image)
     entry = found.entry_at(int(wanted, 16)) if _OFFSET.fullmatch(wanted) else None
+    former: list[SnapshotEntry] = []  # which one chosen by its place is not held against: that reads all free space
     if entry is None:
         former, _ = found.entries()
         entry = deleted.choose([DeletedSnapshot(entry, False) for entry in former], wanted).entry
-    examine.guard(image, entry, found.census)
+    examine.guard(image, entry, found.census, former)
     return entry

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple
 
@@ -32,35 +33,59 @@ _ACTIVE = np.uint64(2**64 - 1)  # no snapshot's date
 
 
 def examine(
-    image: Image, entries: Iterable[SnapshotEntry], census: Census, *, read_data: bool = True
+    image: Image, former: Sequence[SnapshotEntry], census: Census, *, most: int | None = None, read_data: bool = True
 ) -> list[DeletedSnapshot]:
-    """Follow former entries' tables and return how much of each disk is still readable.
+    """Follow the tables of former entries, up to ``most``, and return how much of each disk is still readable.
 
     Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
-    The L1 tables of crafted entries that name more than a file can hold count as gone.
+    An L1 table counts as gone where that of a later former snapshot was, or where crafted ones
+    name more than a file can hold.
     """
     examiner = _Examiner(image, census, read_data)
+    l1_tables = _L1Tables.of(former)
     found = []
-    for entry in entries:
-        try:
-            found.append(_Examination(examiner, entry).result())
-        except LimitExceeded:
-            found.append(DeletedSnapshot(entry, l1_intact=False))
+    for entry in former[:most]:
+        item = DeletedSnapshot(entry, l1_intact=False)
+        if not l1_tables.overwrote(entry):
+            with suppress(LimitExceeded):
+                item = _Examination(examiner, entry).result()
+        found.append(item)
     return found
 
 
-def guard(image: Image, entry: SnapshotEntry, census: Census) -> None:
+def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[SnapshotEntry] = ()) -> None:
     """Make ``image`` refuse what a deleted snapshot no longer owns.
 
     After this the image answers for this one state only: it is for a disk of its own. Raises
-    :class:`FormatError` when the L1 table is gone.
+    :class:`FormatError` when the L1 table is gone, also to a later one of the ``former`` snapshots.
     """
     # What the header names is read before the guard stands, in case a crafted entry maps it.
     _ = image.problems, image.backing_name, image.crypto_header
     refusals = Refusals(image.cluster_size)
-    if not _Examination(_Examiner(image, census, False), entry, refusals).result().l1_intact:
+    examination = _Examination(_Examiner(image, census, False), entry, refusals)
+    if _L1Tables.of(former).overwrote(entry) or not examination.result().l1_intact:
         raise gone(entry)
     image.source = GuardedSource(image.source, refusals)
+
+
+class _L1Tables(NamedTuple):
+    """Where the L1 tables of former snapshots stood, and when."""
+
+    starts: Words
+    stops: Words
+    dates: Words
+
+    @classmethod
+    def of(cls, entries: Sequence[SnapshotEntry]) -> _L1Tables:
+        starts = np.array([min(entry.l1_table_offset, INT64_MAX) for entry in entries], np.uint64)
+        lengths = np.array([entry.l1_size * 8 for entry in entries], np.uint64)
+        return cls(starts, starts + lengths, np.array([_date(entry) for entry in entries], np.uint64))
+
+    def overwrote(self, entry: SnapshotEntry) -> bool:
+        """Whether a later snapshot's L1 table was written where this one's was, once that had been let go."""
+        start = min(entry.l1_table_offset, INT64_MAX)
+        overlap = (self.starts < np.uint64(start + entry.l1_size * 8)) & (self.stops > np.uint64(start))
+        return bool((overlap & (self.dates > _date(entry))).any())
 
 
 class _Live(NamedTuple):
