@@ -215,3 +215,13 @@ def test_a_compressed_cluster_of_an_encrypted_snapshot_is_told_as_its_own(tmp_pa
     qemu.io(path, "write -P 2 0 64k", secret="k")
     (item,) = told(path, "QCOW2-PLAINTEXT-COMPRESSED").evidence
     assert item.snapshot == "1"
+
+
+@pytest.mark.parametrize("length", [*range(105, 113), 120, 121])
+def test_a_header_of_odd_length_has_its_extensions_where_qemu_reads_them(length: int, tmp_path: Path) -> None:
+    path = base_b(tmp_path / "b.qcow2")
+    Poke(path).u32(100, length)
+    opens = qemu.img("info", path, check=False).ok
+    codes = [finding.code for finding in audit(path, "deep")]
+    assert opens == ("QCOW2-EXTENSION-INVALID" not in codes)
+    assert ("QCOW2-HEADER-SLACK" in codes) == (opens and length != 112)

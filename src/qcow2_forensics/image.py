@@ -181,7 +181,9 @@ class Image:
 
     def _header_problems(self) -> Iterator[Problem]:
         problems = list(header_problems(self.header, self.limits, []))
-        if any(problem.field in ("version", "cluster_bits", "header_length") for problem in problems):
+        if any(
+            problem.blocks and problem.field in ("version", "cluster_bits", "header_length") for problem in problems
+        ):
             yield from problems  # where extensions start and end is unknown
             return
         yield from header_problems(self.header, self.limits, self.feature_names) if problems else problems
