@@ -12,6 +12,7 @@ import json
 import struct
 import tempfile
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -575,6 +576,24 @@ def test_overwritten_compressed_cluster_is_found_and_inflates(tmp_path: Path, ki
     qemu.io(path, "write -P 0 64k 64k")
     streams = [piece for piece in _pieces(path) if piece.looks == "stream"]
     assert [piece.signature for piece in streams] == [hashlib.sha256(lines[65536:131072]).hexdigest()]
+
+
+def test_each_stream_that_is_told_decodes_by_itself(tmp_path: Path) -> None:
+    """Of many streams some end with zeros, which belong to them."""
+    clusters = [b"%d " % number**9 * 20 for number in range(64)]
+    raw = tmp_path / "raw"
+    raw.write_bytes(b"".join(cluster.ljust(65536, b"\0") for cluster in clusters))
+    path = tmp_path / "disk.qcow2"
+    qemu.convert(raw, path, fmt="raw", target_format="qcow2", compressed=True)
+    qemu.io(path, "write -P 7 64k 4032k")  # the first one keeps the host cluster in use
+    data, told = path.read_bytes(), [piece for piece in _pieces(path) if piece.looks == "stream"]
+    for piece in told:
+        stream = zlib.decompressobj(-12)
+        assert stream.decompress(data[piece.offset : piece.offset + piece.length]).rstrip(b"\0") in clusters
+        assert stream.eof
+        assert not stream.unused_data
+    assert len(told) > 32
+    assert any(data[piece.offset + piece.length - 1] == 0 for piece in told)
 
 
 def test_header_slack_and_padding_are_found(tmp_path: Path) -> None:

@@ -182,20 +182,21 @@ def _gap(image: Image, start: int, stop: int, zstandard: bool, tries: int) -> It
     data = image.read(start, stop - start)
     if not any(data):
         return
-    at = 0
+    at = place = 0
     # Streams stand back to back: one starts where the gap starts, or where another one ends; after
     # reuse of a part, anywhere. Every byte of a short gap is tried, the first bytes of a long one.
-    for place in range(min(len(data), tries)):
-        if place < at:
-            continue
+    while place < len(data) and tries:
+        tries -= 1
         found = consumed(data[place:], image.cluster_size, zstandard=zstandard)
-        if found is not None:
-            yield from _rest(data[at:place], start + at)
-            digest = hashlib.sha256(found[0]).hexdigest()
-            piece = piece_of(data[place : place + found[1]], start + place, "compressed-slack")
-            if piece is not None:
-                yield replace(piece, looks="stream", signature=digest)
-            at = place + found[1]
+        if found is None:
+            place += 1
+            continue
+        yield from _rest(data[at:place], start + at)
+        digest = hashlib.sha256(found[0]).hexdigest()
+        piece = piece_of(data[place : place + found[1]], start + place, "compressed-slack")
+        if piece is not None:  # a stream has the zeros it begins or ends with
+            yield replace(piece, offset=start + place, length=found[1], looks="stream", signature=digest)
+        at = place = place + found[1]
     yield from _rest(data[at:], start + at)
 
 
