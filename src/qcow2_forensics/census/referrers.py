@@ -12,7 +12,7 @@ from .model import U64, Mask, Tables
 from .tally import descriptors
 
 if TYPE_CHECKING:
-    from .take import Census
+    from .answers import Census
 
 
 def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[Item]]:
