@@ -104,6 +104,24 @@ def test_an_entry_behind_the_live_snapshot_table_is_found_wherever_that_ends(tmp
             assert residue(image).entry_at(place) == deleted_snapshots(path)[0].entry
 
 
+def test_former_entries_that_cross_from_one_cluster_into_the_next_are_found(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M", cluster_size=512)
+    names = [f"a snapshot with a name as long as people give, number {number}" for number in range(20)]
+    for name in names:
+        qemu.snapshot(path, name)
+    with Image(path) as image:
+        places = {entry.name: (entry.offset, entry.length) for entry in image.snapshots}
+    crossing = [name for name, (offset, length) in places.items() if offset // 512 != (offset + length - 1) // 512]
+    assert len(crossing) == 4
+    for name in reversed(names):  # each table is written elsewhere, and this one stays
+        qemu.snapshot(path, name, action="-d", opts=KEEP)
+    found = {item.entry.name: item.entry for item in deleted_snapshots(path)}
+    assert set(crossing) <= set(found)
+    with Image(path) as image:
+        for name in crossing:
+            assert residue(image).entry_at(found[name].offset) == found[name]
+
+
 def test_reused_clusters_of_a_deleted_snapshot_are_refused_and_the_rest_reads(tmp_path: Path) -> None:
     path, before = deleted_image(tmp_path)
     active, former = l2_tables(path)

@@ -117,14 +117,16 @@ class Recogniser:
         return (offsets >> np.uint64(self._geometry.cluster_bits)).astype(np.intp)
 
     def _with_entries(self, seen: Seen, clusters: Clusters) -> Seen:
-        places = tables.entry_places(clusters.words, self._geometry)
+        behind = self._behind(clusters)
+        words = np.concatenate((clusters.words, tables.words_of(behind.tobytes()).reshape(len(behind), -1)), axis=1)
+        places = tables.entry_places(words, self._geometry, clusters.words.shape[1])
         snapshots: dict[int, list[SnapshotEntry]] = {}
         bitmaps: dict[int, list[BitmapEntry]] = {}
         for row in sorted({*places[0], *places[1]}):
             base = int(clusters.offsets[row])
             here = [found.get(row, [])[: max(1, self._entries)] for found in places]
             self._entries -= len(here[0]) + len(here[1])
-            data = clusters.data[row, : self._image.file_size - base].tobytes()
+            data = (clusters.data[row].tobytes() + behind[row].tobytes())[: self._image.file_size - base]
             snapshots[row] = tables.snapshot_entries_at(data, here[0], base, self._geometry)
             bitmaps[row] = tables.bitmap_entries_at(data, here[1], base, self._geometry)
             if snapshots[row] or bitmaps[row]:
@@ -132,6 +134,18 @@ class Recogniser:
                 seen.entries[row] = len(snapshots[row]) + len(bitmaps[row])
                 seen.intact[row], seen.zero_only[row] = 0, False
         return seen._replace(snapshots=snapshots, bitmaps=bitmaps)
+
+    def _behind(self, clusters: Clusters) -> Bytes:
+        """Return the first bytes behind each cluster, zeros where something else stands there."""
+        size = self._geometry.cluster_size
+        behind = np.zeros((len(clusters.offsets), tables.BEHIND), np.uint8)
+        joined = np.flatnonzero(np.diff(clusters.offsets) == size)
+        behind[joined] = clusters.data[joined + 1, : tables.BEHIND]
+        last = int(clusters.offsets[-1]) + size
+        if last < self._image.file_size and not self._census.owner(last):
+            data = self._image.read(last, tables.BEHIND)
+            behind[-1, : len(data)] = np.frombuffer(data, np.uint8)
+        return behind
 
 
 def _nth(rows: Counts) -> Counts:

@@ -28,6 +28,7 @@ _MAX_L1_SIZE = 4 * 1024 * 1024  # entries QEMU accepts
 _MAX_ID_LENGTH = 10  # decimal, QEMU counts in 32 bits
 _MAX_NAME_LENGTH = 1023
 _MOST_COUNT = 64  # that a former refcount block is believed
+BEHIND = 512  # bytes of the next cluster that are looked at too: entries go on behind the border
 _FIRST_WORDS = 16  # of a cluster: what cannot be a table is mostly seen from these
 _FIRST_BYTES = 128
 _CANDIDATES = 4096  # places per call looked at in detail: crafted bytes must not cost more
@@ -204,14 +205,18 @@ def find_entries(data: bytes, base: int, geometry: Geometry) -> tuple[list[Snaps
     )
 
 
-def entry_places(words: Words, geometry: Geometry) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+def entry_places(
+    words: Words, geometry: Geometry, starts: int | None = None
+) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
     """Return where in which rows of words the numbers are those of a snapshot or a bitmap entry, in bytes.
 
-    The bytes there are still to be looked at; those of no other place need be.
+    The bytes there are still to be looked at; those of no other place need be. Entries start in the
+    first ``starts`` words of a row.
     """
     table, width = words.reshape(-1), words.shape[1]
     # The first field of both is the offset of a table: rare, and found at once.
     places = np.flatnonzero((table != 0) & _plausible(table, geometry))
+    places = places[places % width < (starts or width)]
     room = width - places % width  # words to the end of the row
     return (
         _by_row(_snapshot_places(table, places[room >= 5]), width),
