@@ -1,13 +1,13 @@
-"""log2timeline with the stock QCOW back-end and with ours, side by side, on every kind of image.
+"""log2timeline with the stock QCOW back-end and with ours, and the reads of libyal through dfVFS.
 
-    python benchmarks/dfvfs.py                         # the table of docs/dfvfs.md: events, by both
-    python benchmarks/dfvfs.py --megabytes 250 --files 6000 --repeat 5 "plain qcow2" "zlib, version 2"
+``run.py`` has the times. As a script this compares events too, on every kind of image::
+
+    python benchmarks/log2timeline.py                  # the table of docs/dfvfs.md: events, by both
+    python benchmarks/log2timeline.py --megabytes 250 --files 6000 --repeat 5 "plain qcow2" "zlib, version 2"
 
 For each image the stock back-end and ours take turns. "events" are psort's lines, "same" says that
 they are those of the raw disk, sorted. Ratios are of the medians of CPU time, workers included,
 which other programs on the machine disturb less than wall time.
-
-Run as a file, never with this folder on the module path: its name is that of the real dfvfs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,71 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-# This folder holds a module named dfvfs; the repository's own folder is what is needed.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from tests import plaso_tools  # noqa: E402
+from harness import Case
+from tests import plaso_tools
+
+from qcow2_forensics.limits import MiB
+
+_BLOCK = 64  # bytes, what libyal's libraries read at once
+
+
+def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
+    """Yield the reads of libyal, through the file objects, and whole runs on the images that both back-ends read."""
+    disk = plaso_tools.make_disk(folder, 10 if smoke else 300)
+    names = ("plain qcow2",) if smoke else ("plain qcow2", "zlib, version 2")
+    images = {name: plaso_tools.VARIANTS[name](folder, disk) for name in names}
+    span = MiB if smoke else 16 * MiB
+    files = {"pyqcow": _pyqcow, "dfVFS with qcow2-forensics": _file_object}
+    readers = {name: _sequential(opened(images["plain qcow2"].path), span) for name, opened in files.items()}
+    yield Case("sequential 64 bytes, file objects", readers, span // _BLOCK, "reads")
+    for name, variant in images.items():
+        runs = {"stock back-end": _timeline(variant, active=False), "qcow2-forensics": _timeline(variant, active=True)}
+        yield Case(f"log2timeline, {name}", runs)
+
+
+def _sequential(file: Any, span: int) -> Callable[[], None]:
+    def work() -> None:
+        file.seek(0)
+        for _ in range(span // _BLOCK):
+            file.read(_BLOCK)
+
+    return work
+
+
+def _pyqcow(path: Path) -> Any:
+    import pyqcow
+
+    file = pyqcow.file()
+    file.open(str(path))
+    return file
+
+
+def _file_object(path: Path) -> Any:
+    from dfvfs.lib import definitions
+    from dfvfs.path import factory
+    from dfvfs.resolver import resolver
+
+    import dfvfs_qcow2  # noqa: F401 - which puts our back-end in place
+
+    new = factory.Factory.NewPathSpec
+    place = new(definitions.TYPE_INDICATOR_OS, location=str(path))
+    return resolver.Resolver.OpenFileObject(new(definitions.TYPE_INDICATOR_QCOW, parent=place))
+
+
+def _timeline(variant: plaso_tools.Variant, *, active: bool) -> Callable[[], None]:
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as out:
+            done = plaso_tools.log2timeline(variant, Path(out), active=active)
+        if done.rc or not done.lines:
+            raise RuntimeError(done.output[-120:])
+
+    return work
 
 
 def main() -> int:
