@@ -153,6 +153,17 @@ def test_deleted_snapshots_are_listed_with_how_to_open_them(run: Run, deleted: P
     assert row["readable"] == 1.0
 
 
+def test_a_deleted_snapshot_without_tables_is_listed_without_a_name_to_open_it_by(
+    run: Run, deleted: Path, tmp_path: Path
+) -> None:
+    (row,) = json.loads(run("snapshots", deleted, "--deleted", "--format", "json")[1])
+    Poke(deleted).write(row["l1_table_offset"], b"\xff" * 512)
+    (row,) = json.loads(run("snapshots", deleted, "--deleted", "--format", "json")[1])
+    assert (row["open_as"], row["readable"]) == (None, 0)
+    assert "(deleted, its tables are gone)" in run("snapshots", deleted, "--deleted")[1]
+    assert "(alpha): its tables are gone\n" in run("residue", deleted, tmp_path / "out")[1]
+
+
 def test_broken_snapshot_table_is_told_and_exits_2(run: Run, tmp_path: Path) -> None:
     path = base_s(tmp_path / "s.qcow2")
     Poke(path).u32(60, 100)

@@ -81,7 +81,7 @@ def _deleted(image: Image) -> list[dict[str, Any]]:
     rows = []
     for item in Residue(image).deleted_snapshots():
         told = {
-            "open_as": item.selector,
+            "open_as": item.selector if item.l1_intact else None,
             "readable": round(item.readable, 4),
             "rewritable": round(item.rewritable, 4),
         }
@@ -114,7 +114,8 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
     name = row["name"] if len(row["name"]) <= 40 else row["name"][:39] + "…"
     if row.get("deleted"):
         newer = f", {row['rewritable']:.0%} perhaps newer" if row["rewritable"] else ""
-        name += f" (deleted, {row['readable']:.0%} readable{newer}, {row['open_as']})"
+        left = f"{row['readable']:.0%} readable{newer}, {row['open_as']}" if row["open_as"] else "its tables are gone"
+        name += f" (deleted, {left})"
     return (
         row["id"],
         name,

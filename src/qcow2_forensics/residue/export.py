@@ -147,7 +147,7 @@ def _cell(value: object) -> object:
 def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
     return [
         {
-            "open_as": item.selector,
+            "open_as": item.selector if item.l1_intact else None,
             "id": item.entry.id,
             "name": item.entry.name,
             "date_sec": item.entry.date_sec,
@@ -168,5 +168,5 @@ def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
 
 def _told(item: DeletedSnapshot) -> str:
     entry = item.entry
-    state = item.told if item.l1_intact else "its tables are gone"
-    return f"deleted snapshot {printable(entry.id)} ({printable(entry.name)}): {state}, open as {item.selector}"
+    state = f"{item.told}, open as {item.selector}" if item.l1_intact else "its tables are gone"
+    return f"deleted snapshot {printable(entry.id)} ({printable(entry.name)}): {state}"
