@@ -207,7 +207,9 @@ def test_former_tables_without_end_are_not_followed(tmp_path: Path, monkeypatch:
     tables_read = 2 * one.l2_tables  # its own, and the active state's in the same places
     for room, intact in ((tables_read, True), (tables_read - 1, False)):
         monkeypatch.setattr(examine, "_TABLE_BYTES", room * 65536 - 4 * path.stat().st_size)
-        assert deleted_snapshots(path)[0].l1_intact == intact
+        (item,) = deleted_snapshots(path)
+        assert (item.l1_intact, item.followed, item.is_gone) == (intact, intact, False)
+    assert item.told == "not followed: too many tables"
     with pytest.raises(LimitExceeded, match="L2 tables of deleted snapshots"):
         open_disk(path, snapshot="deleted:1")
 
@@ -717,11 +719,15 @@ def test_export_limit_keeps_the_index_whole(tmp_path: Path) -> None:
 GEOMETRY = tables.Geometry(3, 16, 1 << 30)
 
 
+def one_row(data: bytes) -> tables.Words:
+    return tables.words_of(data[: len(data) // 16 * 16]).reshape(1, -1)
+
+
 @given(st.binary(min_size=512, max_size=4096))
 def test_recognition_never_raises_on_any_bytes(data: bytes) -> None:
     for geometry in (GEOMETRY, GEOMETRY._replace(extended_l2=True), GEOMETRY._replace(version=2, cluster_bits=9)):
-        tables.parse_l1(data, geometry)
-        tables.parse_l2(data, geometry)
+        for rule in (tables.l1_rows, tables.l2_rows):
+            rule(one_row(data), geometry)
         tables.find_entries(data, 0, geometry)
     content.describe(data)
 
@@ -733,8 +739,8 @@ def test_recognition_never_raises_on_any_bytes(data: bytes) -> None:
 )
 def test_guest_data_is_not_taken_for_a_table(data: bytes) -> None:
     data = data.ljust(65536, b"\0")
-    assert tables.parse_l1(data, GEOMETRY) is None
-    assert tables.parse_l2(data, GEOMETRY) is None
+    for rule in (tables.l1_rows, tables.l2_rows):
+        assert not rule(one_row(data), GEOMETRY).tables.any()
     assert tables.find_entries(data, 0, GEOMETRY) == ([], [])
 
 
@@ -743,9 +749,9 @@ def test_live_tables_are_recognised_as_what_they_are(tmp_path: Path) -> None:
     with Image(path) as image:
         geometry = tables.Geometry.of(image)
         l1 = image.read(image.header.l1_table_offset, 65536)
-        facts = tables.parse_l1(l1, geometry)
-        assert facts is not None
-        assert tables.parse_l2(image.read(int(facts.targets[0]), 65536), geometry) is not None
+        facts = tables.l1_rows(one_row(l1), geometry)
+        assert facts.tables.all()
+        assert tables.l2_rows(one_row(image.read(int(facts.targets[0, 0]), 65536)), geometry).tables.all()
         table = image.read(image.header.snapshots_offset, 65536)
         assert [entry.name for entry in tables.find_entries(table, 0, geometry)[0]] == ["s1", "s2"]
 

@@ -107,11 +107,10 @@ def test_rows_are_sound_tables_exactly_when_each_entry_is(name: str, rows: list[
     assert level1.tables.tolist() == [_l1_is_sound(row, geometry) for row in rows]
     for rule, found in ((tables.l2_rows, level2), (tables.l1_rows, level1)):
         assert set(np.flatnonzero(found.tables)) <= set(tables.likely(rule, words, geometry))
-    for number, row in enumerate(rows):
-        facts = tables.parse_l2(struct.pack(">64Q", *row), geometry)
-        assert (facts is not None) == level2.tables[number]
-        if facts is not None:
-            assert facts.targets.tolist() == [int(host) for host in level2.targets[number] if host]
+    for number in range(len(rows)):
+        alone = tables.l2_rows(words[number : number + 1], geometry)
+        assert alone.tables[0] == level2.tables[number]
+        assert alone.targets.tolist() == [level2.targets[number].tolist()]
 
 
 @pytest.mark.parametrize("order", [3, 4, 6])

@@ -285,6 +285,10 @@ class Extension(NamedTuple):
     def length(self) -> int:
         return len(self.data)
 
+    @property
+    def data_offset(self) -> int:
+        return self.offset + 8
+
 
 class FeatureName(NamedTuple):
     """One row of the feature name table: ``kind`` 0 incompatible, 1 compatible, 2 autoclear."""

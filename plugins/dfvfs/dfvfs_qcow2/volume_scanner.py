@@ -172,10 +172,12 @@ def _chosen_deleted(selection: Selection, qcow: Any, request: Request | None) ->
     if not known:
         _tell(request, "No table entry of a deleted snapshot was found in the image.", logging.WARNING)
     for item in chosen:
-        if item.readable < 1:
+        if not item.followed:
+            _tell(request, f"The {SnapshotKey.of(item.entry)} was {item.told}.", logging.WARNING)
+        elif item.readable < 1:
             _tell(request, f"{item.readable:.0%} of the {SnapshotKey.of(item.entry)} can be read.", logging.WARNING)
     # Where the L1 table is gone, the place of the entry would open what another snapshot put there.
-    return [item.entry for item in chosen if item.l1_intact]
+    return [item.entry for item in chosen if not item.is_gone]
 
 
 def _scan_snapshot(

@@ -62,8 +62,9 @@ def backing_file(facts: Facts) -> Iterator[Evidence]:
     yield facts.field("backing_file_size")
     extension = image.extension(ExtensionType.BACKING_FORMAT) if header.version > 1 else None
     if extension is not None:
-        at = extension.offset + 8  # behind its type and length
-        yield Evidence("backing format", image.backing_format, at, extension.length, "header extension")
+        yield Evidence(
+            "backing format", image.backing_format, extension.data_offset, extension.length, "header extension"
+        )
 
 
 @rule(
@@ -101,8 +102,7 @@ def external_data(facts: Facts) -> Iterator[Evidence]:
     extension = facts.image.extension(ExtensionType.DATA_FILE)
     if extension is not None:
         name = facts.image.data_file_name
-        at = extension.offset + 8  # behind its type and length
-        yield Evidence("data file name", name, at, extension.length, "header extension")
+        yield Evidence("data file name", name, extension.data_offset, extension.length, "header extension")
     raw = bool(facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA)
     yield facts.field("autoclear_features", f"raw external data: {'yes' if raw else 'no'}")
 

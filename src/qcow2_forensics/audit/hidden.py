@@ -8,10 +8,8 @@ import numpy as np
 
 from .. import structures
 from ..census import Owner
-from ..disk import Disk
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Severity
-from ..mapping import Kind
 from ..residue import Piece, hidden, streams
 from ..source import FileSource
 from ..structures import Autoclear
@@ -106,16 +104,24 @@ def _in_a_snapshot(facts: Facts, piece: Piece) -> bool:
     """Whether a snapshot, whose disk is larger, shows a piece at its own guest offset."""
     if piece.guest_offset is None or not facts.census.owner(piece.offset) & Owner.SNAPSHOT_DATA:
         return False
+    header, host = facts.header, piece.offset // facts.cluster_size * facts.cluster_size
+    slot, column = divmod(piece.guest_offset // facts.cluster_size, header.l2_entries)
+    flags = structures.OFFSET_MASK | structures.COMPRESSED | (0 if header.extended_l2 else structures.ZERO)
+    shown: dict[int, bool] = {0: False}  # by L2 table: there may be 65,536 snapshots
     for entry in facts.image.snapshots:
-        if entry.disk_size is None or entry.disk_size < piece.guest_offset + piece.length:
+        if entry.disk_size is None or entry.disk_size < piece.guest_offset + piece.length or slot >= entry.l1_size:
             continue
-        try:
-            run = next(Disk(facts.image, snapshot=entry).mapping.runs(piece.guest_offset, 1))
-        except Qcow2Error:
-            continue  # other rules say why this snapshot cannot be read
-        if run.kind == Kind.DATA and run.host_offset == piece.offset:
+        table = _word(facts, entry.l1_table_offset + slot * 8) & structures.OFFSET_MASK
+        if table not in shown:
+            shown[table] = _word(facts, table + column * header.l2_entry_size) & flags == host
+        if shown[table]:
             return True
     return False
+
+
+def _word(facts: Facts, offset: int) -> int:
+    """Return an entry; what the end of the file cuts off is zero."""
+    return int.from_bytes(facts.read(offset, 8).ljust(8, b"\0"), "big")
 
 
 # --- external data files -------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def _names(facts: Facts) -> tuple[Name, ...]:
         found.append(Name("backing", image.read(at, header.backing_file_size), at))
     extension = image.extension(ExtensionType.DATA_FILE) if header.version > 1 else None
     if extension is not None and extension.data.split(b"\0", 1)[0]:
-        found.append(Name("data", extension.data, extension.offset + 8))
+        found.append(Name("data", extension.data, extension.data_offset))
     return tuple(found)
 
 

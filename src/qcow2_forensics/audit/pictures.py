@@ -165,8 +165,7 @@ def _history(facts: Facts) -> list[tuple[SnapshotEntry, str]]:
     found = [(entry, _note(entry)) for entry in facts.image.snapshots]
     if facts.depth >= Depth.DEEP:
         for item in survey_of(facts).deleted:
-            told = f"in no table, {item.readable:.0%} readable" if item.l1_intact else "in no table, its L1 is gone"
-            found.append((item.entry, told))
+            found.append((item.entry, f"in no table, {item.told}"))
     found.sort(key=lambda item: (item[0].date_sec, item[0].date_nsec))
     return found[-1000:]
 

@@ -245,12 +245,12 @@ def unknown_extension(facts: Facts) -> Iterator[Evidence | Finding]:
         if extension.data:
             start = extension.data[:16]
             evidence.append(
-                Evidence("starts_with", start.hex(" "), extension.offset + 8, len(start), "header extension")
+                Evidence("starts_with", start.hex(" "), extension.data_offset, len(start), "header extension")
             )
         signature = content.signature(extension.data)
         if extension.length > 256 or signature or content.is_text(extension.data):
             looks = signature or ("text" if content.is_text(extension.data) else "data")
-            evidence.append(Evidence("looks_like", looks, extension.offset + 8, extension.length, "header extension"))
+            evidence.append(Evidence("looks_like", looks, extension.data_offset, extension.length, "header extension"))
             yield variant("QCOW2-UNKNOWN-EXTENSION", evidence, severity=Severity.MEDIUM)
         else:
             yield from evidence

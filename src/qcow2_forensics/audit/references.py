@@ -306,7 +306,7 @@ def datafile_name(facts: Facts) -> Iterator[Evidence]:
         place = None if extension is None else extension.offset
         yield Evidence("data_file", None, place, structure="data file name")
     elif member.status == "loop" or _worth_telling(facts, member):
-        yield Evidence("data_file", member.name, extension.offset + 8, extension.length, "data file name")
+        yield Evidence("data_file", member.name, extension.data_offset, extension.length, "data file name")
         yield Evidence(member.status, ", ".join(member.tried) or member.why)
     elif facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA and member.file_size < facts.image.disk_size:
         yield Evidence("data_file_size", member.file_size, file=member.path)

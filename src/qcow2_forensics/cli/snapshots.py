@@ -81,9 +81,10 @@ def _deleted(image: Image) -> list[dict[str, Any]]:
     rows = []
     for item in Residue(image).deleted_snapshots():
         told = {
-            "open_as": item.selector if item.l1_intact else None,
+            "open_as": None if item.is_gone else item.selector,
             "readable": round(item.readable, 4),
             "rewritable": round(item.rewritable, 4),
+            "left": item.told,
         }
         rows.append({**facts_of(item.entry), "deleted": True, **told})
     return rows
@@ -113,9 +114,7 @@ def _table(rows: Iterable[dict[str, Any]]) -> str:
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     name = row["name"] if len(row["name"]) <= 40 else row["name"][:39] + "…"
     if row.get("deleted"):
-        newer = f", {row['rewritable']:.0%} perhaps newer" if row["rewritable"] else ""
-        left = f"{row['readable']:.0%} readable{newer}, {row['open_as']}" if row["open_as"] else "its tables are gone"
-        name += f" (deleted, {left})"
+        name += f" (deleted, {row['left']}" + (f", {row['open_as']})" if row["open_as"] else ")")
     return (
         row["id"],
         name,

@@ -127,8 +127,9 @@ class Residue:
         """
         start = offset // self.image.cluster_size * self.image.cluster_size
         if start < self.image.file_size and not self.census.owner(start):
-            stop = start + self.image.cluster_size
-            places = [(start, self.image.read(start, stop + (0 if self.census.owner(stop) else tables.BEHIND) - start))]
+            size = self.image.cluster_size
+            behind = 0 if self.census.owner(start + size) else tables.BEHIND
+            places = [(start, self.image.read(start, size + behind))]
         else:
             places = [(at, data) for at, data in self._table_tails() if at <= offset < at + len(data)]
         geometry = tables.Geometry.of(self.image)

@@ -29,6 +29,8 @@ class DeletedSnapshot:
     ``reused`` ones that belong to something else now, ``compressed`` ones that do not.
     ``lost_tables`` counts L2 tables that are gone, of ``l2_tables``.
 
+    ``followed`` is False where its tables, beside those of others, are more than is read for one image:
+    what is left of it shows when it is opened alone.
     ``disk_bytes`` are those of its disk as it opens: today's where the entry does not say.
     ``rewritable_bytes`` are read, yet may be newer than the snapshot: no snapshot older than it
     holds their L2 table or cluster too, so that the active state could write there in place, or
@@ -37,6 +39,7 @@ class DeletedSnapshot:
 
     entry: SnapshotEntry
     l1_intact: bool
+    followed: bool = True
     disk_bytes: int = 0
     l2_tables: int = 0
     lost_tables: int = 0
@@ -69,8 +72,15 @@ class DeletedSnapshot:
     @property
     def told(self) -> str:
         """How much can be read, and how much of that may be newer, in words."""
+        if not self.l1_intact:
+            return "its tables are gone" if self.followed else "not followed: too many tables"
         newer = f", {self.rewritable:.0%} perhaps newer" if self.rewritable_bytes else ""
         return f"{self.readable:.0%} readable{newer}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is nothing to open."""
+        return self.followed and not self.l1_intact
 
     @property
     def complete(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from .deleted import DeletedSnapshot, gone
 from .guard import LOST_TABLE, PUNCHED, REUSED, GuardedSource, Refusals
 from .recognise import Recogniser
 from .tables import Counts, Geometry, Mask, Words
-from .targets import HOLDS_BYTES, Targets, read_clusters
+from .targets import HOLDS_BYTES, read_clusters
 
 _ENTRIES = 1 << 16  # of L2 tables looked at together
 _L1_BYTES = 32 * MiB  # of L1 tables read for one image, beside its length: several may have stood in one place
@@ -38,18 +37,20 @@ def examine(
     """Follow the tables of former entries, up to ``most``, and return how much of each disk is still readable.
 
     Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
-    An L1 table counts as gone where that of a later former snapshot was, or where crafted ones
-    name more than a file can hold.
+    An L1 table counts as gone where that of a later former snapshot was. Raises
+    :class:`LimitExceeded` where the L1 tables of the live states overlap without end.
     """
     examiner = _Examiner(image, census, read_data)
     l1_tables = _L1Tables.of(former)
     found = []
     for entry in former[:most]:
-        item = DeletedSnapshot(entry, l1_intact=False)
-        if not l1_tables.overwrote(entry):
-            with suppress(LimitExceeded):
-                item = _Examination(examiner, entry).result()
-        found.append(item)
+        if l1_tables.overwrote(entry):
+            found.append(DeletedSnapshot(entry, l1_intact=False))
+            continue
+        try:
+            found.append(_Examination(examiner, entry).result())
+        except LimitExceeded:
+            found.append(DeletedSnapshot(entry, l1_intact=False, followed=False))
     return found
 
 
@@ -117,12 +118,11 @@ class _Examiner:
         self.recogniser = Recogniser(image, census)
         self.l1_entries = (_L1_BYTES + image.file_size) // 8
         self.tables = (_TABLE_BYTES + 4 * image.file_size) // image.cluster_size
-        self._targets = Targets(image)
+        self.live = self._live()
         self._read_data = read_data
 
-    @cached_property
-    def live(self) -> _Live:
-        """The tables of live states, as many as may be read: what only later ones hold is not shared then."""
+    def _live(self) -> _Live:
+        """Return the tables of live states, as many as may be read: what only later ones hold is not shared then."""
         slots, offsets, dates = [np.empty(0, np.intp)], [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         room = self.tables
         for state, table in trees.l1_tables(self.image):
@@ -181,7 +181,7 @@ class _Examiner:
         """Return which free host clusters hold zeros; none where data is not to be read."""
         if not self._read_data:
             return np.zeros(len(numbers), np.bool_)
-        zeros: Mask = (self._targets.look(numbers) & HOLDS_BYTES) == 0
+        zeros: Mask = (self.recogniser.targets.look(numbers) & HOLDS_BYTES) == 0
         return zeros
 
 
@@ -224,7 +224,8 @@ class _Examination:
             self._streams_left(waiting[at : at + step], l1_table[waiting[at : at + step]])
         return DeletedSnapshot(
             self._entry,
-            True,
+            l1_intact=True,
+            followed=True,
             disk_bytes=self._size,
             l2_tables=len(slots),
             unreadable_bytes=self._unreadable,
@@ -246,9 +247,9 @@ class _Examination:
         data = self._image.read(first, length)
         # Of zeros nobody can tell whether the disk was empty or the table wiped: not every file system keeps
         # a discarded table as a hole, and no copy has to.
-        if tables.parse_l1(data, examiner.geometry) is None or examiner.has_hole(first, length):
-            return None
-        return tables.words_of(data) & np.uint64(OFFSET_MASK)
+        words = tables.words_of(data)
+        sound = tables.l1_rows(words.reshape(1, -1), examiner.geometry).tables[0]
+        return words & np.uint64(OFFSET_MASK) if sound and not examiner.has_hole(first, length) else None
 
     def _tables(self, slots: Counts, offsets: Words) -> None:
         """Count what some L2 tables hold, and those that are gone."""

@@ -147,7 +147,7 @@ def _cell(value: object) -> object:
 def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
     return [
         {
-            "open_as": item.selector if item.l1_intact else None,
+            "open_as": None if item.is_gone else item.selector,
             "id": item.entry.id,
             "name": item.entry.name,
             "date_sec": item.entry.date_sec,
@@ -168,5 +168,5 @@ def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
 
 def _told(item: DeletedSnapshot) -> str:
     entry = item.entry
-    state = f"{item.told}, open as {item.selector}" if item.l1_intact else "its tables are gone"
+    state = item.told if item.is_gone else f"{item.told}, open as {item.selector}"
     return f"deleted snapshot {printable(entry.id)} ({printable(entry.name)}): {state}"

@@ -51,7 +51,7 @@ class Recogniser:
         self._image = image
         self._census = census
         self._geometry = Geometry.of(image)
-        self._targets = Targets(image)
+        self.targets = Targets(image)
         self._entries = _ENTRIES
 
     def look(self, clusters: Clusters) -> Seen:
@@ -94,7 +94,7 @@ class Recogniser:
             return looks
         places = np.flatnonzero(found.targets)
         places = places[_nth(places // words.shape[1]) < _L1_TARGETS]
-        seen = self._targets.look(self._numbers(found.targets.reshape(-1)[places]))
+        seen = self.targets.look(self._numbers(found.targets.reshape(-1)[places]))
         firsts = np.flatnonzero(_nth(places // words.shape[1]) == 0)  # each row has one
         looks[np.logical_and.reduceat((seen & IS_L2) != 0, firsts)] = _L1
         flagged = (words.reshape(-1)[places[firsts]] & np.uint64(structures.COPIED)) != 0
@@ -110,7 +110,7 @@ class Recogniser:
         free = ~self._census.is_claimed(numbers)
         rows, numbers = rows[free], numbers[free]
         sample = _nth(rows) < _TARGETS
-        holds = (self._targets.look(numbers[sample]) & HOLDS_BYTES) != 0
+        holds = (self.targets.look(numbers[sample]) & HOLDS_BYTES) != 0
         return np.bincount(rows[sample][holds], minlength=len(targets))
 
     def _numbers(self, offsets: Words) -> Counts:

@@ -60,16 +60,8 @@ def words_of(data: bytes) -> Words:
     return np.frombuffer(data, ">u8", count=len(data) // 8).astype(np.uint64)
 
 
-class TableFacts(NamedTuple):
-    """What one table-like cluster holds."""
-
-    is_telling: bool  # see Rows
-    compressed: int
-    targets: Words  # host offsets of the plain entries, in table order
-
-
 class Rows(NamedTuple):
-    """The same for many clusters at once, of which each is a row of words."""
+    """What table-like clusters hold, of which each is a row of words."""
 
     sound: Mask  # rows all of whose entries can be genuine; of a blank row too
     entries: Counts
@@ -100,24 +92,6 @@ class Rows(NamedTuple):
 
 
 Rule = Callable[[Words, Geometry], Rows]
-
-
-def parse_l2(data: bytes, geometry: Geometry) -> TableFacts | None:
-    """Return the entries of what may be an L2 table; None when one of them cannot be genuine."""
-    return _one(l2_rows, data[: len(data) // 16 * 16], geometry)
-
-
-def parse_l1(data: bytes, geometry: Geometry) -> TableFacts | None:
-    """Return the entries of what may be (part of) an L1 table; its targets are still to be checked."""
-    return _one(l1_rows, data, geometry)
-
-
-def _one(rule: Rule, data: bytes, geometry: Geometry) -> TableFacts | None:
-    rows = rule(words_of(data).reshape(1, -1), geometry)
-    if not rows.tables[0]:
-        return None
-    targets = rows.targets[rows.targets != 0]
-    return TableFacts(bool(rows.telling[0]), int(rows.compressed[0]), targets)
 
 
 def likely(rule: Rule, words: Words, geometry: Geometry) -> npt.NDArray[np.intp]:
