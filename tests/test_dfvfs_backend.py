@@ -378,6 +378,28 @@ def test_what_is_left_of_a_deleted_snapshot_is_told(
     assert "Unable to scan" not in caplog.text  # which would open what another snapshot put there
 
 
+def test_a_cluster_that_libtsk_cannot_read_is_an_error_of_the_scan_and_of_one_snapshot_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = qemu.create(tmp_path / "bad.qcow2", "1M", cluster_size=4096)
+    qemu.io(path, "write -P 0x11 0 8k", "write -c -P 0x22 8k 4k", "write -P 0x11 12k 500k")
+    qemu.snapshot(path, "bad")
+    with qcow2_forensics.open_image(path) as image:
+        l2 = image.table(image.header.l1_table_offset, 1, "L1")[0] & ~(1 << 63)
+        stream = image.table(l2, 3, "L2")[2] & ((1 << 58) - 1)
+    with path.open("r+b") as file:
+        file.seek(stream)
+        file.write(b"\xff" * 16)
+    with pytest.raises(dfvfs_errors.ScannerError, match="cannot be decoded"):
+        scan(path, qcow_snapshots="none")
+    path = path.rename(tmp_path / "mended.qcow2")  # a path of its own: opened files are kept
+    qemu.io(path, "write -P 0x33 0 512k")
+    with caplog.at_level("WARNING", logger="dfvfs_qcow2"):
+        assert scan(path, qcow_snapshots="all") == []
+    assert "Unable to scan snapshot 1 (bad)" in caplog.text
+    assert "cannot be decoded" in caplog.text
+
+
 def test_an_image_with_a_file_system_only_in_a_snapshot_is_a_storage_media_image(snapshots_image: Path) -> None:
     scanner = volume_scanner.VolumeScanner()
     options = volume_scanner.VolumeScannerOptions()

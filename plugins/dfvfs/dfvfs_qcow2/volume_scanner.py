@@ -83,7 +83,10 @@ def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) ->
     request = _request.get()
     selection = _wanted(options, request)
 
-    scan_context = scanner._ScanSource(source_path)
+    try:
+        scan_context = scanner._ScanSource(source_path)
+    except RuntimeError as error:  # what pytsk3 makes of a read that fails
+        raise dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(str(error), 500)}") from error
     scanner._source_path = source_path
     scanner._source_type = scan_context.source_type
 
@@ -188,7 +191,7 @@ def _scan_snapshot(
     try:
         scan_context = scanner._ScanSourcePathSpec(path_spec)
         base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
-    except (dfvfs_errors.ScannerError, dfvfs_errors.BackEndError, OSError) as error:
+    except (dfvfs_errors.ScannerError, dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
         _tell(request, f"Unable to scan {name}: {printable(str(error), 500)}", logging.WARNING)
         return []
     # What has no file system comes back as it was asked for.
