@@ -20,7 +20,7 @@ from harness import Case
 import pytsk3_qcow2
 import qcow2_forensics as q
 from pytsk3_qcow2.files import file_systems
-from qcow2_forensics.compare import compare
+from qcow2_forensics.compare.ranges import compare
 from qcow2_forensics.limits import GiB, KiB, MiB
 
 

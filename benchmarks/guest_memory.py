@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from harness import Case
 
-from qcow2_forensics.guest_memory import GuestMemory
+from qcow2_forensics.format.source import FileSource
 from qcow2_forensics.limits import GiB, MiB
-from qcow2_forensics.source import FileSource
+from qcow2_forensics.memory import GuestMemory
 
 try:
     from volatility3.framework import contexts

@@ -10,10 +10,10 @@ import random
 import struct
 from typing import NamedTuple
 
-from qcow2_forensics import structures
 from qcow2_forensics.errors import Qcow2Error
-from qcow2_forensics.image import Image
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.format import structures
+from qcow2_forensics.format.image import Image
+from qcow2_forensics.format.source import BytesSource
 
 _NUMBERS = (0, 1, 2, 7, 8, 255, 511, 512, 513, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _WIDE = (1 << 62, 1 << 63, (1 << 63) - 1, (1 << 64) - 1, 1 << 40, (1 << 56) - 512, 1 << 55)

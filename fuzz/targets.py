@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import qcow2_forensics as q
-from qcow2_forensics.bitmaps import dirty_ranges
+from qcow2_forensics.format.source import BytesSource, Source
 from qcow2_forensics.limits import MiB
-from qcow2_forensics.source import BytesSource, Source
+from qcow2_forensics.reader.bitmaps import dirty_ranges
 
 from . import budget
 

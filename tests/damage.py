@@ -377,7 +377,7 @@ def ours(path: Path) -> dict[str, Any] | None:
     """Return our counters for an image."""
     from qcow2_forensics.census import take_census
     from qcow2_forensics.errors import Qcow2Error
-    from qcow2_forensics.image import Image
+    from qcow2_forensics.format.image import Image
 
     try:
         with Image(path) as image:

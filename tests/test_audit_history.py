@@ -11,7 +11,7 @@ import pytest
 from qcow2_forensics.audit import audit
 from qcow2_forensics.audit.history import machine_type
 from qcow2_forensics.findings import Finding, Severity
-from qcow2_forensics.image import Image
+from qcow2_forensics.format.image import Image
 from tests import qemu
 from tests.image_builder import S_SNAPSHOT_STEP, S_SNAPSHOTS, Poke, base_b, base_s
 

@@ -13,7 +13,7 @@ import pytest
 from qcow2_forensics.audit import audit, audit_path
 from qcow2_forensics.errors import ReadError
 from qcow2_forensics.findings import Report, Severity
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.format.source import BytesSource
 from tests import hostile, qemu
 from tests.image_builder import base_b
 from tests.traps import TRAPS

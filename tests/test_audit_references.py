@@ -14,7 +14,7 @@ import pytest
 from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Finding, Severity
 from qcow2_forensics.limits import Limits
-from qcow2_forensics.resolver import Resolver
+from qcow2_forensics.reader.resolver import Resolver
 from tests import qemu
 from tests.image_builder import (
     B_L2,

@@ -9,7 +9,7 @@ import pytest
 
 from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Finding, Severity
-from qcow2_forensics.image import Image
+from qcow2_forensics.format.image import Image
 from tests import qemu
 from tests.image_builder import B_END, Poke, base_b, base_s
 

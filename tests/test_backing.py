@@ -20,9 +20,9 @@ from qcow2_forensics.errors import (
     Qcow2Error,
     Unsupported,
 )
-from qcow2_forensics.mapping import Kind
-from qcow2_forensics.resolver import parse_reference
-from qcow2_forensics.source import BytesSource, FileSource
+from qcow2_forensics.format.source import BytesSource, FileSource
+from qcow2_forensics.reader.mapping import Kind
+from qcow2_forensics.reader.resolver import parse_reference
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, Poke, base_b, empty
 from tests.matrix import pattern_file

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import qcow2_forensics as q
-from qcow2_forensics.bitmaps import dirty_ranges
 from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error
+from qcow2_forensics.reader.bitmaps import dirty_ranges
 from tests import qemu
 from tests.image_builder import EXT_BITMAPS, Builder, Poke
 

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics.audit import audit
-from qcow2_forensics.census import Owner, reach, take_census, tally
-from qcow2_forensics.census.counters import Counters, sum_by, weighted_segments
+from qcow2_forensics.census import Owner, claimed_clusters, claims, take_census
+from qcow2_forensics.census.index_map import Seats
 from qcow2_forensics.census.refcounts import StoredRefcounts, decode
-from qcow2_forensics.census.seats import Seats
+from qcow2_forensics.census.reference_counts import Counters, sum_by, weighted_segments
 from qcow2_forensics.errors import FormatError
-from qcow2_forensics.image import Image
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.format.image import Image
+from qcow2_forensics.format.source import BytesSource
 from tests import damage, qemu
 from tests.image_builder import B_DATA, B_END, B_L1, B_L2, B_REFBLOCK, B_REFTABLE, COPIED, Builder, Poke, base_b, base_s
 from tests.traps import TRAPS
@@ -169,7 +169,7 @@ def test_long_and_short_way_of_counting_agree(tmp_path: Path, monkeypatch: pytes
         edit()
         results = []
         for width in (256, 1 << 40):
-            monkeypatch.setattr(tally, "_LINEAR_WIDTH", width)
+            monkeypatch.setattr(claims, "_LINEAR_WIDTH", width)
             census = take_census(Image(path))
             results.append((census.check, census.issues.kinds(), list(census.owner_runs()), census.mapped_clusters))
         assert results[0] == results[1]
@@ -206,7 +206,7 @@ def test_every_claimed_cluster_has_a_seat_of_its_own_and_no_other_has(
     clusters = 230
     claimed = sorted({number for at, count in [(0, 1), *spans] for number in range(at, at + count)})
     starts, stops = np.asarray([(at, at + count) for at, count in [(0, 1), *spans]], dtype=np.uint64).T
-    seats = Seats(clusters, reach.merged(starts, stops))
+    seats = Seats(clusters, claimed_clusters.merged(starts, stops))
     assert seats.nobody == len(claimed)
     assert seats.taken(0, seats.nobody).tolist() == claimed
     everything = np.arange(clusters + 1, dtype=np.uint64)
@@ -231,8 +231,8 @@ def test_a_census_with_seats_for_claimed_clusters_only_sees_the_same(
     path = damage.damaged(seed, bases, tmp_path).path
     seen = []
     for always in (1 << 22, 0):
-        monkeypatch.setattr(reach, "_ALWAYS", always)
-        monkeypatch.setattr(reach, "_SHARE", 0.1)  # compact however much is claimed
+        monkeypatch.setattr(claimed_clusters, "_ALWAYS", always)
+        monkeypatch.setattr(claimed_clusters, "_SHARE", 0.1)  # compact however much is claimed
         report = audit(path, "deep", pictures=True)
         try:
             census = take_census(Image(path))
@@ -269,7 +269,7 @@ def test_memory_follows_what_is_claimed_and_not_the_length_of_the_file(depth: st
 def test_a_file_that_is_mostly_claimed_has_a_seat_for_every_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reach, "_ALWAYS", 1000)
+    monkeypatch.setattr(claimed_clusters, "_ALWAYS", 1000)
     full = qemu.create(tmp_path / "full.qcow2", "16M", cluster_size="4k", preallocation="metadata")
     assert not take_census(Image(full)).seats.compact
     os.truncate(full, 1 << 30)

@@ -98,7 +98,7 @@ def test_an_existing_file_is_replaced_only_by_force(image: Path, capsys: pytest.
 def test_failure_and_interrupt_leave_nothing_behind(
     image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qcow2_forensics.guest_memory import GuestMemory
+    from qcow2_forensics.memory import GuestMemory
 
     def interrupted(*_: object) -> bytes:
         raise KeyboardInterrupt

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import qcow2_forensics as q
-from qcow2_forensics import clusters
-from qcow2_forensics.cache import Fifo
 from qcow2_forensics.errors import FormatError, MissingFile, ReadError
-from qcow2_forensics.source import FileSource
+from qcow2_forensics.format.source import FileSource
+from qcow2_forensics.reader import clusters
+from qcow2_forensics.reader.cache import Fifo
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, Builder, Poke, compressed_entry, deflate, empty
 

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics.codecs import inflate, unzstd
 from qcow2_forensics.errors import FormatError
+from qcow2_forensics.reader.codecs import inflate, unzstd
 from tests import qemu
 from tests.image_builder import COMPRESSED, Builder, Poke, compressed_entry, deflate
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from qcow2_forensics import Disk, open_disk, open_image
-from qcow2_forensics.compare import Change, Difference, compare, unequal_sectors
-from qcow2_forensics.source import FileSource
+from qcow2_forensics.compare.ranges import Change, Difference, compare, unequal_sectors
+from qcow2_forensics.format.source import FileSource
 from tests import qemu
 from tests.conftest import EvidenceCase
 from tests.image_builder import COPIED, EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder

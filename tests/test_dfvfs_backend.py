@@ -28,7 +28,7 @@ from dfvfs.serializer import json_serializer
 import dfvfs_qcow2
 import qcow2_forensics
 from dfvfs_qcow2 import inspection, opening
-from qcow2_forensics.residue import collect
+from qcow2_forensics.residue import inventory
 from tests import plaso_tools, qemu
 from tests.image_builder import Poke
 
@@ -309,7 +309,7 @@ def test_opening_a_deleted_snapshot_does_not_read_all_free_space(
 ) -> None:
     path, before = image_with_deleted_snapshots
     (found,) = dfvfs_qcow2.deleted_snapshots(qcow(path))
-    monkeypatch.setattr(collect, "unclaimed", None)
+    monkeypatch.setattr(inventory, "unclaimed", None)
     assert open_file(inspection.snapshot_path_spec(qcow(path), found.entry)).read(65536) == before[:65536]
 
 

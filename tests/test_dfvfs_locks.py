@@ -81,7 +81,7 @@ def test_the_password_in_the_key_chain_unlocks_also_what_is_open_already(encrypt
 
 
 def test_a_wrong_password_is_tried_once(encrypted: Path, key_chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qcow2_forensics.disk import Disk
+    from qcow2_forensics.reader.disk import Disk
 
     tried: list[Any] = []
     unlock = Disk.unlock
@@ -96,7 +96,7 @@ def test_a_wrong_password_is_tried_once(encrypted: Path, key_chain: Any, monkeyp
 def test_snapshots_are_unlocked_by_the_password_of_their_image(
     encrypted: Path, key_chain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qcow2_forensics.disk import Disk
+    from qcow2_forensics.reader.disk import Disk
 
     [snapshot] = dfvfs_qcow2.snapshot_path_specs(qcow(encrypted))
     with pytest.raises(OSError, match="encrypted"):

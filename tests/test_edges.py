@@ -10,8 +10,8 @@ import pytest
 
 import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError, MissingFile
-from qcow2_forensics.mapping import Kind
-from qcow2_forensics.source import FileSource, StreamSource
+from qcow2_forensics.format.source import FileSource, StreamSource
+from qcow2_forensics.reader.mapping import Kind
 from tests import qemu
 from tests.image_builder import COPIED, EXT_DATA_FILE, PASSPHRASE, Builder, Poke
 

@@ -24,7 +24,7 @@ from fuzz.targets import run_command
 import qcow2_forensics as q
 from qcow2_forensics.cli import fleet
 from qcow2_forensics.errors import FormatError, Qcow2Error, ReadError
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.format.source import BytesSource
 from tests import qemu
 from tests.image_builder import B_DATA, B_L2, base_b, base_s
 

@@ -15,8 +15,8 @@ import pytest
 
 import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError, Qcow2Error, Unsupported
-from qcow2_forensics.foreign import open_foreign, probe
-from qcow2_forensics.source import BytesSource, FileSource
+from qcow2_forensics.format.source import BytesSource, FileSource
+from qcow2_forensics.reader.foreign import open_foreign, probe
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, PASSPHRASE, Poke, empty
 from tests.matrix import pattern_file

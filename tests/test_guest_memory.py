@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import qcow2_forensics
 from qcow2_forensics.errors import FormatError, LimitExceeded, NotQcow2, Qcow2Error, ReadError, Unsupported
-from qcow2_forensics.guest_memory import GuestMemory, StreamWindow, cursor, open_guest_memory, pages
+from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.limits import DEFAULT_LIMITS
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.memory import GuestMemory, StreamWindow, cursor, open_guest_memory, pages
 from tests.conftest import EvidenceCase
 from tests.stream_builder import (
     EOS_FLAG,

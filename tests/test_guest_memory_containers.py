@@ -19,9 +19,9 @@ import pytest
 
 from qcow2_forensics import open_image
 from qcow2_forensics.errors import FormatError, LimitExceeded, SnapshotNotFound, Unsupported
-from qcow2_forensics.guest_memory import GuestMemory, find_stream, open_guest_memory
+from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.limits import DEFAULT_LIMITS
-from qcow2_forensics.source import BytesSource, FileSource
+from qcow2_forensics.memory import GuestMemory, find_stream, open_guest_memory
 from tests import qemu
 from tests.stream_builder import PAGE, page, simple
 from tests.test_guest_memory import mapped_stream

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics.errors import ReadError, Unsupported
-from qcow2_forensics.guest_memory import GuestMemory, StreamWindow, open_guest_memory
-from qcow2_forensics.source import FileSource
+from qcow2_forensics.format.source import FileSource
+from qcow2_forensics.memory import GuestMemory, StreamWindow, open_guest_memory
 from tests import machines
 from tests.machines import GiB, KiB, Machine, MiB, running
 

@@ -23,16 +23,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics import mapping, unlike
-from qcow2_forensics.bitmaps import dirty_ranges, dirty_totals
-from qcow2_forensics.census import take, take_census
-from qcow2_forensics.census.layout import read_layout
+from qcow2_forensics.census import survey, take_census
+from qcow2_forensics.census.checked_metadata import read_layout
 from qcow2_forensics.cli import main
-from qcow2_forensics.compare import Change, Difference
-from qcow2_forensics.image import Image
+from qcow2_forensics.compare import differing_tables
+from qcow2_forensics.compare.ranges import Change, Difference
+from qcow2_forensics.format.image import Image
+from qcow2_forensics.format.source import BytesSource, FileSource, Source
+from qcow2_forensics.reader import mapping
+from qcow2_forensics.reader.bitmaps import dirty_ranges, dirty_totals
 from qcow2_forensics.residue import streams
 from qcow2_forensics.residue.streams import decode_all
-from qcow2_forensics.source import BytesSource, FileSource, Source
 from tests import qemu
 from tests.image_builder import (
     COPIED,
@@ -268,7 +269,7 @@ def _hold_against_runs(before: q.Layer, after: q.Layer, parts: list[int], span: 
 
     with_tables = found()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unlike.Unlike, "ranges", lambda _, start, end: [(start, end)])
+        patch.setattr(differing_tables.Unlike, "ranges", lambda _, start, end: [(start, end)])
         assert with_tables == found()
 
 
@@ -316,8 +317,8 @@ def test_snapshots_of_two_files_that_say_they_have_petabytes_are_compared_as_far
         builder = Builder(cluster_bits=9, size=SPAN).data(0, path.name.encode())
         builder.snapshot(b"1", b"s", l1_offset=builder.l1, l1_size=1, disk_size=1 << 44).write(path)
     pages: list[int] = []
-    real = unlike._l2_tables
-    monkeypatch.setattr(unlike, "_l2_tables", lambda of, page: pages.append(page) or real(of, page))
+    real = differing_tables._l2_tables
+    monkeypatch.setattr(differing_tables, "_l2_tables", lambda of, page: pages.append(page) or real(of, page))
     with q.open_disk(paths[0], "1", eof="zeros") as before, q.open_disk(paths[1], "1", eof="zeros") as after:
         assert list(q.compare(before, after)) == [Difference(0, 512, Change.CHANGED)]
     assert len(pages) == 2
@@ -749,7 +750,7 @@ def test_refcount_blocks_counted_in_pieces_are_those_counted_at_once(slots: list
 
     whole = counted()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(take, "_SLOT_CHUNK", piece)
+        patch.setattr(survey, "_SLOT_CHUNK", piece)
         assert counted() == whole
 
 

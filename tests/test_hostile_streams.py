@@ -15,9 +15,9 @@ import pytest
 
 import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError, LimitExceeded
-from qcow2_forensics.guest_memory import GuestMemory
+from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.limits import DEFAULT_LIMITS
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.memory import GuestMemory
 from tests.image_builder import COPIED, Builder
 from tests.stream_builder import (
     EOS_FLAG,

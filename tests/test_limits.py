@@ -18,9 +18,9 @@ import pytest
 
 import qcow2_forensics as q
 from qcow2_forensics import limits as module
-from qcow2_forensics.bitmaps import dirty_ranges
+from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.reader.bitmaps import dirty_ranges
 from tests import qemu, stream_builder
 from tests.stream_builder import PAGE
 

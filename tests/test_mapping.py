@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics.mapping import Kind
-from qcow2_forensics.sequences import sequence_end
+from qcow2_forensics.reader.contiguity import sequence_end
+from qcow2_forensics.reader.mapping import Kind
 from tests.image_builder import COPIED, EXT_BACKING_FORMAT, Builder
 
 CLUSTER = 65536

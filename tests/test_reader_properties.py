@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError, Qcow2Error, ReadError
-from qcow2_forensics.mapping import Kind
-from qcow2_forensics.source import BytesSource, FileSource
+from qcow2_forensics.format.source import BytesSource, FileSource
+from qcow2_forensics.reader.mapping import Kind
 from tests import qemu
 from tests.image_builder import COMPRESSED, COPIED, ZERO, Builder, compressed_entry, deflate
 from tests.matrix import AES, Scenario, make

@@ -12,7 +12,7 @@ import pytest
 import qcow2_forensics
 from qcow2_forensics.findings import TOOL, Evidence, Finding, Report, Severity
 from qcow2_forensics.render import FORMATS, evidence_line, render
-from qcow2_forensics.render.escape import cell, columns, shown_value, size, wrap
+from qcow2_forensics.text import cell, columns, shown_value, size, wrap
 
 HOSTILE = "\x1b[31m<script>alert(1)</script>\u202egpj\x00=cmd|'/C calc'!A0 & \"q\" \udcff"
 

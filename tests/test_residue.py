@@ -23,12 +23,20 @@ from hypothesis import strategies as st
 
 from qcow2_forensics import open_disk
 from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, ReadError, SnapshotNotFound
-from qcow2_forensics.host_holes import host_runs
-from qcow2_forensics.image import Image
-from qcow2_forensics.residue import content, deleted_snapshots, examine, hidden, open_deleted, residue, tables
-from qcow2_forensics.residue.export import write
-from qcow2_forensics.residue.guard import LOST_TABLE, REUSED, GuardedSource, Refusals
-from qcow2_forensics.source import BytesSource, FileSource
+from qcow2_forensics.format.image import Image
+from qcow2_forensics.format.source import BytesSource, FileSource
+from qcow2_forensics.reader.host_holes import host_runs
+from qcow2_forensics.residue import (
+    content,
+    deleted_snapshots,
+    hidden,
+    open_deleted,
+    readability,
+    residue,
+    structure_detection,
+)
+from qcow2_forensics.residue.output import write
+from qcow2_forensics.residue.restricted_source import LOST_TABLE, REUSED, GuardedSource, Refusals
 from tests import qemu
 from tests.image_builder import COMPRESSED, ZERO, Builder, Poke, base_b, base_s, deflate
 
@@ -206,7 +214,7 @@ def test_former_tables_without_end_are_not_followed(tmp_path: Path, monkeypatch:
     one = deleted_snapshots(path)[0]
     tables_read = 2 * one.l2_tables  # its own, and the active state's in the same places
     for room, intact in ((tables_read, True), (tables_read - 1, False)):
-        monkeypatch.setattr(examine, "_TABLE_BYTES", room * 65536 - 4 * path.stat().st_size)
+        monkeypatch.setattr(readability, "_TABLE_BYTES", room * 65536 - 4 * path.stat().st_size)
         (item,) = deleted_snapshots(path)
         assert (item.l1_intact, item.followed, item.is_gone) == (intact, intact, False)
     assert item.told == "not followed: too many tables"
@@ -716,19 +724,19 @@ def test_export_limit_keeps_the_index_whole(tmp_path: Path) -> None:
 
 # --- recognition ---------------------------------------------------------------------------------
 
-GEOMETRY = tables.Geometry(3, 16, 1 << 30)
+GEOMETRY = structure_detection.Geometry(3, 16, 1 << 30)
 
 
-def one_row(data: bytes) -> tables.Words:
-    return tables.words_of(data[: len(data) // 16 * 16]).reshape(1, -1)
+def one_row(data: bytes) -> structure_detection.Words:
+    return structure_detection.words_of(data[: len(data) // 16 * 16]).reshape(1, -1)
 
 
 @given(st.binary(min_size=512, max_size=4096))
 def test_recognition_never_raises_on_any_bytes(data: bytes) -> None:
     for geometry in (GEOMETRY, GEOMETRY._replace(extended_l2=True), GEOMETRY._replace(version=2, cluster_bits=9)):
-        for rule in (tables.l1_rows, tables.l2_rows):
+        for rule in (structure_detection.l1_rows, structure_detection.l2_rows):
             rule(one_row(data), geometry)
-        tables.find_entries(data, 0, geometry)
+        structure_detection.find_entries(data, 0, geometry)
     content.describe(data)
 
 
@@ -739,21 +747,21 @@ def test_recognition_never_raises_on_any_bytes(data: bytes) -> None:
 )
 def test_guest_data_is_not_taken_for_a_table(data: bytes) -> None:
     data = data.ljust(65536, b"\0")
-    for rule in (tables.l1_rows, tables.l2_rows):
+    for rule in (structure_detection.l1_rows, structure_detection.l2_rows):
         assert not rule(one_row(data), GEOMETRY).tables.any()
-    assert tables.find_entries(data, 0, GEOMETRY) == ([], [])
+    assert structure_detection.find_entries(data, 0, GEOMETRY) == ([], [])
 
 
 def test_live_tables_are_recognised_as_what_they_are(tmp_path: Path) -> None:
     path = base_s(tmp_path / "s.qcow2")
     with Image(path) as image:
-        geometry = tables.Geometry.of(image)
+        geometry = structure_detection.Geometry.of(image)
         l1 = image.read(image.header.l1_table_offset, 65536)
-        facts = tables.l1_rows(one_row(l1), geometry)
+        facts = structure_detection.l1_rows(one_row(l1), geometry)
         assert facts.tables.all()
-        assert tables.l2_rows(one_row(image.read(int(facts.targets[0, 0]), 65536)), geometry).tables.all()
+        assert structure_detection.l2_rows(one_row(image.read(int(facts.targets[0, 0]), 65536)), geometry).tables.all()
         table = image.read(image.header.snapshots_offset, 65536)
-        assert [entry.name for entry in tables.find_entries(table, 0, geometry)[0]] == ["s1", "s2"]
+        assert [entry.name for entry in structure_detection.find_entries(table, 0, geometry)[0]] == ["s1", "s2"]
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcow2_forensics.census import take_census
-from qcow2_forensics.image import Image
-from qcow2_forensics.residue import content, recognise, scan, tables, targets
-from qcow2_forensics.residue.pieces import Piece
-from qcow2_forensics.source import BytesSource, FileSource, Source
+from qcow2_forensics.format.image import Image
+from qcow2_forensics.format.source import BytesSource, FileSource, Source
+from qcow2_forensics.residue import content, former_clusters, former_tables, scan, structure_detection
+from qcow2_forensics.residue.model import Piece
 from tests.image_builder import COMPRESSED, COPIED, Builder
 
 SIZE = 512
 FILE = 64 * SIZE
-GEOMETRY = tables.Geometry(3, 9, FILE)
+GEOMETRY = structure_detection.Geometry(3, 9, FILE)
 GEOMETRIES = {
     "version 3": GEOMETRY,
     "version 2": GEOMETRY._replace(version=2),
@@ -37,7 +37,7 @@ ZERO = 1
 # --- the rules, an entry at a time -----------------------------------------------------------------
 
 
-def _plain_is_sound(entry: int, geometry: tables.Geometry) -> bool:
+def _plain_is_sound(entry: int, geometry: structure_detection.Geometry) -> bool:
     flagged = geometry.version >= 3 and not geometry.extended_l2
     host = entry & 0x00FF_FFFF_FFFF_FE00
     if entry & ~(0x00FF_FFFF_FFFF_FE00 | COPIED | (ZERO if flagged else 0)):
@@ -47,12 +47,12 @@ def _plain_is_sound(entry: int, geometry: tables.Geometry) -> bool:
     return geometry.external_data or (host % geometry.cluster_size == 0 and host < geometry.file_size)
 
 
-def _stream_is_sound(entry: int, geometry: tables.Geometry) -> bool:
+def _stream_is_sound(entry: int, geometry: structure_detection.Geometry) -> bool:
     host = entry & ((1 << (70 - geometry.cluster_bits)) - 1)
     return not entry & COPIED and host < geometry.file_size
 
 
-def _l2_is_sound(words: list[int], geometry: tables.Geometry) -> bool:
+def _l2_is_sound(words: list[int], geometry: structure_detection.Geometry) -> bool:
     pairs = zip(words[::2], words[1::2], strict=True) if geometry.extended_l2 else ((word, 0) for word in words)
     for entry, bitmap in pairs:
         if entry & COMPRESSED:
@@ -66,7 +66,7 @@ def _l2_is_sound(words: list[int], geometry: tables.Geometry) -> bool:
     return any(words)
 
 
-def _l1_is_sound(words: list[int], geometry: tables.Geometry) -> bool:
+def _l1_is_sound(words: list[int], geometry: structure_detection.Geometry) -> bool:
     hosts = [word & ~COPIED for word in words if word]
     fine = all(host and host % geometry.cluster_size == 0 and host < geometry.file_size for host in hosts)
     return fine and len(set(hosts)) == len(hosts) > 0
@@ -102,13 +102,13 @@ COUNTERS = st.lists(st.sampled_from([0, 1, 1, 2, 64, 65]), min_size=64, max_size
 @given(rows=st.lists(CLUSTERS | PAIRS | COUNTERS, min_size=1, max_size=6))
 def test_rows_are_sound_tables_exactly_when_each_entry_is(name: str, rows: list[list[int]]) -> None:
     geometry, words = GEOMETRIES[name], np.asarray(rows, dtype=np.uint64)
-    level2, level1 = tables.l2_rows(words, geometry), tables.l1_rows(words, geometry)
+    level2, level1 = structure_detection.l2_rows(words, geometry), structure_detection.l1_rows(words, geometry)
     assert level2.tables.tolist() == [_l2_is_sound(row, geometry) for row in rows]
     assert level1.tables.tolist() == [_l1_is_sound(row, geometry) for row in rows]
-    for rule, found in ((tables.l2_rows, level2), (tables.l1_rows, level1)):
-        assert set(np.flatnonzero(found.tables)) <= set(tables.likely(rule, words, geometry))
+    for rule, found in ((structure_detection.l2_rows, level2), (structure_detection.l1_rows, level1)):
+        assert set(np.flatnonzero(found.tables)) <= set(structure_detection.likely(rule, words, geometry))
     for number in range(len(rows)):
-        alone = tables.l2_rows(words[number : number + 1], geometry)
+        alone = structure_detection.l2_rows(words[number : number + 1], geometry)
         assert alone.tables[0] == level2.tables[number]
         assert alone.targets.tolist() == [level2.targets[number].tolist()]
 
@@ -119,7 +119,7 @@ def test_rows_are_refcount_blocks_exactly_when_their_counts_are_small_and_mostly
     order: int, rows: list[list[int]], width: int
 ) -> None:
     data = b"".join(b"".join(count.to_bytes(width, "big") for count in row) * (8 // width) for row in rows)
-    found = tables.refcount_rows(np.frombuffer(data, np.uint8).reshape(-1, SIZE), order)
+    found = structure_detection.refcount_rows(np.frombuffer(data, np.uint8).reshape(-1, SIZE), order)
     assert found.tolist() == [_counts_are_likely(data[at : at + SIZE], order) for at in range(0, len(data), SIZE)]
 
 
@@ -187,7 +187,7 @@ def test_pieces_are_the_same_however_many_clusters_are_looked_at_together(
     whole = _found(source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "_BATCH", clusters * SIZE)
-        patch.setattr(targets, "_READ", clusters * SIZE)
+        patch.setattr(former_clusters, "_READ", clusters * SIZE)
         assert _found(source) == whole
     _tile(whole, data[: len(data) - cut])
 
@@ -250,7 +250,7 @@ def test_what_an_l2_table_names_is_not_looked_for_in_the_image_when_data_is_else
     data = BytesSource(_image(KINDS[name] for name in ("l1", "text", "text", "text", "l2")))
     assert [piece.intact for piece, *_ in _found(data)] == [1, 0, 2]
     monkeypatch.setattr(
-        tables.Geometry, "of", lambda _image: GEOMETRY._replace(file_size=data.size, external_data=True)
+        structure_detection.Geometry, "of", lambda _image: GEOMETRY._replace(file_size=data.size, external_data=True)
     )
     assert [piece.intact for piece, *_ in _found(data)] == [1, 0, 0]
 
@@ -295,7 +295,7 @@ def test_entries_of_a_file_that_is_full_of_them_are_looked_at_up_to_a_limit(monk
     cluster = (entry.ljust(64, b"\0") * 9)[:SIZE]
     data = _image([cluster] * 20)
     assert sum(len(snapshots) for _, snapshots, _ in _found(BytesSource(data))) == 160
-    monkeypatch.setattr(recognise, "_ENTRIES", 24)
+    monkeypatch.setattr(former_tables, "_ENTRIES", 24)
     found = _found(BytesSource(data))
     assert [piece.entries for piece, *_ in found] == [8, 8, 8] + [1] * 17
     assert {piece.looks for piece, *_ in found} == {"snapshot-table"}

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import qcow2_forensics as q
-from qcow2_forensics import structures
 from qcow2_forensics.errors import FormatError, LimitExceeded, NotQcow2, Qcow2Error, SnapshotNotFound, Unsupported
-from qcow2_forensics.source import BytesSource
-from qcow2_forensics.structures import ExtensionType, compressed_descriptor, parse_header
+from qcow2_forensics.format import structures
+from qcow2_forensics.format.source import BytesSource
+from qcow2_forensics.format.structures import ExtensionType, compressed_descriptor, parse_header
 from tests import qemu
 from tests.image_builder import (
     EXT_BACKING_FORMAT,

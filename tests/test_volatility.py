@@ -23,7 +23,7 @@ from volatility3.framework import constants, contexts, exceptions
 from volatility3.framework.layers import scanners
 
 from qcow2_forensics import open_disk, open_image, open_vm_state
-from qcow2_forensics.source import BytesSource
+from qcow2_forensics.format.source import BytesSource
 from tests import machines, qemu, stream_builder
 from tests.image_builder import Poke
 from tests.machines import MiB

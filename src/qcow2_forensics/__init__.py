@@ -18,8 +18,6 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .chain import open_disk, open_image, open_vm_state
-from .disk import Disk, Extent
 from .errors import (
     ForbiddenReference,
     FormatError,
@@ -32,20 +30,21 @@ from .errors import (
     SnapshotNotFound,
     Unsupported,
 )
-from .image import Image
+from .format.image import Image
+from .format.source import FileSource, Source, StreamSource
 from .limits import DEFAULT_LIMITS, Limits
-from .mapping import Kind
-from .source import FileSource, Source, StreamSource
-from .stream import SourceStream
-from .version import __version__
-from .vm_state import VmState
+from .reader.disk import Disk, Extent
+from .reader.mapping import Kind
+from .reader.opening import open_disk, open_image, open_vm_state
+from .reader.stream import SourceStream
+from .reader.vm_state import VmState
 
 if TYPE_CHECKING:
     from .audit import audit, audit_path
-    from .compare import compare
-    from .findings import Evidence, Finding, Report, Severity
-    from .guest_memory import GuestMemory, open_guest_memory
-    from .resolver import Resolver
+    from .compare.ranges import compare
+    from .findings import Evidence, Finding, Report, Severity, __version__
+    from .memory import GuestMemory, open_guest_memory
+    from .reader.resolver import Resolver
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -87,16 +86,17 @@ __all__ = [
 
 # Names whose modules take time to import and are not needed to read a disk: loaded on first use.
 _LAZY = {
+    "__version__": "findings",
     "Evidence": "findings",
     "Finding": "findings",
-    "GuestMemory": "guest_memory",
+    "GuestMemory": "memory",
     "Report": "findings",
-    "Resolver": "resolver",
+    "Resolver": "reader.resolver",
     "Severity": "findings",
     "audit": "audit",
     "audit_path": "audit",
     "compare": "compare",
-    "open_guest_memory": "guest_memory",
+    "open_guest_memory": "memory",
 }
 
 

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .version import __version__
-
+__version__ = "0.1.0"  # the same as in pyproject.toml
 TOOL = f"qcow2-forensics {__version__}"  # every report says what made it
 
 SCHEMA_VERSION = 1  # of Report.to_dict(); raised when a reader of an older one would be misled

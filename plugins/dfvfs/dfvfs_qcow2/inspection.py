@@ -13,8 +13,8 @@ from dfvfs.lib import definitions
 from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 
-from qcow2_forensics.image import Image
-from qcow2_forensics.structures import SnapshotEntry
+from qcow2_forensics.format.image import Image
+from qcow2_forensics.format.structures import SnapshotEntry
 
 from .names import SnapshotKey
 from .opening import only_os_errors, password_of

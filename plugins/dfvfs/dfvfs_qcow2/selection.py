@@ -77,7 +77,7 @@ class Selection:
 
     def choose_deleted(self, found: Sequence[DeletedSnapshot]) -> list[DeletedSnapshot]:
         """Return the chosen ones of the deleted snapshots, in their order; SnapshotNotFound names the choices."""
-        from qcow2_forensics.residue.deleted import choose
+        from qcow2_forensics.residue.snapshot_entries import choose
 
         items = [item for item in self._items() if _is_deleted(item)]
         if "deleted" in items:

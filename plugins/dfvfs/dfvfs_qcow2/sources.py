@@ -15,7 +15,7 @@ from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 
 from qcow2_forensics.errors import Qcow2Error, ReadError, printable
-from qcow2_forensics.source import FileSource, Source
+from qcow2_forensics.format.source import FileSource, Source
 
 
 class FileObjectSource:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from qcow2_forensics import Source
-    from qcow2_forensics.resolver import Role
+    from qcow2_forensics.reader.resolver import Role
 
 
 class LayerResolver:
@@ -43,7 +43,7 @@ class LayerResolver:
 
     def open(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         """Return the file a name in ``parent`` means, as a source over its layer."""
-        from qcow2_forensics.resolver import parse_reference
+        from qcow2_forensics.reader.resolver import parse_reference
 
         reference = parse_reference(name, role)
         if len(self.names) < len(self._known):

@@ -10,7 +10,7 @@ from .options import DISK
 
 if TYPE_CHECKING:
     from qcow2_forensics import Image
-    from qcow2_forensics.structures import SnapshotEntry
+    from qcow2_forensics.format.structures import SnapshotEntry
 
 
 class Choice(NamedTuple):
@@ -31,7 +31,7 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
     :class:`SnapshotNotFound`, also for a snapshot without memory that was asked for as memory.
     """
     from qcow2_forensics import SnapshotNotFound
-    from qcow2_forensics.chain import find_snapshot, latest_vm_state
+    from qcow2_forensics.reader.opening import find_snapshot, latest_vm_state
 
     tell_problems(image, title)
     if wanted is None:
@@ -81,7 +81,7 @@ def tell_problems(image: Image, title: str) -> None:
 
 def memory_choices(image: Image) -> list[str]:
     """Return ``id (name)`` of the snapshots that hold memory."""
-    from qcow2_forensics.chain import snapshot_choices
+    from qcow2_forensics.reader.opening import snapshot_choices
 
     held = [entry for entry in image.snapshots if entry.vm_state_size]
     return list(snapshot_choices(image, held)) if held else []

@@ -14,7 +14,7 @@ from .options import passphrase, snapshot_option
 
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image, Source
-    from qcow2_forensics.structures import SnapshotEntry
+    from qcow2_forensics.format.structures import SnapshotEntry
 
 Row = tuple[int, tuple[Any, ...]]
 ABSENT = renderers.NotAvailableValue
@@ -70,7 +70,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
         from qcow2_forensics import Qcow2Error, open_image, open_vm_state
         from qcow2_forensics.errors import printable
-        from qcow2_forensics.guest_memory import find_stream
+        from qcow2_forensics.memory import find_stream
 
         source = self.source()
         key, local = index_cache.identify(source.layer)

@@ -13,7 +13,7 @@ from .options import backing_folders, passphrase
 
 if TYPE_CHECKING:
     from qcow2_forensics import Disk, Resolver, VmState
-    from qcow2_forensics.mapping import Run
+    from qcow2_forensics.reader.mapping import Run
 
 Mapped = tuple[int, int, int, int, str]
 
@@ -71,7 +71,7 @@ class Qcow2DiskLayer(ViewLayer):
 
     def _make_view(self) -> Disk:
         from qcow2_forensics import Locked, open_disk
-        from qcow2_forensics.structures import Crypt
+        from qcow2_forensics.format.structures import Crypt
 
         from .backing import LayerResolver
 

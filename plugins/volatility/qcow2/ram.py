@@ -28,7 +28,7 @@ class QemuRamLayer(ViewLayer):
 
     def _make_view(self) -> GuestMemory:
         from qcow2_forensics import FormatError
-        from qcow2_forensics.guest_memory import find_stream
+        from qcow2_forensics.memory import find_stream
 
         base = self.context.layers[self._base_layer]
         stream = find_stream(source_under(base), cache_dir=constants.CACHE_PATH)

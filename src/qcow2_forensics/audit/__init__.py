@@ -16,13 +16,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..chain import Passphrase
 from ..errors import FormatError, NotQcow2, Qcow2Error, ReadError
 from ..findings import Evidence, Finding, Report, Severity, Value
-from ..image import Image
+from ..format.image import Image
+from ..format.source import PathOrSource, source_name
 from ..limits import DEFAULT_LIMITS, Limits
-from ..resolver import Resolver
-from ..source import PathOrSource, source_name
+from ..reader.opening import Passphrase
+from ..reader.resolver import Resolver
 from .facts import Facts
 from .rules import RULES, Depth, Rule, apply, explain
 
@@ -100,7 +100,7 @@ def audit_path(path: str | os.PathLike[str], depth: str = "standard") -> Report:
 
 
 def _pictures(facts: Facts) -> dict[str, Any]:
-    from .pictures import details
+    from .overview import details
 
     try:
         return details(facts)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..encryption import LuksHeader, parse_luks_header
 from ..findings import Evidence, Finding, Severity
-from ..structures import Crypt
+from ..format.structures import Crypt
+from ..reader.encryption import LuksHeader, parse_luks_header
 from .facts import Facts
 from .rules import QEMU_MADE, rule, variant
 

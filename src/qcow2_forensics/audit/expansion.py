@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .. import structures
 from ..census import Owner
 from ..findings import Evidence, Severity
+from ..format import structures
 from ..limits import MiB
 from .facts import Facts
 from .rules import QEMU_MADE, Depth, rule

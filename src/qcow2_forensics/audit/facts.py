@@ -7,14 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
-from ..chain import Passphrase
 from ..errors import Qcow2Error
 from ..findings import Evidence, Value
-from ..header_rules import Problem
-from ..image import Image
+from ..format.image import Image
+from ..format.rules import Problem
+from ..format.structures import Header
 from ..limits import DEFAULT_LIMITS, Limits
-from ..resolver import Resolver
-from ..structures import Header
+from ..reader.opening import Passphrase
+from ..reader.resolver import Resolver
 from .rules import Depth
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from ..findings import Evidence, Finding, Severity
-from ..structures import (
+from ..format.structures import (
     MAGIC,
     V2_HEADER_LENGTH,
     V3_HEADER_LENGTH,

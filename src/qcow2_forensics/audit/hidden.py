@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .. import structures
 from ..census import Owner
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Severity
+from ..format import structures
+from ..format.source import FileSource
+from ..format.structures import Autoclear
 from ..residue import Piece, hidden, streams
-from ..source import FileSource
-from ..structures import Autoclear
-from .decoding import decoded_streams
+from .compressed import decoded_streams
 from .facts import Facts
 from .history import machine_type
-from .names import chain
-from .pieces import evidence_of
+from .reference_names import chain
 from .residual import Group, finding_of, survey_of
+from .residue_evidence import evidence_of
 from .rules import QEMU_MADE, Depth, rule, variant
 
 # --- hidden inside clusters in use ---------------------------------------------------------------

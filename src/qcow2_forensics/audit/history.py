@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ..bitmaps import dirty_ranges, dirty_totals
-from ..disk import Disk
 from ..errors import FormatError, Qcow2Error, ReadError, printable
 from ..findings import Evidence, Finding, Severity
-from ..header_rules import INT64_MAX
-from ..mapping import Kind
-from ..structures import Autoclear, BitmapEntry, BitmapFlag, ExtensionType, SnapshotEntry
-from ..vm_state import vm_state_offset
+from ..format.rules import INT64_MAX
+from ..format.structures import Autoclear, BitmapEntry, BitmapFlag, ExtensionType, SnapshotEntry
+from ..reader.bitmaps import dirty_ranges, dirty_totals
+from ..reader.disk import Disk
+from ..reader.mapping import Kind
+from ..reader.vm_state import vm_state_offset
 from .facts import Facts, shortened
 from .header import snapshot_date
-from .names import mtime_of
+from .reference_names import mtime_of
 from .rules import QEMU_MADE, Depth, rule, variant
 
 _TABLE = "snapshot table"

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ..disk import Disk
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Severity
-from ..foreign import probe
-from ..header_rules import MAX_DISK_BYTES
+from ..format.rules import MAX_DISK_BYTES
+from ..format.source import Source
+from ..format.structures import SnapshotEntry
 from ..limits import MiB
-from ..source import Source
-from ..structures import SnapshotEntry
+from ..reader.disk import Disk
+from ..reader.foreign import probe
 from .facts import Facts, shortened
-from .names import chain, names
+from .reference_names import chain, names
 from .rules import DERIVED, QEMU_MADE, rule, variant
 
 TiB = 1 << 40
@@ -125,7 +125,7 @@ def _guest_head(facts: Facts) -> Source | None:
     image = facts.image
     if image.header.crypt_method:
         return None
-    from ..source import BytesSource, FileSource
+    from ..format.source import BytesSource, FileSource
 
     data = None
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..findings import Evidence, Finding, Severity
-from ..structures import Incompatible
-from .decoding import undecodable
+from ..format.structures import Incompatible
+from .compressed import undecodable
+from .entry_evidence import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence, told
 from .facts import Facts
-from .items import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence, told
 from .rules import QEMU_MADE, Depth, rule, variant
 
 STANDARD = Depth.STANDARD

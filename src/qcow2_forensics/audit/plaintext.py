@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .. import structures
 from ..findings import Evidence, Severity
+from ..format import structures
 from ..limits import KiB
 from ..residue import content
+from .entry_evidence import snapshot_id
 from .facts import Facts
-from .items import snapshot_id
 from .rules import QEMU_MADE, Depth, rule
 
 _SAMPLE = 64 * KiB  # of each cluster looked at

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Severity
-from ..residue import content
-from ..residue.slack import V2_LEFTOVER
-from ..structures import (
+from ..format.structures import (
     KNOWN_INCOMPATIBLE,
     V2_HEADER_LENGTH,
     Compatible,
@@ -16,6 +14,8 @@ from ..structures import (
     ExtensionType,
     FeatureName,
 )
+from ..residue import content
+from ..residue.slack import V2_LEFTOVER
 from .facts import Facts
 from .rules import QEMU_MADE, Depth, rule, variant
 

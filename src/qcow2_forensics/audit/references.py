@@ -8,10 +8,10 @@ from itertools import islice
 
 from ..errors import ForbiddenReference
 from ..findings import Evidence, Finding, Severity
-from ..resolver import json_options
-from ..structures import Autoclear, ExtensionType
+from ..format.structures import Autoclear, ExtensionType
+from ..reader.resolver import json_options
 from .facts import Facts
-from .names import CHAIN_DEEP, Member, Name, chain, names, stands_beside
+from .reference_names import CHAIN_DEEP, Member, Name, chain, names, stands_beside
 from .rules import CRAFTED, QEMU_MADE, rule, variant
 
 _DEVICE_DRIVERS = frozenset({"fat", "host_device", "host_cdrom", "nvme", "host_floppy"})

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
+from ..format.structures import BitmapEntry, SnapshotEntry
 from ..residue import DeletedSnapshot, Piece, Residue
-from ..residue.examine import examine
-from ..structures import BitmapEntry, SnapshotEntry
+from ..residue.readability import examine
 from .facts import Facts
 from .header import snapshot_date
-from .pieces import entries_of, evidence_of
+from .residue_evidence import entries_of, evidence_of
 from .rules import CRAFTED, QEMU_MADE, Depth, rule, variant
 
 _DELETED = 100  # former snapshots followed into their tables

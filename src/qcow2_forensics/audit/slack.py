@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..findings import Evidence, Severity
 from ..residue import Piece, slack
 from .facts import Facts
-from .pieces import evidence_of
+from .residue_evidence import evidence_of
 from .rules import QEMU_MADE, Depth, rule
 
 

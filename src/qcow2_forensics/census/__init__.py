@@ -13,9 +13,9 @@ Only version 2 and 3 images of known geometry can be counted.
 
 from __future__ import annotations
 
-from .answers import Census
-from .compare import structure_of
-from .model import GUEST_DATA, METADATA, Owner, Range, Tables
-from .take import take_census
+from .census import Census
+from .owners import GUEST_DATA, METADATA, Owner, Range, Tables
+from .refcount_check import structure_of
+from .survey import take_census
 
 __all__ = ["GUEST_DATA", "METADATA", "Census", "Owner", "Range", "Tables", "structure_of", "take_census"]

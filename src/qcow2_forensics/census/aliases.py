@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .model import U64, Mask
+from .owners import U64, Mask
 
 _STREAMS = 1 << 20  # remembered; a colliding one displaces another, which can hide an alias, never invent one
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ..cache import Fifo
-from ..header_rules import INT64_MAX, REFCOUNTS
-from ..image import Image
-from ..structures import REFTABLE_OFFSET_MASK
-from .model import U64
+from ..format.image import Image
+from ..format.rules import INT64_MAX, REFCOUNTS
+from ..format.structures import REFTABLE_OFFSET_MASK
+from ..reader.cache import Fifo
+from .owners import U64
 
 Block = npt.NDArray[np.unsignedinteger]
 Window = tuple[int, int, Block | None, bool]

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..structures import COMPRESSED, OFFSET_MASK
+from ..format.structures import COMPRESSED, OFFSET_MASK
+from .claims import descriptors
 from .issues import Item
-from .model import U64, Mask, Tables
-from .tally import descriptors
+from .owners import U64, Mask, Tables
 
 if TYPE_CHECKING:
-    from .answers import Census
+    from .census import Census
 
 
 def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[Item]]:

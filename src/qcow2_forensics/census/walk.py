@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..image import Image
-from ..structures import OFFSET_MASK
-from .counters import Segments, weighted_segments
-from .model import I64, U64, Mask, Tables
+from ..format.image import Image
+from ..format.structures import OFFSET_MASK
+from .owners import I64, U64, Mask, Tables
+from .reference_counts import Segments, weighted_segments
 
 _L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
 _L1_GAP = 1 << 16  # bytes between two tables that are read over

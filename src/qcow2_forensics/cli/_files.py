@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from ..disk import Layer
 from ..errors import Qcow2Error, printable
-from ..structures import SnapshotEntry
+from ..format.structures import SnapshotEntry
+from ..reader.disk import Layer
 
 if TYPE_CHECKING:
     from pytsk3_qcow2.records import FileRecord

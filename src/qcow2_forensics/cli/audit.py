@@ -11,7 +11,7 @@ from typing import Any
 from ..audit import audit
 from ..findings import Report, Severity
 from ..render import FORMATS, render
-from .opening import add_key_arguments, passphrase_of
+from .options import add_key_arguments, passphrase_of
 from .output import atomic_writer
 
 EXIT_DONE = 0
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace, path: str) -> int:
-    from ..resolver import Resolver
+    from ..reader.resolver import Resolver
 
     wanted = args.format or "text"
     report = audit(

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..compare import Change, Difference, compare
-from ..disk import Disk, Layer
+from ..compare.ranges import Change, Difference, compare
 from ..errors import Qcow2Error, printable
-from ..image import Image
+from ..format.image import Image
+from ..reader.disk import Disk, Layer
 from . import _files
-from .opening import add_disk_arguments, add_image_argument, open_from
+from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, human_size
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, BinaryIO
 
-from ..clusters import decode_here
-from ..disk import Disk
 from ..errors import printable
 from ..limits import MiB
-from ..mapping import Kind
-from .opening import add_disk_arguments, add_image_argument, open_from
+from ..reader.clusters import decode_here
+from ..reader.disk import Disk
+from ..reader.mapping import Kind
+from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, atomic_writer, human_size
 
 _PIECE = 1 * MiB  # read, written and hashed at once

@@ -6,11 +6,11 @@ import argparse
 import json
 from typing import Any
 
-from .. import structures
 from ..errors import printable
-from ..image import Image
-from ..structures import Autoclear, Compatible, Compression, Crypt, ExtensionType, Incompatible
-from .opening import add_image_argument
+from ..format import structures
+from ..format.image import Image
+from ..format.structures import Autoclear, Compatible, Compression, Crypt, ExtensionType, Incompatible
+from .options import add_image_argument
 from .output import human_size
 
 _EPILOG = """examples:

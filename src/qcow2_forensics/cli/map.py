@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..disk import Disk, RawDisk
-from ..host_holes import host_runs, looks_preallocated
-from ..mapping import Kind
-from ..source import Source
-from ..structures import Crypt
-from .opening import add_disk_arguments, add_image_argument, open_from
+from ..format.source import Source
+from ..format.structures import Crypt
+from ..reader.disk import Disk, RawDisk
+from ..reader.host_holes import host_runs, looks_preallocated
+from ..reader.mapping import Kind
+from .options import add_disk_arguments, add_image_argument, open_from
 
 _EPILOG = """examples:
   qcow2-forensics map disk.qcow2

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import printable
-from .opening import add_key_arguments, ask_passphrase, passphrase_of
+from .options import add_key_arguments, ask_passphrase, passphrase_of
 from .output import Progress, atomic_writer, human_size
 
 _EPILOG = """examples:
@@ -50,8 +50,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the memory and print what was written."""
     from ..errors import Locked
-    from ..guest_memory import open_guest_memory
-    from ..guest_memory.export import Writer, write_lime, write_raw, write_stream
+    from ..memory import open_guest_memory
+    from ..memory.dump import Writer, write_lime, write_raw, write_stream
 
     wanted = partial(open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated)
     passphrase = passphrase_of(args)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ..errors import Qcow2Error, printable
-from ..source import is_being_read
+from ..format.source import is_being_read
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 

@@ -6,10 +6,10 @@ import argparse
 import sys
 from typing import Any
 
-from ..render.escape import size
+from ..reader.resolver import Resolver
 from ..residue import residue
-from ..resolver import Resolver
-from .opening import add_image_argument
+from ..text import size
+from .options import add_image_argument
 from .output import Progress
 
 _EPILOG = """examples:
@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the residue of one image."""
-    from ..residue.export import write
+    from ..residue.output import write
 
     with residue(args.image, resolver=Resolver(folders=args.backing_dir)) as found:
         total = found.image.file_size

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import printable
-from ..image import Image
-from ..render.escape import columns, size
-from ..structures import SnapshotEntry
-from .opening import add_image_argument
+from ..format.image import Image
+from ..format.structures import SnapshotEntry
+from ..text import columns, size
+from .options import add_image_argument
 
 _EPILOG = """examples:
   qcow2-forensics snapshots disk.qcow2

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import printable
-from ..image import Image
-from ..structures import SnapshotEntry
+from ..format.image import Image
+from ..format.structures import SnapshotEntry
 from . import _files
-from .opening import add_disk_arguments, add_image_argument, open_from
+from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress
 
 if TYPE_CHECKING:

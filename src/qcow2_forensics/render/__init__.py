@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..findings import Report
 
 if TYPE_CHECKING:
-    from .page import render_html
-    from .table import render_csv, render_json, render_line
-    from .text import evidence_line, render_text, summary
+    from .html import render_html
+    from .plain import evidence_line, render_text, summary
+    from .rows import render_csv, render_json, render_line
 
 FORMATS = ("text", "json", "jsonl", "csv", "html")
 
@@ -21,20 +21,20 @@ FORMATS = ("text", "json", "jsonl", "csv", "html")
 def render(report: Report, as_format: str = "text", *, width: int = 100, colour: bool = False) -> str:
     """Return ``report`` as one of :data:`FORMATS`; ValueError lists them."""
     if as_format == "text":
-        from .text import render_text
+        from .plain import render_text
 
         return render_text(report, width=width, colour=colour)
     if as_format == "html":
-        from .page import render_html
+        from .html import render_html
 
         return render_html(report)
     if as_format not in FORMATS:
         raise ValueError(f"unknown format {as_format!r}, choose from {', '.join(FORMATS)}")
-    from . import table
+    from . import rows
 
     if as_format == "csv":
-        return table.render_csv([report])
-    return table.render_json(report) if as_format == "json" else table.render_line(report)
+        return rows.render_csv([report])
+    return rows.render_json(report) if as_format == "json" else rows.render_line(report)
 
 
 __all__ = [
@@ -50,13 +50,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "evidence_line": "text",
-    "render_csv": "table",
-    "render_html": "page",
-    "render_json": "table",
-    "render_line": "table",
-    "render_text": "text",
-    "summary": "text",
+    "evidence_line": "plain",
+    "render_csv": "rows",
+    "render_html": "html",
+    "render_json": "rows",
+    "render_line": "rows",
+    "render_text": "plain",
+    "summary": "plain",
 }
 
 

@@ -16,18 +16,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ..chain import SNAPSHOT_SELECTORS
-from ..image import Image
-from ..structures import SnapshotEntry
-from .pieces import Piece
+from ..format.image import Image
+from ..format.structures import SnapshotEntry
+from ..reader.opening import SNAPSHOT_SELECTORS
+from .model import Piece
 
 if TYPE_CHECKING:
-    from .collect import Residue, deleted_snapshots, open_deleted, residue
-    from .deleted import DeletedSnapshot
+    from .inventory import Residue, deleted_snapshots, open_deleted, residue
+    from .snapshot_entries import DeletedSnapshot
 
 
 def _select_deleted(image: Image, wanted: str) -> SnapshotEntry:
-    from .collect import select_deleted
+    from .inventory import select_deleted
 
     return select_deleted(image, wanted)
 
@@ -38,11 +38,11 @@ __all__ = ["DeletedSnapshot", "Piece", "Residue", "deleted_snapshots", "open_del
 
 # What stands on the census and numpy is loaded on first use: triage needs only header slack.
 _LAZY = {
-    "DeletedSnapshot": "deleted",
-    "Residue": "collect",
-    "deleted_snapshots": "collect",
-    "open_deleted": "collect",
-    "residue": "collect",
+    "DeletedSnapshot": "snapshot_entries",
+    "Residue": "inventory",
+    "deleted_snapshots": "inventory",
+    "open_deleted": "inventory",
+    "residue": "inventory",
 }
 
 

@@ -11,16 +11,16 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from .. import structures
 from ..census import Census, Tables
-from ..host_holes import host_runs
-from ..image import Image
-from ..mapping import Kind, Mapping
-from ..source import Source
-from ..structures import SUBCLUSTERS
-from .pieces import Piece
+from ..format import structures
+from ..format.image import Image
+from ..format.source import Source
+from ..format.structures import SUBCLUSTERS
+from ..reader.host_holes import host_runs
+from ..reader.mapping import Kind, Mapping
+from .model import Piece
 from .slack import piece_of
-from .tables import Words
+from .structure_detection import Words
 
 _ALL = np.uint64(0xFFFF_FFFF)
 Flags = npt.NDArray[np.bool_]

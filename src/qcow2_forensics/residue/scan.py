@@ -17,14 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import Census
-from ..host_holes import host_runs
-from ..image import Image
+from ..format.image import Image
+from ..format.structures import BitmapEntry, SnapshotEntry
 from ..limits import MiB
-from ..structures import BitmapEntry, SnapshotEntry
+from ..reader.host_holes import host_runs
 from . import content
-from .pieces import Piece
-from .recognise import LOOKS, Clusters, Recogniser, Seen
-from .tables import Counts, words_of
+from .former_tables import LOOKS, Clusters, Recogniser, Seen
+from .model import Piece
+from .structure_detection import Counts, words_of
 
 _BATCH = 1 * MiB  # of clusters looked at together
 _KINDS = ("free", "leaked", "trailing")

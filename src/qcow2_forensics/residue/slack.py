@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .. import structures
-from ..image import Image
-from ..structures import ExtensionType, padded
+from ..format import structures
+from ..format.image import Image
+from ..format.structures import ExtensionType, padded
 from . import content
-from .pieces import Piece
+from .model import Piece
 
 # What old versions of QEMU left behind a version 2 header: refcount_order 4 and header_length 104,
 # as if it were version 3.

@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from ..census import Census
 from ..errors import LimitExceeded
-from ..image import Image
-from ..structures import COMPRESSED, Compression, compressed_descriptor
-from .pieces import Piece
+from ..format.image import Image
+from ..format.structures import COMPRESSED, Compression, compressed_descriptor
+from .model import Piece
 from .slack import piece_of
 
 if sys.version_info >= (3, 14):

@@ -1,0 +1,75 @@
+"""Decodes every compressed cluster once and says which streams do not give exactly one cluster."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from ..census import Tables
+from ..findings import Evidence
+from ..format.structures import SECTOR, Compression, compressed_descriptor
+from ..reader.codecs import inflate, unzstd
+from ..residue.streams import Decoded, decode_all
+from .entry_evidence import snapshot_id
+from .facts import Facts
+
+
+def decoded_streams(facts: Facts) -> Decoded:
+    """Return what decoding every live stream showed; for :meth:`Facts.once`."""
+    return decode_all(facts.image, facts.census)
+
+
+def undecodable(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+    """Yield the compressed entries whose stream is bad, too short, or too long.
+
+    :class:`LimitExceeded` behind them where decoding every stream would take too long.
+    """
+    decoded = facts.once(decoded_streams)
+    bad = np.asarray([entry for entry in decoded.failed.tolist() if _fault(facts, entry)], dtype=np.uint64)
+    if len(bad):
+        for tables in facts.census.tables():
+            for row, column in tables.where(np.isin(tables.entries, bad)):
+                yield partial(_evidence, facts, tables, row, column)
+    if decoded.stopped is not None:
+        raise decoded.stopped
+
+
+def _evidence(facts: Facts, tables: Tables, row: int, column: int) -> Evidence:
+    snapshot = snapshot_id(facts, int(tables.tree[row]))
+    entry, at, guest = (
+        int(tables.entries[row, column]),
+        tables.entry_offset(row, column),
+        tables.guest_offset(row, column),
+    )
+    host, size = compressed_descriptor(entry, tables.cluster_bits)
+    return Evidence(
+        f"entry of a stream at {host:#x}, {size} bytes: {_fault(facts, entry)}", entry, at, 8, "L2", guest, snapshot
+    )
+
+
+def _fault(facts: Facts, entry: int) -> str | None:
+    offset, size = compressed_descriptor(entry, facts.header.cluster_bits)
+    stored = facts.read(offset, size)
+    cut = f"; {size - len(stored)} bytes lie past the end of the file" if len(stored) < size else ""
+    stored = stored.ljust(size if stored else SECTOR, b"\0")  # of zeros alone a sector is enough to fail
+    try:
+        if facts.header.compression_type == Compression.ZSTD:
+            unzstd(stored, facts.cluster_size)
+        else:
+            inflate(stored, facts.cluster_size)
+            if _given(stored, facts.cluster_size + 1) > facts.cluster_size:
+                return "the deflate stream gives more than a cluster"  # QEMU keeps the first cluster of it
+    except ValueError as error:
+        return f"{error}{cut}"
+    return None
+
+
+def _given(stored: bytes, most: int) -> int:
+    """Return how many bytes a deflate stream gives, up to ``most``; -1 when it is bad somewhere."""
+    try:
+        return len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(stored, most))
+    except zlib.error:
+        return -1

@@ -1,0 +1,228 @@
+"""What a report can draw: who owns each part of the host file, and how the disk's states hang together.
+
+Both are plain data in ``Report.details``; :mod:`qcow2_forensics.render` says what each key means.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..census import Census, Owner
+from ..format.structures import OFFSET_MASK, SnapshotEntry
+from ..limits import MiB
+from ..residue import live_mappings
+from .facts import Facts, shortened
+from .header import snapshot_date
+from .residual import survey_of
+from .rules import Depth
+
+CELLS = 2048  # squares of the map
+_CLUSTERS = 1 << 26  # host clusters a map is made of at most; beyond that memory would show
+_SNAPSHOTS = 24  # with a colour of their own
+_STATES = 64  # whose shared clusters are counted
+_ENTRIES = 1 << 20  # of their L1 tables
+_TABLES = 20_000  # L2 tables compared with each other
+
+_FREE, _LEAKED, _RESIDUE, _HEADER, _REFCOUNTS, _TABLE, _BITMAPS, _CRYPTO, _ACTIVE, _COMPRESSED, _SHARED = range(11)
+_FIRST_SNAPSHOT = 11
+_LABELS = (
+    ("free", "Free"),
+    ("leaked", "Leaked: counted, but nothing refers to it"),
+    ("residue", "Residue: free, but not empty"),
+    ("header", "Header"),
+    ("refcounts", "Refcounts"),
+    ("tables", "L1, L2 and snapshot tables"),
+    ("bitmaps", "Bitmaps"),
+    ("encryption", "LUKS header"),
+    ("active", "Active state"),
+    ("compressed", "Compressed data"),
+    ("shared", "Active state and snapshots"),
+)
+
+
+def details(facts: Facts) -> dict[str, Any]:
+    """Return the pictures of an image that can be walked; nothing for any other."""
+    if not facts.has_census:
+        return {}
+    pictures: dict[str, Any] = {"lineage": lineage(facts)}
+    if facts.census.clusters <= _CLUSTERS:
+        pictures["map"] = cluster_map(facts)
+    return pictures
+
+
+# --- the host file -------------------------------------------------------------------------------
+
+
+def cluster_map(facts: Facts) -> dict[str, Any]:
+    """Return the host file as at most 2,048 cells, each with the clusters of every owner in it."""
+    census = facts.census
+    classes = _classes(census)
+    bits = facts.header.cluster_bits
+    for offset, length in census.leaked():
+        classes[offset >> bits : (offset + length) >> bits] = _LEAKED
+    if facts.depth >= Depth.DEEP:
+        for offset, length in survey_of(facts).ranges:
+            part = classes[offset >> bits : -(-(offset + length) >> bits)]
+            part[part == _FREE] = _RESIDUE
+    labels = [list(label) for label in _LABELS] + _name_snapshots(facts, classes)
+    return _cells(classes, labels, facts.cluster_size)
+
+
+def _classes(census: Census) -> npt.NDArray[np.uint8]:
+    table = _by_owner()
+    classes = np.empty(census.clusters, np.uint8)
+    for start, part in census.owner_parts():
+        classes[start : start + len(part)] = table[part]
+    return classes
+
+
+def _by_owner() -> npt.NDArray[np.uint8]:
+    """Return the class of every combination of owners; metadata goes before data."""
+    table = np.zeros(1 << 15, np.uint8)
+    bits = np.arange(1 << 15)
+    order = (
+        (Owner.SNAPSHOT_DATA, _FIRST_SNAPSHOT),
+        (Owner.DATA, _ACTIVE),
+        (Owner.COMPRESSED, _COMPRESSED),
+        (Owner.CRYPTO, _CRYPTO),
+        (Owner.BITMAP_DIRECTORY | Owner.BITMAP_TABLE | Owner.BITMAP_DATA, _BITMAPS),
+        (Owner.L1 | Owner.L2 | Owner.SNAPSHOT_TABLE | Owner.SNAPSHOT_L1 | Owner.SNAPSHOT_L2, _TABLE),
+        (Owner.REFCOUNT_TABLE | Owner.REFCOUNT_BLOCK, _REFCOUNTS),
+        (Owner.HEADER, _HEADER),
+    )
+    for owner, number in order:
+        table[(bits & int(owner)) != 0] = number
+        if number == _ACTIVE:
+            both = int(Owner.DATA | Owner.SNAPSHOT_DATA)
+            table[(bits & both) == both] = _SHARED
+    return table
+
+
+def _name_snapshots(facts: Facts, classes: npt.NDArray[np.uint8]) -> list[list[str]]:
+    """Give clusters only snapshots use the class of the first snapshot that does; return the labels."""
+    snapshots = facts.image.snapshots[:_SNAPSHOTS]
+    labels = [
+        [f"snapshot:{entry.index}", f"Snapshot {shortened(entry.id)} ({shortened(entry.name)})"] for entry in snapshots
+    ]
+    labels.append(["snapshot:0", "Other snapshots"])
+    if not facts.image.snapshots:
+        # A table that cannot be read still has owners: QEMU counts what its entries point at.
+        return [["snapshot:0", "Snapshots"]] if (classes == _FIRST_SNAPSHOT).any() else []
+    last = _FIRST_SNAPSHOT + len(snapshots)
+    only = classes == _FIRST_SNAPSHOT
+    classes[only] = last
+    for batch in facts.census.tables():
+        for row in np.flatnonzero(batch.tree >= 0).tolist():
+            number = min(_FIRST_SNAPSHOT + int(batch.tree[row]), last)
+            hosts = (batch.entries[row] & np.uint64(OFFSET_MASK)) >> np.uint64(facts.header.cluster_bits)
+            hosts = hosts[hosts < len(classes)].astype(np.intp)
+            classes[hosts[classes[hosts] == last]] = number
+    return labels
+
+
+def _cells(classes: npt.NDArray[np.uint8], labels: list[list[str]], cluster_size: int) -> dict[str, Any]:
+    per_cell = max(1, -(-len(classes) // CELLS))
+    count = -(-len(classes) // per_cell)
+    kinds = len(labels)
+    parts = (classes[start : start + per_cell] for start in range(0, len(classes), per_cell))
+    sums = np.array([np.bincount(part, minlength=kinds) for part in parts]).reshape(count, kinds)
+    return {
+        "cluster_size": cluster_size,
+        "per_cell": per_cell,
+        "owners": labels,
+        "counts": sums.sum(axis=0).tolist(),
+        "cells": [[[kind, int(row[kind])] for kind in np.flatnonzero(row).tolist()] for row in sums],
+    }
+
+
+# --- the states ----------------------------------------------------------------------------------
+
+
+def lineage(facts: Facts) -> dict[str, Any]:
+    """Return the states of the disk in order of time, each with the earlier one it shares most with."""
+    nodes: list[dict[str, Any]] = []
+    if facts.image.backing_name:
+        nodes.append({"kind": "backing", "name": facts.image.backing_name, "note": "backing file", "parent": None})
+    root = 0 if nodes else None
+    states: list[live_mappings.State] = []
+    for entry, note in _history(facts):
+        kind = "deleted" if entry.index < 0 else "snapshot"
+        ident, name = shortened(entry.id), shortened(entry.name)
+        nodes.append({"kind": kind, "id": ident, "name": name, "date": _shown_date(entry), "note": note})
+        states.append(live_mappings.State(entry, entry.l1_table_offset, entry.l1_size))
+    nodes.append({"kind": "active", "name": "active state", "note": ""})
+    states.append(live_mappings.State(None, facts.header.l1_table_offset, facts.header.l1_size))
+    first = len(nodes) - len(states)
+    for number, parent in enumerate(_parents(facts, states)):
+        nodes[first + number]["parent"] = root if parent is None else first + parent
+    return {"states": nodes}
+
+
+def _history(facts: Facts) -> list[tuple[SnapshotEntry, str]]:
+    found = [(entry, _note(entry)) for entry in facts.image.snapshots]
+    if facts.depth >= Depth.DEEP:
+        for item in survey_of(facts).deleted:
+            found.append((item.entry, f"in no table, {item.told}"))
+    found.sort(key=lambda item: (item[0].date_sec, item[0].date_nsec))
+    return found[-1000:]
+
+
+def _shown_date(entry: SnapshotEntry) -> str:
+    return snapshot_date(entry)[:19].replace("T", " ") + "Z"
+
+
+def _note(entry: SnapshotEntry) -> str:
+    return f"VM state of {entry.vm_state_size / MiB:.1f} MiB" if entry.vm_state_size else ""
+
+
+def _parents(facts: Facts, states: list[live_mappings.State]) -> list[int | None]:
+    """Return for each state the earlier one with most clusters at the same places, None for none."""
+    compared = states[-_STATES:]
+    skipped = len(states) - len(compared)
+    parents: list[int | None] = [None if index == 0 else index - 1 for index in range(skipped)]
+    in_order: list[int | None] = [None if index == 0 else index - 1 for index in range(len(states))]
+    if sum(state.l1_size for state in compared) > _ENTRIES:
+        return in_order
+    l1_tables = [live_mappings.l1_table(facts.image, state) for state in compared]
+    if sum(int(np.count_nonzero(table)) for table in l1_tables) > _TABLES:
+        return in_order
+    cache: dict[int, npt.NDArray[np.uint64]] = {}
+    for index, table in enumerate(l1_tables):
+        shares = [_shared(facts, table, other, cache) for other in l1_tables[:index]]
+        best = max(shares, default=0)
+        found = None if best == 0 else max(at for at, share in enumerate(shares) if share == best)
+        parents.append(None if found is None else found + skipped)
+    return parents
+
+
+def _shared(
+    facts: Facts,
+    one: npt.NDArray[np.uint64],
+    other: npt.NDArray[np.uint64],
+    cache: dict[int, npt.NDArray[np.uint64]],
+) -> int:
+    length = min(len(one), len(other))
+    both = np.flatnonzero((one[:length] != 0) & (other[:length] != 0)).tolist()
+    total = 0
+    for index in both:
+        first = _entries(facts, int(one[index]), cache)
+        second = first if one[index] == other[index] else _entries(facts, int(other[index]), cache)
+        if len(first) == len(second):
+            total += int(((first != 0) & (first == second)).sum())
+    return total
+
+
+def _entries(facts: Facts, offset: int, cache: dict[int, npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:
+    found = cache.get(offset)
+    if found is None:
+        table = live_mappings.l2_table(facts.image, offset)
+        found = np.empty(0, np.uint64)
+        if table is not None:
+            entries = live_mappings.columns(facts.image, table).entries
+            found = entries & np.uint64((1 << 63) - 1)  # the copied flag differs between states
+        if len(cache) < 256:
+            cache[offset] = found
+    return found

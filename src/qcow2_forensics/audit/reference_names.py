@@ -1,0 +1,247 @@
+"""The names an image carries, and the chain of files they lead to, under the caller's policy."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ForbiddenReference, MissingFile, NotQcow2, Qcow2Error
+from ..format.image import Image
+from ..format.source import Source
+from ..format.structures import SECTOR, ExtensionType
+from ..reader.foreign import probe
+from ..reader.resolver import Resolver, Role
+from .facts import Facts
+
+CHAIN_DEEP = 16  # members; longer chains are worth a word
+_PROTOCOL = re.compile(r"([^/\\]*?):")  # QEMU: a colon before the first slash
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """One name as stored: ``offset`` is where its bytes stand, ``effective`` what QEMU uses."""
+
+    role: Role
+    stored: bytes
+    offset: int
+
+    @property
+    def effective(self) -> bytes:
+        """The bytes up to the first NUL."""
+        return self.stored.split(b"\0", 1)[0]
+
+    @property
+    def text(self) -> str:
+        """The effective name as text; undecodable bytes become lone surrogates."""
+        return self.effective.decode("utf-8", "surrogateescape")
+
+    @property
+    def protocol(self) -> str:
+        """What stands before the first colon, where QEMU takes that for a driver; empty without."""
+        if _DRIVE.match(self.text):
+            return ""
+        match = _PROTOCOL.match(self.text)
+        return match.group(1) if match else ""
+
+    @property
+    def path(self) -> str:
+        """The name without a ``file:`` prefix."""
+        return self.text.removeprefix("file:").removeprefix("//") if self.protocol == "file" else self.text
+
+    @property
+    def leaves_folder(self) -> bool:
+        """Whether a relative name leads above the image's folder."""
+        if self.is_absolute or (self.protocol and self.protocol != "file"):
+            return False
+        path = posixpath.normpath(self.path.replace("\\", "/"))
+        return path == ".." or path.startswith("../")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the name means a file in or below the image's folder."""
+        return not (self.is_absolute or self.leaves_folder or (self.protocol and self.protocol != "file"))
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether the name is a path from a root: POSIX, a drive letter or a network share."""
+        return self.path.startswith(("/", "\\\\")) or bool(_DRIVE.match(self.path))
+
+
+def names(facts: Facts) -> tuple[Name, ...]:
+    """Return the backing and data file names the image carries, empty ones left out."""
+    return facts.once(_names)
+
+
+def _names(facts: Facts) -> tuple[Name, ...]:
+    image, header = facts.image, facts.header
+    found = []
+    if image.backing_name:
+        at = header.backing_file_offset
+        found.append(Name("backing", image.read(at, header.backing_file_size), at))
+    extension = image.extension(ExtensionType.DATA_FILE) if header.version > 1 else None
+    if extension is not None and extension.data.split(b"\0", 1)[0]:
+        found.append(Name("data", extension.data, extension.data_offset))
+    return tuple(found)
+
+
+# --- where the names lead ------------------------------------------------------------------------
+
+Status = Literal["found", "missing", "refused", "broken", "loop", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file a name leads to, and what it is; only ``found`` members were opened."""
+
+    role: Role
+    name: str
+    status: Status
+    why: str = ""
+    path: str = ""
+    probed: str = ""
+    declared: str | None = None
+    file_size: int = 0
+    disk_size: int | None = None
+    mtime: float | None = None
+    tried: tuple[str, ...] = ()
+    depth: int = 1
+    overlay_mtime: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Everything the names lead to, nearest first; ``length`` counts the image itself."""
+
+    backing: tuple[Member, ...] = field(default=())
+    data: Member | None = None
+    length: int = 1
+
+
+def chain(facts: Facts) -> Chain:
+    """Follow the names as far as the resolver allows; only headers are read."""
+    return facts.once(_chain)
+
+
+def _chain(facts: Facts) -> Chain:
+    image = facts.image
+    resolver = facts.resolver or Resolver()
+    data = None
+    if image.header.external_data and image.data_file_name:
+        with ExitStack() as files:
+            seen = [_identity(image)]
+            data, _ = _open(image.data_file_name, "data", image, image.source, resolver, None, files, seen)
+    members = tuple(_members(facts, resolver))
+    return Chain(members, data, 1 + len(members))
+
+
+def _members(facts: Facts, resolver: Resolver) -> Iterator[Member]:
+    top = current = facts.image
+    seen = [_identity(top)]
+    with ExitStack() as files:
+        while current.backing_name and len(seen) <= facts.limits.chain_depth + 1:
+            declared = current.backing_format if current.header.version > 1 else None
+            member, source = _open(
+                current.backing_name, "backing", current, top.source, resolver, declared, files, seen, len(seen)
+            )
+            yield member
+            if source is None or (declared or member.probed) not in ("qcow2", "qcow"):
+                return
+            seen.append(getattr(source, "identity", None))
+            try:
+                current = Image(source, limits=facts.limits)
+            except (NotQcow2, OSError):
+                return
+
+
+def _identity(image: Image) -> Any:
+    return getattr(image.source, "identity", None)
+
+
+def _open(
+    name: str,
+    role: Role,
+    parent: Image,
+    top: Source,
+    resolver: Resolver,
+    declared: str | None,
+    files: ExitStack,
+    seen: list[Any],
+    depth: int = 1,
+) -> tuple[Member, Source | None]:
+    try:
+        source, driver = resolver.open(name, role, parent.source, top)
+    except MissingFile as error:
+        return Member(role, name, "missing", str(error), tried=error.tried, depth=depth), None
+    except ForbiddenReference as error:
+        # Opened without a path there is no folder to look in: nothing is known about the file.
+        unknown = getattr(top, "path", None) is None and not resolver.files and not resolver.folders
+        return Member(role, name, "unknown" if unknown else "refused", error.why, depth=depth), None
+    except (Qcow2Error, OSError) as error:
+        return Member(role, name, "broken", str(error), depth=depth), None
+    files.callback(getattr(source, "close", lambda: None))
+    if _same(source, seen):
+        path = str(getattr(source, "path", ""))
+        return Member(role, name, "loop", "the file is already part of the chain", path, depth=depth), None
+    try:
+        probed = probe(source)
+        disk_size = _disk_size(source, driver or declared or probed)
+    except (Qcow2Error, OSError) as error:
+        return Member(role, name, "broken", str(error), depth=depth), None
+    member = Member(
+        role,
+        name,
+        "found",
+        path=str(getattr(source, "path", "") or ""),
+        probed=probed,
+        declared=driver or declared,
+        file_size=source.size,
+        disk_size=disk_size,
+        mtime=mtime_of(source),
+        depth=depth,
+        overlay_mtime=mtime_of(parent.source),
+    )
+    return member, source
+
+
+def _same(source: Source, seen: list[Any]) -> bool:
+    identity = getattr(source, "identity", None)
+    return identity is not None and identity in seen
+
+
+def _disk_size(source: Source, kind: str) -> int | None:
+    if kind == "raw":
+        return -(-source.size // SECTOR) * SECTOR
+    if kind in ("qcow2", "qcow"):
+        try:
+            return Image(source).disk_size
+        except NotQcow2:
+            return None
+    return None
+
+
+def mtime_of(source: Source) -> float | None:
+    """Return when the file behind a source was last changed, None when it is no open file."""
+    fileno = getattr(source, "fileno", None)
+    if fileno is None:
+        return None
+    status = os.fstat(fileno())
+    return status.st_mtime if stat.S_ISREG(status.st_mode) else None
+
+
+def stands_beside(facts: Facts, path: str) -> bool:
+    """Whether a file of that base name stands in the image's own folder; looks nowhere else."""
+    base = re.split(r"[\\/]", path)[-1]
+    if facts.path is None or base in ("", ".", ".."):
+        return False
+    try:
+        return os.path.lexists(Path(os.path.abspath(facts.path)).parent / base)
+    except ValueError:  # a NUL
+        return False

@@ -1,0 +1,134 @@
+"""Which host clusters anything may claim: looked for before the census of a huge file is taken.
+
+The arrays of a census take nine bytes a cluster. A sparse file can have a thousand million clusters
+and claim three of them, so for large files the claims are gathered first, as runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..format.image import Image
+from ..format.rules import INT64_MAX
+from ..format.structures import COMPRESSED, OFFSET_MASK
+from .checked_metadata import MAX_SNAPSHOT_L1, Layout
+from .claims import descriptors
+from .index_map import Seats
+from .owners import U64, Tables
+from .refcounts import StoredRefcounts
+from .walk import Gathering, L1Chunk, Named, batches, l1_chunks, walkable
+
+_ALWAYS = 1 << 22  # clusters whose arrays, 36 MiB, are not worth a second look
+_SHARE = 16  # a file of which a larger part is claimed has a seat for every cluster
+_ROWS = 1 << 20  # runs gathered before they are merged
+
+Runs = tuple[U64, U64]
+
+
+def seats_for(image: Image, layout: Layout, refcounts: StoredRefcounts, length: int, clusters: int) -> Seats:
+    """Return the seats for a census of a file of ``length`` bytes, in whole sectors."""
+    if clusters <= _ALWAYS:
+        return Seats(clusters)
+    gathered = _Gathered(clusters // _SHARE)
+    for first, last in _claims(image, layout, refcounts, length):
+        if not gathered.add(first, np.minimum(last, np.uint64(clusters))):
+            return Seats(clusters)
+    runs = gathered.merge()
+    return Seats(clusters, runs) if gathered.room >= 0 else Seats(clusters)
+
+
+def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: int) -> Iterator[Runs]:
+    """Yield the first and last clusters of whatever the census may count, and of some it will not."""
+    header = image.header
+    size, bits = np.uint64(header.cluster_size), np.uint64(header.cluster_bits)
+    one, end = np.uint64(1), np.uint64(length)
+
+    def whole(hosts: U64) -> Runs:
+        hosts = hosts[hosts < end]
+        return hosts >> bits, (hosts + size - one) >> bits
+
+    spans = [(0, header.cluster_size), (header.snapshots_offset, layout.snapshot_table_length)]
+    spans.append((header.refcount_table_offset, len(refcounts.table) * 8))
+    l1_tables = [(header.l1_table_offset, min(header.l1_size, MAX_SNAPSHOT_L1))]
+    l1_tables += [(one.l1_table_offset, one.l1_size) for one in layout.snapshots if one.l1_size <= MAX_SNAPSHOT_L1]
+    spans += [(offset, count * 8) for offset, count in l1_tables]
+    spans += [layout.crypto] if layout.crypto else []
+    spans += [layout.bitmap_directory] if layout.bitmap_directory else []
+    bitmaps = [(place.table_offset, place.table_size) for place in layout.bitmaps]
+    spans += [(offset, count * 8) for offset, count in bitmaps]
+    # What ends a cluster or more past the file is not counted at all.
+    kept = {span for span in spans if span[1] > 0 and span[0] + span[1] - length < header.cluster_size}
+    if kept:
+        starts, lengths = np.asarray(sorted(kept), dtype=np.uint64).T
+        yield starts >> bits, (starts + lengths - one) >> bits
+    yield whole(refcounts.offsets[refcounts.offsets != 0])
+    aligned = [place for place in bitmaps if place[0] % header.cluster_size == 0]
+    for chunk in _entries(image, aligned):
+        yield whole(chunk.entries & np.uint64(OFFSET_MASK))
+    gathering = Gathering()
+    readable = {table for table in l1_tables if table[0] + table[1] * 8 <= INT64_MAX}
+    for chunk in _entries(image, sorted(readable)):
+        gathering.add(Named.of_chunk(chunk, active=True))
+    named = gathering.result()
+    yield whole(named.offsets)
+    if not header.external_data:
+        for tables in batches(image, walkable(image, named)[0]):
+            plain = (tables.entries & np.uint64(COMPRESSED)) == 0
+            hosts = tables.entries & np.uint64(OFFSET_MASK)
+            yield whole(hosts[plain & (hosts != 0)])
+            if not plain.all():
+                yield _streams(tables, ~plain)
+
+
+def _entries(image: Image, tables: list[tuple[int, int]]) -> Iterator[L1Chunk]:
+    offsets, counts = [offset for offset, _ in tables], [count for _, count in tables]
+    return l1_chunks(image, offsets, counts, [0] * len(tables))
+
+
+def _streams(tables: Tables, packed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Runs:
+    offsets, sizes = descriptors(tables.entries[packed], tables.cluster_bits)
+    bits = np.uint64(tables.cluster_bits)
+    return offsets >> bits, (offsets + sizes - np.uint64(1)) >> bits
+
+
+class _Gathered:
+    """Gathers runs of clusters and gives up when they add up to more than ``most``."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._parts: list[Runs] = []
+        self._rows = 0
+        self._added = 0
+        self.room = most  # clusters, after the last merge
+
+    def add(self, first: U64, last: U64) -> bool:
+        """Take in the clusters from each ``first`` to its ``last``; False when there are too many by now."""
+        kept = first <= last  # what begins past the end of the file is not counted
+        if kept.any():
+            runs = merged(first[kept], last[kept] + np.uint64(1))
+            self._parts.append(runs)
+            self._rows += len(runs[0])
+            self._added += int((runs[1] - runs[0]).sum())
+        if self._rows > _ROWS or self._added > self._most:
+            self.merge()
+        return self.room >= 0
+
+    def merge(self) -> Runs:
+        """Return all runs, rising, none touching another."""
+        starts, stops = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        runs = merged(starts, stops)
+        self._parts, self._rows, self._added = [runs], 0, 0
+        self.room = self._most - int((runs[1] - runs[0]).sum())
+        return runs
+
+
+def merged(starts: U64, stops: U64) -> Runs:
+    """Return runs [start, stop), in any order, as rising ones that neither overlap nor touch."""
+    if not bool(((starts[1:] >= starts[:-1]) & (stops[1:] >= stops[:-1])).all()):  # most tables are in order
+        order = np.argsort(starts, kind="stable")
+        starts, stops = starts[order], np.maximum.accumulate(stops[order])
+    fresh = np.concatenate(([True], starts[1:] > stops[:-1]))
+    last = np.append(np.flatnonzero(fresh)[1:] - 1, len(starts) - 1)
+    return starts[fresh], stops[last]

@@ -1,0 +1,467 @@
+"""The counting itself: every claim on a host cluster, and every entry that breaks a rule.
+
+Follows the order and the rules of QEMU's consistency check, so that its counters come out alike;
+what that check does not look at (aliases, references the guest cannot reach) is noted beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from ..format.image import Image
+from ..format.structures import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    SECTOR,
+    ZERO,
+    compressed_descriptor,
+)
+from .aliases import Aliases
+from .index_map import Seats
+from .issues import Issues, Item
+from .owners import I64, U64, Mask, Owner, Places, Tables
+from .refcount_classes import ONE, UNREADABLE, Grades
+from .refcounts import StoredRefcounts
+from .reference_counts import Counters, weighted_segments
+from .walk import L1Chunk, Named
+
+_SHORT_RUN = 8  # clusters of one structure
+_LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than one by one
+
+
+class Tally:
+    """Counters, owners and issues of one image while its metadata is walked."""
+
+    def __init__(self, image: Image, refcounts: StoredRefcounts, length: int, seats: Seats) -> None:
+        header = image.header
+        self.image = image
+        self.refcounts = refcounts
+        self.length = length  # of the file, in whole sectors, as QEMU sees it
+        self.seats = seats
+        self.clusters = seats.clusters  # of the host file
+        self.cluster_size = header.cluster_size
+        self.cluster_bits = header.cluster_bits
+        self.data_file = header.external_data
+        self.extended = header.extended_l2
+        self.version = header.version
+        self.disk_size = image.disk_size
+        self.issues = Issues()
+        self.corruptions = 0
+        self.allocated = 0
+        self.fragmented = 0
+        self.compressed = 0
+        self.compressed_entries = 0  # of all states
+        self.mapped_clusters = 0  # guest clusters with host bytes, every reference counted
+        # These are by seat.
+        self.counts = Counters(seats.length)
+        self.owners = np.zeros(seats.length, dtype=np.uint16)
+        self.aliases = Aliases(seats.length)
+        self.grades = Grades(refcounts, seats)
+        self.highest_missing = -1  # the furthest host offset pointed at beyond the end of the file
+
+    # --- claims of whole structures --------------------------------------------------------------
+
+    def claim(
+        self, kind: Owner, spans: U64 | Sequence[tuple[int, int]], structure: str, trees: U64 | None = None
+    ) -> None:
+        """Count byte ranges ``(offset, length)``, each of which occupies every cluster it touches."""
+        table = np.asarray(spans, dtype=np.uint64).reshape(-1, 2)
+        numbers = np.flatnonzero(table[:, 1])
+        offsets, lengths = table[numbers].T
+        bound = np.uint64(self.length + self.cluster_size)
+        beyond = (offsets >= bound) | (lengths >= bound) | (offsets + lengths >= bound)
+        if beyond.any():
+            count, lost = int(beyond.sum()), numbers[beyond].tolist()
+            self.corruptions += count
+            places = ((number, *table[number].tolist()) for number in lost)
+            items = (
+                Item(structure, None, length, offset, None, int(trees[number]) if trees is not None else -1)
+                for number, offset, length in places
+            )
+            self.missing(items, count, int(offsets[beyond].max()))
+        bits, one = np.uint64(self.cluster_bits), np.uint64(1)
+        first, last = offsets[~beyond] >> bits, ((offsets[~beyond] + lengths[~beyond] - one) >> bits) + one
+        segments = weighted_segments(np.column_stack((first, last, np.zeros_like(first))).astype(np.int64))
+        lengths = segments.end - segments.start
+        short = lengths <= _SHORT_RUN  # many of them only where crafted: all at once
+        for start, stop, weight in np.column_stack(segments[:3])[~short].tolist():
+            seat = self.seats.at(start)
+            self.counts.add_range(seat, stop - start, weight)
+            self.owners[seat : seat + stop - start] |= np.uint16(kind)
+        seats = self.seats.of(_ranges(segments.start[short], lengths[short]))
+        self.counts.add(seats, np.repeat(segments.weight[short], lengths[short]).astype(np.uint64))
+        self.owners[seats] |= np.uint16(kind)
+
+    def claim_clusters(self, kind: Owner, hosts: U64, weight: U64, structure: str, positions: U64) -> None:
+        """Count whole clusters, named by the entries at file offsets ``positions``, ``weight`` times each."""
+        beyond = hosts >= np.uint64(self.length)
+        if beyond.any():
+            self.corruptions += int(weight[beyond].sum())
+            pairs = zip(positions[beyond][:100].tolist(), hosts[beyond][:100].tolist(), strict=True)
+            items = [Item(structure, at, host, host) for at, host in pairs]
+            self.missing(items, int(beyond.sum()), int(hosts[beyond].max()))
+            hosts, weight = hosts[~beyond], weight[~beyond]
+        seats = self.seats.of(hosts >> np.uint64(self.cluster_bits))
+        self.counts.add(seats, weight)
+        self.owners[seats] |= np.uint16(kind)
+
+    def missing(self, items: Iterable[Item], count: int, host: int) -> None:
+        """Note references beyond the end of the file."""
+        self.issues.add("beyond-eof", items, count)
+        self.highest_missing = max(self.highest_missing, host)
+
+    # --- L1 tables -------------------------------------------------------------------------------
+
+    def l1_entries(self, chunk: L1Chunk, *, active: bool) -> None:
+        """Check the entries of a piece of an L1 table; what they name is counted by :meth:`l2_tables`."""
+        reserved = (chunk.entries & np.uint64(L1_RESERVED)) != 0
+        if reserved.any():
+            self.corruptions += int(chunk.weight[reserved].sum())
+            self._l1_issue("reserved-bits", chunk, reserved)
+        targets = chunk.entries & np.uint64(OFFSET_MASK)
+        odd = (targets & np.uint64(self.cluster_size - 1)) != 0
+        if odd.any():
+            self.corruptions += int(chunk.weight[odd].sum())
+            self._l1_issue("unaligned", chunk, odd)
+        beyond = targets >= np.uint64(self.length)
+        if beyond.any():
+            self.corruptions += int(chunk.weight[beyond].sum())
+            self._l1_issue("beyond-eof", chunk, beyond)
+            self.highest_missing = max(self.highest_missing, int(targets[beyond].max()))
+        empty = targets == 0
+        if empty.any():
+            self._l1_issue("l1-at-zero", chunk, empty)
+        if active:
+            self._l1_copied(chunk, targets)
+
+    def _l1_copied(self, chunk: L1Chunk, targets: U64) -> None:
+        single, readable = self.grades.single(targets >> np.uint64(self.cluster_bits))
+        copied = (chunk.entries & np.uint64(COPIED)) != 0
+        wrong = (copied != single) & readable & (targets != 0)
+        if wrong.any():
+            self.corruptions += int(wrong.sum())
+            self._l1_issue("copied-flag", chunk, wrong)
+
+    def _l1_issue(self, kind: str, chunk: L1Chunk, mask: Mask) -> None:
+        def items() -> Iterator[Item]:
+            span = self.image.header.l2_span
+            for place in np.flatnonzero(mask)[: self.issues.room(kind)].tolist():
+                entry = int(chunk.entries[place])
+                guest = int(chunk.index[place]) * span
+                yield Item("L1", int(chunk.positions[place]), entry, entry & OFFSET_MASK, guest, int(chunk.tree[place]))
+
+        self.issues.add(kind, items(), int(mask.sum()))
+
+    def l2_tables(self, named: Named) -> None:
+        """Count the clusters of the L2 tables themselves."""
+        inside = named.part(named.offsets < np.uint64(self.length))
+        bits, one = np.uint64(self.cluster_bits), np.uint64(1)
+        clusters = inside.offsets >> bits
+        weights = inside.active + inside.snapshots
+        odd = (inside.offsets & np.uint64(self.cluster_size - 1)) != 0
+        seats, second = self.seats.of(clusters), self.seats.of(clusters[odd] + one)
+        for owner, mask in ((Owner.L2, inside.active != 0), (Owner.SNAPSHOT_L2, inside.snapshots != 0)):
+            self.owners[seats[mask]] |= np.uint16(owner)
+            self.owners[second[mask[odd]]] |= np.uint16(owner)
+        self.counts.add(seats, weights)
+        self.counts.add(second, weights[odd])
+
+    # --- L2 entries ------------------------------------------------------------------------------
+
+    def entries(self, tables: Tables) -> None:
+        """Count everything a batch of L2 tables maps."""
+        if not self.data_file and not self.extended and tables.entries.shape[1] >= _LINEAR_WIDTH:
+            tables = self._linear_tables(tables)
+        entries = tables.entries
+        if not entries.any() and (tables.bitmaps is None or not tables.bitmaps.any()):
+            return
+        weight = tables.active + tables.snapshots
+        packed = (entries & np.uint64(COMPRESSED)) != 0
+        has_packed = bool(packed.any())
+        reserved = (entries & np.uint64(L2_RESERVED)) != 0
+        if has_packed:
+            reserved &= ~packed
+            self._compressed(tables, packed, weight)
+        self._corrupt("reserved-bits", tables, reserved, weight)
+        hosts = entries & np.uint64(OFFSET_MASK)
+        mapped = hosts != 0
+        if self.data_file:
+            copied_only = (entries & np.uint64(COPIED)) != 0
+            mapped |= copied_only if self.extended else copied_only & ((entries & np.uint64(ZERO)) == 0)
+        if has_packed:
+            mapped &= ~packed
+        self._subclusters(tables, packed, mapped, weight)
+        self._odd_entries(tables, packed, mapped)
+        places = np.flatnonzero(mapped)
+        if len(places):
+            self._mapped(tables, places, hosts.reshape(-1)[places], weight)
+
+    def _linear_tables(self, tables: Tables) -> Tables:
+        """Count the tables that map one unbroken run of clusters; return the others.
+
+        Large images are mostly made of them, and slices are many times faster than indices. A
+        table goes this way only when nothing about it can be wrong.
+        """
+        width, size = tables.entries.shape[1], np.uint64(self.cluster_size)
+        first = tables.entries[:, 0]
+        hosts = first & np.uint64(~COPIED & (2**64 - 1))
+        span = np.uint64(width - 1) * size
+        likely = (tables.entries[:, -1] - first == span) & (hosts != 0) & ((hosts & (size - np.uint64(1))) == 0)
+        likely &= (hosts < np.uint64(1 << 55)) & (hosts + span < np.uint64(self.length)) & ~tables.shared
+        likely &= (tables.index + np.uint64(1)) * np.uint64(width) <= np.uint64(self.disk_size // self.cluster_size)
+        rows = np.flatnonzero(likely)
+        if not len(rows):
+            return tables
+        entries = tables.entries if len(rows) == len(tables) else tables.entries[rows]
+        rows = rows[(entries[:, 1:] - entries[:, :-1] == size).all(axis=1)]
+        done = [row for row in rows.tolist() if self._linear_table(tables, row, int(hosts[row]))]
+        return tables.without(done) if done else tables
+
+    def _linear_table(self, tables: Tables, row: int, host: int) -> bool:
+        width = tables.entries.shape[1]
+        start = self.seats.at(host >> self.cluster_bits)
+        stop = start + width
+        active, weight = int(tables.active[row]), int(tables.active[row] + tables.snapshots[row])
+        if active and not self._copied_as_a_whole(tables, row, start, stop):
+            return False
+        if not self.aliases.run(start, width, int(tables.index[row]) * width):
+            return False
+        self.counts.add_range(start, width, weight)
+        owner = (Owner.DATA if active else Owner(0)) | (Owner.SNAPSHOT_DATA if tables.snapshots[row] else Owner(0))
+        self.owners[start:stop] |= np.uint16(owner)
+        self.allocated += active * width
+        self.mapped_clusters += weight * width
+        return True
+
+    def _copied_as_a_whole(self, tables: Tables, row: int, start: int, stop: int) -> bool:
+        """Whether the copied flags of a linear table, whose clusters sit on these seats, are right; when in doubt, no."""
+        grades = self.grades.of[start:stop]
+        single = grades == ONE
+        fine = single.all() if int(tables.entries[row, 0]) & COPIED else not single.any()
+        table = int(tables.offsets[row]) >> self.cluster_bits
+        known = 0 < table < self.clusters and self.grades.of[self.seats.at(table)] != UNREADABLE
+        return bool(fine) and known and int(grades.max()) != UNREADABLE
+
+    def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64, *, counted: bool = True) -> None:
+        if mask.any():
+            if counted:
+                self.corruptions += int((mask.sum(axis=1).astype(np.uint64) * weight).sum())
+            self.l2_issue(kind, tables, np.flatnonzero(mask))
+
+    def l2_issue(self, kind: str, tables: Tables, places: Places) -> None:
+        """Note entries of a batch, given as flat places in it."""
+        width = tables.entries.shape[1]
+
+        def items() -> Iterator[Item]:
+            for place in places[: self.issues.room(kind)].tolist():
+                row, column = divmod(place, width)
+                entry = int(tables.entries[row, column])
+                where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
+                host = compressed_descriptor(entry, self.cluster_bits)[0] if entry & COMPRESSED else entry & OFFSET_MASK
+                yield Item("L2", where, entry, host, guest, int(tables.tree[row]))
+
+        self.issues.add(kind, items(), len(places))
+
+    def _subclusters(self, tables: Tables, packed: Mask, mapped: Mask, weight: U64) -> None:
+        if tables.bitmaps is None or not tables.bitmaps.any():
+            return
+        low, high = tables.bitmaps & np.uint64(0xFFFF_FFFF), tables.bitmaps >> np.uint64(32)
+        conflict = ((low & high) != 0) & mapped
+        self._corrupt("subcluster", tables, conflict, weight)
+        # Compressed entries with a bitmap are counted where compressed entries are.
+        self._corrupt("subcluster", tables, (low != 0) & ~mapped & ~packed, weight)
+        # Unreadable as well, though the check lets it pass.
+        unallocated = ((low & high) != 0) & ~mapped & ~packed & (low == 0)
+        self._corrupt("subcluster", tables, unallocated, weight, counted=False)
+
+    def _odd_entries(self, tables: Tables, packed: Mask, mapped: Mask) -> None:
+        """Note what QEMU's check passes over."""
+        zero = (tables.entries & np.uint64(ZERO)) != 0
+        if zero.any():
+            zero &= ~packed
+            if self.extended:
+                # One with other reserved bits too is told of already.
+                self._note("extended-bit-0", tables, zero & ((tables.entries & np.uint64(L2_RESERVED)) == 0))
+            elif self.version < 3:
+                self._note("zero-flag-v2", tables, zero)
+        plain = ~mapped & ~packed & (tables.entries != 0)
+        if not self.extended:
+            plain &= ~zero
+        self._note("alloc-at-zero", tables, plain)
+
+    def _note(self, kind: str, tables: Tables, mask: Mask) -> None:
+        if mask.any():
+            self.l2_issue(kind, tables, np.flatnonzero(mask))
+
+    def _mapped(self, tables: Tables, places: Places, hosts: U64, weight: U64) -> None:
+        """Count normal and zero-flagged allocated clusters; ``places`` are flat and rising."""
+        width = tables.entries.shape[1]
+        rows = places // width
+        active = tables.active[rows]
+        weights = weight[rows]
+        self.allocated += int(active.sum())
+        self.mapped_clusters += int(weights.sum())
+        self.fragmented += int(active[1:][self._breaks(rows, hosts)].sum())
+        odd = (hosts & np.uint64(self.cluster_size - 1)) != 0
+        if odd.any():
+            self.corruptions += int(weights[odd].sum())
+            self.l2_issue("unaligned", tables, places[odd])
+        self._copied(tables, places, rows, hosts)
+        self._unreachable(tables, places, rows)
+        if self.data_file:
+            guest = tables.guest_clusters(places) << np.uint64(self.cluster_bits)
+            self.l2_issue_if("datafile-mismatch", tables, places, hosts != guest)
+            return
+        beyond = hosts >= np.uint64(self.length)
+        if beyond.any():
+            self.corruptions += int(weights[beyond].sum())
+            self.l2_issue("beyond-eof", tables, places[beyond])
+            self.highest_missing = max(self.highest_missing, int(hosts[beyond].max()))
+            inside = ~beyond
+            places, rows, hosts, weights, odd = (
+                places[inside],
+                rows[inside],
+                hosts[inside],
+                weights[inside],
+                odd[inside],
+            )
+        clusters = hosts >> np.uint64(self.cluster_bits)
+        seats = self.seats.of(clusters)
+        self._add(seats, weights)
+        self._own(tables, rows, seats, Owner.DATA, Owner.SNAPSHOT_DATA)
+        clash = self.aliases.plain(seats, tables.guest_clusters(places))
+        self._note_aliases(tables, places, rows, clusters, clash)
+        if odd.any():
+            second = self.seats.of(clusters[odd] + np.uint64(1))
+            self._add(second, weights[odd])
+            self._own(tables, rows[odd], second, Owner.DATA, Owner.SNAPSHOT_DATA)
+
+    def l2_issue_if(self, kind: str, tables: Tables, places: Places, mask: Mask) -> None:
+        """Note the masked ones of some entries."""
+        if mask.any():
+            self.l2_issue(kind, tables, places[mask])
+
+    def _breaks(self, rows: Places, hosts: U64) -> Mask:
+        """Return where, within a table, a cluster does not follow the one mapped before it."""
+        step = hosts[1:] - hosts[:-1]
+        broken: Mask = (step != np.uint64(self.cluster_size)) & (rows[1:] == rows[:-1])
+        return broken
+
+    def _add(self, seats: U64, weights: U64) -> None:
+        if len(seats):
+            first = int(weights[0])
+            self.counts.add(seats, first if bool((weights == weights[0]).all()) else weights)
+
+    def _own(self, tables: Tables, rows: Places, seats: U64, active: Owner, snapshot: Owner) -> None:
+        for owner, shares in ((active, tables.active), (snapshot, tables.snapshots)):
+            if shares.all():
+                self.owners[seats] |= np.uint16(owner)
+            elif shares.any():
+                self.owners[seats[shares[rows] != 0]] |= np.uint16(owner)
+
+    def _copied(self, tables: Tables, places: Places, rows: Places, hosts: U64) -> None:
+        """Compare the copied flags of the active state with the refcounts on disk."""
+        if not tables.active.any():
+            return
+        _, table_readable = self.grades.single(tables.offsets >> np.uint64(self.cluster_bits))
+        flags = (tables.entries.reshape(-1)[places] & np.uint64(COPIED)) != 0
+        if self.data_file:
+            wrong = ~flags
+        else:
+            single, readable = self.grades.single(hosts >> np.uint64(self.cluster_bits))
+            wrong = (flags != single) & readable
+        looked_at = (tables.active != 0) & table_readable & (tables.offsets != 0)
+        wrong &= looked_at[rows]
+        if wrong.any():
+            self.corruptions += int(tables.active[rows[wrong]].sum())
+            self.l2_issue("copied-flag", tables, places[wrong])
+
+    def _unreachable(self, tables: Tables, places: Places, rows: Places) -> None:
+        """Note what the active state maps past the end of the disk, zero-flagged clusters left out."""
+        width = tables.entries.shape[1]
+        first = -(-self.disk_size // self.cluster_size)
+        if int(tables.index.max() + np.uint64(1)) * width <= first:
+            return
+        guest = tables.guest_clusters(places)
+        past = (guest >= np.uint64(first)) & (tables.active[rows] != 0)
+        if not self.extended:
+            entries = tables.entries.reshape(-1)[places]  # bit 0 of a compressed one is part of its host offset
+            past &= (entries & np.uint64(ZERO | COMPRESSED)) != np.uint64(ZERO)
+        self.l2_issue_if("beyond-end", tables, places, past)
+
+    def _note_aliases(self, tables: Tables, places: Places, rows: Places, clusters: U64, clash: Mask) -> None:
+        clash = clash | tables.shared[rows]
+        if clash.any():
+            self.aliases.keep(clusters[clash])
+            self.l2_issue("alias", tables, places[clash])
+
+    # --- compressed clusters ---------------------------------------------------------------------
+
+    def _compressed(self, tables: Tables, packed: Mask, weight: U64) -> None:
+        self._corrupt("compressed-copied", tables, packed & ((tables.entries & np.uint64(COPIED)) != 0), weight)
+        if self.data_file:
+            self._corrupt("compressed-data-file", tables, packed, weight)
+            return
+        if tables.bitmaps is not None:
+            odd = packed & (tables.bitmaps != 0)
+            self._corrupt("subcluster", tables, odd, weight)
+            packed = packed & ~odd
+        places = np.flatnonzero(packed)
+        if not len(places):
+            return
+        width = tables.entries.shape[1]
+        rows = places // width
+        entries = tables.entries.reshape(-1)[places]
+        active = int(tables.active[rows].sum())
+        self.allocated += active
+        self.compressed += active
+        self.compressed_entries += int(weight[rows].sum())
+        self.fragmented += active
+        weights = weight[rows]
+        self.mapped_clusters += int(weights.sum())
+        offsets, sizes = descriptors(entries, self.cluster_bits)
+        if self.cluster_bits < 14:
+            self.l2_issue_if("compressed-high-bits", tables, places, offsets >> np.uint64(56) != 0)
+        self._unreachable(tables, places, rows)
+        beyond = offsets + sizes >= np.uint64(self.length + self.cluster_size)
+        if beyond.any():
+            self.corruptions += int(weights[beyond].sum())
+            self.l2_issue("beyond-eof", tables, places[beyond])
+            self.highest_missing = max(self.highest_missing, int(offsets[beyond].max()))
+        inside = ~beyond
+        places, rows, weights = places[inside], rows[inside], weights[inside]
+        offsets, sizes = offsets[inside], sizes[inside]
+        clash = self.aliases.streams(offsets, tables.guest_clusters(places))
+        self._note_aliases(tables, places, rows, offsets >> np.uint64(self.cluster_bits), clash)
+        bits, one = np.uint64(self.cluster_bits), np.uint64(1)
+        clusters, last = offsets >> bits, (offsets + sizes - one) >> bits
+        while len(clusters):
+            seats = self.seats.of(clusters)
+            self.counts.add(seats, weights)
+            self._own(tables, rows, seats, Owner.DATA | Owner.COMPRESSED, Owner.SNAPSHOT_DATA | Owner.COMPRESSED)
+            more = clusters < last
+            clusters, last, weights, rows = clusters[more] + one, last[more], weights[more], rows[more]
+
+    @property
+    def checked(self) -> int:
+        """How many clusters the check compares: those of the file, and one more if a claim reaches into it."""
+        return self.clusters + (self.counts[self.seats.at(self.clusters)] > 0)
+
+
+def _ranges(starts: I64, lengths: I64) -> U64:
+    """Return the numbers of all ranges, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return (np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))).astype(np.uint64)
+
+
+def descriptors(entries: U64, cluster_bits: int) -> tuple[U64, U64]:
+    """Return host offsets and sizes in bytes of compressed clusters; see ``compressed_descriptor``."""
+    split = np.uint64(70 - cluster_bits)
+    offsets = entries & np.uint64((1 << (70 - cluster_bits)) - 1)
+    sectors = ((entries & np.uint64(COMPRESSED - 1)) >> split) + np.uint64(1)
+    return offsets, sectors * np.uint64(SECTOR) - (offsets & np.uint64(SECTOR - 1))

@@ -1,0 +1,121 @@
+"""Compares what claims a cluster with what its refcount says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .claims import Tally
+from .issues import Item
+from .owners import METADATA, Owner, Places
+
+_METADATA = np.uint16(METADATA)
+_ORPHAN_KINDS = np.uint16(Owner.DATA | Owner.COMPRESSED)
+_ORPHAN = np.uint16(Owner.DATA)
+
+
+@dataclass
+class Comparison:
+    """The outcome: QEMU's counters, and by how many clusters each kind of mismatch was seen.
+
+    Kinds are issues of the census too, listed there: ``refcount-zero-metadata``,
+    ``refcount-zero-data`` (mapped, but accounted free), ``refcount-low``, ``refcount-high``,
+    ``leaked`` and ``refcount-past-end``.
+    """
+
+    corruptions: int = 0
+    leaks: int = 0
+    errors: int = 0
+    orphans: int = 0  # of them, clusters of the active state that are mapped but accounted free
+    highest: int = 0  # QEMU never says that an image ends before its first cluster does
+    last: int = 0  # the same, where refcounts cannot be read too
+
+
+def compare_refcounts(tally: Tally) -> Comparison:
+    """Compare every cluster of the file, then look at the refcounts past its end."""
+    found = Comparison()
+    most = tally.refcounts.most
+    for start, stop, values, readable in tally.refcounts.windows(tally.checked):
+        if not readable:
+            found.errors += stop - start
+            claims = np.flatnonzero(tally.seats.part(tally.counts.all, start, stop))
+            if len(claims):
+                found.last = start + int(claims[-1])
+            continue
+        claimed = tally.seats.part(tally.counts.all, start, stop)
+        if values is None:
+            used = np.flatnonzero(claimed)
+            low, high = used, used[:0]
+        else:
+            if np.array_equal(claimed, values):
+                used = np.flatnonzero(claimed) if claimed[-1] == 0 else np.asarray([stop - start - 1])
+                if len(used):
+                    found.highest = start + int(used[-1])
+                continue
+            limited = np.minimum(claimed, claimed.dtype.type(min(most, np.iinfo(claimed.dtype).max)))
+            low, high = np.flatnonzero(values < limited), np.flatnonzero(values > limited)
+            used = np.flatnonzero((limited != 0) | (values != 0))
+        if len(used):
+            found.highest = start + int(used[-1])
+        found.corruptions += len(low)
+        found.leaks += len(high)
+        if not tally.refcounts.known:
+            continue
+        if len(low):
+            stored = np.zeros(len(low), dtype=np.uint64) if values is None else values[low]
+            zero = stored == 0
+            owners = tally.owners[tally.seats.of((start + low).astype(np.uint64))]
+            metadata = (owners & _METADATA) != 0
+            _note(tally, "refcount-zero-metadata", start + low[zero & metadata])
+            _note(tally, "refcount-zero-data", start + low[zero & ~metadata])
+            plain = (owners & _ORPHAN_KINDS) == _ORPHAN
+            found.orphans += int((zero & ~metadata & plain).sum())
+            _note(tally, "refcount-low", start + low[~zero])
+        if len(high):
+            claims = claimed[high] != 0
+            _note(tally, "refcount-high", start + high[claims])
+            _note(tally, "leaked", start + high[~claims])
+    found.last = max(found.last, found.highest)
+    _past_end(tally)
+    return found
+
+
+def _note(tally: Tally, kind: str, clusters: Places) -> None:
+    if len(clusters):
+        size = tally.cluster_size
+        items = []
+        for cluster in clusters[: tally.issues.room(kind)].tolist():
+            stored = tally.refcounts.lookup(np.asarray([cluster], dtype=np.uint64))[0]
+            where = tally.refcounts.entry_offset(cluster)
+            items.append(Item("refcount block", where, int(stored[0]), cluster * size))
+        tally.issues.add(kind, items, len(clusters))
+
+
+def _past_end(tally: Tally) -> None:
+    """Note refcounts above 0 for clusters that begin past the end of the file."""
+    kind, stored = "refcount-past-end", tally.refcounts
+    usable = ~stored.unreadable & (stored.offsets != 0) & (stored.offsets < np.uint64(tally.image.file_size))
+    slot, begin = divmod(tally.checked, stored.per_block)
+    if begin:
+        if slot < len(usable) and usable[slot]:
+            hits = np.flatnonzero(stored.block(int(stored.offsets[slot]))[begin:]) + begin
+            _note(tally, kind, slot * stored.per_block + hits)
+        slot += 1
+    slots = np.flatnonzero(usable[slot:]) + slot
+    blocks, firsts, times = np.unique(stored.offsets[slots], return_index=True, return_counts=True)
+    used = stored.used(blocks)  # the table may name a block any number of times
+    rest = int((used * times).sum())
+    order = np.argsort(firsts)
+    for number in order[used[order] > 0][: tally.issues.room(kind)].tolist():
+        hits = np.flatnonzero(stored.block(int(blocks[number])))
+        _note(tally, kind, int(slots[firsts[number]]) * stored.per_block + hits)
+        rest -= len(hits)
+    if rest:
+        tally.issues.add(kind, (), rest)
+
+
+def structure_of(owner: Owner) -> str:
+    """Return the words for the owners of a cluster."""
+    names = [bit.name.lower().replace("_", " ") for bit in Owner if bit & owner and bit.name]
+    return ", ".join(names) or "nobody"

@@ -1,0 +1,133 @@
+"""The options that say which disk is meant, shared by every subcommand that opens one."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import sys
+from pathlib import Path
+
+from ..errors import Locked, Qcow2Error, printable
+from ..reader.disk import Disk
+from ..reader.opening import open_disk
+from ..reader.resolver import Resolver
+
+PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
+
+_PASSPHRASE_BYTES = 1 << 20  # key files are a few KiB; a device would never end
+
+
+def add_image_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the positional IMAGE."""
+    parser.add_argument("image", metavar="IMAGE", help="a QCOW2 (or QCOW) image; it is only read")
+
+
+def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True) -> None:
+    """Add the options that :func:`open_from` reads."""
+    if snapshot:
+        parser.add_argument("--snapshot", metavar="ID|NAME", help="a snapshot instead of the active state")
+    add_key_arguments(parser)
+    group = parser.add_argument_group("backing and data files")
+    group.add_argument(
+        "--backing-dir",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a further folder in which files the image names may be opened (repeatable)",
+    )
+    group.add_argument(
+        "--backing-file",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help="the file to open where the image says NAME; =PATH where it names no data file (repeatable)",
+    )
+    group.add_argument(
+        "--no-backing",
+        action="store_true",
+        help="read this file alone: ranges it does not hold read as zeros, not as the backing file's bytes",
+    )
+    parser.add_argument(
+        "--eof",
+        choices=("strict", "zeros"),
+        default="strict",
+        help="what lies past the end of a cut-off file is an error (default), or zeros as QEMU has it",
+    )
+
+
+def add_key_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the option for a passphrase; never the passphrase itself, which others could see."""
+    parser.add_argument(
+        "--passphrase-file",
+        metavar="FILE",
+        help=f"file with the passphrase of an encrypted image; or set {PASSPHRASE_VARIABLE}, or be asked",
+    )
+
+
+def passphrase_of(args: argparse.Namespace) -> bytes | None:
+    """Return the passphrase from the file or the environment, None when neither gives one.
+
+    One newline at the end of the file is not part of it. What was asked for before is not asked again.
+    """
+    asked: bytes | None = getattr(args, "asked_passphrase", None)
+    if asked is not None:
+        return asked
+    if args.passphrase_file:
+        with Path(args.passphrase_file).open("rb") as file:
+            secret = file.read(_PASSPHRASE_BYTES + 1)
+        if len(secret) > _PASSPHRASE_BYTES:
+            raise Qcow2Error(f"{printable(args.passphrase_file)} is too long for a passphrase")
+        return secret.removesuffix(b"\n")
+    value = os.environ.get(PASSPHRASE_VARIABLE)
+    return None if value is None else os.fsencode(value)
+
+
+def ask_passphrase(name: str) -> bytes:
+    """Ask on the terminal; raises :class:`Locked` where there is none."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise Locked(name, f"set {PASSPHRASE_VARIABLE} or give --passphrase-file")
+    try:
+        return os.fsencode(getpass.getpass("Passphrase: "))
+    except (EOFError, UnicodeError):
+        print(file=sys.stderr)  # the prompt has no end of line yet
+        raise Locked(name, "no passphrase was typed") from None
+
+
+def resolver_of(args: argparse.Namespace) -> Resolver:
+    """Return the policy the options widen."""
+    files = {}
+    for pair in args.backing_file:
+        if "=" not in pair:
+            raise Qcow2Error(f"--backing-file {printable(pair)} is not NAME=PATH")
+        files.update(_name_and_path(pair))
+    return Resolver(folders=args.backing_dir, files=files)
+
+
+def _name_and_path(pair: str) -> dict[str, str]:
+    """Return the path under its name. Both may hold "=": then every split counts whose path is there."""
+    places = [at for at, character in enumerate(pair) if character == "="]
+    there = [at for at in places if os.path.exists(pair[at + 1 :])]
+    return {pair[:at]: pair[at + 1 :] for at in there or places[-1:]}
+
+
+def open_from(args: argparse.Namespace, snapshot: str | None = None) -> Disk:
+    """Open the disk the options mean, asking for a passphrase when it is locked."""
+    wanted = snapshot if snapshot is not None else getattr(args, "snapshot", None)
+    disk = open_disk(
+        args.image,
+        None if wanted == "active" else wanted,
+        passphrase_of(args),
+        resolver_of(args),
+        eof=args.eof,
+        follow=not args.no_backing,
+    )
+    if disk.is_locked:
+        try:
+            passphrase = ask_passphrase("encrypted image")
+            disk.unlock(passphrase)
+            args.asked_passphrase = passphrase
+        except BaseException:
+            disk.close()
+            raise
+    return disk

@@ -1,0 +1,176 @@
+"""Positional read-only bytes: where every read ends.
+
+A source has no seek position, so many threads and forked processes may share one. The only
+contract is :class:`Source`; anything with ``read(offset, length)`` and ``size`` will do.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import threading
+import weakref
+from typing import BinaryIO, Protocol, runtime_checkable
+
+from ..errors import NotQcow2, ReadError, printable
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Bytes by position. ``read`` is short only where the source ends.
+
+    Threads may read at the same time. A source that cannot bear that (one over a file object of
+    somebody else) sets ``single_threaded = True``: then only the thread that asked reads it.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, length: int, /) -> bytes: ...
+
+
+_open_files: weakref.WeakSet[FileSource] = weakref.WeakSet()
+
+
+def is_being_read(path: str | os.PathLike[str]) -> bool:
+    """Whether this process has the file open as a source: evidence, which nothing may replace."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    wanted = (status.st_dev, status.st_ino)
+    return any(source.identity == wanted and source.fileno() >= 0 for source in _open_files)
+
+
+PathOrSource = str | os.PathLike[str] | Source | BinaryIO
+
+
+class FileSource:
+    """A regular file or block device, opened read-only and read with ``pread``.
+
+    The size is taken once. A file that shrinks afterwards gives a :class:`ReadError`, never a
+    short answer. ``regular_only`` refuses devices: names that come from evidence use it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, regular_only: bool = False) -> None:
+        self.path = os.fspath(path)
+        self.name = os.fsdecode(self.path)
+        # O_NONBLOCK: opening a FIFO must not wait for a writer; regular files ignore it.
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+        flags |= getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+        self._fd = os.open(self.path, flags)
+        try:
+            status = os.fstat(self._fd)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.name)
+            if not stat.S_ISREG(status.st_mode) and (regular_only or not stat.S_ISBLK(status.st_mode)):
+                raise NotQcow2(f"{printable(self.name)} is not a regular file")
+            self.identity = (status.st_dev, status.st_ino)
+            self.mtime_ns = status.st_mtime_ns
+            self.size = status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(self._fd, 0, os.SEEK_END)
+        except BaseException:
+            self.close()
+            raise
+        _open_files.add(self)
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` bytes at ``offset``, fewer only at the end of the file."""
+        try:
+            data = os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise ReadError(f"{printable(self.name)}: {error.strerror}", offset=offset, length=length) from error
+        except (OverflowError, MemoryError):  # more than a file can have: what there is, is the answer
+            if offset + length <= self.size:
+                raise
+            return self.read(offset, self.size - offset) if offset < self.size else b""
+        if len(data) == length or offset + len(data) >= self.size:
+            return data
+        return self._read_on(offset, min(length, self.size - offset), data)
+
+    def _read_on(self, offset: int, length: int, data: bytes) -> bytes:
+        # pread stops at about 2 GiB, and may stop early on network file systems.
+        pieces = [data]
+        done = len(data)
+        while done < length:
+            try:
+                more = os.pread(self._fd, length - done, offset + done)
+            except OSError as error:
+                raise ReadError(f"{printable(self.name)}: {error.strerror}", offset=offset, length=length) from error
+            if not more:
+                raise ReadError(f"{printable(self.name)} shrank while it was being read", offset=offset, length=length)
+            pieces.append(more)
+            done += len(more)
+        return b"".join(pieces)
+
+    def fileno(self) -> int:
+        """Return the descriptor; sparse-aware tools ask it for holes."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor; closing twice is fine."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+
+class StreamSource:
+    """A seekable binary file object, read under a lock because it has one position."""
+
+    def __init__(self, stream: BinaryIO, name: str = "") -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self.name = name or str(getattr(stream, "name", "") or "stream")
+        self.size = stream.seek(0, io.SEEK_END)
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` bytes at ``offset``, fewer only at the end."""
+        wanted = min(length, self.size - offset)
+        if wanted <= 0:
+            return b""
+        pieces: list[bytes] = []
+        with self._lock:
+            try:
+                self._stream.seek(offset)
+                while wanted > 0:
+                    data = self._stream.read(wanted)
+                    if not data:
+                        break
+                    pieces.append(data)
+                    wanted -= len(data)
+            except OSError as error:
+                raise ReadError(f"{printable(self.name)}: {error}", offset=offset, length=length) from error
+        if wanted > 0:
+            raise ReadError(f"{printable(self.name)} ended early", offset=offset, length=length)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class BytesSource:
+    """Bytes in memory, for metadata already read and for tests."""
+
+    def __init__(self, data: bytes, name: str = "bytes") -> None:
+        self._data = data
+        self.name = name
+        self.size = len(data)
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        return self._data[offset : offset + length]
+
+
+def as_source(origin: PathOrSource) -> Source:
+    """Return a source over a path, a binary file object, or a source as it is."""
+    if isinstance(origin, (str, os.PathLike)):
+        return FileSource(origin) if hasattr(os, "pread") else StreamSource(open(origin, "rb"), str(origin))
+    if hasattr(origin, "seek"):
+        return StreamSource(origin)  # type: ignore[arg-type]
+    return origin
+
+
+def source_name(source: object) -> str:
+    """Return what to call a source in messages and evidence; not escaped."""
+    return str(getattr(source, "name", "") or type(source).__name__)

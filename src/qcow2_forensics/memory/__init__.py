@@ -1,0 +1,96 @@
+"""Guest-physical memory from QEMU's migration streams.
+
+::
+
+    containers   which bytes of a file are the stream (bare, libvirt, Proxmox, compressed)
+    grammar      the sections of the stream
+    pages        the page records of its RAM section
+    index        page records become a compact run index
+    devices      the device sections and the registers of each processor
+    layout       which RAM block lies at which guest-physical address, and why
+    memory       GuestMemory: reading, scanning, the cacheable form
+
+The package needs numpy, so nothing that reads disks imports it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from ..errors import NotQcow2, SnapshotNotFound, printable
+from ..format.source import PathOrSource, Source, as_source, source_name
+from ..limits import DEFAULT_LIMITS, Limits
+from ..reader.opening import Passphrase, SnapshotName, open_disk, open_vm_state
+from .containers import StreamWindow, find_stream
+from .guest_memory import GuestMemory
+from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
+from .sections import MAGIC
+
+__all__ = [
+    "Block",
+    "Chunk",
+    "Cpu",
+    "Device",
+    "GuestMemory",
+    "Layout",
+    "MemoryRun",
+    "NotInMemory",
+    "Region",
+    "StreamWindow",
+    "find_stream",
+    "open_guest_memory",
+]
+
+
+def open_guest_memory(
+    origin: PathOrSource,
+    snapshot: SnapshotName = None,
+    passphrase: Passphrase = None,
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    allow_truncated: bool = False,
+) -> GuestMemory:
+    """Open the guest memory in a qcow2 snapshot (the latest that holds any when None) or in a stream file.
+
+    ``origin`` is a qcow2 image, a bare migration stream, a libvirt save file or a Proxmox state volume,
+    which may itself be a qcow2 disk. Close the result, or use it as a context manager.
+
+    Raises what :func:`open_vm_state` and :class:`GuestMemory` raise.
+    """
+    with ExitStack() as undo:
+        source = as_source(origin)
+        if source is not origin:
+            undo.callback(_close, source)
+        stream = find_stream(source, limits=limits)
+        if stream is None:
+            stream = _inside_qcow2(source, snapshot, passphrase, limits)
+        elif snapshot is not None:
+            raise SnapshotNotFound(str(snapshot), ())
+        if stream is not source:
+            undo.callback(_close, stream)
+        memory = GuestMemory(stream, limits, allow_truncated=allow_truncated)
+        memory.on_close(undo.pop_all().close)
+        return memory
+
+
+def _inside_qcow2(source: Source, snapshot: SnapshotName, passphrase: Passphrase, limits: Limits) -> Source:
+    """Return the stream of a snapshot, or the disk itself when that is what holds a stream."""
+    try:
+        return open_vm_state(source, snapshot, passphrase, limits)
+    except NotQcow2 as error:
+        name = printable(source_name(source))
+        raise NotQcow2(f"{name} is neither a QCOW2 image nor a QEMU memory stream") from error
+    except SnapshotNotFound:
+        if snapshot is not None:
+            raise
+        disk = open_disk(source, None, passphrase, limits=limits, follow=False)
+        if not disk.is_locked and disk.read(0, len(MAGIC)) == MAGIC:
+            return disk
+        disk.close()
+        raise
+
+
+def _close(source: Source) -> None:
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()

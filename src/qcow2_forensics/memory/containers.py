@@ -1,0 +1,179 @@
+"""Finding the migration stream inside the files that carry one.
+
+::
+
+    QEVM ...                                    bare stream; Proxmox state volume, padded at its end
+    LibvirtQemudSave header, XML, stream        "virsh save", memory part of external snapshots
+    LibvirtQemudSave header, XML, gzip | bzip2 | xz | lzop | zstd of a stream
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import importlib
+import lzma
+import os
+import struct
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, BinaryIO, Final, cast
+
+from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
+from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, source_name
+from ..limits import DEFAULT_LIMITS, Limits, MiB
+from ..reader.stream import SourceStream
+from .sections import MAGIC
+
+_LIBVIRT: Final = b"LibvirtQemudSave"
+_LIBVIRT_UNFINISHED: Final = b"LibvirtQemudPart"
+_LIBVIRT_HEADER = struct.Struct("16sIIIII14I")  # magic, version, XML length, was running, format, cookie, unused
+_PIECE = 4 * MiB
+
+Unpacker = tuple[IO[bytes], type[Exception]]  # the decompressed file, and what it raises for damage
+Opener = Callable[[BinaryIO], Unpacker]
+
+
+class StreamWindow:
+    """A stream that starts inside another source; ``start`` is where.
+
+    Mapped-ram streams name positions in the whole file, so the window has to be known.
+    """
+
+    def __init__(self, source: Source, start: int, size: int) -> None:
+        self.source = source
+        self.start = start
+        self.size = size
+        self.stored_size = int(getattr(source, "stored_size", source.size))
+        self.name = source_name(source)
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return bytes of the stream, short only at its end."""
+        return self.source.read(self.start + offset, max(0, min(length, self.size - offset)))
+
+
+class _TemporarySource(StreamSource):
+    """A file nobody else has; it is gone when it is closed."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        super().__init__(file, name)
+        self.close = file.close
+
+
+def find_stream(
+    origin: PathOrSource, *, cache_dir: str | os.PathLike[str] | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Source | None:
+    """Return the migration stream in a file: bare, libvirt save file, padded state volume; None for anything else.
+
+    A compressed libvirt file (gzip, bzip2, xz, zstd) is decompressed once into ``cache_dir``, or into an
+    unnamed temporary file when it is None. lzop raises :class:`Unsupported`, damage :class:`FormatError`.
+    """
+    source = as_source(origin)
+    head = source.read(0, _LIBVIRT_HEADER.size)
+    if head.startswith(MAGIC):
+        return source
+    if head.startswith(_LIBVIRT_UNFINISHED):
+        raise FormatError("libvirt marks this save file as unfinished", field="vm_state")
+    if not head.startswith(_LIBVIRT):
+        return None
+    if len(head) < _LIBVIRT_HEADER.size:
+        raise FormatError("libvirt save file ends inside its header", offset=len(head), field="vm_state")
+    return _libvirt(source, head, cache_dir, limits)
+
+
+def _libvirt(source: Source, head: bytes, cache_dir: str | os.PathLike[str] | None, limits: Limits) -> Source:
+    """Follow the header, which is in the byte order of the host that wrote it."""
+    order = next((order for order in "<>" if 1 <= struct.unpack_from(order + "I", head, 16)[0] <= 16), "<")
+    version, length, _running, packing = struct.unpack_from(order + "4I", head, 16)
+    if version not in (1, 2):
+        raise Unsupported(f"libvirt save file version {version}")
+    start = _LIBVIRT_HEADER.size + length
+    if start >= source.size:
+        raise FormatError("libvirt save file ends before its memory", offset=source.size, field="vm_state")
+    window = StreamWindow(source, start, source.size - start)
+    if window.read(0, len(MAGIC)) == MAGIC:
+        return window
+    opener = _OPENERS.get(packing)
+    if opener is None:
+        names = {0: "libvirt save file without a QEMU stream", 4: "libvirt save file compressed with lzop"}
+        raise Unsupported(names.get(packing, f"libvirt save file of format {packing}"))
+    return _unpacked(window, opener, cache_dir, limits)
+
+
+def _gzip(stream: BinaryIO) -> Unpacker:
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=stream)), zlib.error
+
+
+def _bzip2(stream: BinaryIO) -> Unpacker:
+    return cast("IO[bytes]", bz2.BZ2File(stream)), OSError
+
+
+def _xz(stream: BinaryIO) -> Unpacker:
+    return cast("IO[bytes]", lzma.LZMAFile(stream)), lzma.LZMAError
+
+
+def _zstd(stream: BinaryIO) -> Unpacker:
+    try:
+        zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    except ImportError:
+        raise Unsupported("zstd on this Python: install backports.zstd") from None
+    return zstd.open(stream, "rb"), zstd.ZstdError
+
+
+_OPENERS: dict[int, Opener] = {1: _gzip, 2: _bzip2, 3: _xz, 5: _zstd}
+
+
+def _unpacked(window: StreamWindow, opener: Opener, cache_dir: str | os.PathLike[str] | None, limits: Limits) -> Source:
+    """Decompress into a file that is complete or not there at all."""
+    if cache_dir is None:
+        temporary = tempfile.TemporaryFile(prefix="qcow2-memory-")  # noqa: SIM115 - the source keeps it open
+        try:
+            _decompress(window, opener, temporary, limits)
+        except BaseException:
+            temporary.close()
+            raise
+        return _TemporarySource(cast("BinaryIO", temporary), window.name)
+    folder = Path(cache_dir)
+    target = folder / f"qcow2_stream_{_fingerprint(window)}.cache"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=folder, prefix=target.stem, suffix=".part")
+        try:
+            with open(handle, "wb") as file:
+                _decompress(window, opener, file, limits)
+            os.replace(partial, target)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    return FileSource(target)
+
+
+def _fingerprint(window: StreamWindow) -> str:
+    """Return a name for the compressed bytes: everything, so that no edited file meets an old cache."""
+    digest = hashlib.sha256()
+    for offset in range(0, window.size, _PIECE):
+        digest.update(window.read(offset, _PIECE))
+    return digest.hexdigest()[:32]
+
+
+def _decompress(window: StreamWindow, opener: Opener, target: IO[bytes], limits: Limits) -> None:
+    written = 0
+    packed, damage = opener(cast("BinaryIO", SourceStream(window)))
+    try:
+        with packed:
+            while data := packed.read(_PIECE):
+                if not written and not data.startswith(MAGIC):
+                    raise FormatError("compressed libvirt save file holds no QEMU stream", field="vm_state")
+                written += len(data)
+                if written > limits.decompressed_stream_bytes:
+                    raise LimitExceeded("decompressed_stream_bytes", written, limits.decompressed_stream_bytes)
+                target.write(data)
+    except Qcow2Error:
+        raise
+    except (damage, EOFError, gzip.BadGzipFile) as error:
+        raise FormatError(f"libvirt save file cannot be decompressed: {error}", field="vm_state") from error
+    target.flush()

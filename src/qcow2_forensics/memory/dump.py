@@ -1,0 +1,125 @@
+"""Guest memory as files other tools read: raw, and LiME.
+
+A raw file is RAM at its guest-physical addresses, with zeros where there is none. A LiME file is the
+valid ranges one after the other, each with a 32-byte header: magic, version 1, first and last
+address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, Literal
+
+from ..errors import Unsupported, printable
+from ..format.source import Source
+from ..limits import MiB
+from . import address_ranges
+from .guest_memory import GuestMemory
+
+Format = Literal["raw", "lime", "stream"]
+
+_LIME_HEADER = struct.Struct("<IIQQ8x")
+_LIME_MAGIC = 0x4C694D45
+_PIECE = 4 * MiB
+_ZEROS = bytes(MiB)
+
+
+def pieces(memory: GuestMemory) -> Iterator[tuple[int, int, bool]]:
+    """Tile ``[0, memory.size)`` with ``(address, length, whether it is anything but zeros)``."""
+    position = 0
+    for address, length in address_ranges.subtract(
+        memory.valid_ranges(), memory.zero_ranges(minimum=memory.page_size), 0
+    ):
+        if address > position:
+            yield position, address - position, False
+        yield address, length, True
+        position = address + length
+    if position < memory.size:
+        yield position, memory.size - position, False
+
+
+class Writer:
+    """Writes to an empty file: holes for zeros, a SHA-256 of everything, ``advance`` for each piece."""
+
+    def __init__(self, out: BinaryIO, advance: Callable[[int], object] = int, *, hashed: bool = True) -> None:
+        self._out = out
+        self._advance = advance
+        self._digest = hashlib.sha256() if hashed else None
+        self.size = 0
+
+    @property
+    def sha256(self) -> str | None:
+        """The digest of what the file reads as, in hex; None when it was not wanted."""
+        return self._digest.hexdigest() if self._digest is not None else None
+
+    def data(self, content: bytes) -> None:
+        """Write bytes."""
+        self._out.seek(self.size)
+        self._out.write(content)
+        if self._digest is not None:
+            self._digest.update(content)
+        self.size += len(content)
+        self._advance(len(content))
+
+    def zeros(self, length: int) -> None:
+        """Leave a hole."""
+        self.size += length
+        if self._digest is None:
+            self._advance(length)
+            return
+        while length:
+            step = min(length, len(_ZEROS))
+            self._digest.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
+            self._advance(step)
+            length -= step
+
+    def finish(self) -> None:
+        """Give the file its size, which may end in a hole."""
+        self._out.truncate(self.size)
+
+
+def write_raw(memory: GuestMemory, writer: Writer) -> None:
+    """Write the padded image of guest-physical memory."""
+    _need_regions(memory)
+    for address, length, filled in pieces(memory):
+        _range(memory, writer, address, length, filled)
+    writer.finish()
+
+
+def write_lime(memory: GuestMemory, writer: Writer) -> None:
+    """Write every valid range as a LiME segment."""
+    _need_regions(memory)
+    tiles = pieces(memory)
+    address, amount, filled = 0, 0, False
+    for first, length in memory.valid_ranges():
+        start, end = first, first + length
+        writer.data(_LIME_HEADER.pack(_LIME_MAGIC, 1, start, end - 1))
+        while start < end:
+            while address + amount <= start:
+                address, amount, filled = next(tiles)
+            stop = min(end, address + amount)
+            _range(memory, writer, start, stop - start, filled)
+            start = stop
+    writer.finish()
+
+
+def write_stream(source: Source, writer: Writer) -> None:
+    """Write the migration stream as it is."""
+    for offset in range(0, source.size, _PIECE):
+        writer.data(source.read(offset, min(_PIECE, source.size - offset)))
+    writer.finish()
+
+
+def _need_regions(memory: GuestMemory) -> None:
+    if not memory.regions:
+        raise Unsupported(f"the memory layout of machine type {printable(memory.machine)!r}")
+
+
+def _range(memory: GuestMemory, writer: Writer, address: int, length: int, filled: bool) -> None:
+    if not filled:
+        writer.zeros(length)
+        return
+    for place in range(address, address + length, _PIECE):
+        writer.data(memory.read(place, min(_PIECE, address + length - place)))

@@ -1,0 +1,68 @@
+"""The SRAT: which guest-physical ranges are memory, and of which NUMA node.
+
+QEMU keeps its own copy of the ACPI tables it made in a RAM block, where the guest does not write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Final, NamedTuple
+
+from ..limits import MiB
+from .records import Block
+
+_TABLES: Final = "/rom@etc/acpi/tables"
+_TABLE_BYTES = 16 * MiB  # the tables looked at; QEMU's are 128 KiB
+_CANDIDATES = 8  # places that read "SRAT" and are tried
+_RANGES = 512  # ranges believed; QEMU allows 128 nodes, some in two parts
+
+
+class Affinity(NamedTuple):
+    """One memory range of the SRAT."""
+
+    node: int
+    base: int
+    length: int
+    hotplug: bool
+    fixed: bool
+    """Non-volatile: exactly one module, at exactly this address."""
+
+
+def memory_affinities(blocks: Sequence[Block], read_block: Callable[[str, int, int], bytes]) -> tuple[Affinity, ...]:
+    """Return the enabled memory ranges in the order of the table, () when there is no sound one."""
+    block = next((block for block in blocks if block.name == _TABLES), None)
+    if block is None:
+        return ()
+    data = read_block(_TABLES, 0, min(block.size, _TABLE_BYTES))
+    for found in islice(re.finditer(b"SRAT", data), _CANDIDATES):
+        ranges = tuple(islice(_ranges(data, found.start()), _RANGES + 1))
+        if 0 < len(ranges) <= _RANGES:
+            return ranges
+    return ()
+
+
+def _ranges(data: bytes, start: int) -> Iterator[Affinity]:
+    """Walk one table. Its checksum is left for the guest to fill in, but its entries must tile it."""
+    length = int.from_bytes(data[start + 4 : start + 8], "little")
+    end = start + length
+    if not 48 <= length <= len(data) - start or not _tiles(data, start + 48, end):
+        return
+    at = start + 48
+    while at < end:
+        kind, size = data[at], data[at + 1]
+        if kind == 1 and size == 40:
+            flags = int.from_bytes(data[at + 28 : at + 32], "little")
+            base = int.from_bytes(data[at + 8 : at + 16], "little")
+            amount = int.from_bytes(data[at + 16 : at + 24], "little")
+            if flags & 1 and amount:
+                node = int.from_bytes(data[at + 2 : at + 6], "little")
+                yield Affinity(node, base, amount, bool(flags & 2), bool(flags & 4))
+        at += size
+
+
+def _tiles(data: bytes, at: int, end: int) -> bool:
+    while at + 2 <= end and data[at + 1] >= 2:
+        at += data[at + 1]
+    return at == end

@@ -1,0 +1,74 @@
+"""One pass over a stream: what :class:`GuestMemory` stands on, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..errors import printable
+from ..format.source import Source
+from ..limits import Limits
+from . import layout
+from .block_reader import read_pages
+from .devices import DeviceStates
+from .page_index import RunIndex, build
+from .records import Block, Cpu, Device, Layout, Region
+from .sections import read_stream
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """Everything that was learnt from a stream; ``runs`` is parallel to ``blocks``."""
+
+    stream_size: int
+    machine: str
+    architecture: str
+    page_size: int
+    complete: bool
+    blocks: tuple[Block, ...]
+    runs: tuple[RunIndex, ...]
+    regions: tuple[Region, ...]
+    layout: Layout
+    devices: tuple[Device, ...]
+    cpus: tuple[Cpu, ...]
+
+
+def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
+    """Index the RAM records, walk the devices and decide the layout."""
+    stream = read_stream(source, limits, allow_truncated=allow_truncated)
+    ram = stream.ram
+    runs = tuple(build(ram.segments, len(ram.blocks), ram.stride))
+    blocks = tuple(
+        Block(item.name, item.size, item.address, item.pages_offset, min(item.size, index.recorded() * ram.page_size))
+        for item, index in zip(ram.blocks, runs, strict=True)
+    )
+    numbers = {block.name: number for number, block in enumerate(blocks)}
+
+    def read_block(name: str, offset: int, length: int) -> bytes:
+        return read_pages(source, runs[numbers[name]], ram.page_size, offset, length, pad=True)
+
+    states = DeviceStates(source, stream.devices_offset, limits) if stream.complete else None
+    cpus = states.cpus() if states else ()
+    cmos = states.clock_ram() if states else None
+    hint = cpus[0].architecture if cpus else ""
+    bodies = [*stream.early, *(states.bodies("virtio-mem") if states else ())]
+    facts = layout.Facts(stream.machine, blocks, cmos, read_block, hint, bodies)
+    architecture, placed, regions = layout.place(facts)
+    notes = [*placed.notes, *(printable(note) for note in stream.notes)]
+    notes += states.notes if states else ()
+    if ram.ignore_shared:
+        notes.append("shared memory was left out of the stream (x-ignore-shared)")
+    if not stream.complete:
+        notes.append("the stream ends early: devices are missing, and perhaps RAM")
+    return Analysis(
+        stream_size=source.size,
+        machine=stream.machine,
+        architecture=architecture,
+        page_size=ram.page_size,
+        complete=stream.complete,
+        blocks=blocks,
+        runs=runs,
+        regions=regions,
+        layout=replace(placed, notes=tuple(notes)),
+        devices=states.devices if states else (),
+        cpus=cpus,
+    )

@@ -1,0 +1,388 @@
+"""Bytes as the guest saw them: mapping, codec, key and backing disk put together.
+
+A :class:`Disk` refuses to guess: opening it raises the first problem that makes reading unsound,
+and a read that meets bytes it cannot vouch for raises, naming the structure and the file offset.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from ..errors import FormatError, Locked, Qcow2Error, printable
+from ..format.image import Image
+from ..format.rules import DISK, SNAPSHOTS, snapshot_part
+from ..format.source import Source, source_name
+from ..format.structures import OFFSET_MASK, SECTOR, Compression, Crypt, SnapshotEntry
+from .clusters import Clusters
+from .codecs import inflate, unzstd
+from .mapping import Kind, Mapping, PlainRun, Run
+from .stream import SourceStream
+
+if TYPE_CHECKING:
+    from .encryption import Decryptor
+
+EofPolicy = Literal["strict", "zeros"]
+
+
+class Extent(NamedTuple):
+    """``length`` guest bytes of one kind; ``depth`` counts backing files, 0 is this image.
+
+    ``host_offset`` is in the file at that depth (its data file when it has one), None for bytes
+    that are stored nowhere or only compressed.
+    """
+
+    offset: int
+    length: int
+    kind: Kind
+    host_offset: int | None
+    depth: int
+
+
+class Layer(Protocol):
+    """What a disk needs of its backing file; :class:`Disk` and :class:`RawDisk` are layers."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    def read(self, offset: int, length: int, /) -> bytes: ...
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]: ...
+
+    def close(self) -> None: ...
+
+
+class RawDisk:
+    """A file whose bytes are the disk: a raw backing file. A cut last sector ends in zeros."""
+
+    depth = 1  # layers from here to the bottom of the chain
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.name = source_name(source)
+        self.size = -(-source.size // SECTOR) * SECTOR
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` bytes, fewer only at the end."""
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        stored = min(length, self.source.size - offset)
+        return (self.source.read(offset, stored) if stored > 0 else b"").ljust(length, b"\0")
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Yield the range as one piece of data."""
+        end = self.size if length is None else min(self.size, offset + length)
+        if offset < end:
+            yield Extent(offset, end - offset, Kind.DATA, offset, 0)
+
+    def close(self) -> None:
+        close = getattr(self.source, "close", None)
+        if close is not None:
+            close()
+
+
+class Disk:
+    """The active state of an image, or one of its snapshots, as a positional source.
+
+    ``backing`` supplies what this image does not hold; without one that reads as zeros, unless
+    ``unbacked`` is an error to raise instead. ``data`` is the external data file. ``eof`` says
+    what structures and clusters past the end of the file are: errors, or zeros as in QEMU, then
+    counted in :attr:`filled`. Closes ``image``, ``backing`` and ``data`` with itself.
+
+    Threads may share a disk, and it survives a fork: it has no position, and its caches hold only
+    bytes that any reader would find.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        snapshot: SnapshotEntry | None = None,
+        backing: Layer | None = None,
+        data: Source | None = None,
+        decryptor: Decryptor | None = None,
+        eof: EofPolicy = "strict",
+        unbacked: Qcow2Error | None = None,
+        unlocker: Callable[[str | bytes], Decryptor] | None = None,
+    ) -> None:
+        if snapshot is None or snapshot.index < 0:  # a deleted one: no table has to vouch for it
+            image.require(DISK)
+        else:
+            image.require(DISK, SNAPSHOTS, snapshot_part(snapshot.index))
+        header = image.header
+        self.image = image
+        self.name = image.name
+        self.snapshot = snapshot
+        self.backing = backing
+        self.eof: EofPolicy = eof
+        self.filled = {"clusters": 0, "bytes": 0}
+        self.size = image.disk_size
+        l1_table_offset, l1_size = header.l1_table_offset, header.l1_size
+        if snapshot is not None:
+            l1_table_offset, l1_size = snapshot.l1_table_offset, snapshot.l1_size
+            if snapshot.disk_size is not None:
+                self.size = snapshot.disk_size // SECTOR * SECTOR
+        # What a snapshot says it has, its own L1 table must reach: past that is nothing to vouch for.
+        self.mapped_end = 2**64
+        if snapshot is not None and eof == "strict":
+            self.mapped_end = l1_size * header.l2_span
+            if snapshot.disk_size is None:  # its size is not known; it may have been smaller than the disk is now
+                self.mapped_end = max(self.mapped_end, self.size)
+        self.mapping = Mapping(image, l1_table_offset, l1_size, eof_zeros=eof == "zeros")
+        if eof == "strict" and l1_size and header.version != 1:
+            image.read_exactly(l1_table_offset, 8, "the L1 table")
+        self._unbacked = unbacked
+        self._unlocker = unlocker
+        self._encrypted = header.crypt_method != Crypt.NONE
+        self._decryptor = decryptor
+        self._data = data
+        self._host: Source = data if data is not None else image.source
+        self._clusters = Clusters(
+            image,
+            self.mapping,
+            unzstd if header.compression_type == Compression.ZSTD else inflate,
+            self._count_filled if eof == "zeros" else None,
+        )
+        # For read(): the stored clusters found last, as far as they are of this disk.
+        self._run: PlainRun = (0, 0, 0)
+        self._cluster_size = header.cluster_size
+        self._inside_mask = header.cluster_size - 1
+        self._cluster_bits = header.cluster_bits
+        self._slices = self.mapping.slices
+        self._slice_shift = self.mapping.slice_shift
+        self._slice_mask = self.mapping.slice_mask
+        self._not_plain = 2**64 - 1 if self._encrypted else self.mapping.not_plain
+
+    # --- facts -------------------------------------------------------------------------------
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether this disk, or a disk below it, is encrypted and has no key yet."""
+        below = isinstance(self.backing, Disk) and self.backing.is_locked
+        return below or (self._encrypted and self._decryptor is None)
+
+    @property
+    def host(self) -> Source:
+        """Where this layer's clusters are stored: the image, or its external data file."""
+        return self._host
+
+    @property
+    def stored_size(self) -> int:
+        """Bytes of the files behind this disk: what reading all of it can be expected to cost."""
+        return self._host.size + (
+            0 if self.backing is None else getattr(self.backing, "stored_size", self.backing.size)
+        )
+
+    @property
+    def depth(self) -> int:
+        """Layers from here to the bottom of the chain, 1 without a backing file."""
+        return 1 + (self.backing.depth if self.backing is not None else 0)
+
+    @property
+    def unbacked(self) -> Qcow2Error | None:
+        """Why the backing file is not there, None when it is or none is named; reads that need it raise this."""
+        return self._unbacked
+
+    def unlock(self, passphrase: str | bytes) -> None:
+        """Derive the keys of every locked layer; raises :class:`Locked` when the passphrase is wrong."""
+        if self._encrypted and self._decryptor is None and self._unlocker is not None:
+            self._decryptor = self._unlocker(passphrase)
+        if isinstance(self.backing, Disk):
+            self.backing.unlock(passphrase)
+
+    def adopt_keys(self, other: Disk) -> None:
+        """Take over the keys of another state of the same chain: deriving them takes seconds."""
+        if self._encrypted and self._decryptor is None:
+            self._decryptor = other._decryptor
+        if isinstance(self.backing, Disk) and isinstance(other.backing, Disk):
+            self.backing.adopt_keys(other.backing)
+
+    # --- bytes -------------------------------------------------------------------------------
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` guest bytes at ``offset``, fewer only at the end of the disk."""
+        start, end, shift = self._run
+        if start <= offset and 0 < length <= end - offset:
+            data = self._host.read(offset + shift, length)
+            if len(data) == length:
+                return data
+        elif not start <= offset <= end and 0 < length <= self.size - offset:  # a longer run helps whoever reads on
+            entries = self._slices.get(offset >> self._slice_shift)
+            if entries:
+                entry = entries[(offset >> self._cluster_bits) & self._slice_mask]
+                inside = offset & self._inside_mask
+                host = entry & OFFSET_MASK
+                if host and not entry & self._not_plain and inside + length <= self._cluster_size:
+                    data = self._host.read(host + inside, length)
+                    if len(data) == length:
+                        return data
+        if offset < 0 or length < 0:
+            raise ValueError(f"negative offset or length: {offset}, {length}")
+        return self.read_mapped(offset, min(length, self.size - offset))
+
+    def read_mapped(self, offset: int, length: int) -> bytes:
+        """Like :meth:`read`, but not clipped to the disk: VM state lies past its end."""
+        if length <= 0:
+            return b""
+        pieces = self._plain_pieces(offset, length)
+        done = sum(map(len, pieces))
+        if done < length:
+            if self.snapshot is not None and offset + length > self.mapped_end:
+                raise self._past_the_table(self.snapshot)
+            runs = list(self.mapping.runs(offset + done, length - done))
+            for index, run in enumerate(runs):
+                if index % self._clusters.window == 0:
+                    self._clusters.prepare(runs[index : index + self._clusters.window])
+                # Here and not in _piece(): a chain of two hundred layers costs a frame less for each.
+                hole = run.kind == Kind.HOLE
+                pieces.append(self._unallocated(run.offset, run.length) if hole else self._piece(run))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _plain_pieces(self, offset: int, length: int) -> list[bytes]:
+        """Return the bytes at ``offset`` as far as they are simply stored, one piece a run."""
+        pieces: list[bytes] = []
+        while length and not self._encrypted:
+            first, before, _ = self._run
+            wanted = max(length, 2 * (before - first)) if first <= offset <= before else length
+            run = self.mapping.plain_run(offset, wanted)
+            if run is None:
+                break
+            start, end, shift = run
+            self._run = (start, min(end, self.size), shift)
+            step = min(length, end - offset)
+            data = self._host.read(offset + shift, step)
+            if len(data) != step:
+                break  # what lies past the end of the file is not simply stored
+            pieces.append(data)
+            offset += step
+            length -= step
+        return pieces
+
+    def _past_the_table(self, entry: SnapshotEntry) -> FormatError:
+        return FormatError(
+            f"snapshot {printable(entry.id)} reaches past what its L1 table of {entry.l1_size} entries maps",
+            offset=entry.offset,
+            field="l1_size",
+        )
+
+    def _piece(self, run: Run) -> bytes:
+        """Return the bytes of one run, exactly as long as the run."""
+        if run.kind == Kind.ZERO:
+            return bytes(run.length)
+        if run.kind == Kind.HOLE or run.host_offset is None:
+            return self._unallocated(run.offset, run.length)
+        if run.kind == Kind.COMPRESSED:
+            return self._clusters.read(run)
+        return self._stored(run.host_offset, run.offset, run.length)
+
+    def _unallocated(self, offset: int, length: int) -> bytes:
+        if self.backing is None:
+            if self._unbacked is not None and offset < self.size:
+                from copy import copy  # here: it takes longer to import than all of this module
+
+                raise copy(self._unbacked)  # one object would gather the traceback of every read
+            return bytes(length)
+        # Past the end of the disk (VM state) the backing file has no say.
+        below = min(length, self.backing.size - offset, self.size - offset)
+        return self.backing.read(offset, below).ljust(length, b"\0") if below > 0 else bytes(length)
+
+    def _stored(self, host: int, guest: int, length: int) -> bytes:
+        if not self._encrypted:
+            data = self._host.read(host, length) if host < self._host.size else b""
+            return data if len(data) == length else self._fill(data, host, length)
+        if self._decryptor is None:
+            raise Locked(Crypt(self.image.header.crypt_method).name)
+        before = guest % SECTOR
+        whole = -(-(before + length) // SECTOR) * SECTOR
+        host -= before
+        data = self._host.read(host, whole) if host < self._host.size else b""
+        if len(data) != whole:
+            data = self._fill(data, host, whole)
+        return self._decryptor.decrypt(data, host, guest - before)[before : before + length]
+
+    def _fill(self, data: bytes, host: int, length: int) -> bytes:
+        """Pad what the end of the file cut off.
+
+        Normal for the rest of the file's last cluster; a cluster wholly past the end is an error,
+        or with ``eof="zeros"`` zeros that are counted. What is encrypted has no such rest: zeros
+        that were never stored would be decrypted to bytes that nobody wrote.
+        """
+        end = self._host.size
+        last_cluster_end = -(-end // self._cluster_size) * self._cluster_size
+        beyond = host + length - max(host, end if self._encrypted else last_cluster_end)
+        if beyond > 0:
+            if self.eof == "strict":
+                raise self._past_the_end(host, length, last_cluster_end)
+            self._count_filled(beyond)
+        return data.ljust(length, b"\0")
+
+    def _past_the_end(self, host: int, length: int, last_cluster_end: int) -> FormatError:
+        end = self._host.size
+        where = f"the end of {printable(source_name(self._host))} at {end:#x}"
+        if host + length <= last_cluster_end:
+            return FormatError(f"an encrypted cluster is cut off by {where}", offset=end, field="encrypted cluster")
+        at = max(host, last_cluster_end)
+        return FormatError(f"a data cluster lies past {where}", offset=at, field="data cluster")
+
+    def _count_filled(self, count: int) -> None:
+        self.filled["clusters"] += -(-count // self._cluster_size)
+        self.filled["bytes"] += count
+
+    # --- maps --------------------------------------------------------------------------------
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Yield extents that tile the range, clipped to the disk, through the whole chain."""
+        if offset < 0 or (length is not None and length < 0):
+            raise ValueError(f"negative offset or length: {offset}, {length}")
+        end = self.size if length is None else min(self.size, offset + length)
+        if offset >= end:
+            return
+        mapped = min(end, self.mapped_end)
+        for run in self.mapping.runs(offset, mapped - offset):
+            if run.kind != Kind.HOLE or self.backing is None:
+                host = None if run.kind == Kind.COMPRESSED else run.host_offset
+                kind = Kind.MISSING if run.kind == Kind.HOLE and self._unbacked is not None else run.kind
+                yield Extent(run.offset, run.length, kind, host, 0)
+                continue
+            below = max(0, min(run.length, self.backing.size - run.offset))
+            if below:
+                for piece in self.backing.extents(run.offset, below):
+                    yield piece._replace(depth=piece.depth + 1)
+            if below < run.length:
+                host = None if run.host_offset is None else run.host_offset + below
+                yield Extent(run.offset + below, run.length - below, Kind.HOLE, host, 0)
+        if self.snapshot is not None and mapped < end:
+            raise self._past_the_table(self.snapshot)
+
+    def open(self) -> io.RawIOBase:
+        """Return a seekable file object over the disk."""
+        return SourceStream(self, self.name)
+
+    # --- life --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close every file of the chain that was opened for this disk; closing twice is fine."""
+        self.image.close()
+        if self.backing is not None:
+            self.backing.close()
+        close = getattr(self._data, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"snapshot {printable(self.snapshot.id)}" if self.snapshot is not None else "active state"
+        return f"<Disk {printable(self.name)}, {state}, {self.size} bytes>"

@@ -1,0 +1,93 @@
+"""A passphrase and a header become a sector decryptor: legacy AES and LUKS1.
+
+::
+
+    unlock(header, read, crypto_header, passphrase, limits)
+      ├── crypt_method 1   key: 16 passphrase bytes, nothing to check it by; sector of the guest offset
+      └── crypt_method 2   luks: key slots -> volume key, checked by a digest; sector of the host offset
+            -> sectors: the cipher of one 512-byte sector, many at a time
+
+Compressed clusters are stored as they are, also in encrypted images: only whole data sectors come
+here. The ciphers themselves are the ``cryptography`` library's, imported when a key is derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...errors import FormatError, Unsupported
+from ...format.structures import SECTOR, Crypt, Header
+from ...limits import Limits
+from .luks import KeySlot, LuksHeader, LuksProblem, parse_luks_header, recover_key
+from .sectors import SectorCipher, sector_cipher
+
+__all__ = [
+    "Decryptor",
+    "KeySlot",
+    "LuksHeader",
+    "LuksProblem",
+    "method_name",
+    "parse_luks_header",
+    "unlock",
+]
+
+_NAMES = {Crypt.NONE: "none", Crypt.AES: "legacy AES", Crypt.LUKS: "LUKS"}
+
+
+class Decryptor(Protocol):
+    """Turns stored sectors into guest sectors; offsets and length are multiples of 512."""
+
+    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _LegacyAes:
+    """Method 1: sectors are numbered by where the guest sees them."""
+
+    cipher: SectorCipher
+
+    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes:  # noqa: ARG002 - the protocol
+        return self.cipher.decrypt(data, guest_offset // SECTOR)
+
+
+@dataclass(frozen=True, slots=True)
+class _Luks:
+    """Method 2: sectors are numbered by where they are stored; the payload offset plays no part."""
+
+    cipher: SectorCipher
+
+    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes:  # noqa: ARG002 - the protocol
+        return self.cipher.decrypt(data, host_offset // SECTOR)
+
+
+def method_name(header: Header) -> str:
+    """Return the words for a header's ``crypt_method``."""
+    method = header.crypt_method
+    return _NAMES[Crypt(method)] if method in set(Crypt) else f"unknown method {method}"
+
+
+def unlock(
+    header: Header,
+    read: Callable[[int, int], bytes],
+    crypto_header: tuple[int, int] | None,
+    passphrase: str | bytes,
+    limits: Limits,
+) -> Decryptor:
+    """Derive the key and return the decryptor.
+
+    ``read(offset, length)`` reads the image file, ``crypto_header`` is the offset and length of the
+    LUKS header in it. Raises :class:`Locked` when the passphrase is wrong (legacy AES cannot tell),
+    :class:`FormatError` or :class:`LimitExceeded` when the LUKS header is unsound, and
+    :class:`Unsupported` for a cipher, mode or hash that cannot be had here.
+    """
+    secret = passphrase.encode("utf-8", "surrogateescape") if isinstance(passphrase, str) else passphrase
+    if header.crypt_method == Crypt.AES:
+        return _LegacyAes(sector_cipher("aes", "cbc-plain64", secret[:16].ljust(16, b"\0")))
+    if header.crypt_method != Crypt.LUKS:
+        raise Unsupported(f"encryption {method_name(header)}")
+    if crypto_header is None:
+        raise FormatError("LUKS encryption without a LUKS header extension", field="crypt_method")
+    luks, key = recover_key(read, *crypto_header, secret, limits)
+    return _Luks(sector_cipher(luks.cipher_name, luks.cipher_mode, key))

@@ -1,0 +1,171 @@
+"""What the entries of an L2 table say, one generator per entry format.
+
+Each yields the runs of one slice of a table between two guest offsets and raises
+:class:`FormatError` at an entry that QEMU cannot read either. ``host`` arithmetic is relative to
+the offset inside the first cluster.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import Protocol
+
+from ..errors import FormatError
+from ..format.structures import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    QCOW1_COMPRESSED,
+    SECTOR,
+    SUBCLUSTERS,
+    ZERO,
+    compressed_descriptor,
+    qcow1_compressed_descriptor,
+)
+from .contiguity import sequence_end
+from .runs import Kind, Run
+
+HIGHEST = 1 << 55  # of the bits of a host offset: entries counted up from there could run into the reserved bits
+
+
+class Table(Protocol):
+    """What reading entries takes of the mapping they belong to."""
+
+    version: int
+    data_file: bool  # guest clusters are in an external one
+    cluster_bits: int
+    cluster_size: int
+    slice_mask: int
+    slice_shift: int
+
+    def bad_entry(self, offset: int, what: str) -> FormatError: ...
+
+
+def standard_runs(table: Table, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
+    """Yield the runs of a slice of 8-byte entries ("L2 table entry")."""
+    bits, size, mask = table.cluster_bits, table.cluster_size, table.slice_mask
+    special = COMPRESSED | ZERO | (OFFSET_MASK & (size - 1))
+    while offset < stop:
+        index = (offset >> bits) & mask
+        entry = entries[index]
+        inside = offset & (size - 1)
+        if entry & COMPRESSED:
+            run_end = min(stop, offset - inside + size)
+            yield _compressed(table, entry, offset, run_end - offset)
+            offset = run_end
+            continue
+        last = ((stop - 1) >> bits) & mask
+        # The usual case: entries that continue the first one, as a cluster or as nothing.
+        at_zero = table.data_file and entry & COPIED and not entry & ZERO  # a cluster of the data file's first byte
+        step = size if entry & OFFSET_MASK or at_zero else 0
+        index = index + 1 if entry & HIGHEST else sequence_end(entries, index + 1, last + 1, step)
+        run_end = min(stop, (number << table.slice_shift) + (index << bits))
+        host = entry & OFFSET_MASK
+        if entry & special or table.data_file:
+            kind, start = _special(table, entry, offset, inside)
+        elif host:
+            kind, start = Kind.DATA, host + inside
+        else:
+            kind, start = Kind.HOLE, None
+        yield Run(offset, run_end - offset, kind, start)
+        offset = run_end
+
+
+def _special(table: Table, entry: int, offset: int, inside: int) -> tuple[Kind, int | None]:
+    """Classify an entry that is not plain data or nothing; raise for what QEMU cannot read."""
+    host = entry & OFFSET_MASK
+    if entry & ZERO:
+        if table.version < 3:
+            raise table.bad_entry(offset, "has the zero flag, which version 2 does not know")
+        kind = Kind.ZERO
+    elif host or (entry & COPIED and table.data_file):
+        kind = Kind.DATA
+    else:
+        return Kind.HOLE, None
+    if not host and kind == Kind.ZERO:
+        return kind, None
+    _check_host(table, host, offset, inside)
+    return kind, host + inside
+
+
+def _check_host(table: Table, host: int, offset: int, inside: int) -> None:
+    if host & (table.cluster_size - 1):
+        raise table.bad_entry(offset, f"names the unaligned host offset {host:#x}")
+    if table.data_file and host != offset - inside:
+        raise table.bad_entry(offset, f"maps to {host:#x} in the data file, not to its guest offset")
+
+
+def extended_runs(table: Table, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
+    """Yield the runs of a slice of 16-byte entries ("Extended L2 Entries")."""
+    bits, size, mask = table.cluster_bits, table.cluster_size, table.slice_mask
+    subcluster = size // SUBCLUSTERS
+    full = 0xFFFF_FFFF
+    special = HIGHEST | (OFFSET_MASK & (size - 1))
+    while offset < stop:
+        index = (offset >> bits) & mask
+        entry, bitmap = entries[2 * index], entries[2 * index + 1]
+        inside = offset & (size - 1)
+        run_end = min(stop, offset - inside + size)
+        if entry & COMPRESSED:
+            yield _compressed(table, entry, offset, run_end - offset)
+            offset = run_end
+            continue
+        if bitmap == full and entry & OFFSET_MASK and not (entry & special or table.data_file):
+            # The usual case: whole clusters, one after the other in the file.
+            last, expected = ((stop - 1) >> bits) & mask, entry + size
+            index += 1
+            while index <= last and entries[2 * index] == expected and entries[2 * index + 1] == full:
+                expected += size
+                index += 1
+            run_end = min(stop, (number << table.slice_shift) + (index << bits))
+            yield Run(offset, run_end - offset, Kind.DATA, (entry & OFFSET_MASK) + inside)
+            offset = run_end
+            continue
+        allocated, zeros = bitmap & full, bitmap >> 32
+        host = entry & OFFSET_MASK
+        present = bool(host) or bool(table.data_file and entry & COPIED)
+        if allocated & zeros:
+            raise table.bad_entry(offset, "has subclusters that are both allocated and zero")
+        if allocated and not present:
+            raise table.bad_entry(offset, "has allocated subclusters without a cluster")
+        if present and (host & (size - 1) or table.data_file):
+            _check_host(table, host, offset, inside)
+        while offset < run_end:
+            at = (offset & (size - 1)) // subcluster
+            bit = 1 << at
+            kind = Kind.DATA if allocated & bit else Kind.ZERO if zeros & bit else Kind.HOLE
+            same = allocated if kind == Kind.DATA else zeros if kind == Kind.ZERO else ~(allocated | zeros)
+            at += 1
+            while at < SUBCLUSTERS and same >> at & 1:
+                at += 1
+            piece_end = min(run_end, offset - (offset & (size - 1)) + at * subcluster)
+            start = host + (offset & (size - 1)) if present else None
+            yield Run(offset, piece_end - offset, kind, start)
+            offset = piece_end
+
+
+def qcow1_runs(table: Table, entries: array[int], _number: int, offset: int, stop: int) -> Iterator[Run]:
+    """Yield the runs of a slice of a version 1 table."""
+    bits, size, mask = table.cluster_bits, table.cluster_size, table.slice_mask
+    while offset < stop:
+        entry = entries[(offset >> bits) & mask]
+        inside = offset & (size - 1)
+        length = min(stop, offset - inside + size) - offset
+        if not entry:
+            yield Run(offset, length, Kind.HOLE)
+        elif entry & QCOW1_COMPRESSED:
+            host, stored = qcow1_compressed_descriptor(entry, bits)
+            yield Run(offset, length, Kind.COMPRESSED, host, stored)
+        elif entry % SECTOR:
+            raise table.bad_entry(offset, f"names the unaligned host offset {entry:#x}")
+        else:
+            yield Run(offset, length, Kind.DATA, entry + inside)
+        offset += length
+
+
+def _compressed(table: Table, entry: int, offset: int, length: int) -> Run:
+    if table.data_file:
+        raise table.bad_entry(offset, "is compressed, which an external data file cannot hold")
+    host, size = compressed_descriptor(entry, table.cluster_bits)
+    return Run(offset, length, Kind.COMPRESSED, host, size)

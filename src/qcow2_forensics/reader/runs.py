@@ -1,0 +1,63 @@
+"""Runs: what a guest range is made of, as the mapping tells it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..errors import FormatError
+
+
+class Kind(enum.IntEnum):
+    """What a run of guest bytes is."""
+
+    DATA = 0  # stored at host_offset
+    ZERO = 1  # reads as zeros, whatever a backing file holds
+    HOLE = 2  # not in this image: the backing file's bytes, or zeros without one
+    COMPRESSED = 3  # (part of) one compressed cluster
+    MISSING = 4  # extents only: would come from a backing file that is not here; reading it raises
+
+
+class Run(NamedTuple):
+    """``length`` guest bytes at ``offset`` of one kind.
+
+    ``host_offset`` is that of the first byte for DATA, of preallocated space under ZERO and HOLE
+    (None without), and of the stream for COMPRESSED, whose ``size`` bytes hold it at most.
+    """
+
+    offset: int
+    length: int
+    kind: Kind
+    host_offset: int | None = None
+    size: int = 0
+
+
+def coalesced(pieces: Iterator[Run]) -> Iterator[Run]:
+    """Yield the same runs with neighbours joined that are one; what stands before a fault comes before it."""
+    pending: Run | None = None
+    try:
+        for run in pieces:
+            if pending is None:
+                pending = run
+                continue
+            if _continues(pending, run):
+                pending = Run(pending.offset, pending.length + run.length, pending.kind, pending.host_offset)
+            else:
+                yield pending
+                pending = run
+    except FormatError:
+        if pending is not None:
+            yield pending  # what is right in front of the fault
+        raise
+    if pending is not None:
+        yield pending
+
+
+def _continues(first: Run, second: Run) -> bool:
+    """Whether two neighbouring runs are one: same kind, and host bytes that follow each other."""
+    if first.kind != second.kind or first.kind == Kind.COMPRESSED:
+        return False
+    if first.host_offset is None or second.host_offset is None:
+        return first.host_offset is second.host_offset
+    return first.host_offset + first.length == second.host_offset

@@ -1,0 +1,104 @@
+"""The host file as a picture: one square per group of clusters, coloured by who owns them.
+
+Takes the ``map`` entry of a report's details::
+
+    {"cluster_size": 65536, "per_cell": 1, "owners": [["header", "Header"], ...],
+     "counts": [1, 12, ...],                       # clusters per owner, in the order of owners
+     "cells": [[[owner index, clusters], ...], ...]}
+
+A square that several owners share is split among them; a share is never thinner than an eighth,
+so that one leaked cluster among a thousand stays visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..text import hexadecimal, markup, size
+
+CELLS_PER_ROW = 64
+_SIDE = 14  # user units per square
+_GAP = 1
+_SMALLEST_SHARE = 1 / 8
+_LAST = {"leaked": 1, "residue": 2, "free": 3}  # at the end of the legend
+_LEFT = 110  # room for the row's file offset
+
+
+def colour_class(key: str) -> str:
+    """Return the CSS class of an owner; snapshots take turns through eight colours."""
+    kind, _, index = key.partition(":")
+    if kind == "snapshot":
+        return f"o-snap{int(index) % 8}" if index.isdecimal() else "o-snap0"
+    return f"o-{kind}" if kind.replace("-", "").isalnum() else "o-other"
+
+
+def draw_map(data: Mapping[str, Any]) -> str:
+    """Return the figure: an SVG of the host file and a legend with numbers."""
+    owners = [(str(key), str(label)) for key, label in data["owners"]]
+    cells: Sequence[Sequence[Sequence[int]]] = data["cells"]
+    per_cell = int(data["per_cell"])
+    step = per_cell * int(data["cluster_size"])
+    rows = -(-len(cells) // CELLS_PER_ROW)
+    width = _LEFT + CELLS_PER_ROW * _SIDE
+    height = max(rows, 1) * _SIDE
+    parts = [
+        f'<svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="Map of the host file">',
+        *_row_labels(rows, step),
+        *_squares(cells, owners, step),
+        "</svg>",
+    ]
+    covers = "one cluster" if per_cell == 1 else f"{per_cell} clusters"
+    caption = f"<p class='quiet'>Each square is {covers} ({size(step)}); rows are labelled with file offsets.</p>"
+    return "\n".join(parts) + _legend(owners, data["counts"], int(data["cluster_size"])) + caption
+
+
+def _row_labels(rows: int, step: int) -> Iterator[str]:
+    every = max(rows // 32, 1)
+    for row in range(0, rows, every):
+        at = hexadecimal(row * CELLS_PER_ROW * step)
+        yield f'<text x="{_LEFT - 8}" y="{row * _SIDE + _SIDE - 3}" text-anchor="end">{at}</text>'
+
+
+def _squares(cells: Sequence[Sequence[Sequence[int]]], owners: list[tuple[str, str]], step: int) -> Iterator[str]:
+    index = 0
+    while index < len(cells):
+        # Neighbours of one and the same single owner become one rectangle: small pages, same picture.
+        row_end = min((index // CELLS_PER_ROW + 1) * CELLS_PER_ROW, len(cells))
+        run = index + 1
+        if len(cells[index]) == 1:
+            while run < row_end and len(cells[run]) == 1 and cells[run][0][0] == cells[index][0][0]:
+                run += 1
+        x = _LEFT + index % CELLS_PER_ROW * _SIDE
+        y = index // CELLS_PER_ROW * _SIDE
+        yield from _square(cells[index], owners, x, y, (run - index) * _SIDE - _GAP, index * step, (run - index) * step)
+        index = run
+
+
+def _square(
+    shares: Sequence[Sequence[int]], owners: list[tuple[str, str]], x: int, y: int, width: int, offset: int, length: int
+) -> Iterator[str]:
+    total = sum(count for _, count in shares) or 1
+    weights = [max(count / total, _SMALLEST_SHARE) for _, count in shares]
+    scale = (_SIDE - _GAP) / sum(weights)
+    top = float(y)
+    for (owner, count), weight in zip(shares, weights, strict=True):
+        key, label = owners[owner]
+        title = f"{label}, {hexadecimal(offset)} + {size(length)}" + (f": {count} clusters" if len(shares) > 1 else "")
+        yield (
+            f'<rect class="{colour_class(key)}" x="{x}" y="{top:.2f}" width="{width}" height="{weight * scale:.2f}">'
+            f"<title>{markup(title)}</title></rect>"
+        )
+        top += weight * scale
+
+
+def _legend(owners: list[tuple[str, str]], counts: Sequence[int], cluster_size: int) -> str:
+    known = [*zip(owners, counts, strict=True)]
+    known.sort(key=lambda item: _LAST.get(item[0][0], 0))
+    items = [
+        f'<li><svg viewBox="0 0 10 10"><rect class="{colour_class(key)}" width="10" height="10"/></svg>'
+        f"{markup(label, 80)} <span class='quiet'>{count} · {size(count * cluster_size)}</span></li>"
+        for (key, label), count in known
+        if count
+    ]
+    return f'<ul class="legend">{"".join(items)}</ul>'

@@ -1,0 +1,104 @@
+"""A report for people: grouped by severity, as wide as the terminal, one screen when all is well."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ..findings import Evidence, Finding, Report, Severity
+from ..text import hexadecimal, sentence, shown_value, text, wrap
+from .summary import check_line, heading, name
+
+DEFAULT_WIDTH = 100
+ITEMS = 5  # evidence items shown per finding; -v shows all that were kept
+_COLOURS = {
+    Severity.CRITICAL: "\x1b[1;37;41m",
+    Severity.HIGH: "\x1b[1;31m",
+    Severity.MEDIUM: "\x1b[33m",
+    Severity.LOW: "\x1b[36m",
+    Severity.INFO: "\x1b[2m",
+}
+_PLAIN = "\x1b[0m"
+
+
+def render_text(report: Report, *, width: int = DEFAULT_WIDTH, colour: bool = False, items: int = ITEMS) -> str:
+    """Return the report as text; nothing from evidence can reach the terminal unescaped.
+
+    ``items`` is how many evidence items each finding shows; Info findings are one line each
+    unless ``items`` is above the default.
+    """
+    lines = [*wrap(name(report), width), *wrap(heading(report), width, "  ")]
+    checked = check_line(report.check)
+    if checked:
+        lines += wrap(f"check: {checked}", width, "  ")
+    lines += [f"  {summary(report)} (depth {text(report.depth, 20)})"]
+    for severity in sorted(Severity, reverse=True):
+        group = [finding for finding in report.findings if finding.severity is severity]
+        if group:
+            lines += ["", _paint(severity.label.upper(), severity, colour)]
+            previous = ""
+            for finding in group:
+                lines += _finding(finding, width, items, colour, note=finding.note != previous)
+                previous = finding.note
+    if items <= ITEMS and any(_unseen(finding, items) for finding in report.findings):
+        lines += ["", "-v shows more of the evidence, --format json all that was kept."]
+    return "\n".join(lines) + "\n"
+
+
+def summary(report: Report) -> str:
+    """Return how many findings there are of each severity, worst first."""
+    counts = Counter(finding.severity for finding in report.findings)
+    if not counts:
+        return "no findings"
+    return ", ".join(f"{counts[severity]} {severity.label}" for severity in sorted(counts, reverse=True))
+
+
+def _paint(shown: str, severity: Severity, colour: bool) -> str:
+    return f"{_COLOURS[severity]}{shown}{_PLAIN}" if colour else shown
+
+
+def _finding(finding: Finding, width: int, items: int, colour: bool, *, note: bool) -> Iterator[str]:
+    scope = f" [{text(finding.scope, 200)}]" if finding.scope else ""
+    first, *rest = wrap(f"{finding.code}  {sentence(text(finding.title))}{scope}", width - 2, "  ")
+    if colour:
+        first = first.replace(finding.code, _paint(finding.code, finding.severity, True), 1)
+    yield first
+    yield from (f"  {line}" for line in rest)
+    if finding.severity is Severity.INFO and items <= ITEMS:
+        return
+    if finding.note and note:
+        yield from wrap(text(finding.note), width, "      ")
+    if finding.explained_by:
+        yield from wrap(f"explained by {', '.join(map(text, finding.explained_by))}", width, "      ")
+    if finding.confidence != "certain":
+        yield f"      confidence: {text(finding.confidence, 40)}"
+    for item in finding.evidence[:items]:
+        yield from wrap(evidence_line(item), width, "        ")
+    unseen = _unseen(finding, items)
+    if unseen:
+        yield f"        and {unseen} more"
+
+
+def _unseen(finding: Finding, items: int) -> int:
+    return max(finding.count, len(finding.evidence)) - min(items, len(finding.evidence))
+
+
+def evidence_line(item: Evidence) -> str:
+    """Return one evidence item: ``field = value  (at 0x123, 8 bytes, structure, guest 0x0)``."""
+    places = []
+    if item.offset is not None:
+        places.append(f"at {hexadecimal(item.offset)}")
+    if item.length:
+        places.append(f"{item.length} byte{'s' * (item.length > 1)}")
+    if item.structure:
+        places.append(text(item.structure, 100))
+    if item.guest_offset is not None:
+        places.append(f"guest {hexadecimal(item.guest_offset)}")
+    if item.snapshot:
+        places.append(f"snapshot {text(item.snapshot, 100)}")
+    if item.file:
+        places.append(text(item.file, 300))
+    told = text(item.field, 200)
+    if item.value is not None:
+        told += f" = {shown_value(item.field, item.value)}"
+    return f"{told}  ({', '.join(places)})" if places else told

@@ -1,0 +1,94 @@
+"""A report as data: JSON, JSON lines (one report a line) and CSV (one evidence item a row)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+
+from ..findings import Evidence, Finding, Report
+from ..text import cell
+
+COLUMNS = (
+    "image",
+    "code",
+    "severity",
+    "title",
+    "note",
+    "confidence",
+    "scope",
+    "explained_by",
+    "count",
+    "field",
+    "value",
+    "file",
+    "offset",
+    "length",
+    "structure",
+    "guest_offset",
+    "snapshot",
+)
+
+
+def render_json(report: Report) -> str:
+    """Return the report as indented JSON, ASCII only."""
+    return report.to_json() + "\n"
+
+
+def render_line(report: Report) -> str:
+    """Return the report as one line of JSON, without the pictures in ``details``."""
+    data = report.to_dict()
+    data["details"] = {key: value for key, value in data["details"].items() if key not in PICTURES}
+    return json.dumps(data, ensure_ascii=True, separators=(",", ":")) + "\n"
+
+
+PICTURES = ("map", "lineage")  # what only the page draws
+
+
+def render_csv(reports: Iterable[Report]) -> str:
+    """Return a header row and one row per evidence item; a finding without evidence is one row.
+
+    Text that a spreadsheet would run as a formula is quoted with an apostrophe.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    writer.writerow(COLUMNS)
+    for report in reports:
+        writer.writerows(_rows(report))
+    return out.getvalue()
+
+
+def _rows(report: Report) -> Iterator[list[str | int | float]]:
+    image = report.image.get("path") or report.image.get("name")
+    for finding in report.findings:
+        for item in finding.evidence or (None,):
+            yield [cell(value) for value in (image, *_finding(finding), *_item(item))]
+
+
+def _finding(finding: Finding) -> tuple[object, ...]:
+    return (
+        finding.code,
+        finding.severity.label,
+        finding.title,
+        finding.note,
+        finding.confidence,
+        finding.scope,
+        " ".join(finding.explained_by),
+        finding.count,
+    )
+
+
+def _item(item: Evidence | None) -> tuple[object, ...]:
+    if item is None:
+        return (None,) * 8
+    return (
+        item.field,
+        item.value,
+        item.file,
+        item.offset,
+        item.length,
+        item.structure,
+        item.guest_offset,
+        item.snapshot,
+    )

@@ -1,0 +1,62 @@
+"""What every renderer says about the image before it says what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..findings import Report
+from ..text import size, text
+
+
+def heading(report: Report) -> str:
+    """Return one sentence about the image: format, sizes, clusters, what it holds."""
+    image = report.image
+    parts = [_format(image)]
+    if isinstance(image.get("virtual_size"), int):
+        parts.append(f"{size(image['virtual_size'])} virtual")
+    if isinstance(image.get("file_size"), int):
+        parts.append(f"{size(image['file_size'])} file")
+    if isinstance(image.get("cluster_size"), int):
+        parts.append(f"{size(image['cluster_size'])} clusters")
+    for key, one, many in (("snapshots", "snapshot", "snapshots"), ("bitmaps", "bitmap", "bitmaps")):
+        count = image.get(key)
+        if isinstance(count, int) and count:
+            parts.append(f"{count} {one if count == 1 else many}")
+    if image.get("backing_file"):
+        parts.append("with a backing file")
+    if image.get("data_file"):
+        parts.append("with a data file")
+    if image.get("encryption") not in (None, "", "none"):
+        parts.append(f"encrypted ({text(image['encryption'], 40)})")
+    return ", ".join(parts)
+
+
+def _format(image: Mapping[str, Any]) -> str:
+    version = image.get("version")
+    if not isinstance(version, int):
+        return "not a readable QCOW image"
+    return "QCOW version 1" if version == 1 else f"QCOW2 version {version}"
+
+
+def name(report: Report) -> str:
+    """Return what the image is called, escaped."""
+    return text(report.image.get("path") or report.image.get("name") or "image")
+
+
+def check_line(check: Mapping[str, Any] | None) -> str:
+    """Return the ``qemu-img check`` counters as one sentence, empty when there are none."""
+    if check is None:
+        return ""
+    names = (("corruptions", "corruption"), ("leaks", "leak"), ("check-errors", "check error"))
+    problems = [f"{check[key]} {one}{'s' * (check[key] != 1)}" for key, one in names if check.get(key)]
+    total = check.get("total-clusters") or 0
+    allocated = check.get("allocated-clusters") or 0
+    parts = [", ".join(problems) if problems else "no errors"]
+    if total:
+        parts.append(f"{allocated} of {total} clusters allocated ({allocated / total:.1%})")
+    if check.get("compressed-clusters"):
+        parts.append(f"{check['compressed-clusters']} compressed")
+    if check.get("image-end-offset"):
+        parts.append(f"image ends at {check['image-end-offset']:#x}")
+    return ", ".join(parts)

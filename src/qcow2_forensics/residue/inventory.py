@@ -1,0 +1,266 @@
+"""Everything nothing points at, gathered for one image: runs, streams, deleted snapshots."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from types import TracebackType
+
+import numpy as np
+
+from ..census import Census, take_census
+from ..errors import MissingFile, Qcow2Error
+from ..format.image import Image
+from ..format.source import PathOrSource, Source
+from ..format.structures import OFFSET_MASK, BitmapEntry, SnapshotEntry, padded
+from ..limits import DEFAULT_LIMITS, Limits
+from ..reader.disk import Disk
+from ..reader.opening import Passphrase, open_disk
+from ..reader.resolver import Resolver
+from ..reader.stream import SourceStream
+from . import hidden, readability, slack, snapshot_entries, streams, structure_detection
+from .model import Piece
+from .scan import Found, unclaimed
+from .snapshot_entries import DeletedSnapshot
+
+_OFFSET = re.compile(r"0x[0-9a-fA-F]{1,16}")
+_ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
+_DELETED = 1000  # former snapshots followed into their tables
+_BITMAPS = 1000  # former bitmaps followed into their tables
+_BITMAP_TABLE = 65_536  # entries of a former bitmap's table
+
+
+class Residue:
+    """The residue of one image: a context manager over runs that can be read.
+
+    ``census`` is taken when not given. Pieces are found while :meth:`pieces` is iterated; nothing
+    of their content is kept.
+    """
+
+    def __init__(self, image: Image, *, census: Census | None = None, data: Source | None = None) -> None:
+        self.image = image
+        self._given = census
+        self._data = data
+        self._files = ExitStack()
+        self._former: tuple[list[SnapshotEntry], list[BitmapEntry]] | None = None
+
+    @cached_property
+    def census(self) -> Census:
+        """Who claims each host cluster; taken on first use when none was given."""
+        return self._given or take_census(self.image)
+
+    # --- runs ----------------------------------------------------------------------------------
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield every piece of residue: slack first, then hidden bytes, then unclaimed clusters."""
+        yield from self.slack()
+        yield from self.hidden()
+        for found in self.unclaimed():
+            yield found.piece
+
+    def slack(self) -> Iterator[Piece]:
+        """Yield what stands behind the header and behind tables."""
+        for function in (slack.header_slack, slack.header_padding, slack.l1_slack, slack.table_slack):
+            yield from function(self.image)
+
+    def hidden(self) -> Iterator[Piece]:
+        """Yield bytes of clusters in use that no state shows."""
+        if self.image.header.version == 1:
+            return
+        yield from hidden.zero_flagged(self.image, self.census, self._data)
+        yield from hidden.subclusters(self.image, self.census)
+        yield from streams.compressed_slack(self.image, self.census)
+        yield from hidden.tail(self.image, self.census)
+
+    def unclaimed(self) -> Iterator[Found]:
+        """Yield what lies in clusters nothing refers to, with the table entries found there."""
+        if self.image.header.version == 1:
+            return
+        snapshots: list[SnapshotEntry] = []
+        bitmaps: list[BitmapEntry] = []
+        for found in unclaimed(self.image, self.census):
+            snapshots += found.snapshots[: _ENTRIES - len(snapshots)]
+            bitmaps += found.bitmaps[: _ENTRIES - len(bitmaps)]
+            yield found
+        # Kept, because reading all free space again for them would double the time.
+        self._former = self._with_slack(snapshots, bitmaps)
+
+    # --- former entries ------------------------------------------------------------------------
+
+    def entries(self) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
+        """Return the former snapshot and bitmap entries in free space and behind the live tables."""
+        if self._former is None:
+            for _ in self.unclaimed():
+                pass  # the pass itself gathers them
+        return self._former or ([], [])
+
+    def _with_slack(
+        self, snapshots: list[SnapshotEntry], bitmaps: list[BitmapEntry]
+    ) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
+        """Add the entries behind the live tables and leave out what is still live."""
+        geometry = structure_detection.Geometry.of(self.image)
+        for offset, data in self._table_tails():
+            if data.strip(b"\0"):
+                old_snapshots, old_bitmaps = structure_detection.find_entries(data, offset, geometry)
+                snapshots += old_snapshots
+                bitmaps += old_bitmaps
+        live = {(bitmap.name_bytes, bitmap.table_offset) for bitmap in self.image.bitmaps}
+        former = {
+            (bitmap.name_bytes, bitmap.table_offset): bitmap
+            for bitmap in bitmaps
+            if (bitmap.name_bytes, bitmap.table_offset) not in live
+        }
+        return snapshot_entries.unknown_entries(self.image, snapshots), list(former.values())
+
+    def _table_tails(self) -> Iterator[tuple[int, bytes]]:
+        for offset, length in slack.table_tails(self.image):
+            start = padded(offset)  # entries stand on eight bytes of the file, wherever the last live one ends
+            yield start, self.image.read(start, offset + length - start)
+
+    def entry_at(self, offset: int) -> SnapshotEntry | None:
+        """Return the former snapshot entry at a file offset; None when there is none.
+
+        The same as the one among :meth:`entries`, without reading all free space for it.
+        """
+        start = offset // self.image.cluster_size * self.image.cluster_size
+        if start < self.image.file_size and not self.census.owner(start):
+            size = self.image.cluster_size
+            behind = 0 if self.census.owner(start + size) else structure_detection.BEHIND
+            places = [(start, self.image.read(start, size + behind))]
+        else:
+            places = [(at, data) for at, data in self._table_tails() if at <= offset < at + len(data)]
+        geometry = structure_detection.Geometry.of(self.image)
+        found = [
+            structure_detection.snapshot_entry_at(data, offset - at, at, geometry)
+            for at, data in places
+            if offset % 8 == 0
+        ]
+        former = snapshot_entries.unknown_entries(self.image, [entry for entry in found if entry is not None])
+        return former[0] if former else None
+
+    def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
+        """Return the deleted snapshots whose entries survive, and how much of each can be read."""
+        snapshots, _ = self.entries()
+        return readability.examine(self.image, snapshots, self.census, most=_DELETED, read_data=read_data)
+
+    def former_bitmap_clusters(self) -> set[int]:
+        """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
+        found: set[int] = set()
+        size = self.image.cluster_size
+        for entry in self.entries()[1][:_BITMAPS]:
+            length = entry.table_size * 8
+            if entry.table_size > _BITMAP_TABLE or entry.table_offset + length > self.image.file_size:
+                continue
+            words = structure_detection.words_of(self.image.read(entry.table_offset, length)) & np.uint64(OFFSET_MASK)
+            found.update(range(entry.table_offset, entry.table_offset + length, size))
+            found.update(words[words != 0].tolist())
+        return {offset for offset in found if offset % size == 0 and not self.census.owner(offset)}
+
+    # --- streams -------------------------------------------------------------------------------
+
+    def read(self, piece: Piece, offset: int = 0, length: int | None = None) -> bytes:
+        """Return bytes of a piece, counted from its start."""
+        source = self._source(piece)
+        length = piece.length - offset if length is None else min(length, piece.length - offset)
+        start = piece.offset + offset
+        return source.read(start, max(0, min(length, source.size - start)))
+
+    def open(self, piece: Piece) -> io.RawIOBase:
+        """Return a seekable file object over one piece."""
+        return SourceStream(_Window(self._source(piece), piece.offset, piece.length))
+
+    def _source(self, piece: Piece) -> Source:
+        if piece.file != "data":
+            return self.image.source
+        if self._data is None:
+            raise MissingFile("data", self.image.data_file_name or "")
+        return self._data
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def closing(self, close: Callable[[], object]) -> None:
+        """Have ``close`` called with this object's own close."""
+        self._files.callback(close)
+
+    def close(self) -> None:
+        """Close what was opened for this object."""
+        self._files.close()
+
+    def __enter__(self) -> Residue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Window:
+    """A stretch of a source as a source."""
+
+    def __init__(self, source: Source, offset: int, length: int) -> None:
+        self._source = source
+        self._offset = offset
+        self.size = max(0, min(length, source.size - offset))
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        length = min(length, self.size - offset)
+        return self._source.read(self._offset + offset, length) if length > 0 else b""
+
+
+def residue(
+    origin: PathOrSource | Image, *, resolver: Resolver | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Residue:
+    """Open the residue of an image: what nothing points at, as runs and as streams.
+
+    An external data file is looked at when ``resolver`` finds it. Raises the first problem that
+    keeps the tables from being walked.
+    """
+    if isinstance(origin, Image):
+        return Residue(origin)
+    with ExitStack() as undo:
+        image = Image(origin, limits=limits)
+        undo.callback(image.close)
+        image.require("disk")
+        data = None
+        if image.header.external_data and image.data_file_name:
+            try:
+                data, _ = (resolver or Resolver()).open(image.data_file_name, "data", image.source, image.source)
+            except Qcow2Error:
+                data = None  # the image's own residue can still be read
+        found = Residue(image, data=data)
+        found.closing(image.close)
+        if data is not None:
+            found.closing(getattr(data, "close", lambda: None))
+        undo.pop_all()
+        return found
+
+
+def deleted_snapshots(origin: PathOrSource | Image, *, read_data: bool = True) -> list[DeletedSnapshot]:
+    """Return the deleted snapshots of an image whose table entries survive."""
+    with residue(origin) as found:
+        return found.deleted_snapshots(read_data=read_data)
+
+
+def open_deleted(origin: PathOrSource, wanted: str, passphrase: Passphrase = None) -> Disk:
+    """Open a deleted snapshot by ID, name or entry offset; the same as ``open_disk("deleted:...")``."""
+    return open_disk(origin, f"deleted:{wanted}", passphrase)
+
+
+def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
+    """Return the entry of a deleted snapshot and make ``image`` refuse what it no longer owns.
+
+    This is what ``open_disk(snapshot="deleted:...")`` asks; ``image`` is for that disk alone then.
+    """
+    image.require("disk")
+    found = Residue(image)
+    entry = found.entry_at(int(wanted, 16)) if _OFFSET.fullmatch(wanted) else None
+    former: list[SnapshotEntry] = []  # which one chosen by its place is not held against: that reads all free space
+    if entry is None:
+        former, _ = found.entries()
+        entry = snapshot_entries.choose([DeletedSnapshot(entry, False) for entry in former], wanted).entry
+    readability.guard(image, entry, found.census, former)
+    return entry

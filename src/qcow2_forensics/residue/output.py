@@ -1,0 +1,172 @@
+"""Residue as files: one per piece, an index in JSON and CSV, all under one name when it is whole."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import Qcow2Error, printable
+from ..limits import MiB
+from .inventory import Residue
+from .model import Piece
+from .snapshot_entries import DeletedSnapshot
+
+SCHEMA = 1
+_CHUNK = MiB
+_COLUMNS = (
+    "offset",
+    "length",
+    "kind",
+    "looks",
+    "nonzero",
+    "entropy",
+    "signature",
+    "sha256",
+    "guest_offset",
+    "snapshot",
+    "source",
+    "name",
+)
+
+
+@dataclass
+class Summary:
+    """What was written: pieces found, bytes in files, pieces only indexed, one line per deleted snapshot."""
+
+    pieces: int = 0
+    written: int = 0
+    skipped: int = 0
+    deleted: tuple[str, ...] = ()
+
+
+def write(
+    residue: Residue,
+    folder: str | os.PathLike[str],
+    *,
+    kinds: Collection[str] | None = None,
+    limit: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Summary:
+    """Write the pieces of some kinds (all by default) to a new folder and return what was done.
+
+    The folder appears under its name only when it is complete. ``limit`` bounds the bytes in
+    files; pieces beyond it are indexed with their hash and no file.
+    """
+    target = Path(folder)
+    if os.path.lexists(target):
+        raise Qcow2Error(f"{printable(str(target))} exists; name a new folder")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=False)
+    try:
+        summary = _fill(residue, partial, kinds, limit, advance)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return summary
+
+
+def _fill(
+    residue: Residue,
+    folder: Path,
+    kinds: Collection[str] | None,
+    limit: int | None,
+    advance: Callable[[int], None],
+) -> Summary:
+    summary = Summary()
+    image = {"path": residue.image.name, "file_size": residue.image.file_size, "schema": SCHEMA}
+    with (
+        (folder / "index.json").open("w", encoding="utf-8") as index,
+        (folder / "index.csv").open("w", encoding="utf-8", newline="") as table,
+    ):
+        rows = csv.writer(table)
+        rows.writerow(_COLUMNS)
+        index.write(f'{{"image": {json.dumps(image)},\n"pieces": [')
+        for piece in residue.pieces():
+            if kinds and piece.kind not in kinds:
+                continue
+            room = limit is None or summary.written + piece.length <= limit
+            entry = _write_piece(residue, piece, folder, room)
+            index.write(("," if summary.pieces else "") + "\n" + json.dumps(entry))
+            rows.writerow([_cell(entry.get(column)) for column in _COLUMNS])
+            summary.pieces += 1
+            summary.written += piece.length if room else 0
+            summary.skipped += not room
+            advance(piece.length)
+        deleted = residue.deleted_snapshots()
+        summary.deleted = tuple(_told(item) for item in deleted)
+        index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}}}\n')
+    return summary
+
+
+def _write_piece(residue: Residue, piece: Piece, folder: Path, room: bool) -> dict[str, Any]:
+    name = _free_name(folder, f"{piece.file or 'image'}-{piece.offset:012x}-{piece.kind}-{piece.looks}")
+    digest = hashlib.sha256()
+    if room:
+        with (folder / name).open("xb") as stream:
+            for data in _chunks(residue, piece):
+                digest.update(data)
+                stream.write(data)
+    else:
+        for data in _chunks(residue, piece):
+            digest.update(data)
+    entry = asdict(piece)
+    entry["entropy"] = round(piece.entropy, 4)
+    entry["source"] = entry.pop("file") or "image"
+    return {**entry, "sha256": digest.hexdigest(), "name": name if room else None}
+
+
+def _free_name(folder: Path, stem: str) -> str:
+    """Return a file name nobody has yet; the same bytes may be slack of two tables."""
+    name, number = f"{stem}.bin", 1
+    while (folder / name).exists():
+        number += 1
+        name = f"{stem}-{number}.bin"
+    return name
+
+
+def _chunks(residue: Residue, piece: Piece) -> Iterator[bytes]:
+    return (residue.read(piece, at, _CHUNK) for at in range(0, piece.length, _CHUNK))
+
+
+def _cell(value: object) -> object:
+    # Snapshot IDs come from the image: none may start a formula.
+    if not isinstance(value, str):
+        return "" if value is None else value
+    shown = printable(value)
+    return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@", "|", "%")) else shown
+
+
+def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
+    return [
+        {
+            "open_as": None if item.is_gone else item.selector,
+            "id": item.entry.id,
+            "name": item.entry.name,
+            "date_sec": item.entry.date_sec,
+            "disk_size": item.entry.disk_size,
+            "l1_table_offset": item.entry.l1_table_offset,
+            "readable": round(item.readable, 4),
+            "rewritable": round(item.rewritable, 4),
+            "intact_clusters": item.intact,
+            "shared_clusters": item.shared,
+            "zeroed_clusters": item.zeroed,
+            "reused_clusters": item.reused,
+            "l2_tables": item.l2_tables,
+            "lost_l2_tables": item.lost_tables,
+        }
+        for item in deleted
+    ]
+
+
+def _told(item: DeletedSnapshot) -> str:
+    entry = item.entry
+    state = item.told if item.is_gone else f"{item.told}, open as {item.selector}"
+    return f"deleted snapshot {printable(entry.id)} ({printable(entry.name)}): {state}"

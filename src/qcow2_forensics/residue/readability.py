@@ -1,0 +1,392 @@
+"""Follows the tables of former snapshot entries: what of each deleted snapshot's disk is still there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..census import Census
+from ..census.claims import descriptors
+from ..errors import LimitExceeded
+from ..format.image import Image
+from ..format.rules import INT64_MAX
+from ..format.structures import OFFSET_MASK, SnapshotEntry
+from ..limits import MiB
+from ..reader.host_holes import host_runs
+from . import live_mappings, structure_detection
+from .former_clusters import HOLDS_BYTES, read_clusters
+from .former_tables import Recogniser
+from .restricted_source import LOST_TABLE, PUNCHED, REUSED, GuardedSource, Refusals
+from .snapshot_entries import DeletedSnapshot, gone
+from .structure_detection import Counts, Geometry, Mask, Words
+
+_ENTRIES = 1 << 16  # of L2 tables looked at together
+_L1_BYTES = 32 * MiB  # of L1 tables read for one image, beside its length: several may have stood in one place
+_TABLE_BYTES = 64 * MiB  # of L2 tables read for one image, beside four times the file: genuine ones are each in it once
+_MAPPED, _KEPT = 1, 2  # a cluster of streams: by a live state, by a snapshot older than the deleted one
+_ACTIVE = np.uint64(2**64 - 1)  # no snapshot's date
+
+
+def examine(
+    image: Image, former: Sequence[SnapshotEntry], census: Census, *, most: int | None = None, read_data: bool = True
+) -> list[DeletedSnapshot]:
+    """Follow the tables of former entries, up to ``most``, and return how much of each disk is still readable.
+
+    Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
+    An L1 table counts as gone where that of a later former snapshot was. Raises
+    :class:`LimitExceeded` where the L1 tables of the live states overlap without end.
+    """
+    examiner = _Examiner(image, census, read_data)
+    l1_tables = _L1Tables.of(former)
+    found = []
+    for entry in former[:most]:
+        if l1_tables.overwrote(entry):
+            found.append(DeletedSnapshot(entry, l1_intact=False))
+            continue
+        try:
+            found.append(_Examination(examiner, entry).result())
+        except LimitExceeded:
+            found.append(DeletedSnapshot(entry, l1_intact=False, followed=False))
+    return found
+
+
+def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[SnapshotEntry] = ()) -> None:
+    """Make ``image`` refuse what a deleted snapshot no longer owns.
+
+    After this the image answers for this one state only: it is for a disk of its own. Raises
+    :class:`FormatError` when the L1 table is gone, also to a later one of the ``former`` snapshots.
+    """
+    # What the header names is read before the guard stands, in case a crafted entry maps it.
+    _ = image.problems, image.backing_name, image.crypto_header
+    refusals = Refusals(image.cluster_size)
+    examination = _Examination(_Examiner(image, census, False), entry, refusals)
+    if _L1Tables.of(former).overwrote(entry) or not examination.result().l1_intact:
+        raise gone(entry)
+    image.source = GuardedSource(image.source, refusals)
+
+
+class _L1Tables(NamedTuple):
+    """Where the L1 tables of former snapshots stood, and when."""
+
+    starts: Words
+    stops: Words
+    dates: Words
+
+    @classmethod
+    def of(cls, entries: Sequence[SnapshotEntry]) -> _L1Tables:
+        starts = np.array([min(entry.l1_table_offset, INT64_MAX) for entry in entries], np.uint64)
+        lengths = np.array([entry.l1_size * 8 for entry in entries], np.uint64)
+        return cls(starts, starts + lengths, np.array([_date(entry) for entry in entries], np.uint64))
+
+    def overwrote(self, entry: SnapshotEntry) -> bool:
+        """Whether a later snapshot's L1 table was written where this one's was, once that had been let go."""
+        start = min(entry.l1_table_offset, INT64_MAX)
+        overlap = (self.starts < np.uint64(start + entry.l1_size * 8)) & (self.stops > np.uint64(start))
+        return bool((overlap & (self.dates > _date(entry))).any())
+
+
+class _Live(NamedTuple):
+    """The L2 tables of states that are not deleted, each once, rising by L1 slot."""
+
+    slots: Counts
+    offsets: Words
+    dates: Words  # of the oldest snapshot that holds it; _ACTIVE for none
+
+    def at(self, places: Counts) -> _Live:
+        """Return some of the tables."""
+        return _Live(self.slots[places], self.offsets[places], self.dates[places])
+
+    def of(self, slots: Counts) -> tuple[Counts, Counts]:
+        """Return which of some slots, rising, and which table, for every table that stands in one of them."""
+        first = np.searchsorted(self.slots, slots)
+        counts = np.searchsorted(self.slots, slots, "right") - first
+        rows = np.repeat(np.arange(len(slots)), counts)
+        return rows, np.arange(len(rows)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+
+
+class _Examiner:
+    """What all former entries of an image share; every free cluster is looked at once."""
+
+    def __init__(self, image: Image, census: Census, read_data: bool) -> None:
+        self.image = image
+        self.census = census
+        self.geometry = Geometry.of(image)
+        self.recogniser = Recogniser(image, census)
+        self.l1_entries = (_L1_BYTES + image.file_size) // 8
+        self.tables = (_TABLE_BYTES + 4 * image.file_size) // image.cluster_size
+        self.live = self._live()
+        self._read_data = read_data
+
+    def _live(self) -> _Live:
+        """Return the tables of live states, as many as may be read: what only later ones hold is not shared then."""
+        slots, offsets, dates = [np.empty(0, np.intp)], [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+        room = self.tables
+        for state, table in live_mappings.l1_tables(self.image):
+            whole = (table % np.uint64(self.image.cluster_size) == 0) & (table < np.uint64(self.image.file_size))
+            used = np.flatnonzero((table != 0) & whole)[:room]
+            room -= len(used)
+            slots.append(used)
+            offsets.append(table[used])
+            dates.append(np.full(len(used), _ACTIVE if state.snapshot is None else _date(state.snapshot)))
+        found = _Live(np.concatenate(slots), np.concatenate(offsets), np.concatenate(dates))
+        found = found.at(np.lexsort((found.dates, found.offsets, found.slots)))
+        new = np.ones(len(found.slots), np.bool_)
+        new[1:] = (np.diff(found.slots) != 0) | (np.diff(found.offsets) != 0)
+        return found.at(np.flatnonzero(new))
+
+    @cached_property
+    def longest_l1(self) -> int:
+        """The entries of the longest L1 table that is not deleted."""
+        return max([self.image.header.l1_size, *(entry.l1_size for entry in self.image.snapshots)])
+
+    def numbers(self, offsets: Words) -> Counts:
+        """Return the clusters at host offsets, the last of the file for what lies behind it."""
+        last = np.uint64(self.census.clusters - 1)
+        numbers: Counts = np.minimum(offsets >> np.uint64(self.geometry.cluster_bits), last).astype(np.intp)
+        return numbers
+
+    def l2_tables(self, offsets: Words) -> Words:
+        """Return the words of the L2 tables at some host offsets, a row each."""
+        data = read_clusters(self.image, self.numbers(offsets))
+        return structure_detection.words_of(data).reshape(-1, self.image.cluster_size // 8)
+
+    def has_hole(self, offset: int, length: int) -> bool:
+        """Whether the file system stores nothing for part of the range; False where it cannot be asked."""
+        return any(run.is_hole for run in host_runs(self.image.source, offset, length))
+
+    def punched(self, numbers: Counts) -> Mask:
+        """Return which host clusters the file system stores nothing for."""
+        starts, stops = self._holes
+        offsets = numbers * self.image.cluster_size
+        places = np.searchsorted(starts, offsets, "right") - 1
+        ends = np.minimum(offsets + self.image.cluster_size, self.image.file_size)
+        punched: Mask = (places >= 0) & (stops[places] >= ends)
+        return punched
+
+    @cached_property
+    def _holes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        holes = [
+            (run.offset, run.offset + run.length)
+            for run in host_runs(self.image.source, 0, self.image.file_size)
+            if run.is_hole
+        ]
+        starts, stops = np.array(holes or [(0, 0)], np.int64).T
+        return starts, stops
+
+    def are_zeros(self, numbers: Counts) -> Mask:
+        """Return which free host clusters hold zeros; none where data is not to be read."""
+        if not self._read_data:
+            return np.zeros(len(numbers), np.bool_)
+        zeros: Mask = (self.recogniser.targets.look(numbers) & HOLDS_BYTES) == 0
+        return zeros
+
+
+class _Examination:
+    """Follows the tables of one former entry."""
+
+    def __init__(self, examiner: _Examiner, entry: SnapshotEntry, refusals: Refusals | None = None) -> None:
+        self._examiner = examiner
+        self._image = examiner.image
+        self._entry = entry
+        self._refusals = refusals
+        self._cluster_size = self._image.cluster_size
+        self._span = self._image.header.l2_span
+        size = entry.disk_size if entry.disk_size is not None else self._image.disk_size
+        self._size = min(size, INT64_MAX)
+        self._waiting: list[Counts] = []  # L1 slots whose tables hold streams that no live state maps
+        counted = ("intact", "shared", "zeroed", "punched", "reused", "compressed", "lost_tables")
+        self._counts = dict.fromkeys(counted, 0)
+        self._unreadable = 0
+        self._rewritable = 0
+
+    def result(self) -> DeletedSnapshot:
+        """Return what became of the entry; raises :class:`LimitExceeded` for crafted tables without end."""
+        l1_table = self._l1_table()
+        if l1_table is None:
+            return DeletedSnapshot(self._entry, l1_intact=False)
+        slots = np.flatnonzero(l1_table)
+        rows, _ = self._examiner.live.of(slots)
+        named, room = len(slots) + len(rows), self._examiner.tables
+        if named > room:
+            raise LimitExceeded("L2 tables of deleted snapshots", named, room)
+        self._examiner.tables -= named
+        step = max(1, _ENTRIES // self._image.header.l2_entries)
+        for at in range(0, len(slots), step):
+            self._tables(slots[at : at + step], l1_table[slots[at : at + step]])
+        if self._entry.disk_size is not None:  # what a snapshot says it has, its L1 table must reach
+            self._unreadable += max(0, self._size - self._entry.l1_size * self._span)
+        waiting = np.concatenate(self._waiting)
+        for at in range(0, len(waiting), step):
+            self._streams_left(waiting[at : at + step], l1_table[waiting[at : at + step]])
+        return DeletedSnapshot(
+            self._entry,
+            l1_intact=True,
+            followed=True,
+            disk_bytes=self._size,
+            l2_tables=len(slots),
+            unreadable_bytes=self._unreadable,
+            rewritable_bytes=self._rewritable,
+            **self._counts,
+        )
+
+    def _l1_table(self) -> Words | None:
+        """Return the host offsets in the former L1 table, None when it is not there any more."""
+        examiner, first, length = self._examiner, self._entry.l1_table_offset, self._entry.l1_size * 8
+        if first + length > self._image.file_size or length > self._image.limits.l1_bytes:
+            return None
+        stop = -(-(first + length) // self._cluster_size)
+        if examiner.census.is_claimed(np.arange(first // self._cluster_size, stop)).any():
+            return None
+        if self._entry.l1_size > examiner.l1_entries:
+            raise LimitExceeded("L1 entries of deleted snapshots", self._entry.l1_size, examiner.l1_entries)
+        examiner.l1_entries -= self._entry.l1_size
+        data = self._image.read(first, length)
+        # Of zeros nobody can tell whether the disk was empty or the table wiped: not every file system keeps
+        # a discarded table as a hole, and no copy has to.
+        words = structure_detection.words_of(data)
+        sound = structure_detection.l1_rows(words.reshape(1, -1), examiner.geometry).tables[0]
+        return words & np.uint64(OFFSET_MASK) if sound and not examiner.has_hole(first, length) else None
+
+    def _tables(self, slots: Counts, offsets: Words) -> None:
+        """Count what some L2 tables hold, and those that are gone."""
+        examiner, live = self._examiner, self._examiner.live
+        rows, places = live.of(slots)
+        same = live.offsets[places] == offsets[rows]
+        shared, unchanged = np.zeros((2, len(slots)), np.bool_)
+        shared[rows[same]] = True
+        unchanged[rows[same]] = live.dates[places[same]] < _date(self._entry)
+        words = examiner.l2_tables(offsets)
+        sound = structure_detection.l2_rows(words, examiner.geometry).tables
+        sound &= offsets + np.uint64(self._cluster_size) <= np.uint64(self._image.file_size)
+        own = np.flatnonzero(sound & ~shared)
+        sound[own] = ~examiner.census.is_claimed(examiner.numbers(offsets[own])) & ~self._are_l1_tables(words[own])
+        self._counts["lost_tables"] += int((~sound).sum())
+        self._refuse(LOST_TABLE, offsets[~sound], slots[~sound] * self._span, self._span)
+
+        slots, columns = slots[sound], live_mappings.columns(self._image, words[sound])
+        mapped, kept = self._mapped(slots, columns.named)
+        rewritten = (shared & ~unchanged)[sound]  # the active state wrote its own entries into this very table
+        self._rewritable += self._bytes(slots[rewritten] * self._span, self._span)
+        guests = self._guests(slots)
+        self._packed(slots, columns, mapped, kept)
+        hosts = columns.stored
+        used = hosts != 0
+        mapped |= self._image.header.external_data
+        self._rewritable += self._bytes(guests[(used | columns.compressed) & mapped & ~kept & ~rewritten[:, None]])
+        self._data(guests[used], hosts[used], mapped[used])
+
+    def _are_l1_tables(self, words: Words) -> Mask:
+        """Return which tables a later snapshot's L1 table was written over, whose form is that of L2 entries."""
+        if self._image.header.external_data:  # where what an L2 table names is in that file
+            return np.zeros(len(words), np.bool_)
+        return self._examiner.recogniser.l1_tables(words[:, : self._examiner.longest_l1])
+
+    def _mapped(self, slots: Counts, named: Words) -> tuple[Mask, Mask]:
+        """Return which entries a live state has too, and which of them a snapshot older than this one.
+
+        QEMU writes in place what only the active state holds, and never what a snapshot does.
+        """
+        mapped, kept = np.zeros((2, *named.shape), np.bool_)
+        live = self._examiner.live
+        rows, places = live.of(slots)
+        older = live.dates < _date(self._entry)
+        step = max(1, _ENTRIES // named.shape[1])
+        for at in range(0, len(rows), step):
+            some, others = rows[at : at + step], places[at : at + step]
+            theirs = live_mappings.columns(self._image, self._examiner.l2_tables(live.offsets[others])).named
+            same = named[some] == theirs
+            firsts = np.flatnonzero(np.diff(some, prepend=-1))
+            mapped[some[firsts]] |= np.logical_or.reduceat(same, firsts)
+            kept[some[firsts]] |= np.logical_or.reduceat(same & older[others][:, None], firsts)
+        return mapped, kept
+
+    def _data(self, guests: Counts, hosts: Words, mapped: Mask) -> None:
+        """Count data clusters: those still mapped by a live state, reused ones, and free ones."""
+        examiner, numbers = self._examiner, self._examiner.numbers(hosts)
+        reused = ~mapped & examiner.census.is_claimed(numbers)
+        free = np.flatnonzero(~mapped & ~reused)
+        holes = examiner.punched(numbers[free])
+        zeros = int(examiner.are_zeros(numbers[free[~holes]]).sum())
+        self._counts["shared"] += int(mapped.sum())
+        self._counts["reused"] += int(reused.sum())
+        self._counts["zeroed"] += zeros + int(holes.sum())
+        self._counts["punched"] += int(holes.sum())
+        self._counts["intact"] += int((~holes).sum()) - zeros
+        self._refuse(REUSED, hosts[reused], guests[reused])
+        self._refuse(PUNCHED, hosts[free[holes]], guests[free[holes]])
+
+    def _packed(self, slots: Counts, columns: live_mappings.Entries, mapped: Mask, kept: Mask) -> None:
+        """Count the compressed clusters that a live state maps too; the others are told when all such are known."""
+        packed = columns.compressed
+        self._counts["compressed"] += int((packed & mapped).sum())
+        for which, mark in ((packed & mapped, _MAPPED), (packed & kept, _KEPT)):
+            if which.any():
+                for numbers in self._touched(columns.entries[which]):
+                    self._held[self._seats(numbers)] |= np.uint8(mark)
+        self._waiting.append(slots[(packed & ~mapped).any(axis=1)])
+
+    def _touched(self, entries: Words) -> list[Counts]:
+        """Return the host clusters that each compressed cluster lies in: the first, one between, the last."""
+        offsets, lengths = descriptors(entries, self._image.header.cluster_bits)
+        first, last = (self._examiner.numbers(ends) for ends in (offsets, offsets + lengths - np.uint64(1)))
+        return [first, (first + last) // 2, last]
+
+    @cached_property
+    def _held(self) -> npt.NDArray[np.uint8]:
+        """Which host clusters, by their seats in the census, hold streams that a live state maps too."""
+        return np.zeros(self._examiner.census.seats.length, np.uint8)
+
+    def _seats(self, numbers: Counts) -> Words:
+        return self._examiner.census.seats.of(numbers.astype(np.uint64))
+
+    def _streams_left(self, slots: Counts, offsets: Words) -> None:
+        """Tell the compressed clusters no live state maps: whole only in host clusters that were never let go.
+
+        QEMU writes streams one behind the other, and never over one while its host cluster holds
+        another that is in use. A stream that the entry and a live state share is one of those; yet
+        the active state may have let go of all of them, and have put one of the same length there since.
+        """
+        columns = live_mappings.columns(self._image, self._examiner.l2_tables(offsets))
+        left = columns.compressed & ~self._mapped(slots, columns.named)[0]
+        guests, entries = self._guests(slots)[left], columns.entries[left]
+        lost, newer, holes = np.zeros((3, len(entries)), np.bool_)
+        for numbers in self._touched(entries):
+            claimed, held = self._examiner.census.is_claimed(numbers), self._held[self._seats(numbers)]
+            newer |= claimed & (held & _KEPT == 0)
+            reused, punched = claimed & (held == 0), ~claimed & self._examiner.punched(numbers)
+            for reason, which in ((REUSED, reused), (PUNCHED, punched)):
+                hosts = np.unique(numbers[which]).astype(np.uint64) << np.uint64(self._image.header.cluster_bits)
+                self._refuse(reason, hosts, np.empty(0, np.intp))
+            lost |= reused
+            holes |= punched
+        holes &= ~lost
+        self._counts["reused"] += int(lost.sum())
+        self._counts["zeroed"] += int(holes.sum())
+        self._counts["punched"] += int(holes.sum())
+        lost |= holes
+        self._counts["compressed"] += int((~lost).sum())
+        self._unreadable += self._bytes(guests[lost])
+        self._rewritable += self._bytes(guests[newer & ~lost])
+
+    def _guests(self, slots: Counts) -> Counts:
+        """Return the guest offsets that the tables in some L1 slots map, a row each."""
+        guests: Counts = slots[:, None] * self._span + np.arange(self._image.header.l2_entries) * self._cluster_size
+        return guests
+
+    def _refuse(self, reason: int, hosts: Words, guests: Counts, length: int | None = None) -> None:
+        """Have host clusters refused, and the guest bytes behind them counted."""
+        self._unreadable += self._bytes(guests, length)
+        if self._refusals is not None:
+            self._refusals.add_clusters(reason, hosts)
+
+    def _bytes(self, guests: Counts, length: int | None = None) -> int:
+        """Return how many bytes of the disk stand at guest offsets, a cluster at each if nothing else is said."""
+        return int(np.clip(self._size - guests, 0, length or self._cluster_size).sum())
+
+
+def _date(entry: SnapshotEntry) -> np.uint64:
+    return np.uint64(entry.date_sec << 32 | entry.date_nsec)

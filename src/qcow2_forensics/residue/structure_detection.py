@@ -1,0 +1,283 @@
+"""Recognises QCOW2's own structures in bytes nothing points at any more.
+
+Each function takes the bytes and the image's :class:`Geometry` and answers None when they cannot
+be that structure. A former table keeps the exact rules of a live one: aligned offsets inside the
+file and reserved bits zero, which guest data does not satisfy by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import groupby, islice
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..format import structures
+from ..format.image import Image
+from ..format.structures import BitmapEntry, SnapshotEntry
+
+Words: TypeAlias = npt.NDArray[np.uint64]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Counts: TypeAlias = npt.NDArray[np.intp]
+
+_EXTRA_LENGTHS = frozenset({0, 8, 16, 24})  # what QEMU has written
+_MAX_L1_SIZE = 4 * 1024 * 1024  # entries QEMU accepts
+_MAX_ID_LENGTH = 10  # decimal, QEMU counts in 32 bits
+_MAX_NAME_LENGTH = 1023
+_MOST_COUNT = 64  # that a former refcount block is believed
+BEHIND = 512  # bytes of the next cluster that are looked at too: entries go on behind the border
+_FIRST_WORDS = 16  # of a cluster: what cannot be a table is mostly seen from these
+_FIRST_BYTES = 128
+_CANDIDATES = 4096  # places per call looked at in detail: crafted bytes must not cost more
+
+
+class Geometry(NamedTuple):
+    """The facts that decide whether an offset or an entry can be genuine."""
+
+    version: int
+    cluster_bits: int
+    file_size: int
+    extended_l2: bool = False
+    external_data: bool = False
+    compressed: bool = True
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << self.cluster_bits
+
+    @classmethod
+    def of(cls, image: Image) -> Geometry:
+        """Return the geometry of an image."""
+        header = image.header
+        return cls(header.version, header.cluster_bits, image.file_size, header.extended_l2, header.external_data)
+
+
+def words_of(data: bytes) -> Words:
+    """Return big-endian 64-bit words, a cut one at the end left out."""
+    return np.frombuffer(data, ">u8", count=len(data) // 8).astype(np.uint64)
+
+
+class Rows(NamedTuple):
+    """What table-like clusters hold, of which each is a row of words."""
+
+    sound: Mask  # rows all of whose entries can be genuine; of a blank row too
+    entries: Counts
+    zero_plain: Counts
+    compressed: Counts
+    targets: Words  # 0 where an entry names none
+
+    @property
+    def tables(self) -> Mask:
+        """Which rows are sound and have entries."""
+        return self.sound & (self.entries > 0)
+
+    @property
+    def telling(self) -> Mask:
+        """Which rows hold no lone word, which may be anything: a small number, a flag."""
+        telling: Mask = (self.entries > 1) | ((self.zero_plain == 0) & self.targets.any(axis=1))
+        return telling
+
+    def only(self, which: Mask) -> Rows:
+        """Return these facts of some of the rows."""
+        return Rows(
+            self.sound[which],
+            self.entries[which],
+            self.zero_plain[which],
+            self.compressed[which],
+            self.targets[which],
+        )
+
+
+Rule = Callable[[Words, Geometry], Rows]
+
+
+def likely(rule: Rule, words: Words, geometry: Geometry) -> npt.NDArray[np.intp]:
+    """Return the rows whose first words are sound: few of guest data, all of tables."""
+    return np.flatnonzero(rule(words[:, :_FIRST_WORDS], geometry).sound)
+
+
+def l2_rows(words: Words, geometry: Geometry) -> Rows:
+    """Judge rows of an even number of words as L2 tables."""
+    bitmaps = np.zeros(1, np.uint64)
+    if geometry.extended_l2:
+        words, bitmaps = words[:, 0::2], words[:, 1::2]
+    placed, packed = words != 0, (words & np.uint64(structures.COMPRESSED)) != 0
+    hosts = words & np.uint64(structures.OFFSET_MASK)
+    flagged = geometry.version >= 3 and not geometry.extended_l2  # an entry may have the zero flag
+    plain = (words & np.uint64(structures.L2_RESERVED | (0 if flagged else structures.ZERO))) == 0
+    if not geometry.external_data:
+        plain &= _plausible(hosts, geometry)
+    # Without an offset only the bare zero flag means anything.
+    bare = placed & ~packed & (hosts == 0)
+    plain &= ~bare | (words == np.uint64(structures.ZERO)) if flagged else ~bare
+    split = np.uint64((1 << (70 - geometry.cluster_bits)) - 1)
+    stream = ((words & np.uint64(structures.COPIED)) == 0) & ((words & split) < np.uint64(geometry.file_size))
+    sound = ~placed | np.where(packed, stream & geometry.compressed, plain)
+    if geometry.extended_l2:
+        allocated, zeros = bitmaps & np.uint64(0xFFFF_FFFF), bitmaps >> np.uint64(32)
+        sound &= ((allocated & zeros) == 0) & (placed | (allocated == 0)) & (~packed | (bitmaps == 0))
+        bare = ~placed & (bitmaps != 0)
+    return Rows(
+        sound.all(axis=1),
+        np.count_nonzero(placed | (bitmaps != 0), axis=1),
+        np.count_nonzero(bare, axis=1),
+        np.count_nonzero(packed, axis=1),
+        np.where(packed, np.uint64(0), hosts),
+    )
+
+
+def l1_rows(words: Words, geometry: Geometry) -> Rows:
+    """Judge rows of words as (parts of) L1 tables."""
+    used, offsets = words != 0, words & np.uint64(structures.OFFSET_MASK)
+    sound = ((words & np.uint64(structures.L1_RESERVED)) == 0) & _plausible(offsets, geometry)
+    whole = (~used | (sound & (offsets != 0))).all(axis=1)
+    ordered = np.sort(offsets[whole], axis=1)
+    # QEMU never maps two ranges through one L2 table.
+    whole[whole] = ~((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != 0)).any(axis=1)
+    none = np.zeros(len(words), np.intp)
+    return Rows(whole, np.count_nonzero(used, axis=1), none, none, offsets)
+
+
+def _plausible(offsets: Words, geometry: Geometry) -> Mask:
+    aligned: Mask = (offsets & np.uint64(geometry.cluster_size - 1)) == 0
+    return aligned & (offsets < np.uint64(geometry.file_size))
+
+
+def refcount_rows(data: Bytes, refcount_order: int) -> Mask:
+    """Return which rows of bytes may be former refcount blocks: whole small numbers, mostly ones.
+
+    The width may be another than today's: changing it leaves blocks of the former one behind.
+    """
+    found = np.zeros(len(data), np.bool_)
+    # Counts of 8 bits look like anything, narrower ones more so; they count only where in use.
+    orders = (3, 4, 5, 6) if refcount_order == 3 else (4, 5, 6)
+    narrow = data[:, :_FIRST_BYTES].view(f">u{1 << orders[0] - 3}")  # small numbers are small in halves too
+    rows = np.flatnonzero(narrow.max(axis=1) <= _MOST_COUNT)
+    for order in orders:
+        counts = data[rows].view(f">u{1 << order - 3}")
+        used, ones = np.count_nonzero(counts, axis=1), np.count_nonzero(counts == 1, axis=1)
+        found[rows] |= (used >= 4) & (counts.max(axis=1) <= _MOST_COUNT) & (ones * 2 >= used)
+    return found
+
+
+# --- entries of snapshots and bitmaps -----------------------------------------------------------
+
+
+def find_entries(data: bytes, base: int, geometry: Geometry) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
+    """Return what parses as snapshot table and as bitmap directory entries, wherever they start on 8 bytes.
+
+    ``base`` is the file offset of ``data``. The index of such a snapshot is -1: it is in no table.
+    At most 4,096 places of each kind are looked at whole.
+    """
+    snapshots, bitmaps = entry_places(words_of(data).reshape(1, -1), geometry)
+    return (
+        snapshot_entries_at(data, snapshots.get(0, ()), base, geometry),
+        bitmap_entries_at(data, bitmaps.get(0, ()), base, geometry),
+    )
+
+
+def entry_places(
+    words: Words, geometry: Geometry, starts: int | None = None
+) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Return where in which rows of words the numbers are those of a snapshot or a bitmap entry, in bytes.
+
+    The bytes there are still to be looked at; those of no other place need be. Entries start in the
+    first ``starts`` words of a row.
+    """
+    table, width = words.reshape(-1), words.shape[1]
+    # The first field of both is the offset of a table: rare, and found at once.
+    places = np.flatnonzero((table != 0) & _plausible(table, geometry))
+    places = places[places % width < (starts or width)]
+    room = width - places % width  # words to the end of the row
+    return (
+        _by_row(_snapshot_places(table, places[room >= 5]), width),
+        _by_row(_bitmap_places(table, places[room >= 3]), width),
+    )
+
+
+def _by_row(places: Counts, width: int) -> dict[int, list[int]]:
+    rows = groupby(places.tolist(), key=lambda place: place // width)
+    return {row: [place % width * 8 for place in islice(found, _CANDIDATES)] for row, found in rows}
+
+
+def _snapshot_places(table: Words, places: Counts) -> Counts:
+    """Return where the numbers of a snapshot table entry are sane: crafted bytes must not cost more than that."""
+    sizes, dates, extra = table[places + 1], table[places + 2], table[places + 4] & np.uint64(0xFFFF_FFFF)
+    l1_sizes, ids, names = sizes >> np.uint64(32), sizes >> np.uint64(16) & np.uint64(0xFFFF), sizes & np.uint64(0xFFFF)
+    sane = (l1_sizes - np.uint64(1) < _MAX_L1_SIZE) & (ids - np.uint64(1) < _MAX_ID_LENGTH)
+    sane &= (names - np.uint64(1) < _MAX_NAME_LENGTH) & (dates & np.uint64(0xFFFF_FFFF) < 1_000_000_000)
+    sane &= (extra <= max(_EXTRA_LENGTHS)) & (extra % np.uint64(8) == 0)
+    return places[sane]
+
+
+def _bitmap_places(table: Words, places: Counts) -> Counts:
+    """The same for bitmap directory entries: table size, flags, type, granularity, and no extra data."""
+    sizes, kinds = table[places + 1], table[places + 2]
+    sane: Mask = (sizes >> np.uint64(32) != 0) & (sizes & np.uint64(0xFFFF_FFFF) <= 7) & (kinds >> np.uint64(56) == 1)
+    sane &= kinds & np.uint64(0xFFFF_FFFF) == 0
+    return places[sane]
+
+
+def snapshot_entries_at(data: bytes, places: Iterable[int], base: int, geometry: Geometry) -> list[SnapshotEntry]:
+    """Return the sane snapshot table entries at some places of ``data``."""
+    found = (snapshot_entry_at(data, at, base, geometry) for at in places)
+    return [entry for entry in found if entry is not None]
+
+
+def bitmap_entries_at(data: bytes, places: Iterable[int], base: int, geometry: Geometry) -> list[BitmapEntry]:
+    """Return the sane bitmap directory entries at some places of ``data``."""
+    found = (_bitmap_entry_at(data, at, base, geometry) for at in places)
+    return [entry for entry in found if entry is not None]
+
+
+def snapshot_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> SnapshotEntry | None:
+    """Return the snapshot table entry at ``data[at:]`` when all of its fields are sane."""
+    fixed = data[at : at + structures.SNAPSHOT_ENTRY_LENGTH]
+    if len(fixed) < structures.SNAPSHOT_ENTRY_LENGTH:
+        return None
+    head = structures.parse_snapshot_head(fixed)
+    if not (
+        head.l1_table_offset
+        and head.l1_table_offset % geometry.cluster_size == 0
+        and head.l1_table_offset < geometry.file_size
+        and 1 <= head.l1_size <= _MAX_L1_SIZE
+        and 1 <= head.id_length <= _MAX_ID_LENGTH
+        and 1 <= head.name_length <= _MAX_NAME_LENGTH
+        and head.date_nsec < 1_000_000_000
+        and head.extra_length in _EXTRA_LENGTHS
+        and (geometry.version < 3 or head.extra_length >= 16)
+        and at + head.total_length <= len(data)
+    ):
+        return None
+    tail = data[at + structures.SNAPSHOT_ENTRY_LENGTH : at + head.total_length]
+    entry = structures.build_snapshot_entry(-1, base + at, head, tail)
+    return entry if entry.id_bytes.isdigit() and _sane_name(entry.name_bytes) else None
+
+
+def _sane_name(name: bytes) -> bool:
+    try:
+        return name.decode("utf-8").isprintable()
+    except UnicodeDecodeError:
+        return False
+
+
+def _bitmap_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> BitmapEntry | None:
+    if geometry.version < 3:
+        return None
+    entry = structures.parse_bitmap_entry(data, at, base + at)
+    return entry if entry is not None and _sane_bitmap(entry) else None
+
+
+def _sane_bitmap(entry: BitmapEntry) -> bool:
+    return (
+        entry.type == 1
+        and entry.table_size > 0
+        and not entry.flags & ~7
+        and 9 <= entry.granularity_bits <= 31
+        and 1 <= len(entry.name_bytes) <= _MAX_NAME_LENGTH
+        and not entry.extra
+        and _sane_name(entry.name_bytes)
+    )
