@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Writes what the command line says about a fixed set of 200 images, so that two versions can be compared.
 
     python tools/report_regression.py make FOLDER             make the images (needs qemu-img and the tests' builders)
@@ -71,7 +72,7 @@ def run(folder: Path, out: Path) -> None:
                     code: object = main([command[0], str(path), *command[1:]])
                 except SystemExit as error:
                     code = error.code
-                except Exception:
+                except Exception:  # noqa: BLE001 - an internal error is an answer to compare too
                     code = traceback.format_exc().splitlines()[-1]
             text = stdout.getvalue()
             try:
