@@ -20,7 +20,7 @@ from harness import Case
 import qcow2_forensics as q
 from qcow2_forensics.audit import catalog
 from qcow2_forensics.census import take_census
-from qcow2_forensics.format.structures import OFFSET_MASK
+from qcow2_forensics.format.entries import OFFSET_MASK
 from qcow2_forensics.limits import GiB, KiB, MiB
 
 

@@ -11,7 +11,7 @@ import struct
 from typing import NamedTuple
 
 from qcow2_forensics.errors import Qcow2Error
-from qcow2_forensics.format import structures
+from qcow2_forensics.format.entries import OFFSET_MASK, parse_entries
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource
 
@@ -131,7 +131,7 @@ def _table(data: bytes, kind: str, offset: int, count: int) -> list[Spot]:
 
 def _pointers(data: bytes, offset: int, count: int) -> list[int]:
     entries = data[offset : offset + min(count, 64) * 8]
-    return [word & structures.OFFSET_MASK for word in structures.words(entries[: len(entries) // 8 * 8]) if word][:4]
+    return [word & OFFSET_MASK for word in parse_entries(entries[: len(entries) // 8 * 8]) if word][:4]
 
 
 class Mutator:

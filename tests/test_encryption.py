@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics.format.structures import Header
+from qcow2_forensics.format.header import Header
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.reader.encryption import LuksHeader, method_name, parse_luks_header, sectors, unlock
 from qcow2_forensics.reader.encryption.sectors import sector_cipher

@@ -13,7 +13,7 @@ import pytest
 from qcow2_forensics import open_image
 from qcow2_forensics.cli import main
 from qcow2_forensics.cli._files import state_labels
-from qcow2_forensics.format.structures import SnapshotEntry
+from qcow2_forensics.format.snapshot_table import SnapshotEntry
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.filesystems import make, sleuthkit

@@ -14,7 +14,7 @@ from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 
 from qcow2_forensics.format.image import Image
-from qcow2_forensics.format.structures import SnapshotEntry
+from qcow2_forensics.format.snapshot_table import SnapshotEntry
 
 from .names import SnapshotKey
 from .opening import only_os_errors, password_of

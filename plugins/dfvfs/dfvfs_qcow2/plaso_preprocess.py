@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qcow2_forensics.findings import Evidence, Finding
-    from qcow2_forensics.format.structures import SnapshotEntry
+    from qcow2_forensics.format.snapshot_table import SnapshotEntry
 
 PLUGIN_NAME = "qcow2"
 DATA_TYPE = "qcow2:snapshot"

@@ -10,7 +10,7 @@ from .options import DISK
 
 if TYPE_CHECKING:
     from qcow2_forensics import Image
-    from qcow2_forensics.format.structures import SnapshotEntry
+    from qcow2_forensics.format.snapshot_table import SnapshotEntry
 
 
 class Choice(NamedTuple):

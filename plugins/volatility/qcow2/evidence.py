@@ -14,7 +14,7 @@ from .options import passphrase, snapshot_option
 
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image, Source
-    from qcow2_forensics.format.structures import SnapshotEntry
+    from qcow2_forensics.format.snapshot_table import SnapshotEntry
 
 Row = tuple[int, tuple[Any, ...]]
 ABSENT = renderers.NotAvailableValue

@@ -71,7 +71,7 @@ class Qcow2DiskLayer(ViewLayer):
 
     def _make_view(self) -> Disk:
         from qcow2_forensics import Locked, open_disk
-        from qcow2_forensics.format.structures import Crypt
+        from qcow2_forensics.format.header import Crypt
 
         from .backing import LayerResolver
 

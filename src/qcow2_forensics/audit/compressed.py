@@ -10,7 +10,8 @@ import numpy as np
 
 from ..census import Tables
 from ..findings import Evidence
-from ..format.structures import SECTOR, Compression, compressed_descriptor
+from ..format.entries import compressed_descriptor
+from ..format.header import SECTOR, Compression
 from ..reader.codecs import inflate, unzstd
 from ..residue.streams import Decoded, decode_all
 from .entry_evidence import snapshot_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Severity
-from ..format.structures import Crypt
+from ..format.header import Crypt
 from ..reader.encryption import LuksHeader, parse_luks_header
 from .facts import Facts
 from .rules import QEMU_MADE, rule, variant

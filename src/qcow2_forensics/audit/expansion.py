@@ -8,7 +8,7 @@ import numpy as np
 
 from ..census import Owner
 from ..findings import Evidence, Severity
-from ..format import structures
+from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK
 from ..limits import MiB
 from .facts import Facts
 from .rules import QEMU_MADE, Depth, rule
@@ -31,10 +31,10 @@ def amplification(facts: Facts) -> Iterator[Evidence]:
     unique: list[np.ndarray] = []
     for batch in facts.census.tables():
         slots = batch.active.astype(np.int64)
-        per_table = (batch.entries & np.uint64(structures.OFFSET_MASK | structures.COMPRESSED)) != 0
+        per_table = (batch.entries & np.uint64(OFFSET_MASK | COMPRESSED)) != 0
         counts = per_table.sum(axis=1).astype(np.int64)
         mapped += int((counts * slots).sum())
-        unique.append(np.unique(batch.entries[per_table & (slots > 0)[:, None]] & ~np.uint64(structures.COPIED)))
+        unique.append(np.unique(batch.entries[per_table & (slots > 0)[:, None]] & ~np.uint64(COPIED)))
     stored = len(np.unique(np.concatenate(unique))) if unique else 0
     if mapped >= 1000 and mapped > 100 * stored:
         yield Evidence("clusters_mapped", mapped, structure="active state")
@@ -57,8 +57,7 @@ def compression_bomb(facts: Facts) -> Iterator[Evidence]:
     if facts.census.compressed << bits < 64 * MiB:
         return
     entries = [
-        np.unique(batch.entries[(batch.entries & np.uint64(structures.COMPRESSED)) != 0])
-        for batch in facts.census.tables()
+        np.unique(batch.entries[(batch.entries & np.uint64(COMPRESSED)) != 0]) for batch in facts.census.tables()
     ]
     unique = np.unique(np.concatenate(entries)) if entries else np.empty(0, np.uint64)
     guest = len(unique) << bits

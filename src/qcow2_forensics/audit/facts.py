@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from ..errors import Qcow2Error
 from ..findings import Evidence, Value
+from ..format.header import Header
 from ..format.image import Image
 from ..format.rules import Problem
-from ..format.structures import Header
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver

@@ -8,18 +8,18 @@ from datetime import UTC, datetime
 from functools import partial
 
 from ..findings import Evidence, Finding, Severity
-from ..format.structures import (
+from ..format.extensions import ExtensionType
+from ..format.header import (
     MAGIC,
     V2_HEADER_LENGTH,
     V3_HEADER_LENGTH,
     Autoclear,
     Compatible,
     Crypt,
-    ExtensionType,
     Incompatible,
-    SnapshotEntry,
     padded,
 )
+from ..format.snapshot_table import SnapshotEntry
 from .facts import Facts, shortened
 from .rules import FINDINGS_PER_RULE, QEMU_MADE, Depth, rule, variant
 

@@ -9,9 +9,9 @@ import numpy as np
 from ..census import Owner
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Severity
-from ..format import structures
+from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO
+from ..format.header import Autoclear
 from ..format.source import FileSource
-from ..format.structures import Autoclear
 from ..residue import Piece, hidden, streams
 from .compressed import decoded_streams
 from .facts import Facts
@@ -106,12 +106,12 @@ def _in_a_snapshot(facts: Facts, piece: Piece) -> bool:
         return False
     header, host = facts.header, piece.offset // facts.cluster_size * facts.cluster_size
     slot, column = divmod(piece.guest_offset // facts.cluster_size, header.l2_entries)
-    flags = structures.OFFSET_MASK | structures.COMPRESSED | (0 if header.extended_l2 else structures.ZERO)
+    flags = OFFSET_MASK | COMPRESSED | (0 if header.extended_l2 else ZERO)
     shown: dict[int, bool] = {0: False}  # by L2 table: there may be 65,536 snapshots
     for entry in facts.image.snapshots:
         if entry.disk_size is None or entry.disk_size < piece.guest_offset + piece.length or slot >= entry.l1_size:
             continue
-        table = _word(facts, entry.l1_table_offset + slot * 8) & structures.OFFSET_MASK
+        table = _word(facts, entry.l1_table_offset + slot * 8) & OFFSET_MASK
         if table not in shown:
             shown[table] = _word(facts, table + column * header.l2_entry_size) & flags == host
         if shown[table]:
@@ -219,8 +219,8 @@ def _active_vm_clusters(facts: Facts) -> Iterator[int]:
     for batch in facts.census.tables():
         for row in np.flatnonzero((batch.active > 0) & (batch.index >= first)).tolist():
             entries = batch.entries[row]
-            plain = (entries & np.uint64(structures.COMPRESSED)) == 0
-            offsets = entries[plain] & np.uint64(structures.OFFSET_MASK)
+            plain = (entries & np.uint64(COMPRESSED)) == 0
+            offsets = entries[plain] & np.uint64(OFFSET_MASK)
             yield from np.unique(offsets[offsets != 0])[:1024].tolist()
 
 
@@ -241,9 +241,9 @@ def vm_state_trace(facts: Facts) -> Iterator[Evidence]:
     for batch in facts.census.tables():
         for row in np.flatnonzero((batch.active > 0) & (batch.index >= first)).tolist():
             entries = batch.entries[row]
-            offsets = entries & np.uint64(structures.OFFSET_MASK | structures.COMPRESSED)
+            offsets = entries & np.uint64(OFFSET_MASK | COMPRESSED)
             if batch.bitmaps is None:
-                zeros = int((entries == np.uint64(structures.ZERO)).sum())
+                zeros = int((entries == np.uint64(ZERO)).sum())
             else:
                 zeros = int((batch.bitmaps[row] != 0).sum())
             if not offsets.any() and zeros:

@@ -9,8 +9,11 @@ from functools import partial
 
 from ..errors import FormatError, Qcow2Error, ReadError, printable
 from ..findings import Evidence, Finding, Severity
+from ..format.bitmap_directory import BitmapEntry, BitmapFlag
+from ..format.extensions import ExtensionType
+from ..format.header import Autoclear
 from ..format.rules import INT64_MAX
-from ..format.structures import Autoclear, BitmapEntry, BitmapFlag, ExtensionType, SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from ..reader.bitmaps import dirty_ranges, dirty_totals
 from ..reader.disk import Disk
 from ..reader.mapping import Kind

@@ -8,8 +8,8 @@ from functools import partial
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Severity
 from ..format.rules import MAX_DISK_BYTES
+from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..format.structures import SnapshotEntry
 from ..limits import MiB
 from ..reader.disk import Disk
 from ..reader.foreign import probe

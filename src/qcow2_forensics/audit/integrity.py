@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..findings import Evidence, Finding, Severity
-from ..format.structures import Incompatible
+from ..format.header import Incompatible
 from .compressed import undecodable
 from .entry_evidence import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence, told
 from .facts import Facts

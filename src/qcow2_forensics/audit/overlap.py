@@ -9,7 +9,7 @@ import numpy as np
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
-from ..format.structures import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
+from ..format.entries import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
 from .entry_evidence import item_evidence, referrer_evidence, snapshot_id, told
 from .facts import Facts
 from .rules import QEMU_MADE, Depth, rule, variant

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Owner
-from ..format.structures import OFFSET_MASK, SnapshotEntry
+from ..format.entries import OFFSET_MASK
+from ..format.snapshot_table import SnapshotEntry
 from ..limits import MiB
 from ..residue import live_mappings
 from .facts import Facts, shortened

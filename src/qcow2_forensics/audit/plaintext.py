@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..findings import Evidence, Severity
-from ..format import structures
+from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO, compressed_descriptor
 from ..limits import KiB
 from ..residue import content
 from .entry_evidence import snapshot_id
@@ -32,8 +32,8 @@ def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
     if not facts.header.crypt_method:
         return
     for batch in facts.census.tables():
-        for row, column in batch.where((batch.entries & np.uint64(structures.COMPRESSED)) != 0):
-            host, _ = structures.compressed_descriptor(int(batch.entries[row, column]), facts.header.cluster_bits)
+        for row, column in batch.where((batch.entries & np.uint64(COMPRESSED)) != 0):
+            host, _ = compressed_descriptor(int(batch.entries[row, column]), facts.header.cluster_bits)
             at, guest = batch.entry_offset(row, column), batch.guest_offset(row, column)
             yield Evidence("host", host, at, 8, "L2", guest, snapshot_id(facts, int(batch.tree[row])))
 
@@ -65,11 +65,11 @@ def plaintext_content(facts: Facts) -> Iterator[Evidence]:
 def _mapped(facts: Facts) -> Iterator[tuple[int, int, str]]:
     """Yield (host offset, guest offset, snapshot) of up to 512 plainly stored clusters, each once."""
     seen: set[int] = set()
-    skipped = structures.COMPRESSED | structures.ZERO
+    skipped = COMPRESSED | ZERO
     for batch in facts.census.tables():
-        plain = ((batch.entries & np.uint64(skipped)) == 0) & ((batch.entries & np.uint64(structures.OFFSET_MASK)) != 0)
+        plain = ((batch.entries & np.uint64(skipped)) == 0) & ((batch.entries & np.uint64(OFFSET_MASK)) != 0)
         for row, column in batch.where(plain):
-            host = int(batch.entries[row, column]) & structures.OFFSET_MASK
+            host = int(batch.entries[row, column]) & OFFSET_MASK
             if host % facts.cluster_size == 0 and host < facts.image.file_size and host not in seen:
                 yield host, batch.guest_offset(row, column), snapshot_id(facts, int(batch.tree[row]))
                 seen.add(host)

@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Severity
-from ..format.structures import (
-    KNOWN_INCOMPATIBLE,
-    V2_HEADER_LENGTH,
-    Compatible,
-    Compression,
-    Extension,
-    ExtensionType,
-    FeatureName,
-)
+from ..format.extensions import Extension, ExtensionType
+from ..format.header import KNOWN_INCOMPATIBLE, V2_HEADER_LENGTH, Compatible, Compression, FeatureName
 from ..residue import content
 from ..residue.slack import V2_LEFTOVER
 from .facts import Facts

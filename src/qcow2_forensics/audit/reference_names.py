@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ForbiddenReference, MissingFile, NotQcow2, Qcow2Error
+from ..format.extensions import ExtensionType
+from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.source import Source
-from ..format.structures import SECTOR, ExtensionType
 from ..reader.foreign import probe
 from ..reader.resolver import Resolver, Role
 from .facts import Facts

@@ -8,7 +8,8 @@ from itertools import islice
 
 from ..errors import ForbiddenReference
 from ..findings import Evidence, Finding, Severity
-from ..format.structures import Autoclear, ExtensionType
+from ..format.extensions import ExtensionType
+from ..format.header import Autoclear
 from ..reader.resolver import json_options
 from .facts import Facts
 from .reference_names import CHAIN_DEEP, Member, Name, chain, names, stands_beside

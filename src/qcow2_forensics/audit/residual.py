@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
-from ..format.structures import BitmapEntry, SnapshotEntry
+from ..format.bitmap_directory import BitmapEntry
+from ..format.snapshot_table import SnapshotEntry
 from ..residue import DeletedSnapshot, Piece, Residue
 from ..residue.readability import examine
 from .facts import Facts

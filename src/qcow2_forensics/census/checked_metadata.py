@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..format import structures
+from ..format.bitmap_directory import BitmapFlag, read_bitmap_directory
+from ..format.extensions import BITMAPS_EXTENSION, ExtensionType, parse_bitmaps_extension
+from ..format.header import Crypt, padded
 from ..format.image import Image
 from ..format.rules import DISK, INT64_MAX, REFCOUNTS
-from ..format.structures import Crypt, ExtensionType, SnapshotEntry, padded
-from ..format.tables import read_bitmap_directory
+from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, parse_snapshot_head
 
 MAX_SNAPSHOT_L1 = 4 * 2**20  # entries, what QEMU's check walks
 _WINDOW = 1 << 18
@@ -105,7 +106,7 @@ def _snapshots(image: Image, layout: Layout) -> None:
     if header.nb_snapshots > limits.snapshots:
         layout.reasons.append(Reason("there are too many snapshots", header.offset_of("nb_snapshots")))
         return
-    if start % header.cluster_size or start + header.nb_snapshots * structures.SNAPSHOT_ENTRY_LENGTH > INT64_MAX:
+    if start % header.cluster_size or start + header.nb_snapshots * SNAPSHOT_ENTRY_LENGTH > INT64_MAX:
         layout.reasons.append(
             Reason("the snapshot table is at an impossible offset", header.offset_of("snapshots_offset"))
         )
@@ -121,7 +122,7 @@ def _snapshots(image: Image, layout: Layout) -> None:
     reader = _Zeros(image)
     for index in range(len(whole), header.nb_snapshots):
         at = padded(at)
-        head = structures.parse_snapshot_head(reader.read(at, structures.SNAPSHOT_ENTRY_LENGTH))
+        head = parse_snapshot_head(reader.read(at, SNAPSHOT_ENTRY_LENGTH))
         if head.extra_length > limits.snapshot_extra_bytes:
             layout.reasons.append(Reason(f"snapshot table entry {index} has too much extra data", at))
             break
@@ -139,12 +140,12 @@ def _bitmaps(image: Image, layout: Layout) -> None:
     extension = image.extension(ExtensionType.BITMAPS)
     if extension is None:
         return
-    if extension.length != structures.BITMAPS_EXTENSION.size:
+    if extension.length != BITMAPS_EXTENSION.size:
         layout.reasons.append(Reason("the bitmaps extension has a wrong size", extension.offset, bitmap=True))
         return
-    facts = structures.parse_bitmaps_extension(extension.data)
+    facts = parse_bitmaps_extension(extension.data)
     layout.bitmap_directory = (facts.directory_offset, facts.directory_size)
-    in_use = int(structures.BitmapFlag.IN_USE)
+    in_use = int(BitmapFlag.IN_USE)
     entries, problems = image.bitmaps, tuple(p for p in image.problems if p.code == "QCOW2-BITMAP-INVALID")
     if facts.directory_offset + facts.directory_size > image.file_size:  # which the check does not mind
         entries, problems = read_bitmap_directory(_ZeroTail(image))

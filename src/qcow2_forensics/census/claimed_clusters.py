@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..format.entries import COMPRESSED, OFFSET_MASK
 from ..format.image import Image
 from ..format.rules import INT64_MAX
-from ..format.structures import COMPRESSED, OFFSET_MASK
 from .checked_metadata import MAX_SNAPSHOT_L1, Layout
 from .claims import descriptors
 from .index_map import Seats

@@ -10,17 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from ..format.entries import COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, OFFSET_MASK, ZERO, compressed_descriptor
+from ..format.header import SECTOR
 from ..format.image import Image
-from ..format.structures import (
-    COMPRESSED,
-    COPIED,
-    L1_RESERVED,
-    L2_RESERVED,
-    OFFSET_MASK,
-    SECTOR,
-    ZERO,
-    compressed_descriptor,
-)
 from .aliases import Aliases
 from .index_map import Seats
 from .issues import Issues, Item

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from ..format.entries import REFTABLE_OFFSET_MASK
 from ..format.image import Image
 from ..format.rules import INT64_MAX, REFCOUNTS
-from ..format.structures import REFTABLE_OFFSET_MASK
 from ..reader.cache import Fifo
 from .owners import U64
 

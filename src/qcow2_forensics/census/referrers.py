@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..format.structures import COMPRESSED, OFFSET_MASK
+from ..format.entries import COMPRESSED, OFFSET_MASK
 from .claims import descriptors
 from .issues import Item
 from .owners import U64, Mask, Tables

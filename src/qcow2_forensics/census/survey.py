@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..errors import FormatError, LimitExceeded
+from ..format.entries import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERVED
+from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.rules import INT64_MAX
-from ..format.structures import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERVED, SECTOR
 from .census import Census, Structures
 from .checked_metadata import MAX_SNAPSHOT_L1, BitmapPlace, Layout, Reason, read_layout
 from .claimed_clusters import seats_for

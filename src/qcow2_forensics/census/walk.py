@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..format.entries import OFFSET_MASK
 from ..format.image import Image
-from ..format.structures import OFFSET_MASK
 from .owners import I64, U64, Mask, Tables
 from .reference_counts import Segments, weighted_segments
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Qcow2Error, printable
-from ..format.structures import SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Layer
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 from ..errors import printable
-from ..format import structures
+from ..format.bitmap_directory import BitmapFlag
+from ..format.extensions import ExtensionType
+from ..format.header import MAGIC, Autoclear, Compatible, Compression, Crypt, Header, Incompatible
 from ..format.image import Image
-from ..format.structures import Autoclear, Compatible, Compression, Crypt, ExtensionType, Incompatible
 from .options import add_image_argument
 from .output import human_size
 
@@ -96,7 +97,7 @@ def collect(image: Image) -> dict[str, Any]:
                 "name": printable(entry.name),
                 "offset": entry.offset,
                 "granularity": entry.granularity,
-                "flags": _flags(structures.BitmapFlag, entry.flags),
+                "flags": _flags(BitmapFlag, entry.flags),
                 "table_offset": entry.table_offset,
                 "table_size": entry.table_size,
             }
@@ -109,8 +110,8 @@ def collect(image: Image) -> dict[str, Any]:
     return facts
 
 
-def _field_value(header: structures.Header, name: str) -> int | str:
-    return printable(structures.MAGIC) if name == "magic" else int(getattr(header, name))
+def _field_value(header: Header, name: str) -> int | str:
+    return printable(MAGIC) if name == "magic" else int(getattr(header, name))
 
 
 def _flags(kind: Any, value: int) -> list[str]:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..format.header import Crypt
 from ..format.source import Source
-from ..format.structures import Crypt
 from ..reader.disk import Disk, RawDisk
 from ..reader.host_holes import host_runs, looks_preallocated
 from ..reader.mapping import Kind

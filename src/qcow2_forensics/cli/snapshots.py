@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import printable
 from ..format.image import Image
-from ..format.structures import SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from ..text import columns, size
 from .options import add_image_argument
 

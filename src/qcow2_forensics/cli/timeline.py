@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import printable
 from ..format.image import Image
-from ..format.structures import SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from . import _files
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import Qcow2Error
-from ..format.structures import COMPRESSED, COPIED, OFFSET_MASK, QCOW1_COMPRESSED, SECTOR, ZERO
+from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, QCOW1_COMPRESSED, ZERO
+from ..format.header import SECTOR
 from ..reader.mapping import L1_PAGE, Mapping
 
 U64: TypeAlias = npt.NDArray[np.uint64]

@@ -20,7 +20,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ..errors import Qcow2Error
-from ..format.structures import SECTOR, Crypt
+from ..format.header import SECTOR, Crypt
 from ..limits import MiB
 from ..reader.disk import Disk, Layer, RawDisk
 from ..reader.mapping import Kind

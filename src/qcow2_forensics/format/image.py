@@ -13,22 +13,13 @@ from types import TracebackType
 
 from ..errors import FormatError, NotQcow2, printable
 from ..limits import DEFAULT_LIMITS, KiB, Limits
-from . import structures
+from .bitmap_directory import BitmapEntry, read_bitmap_directory
+from .entries import parse_entries
+from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensions
+from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_feature_names, parse_header
 from .rules import BITMAPS, DISK, SNAPSHOTS, Problem, header_problems
+from .snapshot_table import SnapshotEntry, read_snapshot_table
 from .source import PathOrSource, Source, as_source, source_name
-from .structures import (
-    MAGIC,
-    SECTOR,
-    Autoclear,
-    BitmapEntry,
-    Crypt,
-    Extension,
-    ExtensionType,
-    FeatureName,
-    Header,
-    SnapshotEntry,
-)
-from .tables import read_bitmap_directory, read_extensions, read_snapshot_table
 
 _FIRST_READ = 4 * KiB  # header, extensions and name of nearly every image
 
@@ -57,7 +48,7 @@ class Image:
                     else "is not a QCOW image (it does not begin with the bytes 51 46 49 fb)"
                 )
                 raise NotQcow2(f"{printable(self.name)} {what}")
-            self.header: Header = structures.parse_header(self._head)
+            self.header: Header = parse_header(self._head)
         except BaseException:
             self.close()
             raise
@@ -80,7 +71,7 @@ class Image:
 
     def table(self, offset: int, count: int, structure: str) -> array[int]:
         """Return ``count`` 64-bit entries at a host offset; the caller has checked ``count``."""
-        return structures.words(self.read_exactly(offset, count * 8, structure))
+        return parse_entries(self.read_exactly(offset, count * 8, structure))
 
     # --- header cluster ------------------------------------------------------------------------
 
@@ -111,7 +102,7 @@ class Image:
     def feature_names(self) -> list[FeatureName]:
         """The rows of the feature name table."""
         extension = self.extension(ExtensionType.FEATURE_NAMES)
-        return structures.parse_feature_names(extension.data) if extension else []
+        return parse_feature_names(extension.data) if extension else []
 
     @cached_property
     def backing_name_bytes(self) -> bytes:
@@ -142,9 +133,9 @@ class Image:
     def crypto_header(self) -> tuple[int, int] | None:
         """Host offset and length in bytes of the LUKS header, None without a valid extension."""
         extension = self.extension(ExtensionType.CRYPTO)
-        if extension is None or extension.length != structures.CRYPTO_EXTENSION.size:
+        if extension is None or extension.length != CRYPTO_EXTENSION.size:
             return None
-        offset, length = structures.CRYPTO_EXTENSION.unpack(extension.data)
+        offset, length = CRYPTO_EXTENSION.unpack(extension.data)
         return int(offset), int(length)
 
     # --- snapshots and bitmaps -----------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported, printable
 from ..limits import Limits
-from .structures import (
+from .header import (
     KNOWN_INCOMPATIBLE,
     SECTOR,
     V3_HEADER_LENGTH,

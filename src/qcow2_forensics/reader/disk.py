@@ -12,10 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from ..errors import FormatError, Locked, Qcow2Error, printable
+from ..format.entries import OFFSET_MASK
+from ..format.header import SECTOR, Compression, Crypt
 from ..format.image import Image
 from ..format.rules import DISK, SNAPSHOTS, snapshot_part
+from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source, source_name
-from ..format.structures import OFFSET_MASK, SECTOR, Compression, Crypt, SnapshotEntry
 from .clusters import Clusters
 from .codecs import inflate, unzstd
 from .mapping import Kind, Mapping, PlainRun, Run

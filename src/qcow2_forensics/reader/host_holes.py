@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import Qcow2Error
+from ..format.entries import REFTABLE_OFFSET_MASK
 from ..format.image import Image
 from ..format.source import Source
-from ..format.structures import REFTABLE_OFFSET_MASK
 
 _BLOCK_UNIT = 512  # of st_blocks, whatever the file system's own block size
 _ARRAY_CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}

@@ -12,17 +12,17 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from ..errors import FormatError
-from ..format.structures import (
+from ..format.entries import (
     COMPRESSED,
     COPIED,
     OFFSET_MASK,
     QCOW1_COMPRESSED,
-    SECTOR,
     SUBCLUSTERS,
     ZERO,
     compressed_descriptor,
     qcow1_compressed_descriptor,
 )
+from ..format.header import SECTOR
 from .contiguity import sequence_end
 from .runs import Kind, Run
 

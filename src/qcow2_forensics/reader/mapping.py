@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from ..errors import FormatError
+from ..format.entries import COPIED, OFFSET_MASK, parse_entries
 from ..format.image import Image
-from ..format.structures import COPIED, OFFSET_MASK, words
 from ..limits import KiB
 from .cache import Fifo
 from .contiguity import sequence_end
@@ -143,7 +143,7 @@ class Mapping:
     def _load(self, offset: int, count: int, structure: str) -> Slice:
         if self._eof_zeros and offset + count * 8 > self.image.file_size:
             self.filled_tables += 1
-            return words(self.image.read(offset, count * 8).ljust(count * 8, b"\0"))
+            return parse_entries(self.image.read(offset, count * 8).ljust(count * 8, b"\0"))
         return self.image.table(offset, count, structure)
 
     # --- runs ----------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ from ..errors import (
     SnapshotNotFound,
     printable,
 )
+from ..format.header import MAGIC, Crypt
 from ..format.image import Image
 from ..format.rules import DISK
+from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, Source, as_source
-from ..format.structures import MAGIC, Crypt, SnapshotEntry
 from ..limits import DEFAULT_LIMITS, Limits
 from .disk import Disk, EofPolicy, Layer, RawDisk
 from .vm_state import VmState

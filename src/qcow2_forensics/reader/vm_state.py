@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from ..errors import FormatError, printable
-from ..format.structures import SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from .disk import Disk
 from .mapping import Run
 

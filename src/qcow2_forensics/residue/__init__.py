@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ..format.image import Image
-from ..format.structures import SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from ..reader.opening import SNAPSHOT_SELECTORS
 from .model import Piece
 

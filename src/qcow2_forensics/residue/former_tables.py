@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
-from ..format import structures
+from ..format.bitmap_directory import BitmapEntry
+from ..format.entries import COPIED
 from ..format.image import Image
-from ..format.structures import BitmapEntry, SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from . import structure_detection
 from .former_clusters import HOLDS_BYTES, IS_L2, IS_REFCOUNTS, Targets
 from .structure_detection import Bytes, Counts, Geometry, Mask, Words
@@ -97,7 +98,7 @@ class Recogniser:
         seen = self.targets.look(self._numbers(found.targets.reshape(-1)[places]))
         firsts = np.flatnonzero(_nth(places // words.shape[1]) == 0)  # each row has one
         looks[np.logical_and.reduceat((seen & IS_L2) != 0, firsts)] = _L1
-        flagged = (words.reshape(-1)[places[firsts]] & np.uint64(structures.COPIED)) != 0
+        flagged = (words.reshape(-1)[places[firsts]] & np.uint64(COPIED)) != 0
         looks[~flagged & ((seen[firsts] & IS_REFCOUNTS) != 0)] = _REFCOUNT_TABLE  # which has no flags
         return looks
 

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Tables
-from ..format import structures
+from ..format.entries import COMPRESSED, OFFSET_MASK, SUBCLUSTERS, ZERO
 from ..format.image import Image
 from ..format.source import Source
-from ..format.structures import SUBCLUSTERS
 from ..reader.host_holes import host_runs
 from ..reader.mapping import Kind, Mapping
 from .model import Piece
@@ -29,16 +28,16 @@ Places = npt.NDArray[np.intp]
 
 def _offsets(batch: Tables) -> Words:
     """Return the host offsets of plain entries, 0 where there is none or the entry is compressed."""
-    compressed = (batch.entries & np.uint64(structures.COMPRESSED)) != 0
-    return np.where(compressed, np.uint64(0), batch.entries & np.uint64(structures.OFFSET_MASK))
+    compressed = (batch.entries & np.uint64(COMPRESSED)) != 0
+    return np.where(compressed, np.uint64(0), batch.entries & np.uint64(OFFSET_MASK))
 
 
 def _zero_flags(batch: Tables) -> Flags:
     """Return which whole clusters read as zeros; extended entries have no such flag."""
     if batch.bitmaps is not None:
         return np.zeros(batch.entries.shape, np.bool_)
-    compressed = (batch.entries & np.uint64(structures.COMPRESSED)) != 0
-    flags: Flags = ~compressed & ((batch.entries & np.uint64(structures.ZERO)) != 0)
+    compressed = (batch.entries & np.uint64(COMPRESSED)) != 0
+    flags: Flags = ~compressed & ((batch.entries & np.uint64(ZERO)) != 0)
     return flags
 
 

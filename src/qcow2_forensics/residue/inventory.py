@@ -13,9 +13,12 @@ import numpy as np
 
 from ..census import Census, take_census
 from ..errors import MissingFile, Qcow2Error
+from ..format.bitmap_directory import BitmapEntry
+from ..format.entries import OFFSET_MASK
+from ..format.header import padded
 from ..format.image import Image
+from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, Source
-from ..format.structures import OFFSET_MASK, BitmapEntry, SnapshotEntry, padded
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.disk import Disk
 from ..reader.opening import Passphrase, open_disk

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import LimitExceeded
-from ..format import structures
+from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO
 from ..format.image import Image
-from ..format.structures import SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from .structure_detection import Words, words_of
 
 _L1_CHUNK = 1 << 16  # entries handled at once
@@ -68,7 +68,7 @@ def l1_table(image: Image, state: State) -> Words:
     for at in range(0, len(table), _L1_CHUNK):
         part = table[at : at + _L1_CHUNK]
         data = image.read(state.l1_table_offset + at * 8, len(part) * 8)
-        np.bitwise_and(words_of(data), np.uint64(structures.OFFSET_MASK), out=part)
+        np.bitwise_and(words_of(data), np.uint64(OFFSET_MASK), out=part)
     return table
 
 
@@ -93,13 +93,13 @@ class Entries(NamedTuple):
 
     @property
     def compressed(self) -> npt.NDArray[np.bool_]:
-        flags: npt.NDArray[np.bool_] = (self.entries & np.uint64(structures.COMPRESSED)) != 0
+        flags: npt.NDArray[np.bool_] = (self.entries & np.uint64(COMPRESSED)) != 0
         return flags
 
     @property
     def offsets(self) -> Words:
         """Host offsets of plain entries, 0 where there is none or the entry is compressed."""
-        return np.where(self.compressed, np.uint64(0), self.entries & np.uint64(structures.OFFSET_MASK))
+        return np.where(self.compressed, np.uint64(0), self.entries & np.uint64(OFFSET_MASK))
 
     @property
     def stored(self) -> Words:
@@ -110,14 +110,14 @@ class Entries(NamedTuple):
     @property
     def named(self) -> Words:
         """What each entry names, equal where two name the same: a host offset, or a compressed cluster's whole entry."""
-        return np.where(self.compressed, self.entries, self.entries & np.uint64(structures.OFFSET_MASK))
+        return np.where(self.compressed, self.entries, self.entries & np.uint64(OFFSET_MASK))
 
     @property
     def zero_flags(self) -> npt.NDArray[np.bool_]:
         """Whether the whole cluster reads as zeros; always False for extended entries."""
         if self.bitmaps is not None:
             return np.zeros(self.entries.shape, np.bool_)
-        flags: npt.NDArray[np.bool_] = ~self.compressed & ((self.entries & np.uint64(structures.ZERO)) != 0)
+        flags: npt.NDArray[np.bool_] = ~self.compressed & ((self.entries & np.uint64(ZERO)) != 0)
         return flags
 
 

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from ..census import Census
 from ..census.claims import descriptors
 from ..errors import LimitExceeded
+from ..format.entries import OFFSET_MASK
 from ..format.image import Image
 from ..format.rules import INT64_MAX
-from ..format.structures import OFFSET_MASK, SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from ..limits import MiB
 from ..reader.host_holes import host_runs
 from . import live_mappings, structure_detection

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import Census
+from ..format.bitmap_directory import BitmapEntry
 from ..format.image import Image
-from ..format.structures import BitmapEntry, SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 from ..limits import MiB
 from ..reader.host_holes import host_runs
 from . import content

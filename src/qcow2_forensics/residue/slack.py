@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..format import structures
+from ..format.extensions import BITMAPS_EXTENSION, ExtensionType, parse_bitmaps_extension
+from ..format.header import V2_HEADER_LENGTH, padded
 from ..format.image import Image
-from ..format.structures import ExtensionType, padded
 from . import content
 from .model import Piece
 
@@ -71,7 +71,7 @@ def _extensions_end(image: Image) -> int | None:
     """Return where the extension area ends; None when an extension overruns it."""
     header = image.header
     at = header.header_length
-    if not structures.V2_HEADER_LENGTH <= at <= header.cluster_size:
+    if not V2_HEADER_LENGTH <= at <= header.cluster_size:
         return None
     if image.extensions:
         last = image.extensions[-1]
@@ -134,8 +134,8 @@ def table_tails(image: Image) -> Iterator[tuple[int, int]]:
         start = image.header.snapshots_offset
         tables.append((start, last.offset + last.length - start))
     extension = image.extension(ExtensionType.BITMAPS)
-    if extension is not None and image.bitmaps_current and extension.length == structures.BITMAPS_EXTENSION.size:
-        facts = structures.parse_bitmaps_extension(extension.data)
+    if extension is not None and image.bitmaps_current and extension.length == BITMAPS_EXTENSION.size:
+        facts = parse_bitmaps_extension(extension.data)
         tables.append((facts.directory_offset, facts.directory_size))
         tables += [(bitmap.table_offset, bitmap.table_size * 8) for bitmap in image.bitmaps]
     for offset, length in dict.fromkeys(tables):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ..errors import FormatError, SnapshotNotFound, printable
 from ..format.image import Image
-from ..format.structures import SnapshotEntry
+from ..format.snapshot_table import SnapshotEntry
 
 
 @dataclass(frozen=True, slots=True)

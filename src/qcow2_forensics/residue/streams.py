@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from ..census import Census
 from ..errors import LimitExceeded
+from ..format.entries import COMPRESSED, compressed_descriptor
+from ..format.header import Compression
 from ..format.image import Image
-from ..format.structures import COMPRESSED, Compression, compressed_descriptor
 from .model import Piece
 from .slack import piece_of
 

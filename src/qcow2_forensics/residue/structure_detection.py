@@ -14,9 +14,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..format import structures
+from ..format.bitmap_directory import BitmapEntry, parse_bitmap_entry
+from ..format.entries import COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, OFFSET_MASK, ZERO
 from ..format.image import Image
-from ..format.structures import BitmapEntry, SnapshotEntry
+from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, build_snapshot_entry, parse_snapshot_head
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -104,17 +105,17 @@ def l2_rows(words: Words, geometry: Geometry) -> Rows:
     bitmaps = np.zeros(1, np.uint64)
     if geometry.extended_l2:
         words, bitmaps = words[:, 0::2], words[:, 1::2]
-    placed, packed = words != 0, (words & np.uint64(structures.COMPRESSED)) != 0
-    hosts = words & np.uint64(structures.OFFSET_MASK)
+    placed, packed = words != 0, (words & np.uint64(COMPRESSED)) != 0
+    hosts = words & np.uint64(OFFSET_MASK)
     flagged = geometry.version >= 3 and not geometry.extended_l2  # an entry may have the zero flag
-    plain = (words & np.uint64(structures.L2_RESERVED | (0 if flagged else structures.ZERO))) == 0
+    plain = (words & np.uint64(L2_RESERVED | (0 if flagged else ZERO))) == 0
     if not geometry.external_data:
         plain &= _plausible(hosts, geometry)
     # Without an offset only the bare zero flag means anything.
     bare = placed & ~packed & (hosts == 0)
-    plain &= ~bare | (words == np.uint64(structures.ZERO)) if flagged else ~bare
+    plain &= ~bare | (words == np.uint64(ZERO)) if flagged else ~bare
     split = np.uint64((1 << (70 - geometry.cluster_bits)) - 1)
-    stream = ((words & np.uint64(structures.COPIED)) == 0) & ((words & split) < np.uint64(geometry.file_size))
+    stream = ((words & np.uint64(COPIED)) == 0) & ((words & split) < np.uint64(geometry.file_size))
     sound = ~placed | np.where(packed, stream & geometry.compressed, plain)
     if geometry.extended_l2:
         allocated, zeros = bitmaps & np.uint64(0xFFFF_FFFF), bitmaps >> np.uint64(32)
@@ -131,8 +132,8 @@ def l2_rows(words: Words, geometry: Geometry) -> Rows:
 
 def l1_rows(words: Words, geometry: Geometry) -> Rows:
     """Judge rows of words as (parts of) L1 tables."""
-    used, offsets = words != 0, words & np.uint64(structures.OFFSET_MASK)
-    sound = ((words & np.uint64(structures.L1_RESERVED)) == 0) & _plausible(offsets, geometry)
+    used, offsets = words != 0, words & np.uint64(OFFSET_MASK)
+    sound = ((words & np.uint64(L1_RESERVED)) == 0) & _plausible(offsets, geometry)
     whole = (~used | (sound & (offsets != 0))).all(axis=1)
     ordered = np.sort(offsets[whole], axis=1)
     # QEMU never maps two ranges through one L2 table.
@@ -235,10 +236,10 @@ def bitmap_entries_at(data: bytes, places: Iterable[int], base: int, geometry: G
 
 def snapshot_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> SnapshotEntry | None:
     """Return the snapshot table entry at ``data[at:]`` when all of its fields are sane."""
-    fixed = data[at : at + structures.SNAPSHOT_ENTRY_LENGTH]
-    if len(fixed) < structures.SNAPSHOT_ENTRY_LENGTH:
+    fixed = data[at : at + SNAPSHOT_ENTRY_LENGTH]
+    if len(fixed) < SNAPSHOT_ENTRY_LENGTH:
         return None
-    head = structures.parse_snapshot_head(fixed)
+    head = parse_snapshot_head(fixed)
     if not (
         head.l1_table_offset
         and head.l1_table_offset % geometry.cluster_size == 0
@@ -252,8 +253,8 @@ def snapshot_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> Sn
         and at + head.total_length <= len(data)
     ):
         return None
-    tail = data[at + structures.SNAPSHOT_ENTRY_LENGTH : at + head.total_length]
-    entry = structures.build_snapshot_entry(-1, base + at, head, tail)
+    tail = data[at + SNAPSHOT_ENTRY_LENGTH : at + head.total_length]
+    entry = build_snapshot_entry(-1, base + at, head, tail)
     return entry if entry.id_bytes.isdigit() and _sane_name(entry.name_bytes) else None
 
 
@@ -267,7 +268,7 @@ def _sane_name(name: bytes) -> bool:
 def _bitmap_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> BitmapEntry | None:
     if geometry.version < 3:
         return None
-    entry = structures.parse_bitmap_entry(data, at, base + at)
+    entry = parse_bitmap_entry(data, at, base + at)
     return entry if entry is not None and _sane_bitmap(entry) else None
 
 

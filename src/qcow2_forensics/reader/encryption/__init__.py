@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...errors import FormatError, Unsupported
-from ...format.structures import SECTOR, Crypt, Header
+from ...format.header import SECTOR, Crypt, Header
 from ...limits import Limits
 from .luks import KeySlot, LuksHeader, LuksProblem, parse_luks_header, recover_key
 from .sectors import SectorCipher, sector_cipher

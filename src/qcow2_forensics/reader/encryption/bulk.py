@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...format.structures import SECTOR
+from ...format.header import SECTOR
 
 _Words = npt.NDArray[np.uint64]
 _WORD = "<u8"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...errors import FormatError, LimitExceeded, Locked, Unsupported, printable
-from ...format.structures import SECTOR
+from ...format.header import SECTOR
 from ...limits import Limits
 from .sectors import sector_cipher
 

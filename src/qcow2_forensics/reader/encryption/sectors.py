@@ -20,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import FormatError, Unsupported, printable
-from ...format.structures import SECTOR
+from ...format.header import SECTOR
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -11,9 +11,10 @@ import pytest
 
 import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError, LimitExceeded, NotQcow2, Qcow2Error, SnapshotNotFound, Unsupported
-from qcow2_forensics.format import structures
+from qcow2_forensics.format.entries import compressed_descriptor, parse_entries
+from qcow2_forensics.format.extensions import ExtensionType
+from qcow2_forensics.format.header import parse_header
 from qcow2_forensics.format.source import BytesSource
-from qcow2_forensics.format.structures import ExtensionType, compressed_descriptor, parse_header
 from tests import qemu
 from tests.image_builder import (
     EXT_BACKING_FORMAT,
@@ -450,4 +451,4 @@ def test_the_exposed_size_is_whole_sectors(size: int, tmp_path: Path) -> None:
 
 
 def test_words_come_out_in_the_order_of_the_machine() -> None:
-    assert list(structures.words(bytes.fromhex("0000000000000102 8000000000050000"))) == [0x102, 0x8000000000050000]
+    assert list(parse_entries(bytes.fromhex("0000000000000102 8000000000050000"))) == [0x102, 0x8000000000050000]
