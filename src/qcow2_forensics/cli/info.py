@@ -6,10 +6,10 @@ import argparse
 import json
 from typing import Any
 
-from ..errors import printable
 from ..format import structures
 from ..format.image import Image
 from ..format.structures import Autoclear, Compatible, Compression, Crypt, ExtensionType, Incompatible
+from ..text import printable
 from .options import add_image_argument
 from .output import human_size
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
 
-from ..errors import FormatError, NotQcow2, printable
+from ..errors import FormatError, NotQcow2
 from ..limits import DEFAULT_LIMITS, KiB, Limits
+from ..text import printable
 from . import structures
 from .rules import BITMAPS, DISK, SNAPSHOTS, Problem, header_problems
 from .source import PathOrSource, Source, as_source, source_name

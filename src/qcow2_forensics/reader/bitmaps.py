@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..errors import FormatError, LimitExceeded, printable
+from ..errors import FormatError, LimitExceeded
 from ..format.image import Image
 from ..format.structures import BITMAP_ALL_ONES, BITMAP_TABLE_RESERVED, DIRTY_TRACKING_BITMAP, OFFSET_MASK, BitmapEntry
+from ..text import printable
 
 _SET_BITS = re.compile(rb"\xff+|[^\0\xff]")  # whole bytes at once, others one by one
 _PAGE = 8192  # table entries read at a time

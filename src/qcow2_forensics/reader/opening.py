@@ -9,20 +9,13 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import (
-    ForbiddenReference,
-    FormatError,
-    LimitExceeded,
-    MissingFile,
-    Qcow2Error,
-    SnapshotNotFound,
-    printable,
-)
+from ..errors import ForbiddenReference, FormatError, LimitExceeded, MissingFile, Qcow2Error, SnapshotNotFound
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.source import PathOrSource, Source, as_source
 from ..format.structures import MAGIC, Crypt, SnapshotEntry
 from ..limits import DEFAULT_LIMITS, Limits
+from ..text import printable
 from .disk import Disk, EofPolicy, Layer, RawDisk
 from .vm_state import VmState
 
