@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import pytsk3_qcow2
 from pytsk3_qcow2.files import NoFileSystem, file_systems
-from qcow2_forensics.errors import printable
+from qcow2_forensics.text import printable
 
 
 def hashes(state: pytsk3_qcow2.Img_Info) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 import qcow2_forensics as q
-from qcow2_forensics.errors import printable
+from qcow2_forensics.text import printable
 
 ERRORS = [
     q.NotQcow2("no magic"),

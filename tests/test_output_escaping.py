@@ -20,7 +20,8 @@ import pytest
 from fuzz.targets import run_command
 
 import qcow2_forensics as q
-from qcow2_forensics.errors import Qcow2Error, printable
+from qcow2_forensics.errors import Qcow2Error
+from qcow2_forensics.text import printable
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_FEATURE_NAMES, Builder, Poke
 

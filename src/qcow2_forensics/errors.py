@@ -14,7 +14,7 @@
     └── ReadError(OSError)               offset, length: the evidence itself could not be read
 
 Messages are one sentence, composed here and nowhere else; text from evidence inside them is
-escaped by :func:`printable`, so they are safe on a terminal. All of them survive pickling, because
+escaped by :func:`.text.printable`, so they are safe on a terminal. All of them survive pickling, because
 they cross process borders in worker pools.
 """
 
@@ -22,44 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-# Characters that make shown text differ from stored text: the invisible marks U+200B..U+200F, the
-# separators and bidi overrides U+2028..U+202E, the invisible operators and bidi isolates
-# U+2060..U+206F, the byte order mark, interlinear annotations, and the Arabic letter mark.
-_INVISIBLE = (
-    frozenset(range(0x200B, 0x2010))
-    | frozenset(range(0x2028, 0x202F))
-    | frozenset(range(0x2060, 0x2070))
-    | frozenset(range(0xFFF9, 0xFFFC))
-    | {0x061C, 0xFEFF}
-)
+from .text import printable
 
 _CHOICES_SHOWN = 20  # snapshots listed in a message: an image may hold 65536
-
-
-def printable(text: str | bytes, limit: int = 1023) -> str:
-    """Return ``text`` with everything escaped that a terminal or a reader could be fooled by.
-
-    Control characters, bidi and other invisible marks, lone surrogates and undecodable bytes
-    become backslash escapes; a backslash is doubled so that the result is unambiguous. At most
-    ``limit`` characters of input are shown; a cut is marked with an ellipsis.
-    """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "surrogateescape")
-    if len(text) <= limit and text.isascii() and text.isprintable() and "\\" not in text:
-        return text  # nearly all there is
-    pieces = [_escape(character) for character in text[:limit]]
-    return "".join(pieces) + ("…" if len(text) > limit else "")
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if character == "\\":
-        return "\\\\"
-    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: one undecodable byte
-        return f"\\x{code - 0xDC00:02x}"
-    if character.isprintable() and code not in _INVISIBLE:
-        return character
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class Qcow2Error(Exception):

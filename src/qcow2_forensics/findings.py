@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .text import Value
+
 __version__ = "0.1.0"  # the same as in pyproject.toml
 TOOL = f"qcow2-forensics {__version__}"  # every report says what made it
 
@@ -41,9 +43,6 @@ class Severity(enum.IntEnum):
             return cls[text.upper()]
         except KeyError:
             raise ValueError(f"unknown severity {text!r}, choose from {', '.join(s.label for s in cls)}") from None
-
-
-Value = int | str | bool | float | None
 
 
 class Evidence(NamedTuple):

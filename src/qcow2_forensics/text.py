@@ -1,17 +1,76 @@
-"""The only place that turns evidence into text: terminals, HTML, CSV cells, numbers for people."""
+"""The words of the project: the only escaping, sizes, dates and tables.
+
+Data structures hold the evidence's own text. It is escaped here, once, at output; JSON is its own
+escaping and holds the text as stored. Public: adapters may import this module.
+"""
 
 from __future__ import annotations
 
-import html
 import re
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple, TextIO
 
-from .errors import printable
-from .findings import Value
+Value = int | str | bool | float | None
 
-_ENTRY = re.compile(r"(^|: |L2 )entry\b")  # the word of a table
+_ENTRY = re.compile(r"(^|: |L2 )entry\b")  # an entry of a table, shown in hexadecimal
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # what spreadsheets take for a formula or a command
+_SECOND = 1_000_000_000  # nanoseconds
+
+# --- escaping ------------------------------------------------------------------------------------
+
+# Python's str.isprintable() rejects the categories C (control, format, surrogate, private, unassigned)
+# and Z (separators) but for the blank U+0020. That leaves what Unicode calls default-ignorable without
+# being a format character, and symbols whose picture is empty: both are letters, marks or symbols.
+_IGNORABLE = (
+    (0x034F, 0x034F),  # combining grapheme joiner
+    (0x115F, 0x1160),  # Hangul fillers
+    (0x17B4, 0x17B5),  # Khmer inherent vowels
+    (0x180B, 0x180F),  # Mongolian variation selectors
+    (0x3164, 0x3164),  # Hangul filler
+    (0xFE00, 0xFE0F),  # variation selectors
+    (0xFFA0, 0xFFA0),  # halfwidth Hangul filler
+    (0xE0100, 0xE01EF),  # further variation selectors
+)
+_BLANK = (
+    (0x2800, 0x2800),  # Braille pattern without dots
+    (0x13441, 0x13442),  # Egyptian hieroglyph blanks
+    (0x16FE4, 0x16FE4),  # Khitan filler
+    (0x1D159, 0x1D159),  # musical null notehead
+)
+_INVISIBLE = frozenset(code for first, last in (*_IGNORABLE, *_BLANK) for code in range(first, last + 1))
+
+
+def is_plain(text: str) -> bool:
+    """Whether every character is visible as itself: no control, invisible or undecodable one, no blank but U+0020."""
+    return text.isprintable() and (text.isascii() or _INVISIBLE.isdisjoint(map(ord, text)))
+
+
+def printable(text: str | bytes, limit: int = 1023) -> str:
+    """Return ``text`` with everything escaped that a terminal or a reader could be fooled by.
+
+    Control characters, bidi and other invisible characters, blanks that are not U+0020, lone
+    surrogates and undecodable bytes become backslash escapes; a backslash is doubled so that the
+    result is unambiguous. At most ``limit`` characters of input are shown; a cut is marked with an
+    ellipsis.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    if len(text) <= limit and text.isascii() and text.isprintable() and "\\" not in text:
+        return text  # nearly all there is
+    pieces = [_escape(character) for character in text[:limit]]
+    return "".join(pieces) + ("…" if len(text) > limit else "")
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if character == "\\":
+        return "\\\\"
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: one undecodable byte
+        return f"\\x{code - 0xDC00:02x}"
+    if character.isprintable() and code not in _INVISIBLE:
+        return character
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def text(value: object, limit: int = 1023) -> str:
@@ -25,7 +84,14 @@ def text(value: object, limit: int = 1023) -> str:
 
 def markup(value: object, limit: int = 1023) -> str:
     """Return ``value`` escaped for HTML, invisible and bidi characters made visible."""
-    return html.escape(text(value, limit), quote=True)
+    return html_only(text(value, limit))
+
+
+def html_only(shown: str) -> str:
+    """Return what :func:`text` already made safe, with the characters escaped that HTML reads."""
+    import html  # here: reading a disk needs none of it
+
+    return html.escape(shown, quote=True)
 
 
 def cell(value: object) -> str | int | float:
@@ -68,6 +134,60 @@ def size(count: int) -> str:
     raise AssertionError("unreachable")
 
 
+# --- dates ---------------------------------------------------------------------------------------
+
+
+def snapshot_time(seconds: int, nanoseconds: int) -> int:
+    """Return when a snapshot was taken, in nanoseconds of the epoch.
+
+    A recorded fraction of a second or more is no fraction: then the second alone counts, and
+    :func:`snapshot_date` reports what was recorded.
+    """
+    return seconds * _SECOND + (nanoseconds if nanoseconds < _SECOND else 0)
+
+
+def snapshot_date(seconds: int, nanoseconds: int, *, digits: int = 6) -> str:
+    """Return the date of a snapshot in UTC, as ``2026-11-29T21:05:07.250000Z``.
+
+    ``digits`` is how much of the fraction is shown, 6 or 0. A fraction that cannot be one is shown
+    as recorded: ``2026-11-29T21:05:07Z (nsec 1500000000 out of range)``.
+    """
+    from datetime import UTC, datetime  # here: reading a disk needs none of it
+
+    moment = datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat()
+    if nanoseconds >= _SECOND:
+        return f"{moment}Z (nsec {nanoseconds} out of range)"
+    return f"{moment}.{nanoseconds // 1000:06d}Z" if digits else f"{moment}Z"
+
+
+def short_date(seconds: int, nanoseconds: int) -> str:
+    """Return the date of a snapshot for a table of UTC dates: ``2026-11-29 21:05:07``."""
+    return snapshot_date(seconds, nanoseconds, digits=0).replace("T", " ", 1).replace("Z", "", 1)
+
+
+def iso_time(nanoseconds: int) -> str | None:
+    """Return a time of a file, in nanoseconds of the epoch, as RFC 3339; None for none or one that no calendar holds."""
+    from datetime import UTC, datetime, timedelta  # here: reading a disk needs none of it
+
+    if not nanoseconds:
+        return None
+    try:
+        return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=nanoseconds // 1000)).isoformat(
+            timespec="microseconds"
+        )
+    except OverflowError:
+        return None
+
+
+def short_time(nanoseconds: int) -> str:
+    """Return a time of a file for people: UTC, to the second."""
+    shown = iso_time(nanoseconds)
+    return shown[:19].replace("T", " ") if shown else "-"
+
+
+# --- lines and tables ----------------------------------------------------------------------------
+
+
 def sentence(shown: str) -> str:
     """Return ``shown`` with a capital first letter."""
     return shown[:1].upper() + shown[1:]
@@ -77,6 +197,8 @@ def columns(shown: str) -> int:
     """Return how many terminal columns ``shown`` takes: wide East Asian characters take two."""
     if shown.isascii():
         return len(shown)
+    import unicodedata  # here: most names are ASCII
+
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)
 
 
@@ -110,3 +232,84 @@ def _cut_words(shown: str, room: int) -> Iterator[str]:
             piece += character
             taken += wide
         yield piece
+
+
+class Column(NamedTuple):
+    """One column of a table. ``key`` is its name in JSON and CSV and finds its value in a row.
+
+    ``show`` makes the cell for people from the whole row, :func:`text` of the value by default.
+    With a ``width`` (in every column but the last) a table of any length is written as its rows come.
+    """
+
+    key: str
+    heading: str
+    show: Callable[[Mapping[str, Any]], str] | None = None
+    right: bool = False
+    width: int = 0
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        """Return the cell of ``row`` for people, safe on a terminal."""
+        return text(row.get(self.key)) if self.show is None else self.show(row)
+
+    def align(self, shown: str, width: int) -> str:
+        """Return ``shown`` padded to ``width`` columns of a terminal."""
+        room = " " * (width - columns(shown))
+        return room + shown if self.right else shown + room
+
+
+FORMATS = ("text", "json", "jsonl", "csv")
+
+
+def write_table(
+    rows: Iterable[Mapping[str, Any]], table: Sequence[Column], as_format: str, out: TextIO, *, gap: str = "  "
+) -> None:
+    """Write ``rows`` as one of :data:`FORMATS`.
+
+    JSON and JSON lines hold everything in a row, as the evidence has it; text and CSV hold the
+    columns of ``table``, escaped. JSON is one array with a row a line.
+    """
+    import json  # here: reading a disk needs none of it
+
+    if as_format == "json":
+        out.writelines(_json_array(json.dumps(row) for row in rows))
+    elif as_format == "jsonl":
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+    elif as_format == "csv":
+        out.writelines(csv_lines(([row.get(column.key) for column in table] for row in rows), [c.key for c in table]))
+    else:
+        lines = aligned((tuple(column.cell(row) for column in table) for row in rows), table, gap=gap)
+        out.writelines(line + "\n" for line in lines)
+
+
+def _json_array(items: Iterable[str]) -> Iterator[str]:
+    separator = "["
+    for item in items:
+        yield separator + item
+        separator = ",\n"
+    yield "[]\n" if separator == "[" else "]\n"
+
+
+def csv_lines(rows: Iterable[Iterable[object]], headings: Iterable[str] = ()) -> Iterator[str]:
+    """Yield lines of CSV (RFC 4180): the headings, where there are some, then the rows, each through :func:`cell`."""
+    import csv  # here: reading a disk needs none of it
+    import io
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    for row in chain((headings,) if headings else (), rows):
+        writer.writerow(cell(value) for value in row)
+        yield out.getvalue()
+        out.seek(0)
+        out.truncate()
+
+
+def aligned(cells: Iterable[Sequence[str]], table: Sequence[Column], *, gap: str = "  ") -> Iterator[str]:
+    """Yield the lines of a table for people, its headings first; cells are safe already."""
+    lines: Iterable[Sequence[str]] = chain(([column.heading for column in table],), cells)
+    widths = [column.width for column in table]
+    if not all(widths[:-1]):
+        lines = list(lines)
+        widths = [max(columns(line[at]) for line in lines) for at in range(len(table))]
+    for line in lines:
+        padded = (column.align(one, width) for column, one, width in zip(table, line, widths, strict=True))
+        yield gap.join(padded).rstrip()

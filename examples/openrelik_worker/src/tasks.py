@@ -12,7 +12,7 @@ from openrelik_worker_common.reporting import MarkdownTable, Priority, Report
 from openrelik_worker_common.task_utils import create_task_result, get_input_files
 
 from qcow2_forensics import Severity
-from qcow2_forensics.errors import printable
+from qcow2_forensics.text import printable
 
 from .app import celery
 from .work import DEPTHS, Result, Written, examine

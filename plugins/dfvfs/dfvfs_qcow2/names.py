@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from qcow2_forensics.errors import printable
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
+from qcow2_forensics.text import printable
 
 PREFIX = "qcow2-snapshot:"
 _DELETED = "deleted:"

@@ -20,11 +20,12 @@ from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.resolver import resolver as dfvfs_resolver
 
 from qcow2_forensics import __version__
-from qcow2_forensics.errors import Qcow2Error, printable
+from qcow2_forensics.errors import Qcow2Error
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import FileSource, Source, source_name
 from qcow2_forensics.reader.disk import Disk
 from qcow2_forensics.reader.opening import open_disk
+from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
 from .references import PathSpecResolver

@@ -14,7 +14,8 @@ from dfdatetime import posix_time
 from plaso.containers import events
 from plaso.preprocessors import interface, manager
 
-from qcow2_forensics.errors import Qcow2Error, printable
+from qcow2_forensics.errors import Qcow2Error
+from qcow2_forensics.text import printable
 
 from .inspection import audit, open_image, qcow_path_specs, snapshot_path_spec
 from .names import SnapshotKey, label, snapshots_around

@@ -19,9 +19,10 @@ from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 from dfvfs.vfs import root_only_file_system
 
-from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error, printable
+from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error
 from qcow2_forensics.format.source import FileSource, Source
 from qcow2_forensics.reader.resolver import Resolver, Role, parse_reference
+from qcow2_forensics.text import printable
 
 from .sources import FileObjectSource
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from qcow2_forensics.errors import SnapshotNotFound, printable
+from qcow2_forensics.errors import SnapshotNotFound
+from qcow2_forensics.text import printable
 
 if TYPE_CHECKING:
     from qcow2_forensics.residue import DeletedSnapshot

@@ -14,8 +14,9 @@ from typing import Any
 from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 
-from qcow2_forensics.errors import Qcow2Error, ReadError, printable
+from qcow2_forensics.errors import Qcow2Error, ReadError
 from qcow2_forensics.format.source import FileSource, Source
+from qcow2_forensics.text import printable
 
 
 class FileObjectSource:

@@ -26,8 +26,9 @@ from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.resolver import resolver as dfvfs_resolver
 
-from qcow2_forensics.errors import SnapshotNotFound, printable
+from qcow2_forensics.errors import SnapshotNotFound
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
+from qcow2_forensics.text import printable
 
 from .inspection import deleted_snapshots, snapshot_path_spec, snapshots
 from .names import SnapshotKey

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pytsk3
 
-from qcow2_forensics.errors import printable
+from qcow2_forensics.text import printable
 
 from .files import FileSystem, file_systems
 from .records import FileRecord, Span, Times

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytsk3
 
-from qcow2_forensics.errors import printable
+from qcow2_forensics.text import printable
 
 from .image import Img_Info
 from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume

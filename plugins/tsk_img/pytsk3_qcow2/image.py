@@ -18,12 +18,13 @@ import pytsk3
 
 from qcow2_forensics import open_disk
 from qcow2_forensics import open_image as open_metadata
-from qcow2_forensics.errors import FormatError, Locked, NotQcow2, Qcow2Error, ReadError, printable
+from qcow2_forensics.errors import FormatError, Locked, NotQcow2, Qcow2Error, ReadError
 from qcow2_forensics.format.header import SECTOR, Crypt
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
 from qcow2_forensics.format.source import PathOrSource, as_source
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.reader.disk import Disk, EofPolicy, Layer, RawDisk
+from qcow2_forensics.text import printable
 
 if TYPE_CHECKING:
     from qcow2_forensics.findings import Finding

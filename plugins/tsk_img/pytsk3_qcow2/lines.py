@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcow2_forensics.errors import printable
+from qcow2_forensics.text import printable
 
 from .records import FileRecord
 

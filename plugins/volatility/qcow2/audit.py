@@ -65,7 +65,7 @@ class Audit(EvidencePlugin):
 
 
 def _finding(finding: Finding) -> tuple[Any, ...]:
-    from qcow2_forensics.errors import printable
+    from qcow2_forensics.text import printable
 
     offset = next((item.offset for item in finding.evidence if item.offset is not None), None)
     count = finding.count or len(finding.evidence) or 1
@@ -74,7 +74,7 @@ def _finding(finding: Finding) -> tuple[Any, ...]:
 
 
 def _evidence(finding: Finding, item: Evidence) -> tuple[Any, ...]:
-    from qcow2_forensics.errors import printable
+    from qcow2_forensics.text import printable
 
     where = f" in {printable(item.structure)}" if item.structure else ""
     title = f"{printable(item.field)}{where}"

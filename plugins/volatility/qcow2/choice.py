@@ -89,7 +89,7 @@ def memory_choices(image: Image) -> list[str]:
 
 def describe(entry: SnapshotEntry) -> str:
     """Return a snapshot in words that are safe on a terminal."""
-    from qcow2_forensics.errors import printable
+    from qcow2_forensics.text import printable
 
     date = snapshot_date(entry)
     when = f" of {date:%Y-%m-%d %H:%M:%S} UTC" if date is not None else ""

@@ -126,7 +126,7 @@ class ViewLayer(interfaces.layers.TranslationLayerInterface):
 
     def _title(self) -> str:
         """What the layer is of, to begin a message with."""
-        from qcow2_forensics.errors import printable
+        from qcow2_forensics.text import printable
 
         return printable(LayerSource(self.context.layers[self._base_layer]).name)
 

@@ -69,8 +69,8 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
     def stream(self) -> Stream:
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
         from qcow2_forensics import Qcow2Error, open_image, open_vm_state
-        from qcow2_forensics.errors import printable
         from qcow2_forensics.memory import find_stream
+        from qcow2_forensics.text import printable
 
         source = self.source()
         key, local = index_cache.identify(source.layer)
@@ -89,7 +89,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
     def guarded(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """Yield rows; what goes wrong with the evidence becomes a warning, and the end of them."""
         from qcow2_forensics import Qcow2Error
-        from qcow2_forensics.errors import printable
+        from qcow2_forensics.text import printable
 
         try:
             yield from rows()

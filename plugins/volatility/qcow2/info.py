@@ -25,7 +25,7 @@ class Info(EvidencePlugin):
 
     def _rows(self) -> Iterator[Row]:
         from qcow2_forensics import NotQcow2, Qcow2Error
-        from qcow2_forensics.errors import printable
+        from qcow2_forensics.text import printable
 
         try:
             image = self.image()
@@ -53,7 +53,7 @@ class Info(EvidencePlugin):
 
 
 def _image_facts(image: Image) -> Facts:
-    from qcow2_forensics.errors import printable
+    from qcow2_forensics.text import printable
 
     header = image.header
     yield "image", "file", printable(image.name), None, image.file_size
@@ -77,7 +77,7 @@ def _image_facts(image: Image) -> Facts:
 
 
 def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
-    from qcow2_forensics.errors import printable
+    from qcow2_forensics.text import printable
 
     layout = memory.layout
     if stream.snapshot is not None:

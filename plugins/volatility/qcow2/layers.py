@@ -37,7 +37,7 @@ class Qcow2VmStateLayer(ViewLayer):
         return state
 
     def _title(self) -> str:
-        from qcow2_forensics.errors import printable
+        from qcow2_forensics.text import printable
 
         snapshot = self.config.get("snapshot", None)
         return super()._title() + (f", snapshot {printable(str(snapshot))}" if snapshot else "")

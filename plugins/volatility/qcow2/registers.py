@@ -32,7 +32,7 @@ class Registers(EvidencePlugin):
         ]
 
     def _rows(self) -> Iterator[Row]:
-        from qcow2_forensics.errors import printable
+        from qcow2_forensics.text import printable
 
         memory = self.stream().memory()
         if not memory.cpus:

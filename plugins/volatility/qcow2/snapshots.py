@@ -24,7 +24,7 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
 
     def _rows(self) -> Iterator[Row]:
         from qcow2_forensics import Qcow2Error
-        from qcow2_forensics.errors import printable
+        from qcow2_forensics.text import printable
 
         image = self.image()
         chosen = None

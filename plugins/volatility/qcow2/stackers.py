@@ -32,7 +32,7 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         if not _starts_with(context, layer_name, (_MAGIC,)):
             return None
         from qcow2_forensics import Qcow2Error, open_image
-        from qcow2_forensics.errors import printable
+        from qcow2_forensics.text import printable
 
         source = common.LayerSource(context.layers[layer_name])
         title = printable(source.name)

@@ -36,7 +36,7 @@ class VmStateDump(EvidencePlugin):
 
     def _rows(self) -> Iterator[Row]:
         from qcow2_forensics import FormatError
-        from qcow2_forensics.errors import printable
+        from qcow2_forensics.text import printable
 
         stream = self.stream()
         block = self.config.get("block", None)

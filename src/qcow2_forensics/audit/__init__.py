@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, NotQcow2, Qcow2Error, ReadError
-from ..findings import Evidence, Finding, Report, Severity, Value
+from ..findings import Evidence, Finding, Report, Severity
 from ..format.image import Image
 from ..format.source import PathOrSource, source_name
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver
+from ..text import Value
 from .facts import Facts
 from .rules import RULES, Depth, Rule, apply, explain
 

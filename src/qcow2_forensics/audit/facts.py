@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from ..errors import Qcow2Error
-from ..findings import Evidence, Value
+from ..findings import Evidence
 from ..format.header import Header
 from ..format.image import Image
 from ..format.rules import Problem
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver
+from ..text import Value
 from .rules import Depth
 
 if TYPE_CHECKING:

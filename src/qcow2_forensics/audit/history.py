@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ..errors import FormatError, Qcow2Error, ReadError, printable
+from ..errors import FormatError, Qcow2Error, ReadError
 from ..findings import Evidence, Finding, Severity
 from ..format.bitmap_directory import BitmapEntry, BitmapFlag
 from ..format.extensions import ExtensionType
@@ -18,6 +18,7 @@ from ..reader.bitmaps import dirty_ranges, dirty_totals
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.vm_state import vm_state_offset
+from ..text import is_plain, printable
 from .facts import Facts, shortened
 from .header import snapshot_date
 from .reference_names import mtime_of
@@ -230,7 +231,7 @@ def snapshot_order(facts: Facts) -> Iterator[Callable[[], Evidence]]:
 
 def _readable(text: bytes) -> bool:
     try:
-        return text.decode("utf-8").isprintable()
+        return is_plain(text.decode("utf-8"))
     except UnicodeDecodeError:
         return False
 

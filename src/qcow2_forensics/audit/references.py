@@ -11,6 +11,7 @@ from ..findings import Evidence, Finding, Severity
 from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
 from ..reader.resolver import json_options
+from ..text import is_plain
 from .facts import Facts
 from .reference_names import CHAIN_DEEP, Member, Name, chain, names, stands_beside
 from .rules import CRAFTED, QEMU_MADE, rule, variant
@@ -138,7 +139,7 @@ def ref_obfuscated(facts: Facts) -> Iterator[Evidence]:
     for name in names(facts):
         hidden = name.stored[len(name.effective) :].strip(b"\0")
         text = name.text
-        if hidden or text != text.strip() or not text.isprintable():
+        if hidden or text != text.strip() or not is_plain(text):
             yield _evidence(name, "effective_name")
             yield _evidence(name, "stored_bytes", name.stored[:256].hex(" "))
 

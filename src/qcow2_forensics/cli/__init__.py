@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..errors import Qcow2Error, printable
+from ..errors import Qcow2Error
+from ..text import printable
 
 COMMANDS = (
     "info",

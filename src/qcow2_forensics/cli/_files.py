@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Qcow2Error, printable
+from ..errors import Qcow2Error
 from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Layer
+from ..text import printable
 
 if TYPE_CHECKING:
     from pytsk3_qcow2.records import FileRecord

@@ -123,7 +123,7 @@ def _one(args: argparse.Namespace, path: str) -> int:
 
 def _missing(report: Report) -> str:
     """Return why nothing at all could be read: no such file, no permission; empty otherwise."""
-    from ..errors import printable
+    from ..text import printable
 
     if report.image.get("version") is None and report.image.get("file_size") is None:
         finding = next((item for item in report.findings if item.code == _UNREADABLE), None)

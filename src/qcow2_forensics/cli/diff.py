@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..compare.ranges import Change, Difference, compare
-from ..errors import Qcow2Error, printable
+from ..errors import Qcow2Error
 from ..format.image import Image
 from ..reader.disk import Disk, Layer
+from ..text import printable
 from . import _files
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, human_size

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import printable
+from ..text import printable
 
 _HOOK = "qcow2_forensics_autoload"
 _VARIABLE = "QCOW2_FORENSICS_AUTOLOAD"

@@ -15,11 +15,11 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, BinaryIO
 
-from ..errors import printable
 from ..limits import MiB
 from ..reader.clusters import decode_here
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
+from ..text import printable
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, atomic_writer, human_size
 

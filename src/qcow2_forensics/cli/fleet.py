@@ -29,11 +29,12 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, TextIO
 
 from ..audit import audit
-from ..errors import Qcow2Error, printable
+from ..errors import Qcow2Error
 from ..findings import SCHEMA_VERSION, TOOL, Severity
 from ..format.source import FileSource
 from ..reader.resolver import Resolver
 from ..render import render_line
+from ..text import printable
 from .output import Progress, atomic_writer, refuse_evidence
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2

@@ -6,11 +6,11 @@ import argparse
 import json
 from typing import Any
 
-from ..errors import printable
 from ..format.bitmap_directory import BitmapFlag
 from ..format.extensions import ExtensionType
 from ..format.header import MAGIC, Autoclear, Compatible, Compression, Crypt, Header, Incompatible
 from ..format.image import Image
+from ..text import printable
 from .options import add_image_argument
 from .output import human_size
 

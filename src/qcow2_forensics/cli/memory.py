@@ -7,7 +7,7 @@ import json
 from functools import partial
 from typing import Any
 
-from ..errors import printable
+from ..text import printable
 from .options import add_key_arguments, ask_passphrase, passphrase_of
 from .output import Progress, atomic_writer, human_size
 

@@ -8,10 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from ..errors import Locked, Qcow2Error, printable
+from ..errors import Locked, Qcow2Error
 from ..reader.disk import Disk
 from ..reader.opening import open_disk
 from ..reader.resolver import Resolver
+from ..text import printable
 
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
 

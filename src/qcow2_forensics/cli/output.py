@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from ..errors import Qcow2Error, printable
+from ..errors import Qcow2Error
 from ..format.source import is_being_read
+from ..text import printable
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 

@@ -9,10 +9,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from ..errors import printable
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..text import columns, size
+from ..text import columns, printable, size
 from .options import add_image_argument
 
 _EPILOG = """examples:

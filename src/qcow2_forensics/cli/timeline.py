@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import printable
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
+from ..text import printable
 from . import _files
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
 
-from ..errors import FormatError, NotQcow2, printable
+from ..errors import FormatError, NotQcow2
 from ..limits import DEFAULT_LIMITS, KiB, Limits
+from ..text import printable
 from .bitmap_directory import BitmapEntry, read_bitmap_directory
 from .entries import parse_entries
 from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensions

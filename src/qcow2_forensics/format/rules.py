@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported, printable
+from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..limits import Limits
+from ..text import printable
 from .header import (
     KNOWN_INCOMPATIBLE,
     SECTOR,

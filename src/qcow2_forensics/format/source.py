@@ -14,7 +14,8 @@ import threading
 import weakref
 from typing import BinaryIO, Protocol, runtime_checkable
 
-from ..errors import NotQcow2, ReadError, printable
+from ..errors import NotQcow2, ReadError
+from ..text import printable
 
 
 @runtime_checkable

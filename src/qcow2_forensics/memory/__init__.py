@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from ..errors import NotQcow2, SnapshotNotFound, printable
+from ..errors import NotQcow2, SnapshotNotFound
 from ..format.source import PathOrSource, Source, as_source, source_name
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.opening import Passphrase, SnapshotName, open_disk, open_vm_state
+from ..text import printable
 from .containers import StreamWindow, find_stream
 from .guest_memory import GuestMemory
 from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region

@@ -12,9 +12,10 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Literal
 
-from ..errors import Unsupported, printable
+from ..errors import Unsupported
 from ..format.source import Source
 from ..limits import MiB
+from ..text import printable
 from . import address_ranges
 from .guest_memory import GuestMemory
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import TracebackType
 
-from ..errors import ReadError, printable
+from ..errors import ReadError
 from ..format.source import Source
 from ..limits import DEFAULT_LIMITS, Limits, MiB
+from ..text import printable
 from . import address_ranges
 from .block_reader import read_pages
 from .page_index import MISSING, RunIndex

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..errors import printable
 from ..limits import GiB, KiB, MiB
+from ..text import printable
 from .records import Block, Region
 from .srat import Affinity
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from ..errors import printable
 from ..limits import GiB, KiB, MiB
+from ..text import printable
 from .hotplug import Decision, natural, plugged, virtio_mem
 from .records import Block, Layout, Region
 from .srat import Affinity, memory_affinities

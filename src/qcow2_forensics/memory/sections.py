@@ -16,9 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..errors import LimitExceeded, Unsupported, printable
+from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
 from ..limits import Limits
+from ..text import printable
 from .cursor import Cursor, Truncated, broken
 from .pages import RamRecords
 

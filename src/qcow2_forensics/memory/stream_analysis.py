@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..errors import printable
 from ..format.source import Source
 from ..limits import Limits
+from ..text import printable
 from . import layout
 from .block_reader import read_pages
 from .devices import DeviceStates

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..errors import FormatError, LimitExceeded, printable
+from ..errors import FormatError, LimitExceeded
 from ..format.bitmap_directory import DIRTY_TRACKING_BITMAP, BitmapEntry
 from ..format.entries import BITMAP_ALL_ONES, BITMAP_TABLE_RESERVED, OFFSET_MASK
 from ..format.image import Image
+from ..text import printable
 
 _SET_BITS = re.compile(rb"\xff+|[^\0\xff]")  # whole bytes at once, others one by one
 _PAGE = 8192  # table entries read at a time

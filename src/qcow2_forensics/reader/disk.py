@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from ..errors import FormatError, Locked, Qcow2Error, printable
+from ..errors import FormatError, Locked, Qcow2Error
 from ..format.entries import OFFSET_MASK
 from ..format.header import SECTOR, Compression, Crypt
 from ..format.image import Image
 from ..format.rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source, source_name
+from ..text import printable
 from .clusters import Clusters
 from .codecs import inflate, unzstd
 from .mapping import Kind, Mapping, PlainRun, Run

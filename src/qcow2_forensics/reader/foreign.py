@@ -12,9 +12,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import FormatError, ReadError, Unsupported, printable
+from ..errors import FormatError, ReadError, Unsupported
 from ..format.source import Source, source_name
 from ..limits import KiB, MiB
+from ..text import printable
 from .disk import Extent
 from .mapping import Kind
 from .stream import SourceStream

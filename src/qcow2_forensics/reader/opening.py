@@ -9,21 +9,14 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import (
-    ForbiddenReference,
-    FormatError,
-    LimitExceeded,
-    MissingFile,
-    Qcow2Error,
-    SnapshotNotFound,
-    printable,
-)
+from ..errors import ForbiddenReference, FormatError, LimitExceeded, MissingFile, Qcow2Error, SnapshotNotFound
 from ..format.header import MAGIC, Crypt
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, Source, as_source
 from ..limits import DEFAULT_LIMITS, Limits
+from ..text import printable
 from .disk import Disk, EofPolicy, Layer, RawDisk
 from .vm_state import VmState
 

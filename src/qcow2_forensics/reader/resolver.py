@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..errors import ForbiddenReference, MissingFile, Qcow2Error, printable
+from ..errors import ForbiddenReference, MissingFile, Qcow2Error
 from ..format.source import FileSource, Source
+from ..text import printable
 
 Role = Literal["backing", "data"]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import TracebackType
 
-from ..errors import FormatError, printable
+from ..errors import FormatError
 from ..format.snapshot_table import SnapshotEntry
+from ..text import printable
 from .disk import Disk
 from .mapping import Run
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Qcow2Error, printable
+from ..errors import Qcow2Error
 from ..limits import MiB
+from ..text import printable
 from .inventory import Residue
 from .model import Piece
 from .snapshot_entries import DeletedSnapshot

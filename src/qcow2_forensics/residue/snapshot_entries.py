@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..errors import FormatError, SnapshotNotFound, printable
+from ..errors import FormatError, SnapshotNotFound
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
+from ..text import printable
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...errors import FormatError, LimitExceeded, Locked, Unsupported, printable
+from ...errors import FormatError, LimitExceeded, Locked, Unsupported
 from ...format.header import SECTOR
 from ...limits import Limits
+from ...text import printable
 from .sectors import sector_cipher
 
 MAGIC = b"LUKS\xba\xbe"

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...errors import FormatError, Unsupported, printable
+from ...errors import FormatError, Unsupported
 from ...format.header import SECTOR
+from ...text import printable
 
 if TYPE_CHECKING:
     from types import ModuleType
