@@ -13,6 +13,7 @@ import pytest
 
 from qcow2_forensics.audit import audit, catalog
 from qcow2_forensics.findings import Finding, Report, Severity
+from qcow2_forensics.reader.codecs import codec_of
 from tests import qemu
 from tests.image_builder import (
     B_DATA,
@@ -420,7 +421,8 @@ def test_streams_beside_a_data_file_are_invalid_and_not_decoded(
     path = tmp_path / "x.qcow2"
     _packed(deflate(b"\x11" * 4096))(path)
     Poke(path).u8(79, 4)
-    monkeypatch.delattr("qcow2_forensics.residue.streams.consumed")
+    refusing = codec_of(0)._replace(measure=lambda *_: pytest.fail("a stream was decoded"))
+    monkeypatch.setattr("qcow2_forensics.residue.streams.codec_of", lambda _: refusing)
     (finding,) = found(path, "COMPRESSED-INVALID")
     assert finding.count == 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,8 +10,8 @@ import numpy as np
 from ..census import Tables
 from ..findings import Evidence
 from ..format.entries import compressed_descriptor
-from ..format.header import SECTOR, Compression
-from ..reader.codecs import inflate, unzstd
+from ..format.header import SECTOR
+from ..reader.codecs import Codec, codec_of
 from ..residue.streams import Decoded, decode_all
 from .entry_evidence import snapshot_id
 from .facts import Facts
@@ -56,21 +55,19 @@ def _fault(facts: Facts, entry: int) -> str | None:
     stored = facts.read(offset, size)
     cut = f"; {size - len(stored)} bytes lie past the end of the file" if len(stored) < size else ""
     stored = stored.ljust(size if stored else SECTOR, b"\0")  # of zeros alone a sector is enough to fail
+    codec = codec_of(facts.header.compression_type)
     try:
-        if facts.header.compression_type == Compression.ZSTD:
-            unzstd(stored, facts.cluster_size)
-        else:
-            inflate(stored, facts.cluster_size)
-            if _given(stored, facts.cluster_size + 1) > facts.cluster_size:
-                return "the deflate stream gives more than a cluster"  # QEMU keeps the first cluster of it
+        codec.decode(stored, facts.cluster_size)
     except ValueError as error:
         return f"{error}{cut}"
-    return None
+    return (
+        f"the {codec.name} stream gives more than a cluster" if _is_longer(codec, stored, facts.cluster_size) else None
+    )
 
 
-def _given(stored: bytes, most: int) -> int:
-    """Return how many bytes a deflate stream gives, up to ``most``; -1 when it is bad somewhere."""
+def _is_longer(codec: Codec, stored: bytes, size: int) -> bool:
+    """Whether a stream that decodes goes on after one cluster, where the reader keeps the first cluster of it."""
     try:
-        return len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(stored, most))
-    except zlib.error:
-        return -1
+        return codec.cuts and bool(codec.decode(stored, size + 1))
+    except ValueError:
+        return False

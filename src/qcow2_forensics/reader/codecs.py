@@ -1,8 +1,10 @@
-"""Decompress one cluster: exactly the size asked for, never a byte more.
+"""The compression types of the format, one row each: number, name, decoder, length prober.
 
-Both functions take what QEMU takes ("Compressed Clusters Descriptor"): the input may carry
-anything after the part that is needed. They raise ``ValueError``; the caller knows which cluster
-it was and says so.
+Everything that decodes a compressed cluster asks :func:`codec_of`; a type that has no row is refused
+there, whoever asks. A new compression type is one row here and its two functions.
+
+Decoders take what QEMU takes ("Compressed Clusters Descriptor"): the input may carry anything after
+the part that is needed. They raise ``ValueError``; the caller knows which cluster it was and says so.
 """
 
 from __future__ import annotations
@@ -10,12 +12,43 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-_MAX_FRAMES = 256  # per cluster: writers make one, and each costs a decoder and a copy of what follows
+from ..errors import Unsupported
+from ..format.header import Compression
+
+# Of one cluster. A frame of one byte takes ten, so clusters of up to 64 KiB never have more; making a decoder
+# for each takes some 20 microseconds, which is what bounds how long one cluster can keep a reader busy.
+_MAX_FRAMES = 1 << 14
+_MAX_SKIPPABLE = 1 << 12  # of one cluster: they give nothing, and writers make none
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a skippable frame's magic; byte 0 is 0x50 to 0x5f
 _WINDOW_LOG_MAX = 27  # libzstd's own default for streaming; clusters need 21 at most
+
+
+class Codec(NamedTuple):
+    """One compression type.
+
+    ``decode(data, size)`` returns the first ``size`` bytes that the stream in ``data`` gives, or raises
+    ``ValueError``. ``measure(data, size)`` returns them and how many bytes of ``data`` the stream takes,
+    None where it does not give exactly ``size`` bytes and end there. ``cuts`` says that ``decode``
+    takes the beginning of a stream that gives more, as QEMU does.
+    """
+
+    number: int
+    name: str
+    decode: Callable[[bytes, int], bytes]
+    measure: Callable[[bytes, int], tuple[bytes, int] | None]
+    cuts: bool
+
+
+def codec_of(compression_type: int) -> Codec:
+    """Return the codec of a compression type; raises :class:`Unsupported` for a type that has none."""
+    codec = _CODECS.get(compression_type)
+    if codec is None:
+        raise Unsupported(f"compression type {compression_type}")
+    return codec
 
 
 @functools.cache
@@ -54,41 +87,73 @@ def inflate(data: bytes, size: int) -> bytes:
     return result
 
 
+def _measure_deflate(data: bytes, size: int) -> tuple[bytes, int] | None:
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        result = decoder.decompress(data, size)
+        if len(result) != size:
+            return None
+        # The end-of-stream mark may still be unread once the output is full.
+        rest = decoder.decompress(decoder.unconsumed_tail, 1)
+    except zlib.error:
+        return None
+    if rest or not decoder.eof:
+        return None
+    return result, len(data) - len(decoder.unused_data)
+
+
 def unzstd(data: bytes, size: int) -> bytes:
     """Return ``size`` bytes from the zstd frames in ``data``.
 
     Frames are decoded until ``size`` is reached, and the frame that reaches it must end there.
-    Skippable frames between them are passed over; what follows the last one is ignored. More than
-    256 frames are refused: no writer makes them, and decoding them is slow.
+    Skippable frames between them are passed over; what follows the last one is ignored.
     """
+    return _unzstd(data, size)[0]
+
+
+def _measure_zstd(data: bytes, size: int) -> tuple[bytes, int] | None:
+    try:
+        return _unzstd(data, size)
+    except ValueError:
+        return None
+
+
+def _unzstd(data: bytes, size: int) -> tuple[bytes, int]:
+    """Return ``size`` bytes and how many bytes of ``data`` they took; each frame is handed over without a copy."""
     zstd = _zstd()
+    view = memoryview(data)
     pieces: list[bytes] = []
-    missing = size
+    missing, at, skipped = size, 0, 0
     while missing:
-        data = _past_skippable(data)
+        while data[at + 1 : at + 4] == _SKIPPABLE and 0x50 <= data[at] <= 0x5F and at + 8 <= len(data):
+            skipped += 1
+            if skipped > _MAX_SKIPPABLE:
+                raise ValueError(f"more than {_MAX_SKIPPABLE} skippable zstd frames")
+            at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        if at >= len(data):
+            raise ValueError(f"the zstd frames give {size - missing} of {size} bytes")
         if len(pieces) == _MAX_FRAMES:
             raise ValueError(f"more than {_MAX_FRAMES} zstd frames")
-        if not data:
-            raise ValueError(f"the zstd frames give {size - missing} of {size} bytes")
-        decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
         try:
+            # A frame that does not end is an error for QEMU too, however many bytes it has given by then.
+            end = at + zstd.get_frame_size(view[at:])
+            decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
             # One byte more than needed shows a frame that is too long.
-            piece = decoder.decompress(data, missing + 1)
+            piece = decoder.decompress(view[at:end], missing + 1)
         except zstd.ZstdError as error:
             raise ValueError(f"bad zstd data: {error}") from None
-        if len(piece) > missing:
+        if len(piece) > missing or not decoder.eof:
             raise ValueError(f"a zstd frame gives more than {size} bytes")
         pieces.append(piece)
         missing -= len(piece)
-        if not decoder.eof:
-            raise ValueError(f"a zstd frame is cut off after {size - missing} of {size} bytes")
-        data = decoder.unused_data
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        at = end
+    return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), at
 
 
-def _past_skippable(data: bytes) -> bytes:
-    """Return ``data`` without the skippable frames it starts with: a head of 8 bytes, then as many as that says."""
-    at = 0
-    while data[at + 1 : at + 4] == _SKIPPABLE and 0x50 <= data[at] <= 0x5F and at + 8 <= len(data):
-        at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-    return data[at:] if at else data
+_CODECS = {
+    codec.number: codec
+    for codec in (
+        Codec(Compression.ZLIB, "zlib", inflate, _measure_deflate, cuts=True),
+        Codec(Compression.ZSTD, "zstd", unzstd, _measure_zstd, cuts=False),
+    )
+}

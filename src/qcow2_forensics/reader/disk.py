@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from ..errors import FormatError, Locked, Qcow2Error
 from ..format.entries import OFFSET_MASK
-from ..format.header import SECTOR, Compression, Crypt
+from ..format.header import SECTOR, Crypt
 from ..format.image import Image
 from ..format.rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source, source_name
 from ..text import printable
 from .clusters import Clusters
-from .codecs import inflate, unzstd
+from .codecs import codec_of
 from .mapping import Kind, Mapping, PlainRun, Run
 from .stream import SourceStream
 
@@ -149,7 +149,7 @@ class Disk:
         self._clusters = Clusters(
             image,
             self.mapping,
-            unzstd if header.compression_type == Compression.ZSTD else inflate,
+            codec_of(header.compression_type).decode,
             self._count_filled if eof == "zeros" else None,
         )
         # For read(): the stored clusters found last, as far as they are of this disk.

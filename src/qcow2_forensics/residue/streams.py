@@ -7,9 +7,7 @@ tells where a stream ends; what no live stream consumes may be an overwritten on
 from __future__ import annotations
 
 import hashlib
-import sys
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,15 +17,12 @@ import numpy.typing as npt
 from ..census import Census
 from ..errors import LimitExceeded
 from ..format.entries import COMPRESSED, compressed_descriptor
-from ..format.header import Compression
 from ..format.image import Image
+from ..reader.codecs import codec_of
 from .model import Piece
 from .slack import piece_of
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+Measure = Callable[[bytes, int], tuple[bytes, int] | None]
 
 _TRIES = 512  # places in one gap where an old stream is looked for
 _TRIED = 1 << 34  # bytes such tries may decode in one image, if each came to a whole cluster
@@ -37,40 +32,6 @@ _SUSPECT = 1 << 26
 _SUSPECT_PER_BYTE = 2
 _SUSPECT_EACH = 1 << 14  # what beginning a stream costs, however short it is
 _SUSPECT_LOST = 1 << 8  # what one past the end of the file costs: copies of images are cut, and nothing is decoded
-
-
-def consumed(data: bytes, size: int, *, zstandard: bool = False) -> tuple[bytes, int] | None:
-    """Return the cluster a stream at the start of ``data`` gives and how many bytes it took.
-
-    None when it does not give exactly ``size`` bytes and end there.
-    """
-    return _unzstd(data, size) if zstandard else _inflate(data, size)
-
-
-def _inflate(data: bytes, size: int) -> tuple[bytes, int] | None:
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        result = decoder.decompress(data, size)
-        if len(result) != size:
-            return None
-        # The end-of-stream mark may still be unread once the output is full.
-        rest = decoder.decompress(decoder.unconsumed_tail, 1)
-    except zlib.error:
-        return None
-    if rest or not decoder.eof:
-        return None
-    return result, len(data) - len(decoder.unused_data)
-
-
-def _unzstd(data: bytes, size: int) -> tuple[bytes, int] | None:
-    decoder = zstd.ZstdDecompressor()
-    try:
-        result = decoder.decompress(data, size + 1)
-    except zstd.ZstdError:
-        return None
-    if len(result) != size or not decoder.eof:
-        return None
-    return result, len(data) - len(decoder.unused_data)
 
 
 class Decoded(NamedTuple):
@@ -94,7 +55,7 @@ def decode_all(image: Image, census: Census) -> Decoded:
     """
     if image.header.external_data:  # QEMU reads no streams beside a data file
         return Decoded([], np.empty(0, np.uint64), None)
-    zstandard = image.header.compression_type == Compression.ZSTD
+    measure = codec_of(image.header.compression_type).measure
     size, bits = image.cluster_size, image.header.cluster_bits
     entries = _descriptors(census)
     order = np.argsort(entries & np.uint64((1 << (70 - bits)) - 1), kind="stable")
@@ -116,7 +77,7 @@ def decode_all(image: Image, census: Census) -> Decoded:
             continue
         cost, end = length, offset + len(last)
         if not last or not data.startswith(last):  # else a cluster like the one before
-            found = consumed(data, size, zstandard=zstandard)
+            found = measure(data, size)
             cost += max(size, _SUSPECT_EACH)
             if found is None:
                 failed.append(entry)
@@ -141,12 +102,12 @@ def compressed_slack(image: Image, census: Census, decoded: Decoded | None = Non
     decoded = decoded or decode_all(image, census)
     if decoded.stopped is not None:
         raise decoded.stopped
-    zstandard = image.header.compression_type == Compression.ZSTD
+    measure = codec_of(image.header.compression_type).measure
     tries = max(_TRIES, _TRIED // image.cluster_size)
     for start, stop in _gaps(image, decoded.used):
         count = min(_TRIES, tries)
         tries -= count
-        yield from _gap(image, start, stop, zstandard, count)
+        yield from _gap(image, start, stop, measure, count)
 
 
 def _descriptors(census: Census) -> npt.NDArray[np.uint64]:
@@ -179,7 +140,7 @@ def _gaps(image: Image, used: list[tuple[int, int]]) -> Iterator[tuple[int, int]
     yield last_end, -(-last_end // size) * size
 
 
-def _gap(image: Image, start: int, stop: int, zstandard: bool, tries: int) -> Iterator[Piece]:
+def _gap(image: Image, start: int, stop: int, measure: Measure, tries: int) -> Iterator[Piece]:
     data = image.read(start, stop - start)
     if not any(data):
         return
@@ -188,7 +149,7 @@ def _gap(image: Image, start: int, stop: int, zstandard: bool, tries: int) -> It
     # reuse of a part, anywhere. Every byte of a short gap is tried, the first bytes of a long one.
     while place < len(data) and tries:
         tries -= 1
-        found = consumed(data[place:], image.cluster_size, zstandard=zstandard)
+        found = measure(data[place:], image.cluster_size)
         if found is None:
             place += 1
             continue
