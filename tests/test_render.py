@@ -24,7 +24,7 @@ def report(*findings: Finding, **image: object) -> Report:
 
 def hostile_report() -> Report:
     evidence = (Evidence("backing_file", HOSTILE, 504, 12, HOSTILE, 0, HOSTILE, HOSTILE),)
-    finding = Finding("QCOW2-X", Severity.HIGH, HOSTILE, HOSTILE, evidence, scope=HOSTILE, explained_by=(HOSTILE,))
+    finding = Finding("QCOW2-X", Severity.HIGH, HOSTILE, HOSTILE, evidence, explained_by=(HOSTILE,))
     states = [
         {"kind": "snapshot", "id": HOSTILE, "name": HOSTILE, "date": HOSTILE, "note": HOSTILE, "parent": None}
     ] * 2

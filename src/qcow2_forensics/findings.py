@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .text import Value
 
@@ -46,7 +46,7 @@ class Severity(enum.IntEnum):
 
 
 class Evidence(NamedTuple):
-    """One observed value and where it stands.
+    """One observed value and where it is.
 
     ``offset`` and ``length`` are bytes in ``file`` (empty: the image itself); ``guest_offset`` is
     bytes in the virtual disk; ``snapshot`` is a snapshot ID, empty for the active state.
@@ -73,10 +73,10 @@ class Evidence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One observation: a stable code, a graded severity, and the evidence for it.
+    """One observation: a stable code, a severity, and the evidence for it.
 
-    ``count`` is how many items there were before the list was capped. ``scope`` names the chain
-    member it is about (empty: the image itself); ``explained_by`` lists codes that account for it.
+    ``count`` is how many items there were, ``evidence`` those that are listed; ``explained_by`` lists
+    codes that account for it.
     """
 
     code: str
@@ -85,7 +85,6 @@ class Finding:
     note: str
     evidence: tuple[Evidence, ...] = ()
     count: int = 0
-    scope: str = ""
     confidence: str = "certain"
     explained_by: tuple[str, ...] = ()
 
@@ -96,22 +95,85 @@ class Finding:
             "title": self.title,
             "note": self.note,
             "confidence": self.confidence,
-            "scope": self.scope,
+            "scope": "",  # of schema 1; never used
             "explained_by": list(self.explained_by),
             "count": self.count,
             "evidence": [item.to_dict() for item in self.evidence],
         }
 
 
-def capped(items: Iterable[Evidence], limit: int = EVIDENCE_LIMIT) -> tuple[tuple[Evidence, ...], int]:
-    """Return the first ``limit`` items and how many there were."""
-    kept: list[Evidence] = []
-    count = 0
-    for item in items:
-        if count < limit:
-            kept.append(item)
-        count += 1
-    return tuple(kept), count
+T = TypeVar("T")
+
+
+class Selection(Generic[T]):
+    """At most ``limit`` items out of any number, spread over the places they were found in.
+
+    Every place keeps its first items. Where there are more places than room, every second, then every
+    fourth of them is kept. Items of no
+    place (``None``), which describe all of them, are dropped last.
+    """
+
+    def __init__(self, limit: int = EVIDENCE_LIMIT) -> None:
+        self.count = 0
+        self._limit = limit
+        self._groups: dict[Hashable, list[tuple[int, T]]] = {}
+        self._kept = 0
+        self._most = limit  # items of the largest group when one was dropped last
+        self._places = 0
+        self._stride = 1
+        self._skipped: Hashable = None
+
+    @property
+    def items(self) -> tuple[T, ...]:
+        """What was kept, in the order in which it came."""
+        chosen = sorted((pair for group in self._groups.values() for pair in group), key=lambda pair: pair[0])
+        return tuple(item for _, item in chosen)
+
+    def add(self, item: T, place: Hashable = None) -> None:
+        """Take in one item."""
+        self.count += 1
+        group = self._groups.get(place)
+        if group is None:
+            if place is not None and self._skips(place):
+                return
+            group = self._groups[place] = []
+        elif self._kept >= self._limit and len(group) + 1 >= self._most:
+            return
+        group.append((self.count, item))
+        self._kept += 1
+        if self._kept > self._limit:
+            self._drop()
+
+    def _skips(self, place: Hashable) -> bool:
+        if place == self._skipped:
+            return True
+        self._places += 1
+        if (self._places - 1) % self._stride:
+            self._skipped = place
+            return True
+        return False
+
+    def _drop(self) -> None:
+        places = [place for place in self._groups if place is not None]
+        largest = max((self._groups[place] for place in places), key=len, default=[])
+        self._most = max(len(largest), 1)
+        if len(largest) < 2 and len(places) < 2:
+            largest = self._groups[None]
+        if len(largest) > 1:
+            largest.pop()
+            self._kept -= 1
+            return
+        for place in places[1::2]:
+            del self._groups[place]
+        self._stride *= 2
+        self._kept = sum(map(len, self._groups.values()))
+
+
+def place_of(item: Evidence, cluster_size: int) -> Hashable:
+    """Return the structure an item was found in: its cluster, or None where it has no offset."""
+    if item.offset is None:
+        return None
+    return item.file, item.structure, item.snapshot, item.offset // max(cluster_size, 1)
 
 
 @dataclass(frozen=True, slots=True)

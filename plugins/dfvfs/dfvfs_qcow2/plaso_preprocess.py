@@ -120,9 +120,8 @@ def describe(finding: Finding) -> str:
     items = "; ".join(_item(item) for item in finding.evidence[:_ITEMS])
     if items and finding.count > _ITEMS:
         items += f"; and {finding.count - _ITEMS} more"
-    scope = f" in {printable(finding.scope)}" if finding.scope else ""
     words = printable(f"{finding.title}, {finding.note}", 2000).replace("\\\\", "\\")
-    text = f"{finding.severity.label} {finding.code}{scope}: {words}"
+    text = f"{finding.severity.label} {finding.code}: {words}"
     return f"{text} ({items})" if items else text
 
 

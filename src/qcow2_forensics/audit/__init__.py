@@ -1,4 +1,4 @@
-"""Facts in, findings out: what an examiner needs to know about an image, and where it stands.
+"""Facts in, findings out: what an examiner needs to know about an image, and where it is.
 
 ::
 
@@ -11,9 +11,8 @@ Nothing in the evidence makes it raise: an unreadable image is a report with a f
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, NotQcow2, Qcow2Error, ReadError
@@ -25,10 +24,12 @@ from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver
 from ..text import Value
 from .facts import Facts
-from .rules import RULES, Depth, Rule, apply, explain
+from .rules import FINDINGS_PER_RULE, RULES, Depth, Rule, apply, explain
+from .subject import identity, path_of, unopened
 
 UNREADABLE = "QCOW2-UNREADABLE"
 INCOMPLETE = "QCOW2-AUDIT-INCOMPLETE"
+LIMITED = "QCOW2-AUDIT-LIMITED"
 
 
 # Rule modules in the order of the catalog. Those of triage import no numpy: start-up is most of its cost.
@@ -77,19 +78,19 @@ def audit(
     """
     wanted = Depth.parse(depth)
     rules = catalog(wanted)
-    path = _path_of(origin)
+    path = path_of(origin)
     name = str(path) if path is not None else origin.name if isinstance(origin, Image) else source_name(origin)
     try:
         image = origin if isinstance(origin, Image) else Image(origin, limits=limits)
     except (Qcow2Error, OSError) as error:
-        return Report(_unopened(name, path), (_unreadable(error),), depth=wanted.label)
+        return Report(unopened(name, path), (_unreadable(error),), depth=wanted.label)
     try:
         facts = Facts(image, path=path, depth=wanted, passphrase=passphrase, resolver=resolver, limits=limits)
         findings = explain(_findings(rules, facts))
         counted = wanted >= Depth.STANDARD and facts.has_census and facts.census_error is None
         check = facts.census.check if counted else None
         details = _pictures(facts) if pictures and wanted >= Depth.STANDARD else {}
-        return Report(_identity(facts, name), findings, check, wanted.label, details)
+        return Report(identity(facts, name), findings, check, wanted.label, details)
     finally:
         if not isinstance(origin, Image):
             image.close()
@@ -101,7 +102,7 @@ def audit_path(path: str | os.PathLike[str], depth: str = "standard") -> Report:
 
 
 def _pictures(facts: Facts) -> dict[str, Any]:
-    from .overview import details
+    from .figures import details
 
     try:
         return details(facts)
@@ -116,18 +117,30 @@ def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:
         failures.append(_failure("every rule that needs a census", facts.census_error))
         chosen = [entry for entry in chosen if entry.needs != "census"]
     for entry in chosen:
-        findings, error = apply(entry, facts)
-        yield from findings
-        if error is not None:
-            failures.append(_failure(entry.code, error))
+        outcome = apply(entry, facts)
+        yield from outcome.findings
+        if outcome.dropped:
+            facts.leave_out(f"findings {entry.code}, above {FINDINGS_PER_RULE}", outcome.dropped)
+        if outcome.failure is not None:
+            failures.append(_failure(entry.code, outcome.failure))
     if failures:
         yield Finding(
             INCOMPLETE,
             Severity.MEDIUM,
             "some rules could not finish",
-            "what these rules would have said is not known: consistent with damaged metadata or unreadable media",
+            "what these rules would have reported is not known: consistent with damaged metadata or unreadable media",
             tuple(failures),
             len(failures),
+        )
+    left_out = tuple(facts.left_out)
+    if left_out:
+        yield Finding(
+            LIMITED,
+            Severity.MEDIUM,
+            "some of what was found is not in this report",
+            "the image holds more than the audit lists or follows: consistent with a very long history, or with decoys",
+            left_out,
+            len(left_out),
         )
 
 
@@ -139,63 +152,13 @@ def _sound(entry: Rule, facts: Facts) -> bool:
 
 def _failure(code: str, error: Qcow2Error | OSError) -> Evidence:
     offset = error.offset if isinstance(error, (FormatError, ReadError)) else None
-    told = str(error)
+    words = str(error)
     if not isinstance(error, Qcow2Error) and error.filename and error.strerror:
-        told = f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
-    return Evidence(code, told, offset)
+        words = f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
+    return Evidence(code, words, offset)
 
 
 def _unreadable(error: Qcow2Error | OSError) -> Finding:
     what = "the file is not a QCOW image" if isinstance(error, NotQcow2) else "the file could not be read"
     note = "nothing in it was examined"
     return Finding(UNREADABLE, Severity.HIGH, what, note, (_failure("error", error),), 1)
-
-
-# --- what was audited ----------------------------------------------------------------------------
-
-
-def _path_of(origin: object) -> Path | None:
-    if isinstance(origin, Image):
-        return _path_of(origin.source)
-    if isinstance(origin, (str, os.PathLike)):
-        return Path(origin)
-    path = getattr(origin, "path", None)
-    return path if isinstance(path, Path) else None
-
-
-def _unopened(name: str, path: Path | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {"path": name}
-    try:
-        if path is not None:
-            facts["file_size"] = path.stat().st_size
-    except OSError:
-        facts["file_size"] = None
-    return facts
-
-
-def _identity(facts: Facts, name: str) -> dict[str, Value]:
-    image, header = facts.image, facts.header
-    known: dict[str, Value] = {
-        "path": name,
-        "file_size": image.file_size,
-        "version": header.version,
-        "virtual_size": header.size,
-    }
-    if facts.has_geometry:
-        known["cluster_size"] = header.cluster_size
-        known["snapshots"] = _readable(lambda: len(image.snapshots))
-        known["bitmaps"] = _readable(lambda: len(image.bitmaps))
-    known["backing_file"] = _readable(lambda: image.backing_name)
-    known["backing_format"] = _readable(lambda: image.backing_format)
-    known["data_file"] = _readable(lambda: image.data_file_name) if header.external_data else None
-    known["encryption"] = {0: None, 1: "aes", 2: "luks"}.get(header.crypt_method, str(header.crypt_method))
-    known["refcount_bits"] = header.refcount_bits if header.version > 1 and header.refcount_order <= 6 else None
-    return known
-
-
-def _readable(question: Callable[[], Value]) -> Value:
-    """Return an answer, None where the evidence cannot be read; a rule says so."""
-    try:
-        return question()
-    except (Qcow2Error, OSError):
-        return None

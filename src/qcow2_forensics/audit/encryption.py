@@ -1,14 +1,16 @@
-"""Rules about encryption: what is weak, broken, or not encrypted at all (section "encryption")."""
+"""Rules about encryption: what is weak, broken, or not encrypted at all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..findings import Evidence, Finding, Severity
+from ..findings import Evidence, Severity
 from ..format.header import Crypt
 from ..reader.encryption import LuksHeader, parse_luks_header
 from .facts import Facts
-from .rules import QEMU_MADE, rule, variant
+from .rules import QEMU_MADE, Chapter, Graded, graded, of_fields
+
+rule = Chapter(__name__, "Encryption")
 
 _HEADER = 592  # bytes of a LUKS1 header
 _FEW_ITERATIONS = 1000
@@ -38,7 +40,7 @@ def _sound(facts: Facts) -> tuple[LuksHeader, int] | None:
     return header, area[0]
 
 
-@rule(
+rule(
     "QCOW2-LEGACY-AES",
     Severity.MEDIUM,
     "legacy AES encryption",
@@ -46,10 +48,7 @@ def _sound(facts: Facts) -> tuple[LuksHeader, int] | None:
     "predictably; system emulators no longer open such images, tools do",
     when="crypt_method is 1",
     validated=QEMU_MADE,
-)
-def legacy_aes(facts: Facts) -> Iterator[Evidence]:
-    if facts.header.crypt_method == Crypt.AES:
-        yield facts.field("crypt_method")
+)(of_fields(lambda facts: facts.header.crypt_method == Crypt.AES, "crypt_method"))
 
 
 @rule(
@@ -135,7 +134,7 @@ def luks_erased_slot(facts: Facts) -> Iterator[Evidence]:
     when="ECB or CTR mode, the plain generator on more than 2 TiB, MD5, or an active slot below 1,000 iterations",
     validated=QEMU_MADE,
 )
-def weak_crypto(facts: Facts) -> Iterator[Evidence | Finding]:
+def weak_crypto(facts: Facts) -> Iterator[Evidence | Graded]:
     found = _sound(facts)
     if found is None:
         return
@@ -154,4 +153,4 @@ def weak_crypto(facts: Facts) -> Iterator[Evidence | Finding]:
         if slot.is_active and slot.iterations < _FEW_ITERATIONS
     ]
     if weak:
-        yield variant("QCOW2-WEAK-CRYPTO", weak)
+        yield graded(weak)

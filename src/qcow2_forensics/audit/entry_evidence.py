@@ -1,4 +1,4 @@
-"""Turns what the census met into evidence."""
+"""What the census found wrong, as evidence; and rules that only list it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from ..census import structure_of
 from ..census.issues import Item
-from ..findings import EVIDENCE_LIMIT, Evidence, Finding
+from ..findings import Evidence
 from .facts import Facts, shortened
-from .rules import variant
+from .rules import Graded, RuleFunction, graded
 
 
 def snapshot_id(facts: Facts, tree: int) -> str:
@@ -36,8 +36,8 @@ def item_evidence(facts: Facts, item: Item, what: str) -> Evidence:
     )
 
 
-def entries(facts: Facts, code: str, *kinds: str, what: str = "entry") -> Iterator[Finding]:
-    """Yield one finding of a code over all issues of some kinds, when there are any."""
+def entries(facts: Facts, *kinds: str, what: str = "entry") -> Iterator[Graded]:
+    """Yield one finding over all issues of some kinds, when there are any."""
     found: list[Evidence] = []
     count = 0
     for kind in kinds:
@@ -45,7 +45,17 @@ def entries(facts: Facts, code: str, *kinds: str, what: str = "entry") -> Iterat
         count += issue.count
         found += [item_evidence(facts, item, told(item, what)) for item in issue.items]
     if found:
-        yield variant(code, found[:EVIDENCE_LIMIT], count=count)
+        yield graded(found, count=count)
+
+
+def of_entries(*kinds: str) -> RuleFunction:
+    """Return a rule that lists the table entries of some kinds of issue."""
+    return lambda facts: entries(facts, *kinds)
+
+
+def of_refcounts(kind: str) -> RuleFunction:
+    """Return a rule that lists the refcounts of one kind of issue."""
+    return lambda facts: refcounts(facts, kind)
 
 
 def told(item: Item, what: str = "entry") -> str:
@@ -75,12 +85,12 @@ def refcount_bytes(facts: Facts) -> int:
     return max(1, facts.header.refcount_bits // 8)
 
 
-def refcounts(facts: Facts, code: str, kind: str) -> Iterator[Finding]:
-    """Yield one finding of a code over the refcounts of one kind of issue."""
+def refcounts(facts: Facts, kind: str) -> Iterator[Graded]:
+    """Yield one finding over the refcounts of one kind of issue."""
     issue = facts.census.issues[kind]
     if issue.count:
         found = [refcount_evidence(facts, item) for item in issue.items]
-        yield variant(code, found, count=issue.count)
+        yield graded(found, count=issue.count)
 
 
 def referrer_evidence(facts: Facts, item: Item) -> Evidence:

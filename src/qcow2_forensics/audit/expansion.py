@@ -1,4 +1,4 @@
-"""Rules about images that expand without end (section "references")."""
+"""Rules about images that expand without end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from ..findings import Evidence, Severity
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK
 from ..limits import MiB
 from .facts import Facts
-from .rules import QEMU_MADE, Depth, rule
+from .rules import QEMU_MADE, Chapter, Depth
+
+rule = Chapter(__name__, "Expansion")
 
 
 @rule(

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-_MOST_TEXT = 1024  # characters of an ID or name told; an entry has room for 65,535 bytes of each, and there may be many
+_MOST_TEXT = 1024  # characters of an ID or name that are shown; an entry has room for 65,535 bytes of each, and there may be many
 
 
 def shortened(text: str) -> str:
-    """Return a text from evidence as it is told: a very long one is cut and says so."""
+    """Return a text from evidence for a report: a very long one is cut and says so."""
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}... ({len(text)} characters)"
 
 
@@ -41,7 +41,7 @@ class _Failure(NamedTuple):
 class Facts:
     """One image under audit. Everything expensive is computed on first use and kept.
 
-    ``path`` is where the image stands when it was opened by name, else None: rules about backing
+    ``path`` is the host path of the image where there is one, else None: rules about backing
     and data files need it. What only some rules share they compute with :meth:`once`.
     """
 
@@ -61,6 +61,7 @@ class Facts:
         self.passphrase = passphrase
         self.resolver = resolver
         self.limits = limits
+        self.left_out: list[Evidence] = []
         self._memory: dict[Callable[[Facts], object], object] = {}
 
     @property
@@ -127,6 +128,11 @@ class Facts:
         """Return host bytes, fewer only at the end of the file."""
         return self.image.read(offset, length)
 
+    def leave_out(self, what: str, count: int) -> None:
+        """Note that the audit does not look at ``count`` of something, or does not list them."""
+        if count > 0:
+            self.left_out.append(Evidence(what, count, structure="left out"))
+
     # --- evidence ------------------------------------------------------------------------------
 
     def field(self, name: str, value: Value = None) -> Evidence:
@@ -143,8 +149,8 @@ class Facts:
         return tuple(problem for problem in self.image.problems if problem.code == code)
 
     def problem_evidence(self, problem: Problem, structure: str = "header") -> Evidence:
-        """Return a problem as evidence: the field is what is wrong, the value is what stands there."""
-        told = f"{problem.field}: {problem.message}" if problem.field else problem.message
+        """Return a problem as evidence: the field is what is wrong, the value is what is there."""
+        what = f"{problem.field}: {problem.message}" if problem.field else problem.message
         place = next((field for field in self.header.fields if field.name == problem.field), None)
         length = place.length if place is not None and place.offset == problem.offset else None
-        return Evidence(told, problem.value, problem.offset, length, structure)
+        return Evidence(what, problem.value, problem.offset, length, structure)

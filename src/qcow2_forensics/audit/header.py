@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 
-from ..findings import Evidence, Finding, Severity
+from ..findings import Evidence, Severity
 from ..format.extensions import ExtensionType
 from ..format.header import (
     MAGIC,
@@ -21,22 +21,21 @@ from ..format.header import (
 )
 from ..format.snapshot_table import SnapshotEntry
 from .facts import Facts, shortened
-from .rules import FINDINGS_PER_RULE, QEMU_MADE, Depth, rule, variant
+from .rules import FINDINGS_PER_RULE, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded, of_fields
+
+rule = Chapter(__name__, "Header, extensions and the tables they name")
 
 # --- observations every examiner wants -----------------------------------------------------------
 
 
-@rule(
+rule(
     "QCOW2-CORRUPT",
     Severity.HIGH,
     "the image is marked corrupt",
     note="consistent with QEMU having blocked a write onto metadata, or with the bit being set by hand",
     when="incompatible feature bit 1 is set",
     validated=QEMU_MADE,
-)
-def corrupt(facts: Facts) -> Iterator[Evidence]:
-    if facts.header.incompatible_features & Incompatible.CORRUPT:
-        yield facts.field("incompatible_features")
+)(of_fields(lambda facts: facts.header.incompatible_features & Incompatible.CORRUPT, "incompatible_features"))
 
 
 @rule(
@@ -136,9 +135,9 @@ def internal_snapshots(facts: Facts) -> Iterator[Evidence]:
     when="an entry of the snapshot table can be read; one finding each",
     validated=QEMU_MADE,
 )
-def snapshot(facts: Facts) -> Iterator[Finding]:
+def snapshot(facts: Facts) -> Iterator[Graded]:
     for entry in facts.image.snapshots[:FINDINGS_PER_RULE]:
-        yield variant("QCOW2-SNAPSHOT", _snapshot_facts(entry))
+        yield graded(_snapshot_facts(entry))
 
 
 def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
@@ -184,7 +183,7 @@ def dirty(facts: Facts) -> Iterator[Evidence]:
         yield facts.field("compatible_features", f"lazy refcounts: {'yes' if lazy else 'no'}")
 
 
-@rule(
+rule(
     "QCOW2-QCOW1",
     Severity.LOW,
     "legacy version 1 container",
@@ -192,10 +191,7 @@ def dirty(facts: Facts) -> Iterator[Evidence]:
     when="the version is 1",
     needs="header",
     validated=QEMU_MADE,
-)
-def qcow1(facts: Facts) -> Iterator[Evidence]:
-    if facts.header.version == 1:
-        yield facts.field("version")
+)(of_fields(lambda facts: facts.header.version == 1, "version"))
 
 
 # --- what the format does not allow --------------------------------------------------------------
@@ -209,7 +205,7 @@ def qcow1(facts: Facts) -> Iterator[Evidence]:
     when="a header field is outside what the format or QEMU allows; Medium where QEMU still opens the image",
     needs="header",
 )
-def header_invalid(facts: Facts) -> Iterator[Evidence | Finding]:
+def header_invalid(facts: Facts) -> Iterator[Evidence | Graded]:
     tolerated, harmless = [], []
     for problem in facts.image.header_problems:
         if problem.code != "QCOW2-HEADER-INVALID":
@@ -223,11 +219,10 @@ def header_invalid(facts: Facts) -> Iterator[Evidence | Finding]:
         yield from _tables_outside(facts)
     if facts.has_geometry and facts.header.backing_file_offset and not facts.header.backing_file_size:
         harmless.append(facts.field("backing_file_size", "0: the backing file name is empty"))
-    code = "QCOW2-HEADER-INVALID"
     if tolerated:
-        yield variant(code, tolerated, severity=Severity.MEDIUM)
+        yield graded(tolerated, severity=Severity.MEDIUM)
     if harmless:
-        yield variant(code, harmless, severity=Severity.LOW)
+        yield graded(harmless, severity=Severity.LOW)
 
 
 def _cut_header(facts: Facts) -> Iterator[Evidence]:
@@ -287,10 +282,10 @@ def _missing_end(facts: Facts) -> Iterator[Evidence]:
     note="consistent with damage or a crafted image; what it says about snapshots cannot be trusted",
     when="an entry lies past the end of the file, has impossible lengths, or names an impossible L1 table",
 )
-def snapshot_table_invalid(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+def snapshot_table_invalid(facts: Facts) -> Iterator[Deferred]:
     for problem in facts.problems("QCOW2-SNAPSHOT-TABLE-INVALID"):
         structure = "header" if problem.field in ("nb_snapshots", "snapshots_offset") else "snapshot table"
-        yield partial(facts.problem_evidence, problem, structure)
+        yield Deferred(partial(facts.problem_evidence, problem, structure), problem.offset)
 
 
 @rule(
@@ -313,17 +308,19 @@ def bitmap_invalid(facts: Facts) -> Iterator[Evidence]:
 # --- what QEMU never writes --------------------------------------------------------------------
 
 
-@rule(
+rule(
     "QCOW2-SNAPSHOT-WITH-DATAFILE",
     Severity.HIGH,
     "internal snapshots beside an external data file",
     note="a combination that QEMU never writes",
     when="the header counts snapshots and incompatible feature bit 2 is set",
+)(
+    of_fields(
+        lambda facts: facts.header.nb_snapshots and facts.header.incompatible_features & Incompatible.EXTERNAL_DATA,
+        "nb_snapshots",
+        "incompatible_features",
+    )
 )
-def snapshot_with_datafile(facts: Facts) -> Iterator[Evidence]:
-    if facts.header.nb_snapshots and facts.header.incompatible_features & Incompatible.EXTERNAL_DATA:
-        yield facts.field("nb_snapshots")
-        yield facts.field("incompatible_features")
 
 
 @rule(
@@ -333,14 +330,14 @@ def snapshot_with_datafile(facts: Facts) -> Iterator[Evidence]:
     note="consistent with a crafted snapshot table: QEMU copies the L1 table for every snapshot",
     when="a snapshot names the L1 table of the active state or of another snapshot",
 )
-def snapshot_l1_alias(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+def snapshot_l1_alias(facts: Facts) -> Iterator[Deferred]:
     header = facts.header
     seen: dict[int, str | None] = {header.l1_table_offset: None} if header.l1_size else {}
     for entry in facts.image.snapshots:
         if not entry.l1_size:
             continue
         if entry.l1_table_offset in seen:
-            yield partial(_alias, entry, seen[entry.l1_table_offset])
+            yield Deferred(partial(_alias, entry, seen[entry.l1_table_offset]), entry.offset)
         else:
             seen[entry.l1_table_offset] = entry.id
 

@@ -1,4 +1,4 @@
-"""Rules about bytes of clusters in use that no state shows, and about old VM states (section "residual")."""
+"""Rules about bytes of clusters in use that no state shows, and about old VM states."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import numpy as np
 
 from ..census import Owner
 from ..errors import Qcow2Error
-from ..findings import Evidence, Finding, Severity
+from ..findings import Evidence, Severity
 from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO
 from ..format.header import Autoclear
 from ..format.source import FileSource
 from ..residue import Piece, hidden, streams
-from .compressed import decoded_streams
 from .facts import Facts
 from .history import machine_type
 from .reference_names import chain
 from .residual import Group, finding_of, survey_of
-from .residue_evidence import evidence_of
-from .rules import QEMU_MADE, Depth, rule, variant
+from .residue_evidence import evidence_of, of_pieces
+from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
+from .undecodable_streams import decoded_streams
+
+rule = Chapter(__name__, "Hidden data and old VM states")
 
 # --- hidden inside clusters in use ---------------------------------------------------------------
 
@@ -40,7 +42,7 @@ def zero_alloc_data(facts: Facts) -> Iterator[Evidence]:
             yield evidence_of(piece)
 
 
-@rule(
+rule(
     "QCOW2-SUBCLUSTER-RESIDUE",
     Severity.LOW,
     "data in subclusters that are not allocated",
@@ -49,10 +51,7 @@ def zero_alloc_data(facts: Facts) -> Iterator[Evidence]:
     harmless="frequent",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
-)
-def subcluster_residue(facts: Facts) -> Iterator[Evidence]:
-    for piece in hidden.subclusters(facts.image, facts.census):
-        yield evidence_of(piece)
+)(of_pieces(lambda facts: hidden.subclusters(facts.image, facts.census)))
 
 
 @rule(
@@ -65,7 +64,7 @@ def subcluster_residue(facts: Facts) -> Iterator[Evidence]:
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def compressed_slack(facts: Facts) -> Iterator[Finding]:
+def compressed_slack(facts: Facts) -> Iterator[Graded]:
     streams_found, rest = Group(), Group()
     for piece in streams.compressed_slack(facts.image, facts.census, facts.once(decoded_streams)):
         (streams_found if piece.looks == "stream" else rest).add(piece)
@@ -73,14 +72,13 @@ def compressed_slack(facts: Facts) -> Iterator[Finding]:
         evidence = [
             evidence_of(piece)._replace(field="cluster_sha256", value=piece.signature) for piece in streams_found.kept
         ]
-        yield variant(
-            "QCOW2-COMPRESSED-SLACK",
+        yield graded(
             evidence,
             severity=Severity.MEDIUM,
             title="overwritten compressed clusters can be decompressed",
             count=streams_found.count,
         )
-    yield from finding_of("QCOW2-COMPRESSED-SLACK", rest)
+    yield from finding_of(rest)
 
 
 @rule(
@@ -156,11 +154,11 @@ def _hidden_in_data_file(facts: Facts) -> tuple[Group, Group]:
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def datafile_residue(facts: Facts) -> Iterator[Finding]:
+def datafile_residue(facts: Facts) -> Iterator[Graded]:
     if facts.header.external_data:
         flagged, unmapped = facts.once(_hidden_in_data_file)
-        yield from finding_of("QCOW2-DATAFILE-RESIDUE", unmapped)
-        yield from finding_of("QCOW2-DATAFILE-RESIDUE", flagged, Severity.LOW, "the data file keeps zeroed bytes")
+        yield from finding_of(unmapped)
+        yield from finding_of(flagged, Severity.LOW, "the data file keeps zeroed bytes")
 
 
 @rule(

@@ -1,14 +1,14 @@
-"""Rules about snapshots and bitmaps: what the image remembers of its past (section "history")."""
+"""Rules about snapshots and bitmaps: what the image remembers of its past."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from ..errors import FormatError, Qcow2Error, ReadError
-from ..findings import Evidence, Finding, Severity
+from ..findings import Evidence, Severity
 from ..format.bitmap_directory import BitmapEntry, BitmapFlag
 from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
@@ -22,7 +22,9 @@ from ..text import is_plain, printable
 from .facts import Facts, shortened
 from .header import snapshot_date
 from .reference_names import mtime_of
-from .rules import QEMU_MADE, Depth, rule, variant
+from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
+
+rule = Chapter(__name__, "Snapshots and bitmaps: history")
 
 _TABLE = "snapshot table"
 _KNOWN_EXTRA = 24  # bytes of extra data the format defines
@@ -212,7 +214,7 @@ def _decimal(entry: SnapshotEntry) -> bool:
     when="IDs do not increase, an ID or name repeats, or one is empty, not decimal, or not printable text",
     harmless="people may give two snapshots one name",
 )
-def snapshot_order(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+def snapshot_order(facts: Facts) -> Iterator[Deferred]:
     ids: set[bytes] = set()
     names: set[bytes] = set()
     highest = 0
@@ -220,11 +222,11 @@ def snapshot_order(facts: Facts) -> Iterator[Callable[[], Evidence]]:
         ident, name = entry.id_bytes, entry.name_bytes
         number = int(ident) if _decimal(entry) else -1
         if number < highest or ident in ids:
-            yield partial(_id_field, entry)
+            yield Deferred(partial(_id_field, entry), entry.offset)
         else:
             highest = number
         if name in names or not name or not _readable(name):
-            yield partial(_name_field, entry)
+            yield Deferred(partial(_name_field, entry), entry.offset)
         ids.add(ident)
         names.add(name)
 
@@ -338,12 +340,12 @@ def _bitmap(entry: BitmapEntry, field: str, value: int | str) -> Evidence:
     depth=Depth.STANDARD,
     validated=QEMU_MADE,
 )
-def bitmaps(facts: Facts) -> Iterator[Evidence | Callable[[], Evidence]]:
+def bitmaps(facts: Facts) -> Iterator[Evidence | Deferred]:
     room = _BITMAP_TABLES
     for number, entry in enumerate(_current(facts)):
-        yield partial(_bitmap, entry, "name", entry.name)
-        yield partial(_bitmap, entry, "granularity", entry.granularity)
-        yield partial(_flags, entry)
+        yield Deferred(partial(_bitmap, entry, "name", entry.name), entry.offset)
+        yield Deferred(partial(_bitmap, entry, "granularity", entry.granularity), entry.offset)
+        yield Deferred(partial(_flags, entry), entry.offset)
         if number < _BITMAPS:  # those that are listed; there may be 65,535
             room -= entry.table_size
             yield from _dirty(facts, entry) if room >= 0 else [_bitmap(entry, "dirty_ranges", "too large to count")]
@@ -374,11 +376,11 @@ def _dirty(facts: Facts, entry: BitmapEntry) -> Iterator[Evidence]:
     harmless="live copies",
     validated=QEMU_MADE,
 )
-def bitmap_in_use(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+def bitmap_in_use(facts: Facts) -> Iterator[Deferred]:
     in_use = int(BitmapFlag.IN_USE)  # a plain number: there may be 65,535 to look at
     for entry in _current(facts):
         if entry.flags & in_use:
-            yield partial(_bitmap, entry, "name", entry.name)
+            yield Deferred(partial(_bitmap, entry, "name", entry.name), entry.offset)
 
 
 @rule(
@@ -405,7 +407,7 @@ def bitmap_stale(facts: Facts) -> Iterator[Evidence]:
     "another writer",
     when="bit 0 without a bitmaps extension, bit 1 without an external data file, or an unknown bit",
 )
-def autoclear_odd(facts: Facts) -> Iterator[Evidence | Finding]:
+def autoclear_odd(facts: Facts) -> Iterator[Evidence | Graded]:
     header = facts.header
     if header.version != 3:
         return
@@ -419,4 +421,4 @@ def autoclear_odd(facts: Facts) -> Iterator[Evidence | Finding]:
         reasons.append(f"unknown bits {bits >> 2 << 2:#x}")
     if reasons:
         field = facts.field("autoclear_features")
-        yield variant("QCOW2-AUTOCLEAR-ODD", [field, Evidence("why", "; ".join(reasons))])
+        yield graded([field, Evidence("why", "; ".join(reasons))])

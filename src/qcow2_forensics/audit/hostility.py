@@ -1,12 +1,12 @@
-"""Rules about what could harm whoever opens the image (section "references")."""
+"""Rules about what could harm whoever opens the image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from ..errors import Qcow2Error
-from ..findings import Evidence, Finding, Severity
+from ..findings import Evidence, Severity
 from ..format.rules import MAX_DISK_BYTES
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
@@ -15,7 +15,9 @@ from ..reader.disk import Disk
 from ..reader.foreign import probe
 from .facts import Facts, shortened
 from .reference_names import chain, names
-from .rules import DERIVED, QEMU_MADE, rule, variant
+from .rules import DERIVED, QEMU_MADE, Chapter, Deferred, Graded, graded
+
+rule = Chapter(__name__, "Hostile images")
 
 TiB = 1 << 40
 
@@ -29,14 +31,14 @@ TiB = 1 << 40
     harmless="an empty thin disk of 1 TiB takes 200 KiB",
     validated=QEMU_MADE,
 )
-def size_absurd(facts: Facts) -> Iterator[Finding]:
+def size_absurd(facts: Facts) -> Iterator[Graded]:
     size, stored = facts.header.size, max(facts.image.file_size, 1)
     ratio = size // stored
     evidence = [facts.field("size"), Evidence("file_size", stored), Evidence("ratio", ratio)]
     if size > MAX_DISK_BYTES or (size > 64 * TiB and ratio > 1_000_000):
-        yield variant("QCOW2-SIZE-ABSURD", evidence)
+        yield graded(evidence)
     elif ratio > 10_000:
-        yield variant("QCOW2-SIZE-ABSURD", evidence, severity=Severity.INFO)
+        yield graded(evidence, severity=Severity.INFO)
 
 
 @rule(
@@ -47,7 +49,7 @@ def size_absurd(facts: Facts) -> Iterator[Finding]:
     when="an L1 or refcount table above 1 MiB and four times its need, more than 10,000 snapshots, more than 1,024 "
     "bytes of extra data, or a bitmap table above four times its need",
 )
-def table_absurd(facts: Facts) -> Iterator[Evidence | Callable[[], Evidence]]:
+def table_absurd(facts: Facts) -> Iterator[Evidence | Deferred]:
     header, image = facts.header, facts.image
     if header.version == 1:
         return
@@ -72,14 +74,14 @@ def table_absurd(facts: Facts) -> Iterator[Evidence | Callable[[], Evidence]]:
     yield from _absurd_bitmaps(facts)
 
 
-def _absurd_snapshots(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+def _absurd_snapshots(facts: Facts) -> Iterator[Deferred]:
     span, size = facts.header.l2_span, facts.header.size
     for entry in facts.image.snapshots:
         if entry.l1_size * 8 <= MiB:
             continue
         reach = (entry.disk_size or size) + entry.vm_state_size
         if entry.l1_size > 4 * (-(-reach // span) + 1):
-            yield partial(_absurd_l1, entry)
+            yield Deferred(partial(_absurd_l1, entry), entry.offset)
 
 
 def _absurd_l1(entry: SnapshotEntry) -> Evidence:
@@ -108,14 +110,14 @@ def _absurd_bitmaps(facts: Facts) -> Iterator[Evidence]:
     harmless="LUKS at the start is ordinary full-disk encryption (Info)",
     validated=QEMU_MADE,
 )
-def nested_image(facts: Facts) -> Iterator[Evidence | Finding]:
+def nested_image(facts: Facts) -> Iterator[Evidence | Graded]:
     head = _guest_head(facts)
     if head is None:
         return
     kind = probe(head)
     evidence = Evidence("content_starts_as", kind, structure="guest disk", guest_offset=0, length=512)
     if kind == "luks":
-        yield variant("QCOW2-NESTED-IMAGE", [evidence], severity=Severity.INFO, title="the disk starts with LUKS")
+        yield graded([evidence], severity=Severity.INFO, title="the disk starts with LUKS")
     elif kind != "raw":
         yield evidence
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from ..findings import Evidence, Finding, Severity
+from ..findings import Evidence, Severity
 from ..format.header import Incompatible
-from .compressed import undecodable
-from .entry_evidence import entries, item_evidence, refcount_evidence, refcounts, referrer_evidence, told
+from .entry_evidence import (
+    entries,
+    item_evidence,
+    of_entries,
+    of_refcounts,
+    refcount_evidence,
+    refcounts,
+    referrer_evidence,
+    told,
+)
 from .facts import Facts
-from .rules import QEMU_MADE, Depth, rule, variant
+from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
+from .undecodable_streams import undecodable
+
+rule = Chapter(__name__, "Integrity, by the rules of `qemu-img check` and beyond them")
 
 STANDARD = Depth.STANDARD
 _DIRTY = ("QCOW2-DIRTY",)
@@ -46,7 +57,7 @@ _COUNTED = {
     validated=QEMU_MADE,
     explained_by=(*_DIRTY, *_CUT),
 )
-def orphan_clusters(facts: Facts) -> Iterator[Finding]:
+def orphan_clusters(facts: Facts) -> Iterator[Graded]:
     census = facts.census
     issue = census.issues["refcount-zero-data"]
     if not issue.count:
@@ -59,7 +70,7 @@ def orphan_clusters(facts: Facts) -> Iterator[Finding]:
         found += [referrer_evidence(facts, one) for one in mapping.get((item.host or 0) // census.cluster_size, ())[:3]]
     stale = facts.header.incompatible_features & Incompatible.DIRTY
     note = "expected of an image that was not closed, whose refcounts are stale" if stale else ""
-    yield variant("QCOW2-ORPHAN-CLUSTERS", found, count=issue.count, note=note)
+    yield graded(found, count=issue.count, note=note)
 
 
 @rule(
@@ -72,7 +83,7 @@ def orphan_clusters(facts: Facts) -> Iterator[Finding]:
     validated=QEMU_MADE,
     explained_by=(*_DIRTY, *_CUT),
 )
-def check_corruptions(facts: Facts) -> Iterator[Finding]:
+def check_corruptions(facts: Facts) -> Iterator[Graded]:
     check = facts.census.check
     if not check or not (check.get("corruptions") or check["check-errors"]):
         return
@@ -83,7 +94,7 @@ def check_corruptions(facts: Facts) -> Iterator[Finding]:
     for kind, words in _COUNTED.items():
         for item in facts.census.issues[kind].items:
             found.append(item_evidence(facts, item, f"{words}: {told(item)}"))
-    yield variant("QCOW2-CHECK-CORRUPTIONS", found, count=total)
+    yield graded(found, count=total)
 
 
 @rule(
@@ -97,7 +108,7 @@ def check_corruptions(facts: Facts) -> Iterator[Finding]:
     validated=QEMU_MADE,
     explained_by=_DIRTY,
 )
-def check_leaks(facts: Facts) -> Iterator[Finding]:
+def check_leaks(facts: Facts) -> Iterator[Graded]:
     census = facts.census
     leaks = int((census.check or {}).get("leaks", 0))
     if not leaks:
@@ -108,7 +119,7 @@ def check_leaks(facts: Facts) -> Iterator[Finding]:
             break
         found.append(Evidence("unreferenced clusters", length // census.cluster_size, offset, length, "host cluster"))
     found += [refcount_evidence(facts, item) for item in census.issues["refcount-high"].items]
-    yield variant("QCOW2-CHECK-LEAKS", found, count=leaks)
+    yield graded(found, count=leaks)
 
 
 @rule(
@@ -134,16 +145,16 @@ def check_aborted(facts: Facts) -> Iterator[Evidence]:
     depth=STANDARD,
     explained_by=_DIRTY,
 )
-def refcount_low(facts: Facts) -> Iterator[Finding]:
-    for finding in refcounts(facts, "QCOW2-REFCOUNT-LOW", "refcount-low"):
+def refcount_low(facts: Facts) -> Iterator[Graded]:
+    for finding in refcounts(facts, "refcount-low"):
         census = facts.census
         clusters = {(item.host or 0) // census.cluster_size for item in census.issues["refcount-low"].items}
         mapping = census.referrers(clusters, 100)
         found = [*finding.evidence, *(referrer_evidence(facts, one) for some in mapping.values() for one in some)]
-        yield variant("QCOW2-REFCOUNT-LOW", found, count=finding.count)
+        yield graded(found, count=finding.count)
 
 
-@rule(
+rule(
     "QCOW2-REFCOUNT-ZERO-METADATA",
     Severity.HIGH,
     "metadata is accounted free",
@@ -151,12 +162,10 @@ def refcount_low(facts: Facts) -> Iterator[Finding]:
     when="a cluster of the header, a table or a LUKS header has the refcount 0",
     depth=STANDARD,
     explained_by=(*_DIRTY, *_CUT),
-)
-def refcount_zero_metadata(facts: Facts) -> Iterator[Finding]:
-    yield from refcounts(facts, "QCOW2-REFCOUNT-ZERO-METADATA", "refcount-zero-metadata")
+)(of_refcounts("refcount-zero-metadata"))
 
 
-@rule(
+rule(
     "QCOW2-REFCOUNT-HIGH",
     Severity.LOW,
     "clusters are accounted more often than referenced",
@@ -164,9 +173,7 @@ def refcount_zero_metadata(facts: Facts) -> Iterator[Finding]:
     when="a refcount is above the number of references, and that is at least 1",
     depth=STANDARD,
     explained_by=_DIRTY,
-)
-def refcount_high(facts: Facts) -> Iterator[Finding]:
-    yield from refcounts(facts, "QCOW2-REFCOUNT-HIGH", "refcount-high")
+)(of_refcounts("refcount-high"))
 
 
 @rule(
@@ -178,14 +185,14 @@ def refcount_high(facts: Facts) -> Iterator[Finding]:
     depth=STANDARD,
     explained_by=_CUT,
 )
-def refcount_past_end(facts: Facts) -> Iterator[Finding]:
+def refcount_past_end(facts: Facts) -> Iterator[Graded]:
     issue = facts.census.issues["refcount-past-end"]
     if issue.count:
         last = max((item.host or 0 for item in issue.items), default=0) + facts.cluster_size
         words = "implied file size" if len(issue.items) == issue.count else "implied file size, at least"
         found = [Evidence(words, last)]
         found += [item_evidence(facts, item, told(item)) for item in issue.items]
-        yield variant("QCOW2-REFCOUNT-PAST-END", found, count=issue.count)
+        yield graded(found, count=issue.count)
 
 
 @rule(
@@ -202,7 +209,7 @@ def refcount_overflow(facts: Facts) -> Iterator[Evidence]:
         yield Evidence(told, item.value, item.host, facts.cluster_size, "host cluster")
 
 
-@rule(
+rule(
     "QCOW2-COPIED-FLAG",
     Severity.MEDIUM,
     "copied flags disagree with refcounts",
@@ -210,22 +217,17 @@ def refcount_overflow(facts: Facts) -> Iterator[Evidence]:
     when="the copied flag of an entry of the active state is not what its cluster's refcount asks for",
     depth=STANDARD,
     explained_by=_DIRTY,
-)
-def copied_flag(facts: Facts) -> Iterator[Finding]:
-    yield from entries(facts, "QCOW2-COPIED-FLAG", "copied-flag")
+)(of_entries("copied-flag"))
 
 
-@rule(
+rule(
     "QCOW2-RESERVED-BITS",
     Severity.MEDIUM,
     "reserved bits are set in table entries",
     note="consistent with editing, a foreign writer, or data parsed as metadata",
     when="a reserved bit of an L1, L2, refcount table or bitmap table entry is set; some of them QEMU's check passes over",
     depth=STANDARD,
-)
-def reserved_bits(facts: Facts) -> Iterator[Finding]:
-    kinds = ("reserved-bits", "extended-bit-0", "compressed-high-bits", "reftable-reserved")
-    yield from entries(facts, "QCOW2-RESERVED-BITS", *kinds)
+)(of_entries("reserved-bits", "extended-bit-0", "compressed-high-bits", "reftable-reserved"))
 
 
 @rule(
@@ -236,17 +238,17 @@ def reserved_bits(facts: Facts) -> Iterator[Finding]:
     when="an offset of a table or a cluster is not a multiple of the cluster size",
     depth=STANDARD,
 )
-def unaligned_offset(facts: Facts) -> Iterator[Evidence | Finding]:
+def unaligned_offset(facts: Facts) -> Iterator[Evidence | Graded]:
     for name in ("l1_table_offset", "refcount_table_offset", "snapshots_offset"):
         if getattr(facts.header, name) % facts.cluster_size:
             yield facts.field(name)
     place = facts.image.crypto_header
     if place and place[0] % facts.cluster_size:
         yield Evidence("LUKS header offset", place[0], structure="header extension")
-    yield from entries(facts, "QCOW2-UNALIGNED-OFFSET", "unaligned", "reftable-unaligned")
+    yield from entries(facts, "unaligned", "reftable-unaligned")
 
 
-@rule(
+rule(
     "QCOW2-BEYOND-EOF",
     Severity.HIGH,
     "pointers lead past the end of the file",
@@ -254,45 +256,37 @@ def unaligned_offset(facts: Facts) -> Iterator[Evidence | Finding]:
     when="a table, or a cluster that an entry names, begins at or after the end of the file",
     depth=STANDARD,
     explained_by=_CUT,
-)
-def beyond_eof(facts: Facts) -> Iterator[Finding]:
-    yield from entries(facts, "QCOW2-BEYOND-EOF", "beyond-eof", "reftable-beyond-eof")
+)(of_entries("beyond-eof", "reftable-beyond-eof"))
 
 
-@rule(
+rule(
     "QCOW2-SUBCLUSTER-INVALID",
     Severity.HIGH,
     "subcluster bitmaps contradict themselves",
     note="the whole cluster is unreadable in QEMU; consistent with damage or editing",
     when="a subcluster is both allocated and zero, or allocated without a cluster, or a compressed entry has a bitmap",
     depth=STANDARD,
-)
-def subcluster_invalid(facts: Facts) -> Iterator[Finding]:
-    yield from entries(facts, "QCOW2-SUBCLUSTER-INVALID", "subcluster")
+)(of_entries("subcluster"))
 
 
-@rule(
+rule(
     "QCOW2-ZERO-FLAG-V2",
     Severity.HIGH,
     "zero flags in a version 2 image",
     note="unreadable in QEMU; consistent with a downgraded or edited image",
     when="bit 0 of an L2 entry is set although version 2 does not know it; QEMU's check passes over it",
     depth=STANDARD,
-)
-def zero_flag_v2(facts: Facts) -> Iterator[Finding]:
-    yield from entries(facts, "QCOW2-ZERO-FLAG-V2", "zero-flag-v2")
+)(of_entries("zero-flag-v2"))
 
 
-@rule(
+rule(
     "QCOW2-ALLOC-AT-ZERO",
     Severity.MEDIUM,
     "entries are flagged but name host offset 0",
     note="such an entry reads as unallocated; consistent with editing or damage",
     when="an L1 or L2 entry has flags but the offset 0, without a data file; QEMU's check passes over it",
     depth=STANDARD,
-)
-def alloc_at_zero(facts: Facts) -> Iterator[Finding]:
-    yield from entries(facts, "QCOW2-ALLOC-AT-ZERO", "alloc-at-zero", "l1-at-zero")
+)(of_entries("alloc-at-zero", "l1-at-zero"))
 
 
 @rule(
@@ -303,33 +297,27 @@ def alloc_at_zero(facts: Facts) -> Iterator[Finding]:
     when="a compressed entry has the copied flag or uses a data file; deep: its stream does not give exactly one cluster",
     depth=STANDARD,
 )
-def compressed_invalid(facts: Facts) -> Iterator[Finding | Callable[[], Evidence]]:
-    code = "QCOW2-COMPRESSED-INVALID"
-    yield from entries(facts, code, "compressed-copied", "compressed-data-file")
+def compressed_invalid(facts: Facts) -> Iterator[Graded | Deferred]:
+    yield from entries(facts, "compressed-copied", "compressed-data-file")
     if facts.depth >= Depth.DEEP:
         yield from undecodable(facts)
 
 
-@rule(
+rule(
     "QCOW2-DATAFILE-MISMATCH",
     Severity.HIGH,
     "data file offsets differ from guest offsets",
     note="unreadable in QEMU; consistent with editing",
     when="with an external data file, an entry names another offset than its own guest offset; QEMU's check passes over it",
     depth=STANDARD,
-)
-def datafile_mismatch(facts: Facts) -> Iterator[Finding]:
-    yield from entries(facts, "QCOW2-DATAFILE-MISMATCH", "datafile-mismatch")
+)(of_entries("datafile-mismatch"))
 
 
-@rule(
+rule(
     "QCOW2-REFTABLE-INVALID",
     Severity.HIGH,
     "the refcount table is damaged",
     note="the accounting structure is damaged: refcounts cannot be trusted",
     when="an entry has reserved bits, is unaligned or outside the file, or its block is used more than once",
     depth=STANDARD,
-)
-def reftable_invalid(facts: Facts) -> Iterator[Finding]:
-    kinds = ("reftable-reserved", "reftable-unaligned", "reftable-beyond-eof", "reftable-shared")
-    yield from entries(facts, "QCOW2-REFTABLE-INVALID", *kinds)
+)(of_entries("reftable-reserved", "reftable-unaligned", "reftable-beyond-eof", "reftable-shared"))

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
-from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
+from ..findings import EVIDENCE_LIMIT, Evidence, Severity
 from ..format.entries import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
 from .entry_evidence import item_evidence, referrer_evidence, snapshot_id, told
 from .facts import Facts
-from .rules import QEMU_MADE, Depth, rule, variant
+from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
+
+rule = Chapter(__name__, "Overlaps, aliases and ends")
 
 STANDARD = Depth.STANDARD
 
@@ -28,7 +30,7 @@ STANDARD = Depth.STANDARD
     when="a mapped cluster, compressed or not, intersects the header, a table or a LUKS header",
     depth=STANDARD,
 )
-def data_over_metadata(facts: Facts) -> Iterator[Finding]:
+def data_over_metadata(facts: Facts) -> Iterator[Graded]:
     census = facts.census
     clusters, count = _clusters_owned_by(facts, int(GUEST_DATA), int(METADATA))
     if not count:
@@ -40,7 +42,7 @@ def data_over_metadata(facts: Facts) -> Iterator[Finding]:
         words = f"refcount of host cluster {host:#x}, claimed by {structure_of(census.owner(host))}"
         found.append(Evidence(words, census.refcount(host), host, census.cluster_size, "host cluster"))
         found += [referrer_evidence(facts, item) for item in mapping.get(cluster, ())[:3]]
-    yield variant("QCOW2-DATA-OVER-METADATA", found, count=count)
+    yield graded(found, count=count)
 
 
 def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
@@ -73,10 +75,10 @@ class _Pair(NamedTuple):
     when="the byte ranges of two metadata structures intersect; an L2 table shared by states is one structure",
     depth=STANDARD,
 )
-def metadata_overlap(facts: Facts) -> Iterator[Finding]:
+def metadata_overlap(facts: Facts) -> Iterator[Graded]:
     pairs, count = _overlaps(facts)
     if count:
-        yield variant("QCOW2-METADATA-OVERLAP", [item for pair in pairs for item in pair], count=count)
+        yield graded([item for pair in pairs for item in pair], count=count)
 
 
 def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
@@ -113,7 +115,7 @@ def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
     when="one host cluster, or one compressed stream, is mapped at two or more guest offsets; QEMU's check passes over it",
     depth=STANDARD,
 )
-def shared_cluster(facts: Facts) -> Iterator[Finding]:
+def shared_cluster(facts: Facts) -> Iterator[Graded]:
     census = facts.census
     issue = census.issues["alias"]
     if not issue.count:
@@ -123,7 +125,7 @@ def shared_cluster(facts: Facts) -> Iterator[Finding]:
         host = cluster * census.cluster_size
         found.append(Evidence(f"refcount of host cluster {host:#x}", census.refcount(host), host, census.cluster_size))
         found += [referrer_evidence(facts, item) for item in items[:8]]
-    yield variant("QCOW2-SHARED-CLUSTER", found or [Evidence("aliases", issue.count)], count=issue.count)
+    yield graded(found or [Evidence("aliases", issue.count)], count=issue.count)
 
 
 @rule(
@@ -134,7 +136,7 @@ def shared_cluster(facts: Facts) -> Iterator[Finding]:
     when="an L2 table stands in two slots of one L1 table, or at different slots of different ones",
     depth=STANDARD,
 )
-def shared_l2(facts: Facts) -> Iterator[Finding]:
+def shared_l2(facts: Facts) -> Iterator[Graded]:
     named = facts.census.named
     several = np.flatnonzero((named.low != named.high) & (named.offsets != 0))
     found = []
@@ -144,7 +146,7 @@ def shared_l2(facts: Facts) -> Iterator[Finding]:
         owner = snapshot_id(facts, int(named.tree[at]))
         found.append(Evidence(told, uses, int(named.offsets[at]), facts.cluster_size, "L2", None, owner))
     if found:
-        yield variant("QCOW2-SHARED-L2", found, count=len(several))
+        yield graded(found, count=len(several))
 
 
 # --- ends ----------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def shared_l2(facts: Facts) -> Iterator[Finding]:
     harmless="a snapshot with VM state that was applied: its memory image is mapped there (Low)",
     depth=STANDARD,
 )
-def data_beyond_end(facts: Facts) -> Iterator[Finding]:
+def data_beyond_end(facts: Facts) -> Iterator[Graded]:
     issue = facts.census.issues["beyond-end"]
     if not issue.count:
         return
@@ -172,9 +174,9 @@ def data_beyond_end(facts: Facts) -> Iterator[Finding]:
             memory |= not item.value & COMPRESSED and facts.read(item.host, 4) == b"QEVM"
     if memory:
         note = "it begins as a saved machine state does: consistent with a snapshot that was applied"
-        yield variant("QCOW2-DATA-BEYOND-END", found, severity=Severity.LOW, note=note, count=issue.count)
+        yield graded(found, severity=Severity.LOW, note=note, count=issue.count)
     else:
-        yield variant("QCOW2-DATA-BEYOND-END", found, count=issue.count)
+        yield graded(found, count=issue.count)
 
 
 def _stored(facts: Facts, host: int, entry: int, guest: int | None) -> Evidence:
@@ -194,7 +196,7 @@ def _stored(facts: Facts, host: int, entry: int, guest: int | None) -> Evidence:
     when="a table, or a cluster that refcount and mapping agree on, begins past the end of the file",
     depth=STANDARD,
 )
-def truncated(facts: Facts) -> Iterator[Finding]:
+def truncated(facts: Facts) -> Iterator[Graded]:
     census, end = facts.census, facts.image.file_size
     lost = []
     for item in census.issues["beyond-eof"].items:
@@ -217,7 +219,7 @@ def truncated(facts: Facts) -> Iterator[Finding]:
         least = max(least, length)
     if missing:
         found = [Evidence("file size", end), Evidence("least expected size", least), *missing]
-        yield variant("QCOW2-TRUNCATED", found, count=len(missing))
+        yield graded(found, count=len(missing))
 
 
 @rule(
@@ -230,7 +232,7 @@ def truncated(facts: Facts) -> Iterator[Finding]:
     depth=STANDARD,
     validated=QEMU_MADE,
 )
-def partial_last_cluster(facts: Facts) -> Iterator[Evidence | Finding]:
+def partial_last_cluster(facts: Facts) -> Iterator[Evidence | Graded]:
     size, end = facts.cluster_size, facts.image.file_size
     if end % size and facts.census.end >= end:
         sizes = [Evidence("file size", end), Evidence("whole clusters", facts.census.end)]
@@ -240,7 +242,7 @@ def partial_last_cluster(facts: Facts) -> Iterator[Evidence | Finding]:
             return
         title = "the file ends inside an encrypted cluster"
         note = "QEMU decrypts zeros for the rest, to bytes that nobody wrote; consistent with an incomplete copy"
-        yield variant("QCOW2-PARTIAL-LAST-CLUSTER", [*sizes, *cut], severity=Severity.HIGH, title=title, note=note)
+        yield graded([*sizes, *cut], severity=Severity.HIGH, title=title, note=note)
 
 
 def _cut_off(facts: Facts, end: int) -> list[Evidence]:

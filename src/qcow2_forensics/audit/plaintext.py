@@ -1,4 +1,4 @@
-"""Rules about what an encrypted image stores unencrypted (section "encryption")."""
+"""Rules about what an encrypted image stores unencrypted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ..limits import KiB
 from ..residue import content
 from .entry_evidence import snapshot_id
 from .facts import Facts
-from .rules import QEMU_MADE, Depth, rule
+from .rules import QEMU_MADE, Chapter, Depth
+
+rule = Chapter(__name__, "Plain text in encrypted images")
 
 _SAMPLE = 64 * KiB  # of each cluster looked at
 _SAMPLES = 512  # clusters looked at

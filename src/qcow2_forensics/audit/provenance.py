@@ -1,16 +1,18 @@
-"""Rules about who wrote the image and how (section "provenance")."""
+"""Rules about who wrote the image and how."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..findings import Evidence, Finding, Severity
+from ..findings import Evidence, Severity
 from ..format.extensions import Extension, ExtensionType
 from ..format.header import KNOWN_INCOMPATIBLE, V2_HEADER_LENGTH, Compatible, Compression, FeatureName
 from ..residue import content
 from ..residue.slack import V2_LEFTOVER
 from .facts import Facts
-from .rules import QEMU_MADE, Depth, rule, variant
+from .rules import QEMU_MADE, Chapter, Depth, Graded, graded, of_fields
+
+rule = Chapter(__name__, "Provenance and writer")
 
 _ROW = 48  # bytes of a row of the feature name table
 _KNOWN_EXTENSIONS = frozenset(ExtensionType)
@@ -53,11 +55,11 @@ _BY_ROWS = {
     when="always",
     validated=QEMU_MADE,
 )
-def writer_profile(facts: Facts) -> Iterator[Finding]:
+def writer_profile(facts: Facts) -> Iterator[Graded]:
     evidence = list(_signs(facts))
     readings = [item.value for item in evidence if item.field == "reading"]
     title = f"header last written by {readings[0]}" if readings else "nothing tells who wrote the header"
-    yield variant("QCOW2-WRITER-PROFILE", evidence, title=title)
+    yield graded(evidence, title=title)
 
 
 def _signs(facts: Facts) -> Iterator[Evidence]:
@@ -226,7 +228,7 @@ def unknown_compatible(facts: Facts) -> Iterator[Evidence]:
     when="an extension type is not a known one; Medium above 256 bytes or with text or a program in it",
     harmless="vendor extensions",
 )
-def unknown_extension(facts: Facts) -> Iterator[Evidence | Finding]:
+def unknown_extension(facts: Facts) -> Iterator[Evidence | Graded]:
     if facts.header.header_length < V2_HEADER_LENGTH:
         return  # a cut header: where extensions start is unknown
     for extension in facts.image.extensions:
@@ -244,7 +246,7 @@ def unknown_extension(facts: Facts) -> Iterator[Evidence | Finding]:
         if extension.length > 256 or signature or content.is_text(extension.data):
             looks = signature or ("text" if content.is_text(extension.data) else "data")
             evidence.append(Evidence("looks_like", looks, extension.data_offset, extension.length, "header extension"))
-            yield variant("QCOW2-UNKNOWN-EXTENSION", evidence, severity=Severity.MEDIUM)
+            yield graded(evidence, severity=Severity.MEDIUM)
         else:
             yield from evidence
 
@@ -275,13 +277,10 @@ def preallocated(facts: Facts) -> Iterator[Evidence]:
         yield Evidence("sampled_zero_clusters", zeros)
 
 
-@rule(
+rule(
     "QCOW2-QCOW1-MTIME",
     Severity.INFO,
     "a version 1 header with a time",
     note="a time recorded by an old writer, perhaps of the backing file; QEMU writes 0",
     when="the mtime field of a version 1 header is not zero",
-)
-def qcow1_mtime(facts: Facts) -> Iterator[Evidence]:
-    if facts.header.version == 1 and facts.header.mtime:
-        yield facts.field("mtime")
+)(of_fields(lambda facts: facts.header.version == 1 and facts.header.mtime, "mtime"))

@@ -7,7 +7,7 @@ import posixpath
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +21,14 @@ from ..reader.foreign import probe
 from ..reader.resolver import Resolver, Role
 from .facts import Facts
 
-CHAIN_DEEP = 16  # members; longer chains are worth a word
+CHAIN_DEEP = 16  # members; longer chains are reported
 _PROTOCOL = re.compile(r"([^/\\]*?):")  # QEMU: a colon before the first slash
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """One name as stored: ``offset`` is where its bytes stand, ``effective`` what QEMU uses."""
+    """One name as stored: ``offset`` is where its bytes are, ``effective`` what QEMU uses."""
 
     role: Role
     stored: bytes
@@ -46,7 +46,7 @@ class Name:
 
     @property
     def protocol(self) -> str:
-        """What stands before the first colon, where QEMU takes that for a driver; empty without."""
+        """What is before the first colon, where QEMU takes that for a driver; empty without."""
         if _DRIVE.match(self.text):
             return ""
         match = _PROTOCOL.match(self.text)
@@ -137,7 +137,7 @@ def _chain(facts: Facts) -> Chain:
     data = None
     if image.header.external_data and image.data_file_name:
         with ExitStack() as files:
-            seen = [_identity(image)]
+            seen = _identities(image.source)
             data, _ = _open(image.data_file_name, "data", image, image.source, resolver, None, files, seen)
     members = tuple(_members(facts, resolver))
     return Chain(members, data, 1 + len(members))
@@ -145,25 +145,34 @@ def _chain(facts: Facts) -> Chain:
 
 def _members(facts: Facts, resolver: Resolver) -> Iterator[Member]:
     top = current = facts.image
-    seen = [_identity(top)]
+    seen = _identities(top.source)
+    depth = 1
     with ExitStack() as files:
-        while current.backing_name and len(seen) <= facts.limits.chain_depth + 1:
+        while current.backing_name and depth <= facts.limits.chain_depth + 1:
             declared = current.backing_format if current.header.version > 1 else None
             member, source = _open(
-                current.backing_name, "backing", current, top.source, resolver, declared, files, seen, len(seen)
+                current.backing_name, "backing", current, top.source, resolver, declared, files, seen, depth
             )
             yield member
             if source is None or (declared or member.probed) not in ("qcow2", "qcow"):
                 return
-            seen.append(getattr(source, "identity", None))
+            seen += _identities(source)
+            depth += 1
             try:
                 current = Image(source, limits=facts.limits)
             except (NotQcow2, OSError):
                 return
 
 
-def _identity(image: Image) -> Any:
-    return getattr(image.source, "identity", None)
+def _identities(source: Source) -> list[Any]:
+    """Return what tells a file from others: what the source says, and device and inode of its path."""
+    found = [getattr(source, "identity", None)]
+    path = getattr(source, "path", None)
+    if path is not None:
+        with suppress(OSError, ValueError):
+            status = os.stat(path)
+            found.append((status.st_dev, status.st_ino))
+    return [identity for identity in dict.fromkeys(found) if identity is not None]
 
 
 def _open(
@@ -188,7 +197,7 @@ def _open(
     except (Qcow2Error, OSError) as error:
         return Member(role, name, "broken", str(error), depth=depth), None
     files.callback(getattr(source, "close", lambda: None))
-    if _same(source, seen):
+    if any(identity in seen for identity in _identities(source)):
         path = str(getattr(source, "path", ""))
         return Member(role, name, "loop", "the file is already part of the chain", path, depth=depth), None
     try:
@@ -212,11 +221,6 @@ def _open(
     return member, source
 
 
-def _same(source: Source, seen: list[Any]) -> bool:
-    identity = getattr(source, "identity", None)
-    return identity is not None and identity in seen
-
-
 def _disk_size(source: Source, kind: str) -> int | None:
     if kind == "raw":
         return -(-source.size // SECTOR) * SECTOR
@@ -230,15 +234,18 @@ def _disk_size(source: Source, kind: str) -> int | None:
 
 def mtime_of(source: Source) -> float | None:
     """Return when the file behind a source was last changed, None when it is no open file."""
-    fileno = getattr(source, "fileno", None)
-    if fileno is None:
+    fileno, path = getattr(source, "fileno", None), getattr(source, "path", None)
+    try:
+        status = os.fstat(fileno()) if fileno is not None else os.stat(path) if path is not None else None
+    except (OSError, ValueError):
         return None
-    status = os.fstat(fileno())
+    if status is None:
+        return None
     return status.st_mtime if stat.S_ISREG(status.st_mode) else None
 
 
-def stands_beside(facts: Facts, path: str) -> bool:
-    """Whether a file of that base name stands in the image's own folder; looks nowhere else."""
+def is_beside(facts: Facts, path: str) -> bool:
+    """Whether a file of that base name is in the image's own folder; looks nowhere else."""
     base = re.split(r"[\\/]", path)[-1]
     if facts.path is None or base in ("", ".", ".."):
         return False

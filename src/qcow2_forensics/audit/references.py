@@ -1,4 +1,4 @@
-"""Rules about names in the image and about what could harm whoever opens it (section "references")."""
+"""Rules about names in the image and about what could harm whoever opens it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from itertools import islice
 
 from ..errors import ForbiddenReference
-from ..findings import Evidence, Finding, Severity
+from ..findings import Evidence, Severity
 from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
 from ..reader.resolver import json_options
 from ..text import is_plain
 from .facts import Facts
-from .reference_names import CHAIN_DEEP, Member, Name, chain, names, stands_beside
-from .rules import CRAFTED, QEMU_MADE, rule, variant
+from .reference_names import CHAIN_DEEP, Member, Name, chain, is_beside, names
+from .rules import CRAFTED, QEMU_MADE, Chapter, Graded, graded, of_fields
+
+rule = Chapter(__name__, "References")
 
 _DEVICE_DRIVERS = frozenset({"fat", "host_device", "host_cdrom", "nvme", "host_floppy"})
 _JSON_SHOWN = frozenset({"driver", "filename", "host", "path", "url", "server", "export", ""})  # "": what is left out
@@ -40,11 +42,11 @@ def _is_device(name: Name) -> bool:
     harmless="libvirt and oVirt store absolute names; Low when the file stands beside the image",
     validated=CRAFTED,
 )
-def ref_absolute(facts: Facts) -> Iterator[Evidence | Finding]:
+def ref_absolute(facts: Facts) -> Iterator[Evidence | Graded]:
     for name in names(facts):
         if name.is_absolute and not _is_device(name):
-            if stands_beside(facts, name.path):
-                yield variant("QCOW2-REF-ABSOLUTE", [_evidence(name)], severity=Severity.LOW)
+            if is_beside(facts, name.path):
+                yield graded([_evidence(name)], severity=Severity.LOW)
             else:
                 yield _evidence(name)
 
@@ -58,13 +60,13 @@ def ref_absolute(facts: Facts) -> Iterator[Evidence | Finding]:
     when="the name without its '..' steps leads above the image's folder",
     harmless="../base is common in some layouts; Medium when the caller's policy finds an image there",
 )
-def ref_traversal(facts: Facts) -> Iterator[Evidence | Finding]:
+def ref_traversal(facts: Facts) -> Iterator[Evidence | Graded]:
     for name in names(facts):
         if not name.leaves_folder:
             continue
         members = [member for member in chain(facts).backing if member.depth == 1 and member.name == name.text]
         if members and members[0].status == "found" and members[0].probed in ("qcow2", "qcow"):
-            yield variant("QCOW2-REF-TRAVERSAL", [_evidence(name)], severity=Severity.MEDIUM)
+            yield graded([_evidence(name)], severity=Severity.MEDIUM)
         else:
             yield _evidence(name)
 
@@ -171,11 +173,11 @@ def ref_self(facts: Facts) -> Iterator[Evidence]:
     harmless="QCOW version 1 cannot record it (Low there)",
     validated=QEMU_MADE,
 )
-def backing_no_format(facts: Facts) -> Iterator[Evidence | Finding]:
+def backing_no_format(facts: Facts) -> Iterator[Evidence | Graded]:
     if not facts.image.backing_name:
         return
     if facts.header.version == 1:
-        yield variant("QCOW2-BACKING-NO-FORMAT", [facts.field("backing_file_offset")], severity=Severity.LOW)
+        yield graded([facts.field("backing_file_offset")], severity=Severity.LOW)
     elif not facts.image.backing_format:
         yield facts.field("backing_file_offset")
 
@@ -253,12 +255,12 @@ def backing_newer(facts: Facts) -> Iterator[Evidence]:
     harmless="backup tools make dozens",
     validated=QEMU_MADE,
 )
-def backing_deep(facts: Facts) -> Iterator[Finding]:
+def backing_deep(facts: Facts) -> Iterator[Graded]:
     length = chain(facts).length
     if length > CHAIN_DEEP:
         high = length > facts.limits.chain_depth
         evidence = [Evidence("chain_length", length, structure="chain")]
-        yield variant("QCOW2-BACKING-DEEP", evidence, severity=Severity.HIGH if high else None)
+        yield graded(evidence, severity=Severity.HIGH if high else None)
 
 
 @rule(
@@ -277,17 +279,19 @@ def backing_hidden_tail(facts: Facts) -> Iterator[Evidence]:
             yield facts.field("size")
 
 
-@rule(
+rule(
     "QCOW2-BACKING-WITH-RAW-DATAFILE",
     Severity.HIGH,
     "a backing file together with a raw data file",
     note="the format forbids it, QEMU opens it: what reads as zeros in the raw file comes from the backing file here",
     when="there is a backing file name and autoclear bit 1 is set",
+)(
+    of_fields(
+        lambda facts: facts.image.backing_name and facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA,
+        "backing_file_offset",
+        "autoclear_features",
+    )
 )
-def backing_with_raw_datafile(facts: Facts) -> Iterator[Evidence]:
-    if facts.image.backing_name and facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA:
-        yield facts.field("backing_file_offset")
-        yield facts.field("autoclear_features")
 
 
 @rule(

@@ -1,4 +1,4 @@
-"""Rules about bytes no state of the disk shows (section "residual")."""
+"""Rules about bytes no state of the disk shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity
+from ..findings import EVIDENCE_LIMIT, Evidence, Severity
 from ..format.bitmap_directory import BitmapEntry
 from ..format.snapshot_table import SnapshotEntry
 from ..residue import DeletedSnapshot, Piece, Residue
@@ -14,7 +14,9 @@ from ..residue.readability import examine
 from .facts import Facts
 from .header import snapshot_date
 from .residue_evidence import entries_of, evidence_of
-from .rules import CRAFTED, QEMU_MADE, Depth, rule, variant
+from .rules import CRAFTED, QEMU_MADE, Chapter, Depth, Graded, graded
+
+rule = Chapter(__name__, "Residual data")
 
 _DELETED = 100  # former snapshots followed into their tables
 _RANGES = 1_000_000  # pieces kept for the map
@@ -95,12 +97,10 @@ def _survey(facts: Facts) -> _Survey:
     return survey
 
 
-def finding_of(
-    code: str, group: Group, severity: Severity | None = None, title: str = "", note: str = ""
-) -> Iterator[Finding]:
+def finding_of(group: Group, severity: Severity | None = None, title: str = "", note: str = "") -> Iterator[Graded]:
     if group.count:
         evidence = [evidence_of(piece) for piece in group.kept]
-        yield variant(code, evidence, severity=severity, title=title, note=note, count=group.count)
+        yield graded(evidence, severity=severity, title=title, note=note, count=group.count)
 
 
 @rule(
@@ -114,8 +114,8 @@ def finding_of(
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def residual_clusters(facts: Facts) -> Iterator[Finding]:
-    survey, code = survey_of(facts), "QCOW2-RESIDUAL-CLUSTERS"
+def residual_clusters(facts: Facts) -> Iterator[Graded]:
+    survey = survey_of(facts)
     titles, note = ("", "free clusters hold former tables"), ""
     if not facts.census.refcounts.known:
         titles = ("clusters nothing refers to hold data", "clusters nothing refers to hold tables")
@@ -123,8 +123,8 @@ def residual_clusters(facts: Facts) -> Iterator[Finding]:
             "the header leads to no refcounts, so that these clusters may be free or not; the refcount "
             "tables themselves may be among them"
         )
-    yield from finding_of(code, survey.of(["free"], ["data", "vm-state"]), None, titles[0], note)
-    yield from finding_of(code, survey.of(["free"], _METADATA), Severity.LOW, titles[1], note)
+    yield from finding_of(survey.of(["free"], ["data", "vm-state"]), None, titles[0], note)
+    yield from finding_of(survey.of(["free"], _METADATA), Severity.LOW, titles[1], note)
 
 
 @rule(
@@ -138,8 +138,8 @@ def residual_clusters(facts: Facts) -> Iterator[Finding]:
     depth=Depth.DEEP,
     explained_by=("QCOW2-DIRTY",),
 )
-def leaked_data(facts: Facts) -> Iterator[Finding]:
-    yield from finding_of("QCOW2-LEAKED-DATA", survey_of(facts).of(["leaked"], ["data", "vm-state", *_METADATA]))
+def leaked_data(facts: Facts) -> Iterator[Graded]:
+    yield from finding_of(survey_of(facts).of(["leaked"], ["data", "vm-state", *_METADATA]))
 
 
 @rule(
@@ -152,12 +152,10 @@ def leaked_data(facts: Facts) -> Iterator[Finding]:
     depth=Depth.DEEP,
     validated=CRAFTED,
 )
-def trailing_data(facts: Facts) -> Iterator[Finding]:
+def trailing_data(facts: Facts) -> Iterator[Graded]:
     survey = survey_of(facts)
-    yield from finding_of("QCOW2-TRAILING-DATA", survey.of(["trailing"], ["data", "vm-state"]))
-    yield from finding_of(
-        "QCOW2-TRAILING-DATA", survey.of(["trailing"], _METADATA), Severity.LOW, "former tables after the image's end"
-    )
+    yield from finding_of(survey.of(["trailing"], ["data", "vm-state"]))
+    yield from finding_of(survey.of(["trailing"], _METADATA), Severity.LOW, "former tables after the image's end")
 
 
 # --- former tables -------------------------------------------------------------------------------
@@ -174,8 +172,8 @@ def trailing_data(facts: Facts) -> Iterator[Finding]:
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def residual_l1(facts: Facts) -> Iterator[Evidence | Finding]:
-    yield from _tables(facts, "QCOW2-RESIDUAL-L1", "l1")
+def residual_l1(facts: Facts) -> Iterator[Evidence | Graded]:
+    yield from _tables(facts, "l1")
 
 
 @rule(
@@ -188,18 +186,18 @@ def residual_l1(facts: Facts) -> Iterator[Evidence | Finding]:
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def residual_l2(facts: Facts) -> Iterator[Evidence | Finding]:
-    yield from _tables(facts, "QCOW2-RESIDUAL-L2", "l2")
+def residual_l2(facts: Facts) -> Iterator[Evidence | Graded]:
+    yield from _tables(facts, "l2")
 
 
-def _tables(facts: Facts, code: str, looks: str) -> Iterator[Finding]:
+def _tables(facts: Facts, looks: str) -> Iterator[Graded]:
     group = survey_of(facts).of(["free", "leaked", "trailing"], [looks])
     if not group.count:
         return
     telling = [piece for piece in group.kept if piece.intact and not piece.zero_only]
     severity = None if telling else Severity.LOW
     evidence = [evidence_of(piece)._replace(value=_contents(piece)) for piece in group.kept]
-    yield variant(code, evidence, severity=severity, confidence="likely", count=group.count)
+    yield graded(evidence, severity=severity, confidence="likely", count=group.count)
 
 
 def _contents(piece: Piece) -> str:
@@ -231,7 +229,7 @@ def residual_snapshot_entry(facts: Facts) -> Iterator[Evidence]:
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def recoverable_snapshot(facts: Facts) -> Iterator[Finding]:
+def recoverable_snapshot(facts: Facts) -> Iterator[Graded]:
     for item in survey_of(facts).deleted:
         if not item.l1_intact or not item.intact + item.shared + item.compressed:
             continue
@@ -249,8 +247,7 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Finding]:
             Evidence("zeroed_clusters", item.zeroed),
             Evidence("reused_clusters", item.reused),
         ]
-        yield variant(
-            "QCOW2-RECOVERABLE-SNAPSHOT",
+        yield graded(
             evidence,
             severity=None if whole else Severity.MEDIUM,
             title="" if whole else "a snapshot that no table lists can be read in part",

@@ -1,10 +1,13 @@
-"""Pieces of residue as evidence."""
+"""Pieces of residue as evidence; and rules that only list them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from ..findings import Evidence
 from ..residue import Piece
-from .facts import shortened
+from .facts import Facts, shortened
+from .rules import RuleFunction
 
 
 def entries_of(piece: Piece) -> str:
@@ -32,3 +35,8 @@ def evidence_of(piece: Piece, label: str = "") -> Evidence:
         shortened(piece.snapshot),
         piece.file,
     )
+
+
+def of_pieces(look: Callable[[Facts], Iterable[Piece]]) -> RuleFunction:
+    """Return a rule that lists the pieces some function finds."""
+    return lambda facts: map(evidence_of, look(facts))

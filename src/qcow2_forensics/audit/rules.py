@@ -1,6 +1,9 @@
 """The registry of rules: one short pure function per finding code.
 
-A rule takes :class:`~qcow2_forensics.audit.facts.Facts` and yields what it saw::
+A chapter of the catalog is a module; its rules take :class:`~qcow2_forensics.audit.facts.Facts` and
+yield what they saw::
+
+    rule = Chapter(__name__, "Header, extensions and the tables they name")
 
     @rule("QCOW2-DIRTY", Severity.LOW, "image was not closed cleanly",
           note="consistent with a writer that did not close the image, or a copy made while in use",
@@ -9,9 +12,10 @@ A rule takes :class:`~qcow2_forensics.audit.facts.Facts` and yields what it saw:
         if facts.header.incompatible_features & Incompatible.DIRTY:
             yield facts.field("incompatible_features")
 
-Everything a rule yields as :class:`Evidence` becomes one finding of the rule's severity; a rule
-that grades by case yields :class:`Finding` made with :func:`variant`. Where a crafted table can make
-evidence come by the ten thousand a rule yields functions that make it: few of them are called.
+Everything a rule yields as :class:`Evidence` becomes one finding of the rule's code and severity. A rule
+that grades by case yields :func:`graded` evidence, one finding each. A rule never names its own code.
+Where a crafted table can make evidence come by the ten thousand, a rule yields :class:`Deferred`
+evidence: only what is kept is made.
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ..errors import Qcow2Error
-from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Severity, capped
+from ..findings import Evidence, Finding, Selection, Severity, place_of
 
 if TYPE_CHECKING:
     from .facts import Facts
@@ -62,7 +66,47 @@ Validated = Literal["QEMU-made", "crafted", "derived"]
 # What a rule needs to be sound before it runs.
 Needs = Literal["header", "geometry", "census"]
 
-Observation = Evidence | Callable[[], Evidence] | Finding
+FINDINGS_PER_RULE = 1000  # a snapshot table may hold 65,536 entries
+
+
+class Deferred(NamedTuple):
+    """Evidence that is made only if it is kept; ``place`` is the structure it was found in."""
+
+    make: Callable[[], Evidence]
+    place: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """Evidence for one finding that differs from its rule's entry in the parts given here."""
+
+    evidence: tuple[Evidence, ...]
+    severity: Severity | None = None
+    title: str = ""
+    note: str = ""
+    confidence: str = "certain"
+    count: int | None = None
+    explained_by: tuple[str, ...] = ()
+
+
+def graded(
+    evidence: Iterable[Evidence],
+    *,
+    severity: Severity | None = None,
+    title: str = "",
+    note: str = "",
+    confidence: str = "certain",
+    count: int | None = None,
+    explained_by: tuple[str, ...] = (),
+) -> Graded:
+    """Return evidence for a finding of its own; what is not given is as in the rule's entry.
+
+    ``count`` is for rules that saw more than they list.
+    """
+    return Graded(tuple(evidence), severity, title, note, confidence, count, explained_by)
+
+
+Observation = Evidence | Deferred | Graded
 RuleFunction = Callable[["Facts"], Iterable[Observation]]
 
 
@@ -70,7 +114,7 @@ RuleFunction = Callable[["Facts"], Iterable[Observation]]
 class Rule:
     """One catalog entry and the function behind it.
 
-    ``when`` says in one sentence what makes it fire, ``harmless`` what innocent cause is known;
+    ``when`` says in one sentence what triggers it, ``harmless`` which innocent cause is known;
     ``explained_by`` lists codes that, when they are in the report too, account for this one.
     """
 
@@ -89,93 +133,119 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+CHAPTERS: dict[str, str] = {}  # titles by section
 
 
-def rule(
-    code: str,
-    severity: Severity,
-    title: str,
-    *,
-    note: str,
-    when: str = "",
-    harmless: str = "",
-    depth: Depth = Depth.TRIAGE,
-    needs: Needs | None = None,
-    validated: Validated = CRAFTED,
-    explained_by: tuple[str, ...] = (),
-) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a function as the rule of one code.
+class Chapter:
+    """One chapter of the catalog; calling it registers a rule."""
 
-    ``needs``: ``"header"`` runs on anything with the magic, ``"geometry"`` (the default of triage
-    rules) wants a known version and cluster size, ``"census"`` (the default of deeper rules) wants
-    version 2 or 3 and tables that can be walked.
-    """
-    wanted: Needs = needs or ("geometry" if depth is Depth.TRIAGE else "census")
+    def __init__(self, module: str, title: str) -> None:
+        self.section = module.rpartition(".")[2]
+        CHAPTERS[self.section] = title
 
-    def register(function: RuleFunction) -> RuleFunction:
-        if code in RULES:
-            raise ValueError(f"two rules for {code}")
-        section = function.__module__.rpartition(".")[2]
-        RULES[code] = Rule(
-            code, severity, title, note, depth, wanted, validated, when, harmless, explained_by, section, function
-        )
-        return function
+    def __call__(
+        self,
+        code: str,
+        severity: Severity,
+        title: str,
+        *,
+        note: str,
+        when: str = "",
+        harmless: str = "",
+        depth: Depth = Depth.TRIAGE,
+        needs: Needs | None = None,
+        validated: Validated = CRAFTED,
+        explained_by: tuple[str, ...] = (),
+    ) -> Callable[[RuleFunction], RuleFunction]:
+        """Register a function as the rule of one code.
 
-    return register
+        ``needs``: ``"header"`` runs on anything with the magic, ``"geometry"`` (the default of triage
+        rules) wants a known version and cluster size, ``"census"`` (the default of deeper rules) wants
+        version 2 or 3 and tables that can be walked.
+        """
+        wanted: Needs = needs or ("geometry" if depth is Depth.TRIAGE else "census")
 
+        def register(function: RuleFunction) -> RuleFunction:
+            if code in RULES:
+                raise ValueError(f"two rules for {code}")
+            RULES[code] = Rule(
+                code,
+                severity,
+                title,
+                note,
+                depth,
+                wanted,
+                validated,
+                when,
+                harmless,
+                explained_by,
+                self.section,
+                function,
+            )
+            return function
 
-def variant(
-    code: str,
-    evidence: Iterable[Evidence],
-    *,
-    severity: Severity | None = None,
-    note: str = "",
-    title: str = "",
-    confidence: str = "certain",
-    scope: str = "",
-    count: int | None = None,
-) -> Finding:
-    """Return a finding of a registered code that differs from its catalog entry in some part.
-
-    ``count`` is for rules that capped their evidence themselves.
-    """
-    entry = RULES[code]
-    kept, seen = capped(evidence)
-    return Finding(
-        code=code,
-        severity=entry.severity if severity is None else severity,
-        title=title or entry.title,
-        note=note or entry.note,
-        evidence=kept,
-        count=seen if count is None else count,
-        scope=scope,
-        confidence=confidence,
-    )
+        return register
 
 
-FINDINGS_PER_RULE = 1000  # a snapshot table may hold 65,536 entries
+def of_fields(condition: Callable[[Facts], object], *names: str) -> RuleFunction:
+    """Return a rule that shows header fields where a condition on the image holds."""
+
+    def function(facts: Facts) -> Iterable[Evidence]:
+        return [facts.field(name) for name in names] if condition(facts) else []
+
+    return function
 
 
-def apply(entry: Rule, facts: Facts) -> tuple[list[Finding], Qcow2Error | OSError | None]:
-    """Run one rule: its findings, evidence capped, and the error that stopped it, if one did."""
-    findings: list[Finding] = []
-    kept: list[Evidence] = []
-    count = 0
+class Outcome(NamedTuple):
+    """What one rule gave: findings, how many more there were, and the error that stopped it."""
+
+    findings: list[Finding]
+    dropped: int
+    failure: Qcow2Error | OSError | None
+
+
+def apply(entry: Rule, facts: Facts) -> Outcome:
+    """Run one rule; of too many findings the worst are kept, of evidence a selection spread over structures."""
+    findings: dict[Severity, list[Finding]] = {severity: [] for severity in sorted(Severity, reverse=True)}
+    kept: Selection[Evidence | Deferred] = Selection()
     failure: Qcow2Error | OSError | None = None
+    total = 0
     try:
         for item in entry.function(facts):
-            if isinstance(item, Finding):
-                if len(findings) < FINDINGS_PER_RULE:
-                    findings.append(item)
-                continue
-            count += 1
-            if count <= EVIDENCE_LIMIT:
-                kept.append(item if isinstance(item, Evidence) else item())
+            if isinstance(item, Graded):
+                total += 1
+                severity = entry.severity if item.severity is None else item.severity
+                if len(findings[severity]) < FINDINGS_PER_RULE:
+                    findings[severity].append(_finding(entry, item, facts.cluster_size))
+            else:
+                place = place_of(item, facts.cluster_size) if isinstance(item, Evidence) else item.place
+                kept.add(item, place)
     except (Qcow2Error, OSError) as error:
         failure = error.with_traceback(None)  # what was seen before it still counts; its frames hold arrays
-    if kept:
-        findings.append(variant(entry.code, kept, count=count))
-    return findings, failure
+    listed = [finding for group in findings.values() for finding in group][:FINDINGS_PER_RULE]
+    if kept.count:
+        try:
+            evidence = [item if isinstance(item, Evidence) else item.make() for item in kept.items]
+        except (Qcow2Error, OSError) as error:
+            failure, evidence = error.with_traceback(None), [item for item in kept.items if isinstance(item, Evidence)]
+        listed.append(_finding(entry, graded(evidence, count=kept.count), facts.cluster_size))
+    return Outcome(listed, total - min(total, FINDINGS_PER_RULE), failure)
+
+
+def _finding(entry: Rule, item: Graded, cluster_size: int) -> Finding:
+    kept: Selection[Evidence] = Selection()
+    for evidence in item.evidence:
+        kept.add(evidence, place_of(evidence, cluster_size))
+    return Finding(
+        code=entry.code,
+        severity=entry.severity if item.severity is None else item.severity,
+        title=item.title or entry.title,
+        note=item.note or entry.note,
+        evidence=kept.items,
+        count=kept.count if item.count is None else item.count,
+        confidence=item.confidence,
+        explained_by=item.explained_by,
+    )
 
 
 def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -1,4 +1,4 @@
-"""Rules about bytes behind the header and behind tables (section "residual")."""
+"""Rules about bytes behind the header and behind tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from ..findings import Evidence, Severity
 from ..residue import Piece, slack
 from .facts import Facts
-from .residue_evidence import evidence_of
-from .rules import QEMU_MADE, Depth, rule
+from .residue_evidence import evidence_of, of_pieces
+from .rules import QEMU_MADE, Chapter, Depth
+
+rule = Chapter(__name__, "Slack")
 
 
 @rule(
@@ -51,7 +53,7 @@ def header_padding(facts: Facts) -> Iterator[Evidence]:
             yield Evidence("ignored_compression_type", kind[0], 104, 1, "header")
 
 
-@rule(
+rule(
     "QCOW2-L1-SLACK",
     Severity.LOW,
     "data behind an L1 table",
@@ -60,13 +62,10 @@ def header_padding(facts: Facts) -> Iterator[Evidence]:
     harmless="only on reused space",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
-)
-def l1_slack(facts: Facts) -> Iterator[Evidence]:
-    for piece in slack.l1_slack(facts.image):
-        yield evidence_of(piece)
+)(of_pieces(lambda facts: slack.l1_slack(facts.image)))
 
 
-@rule(
+rule(
     "QCOW2-TABLE-SLACK",
     Severity.LOW,
     "data behind a snapshot or bitmap table",
@@ -75,7 +74,4 @@ def l1_slack(facts: Facts) -> Iterator[Evidence]:
     harmless="only on reused space",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
-)
-def table_slack(facts: Facts) -> Iterator[Evidence]:
-    for piece in slack.table_slack(facts.image):
-        yield evidence_of(piece)
+)(of_pieces(lambda facts: slack.table_slack(facts.image)))

@@ -90,8 +90,7 @@ def _findings(report: Report, items: int) -> Iterator[str]:
 
 def _finding(finding: Finding, items: int) -> Iterator[str]:
     yield f'<article class="s-{finding.severity.label.lower()}">'
-    scope = f" <span class='quiet'>{markup(finding.scope, 300)}</span>" if finding.scope else ""
-    yield f"<h4>{sentence(markup(finding.title))} <code>{markup(finding.code)}</code>{scope}</h4>"
+    yield f"<h4>{sentence(markup(finding.title))} <code>{markup(finding.code)}</code></h4>"
     if finding.note:
         yield f"<p>{markup(finding.note)}</p>"
     if finding.explained_by:

@@ -58,8 +58,7 @@ def _paint(shown: str, severity: Severity, colour: bool) -> str:
 
 
 def _finding(finding: Finding, width: int, items: int, colour: bool, *, note: bool) -> Iterator[str]:
-    scope = f" [{text(finding.scope, 200)}]" if finding.scope else ""
-    first, *rest = wrap(f"{finding.code}  {sentence(text(finding.title))}{scope}", width - 2, "  ")
+    first, *rest = wrap(f"{finding.code}  {sentence(text(finding.title))}", width - 2, "  ")
     if colour:
         first = first.replace(finding.code, _paint(finding.code, finding.severity, True), 1)
     yield first

@@ -73,7 +73,7 @@ def _finding(finding: Finding) -> tuple[object, ...]:
         finding.title,
         finding.note,
         finding.confidence,
-        finding.scope,
+        "",  # scope, a column of schema 1; never used
         " ".join(finding.explained_by),
         finding.count,
     )

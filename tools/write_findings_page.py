@@ -1,6 +1,9 @@
-"""Writes the page about all findings from the rules themselves: ``python -m qcow2_forensics.audit.document``.
+#!/usr/bin/env python3
+"""Write the page about all findings from the rules themselves.
 
-Redirect it to ``docs/findings.md``; a test keeps that file fresh.
+    tools/write_findings_page.py > docs/findings.md
+
+A test keeps that page fresh.
 """
 
 from __future__ import annotations
@@ -8,25 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from ..findings import EVIDENCE_LIMIT, SCHEMA_VERSION, Severity
-from . import INCOMPLETE, UNREADABLE, catalog
-from .rules import FINDINGS_PER_RULE, Rule
-
-_SECTIONS = {
-    "header": "Header, extensions and the tables they name",
-    "integrity": "Integrity, by the rules of `qemu-img check` and beyond them",
-    "overlap": "Overlaps, aliases and ends",
-    "residual": "Residual data",
-    "hidden": "Hidden data and old VM states",
-    "slack": "Slack",
-    "history": "Snapshots and bitmaps: history",
-    "provenance": "Provenance and writer",
-    "encryption": "Encryption",
-    "plaintext": "Plain text in encrypted images",
-    "references": "References",
-    "hostility": "Hostile images",
-    "expansion": "Expansion",
-}
+from qcow2_forensics.audit import INCOMPLETE, LIMITED, UNREADABLE, catalog
+from qcow2_forensics.audit.rules import CHAPTERS, FINDINGS_PER_RULE, Rule
+from qcow2_forensics.findings import EVIDENCE_LIMIT, SCHEMA_VERSION, Severity
 
 _VALIDATION = {
     "QEMU-made": "on images whose state QEMU itself produced",
@@ -37,10 +24,10 @@ _VALIDATION = {
 _INTRODUCTION = f"""\
 # Findings
 
-<!-- Written by `python -m qcow2_forensics.audit.document`; edit the rules, not this page. -->
+<!-- Written by `tools/write_findings_page.py`; edit the rules, not this page. -->
 
-A finding observes: what was seen, where it stands in the file, and what it is consistent with. It never concludes; the
-examiner does. Codes and severities are stable.
+A finding is an observation: what was seen, where it is in the file, and what it is consistent with. Conclusions are the
+examiner's. Codes and severities are stable.
 
 | severity | meaning |
 |---|---|
@@ -70,12 +57,14 @@ Each finding says how it was validated: *QEMU-made* {_VALIDATION["QEMU-made"]}; 
 | `depth` | `triage`, `standard` or `deep` |
 | `image` | what was audited: `path`, `file_size`, `version`, `virtual_size`, `cluster_size`, `snapshots`, `bitmaps`, `backing_file`, `backing_format`, `data_file`, `encryption`, `refcount_bits`; null where there is none or it cannot be read |
 | `check` | the fields of `qemu-img check --output=json`, equal to QEMU's; null at triage, for version 1, and where QEMU's check stops without counters |
-| `findings` | list, worst first: `code`, `severity`, `title`, `note`, `confidence`, `scope` (chain member, empty for the image itself), `explained_by` (codes in the same report that account for it), `count`, `evidence` |
+| `findings` | list, worst first: `code`, `severity`, `title`, `note`, `confidence`, `scope` (always empty), `explained_by` (codes in the same report that account for it), `count`, `evidence` |
 | `details` | further data some commands add |
 
 An item of `evidence` has `field` and `value`, and where they apply `offset` and `length` (bytes in the file), `structure`,
 `guest_offset` (bytes in the virtual disk), `snapshot` (ID, absent for the active state) and `file` (absent for the image
-itself). At most {EVIDENCE_LIMIT} items are listed per finding, and {FINDINGS_PER_RULE} findings per code; `count` says how many there were.
+itself). At most {EVIDENCE_LIMIT} items are listed per finding; `count` says how many there were. Where there are more, those listed are spread
+over the structures that are hit: every structure keeps its first items, and of too many structures every second, then every fourth
+is listed. At most {FINDINGS_PER_RULE} findings are listed per code, the worst of them; what is left out is itself a finding, {LIMITED}.
 """
 
 _OUTCOMES = f"""\
@@ -93,6 +82,13 @@ finding stands in for the exception.
 **Medium** · any depth
 
 Some rules could not finish; each item names the rule and why. Consistent with damaged metadata or unreadable media.
+
+### {LIMITED}
+
+**Medium** · any depth
+
+The image holds more than the audit lists or follows; each item says what, and how many of it were left out. Consistent with a
+very long history, or with decoys.
 """
 
 
@@ -109,13 +105,13 @@ def _table(rules: dict[str, Rule]) -> Iterator[str]:
     for entry in rules.values():
         yield f"| [{entry.code}](#{entry.code.lower()}) | {entry.severity.label} | {entry.depth.label} | {entry.title} |"
     counts = {severity: sum(entry.severity is severity for entry in rules.values()) for severity in Severity}
-    told = ", ".join(f"{count} {severity.label}" for severity, count in sorted(counts.items(), reverse=True))
-    yield f"\n{len(rules)} codes: {told}.\n"
+    totals = ", ".join(f"{count} {severity.label}" for severity, count in sorted(counts.items(), reverse=True))
+    yield f"\n{len(rules)} codes: {totals}.\n"
 
 
 def _chapters(rules: dict[str, Rule]) -> Iterator[str]:
     for section in dict.fromkeys(entry.section for entry in rules.values()):
-        yield f"## {_SECTIONS.get(section, section.capitalize())}\n"
+        yield f"## {CHAPTERS[section]}\n"
         for entry in rules.values():
             if entry.section == section:
                 yield from _entry(entry)
@@ -126,7 +122,7 @@ def _entry(entry: Rule) -> Iterator[str]:
     yield f"**{entry.severity.label}** · {entry.depth.label} · {entry.validated}\n"
     yield f"{_sentence(entry.title)} {_sentence(entry.note)}\n"
     if entry.when:
-        yield f"- Found when {entry.when}."
+        yield f"- Reported when {entry.when}."
     if entry.harmless:
         yield f"- Harmless: {entry.harmless}."
     if entry.explained_by:

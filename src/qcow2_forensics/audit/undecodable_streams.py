@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..reader.codecs import Codec, codec_of
 from ..residue.streams import Decoded, decode_all
 from .entry_evidence import snapshot_id
 from .facts import Facts
+from .rules import Deferred
 
 
 def decoded_streams(facts: Facts) -> Decoded:
@@ -22,7 +23,7 @@ def decoded_streams(facts: Facts) -> Decoded:
     return decode_all(facts.image, facts.census)
 
 
-def undecodable(facts: Facts) -> Iterator[Callable[[], Evidence]]:
+def undecodable(facts: Facts) -> Iterator[Deferred]:
     """Yield the compressed entries whose stream is bad, too short, or too long.
 
     :class:`LimitExceeded` behind them where decoding every stream would take too long.
@@ -32,7 +33,7 @@ def undecodable(facts: Facts) -> Iterator[Callable[[], Evidence]]:
     if len(bad):
         for tables in facts.census.tables():
             for row, column in tables.where(np.isin(tables.entries, bad)):
-                yield partial(_evidence, facts, tables, row, column)
+                yield Deferred(partial(_evidence, facts, tables, row, column), int(tables.offsets[row]))
     if decoded.stopped is not None:
         raise decoded.stopped
 
