@@ -22,7 +22,6 @@ from ..format.source import PathOrSource, source_name
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver
-from ..text import Value
 from .facts import Facts
 from .rules import FINDINGS_PER_RULE, RULES, Depth, Rule, apply, explain
 from .subject import identity, path_of, unopened

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qcow2Error
-from ..findings import Value
 from ..format.image import Image
+from ..text import Value
 from .facts import Facts
 
 
