@@ -151,7 +151,7 @@ def _dfvfs(path: Path, snapshot: str | None = None) -> Iterator[Reader]:
 def _tsk(path: Path, snapshot: str | None = None) -> Iterator[Reader]:
     import pytsk3_qcow2
 
-    image = pytsk3_qcow2.Img_Info(str(path), snapshot)
+    image = pytsk3_qcow2.Img_Info(str(path), snapshot=snapshot)
     yield Reader(image.get_size(), image.read, image)
     image.close()
 

@@ -284,7 +284,7 @@ def test_img_info_errors_are_plain(text: bytes, image: Path) -> None:
     with pytest.raises(OSError, match="not followed|missing") as caught:
         pytsk3_qcow2.Img_Info(str(image))
     assert_plain(str(caught.value), text, "error")
-    found = pytsk3_qcow2.Img_Info(str(image), "index:0", missing="zeros")
+    found = pytsk3_qcow2.Img_Info(str(image), snapshot="index:0", missing="zeros")
     assert_plain(repr(found), text, "repr")
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from qcow2_forensics import FileSource, open_disk
+from qcow2_forensics.files.records import FileRecord, Volume
+from qcow2_forensics.files.spans import Spans
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.filesystems import KINDS, make, sleuthkit
@@ -29,7 +31,6 @@ import pytsk3_qcow2  # noqa: E402
 from pytsk3_qcow2 import Img_Info, open_image, states  # noqa: E402
 from pytsk3_qcow2.files import FileSystem, NoFileSystem, file_systems  # noqa: E402
 from pytsk3_qcow2.lines import body_line, fls_line, mode_text  # noqa: E402
-from pytsk3_qcow2.spans import Spans  # noqa: E402
 
 SIZE = 1 << 20
 
@@ -103,6 +104,24 @@ def test_it_is_an_img_info_and_takes_the_argument_names_of_one(two: tuple[Path, 
     image = Img_Info(url=os.fspath(two[0]))
     assert isinstance(image, pytsk3.Img_Info)
     assert image.read(off=0, len=3) == b"\1\1\1"
+
+
+@qemu.requires_qemu
+def test_the_arguments_of_pytsk3_are_accepted_by_place_and_by_name(make_image: Callable[..., Path]) -> None:
+    path = make_image("disk.qcow2", SIZE, "write -P 1 0 64k")
+    qemu.snapshot(path, "old")  # its ID is 1, as pytsk3.TSK_IMG_TYPE_RAW is
+    qemu.io(path, "write -P 2 0 64k")
+    for image in (
+        Img_Info(str(path), pytsk3.TSK_IMG_TYPE_RAW),
+        Img_Info(str(path), pytsk3.TSK_IMG_TYPE_DETECT, 512),
+        Img_Info(url=str(path), type=pytsk3.TSK_IMG_TYPE_EXTERNAL, sector_size=4096),
+    ):
+        assert image.read(0, 1) == b"\2"
+    assert Img_Info(str(path), pytsk3.TSK_IMG_TYPE_RAW, snapshot="1").read(0, 1) == b"\1"
+    with pytest.raises(TypeError, match="snapshot="):
+        Img_Info(str(path), "1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="positional"):
+        Img_Info(str(path), 1, 512, "1")  # type: ignore[misc]
 
 
 @qemu.requires_qemu
@@ -494,8 +513,6 @@ def test_names_from_evidence_are_escaped_in_lines(tmp_path: Path) -> None:
 
 
 def test_modes_read_as_those_of_ls() -> None:
-    from pytsk3_qcow2.records import FileRecord, Volume
-
     def shown(mode: int) -> str:
         volume = Volume(0, 0, "", "ext4")
         return mode_text(FileRecord(volume, "/x", 1, "r", True, has_metadata=True, type="r", mode=mode))

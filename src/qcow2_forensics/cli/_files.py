@@ -1,29 +1,20 @@
-"""What ``diff`` and ``timeline`` share: states by name, and the files in them through pytsk3."""
+"""What ``diff`` and ``timeline`` share: states by name, dates, and records as JSON."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Qcow2Error
 from ..format.snapshot_table import SnapshotEntry
-from ..reader.disk import Layer
 from ..text import printable
 
 if TYPE_CHECKING:
-    from pytsk3_qcow2.records import FileRecord
+    from ..files.records import FileRecord
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND = 1_000_000_000  # nanoseconds
-
-
-def need_pytsk3() -> None:
-    """Raise one sentence that says what to install when files cannot be listed."""
-    if importlib.util.find_spec("pytsk3") is None or importlib.util.find_spec("pytsk3_qcow2") is None:
-        raise Qcow2Error("listing files needs pytsk3: pip install 'qcow2-forensics[tsk]'")
 
 
 def state_labels(entries: Iterable[SnapshotEntry]) -> Callable[[SnapshotEntry | None], str]:
@@ -37,14 +28,6 @@ def state_labels(entries: Iterable[SnapshotEntry]) -> Callable[[SnapshotEntry | 
         return printable(f"{name} (ID {entry.id})" if names[name] > 1 or name == "active" else name)
 
     return label
-
-
-def open_files(disk: Layer) -> Any:
-    """Return a ``pytsk3_qcow2.Img_Info`` that notes unreadable ranges instead of ending the listing."""
-    need_pytsk3()
-    from pytsk3_qcow2 import Img_Info
-
-    return Img_Info(disk, unreadable="zeros")
 
 
 def iso_time(nanoseconds: int) -> str | None:

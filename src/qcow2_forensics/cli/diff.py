@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..compare.ranges import Change, Difference, compare
 from ..errors import Qcow2Error
+from ..files.volumes import need_back_end, open_volumes
 from ..format.image import Image
 from ..reader.disk import Disk, Layer
 from ..text import printable
@@ -20,7 +21,7 @@ from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, human_size
 
 if TYPE_CHECKING:
-    from pytsk3_qcow2.changes import Changed, StateFiles
+    from ..files.changes import Changed
 
 _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what differs; 2 when a part could not be read and so could not be compared."""
     files = args.files or args.hash or args.format == "body"
     if files:
-        _files.need_pytsk3()
+        need_back_end()
     with ExitStack() as stack:
         before, after = _states(args, stack)
         with Progress("compare", min(before.disk.size, after.disk.size)) as progress:
@@ -195,22 +196,22 @@ def _verdict(unreadable: int) -> int:
 
 
 def _changes(args: argparse.Namespace, before: State, after: State, found: list[Difference]) -> Files:
-    from pytsk3_qcow2.changes import file_changes, outside_files
+    from ..files.changes import StateFiles, file_changes, outside_files
 
-    old, new = (_listing(args, state) for state in (before, after))
+    listings: list[StateFiles] = []
+    errors: list[Sequence[str]] = []
+    for state in (before, after):
+        volumes = open_volumes(state.disk, f"{args.image}, state {state.label}")
+        with Progress(f"list {state.label}", 0, unit="names") as progress:
+            listings.append(StateFiles(volumes.systems, progress.advance))
+        errors.append(volumes.read_errors)
+    old, new = listings
     ranges = [(item.offset, item.length) for item in found]
     changed = list(file_changes(old, new, ranges, hashed=args.hash))
-    for state, listing in ((before, old), (after, new)):
-        for problem in listing.problems:
+    for state, listing, read_errors in zip((before, after), listings, errors, strict=True):
+        for problem in (*read_errors, *listing.problems):
             print(f"qcow2-forensics: {state.label}: {problem}", file=sys.stderr)
     return Files(changed, outside_files(old, new, ranges))
-
-
-def _listing(args: argparse.Namespace, state: State) -> StateFiles:
-    from pytsk3_qcow2.changes import StateFiles
-
-    with Progress(f"list {state.label}", 0, unit="names") as progress:
-        return StateFiles(_files.open_files(state.disk), f"{args.image}, state {state.label}", progress.advance)
 
 
 def _file_dict(change: Changed) -> dict[str, Any]:
@@ -328,7 +329,7 @@ def _print_lines(
 def _print_body(
     _args: argparse.Namespace, before: State, after: State, _found: list[Difference], listed: Files | None
 ) -> None:
-    from pytsk3_qcow2.lines import body_line
+    from ..files.lines import body_line
 
     for change in listed.changes if listed else ():
         state = before if change.change == "removed" else after

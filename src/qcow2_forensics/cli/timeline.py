@@ -9,17 +9,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from ..files.lines import body_line, mode_text
+from ..files.protocol import NoFileSystem
+from ..files.records import FileRecord
+from ..files.volumes import need_back_end, open_volumes
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import printable
 from . import _files
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress
-
-if TYPE_CHECKING:
-    from pytsk3_qcow2.records import FileRecord
 
 _EPILOG = """examples:
   qcow2-forensics timeline disk.qcow2 | mactime -b - -d -z UTC
@@ -82,7 +83,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the timeline; a state without a file system is said on standard error."""
     if not args.no_files:
-        _files.need_pytsk3()
+        need_back_end()
     with Image(args.image) as image:
         events = list(image_events(image, _modified(args.image)))
         snapshots = image.snapshots
@@ -169,12 +170,8 @@ def _event_json(event: ImageEvent, image: str) -> str:
 
 
 def _print_files(args: argparse.Namespace, disk: Any, state: str) -> None:
-    from pytsk3_qcow2.files import NoFileSystem, file_systems
-    from pytsk3_qcow2.lines import body_line
-
     try:
-        image = _files.open_files(disk)
-        systems = file_systems(image, f"{args.image}, state {state}")
+        systems, read_errors = open_volumes(disk, f"{args.image}, state {state}")
     except NoFileSystem as error:
         print(f"qcow2-forensics: {error}", file=sys.stderr)
         return
@@ -190,13 +187,11 @@ def _print_files(args: argparse.Namespace, disk: Any, state: str) -> None:
                     for line in _record_lines(record, state, args.image):
                         print(line)
         problems = [problem for system in systems for problem in system.problems]
-    for problem in (*image.read_errors, *problems):
+    for problem in (*read_errors, *problems):
         print(f"qcow2-forensics: {state}: {problem}", file=sys.stderr)
 
 
 def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:
-    from pytsk3_qcow2.lines import mode_text
-
     path = printable(record.full_path, limit=8192)
     shown = f"{path} (deleted)" if not record.allocated else path
     for name, description in _FILE_TIMES:

@@ -15,19 +15,34 @@ class Span(NamedTuple):
     length: int
 
 
+Place = tuple[int, str]  # what stays of a volume between two states: its offset, and its name inside that
+
+
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Where a file system stands: ``number`` counts partitions from 1, 0 is the whole disk."""
+    """Where a file system is and what it is.
+
+    ``number`` counts partitions from 1, 0 is the whole disk; ``offset`` is in bytes of the disk.
+    ``inside`` leads from the partition to a volume nested in it (``/vg0/root``). ``backend`` is the
+    library that reads it.
+    """
 
     number: int
     offset: int
     description: str
     kind: str
+    inside: str = ""
+    backend: str = ""
 
     @property
     def prefix(self) -> str:
         """What goes before paths: ``/p1``, nothing for the whole disk."""
-        return f"/p{self.number}" if self.number else ""
+        return (f"/p{self.number}" if self.number else "") + self.inside
+
+    @property
+    def place(self) -> Place:
+        """What identifies the volume in every state of its disk."""
+        return self.offset, self.inside
 
 
 class Times(NamedTuple):

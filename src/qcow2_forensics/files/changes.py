@@ -11,12 +11,9 @@ import enum
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import pytsk3
-
-from qcow2_forensics.text import printable
-
-from .files import FileSystem, file_systems
-from .records import FileRecord, Span, Times
+from ..text import printable
+from .protocol import FileSystem
+from .records import FileRecord, Place, Span, Times
 from .spans import Spans
 
 
@@ -32,7 +29,7 @@ class FileChange(enum.StrEnum):
 
 
 class Recoverable(enum.StrEnum):
-    """How much of the content of a file that is gone still stands in the second state."""
+    """How much of the content of a removed file the second state still holds."""
 
     YES = "yes"
     PARTLY = "partly"
@@ -71,25 +68,21 @@ class Changed:
 class StateFiles:
     """The file systems of one state and their records, listed once."""
 
-    def __init__(
-        self, image: pytsk3.Img_Info, name: str = "the disk", progress: Callable[[int], None] | None = None
-    ) -> None:
-        self.image = image
-        self.systems = {system.volume.offset: system for system in file_systems(image, name)}
-        self.records: dict[int, list[FileRecord]] = {}
-        for offset, system in self.systems.items():
+    def __init__(self, systems: Iterable[FileSystem], progress: Callable[[int], None] | None = None) -> None:
+        self.systems = {system.volume.place: system for system in systems}
+        self.records: dict[Place, list[FileRecord]] = {}
+        for place, system in self.systems.items():
             listed: list[FileRecord] = []
             for record in system.records():
                 listed.append(record)
                 if progress is not None:
                     progress(1)
-            self.records[offset] = listed
+            self.records[place] = listed
 
     @property
     def problems(self) -> list[str]:
-        """What could not be read while listing."""
-        listed = [problem for system in self.systems.values() for problem in system.problems]
-        return [*getattr(self.image, "read_errors", ()), *listed]
+        """What could not be listed or read."""
+        return [problem for system in self.systems.values() for problem in system.problems]
 
 
 def file_changes(
@@ -100,8 +93,8 @@ def file_changes(
     With ``hashed`` each change of a file carries the SHA-256 of both versions.
     """
     touched = Spans(ranges)
-    for offset in sorted({*before.systems, *after.systems}):
-        pair = _Pair(before, after, offset, touched)
+    for place in sorted({*before.systems, *after.systems}):
+        pair = _Pair(before, after, place, touched)
         for change in pair.changes():
             change.changed_bytes = touched.overlap(Spans(_spans(change.before, change.after)))
             if hashed:
@@ -129,11 +122,11 @@ Key = tuple[str, str]  # path and stream
 class _Pair:
     """One partition in both states."""
 
-    def __init__(self, before: StateFiles, after: StateFiles, offset: int, touched: Spans) -> None:
-        self._old_system = before.systems.get(offset)
-        self._new_system = after.systems.get(offset)
+    def __init__(self, before: StateFiles, after: StateFiles, place: Place, touched: Spans) -> None:
+        self._old_system = before.systems.get(place)
+        self._new_system = after.systems.get(place)
         self._touched = touched
-        old, new = before.records.get(offset, []), after.records.get(offset, [])
+        old, new = before.records.get(place, []), after.records.get(place, [])
         self._old = _allocated(old)
         self._new = _allocated(new)
         self._old_deleted = [record for record in old if not record.allocated and not record.virtual]
@@ -187,7 +180,7 @@ class _Pair:
         return Recoverable.NO if record.resident else None
 
     def _newly_deleted(self, gone: dict[Key, FileRecord]) -> Iterator[Changed]:
-        """Deleted entries of the second state that tell of files the first state does not know."""
+        """Deleted entries of the second state whose files the first state does not have."""
         known = {(*_key(record), _identity(record)) for record in self._old_deleted}
         reported = {_identity(record) for record in gone.values()}
         inodes = {_identity(record) for record in self._old.values()}

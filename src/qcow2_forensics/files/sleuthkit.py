@@ -1,0 +1,327 @@
+"""The files of one state: every name The Sleuth Kit finds, as plain records, and their bytes.
+
+The walk follows ``fls -r``: the same entries, deleted ones and orphans included, one record per data
+stream where NTFS has several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytsk3
+
+from ..text import printable
+from .protocol import FileSystem, NoFileSystem
+from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume
+from .spans import Spans
+
+_CHUNK = 1 << 20  # of file content read at a time
+_LEAST_LIMIT = 1 << 30  # bytes of a file that are read however small the disk
+_DEPTH = 512  # directories inside each other; more is a damaged file system
+_ENTRIES = 20_000_000  # records of one file system; more is a damaged file system
+_SECOND = 1_000_000_000  # nanoseconds
+
+# Letters as The Sleuth Kit prints them, by its enumeration values.
+_NAME_LETTERS = "-pcdbrlshwvV"
+_META_LETTERS = "-rdpcblhswvV"
+_NTFS_DATA, _NTFS_INDEX = 128, 144
+_FILE_NAME_BYTES = 66  # of a $FILE_NAME attribute before the name itself
+_VIRTUAL_DIRECTORY = 11  # a name made up by The Sleuth Kit
+_UNALLOCATED = 2  # flag of names and of metadata
+_RESIDENT = 4  # flag of an attribute whose bytes are in the metadata
+_NO_BLOCKS = 3  # flags of a run: filler or sparse
+_FILETIME_EPOCH = 116_444_736_000_000_000  # 1970 in units of 100 ns since 1601
+
+
+class SleuthKitFileSystem(FileSystem):
+    """A file system that The Sleuth Kit reads; ``handle`` is its ``FS_Info``."""
+
+    def __init__(self, image: pytsk3.Img_Info, volume: Volume, handle: pytsk3.FS_Info) -> None:
+        super().__init__(volume)
+        self.image = image
+        self.handle = handle
+        self._failed = 0  # how many ranges were unreadable before the current reading
+        self._block = int(handle.info.block_size)
+        self._largest = max(_LEAST_LIMIT, 4 * int(image.get_size()))
+        self._ntfs = volume.kind == "ntfs"
+        # Where a run's address is no place on the disk.
+        self._placed = volume.kind not in ("logical", "yaffs2")
+
+    # --- listing -----------------------------------------------------------------------------
+
+    def records(self, *, names: bool = False) -> Iterator[FileRecord]:
+        root = int(self.handle.info.root_inum)
+        count = 0
+        for record in self._walk(self._directory(root, "/"), "", (root,)):
+            if record.of_name and not names:
+                continue
+            count += 1
+            if count > _ENTRIES:
+                self.problems.append(f"more than {_ENTRIES} entries: the rest is not listed")
+                return
+            yield record
+
+    def _directory(self, inode: int, path: str) -> list[pytsk3.File]:
+        try:
+            return list(self.handle.open_dir(inode=inode))
+        except (OSError, RuntimeError) as error:
+            self._problem(path, error)
+            return []
+
+    def _problem(self, path: str, error: BaseException) -> None:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.problems.append(printable(f"{self.volume.prefix}{path}: {why}", limit=8192))
+
+    def _walk(
+        self, entries: list[pytsk3.File], path: str, above: tuple[int, ...], *, orphans: bool = False
+    ) -> Iterator[FileRecord]:
+        for entry in entries:
+            name = entry.info.name
+            if name is None or name.name in (b".", b".."):
+                continue
+            inode = int(name.meta_addr)
+            here = f"{path}/{_text(name.name)}"
+            # Names made up for orphans come without their metadata.
+            held = self._orphan(inode, here) or entry if orphans and entry.info.meta is None else entry
+            meta = held.info.meta
+            yield from self._of_entry(name, held, here)
+            if meta is None or not _is_directory(name, meta) or inode in above:
+                continue
+            if len(above) > _DEPTH:
+                self._problem(here, RecursionError(f"deeper than {_DEPTH} directories"))
+                continue
+            made_up = int(name.type) == _VIRTUAL_DIRECTORY
+            yield from self._walk(self._directory(inode, here), here, (*above, inode), orphans=made_up)
+
+    def _orphan(self, inode: int, path: str) -> pytsk3.File | None:
+        try:
+            return self.handle.open_meta(inode=inode)
+        except (OSError, RuntimeError) as error:
+            self._problem(path, error)
+            return None
+
+    def _of_entry(self, name: Any, entry: pytsk3.File, path: str) -> Iterator[FileRecord]:
+        meta = entry.info.meta
+        if meta is None:
+            yield self._record(name, None, path, None)
+            return
+        attributes = self._attributes(entry, path)
+        if not self._ntfs:
+            content = next((item for item in attributes if int(item.info.type) in _CONTENT_TYPES), None)
+            yield self._record(name, meta, path, content)
+            return
+        streams = 0
+        for attribute in attributes:
+            kind = int(attribute.info.type)
+            if kind in (_NTFS_DATA, _NTFS_INDEX):
+                streams += 1
+                yield self._record(name, meta, path, attribute)
+            elif kind == NTFS_FILE_NAME:
+                times = self._name_times(entry, attribute)
+                if times is not None:
+                    yield replace(self._record(name, meta, path, attribute), times=times)
+        if not streams:
+            yield self._record(name, meta, path, None)
+
+    def _attributes(self, entry: pytsk3.File, path: str) -> list[pytsk3.Attribute]:
+        try:
+            return list(entry)
+        except (OSError, RuntimeError) as error:
+            self._problem(path, error)
+            return []
+
+    def _record(self, name: Any, meta: Any, path: str, attribute: Any) -> FileRecord:
+        record = FileRecord(
+            volume=self.volume,
+            path=path,
+            inode=int(name.meta_addr),
+            name_type=_letter(_NAME_LETTERS, int(name.type)),
+            allocated=not int(name.flags) & _UNALLOCATED,
+        )
+        if meta is None:
+            return record
+        record = replace(
+            record,
+            has_metadata=True,
+            type=_letter(_META_LETTERS, int(meta.type)),
+            in_use=not int(meta.flags) & _UNALLOCATED,
+            size=int(meta.size),
+            mode=int(meta.mode),
+            uid=int(meta.uid),
+            gid=int(meta.gid),
+            times=_times(meta),
+            sequence=int(meta.seq),
+            link=_text(meta.link or b"") if _is_link(meta) else "",
+        )
+        if attribute is None:
+            return record
+        info = attribute.info
+        resident = bool(int(info.flags) & _RESIDENT)
+        spans = self._spans(attribute, path)
+        sparse = self._placed and not resident and spans == ()
+        record = replace(record, resident=resident, spans=spans or (), sparse=sparse)
+        if not self._ntfs:
+            return record
+        kind, stream = int(info.type), _text(info.name or b"")
+        return replace(
+            record,
+            attribute=(kind, int(info.id)),
+            size=int(info.size),
+            stream="" if kind == _NTFS_INDEX and stream == "$I30" else stream,
+        )
+
+    def _spans(self, attribute: pytsk3.Attribute, path: str) -> tuple[Span, ...] | None:
+        if int(attribute.info.flags) & _RESIDENT or not self._placed:
+            return None
+        try:
+            runs = [(int(run.addr), int(run.len)) for run in attribute if not int(run.flags) & _NO_BLOCKS]
+        except (OSError, RuntimeError) as error:
+            self._problem(path, error)
+            return None
+        return tuple(Span(self.volume.offset + at * self._block, count * self._block) for at, count in runs)
+
+    def _name_times(self, entry: pytsk3.File, attribute: pytsk3.Attribute) -> Times | None:
+        """Return the times in a $FILE_NAME attribute: the system sets them, tools seldom can."""
+        if int(attribute.info.size) < _FILE_NAME_BYTES:
+            return None
+        try:
+            data = entry.read_random(0, _FILE_NAME_BYTES, NTFS_FILE_NAME, int(attribute.info.id))
+        except (OSError, RuntimeError):
+            return None
+        created, modified, changed, accessed = (
+            _filetime(int.from_bytes(data[at : at + 8], "little")) for at in (8, 16, 24, 32)
+        )
+        return Times(modified, accessed, changed, created)
+
+    # --- content -----------------------------------------------------------------------------
+
+    def chunks(self, record: FileRecord) -> Iterator[bytes]:
+        """Yield the content of a record, all of it; raises ``OSError`` when it cannot be read.
+
+        A file that claims to be several times larger than the disk is not read: it would be
+        zeros, for hours.
+        """
+        if record.size > self._largest:
+            raise OSError(f"its size, {record.size} bytes, is more than is read of a disk this large")
+        self._failed = len(getattr(self.image, "unreadable", ()))
+        try:
+            handle = self.handle.open_meta(inode=record.inode)
+            done = 0
+            while done < record.size:
+                wanted = min(_CHUNK, record.size - done)
+                if record.attribute is None:
+                    data = handle.read_random(done, wanted)
+                else:
+                    data = handle.read_random(done, wanted, *record.attribute)
+                if not data:
+                    raise OSError(f"the content ends at {done} of {record.size} bytes")
+                self._vouch(record)
+                yield data
+                done += len(data)
+        except RuntimeError as error:  # what pytsk3 makes of an exception from the image
+            raise OSError(str(error).splitlines()[0]) from error
+
+    def _vouch(self, record: FileRecord) -> None:
+        """Raise when what was just read may hold zeros that stand for unreadable sectors."""
+        unreadable = getattr(self.image, "unreadable", ())
+        if unreadable and (len(unreadable) > self._failed or Spans(unreadable).overlap(record.spans)):
+            raise OSError(f"part of the content cannot be read: {self.image.read_errors[-1]}")
+
+    def read(self, path: str) -> bytes:
+        """Return the content of one file by its path inside this file system. For small files."""
+        handle = self.handle.open(path)
+        return bytes(handle.read_random(0, int(handle.info.meta.size))) if int(handle.info.meta.size) else b""
+
+
+def file_systems(image: pytsk3.Img_Info, name: str = "the disk") -> list[SleuthKitFileSystem]:
+    """Return every file system of a state: one per partition that holds one, or the whole disk's.
+
+    Raises :class:`NoFileSystem` naming the partitions that were looked at.
+    """
+    found: list[SleuthKitFileSystem] = []
+    looked: list[str] = []
+    for number, offset, description in _partitions(image):
+        looked.append(f"partition {number} ({printable(description) or 'no description'})")
+        handle = _open(image, offset)
+        if handle is not None:
+            found.append(SleuthKitFileSystem(image, Volume(number, offset, description, _kind(handle)), handle))
+    if not found:
+        handle = _open(image, 0)
+        if handle is not None:
+            found.append(SleuthKitFileSystem(image, Volume(0, 0, "", _kind(handle)), handle))
+    if not found:
+        errors = getattr(image, "read_errors", [])
+        where = f"; looked at {', '.join(looked)}" if looked else ""
+        why = f"; {errors[0]}" if errors else ""
+        raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
+    return found
+
+
+def _partitions(image: pytsk3.Img_Info) -> Iterator[tuple[int, int, str]]:
+    try:
+        table = pytsk3.Volume_Info(image)
+        parts = [part for part in table if int(part.flags) == int(pytsk3.TSK_VS_PART_FLAG_ALLOC)]
+        sector = int(table.info.block_size)
+    except (OSError, RuntimeError):
+        return  # no partition table, which is common
+    for number, part in enumerate(parts, 1):
+        yield number, int(part.start) * sector, _text(part.desc or b"")
+
+
+def _open(image: pytsk3.Img_Info, offset: int) -> pytsk3.FS_Info | None:
+    if offset >= image.get_size():
+        return None
+    try:
+        return pytsk3.FS_Info(image, offset)
+    except (OSError, RuntimeError):
+        return None  # what is there is no file system The Sleuth Kit knows
+
+
+_KIND_NAMES = (
+    *("NTFS", "FAT12", "FAT16", "FAT32", "EXFAT", "FFS1", "FFS2", "EXT2", "EXT3", "EXT4"),
+    *("HFS", "ISO9660", "APFS", "YAFFS2", "LOGICAL", "SWAP", "RAW"),
+)
+_CONTENT_TYPES = frozenset((1, _NTFS_DATA, 4352))  # default, data, and that of HFS files
+
+
+def _kind(handle: pytsk3.FS_Info) -> str:
+    value = int(handle.info.ftype)
+    for name in _KIND_NAMES:
+        known = getattr(pytsk3, f"TSK_FS_TYPE_{name}", None)
+        if known is not None and int(known) == value:
+            return name.lower()
+    return f"type {value}"
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _letter(letters: str, value: int) -> str:
+    return letters[value] if 0 <= value < len(letters) else "-"
+
+
+def _is_directory(name: Any, meta: Any) -> bool:
+    """Whether ``fls -r`` would go into this entry."""
+    if int(name.type) not in (0, 3, 11) or int(meta.type) not in (2, 11):
+        return False
+    return not int(name.flags) & _UNALLOCATED or bool(int(meta.flags) & _UNALLOCATED)
+
+
+def _is_link(meta: Any) -> bool:
+    return _letter(_META_LETTERS, int(meta.type)) == "l"
+
+
+def _times(meta: Any) -> Times:
+    return Times(
+        *(
+            int(getattr(meta, name)) * _SECOND + int(getattr(meta, f"{name}_nano"))
+            for name in ("mtime", "atime", "ctime", "crtime")
+        )
+    )
+
+
+def _filetime(value: int) -> int:
+    return (value - _FILETIME_EPOCH) * 100 if value else 0

@@ -1,0 +1,94 @@
+"""Reading a disk that has unreadable places: the reasons are kept, zeros may stand in and are listed.
+
+A file system is walked through many small reads, and one unreadable cluster must not end the walk.
+Whoever shows what was read checks :attr:`TolerantReader.unreadable` before vouching for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from ..errors import FormatError, Qcow2Error, ReadError
+from ..format.header import SECTOR
+from ..reader.disk import Disk, Layer, RawDisk
+
+Unreadable = Literal["raise", "zeros"]
+
+_ERRORS_KEPT = 100  # of `errors`; a damaged image can fail a million reads
+_RANGES_KEPT = 100_000  # of `unreadable`; with more, reads raise
+
+
+class TolerantReader:
+    """Reads a disk. ``policy`` is ``raise``, or ``zeros`` for what cannot be read.
+
+    ``errors`` keeps the reasons, each once; ``unreadable`` the ranges (offset, length) that were
+    filled with zeros.
+    """
+
+    def __init__(self, disk: Layer, policy: Unreadable = "raise") -> None:
+        self.disk = disk
+        self.errors: list[str] = []
+        self.unreadable: list[tuple[int, int]] = []
+        self._policy = policy
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self.disk.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes at ``offset``, fewer only at the end of the disk; raises ``Qcow2Error``."""
+        try:
+            return self.disk.read(offset, length)
+        except Qcow2Error as error:
+            self._remember(str(error))
+            if self._policy == "raise" or len(self.unreadable) >= _RANGES_KEPT:
+                raise
+            return b"".join(self._with_zeros(offset, min(length, self.disk.size - offset)))
+
+    def _with_zeros(self, offset: int, length: int) -> Iterator[bytes]:
+        """Yield a range by halves, down to what is read or not as a whole; zeros for what cannot be read."""
+        try:
+            yield self.disk.read(offset, length)
+            return
+        except Qcow2Error as error:
+            unit = SECTOR if _is_cut_anywhere(error) else _smallest_cluster(self.disk)
+            middle = (offset + length // 2) // unit * unit
+            if middle <= offset:
+                middle = offset // unit * unit + unit
+            never = isinstance(self.disk, Disk) and offset >= self.disk.mapped_end
+            if never or middle >= offset + length:
+                self._remember(str(error))
+                self._list(offset, length)
+                yield bytes(length)
+                return
+        yield from self._with_zeros(offset, middle - offset)
+        yield from self._with_zeros(middle, offset + length - middle)
+
+    def _remember(self, sentence: str) -> None:
+        if sentence not in self.errors and len(self.errors) < _ERRORS_KEPT:
+            self.errors.append(sentence)
+
+    def _list(self, offset: int, length: int) -> None:
+        if self.unreadable and sum(self.unreadable[-1]) == offset:
+            offset, length = self.unreadable[-1][0], self.unreadable[-1][1] + length
+            self.unreadable.pop()
+        self.unreadable.append((offset, length))
+
+
+def _smallest_cluster(layer: Layer | None) -> int:
+    """Return the bytes that a chain reads or refuses as a whole: the smallest cluster, or subcluster, in it."""
+    unit = 1 << 21
+    while isinstance(layer, Disk):
+        header = layer.image.header
+        if header.version == 1:  # its clusters stand anywhere: the end of the file may cut one at any sector
+            return SECTOR
+        unit = min(unit, header.cluster_size // 32 if header.extended_l2 else header.cluster_size)
+        layer = layer.backing
+    return unit if layer is None or isinstance(layer, RawDisk) else SECTOR
+
+
+def _is_cut_anywhere(error: Qcow2Error) -> bool:
+    """Whether the sectors beside an unreadable one may be readable, though they are of one cluster."""
+    return isinstance(error, ReadError) or (isinstance(error, FormatError) and error.field == "encrypted cluster")
