@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Qcow2Error, printable
+from ..errors import Qcow2Error
 from ..reader.disk import Disk
 from ..reader.opening import SnapshotName, open_disk
+from ..text import printable
 from .options import add_disk_arguments, open_from, passphrase_of, resolver_of
 
 if TYPE_CHECKING:

@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import Qcow2Error, printable
+from ..errors import Qcow2Error
 from ..findings import Report, __version__
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Disk
 from ..reader.opening import SnapshotName
 from ..reader.vm_state import VmState
-from ..text import size
+from ..text import printable, short_date, short_time, size, snapshot_time
 from .files import Content, DiskContent, File, MemoryContent, TextContent, safe_name, unique_name
 
-_SECOND = 1_000_000_000  # nanoseconds
 _README = "README.txt"
 _AUDIT = "audit.json"
 
@@ -159,7 +157,7 @@ def _memory(disk: Disk) -> Content:
 def _states(path: str, modified: int, *, deleted: bool) -> Iterator[State]:
     """Yield the active state, each snapshot in the order of its table, then the deleted ones that can be opened."""
     with Image(path) as image:
-        yield State(None, "active", f"the disk as it is now, modified {_date(modified)}", modified, None)
+        yield State(None, "active", f"the disk as it is now, modified {short_time(modified)} UTC", modified, None)
         for entry in image.snapshots:
             yield _snapshot("snapshot", entry, entry, "")
         if not deleted:
@@ -172,12 +170,10 @@ def _states(path: str, modified: int, *, deleted: bool) -> Iterator[State]:
 
 
 def _snapshot(kind: str, entry: SnapshotEntry, selector: SnapshotName, left: str) -> State:
-    time = entry.date_sec * _SECOND + entry.date_nsec
+    seconds, nanoseconds = entry.date_sec, entry.date_nsec
     stem = "-".join(part for part in (kind, safe_name(entry.id), safe_name(entry.name)) if part)
     what = f"{kind} snapshot" if kind != "snapshot" else kind
-    description = f'{what} {printable(entry.id)} "{printable(entry.name)}" of {_date(time)}{left}'
-    return State(selector, stem, description, time, entry)
-
-
-def _date(nanoseconds: int) -> str:
-    return f"{datetime.fromtimestamp(nanoseconds // _SECOND, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    description = (
+        f'{what} {printable(entry.id)} "{printable(entry.name)}" of {short_date(seconds, nanoseconds)} UTC{left}'
+    )
+    return State(selector, stem, description, snapshot_time(seconds, nanoseconds), entry)
