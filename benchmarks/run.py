@@ -14,7 +14,7 @@ from pathlib import Path
 
 import harness
 
-GROUPS = ("reader", "audit", "compare", "guest_memory", "log2timeline", "volatility")
+GROUPS = ("reader", "audit", "compare", "guest_memory", "mount", "log2timeline", "volatility")
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ COMMANDS = (
     "map",
     "export",
     "memory",
+    "mount",
     "diff",
     "timeline",
     "residue",

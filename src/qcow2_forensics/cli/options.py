@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import Locked, Qcow2Error
 from ..reader.disk import Disk
-from ..reader.opening import open_disk
+from ..reader.opening import SnapshotName, open_disk
 from ..reader.resolver import Resolver
 from ..text import printable
 
@@ -112,7 +112,7 @@ def _name_and_path(pair: str) -> dict[str, str]:
     return {pair[:at]: pair[at + 1 :] for at in there or places[-1:]}
 
 
-def open_from(args: argparse.Namespace, snapshot: str | None = None) -> Disk:
+def open_from(args: argparse.Namespace, snapshot: SnapshotName = None) -> Disk:
     """Open the disk the options mean, asking for a passphrase when it is locked."""
     wanted = snapshot if snapshot is not None else getattr(args, "snapshot", None)
     disk = open_disk(

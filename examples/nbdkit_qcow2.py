@@ -1,0 +1,118 @@
+"""An nbdkit plug-in: every state of a QCOW2 image as a read-only NBD export.
+
+Run it on a Unix socket, or on the loopback address; nbdkit listens on every address otherwise:
+
+    nbdkit -f -U case.sock python examples/nbdkit_qcow2.py image=disk.qcow2
+    nbdkit -f -i 127.0.0.1 python examples/nbdkit_qcow2.py image=disk.qcow2 passphrase-file=key.txt
+
+The export name chooses the state: none or "active" for the disk as it is now, else an ID or a name of a snapshot:
+
+    nbdinfo --list 'nbd+unix:///?socket=case.sock'
+    qemu-img convert -O raw 'nbd+unix:///before-incident?socket=case.sock' before.raw
+    sudo nbd-client -unix case.sock -N before-incident -readonly /dev/nbd0
+
+Parameters: image, passphrase-file, backing-dir (may be repeated). nbdkit runs Debian's own Python: the package must
+be installed there, or PYTHONPATH must name where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbdkit
+
+import qcow2_forensics as q
+from qcow2_forensics.text import printable
+
+API_VERSION = 2
+
+settings: dict[str, str] = {}
+folders: list[str] = []
+
+
+def config(key: str, value: str) -> None:
+    """Take one parameter of the command line."""
+    if key == "backing-dir":
+        folders.append(value)
+    elif key in ("image", "passphrase-file"):
+        settings[key] = str(Path(value).absolute())  # nbdkit changes its folder when it goes to the background
+    else:
+        raise RuntimeError(f"unknown parameter {key}")
+
+
+def config_complete() -> None:
+    """Open the active state once, so that a mistake shows at the start."""
+    if "image" not in settings:
+        raise RuntimeError("image=FILE is missing")
+    opened("").close()
+
+
+def opened(name: str) -> q.Disk:
+    """Return the state that an export name chooses."""
+    key = settings.get("passphrase-file")
+    disk = q.open_disk(
+        settings["image"],
+        None if name in ("", "active") else name,
+        Path(key).read_bytes().removesuffix(b"\n") if key else None,
+        q.Resolver(folders=folders),
+    )
+    if disk.is_locked:
+        disk.close()
+        raise RuntimeError("the image is encrypted: passphrase-file=FILE is missing")
+    return disk
+
+
+def thread_model() -> int:
+    """Let nbdkit answer several requests at once: a disk has no position."""
+    return nbdkit.THREAD_MODEL_PARALLEL
+
+
+def list_exports(readonly: bool, is_tls: bool) -> Iterator[tuple[str, str]]:  # noqa: ARG001
+    """Yield the name of every state and what it is; a snapshot goes by its ID, which need not be unique."""
+    yield "active", "the disk as it is now"
+    with q.open_image(settings["image"]) as image:
+        for entry in image.snapshots:
+            yield printable(entry.id), f"snapshot {printable(entry.name)}"
+
+
+def open(readonly: bool) -> q.Disk:  # noqa: A001, ARG001 - nbdkit's names
+    """Open the state that this client asked for."""
+    return opened(nbdkit.export_name())
+
+
+def close(disk: q.Disk) -> None:
+    """Close it when the client goes."""
+    disk.close()
+
+
+def get_size(disk: q.Disk) -> int:
+    """Return the size of the disk in bytes."""
+    return disk.size
+
+
+def can_write(disk: q.Disk) -> bool:  # noqa: ARG001
+    """Evidence is only read."""
+    return False
+
+
+def can_multi_conn(disk: q.Disk) -> bool:  # noqa: ARG001
+    """Several connections see the same bytes."""
+    return True
+
+
+def can_extents(disk: q.Disk) -> bool:  # noqa: ARG001
+    """Clients may ask where the holes are."""
+    return True
+
+
+def pread(disk: q.Disk, buffer: bytearray, offset: int, flags: int) -> None:  # noqa: ARG001
+    """Fill ``buffer``; an error is an I/O error for the client, with the reason on nbdkit's standard error."""
+    buffer[:] = disk.read(offset, len(buffer))
+
+
+def extents(disk: q.Disk, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:  # noqa: ARG001
+    """Return (offset, length, type) of what is stored and what is a hole."""
+    hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
+    empty = (q.Kind.ZERO, q.Kind.HOLE)
+    return [(item.offset, item.length, hole if item.kind in empty else 0) for item in disk.extents(offset, count)]

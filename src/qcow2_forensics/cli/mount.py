@@ -1,0 +1,136 @@
+"""``mount``: every state of an image as read-only raw files in a folder, through FUSE."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Qcow2Error
+from ..reader.disk import Disk
+from ..reader.opening import SnapshotName, open_disk
+from ..text import printable
+from .options import add_disk_arguments, open_from, passphrase_of, resolver_of
+
+if TYPE_CHECKING:
+    from ..findings import Report
+    from ..mount.files import Content
+    from ..mount.folder import ImageFolder
+
+_EPILOG = """examples:
+  qcow2-forensics mount disk.qcow2 /mnt/case
+  qcow2-forensics mount disk.qcow2 web.qcow2 /mnt/case --deleted
+  qcow2-forensics mount disk.qcow2 /mnt/case --background; fls -r /mnt/case/disk.qcow2/active.raw
+  fusermount -u /mnt/case
+
+Each image becomes a folder with active.raw, one raw file per snapshot, guest memory as .memory.raw,
+audit.json, and a README.txt that says what is what. It ends with Ctrl-C or "fusermount -u DIR".
+DIR is made when it is not there, and then removed again.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``mount`` to the command line."""
+    parser = subparsers.add_parser(
+        "mount",
+        help="show every state as a read-only raw file in a folder (FUSE)",
+        description="Mount images: each state of the disk, and guest memory, as a read-only raw file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="QCOW2 (or QCOW) images; they are only read")
+    parser.add_argument("folder", metavar="DIR", help="an empty folder, or one to make")
+    add_disk_arguments(parser, snapshot=False)
+    parser.add_argument("--deleted", action="store_true", help="also look for deleted snapshots in free space (slow)")
+    parser.add_argument("--no-memory", action="store_true", help="leave guest memory out")
+    parser.add_argument("--no-audit", action="store_true", help="leave audit.json out")
+    parser.add_argument("--allow-other", action="store_true", help="let other users, and root, see the files too")
+    parser.add_argument("--background", action="store_true", help="return when the mount is there")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the images until they are unmounted; 2 when a state of them could not be served."""
+    from ..mount.files import safe_name, unique_name
+    from ..mount.filesystem import need_fuse, serve
+
+    need_fuse()
+    point = Path(args.folder).absolute()
+    folders: dict[str, ImageFolder] = {}
+    _allow_many_files()
+    with contextlib.ExitStack() as undo:
+        for path in args.images:
+            folder = undo.enter_context(_open(args, str(Path(path).absolute())))
+            folders[unique_name(folder.name, "", folders)] = folder
+            for sentence in folder.missing:
+                print(f"qcow2-forensics: not served: {sentence}", file=sys.stderr)
+        missing = any(folder.missing for folder in folders.values())
+        undo.enter_context(_mount_point(point))
+        print(f"{printable(str(point))}: {', '.join(folders)}; Ctrl-C or fusermount -u ends it", file=sys.stderr)
+        serve(
+            {name: folder.files for name, folder in folders.items()},
+            str(point),
+            lambda sentence: print(f"qcow2-forensics: {sentence}", file=sys.stderr),
+            foreground=not args.background,
+            allow_other=args.allow_other,
+            label=safe_name(next(iter(folders))) or "qcow2",
+        )
+    return 2 if missing else 0
+
+
+def _open(args: argparse.Namespace, path: str) -> ImageFolder:
+    from ..mount.folder import ImageFolder, Openers
+
+    here = argparse.Namespace(**{**vars(args), "image": path})
+
+    def disk(selector: SnapshotName, keys: Disk | None) -> Disk:
+        if keys is None:
+            return open_from(here, selector)  # asks for the passphrase, once
+        opened = open_disk(path, selector, None, resolver_of(here), eof=args.eof, follow=not args.no_backing)
+        opened.adopt_keys(keys)
+        return opened
+
+    def memory(selector: SnapshotName) -> Content:
+        from ..memory import open_guest_memory
+        from ..mount.files import MemoryContent
+
+        return MemoryContent(open_guest_memory(path, selector, passphrase_of(here)))
+
+    def report() -> Report:
+        from ..audit import audit
+
+        return audit(path, passphrase=passphrase_of(here), resolver=resolver_of(here))
+
+    return ImageFolder(
+        path,
+        Openers(disk, None if args.no_memory else memory, None if args.no_audit else report, deleted=args.deleted),
+    )
+
+
+@contextlib.contextmanager
+def _mount_point(point: Path) -> Any:
+    """Make sure of an empty folder to mount at; remove it afterwards if it was made here."""
+    made = not point.exists()
+    if made:
+        point.mkdir()
+    elif not point.is_dir():
+        raise Qcow2Error(f"{printable(str(point))} is not a folder")
+    elif any(point.iterdir()):
+        raise Qcow2Error(f"{printable(str(point))} is not empty: what is in it would be hidden")
+    try:
+        yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                point.rmdir()
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files: each state of a chain keeps every file of the chain open."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,92 @@
+"""The nbdkit plug-in in examples/ serves every state over NBD; QEMU is the client that compares."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests import qemu
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "nbdkit_qcow2.py"
+
+
+@pytest.fixture(autouse=True)
+def nbdkit() -> None:
+    """Skip by name where nbdkit or its Python plug-in is absent."""
+    if shutil.which("nbdkit") is None:
+        pytest.skip("nbdkit is absent")
+    if subprocess.run(["nbdkit", "python", "--dump-plugin"], capture_output=True, check=False).returncode:
+        pytest.skip("nbdkit-plugin-python is absent")
+
+
+def command(socket: Path, *parameters: str) -> list[str]:
+    return ["nbdkit", "-f", "-U", str(socket), "python", str(SCRIPT), *parameters]
+
+
+def environment() -> dict[str, str]:
+    # nbdkit runs the system's Python; what is pure Python of ours and zstd come from here.
+    folders = [str(ROOT / "src"), *(path for path in sys.path if path.endswith("site-packages"))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+@contextmanager
+def served(socket: Path, *parameters: str) -> Iterator[Callable[[str], str]]:
+    """Serve on a Unix socket; yields a function from export names to URIs."""
+    with subprocess.Popen(command(socket, *parameters), env=environment(), stderr=subprocess.PIPE) as process:
+        end = time.monotonic() + 30
+        while not socket.exists():
+            if process.poll() is not None or time.monotonic() > end:
+                process.kill()
+                raise AssertionError(process.communicate()[1].decode())
+            time.sleep(0.02)
+        try:
+            yield lambda name: f"nbd+unix:///{name}?socket={socket}"
+        finally:
+            process.terminate()
+
+
+def test_each_state_reads_as_qemu_reads_it_from_the_image(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    image = make_image("disk.qcow2", "4M", "write -P 1 0 64k", "write -P 2 3M 64k")
+    qemu.snapshot(image, "before")
+    qemu.io(image, "write -P 3 0 64k")
+    with served(tmp_path / "socket", f"image={image}") as uri:
+        for name, snapshot in (("", None), ("active", None), ("1", "before"), ("before", "before")):
+            qemu.img("convert", "-f", "raw", "-O", "raw", uri(name), tmp_path / "raw")
+            assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image, snapshot=snapshot), name
+        holes = qemu.map_json(uri(""), fmt="raw")
+        assert [(item["start"], item["length"], item["data"]) for item in holes] == [
+            (0, 65536, True),
+            (65536, 3 * 1024 * 1024 - 65536, False),
+            (3 * 1024 * 1024, 65536, True),
+            (3 * 1024 * 1024 + 65536, 1024 * 1024 - 65536, False),
+        ]
+        refused = qemu.run("qemu-io", "-f", "raw", "-c", "write 0 512", uri(""), check=False)
+        assert not refused.ok
+
+
+def test_encrypted_images_need_the_key_file(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    image = make_image("locked.qcow2", "1M", "write -P 7 0 64k", secret="sesame")
+    without = subprocess.run(
+        command(tmp_path / "none", f"image={image}"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert without.returncode
+    assert "passphrase-file=FILE is missing" in without.stderr
+    (tmp_path / "key").write_text("sesame\n")
+    with served(tmp_path / "socket", f"image={image}", f"passphrase-file={tmp_path / 'key'}") as uri:
+        qemu.img("convert", "-f", "raw", "-O", "raw", uri(""), tmp_path / "raw")
+    assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image, secret="sesame")
