@@ -1,7 +1,8 @@
 """Watches what this process opens: evidence's own folder and code, and nothing else.
 
 The hook sees every open, socket and subprocess of Python code, ours or a framework's. What it saw
-is kept, not raised: somebody on the way could catch an exception.
+is kept, not raised: somebody on the way could catch an exception. The hook is given names; what was
+opened relative to an open folder is judged by the path of its own descriptor.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.")
 _CHANGES = frozenset(
@@ -72,7 +75,10 @@ class Watch:
     def _open(self, path: object, _mode: object = None, flags: object = 0) -> None:
         if path is None or isinstance(path, int):
             return
-        name = _real(path)
+        self.look_at(_real(path), flags)
+
+    def look_at(self, name: str, flags: object) -> None:
+        """Look at one file that is opened, by its real path."""
         self.opened.add(name)
         writes = isinstance(flags, int) and flags & _WRITING
         if not _below(name, self._writable if writes and not name.endswith(_HARMLESS) else self._readable):
@@ -80,7 +86,19 @@ class Watch:
 
 
 def _real(path: object) -> str:
-    return os.path.realpath(os.fsdecode(path))  # type: ignore[arg-type]
+    """Return the path without links; of a file that is not there yet, that of its folder and its name.
+
+    Not by halves: ``realpath`` that is not strict stops at a loop, and what is left may look harmless.
+    """
+    text = os.path.join(os.getcwd(), os.fsdecode(path))  # type: ignore[arg-type]
+    try:
+        return os.path.realpath(text, strict=True)
+    except OSError:
+        pass
+    try:
+        return os.path.join(os.path.realpath(os.path.dirname(text), strict=True), os.path.basename(text))
+    except OSError:
+        return text if ".." in text.split(os.sep) else os.path.realpath(text)
 
 
 def _below(name: str, folders: Iterable[str]) -> bool:
@@ -89,9 +107,29 @@ def _below(name: str, folders: Iterable[str]) -> bool:
 
 _active: list[Watch] = []
 _installed: list[bool] = []
+_relative = threading.local()  # set while this thread opens a name relative to an open folder
+_really_open = os.open
+
+
+def _open_and_look(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    """Open as ``os.open`` does; what is relative to a folder is looked at when it is open."""
+    if dir_fd is None or not _active or os.path.isabs(path):
+        return _really_open(path, flags, mode, dir_fd=dir_fd)
+    _relative.busy = True
+    try:
+        descriptor = _really_open(path, flags, mode, dir_fd=dir_fd)
+    finally:
+        _relative.busy = False
+    if os.path.isdir("/proc/self/fd"):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        for watch in _active:
+            watch.look_at(name, flags)
+    return descriptor
 
 
 def _hook(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open" and getattr(_relative, "busy", False):
+        return
     if _active and (event == "open" or event in _CHANGES or event.startswith(_FORBIDDEN)):
         watchers, _active[:] = list(_active), []  # what looking itself opens is not evidence's doing
         try:
@@ -106,6 +144,7 @@ def watching(watch: Watch) -> Iterator[Watch]:
     """Have ``watch`` see what happens inside."""
     if not _installed:
         sys.addaudithook(_hook)  # there is no way to take a hook out again
+        os.open = _open_and_look  # type: ignore[assignment]
         _installed.append(True)
     _active.append(watch)
     try:

@@ -94,11 +94,17 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(
     path_spec = qcow(overlay(folder / "top.qcow2", name.format(outside=tmp_path)))
     opened: list[str] = []
     really_open = os.open
-    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(str(path)) or really_open(path, *rest))
+
+    def open_and_note(path: Any, *rest: Any, dir_fd: int | None = None) -> int:
+        beside = os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd is not None else os.getcwd()
+        opened.append(os.path.join(beside, path))
+        return really_open(path, *rest, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", open_and_note)
     assert read(path_spec, 64 * KiB) == TOP  # what the overlay itself holds stays readable
-    with pytest.raises(OSError, match=r"is not followed|is missing, looked for at [^,]*/case/[a-z0-9.]*$"):
+    with pytest.raises(OSError, match=r"is not followed: .*; to allow it, give its folder with QCOW2_BACKING_DIR="):
         read(path_spec)
-    assert set(opened) == {str(folder / "top.qcow2")}
+    assert set(opened) <= {str(folder), str(folder / "top.qcow2")}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_only_reads_that_need_the_missing_file_fail(tmp_path: Path) -> None:
     file_object = open_file(qcow(overlay(tmp_path / "top.qcow2", "gone.qcow2")))
     for offset, length in ((0, 64 * KiB), (0, 1), (63 * KiB, 2 * KiB), (128 * KiB, 512)):
         file_object.seek(offset)
-        with pytest.raises(OSError, match=r"gone\.qcow2' is missing"):
+        with pytest.raises(OSError, match=r"gone\.qcow2' of top\.qcow2 is missing"):
             file_object.read(length)
         assert file_object.get_offset() == offset
     file_object.seek(64 * KiB)

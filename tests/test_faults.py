@@ -131,6 +131,31 @@ def test_a_file_object_that_reads_short_is_read_on(image: Path) -> None:
         assert disk.read(0, 0x30000) == b"\x11" * 0x10000 + b"\x22" * 0x10000 + b"\x33" * 0x10000
 
 
+@pytest.mark.parametrize("change", [-1, -511, 1, None], ids=["a byte less", "a sector less", "a byte more", "nothing"])
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
+def test_a_source_that_breaks_its_contract_is_a_read_error(change: int | None, at: int, image: Path) -> None:
+    class Short:
+        def __init__(self, data: bytes) -> None:
+            self.data, self.size, self.left = data, len(data), at
+
+        def read(self, offset: int, length: int, /) -> bytes:
+            self.left -= 1
+            if self.left >= 0 or length <= 1:
+                return self.data[offset : offset + length]
+            end = offset + length + change if change is not None else offset
+            return self.data[offset:end].ljust(max(0, end - offset), b"?")[: max(0, length + (change or -length))]
+
+    def everything() -> None:
+        source = Short(image.read_bytes())
+        with q.open_disk(source) as disk:
+            for offset in range(0, disk.size, 0x10000):
+                disk.read(offset, 0x10000)
+        q.audit(source, depth="deep")
+
+    with pytest.raises(ReadError):
+        everything()
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.EIO, "gone"), TimeoutError("slow"), ValueError("closed file"), ZeroDivisionError("bug")]
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import copy
+import lzma
 import pickle
 import random
 import re
@@ -397,6 +399,32 @@ def test_backing_files_are_further_base_layers(saved: Saved, dump: Path) -> None
     assert rebuilt["chain_0.location"] == dump.as_uri()
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
+def test_a_raw_backing_file_is_never_decompressed(suffix: str, tmp_path: Path) -> None:
+    pack = {".gz": _gzip, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
+    packed = pack(random.Random(3).randbytes(100_000)).ljust(MiB, b"\0")
+    (tmp_path / f"base{suffix}").write_bytes(packed)
+    overlay = qemu.create(tmp_path / "overlay.qcow2", "1M", backing=f"base{suffix}", backing_format="raw", cwd=tmp_path)
+    layer = stack(overlay)
+    assert isinstance(layer, layers.Qcow2DiskLayer)
+    assert all_bytes(layer) == packed
+    clone = pickle.loads(pickle.dumps(layer.context.layers[layer.dependencies[1]]))
+    assert clone.read(0, 512) == packed[:512]
+
+
+def test_a_file_beside_the_image_stands_in_with_one_warning(
+    dump: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"/srv/vm/{dump.name}"
+    overlay = qemu.create(dump.parent / "moved.qcow2", SIZE, backing=name, backing_format="qcow2", unsafe=True)
+    with warnings_of(caplog) as messages:
+        layer = stack(overlay)
+    assert isinstance(layer, layers.Qcow2DiskLayer)
+    assert [message for message in messages if "was taken for" in message] == messages
+    assert len(messages) == 1
+    assert name in messages[0]
+
+
 def test_a_backing_file_elsewhere_is_refused_by_name(
     dump: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,6 +433,7 @@ def test_a_backing_file_elsewhere_is_refused_by_name(
         assert type(stack(overlay)).__name__ == "FileLayer"
     assert len(messages) == 1
     assert "not followed" in messages[0]
+    assert "--qcow2-backing-folder" in messages[0]
     assert isinstance(stack(overlay, backing_folder=str(dump.parent)), layers.Qcow2DiskLayer)
 
 

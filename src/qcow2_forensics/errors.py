@@ -100,23 +100,41 @@ class SnapshotNotFound(Qcow2Error, LookupError):
 
 
 class MissingFile(Qcow2Error, FileNotFoundError):
-    """A backing or data file the image names is not there; ``tried`` lists where we looked."""
+    """A backing or data file the image names is not there; ``tried`` lists where we looked.
 
-    def __init__(self, role: str, name: str, tried: Iterable[str] = ()) -> None:
+    ``member`` is the file that holds the name, ``remedy`` what the caller can do about it.
+    """
+
+    def __init__(self, role: str, name: str, tried: Iterable[str] = (), *, member: str = "", remedy: str = "") -> None:
         self.tried = tuple(tried)
         looked = f", looked for at {', '.join(map(printable, self.tried))}" if self.tried else ""
-        super().__init__(f"{role} file {printable(name)!r} is missing{looked}")
+        super().__init__(f"{role} file {printable(name)!r}{_named_by(member)} is missing{looked}{_then(remedy)}")
         self.role = role
         self.name = name
+        self.member = member
+        self.remedy = remedy
 
 
 class ForbiddenReference(Qcow2Error):
-    """The policy refused to follow a name found in the image."""
+    """The policy refused to follow a name found in an image; ``member`` is that image's file.
 
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"reference {printable(name)!r} is not followed: {why}")
+    ``remedy`` says what the caller can do to have it followed.
+    """
+
+    def __init__(self, name: str, why: str, *, member: str = "", remedy: str = "") -> None:
+        super().__init__(f"reference {printable(name)!r}{_named_by(member)} is not followed: {why}{_then(remedy)}")
         self.name = name
         self.why = why
+        self.member = member
+        self.remedy = remedy
+
+
+def _named_by(member: str) -> str:
+    return f" of {printable(member.rpartition('/')[2])}" if member else ""
+
+
+def _then(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""
 
 
 class Locked(Qcow2Error, PermissionError):

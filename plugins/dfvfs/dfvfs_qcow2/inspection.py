@@ -83,7 +83,7 @@ def audit(path_spec: Any, resolver_context: Any = None, depth: str = "standard")
     with only_os_errors():
         source = open_source(qcow.parent, context)
         report: Report = qcow2_forensics.audit(
-            source, depth=depth, passphrase=password_of(qcow), resolver=PathSpecResolver(context, source)
+            source, depth=depth, passphrase=password_of(qcow), resolver=PathSpecResolver(context)
         )
         return report
 

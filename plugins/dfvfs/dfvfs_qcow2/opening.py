@@ -25,6 +25,7 @@ from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import FileSource, Source, source_name
 from qcow2_forensics.reader.disk import Disk
 from qcow2_forensics.reader.opening import open_disk
+from qcow2_forensics.reader.resolver import ALONE_VARIABLE
 from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
@@ -149,8 +150,9 @@ def _open(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None) -
     entry = None
     if snapshot is not None:
         entry = find_entry(Image(source), snapshot)
-    resolver = PathSpecResolver(resolver_context, source)
-    disk = open_disk(source, snapshot=entry, resolver=resolver, missing="raise")
+    resolver = PathSpecResolver(resolver_context)
+    alone = bool(os.environ.get(ALONE_VARIABLE))
+    disk = open_disk(source, snapshot=entry, resolver=resolver, missing="raise", follow=not alone)
     _announce(path_spec, source)
     if disk.unbacked is not None:
         logger.warning("%s: %s; reads that need it fail", printable(source_name(source)), disk.unbacked)

@@ -1,16 +1,12 @@
 """Backing and data files, resolved in the file system that holds the image.
 
-On the operating system's own file system a name is followed inside the image's folder only, links
-resolved; one that leads elsewhere means the file of the same name beside the image, because
-evidence is usually copied away from where it was used. Inside a container (a file system in an
-image, an archive) absolute names and ``..`` are what they were on that system, but nothing leads
-above the container's root, let alone to the examiner's machine.
+On the operating system's own file system names are followed as everywhere (see the core's resolver).
+Inside a container (a file system in an image, an archive) absolute names and ``..`` are what they were
+on that system, but nothing leads above the container's root, let alone to the examiner's machine.
 """
 
 from __future__ import annotations
 
-import ntpath
-import os
 import re
 from typing import Any
 
@@ -20,8 +16,17 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 from dfvfs.vfs import root_only_file_system
 
 from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error
-from qcow2_forensics.format.source import FileSource, Source
-from qcow2_forensics.reader.resolver import Resolver, Role, parse_reference
+from qcow2_forensics.format.source import Source
+from qcow2_forensics.reader.resolver import (
+    ALONE_VARIABLE,
+    BACKING_VARIABLE,
+    Remedies,
+    Resolver,
+    Role,
+    base_name,
+    folders_from_environment,
+    parse_reference,
+)
 from qcow2_forensics.text import printable
 
 from .sources import FileObjectSource
@@ -30,30 +35,39 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # an absolute name written by QEMU on Wi
 _LINKS = 8  # symbolic links followed for one name inside a container
 
 
+_REMEDIES = Remedies(
+    f"{BACKING_VARIABLE}=FOLDER (plaso: --qcow_backing_dir)", "", f"{ALONE_VARIABLE}=1 (plaso: --qcow_no_backing)"
+)
+
+
 class PathSpecResolver(Resolver):
     """Opens backing and data files of an image that dfVFS opened; :attr:`opened` lists them."""
 
-    def __init__(self, resolver_context: Any, top: Source) -> None:
-        folders = []
-        if isinstance(top, FileSource):
-            folders.append(os.path.dirname(os.path.realpath(top.path)))
-        super().__init__(folders=folders)
+    def __init__(self, resolver_context: Any) -> None:
+        super().__init__(folders=folders_from_environment(), remedies=_REMEDIES)
         self._context = resolver_context
         self.opened: list[Source] = []
 
     def open(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         """Return the file ``name`` in ``parent`` means, and the driver the name itself fixes."""
-        if hasattr(parent, "path_spec"):  # also behind what keeps a deleted snapshot from foreign bytes
-            source, driver = self._open_inside(name, role, parent)
+        if not hasattr(parent, "path_spec"):
+            source, driver = super().open(name, role, parent, top)
         else:
-            # A Windows name can only mean the file of that name beside the image here.
-            local = ntpath.basename(name) if os.name != "nt" and _DRIVE.match(name) else name
-            source, driver = super().open(local, role, parent, top)
+            try:  # also behind what keeps a deleted snapshot from foreign bytes
+                source, driver = self._open_inside(name, role, parent)
+            except (ForbiddenReference, MissingFile) as error:
+                stand_in = self.stand_in(name, role, parent, top)  # in a folder the caller named
+                if stand_in is None:
+                    raise self.with_remedy(error, role, parent) from error.__cause__
+                source, driver = stand_in, None
         self.opened.append(source)
         return source, driver
 
     def _open_inside(self, name: str, role: Role, parent: Any) -> tuple[Source, str | None]:
-        path, driver = (name, None) if _DRIVE.match(name) else parse_reference(name, role)
+        path, driver = name, None
+        if not _DRIVE.match(name):
+            reference = parse_reference(name, role)
+            path, driver = reference.path, reference.driver
         path_spec = parent.path_spec
         location = getattr(path_spec, "location", None)
         if not location:
@@ -63,11 +77,16 @@ class PathSpecResolver(Resolver):
             if isinstance(file_system, root_only_file_system.RootOnlyFileSystem):
                 # A compressed file, for one: whatever is asked for there is that file again.
                 raise ForbiddenReference(name, "the image is not in a file system that could hold the file")
-            place = _join(file_system, location, path)
+            place, beside = _join(file_system, location, path), _join(file_system, location, base_name(name, role))
             found = _regular_file(file_system, _sibling(path_spec, place), name)
+            stands_for = ""
+            if found is None and base_name(name, role) and beside != location:
+                found, stands_for = _regular_file(file_system, _sibling(path_spec, beside), name), name
             if found is None:
-                raise MissingFile(role, name, [place])
-            return FileObjectSource(found, self._context), driver
+                raise MissingFile(role, name, dict.fromkeys([place, beside]))
+            source = FileObjectSource(found, self._context)
+            source.stands_for = stands_for
+            return source, driver
         except Qcow2Error:
             raise
         except (OSError, KeyError, ValueError, NotImplementedError, dfvfs_errors.Error) as error:

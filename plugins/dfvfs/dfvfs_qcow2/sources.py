@@ -28,6 +28,7 @@ class FileObjectSource:
         self.path_spec = path_spec
         self.name = display_name(path_spec)
         self.identity = ("dfvfs", path_spec.comparable)
+        self.stands_for = ""  # as of the core's FileSource
         self._lock = threading.Lock()
         # Not at import: this module is imported while dfvfs.resolver_helpers is being equipped.
         from dfvfs.resolver_helpers import manager

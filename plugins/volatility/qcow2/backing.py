@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import stat
 import urllib.parse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from volatility3.framework import exceptions, interfaces
+from volatility3.framework.layers import physical
 
-from .common import LayerSource, add_file_layer
+from .common import LayerSource, add_file_layer, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from qcow2_forensics import Source
+    from qcow2_forensics.format.source import FileSource
     from qcow2_forensics.reader.resolver import Role
+
+_COMPRESSED = (".gz", ".bz2", ".xz")  # what Volatility's file layer decompresses by its name
+
+
+def _once(record: logging.LogRecord, seen: set[str] = set()) -> bool:  # noqa: B006 - what it is kept for
+    """Show a sentence of the core's once: Volatility builds every layer at least twice."""
+    sentence = record.getMessage()
+    new = sentence not in seen
+    seen.add(sentence)
+    return new
+
+
+logging.getLogger("qcow2_forensics").addFilter(_once)
+
+
+class Qcow2ChainFileLayer(physical.FileLayer):
+    """A local file as it is stored; FileLayer decompresses what is named ``*.gz``, or looks like it.
+
+    ``descriptor`` is the file that the resolver opened. In another process it is opened by its path, which
+    has no links.
+    """
+
+    def __init__(
+        self,
+        context: interfaces.context.ContextInterface,
+        config_path: str,
+        name: str,
+        metadata: dict[str, Any] | None = None,
+        *,
+        descriptor: int | None = None,
+    ) -> None:
+        self._descriptor = descriptor
+        self._file_: IO[Any] | None
+        super().__init__(context=context, config_path=config_path, name=name, metadata=metadata)
+
+    @property
+    def _file(self) -> IO[Any]:
+        if self._file_ is None:
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is None:
+                flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+                descriptor = os.open(local_path(self._location) or "", flags)
+            self._file_ = os.fdopen(descriptor, "rb")
+        return self._file_
 
 
 class LayerResolver:
@@ -34,8 +80,11 @@ class LayerResolver:
         folders: Iterable[str] = (),
     ) -> None:
         from qcow2_forensics import Resolver
+        from qcow2_forensics.reader.resolver import BACKING_VARIABLE, Remedies
 
-        self._policy = Resolver(folders=folders)
+        self.remedies = Remedies(f"--qcow2-backing-folder FOLDER (or {BACKING_VARIABLE})")
+        self.files: dict[str, str] = {}  # as the core's: names the caller gave a file for; there is no such option here
+        self._policy = Resolver(folders=folders, remedies=self.remedies)
         self._context = context
         self._config_path = config_path
         self._known = list(known)
@@ -43,41 +92,52 @@ class LayerResolver:
 
     def open(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         """Return the file a name in ``parent`` means, as a source over its layer."""
+        from qcow2_forensics import ForbiddenReference
         from qcow2_forensics.reader.resolver import parse_reference
 
-        reference = parse_reference(name, role)
         if len(self.names) < len(self._known):
-            layer = self._context.layers[self._known[len(self.names)]]
+            try:
+                driver = parse_reference(name, role).driver
+            except ForbiddenReference:  # a file stands in for it
+                driver = None
+            source = LayerSource(self._context.layers[self._known[len(self.names)]])
+        elif getattr(parent, "path", None) is not None or not getattr(parent, "location", ""):
+            opened, driver = self._policy.open(name, role, parent, top)
+            source = self._local(opened)  # type: ignore[arg-type]  # the core's resolver opens files
         else:
-            layer = self._add(self._location(name, reference.path, role, parent, top), name, role)
-        self.names.append(layer.name)
-        return LayerSource(layer), reference.driver
+            reference = parse_reference(name, role)
+            driver = reference.driver
+            source = self._remote(name, reference.path, role, str(getattr(parent, "location", "")))
+        self.names.append(source.layer.name)
+        return source, driver
 
-    def _location(self, name: str, path: str, role: Role, parent: Source, top: Source) -> str:
+    def _local(self, opened: FileSource) -> LayerSource:
+        """Return a file that the core's policy opened as a layer."""
+        name = self._context.layers.free_layer_name("Qcow2ChainLayer")
+        path = interfaces.configuration.path_join(self._config_path, name)
+        self._context.config[interfaces.configuration.path_join(path, "location")] = Path(opened.path).as_uri()
+        layer = Qcow2ChainFileLayer(self._context, path, name, descriptor=os.dup(opened.fileno()))
+        self._context.layers.add_layer(layer)
+        source = LayerSource(layer)
+        source.stands_for, source.folder = opened.stands_for, opened.folder
+        opened.close()
+        return source
+
+    def _remote(self, name: str, path: str, role: Role, location: str) -> LayerSource:
+        """Return a file beside an image that Volatility opened by a URL, or in an archive."""
         from qcow2_forensics import ForbiddenReference, MissingFile
 
-        location = str(getattr(parent, "location", ""))
-        if getattr(parent, "path", None) is not None or not location:
-            place = self._policy.locate(name, path, role, parent, top)
-            try:
-                # Looked at before it is opened: opening a device or a FIFO can have effects.
-                if not stat.S_ISREG(os.stat(place).st_mode):
-                    raise ForbiddenReference(name, "it is not a regular file")
-            except FileNotFoundError:
-                raise MissingFile(role, name, [str(place)]) from None
-            return Path(place).as_uri()
         parts = path.split("/")
         if "" in parts or ".." in parts or "!" in path:
             raise ForbiddenReference(name, "it leads outside the folder of the image")
+        if path.lower().endswith(_COMPRESSED):
+            raise ForbiddenReference(name, "Volatility would decompress it; copy the files to a local folder")
         folder, mark = (location.rpartition("!")[0::2]) if "!" in location else ("", location)
         base = mark.rpartition("/")[0]
         beside = f"{base}/{urllib.parse.quote(path)}" if base else urllib.parse.quote(path)
-        return f"{folder}!{beside}" if folder else beside
-
-    def _add(self, location: str, name: str, role: Role) -> interfaces.layers.DataLayerInterface:
-        from qcow2_forensics import MissingFile
-
+        place = f"{folder}!{beside}" if folder else beside
         try:
-            return add_file_layer(self._context, self._config_path, "Qcow2ChainLayer", location)
+            layer = add_file_layer(self._context, self._config_path, "Qcow2ChainLayer", place)
         except (OSError, ValueError, exceptions.VolatilityException) as error:
-            raise MissingFile(role, name, [location]) from error
+            raise MissingFile(role, name, [place]) from error
+        return LayerSource(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import lzma
+import os
 import urllib.parse
 import urllib.request
 import zlib
@@ -64,7 +65,9 @@ class LayerSource:
         self.location = str(getattr(layer, "location", ""))
         self.name = urllib.parse.unquote(self.location.rsplit("/", 1)[-1]) or str(layer.name)
         self.path = local_path(self.location) if self.location else None
-        self.identity = self.location or None
+        self.identity: object = _identity(self.path) or self.location or None
+        self.folder: str | None = None  # as of the core's FileSource
+        self.stands_for = ""
         self.size = int(layer.maximum_address) + 1
 
     def read(self, offset: int, length: int, /) -> bytes:
@@ -80,6 +83,15 @@ class LayerSource:
             raise ReadError(f"{self.name}: {error}", offset=offset, length=length) from error
         except _UNREADABLE as error:
             raise ReadError(f"{self.name}: {error}", offset=offset, length=length) from error
+
+
+def _identity(path: str | None) -> tuple[int, int] | None:
+    """Return what tells a local file from any other, None where there is none."""
+    try:
+        status = os.stat(path) if path is not None else None
+    except (OSError, ValueError):
+        return None
+    return None if status is None else (status.st_dev, status.st_ino)
 
 
 def source_under(layer: interfaces.layers.DataLayerInterface) -> Source:

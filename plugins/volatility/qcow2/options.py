@@ -87,8 +87,10 @@ def scan_zeros(context: interfaces.context.ContextInterface) -> bool:
 
 def backing_folders(context: interfaces.context.ContextInterface) -> tuple[str, ...]:
     """Return the folders besides the image's own in which its backing files may lie."""
+    from qcow2_forensics.reader.resolver import folders_from_environment
+
     folder = _option(context, "qcow2_backing_folder")
-    return (str(folder),) if folder else ()
+    return (*((str(folder),) if folder else ()), *folders_from_environment())
 
 
 def passphrase(context: interfaces.context.ContextInterface) -> bytes | None:

@@ -98,14 +98,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace, path: str) -> int:
-    from ..reader.resolver import Resolver
+    from ..reader.resolver import COMMAND_LINE, Resolver
 
     wanted = args.format or "text"
     report = audit(
         path,
         args.depth,
         passphrase_of(args),
-        Resolver(folders=args.backing_dir),
+        Resolver(folders=args.backing_dir, remedies=COMMAND_LINE),
         pictures=wanted == "html",
     )
     missing = _missing(report)

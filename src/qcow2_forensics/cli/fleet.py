@@ -32,7 +32,7 @@ from ..audit import audit
 from ..errors import Qcow2Error
 from ..findings import SCHEMA_VERSION, TOOL, Severity
 from ..format.source import FileSource
-from ..reader.resolver import Resolver
+from ..reader.resolver import COMMAND_LINE, Resolver
 from ..render import render_line
 from ..text import printable
 from .output import Progress, atomic_writer, refuse_evidence
@@ -166,7 +166,7 @@ def _stamp(path: str) -> list[int] | None:
 def audit_line(path: str, depth: str = "standard", folders: tuple[str, ...] = ()) -> str:
     """Audit one image and return its line; a plain function of plain values, for any worker pool."""
     identity = _identity(path)
-    report = audit(path, depth, resolver=Resolver(folders=folders))
+    report = audit(path, depth, resolver=Resolver(folders=folders, remedies=COMMAND_LINE))
     data = json.loads(render_line(report))
     return _line(identity, data)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import Locked, Qcow2Error
 from ..reader.disk import Disk
 from ..reader.opening import SnapshotName, open_disk
-from ..reader.resolver import Resolver
+from ..reader.resolver import COMMAND_LINE, Resolver
 from ..text import printable
 
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
@@ -102,7 +102,7 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
         if "=" not in pair:
             raise Qcow2Error(f"--backing-file {printable(pair)} is not NAME=PATH")
         files.update(_name_and_path(pair))
-    return Resolver(folders=args.backing_dir, files=files)
+    return Resolver(folders=args.backing_dir, files=files, remedies=COMMAND_LINE)
 
 
 def _name_and_path(pair: str) -> dict[str, str]:

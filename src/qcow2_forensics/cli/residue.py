@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..reader.resolver import Resolver
+from ..reader.resolver import COMMAND_LINE, Resolver
 from ..residue import residue
 from ..text import size
 from .options import add_image_argument
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the residue of one image."""
     from ..residue.output import write
 
-    with residue(args.image, resolver=Resolver(folders=args.backing_dir)) as found:
+    with residue(args.image, resolver=Resolver(folders=args.backing_dir, remedies=COMMAND_LINE)) as found:
         total = found.image.file_size
         with Progress("residue", total) as progress:
             summary = write(found, args.folder, kinds=args.kind, limit=args.limit, advance=progress.advance)

@@ -52,16 +52,21 @@ class FileSource:
     """A regular file or block device, opened read-only and read with ``pread``.
 
     The size is taken once. A file that shrinks afterwards gives a :class:`ReadError`, never a
-    short answer. ``regular_only`` refuses devices: names that come from evidence use it.
+    short answer. ``regular_only`` refuses devices: names that come from evidence use it. A
+    ``descriptor`` that is open already is taken over, and closed with the source.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, regular_only: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, regular_only: bool = False, descriptor: int | None = None
+    ) -> None:
         self.path = os.fspath(path)
         self.name = os.fsdecode(self.path)
+        self.folder: str | None = None  # where relative names in it start, if not beside ``path``: it was a link
+        self.stands_for = ""  # the name in an image for which this file beside it was taken
         # O_NONBLOCK: opening a FIFO must not wait for a writer; regular files ignore it.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-        self._fd = os.open(self.path, flags)
+        self._fd = os.open(self.path, flags) if descriptor is None else descriptor
         try:
             status = os.fstat(self._fd)
             if stat.S_ISDIR(status.st_mode):
@@ -163,13 +168,41 @@ class BytesSource:
         return self._data[offset : offset + length]
 
 
+class CheckedSource:
+    """A source of somebody else's, held to the contract: an answer of another length is a ReadError.
+
+    Everything else it has (a path, a name, a layer) shows through. The owner closes it, not we.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._read = source.read
+        self.size = source.size
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        data = self._read(offset, length)
+        if len(data) != length and len(data) != max(0, min(length, self.size - offset)):
+            why = f"{printable(source_name(self._source))} gave {len(data)} bytes"
+            raise ReadError(why, offset=offset, length=length)
+        return data
+
+    def close(self) -> None:
+        """Leave the source open: it is its owner's to close."""
+
+    def __getattr__(self, name: str) -> object:
+        if name == "_source":  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+
 def as_source(origin: PathOrSource) -> Source:
-    """Return a source over a path, a binary file object, or a source as it is."""
+    """Return a source over a path, a binary file object, or a source; a foreign one is checked."""
     if isinstance(origin, (str, os.PathLike)):
         return FileSource(origin) if hasattr(os, "pread") else StreamSource(open(origin, "rb"), str(origin))
     if hasattr(origin, "seek"):
         return StreamSource(origin)  # type: ignore[arg-type]
-    return origin
+    own = isinstance(origin, (FileSource, StreamSource, BytesSource, CheckedSource))
+    return origin if own else CheckedSource(origin)
 
 
 def source_name(source: object) -> str:

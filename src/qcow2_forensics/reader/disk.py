@@ -102,6 +102,8 @@ class Disk:
     bytes that any reader would find.
     """
 
+    notes: tuple[str, ...] = ()  # what whoever reads from this disk should know of its chain; escaped sentences
+
     def __init__(
         self,
         image: Image,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,6 @@ _PROBE_BYTES = 512
 _MAGICS = (
     (0, b"KDMV", "vmdk"),
     (0, b"COWD", "vmdk"),
-    (0, b"# Disk DescriptorFile", "vmdk"),
     (0, b"vhdxfile", "vhdx"),
     (0, b"conectix", "vpc"),
     (64, b"\x7f\x10\xda\xbe", "vdi"),
@@ -35,7 +35,8 @@ _MAGICS = (
     (0, b"Bochs Virtual HD Image", "bochs"),
     (0, b"#!/bin/sh\n#V2.0 Format\n", "cloop"),
 )
-_DESCRIPTOR = b"# Disk DescriptorFile"  # a VMDK that only names the files with the data
+# A VMDK that only names the files with the data. Its first comment can be missing: QEMU looks for the version.
+_DESCRIPTOR = re.compile(rb"# Disk DescriptorFile|(?:#[^\n]*\n| +\r?\n)*version=[123]\r?\n")
 _NO_PARENT = 0xFFFFFFFF  # a VMDK's parent identifier
 _VHD_DIFFERENTIAL = 4
 _VMDK_ZEROED_GRAINS = 4  # of the flags: an entry of 1 is a grain of zeros, not one stored in the second sector
@@ -45,13 +46,21 @@ _LIBRARIES = {"vmdk": "pyvmdk", "vhdx": "pyvhdi", "vpc": "pyvhdi"}
 
 
 def probe(source: Source) -> str:
-    """Return QEMU's name of the format ``source`` starts as; ``raw`` when nothing matches."""
+    """Return QEMU's name of the format ``source`` is of, by its first 512 bytes; ``raw`` when nothing matches.
+
+    What QEMU takes for another format is never raw here. A few heads that QEMU finds incomplete, and then
+    reads as raw, count as their format here: they are not plainly raw.
+    """
     head = source.read(0, _PROBE_BYTES)
     if head[:4] == b"QFI\xfb":
         return "qcow" if head[4:8] == b"\0\0\0\1" else "qcow2"
     for offset, magic, kind in _MAGICS:
         if head[offset : offset + len(magic)] == magic:
             return kind
+    if _DESCRIPTOR.match(head):
+        return "vmdk"
+    if source_name(source).endswith(".dmg"):  # QEMU goes by the name here: the mark is at the end of the file
+        return "dmg"
     return "raw"
 
 
@@ -106,7 +115,7 @@ class ForeignDisk:
         The library is never left to open what the file names: those names are evidence too.
         """
         if self._kind == "vmdk":
-            if source.read(0, len(_DESCRIPTOR)) == _DESCRIPTOR or self._handle.get_number_of_extents() != 1:
+            if _DESCRIPTOR.match(source.read(0, _PROBE_BYTES)) or self._handle.get_number_of_extents() != 1:
                 return "whose data is in other files"
             if source.read(0, 4) == b"KDMV" and source.read(8, 1)[0] & _VMDK_ZEROED_GRAINS:
                 return "with zeroed grains, for which its library takes other bytes of the file"

@@ -1,110 +1,88 @@
-"""Names found in an image become files, under a policy the caller chooses.
+r"""Names found in an image become files, under a policy the caller chooses.
 
-A name in an image is data, not an instruction. By default only plain files below the folder of
-the image the caller named are opened; everything else is refused with the reason.
+::
+
+    name --parse--> path --below an allowed folder?--> the file it means
+                      \--elsewhere, or not there--> a file of the same base name in the folders the
+                         caller named, or in the image's own: it stands in, if it fits, and is reported
+
+By default only plain files below the folder of the image the caller named are opened; everything else
+is refused with the reason and with what would allow it. Nothing outside those folders is looked at.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ..errors import ForbiddenReference, MissingFile, Qcow2Error
-from ..format.source import FileSource, Source
-from ..text import printable
+from ..format.source import FileSource, Source, source_name
+from .confined import Folder, LeavesFolders, NotRegular, folder, is_below, open_below
+from .references import Reference, Role, base_name, json_options, parse_reference
 
-Role = Literal["backing", "data"]
-
-_PROTOCOL = re.compile(r"[^/]*?:")  # QEMU: a colon before the first slash
-_JSON_LENGTH = 65_536  # characters; backing file names have up to 1023 bytes
-_JSON_LIMIT = 64  # levels and members; deeper graphs are no plain file reference
-
-
-class Reference(NamedTuple):
-    """What a name says: a path, and the driver that a ``json:`` name fixes (None otherwise)."""
-
-    path: str
-    driver: str | None = None
-
-
-def parse_reference(name: str, role: Role) -> Reference:
-    """Return the plain file a name means; raises :class:`ForbiddenReference` for anything else.
-
-    Data file names are literal. Backing names may be ``file:PATH``, or ``json:`` with nothing but
-    a qcow2, qcow or raw driver over a local file.
-    """
-    if "\0" in name:
-        raise ForbiddenReference(name, "it contains a NUL character")
-    if role == "data":
-        return Reference(name)
-    if name.startswith("json:"):
-        return _parse_json(name)
-    if name.startswith("file:"):
-        return Reference(name.removeprefix("file:"))
-    protocol = _PROTOCOL.match(name)
-    if protocol:
-        raise ForbiddenReference(name, f"{printable(protocol.group(), 80)} is a protocol or driver, not a plain file")
-    return Reference(name)
+__all__ = [
+    "ALONE_VARIABLE",
+    "BACKING_VARIABLE",
+    "COMMAND_LINE",
+    "PYTHON",
+    "Reference",
+    "Remedies",
+    "Resolver",
+    "Role",
+    "base_name",
+    "folders_from_environment",
+    "json_options",
+    "parse_reference",
+]
 
 
-def json_options(name: str) -> Iterator[tuple[str, object]]:
-    """Yield the options of a ``json:`` name, those inside others under dotted keys; one may come twice."""
-    if len(name) > _JSON_LENGTH:
-        raise ForbiddenReference(name, "its json: options are too long")
-    try:
-        options = json.loads(name.removeprefix("json:"), object_pairs_hook=_Options)
-    except (ValueError, RecursionError) as error:
-        raise ForbiddenReference(name, "its json: options cannot be parsed") from error
-    if not isinstance(options, _Options):
-        raise ForbiddenReference(name, "its json: options are not an object")
-    yield from _flatten(options)
+BACKING_VARIABLE = "QCOW2_BACKING_DIR"  # further folders, in tools whose own options end at their border
+ALONE_VARIABLE = "QCOW2_NO_BACKING"  # not empty: images are read without their backing files there
 
 
-def _parse_json(name: str) -> Reference:
-    pairs = list(json_options(name))
-    flat = dict(pairs)
-    if len(flat) != len(pairs):  # QEMU refuses some, and of others it may take another one
-        raise ForbiddenReference(name, "its json: options say one thing twice")
-    driver = flat.pop("driver", None)
-    path = flat.pop("file.filename", None)
-    protocol = flat.pop("file.driver", "file")
-    if flat or driver not in ("qcow2", "qcow", "raw") or protocol != "file" or not isinstance(path, str):
-        raise ForbiddenReference(name, "its json: options are more than an image in a local file")
-    if "\0" in path:
-        raise ForbiddenReference(name, "it contains a NUL character")
-    return Reference(path, str(driver))
+class Remedies(NamedTuple):
+    """How a front door calls what allows a reference; errors name it. Empty where there is no such option."""
+
+    folder: str  # names a further folder
+    file: str = ""  # names the file
+    alone: str = ""  # reads the image without its backing file
+
+    def for_file(self) -> str:
+        """What gives a file of the caller's for a name."""
+        return f"give the file with {self.file}" if self.file else f"put the file in a folder and give {self.folder}"
+
+    def for_reference(self) -> str:
+        """What to do about a name that is not followed."""
+        named = f", or the file with {self.file}" if self.file else ""
+        return f"to allow it, give its folder with {self.folder}{named}"
+
+    def for_missing(self, role: Role) -> str:
+        """What to do about a file that is not there."""
+        named = f", or the file with {self.file}" if self.file else ""
+        without = f", or do without it: {self.alone}" if self.alone and role == "backing" else ""
+        return f"give its folder with {self.folder}{named}{without}"
 
 
-class _Options(tuple[tuple[object, object], ...]):
-    """The members of a JSON object as they are written: a dictionary would drop all but the last of a name."""
-
-    __slots__ = ()
+PYTHON = Remedies("Resolver(folders=[FOLDER])", "Resolver(files={NAME: PATH})", "open_disk(..., follow=False)")
+COMMAND_LINE = Remedies("--backing-dir DIR", "--backing-file NAME=PATH", "--no-backing")
 
 
-def _flatten(options: _Options, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
-    for count, (key, value) in enumerate(options):
-        if count > _JSON_LIMIT or depth > _JSON_LIMIT:
-            yield f"{prefix}...", "not looked at"  # an option nobody knows: refused
-            return
-        if value and isinstance(value, (_Options, list)):
-            members = value if isinstance(value, _Options) else _Options(enumerate(value))
-            yield from _flatten(members, f"{prefix}{key}.", depth + 1)
-        else:
-            yield f"{prefix}{key}", value
+def folders_from_environment() -> list[str]:
+    """Return the folders that ``QCOW2_BACKING_DIR`` names, separated as in ``PATH``."""
+    return [item for item in os.environ.get(BACKING_VARIABLE, "").split(os.pathsep) if item]
 
 
 class Resolver:
     """Opens backing and data files.
 
     ``folders`` are further folders the caller trusts: names that lead below them are followed, and
-    a file of the same base name in them is taken for a name that leads elsewhere. ``files`` maps
-    names exactly as the image has them to paths. Subclass and override :meth:`open` to resolve
-    names inside another file system.
+    a file of the same base name in them stands in for a name that leads elsewhere. ``files`` maps
+    names exactly as the image has them to paths, ``formats`` the same names to their formats.
+    ``remedies`` says how errors call all this. Subclass and override :meth:`open` to resolve names
+    inside another file system.
     """
 
     def __init__(
@@ -112,63 +90,152 @@ class Resolver:
         *,
         folders: Iterable[str | os.PathLike[str]] = (),
         files: Mapping[str, str | os.PathLike[str]] | None = None,
+        formats: Mapping[str, str] | None = None,
+        remedies: Remedies = PYTHON,
     ) -> None:
-        self.folders = tuple(Path(os.path.realpath(folder)) for folder in folders)
-        self.files = {name: Path(path) for name, path in (files or {}).items()}
+        self._folders = tuple(found for found in map(folder, folders) if found is not None)
+        self.folders = tuple(Path(item.real) for item in self._folders)
+        self.files = {name: os.fspath(path) for name, path in (files or {}).items()}
+        self.formats = dict(formats or {})
+        self.remedies = remedies
 
     def open(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         """Return the file a name in ``parent`` means, and the driver the name itself fixes, if any.
 
-        ``top`` is the image the caller opened: its folder bounds what is followed. Raises
+        ``top`` is the image the caller opened: its folder bounds what is followed. A file that was
+        taken for a name that leads elsewhere says so in ``stands_for``. Raises
         :class:`ForbiddenReference` or :class:`MissingFile`.
         """
         if name in self.files:
-            return self._open_file(self.files[name], name, role), None
-        reference = parse_reference(name, role)
-        return self._open_file(self.locate(name, reference.path, role, parent, top), name, role), reference.driver
-
-    def locate(self, name: str, path: str, role: Role, parent: Source, top: Source) -> Path:
-        """Return the real path of the file ``path`` means in ``parent``, if the policy allows it."""
+            return self._open_named(name, role), self.formats.get(name)
         try:
-            os.fsencode(path)
-        except UnicodeError as error:  # json: names may escape lone surrogates, which no file name can hold
-            raise ForbiddenReference(name, "it cannot be a file name here") from error
-        if path.endswith("/"):
-            raise ForbiddenReference(name, "it names a folder")
-        beside = getattr(parent, "path", None)
-        if beside is None and not os.path.isabs(path):
-            if not self.folders:
-                raise ForbiddenReference(name, "the image was not opened by path, so it has no folder")
-            candidates = []
-        else:
-            candidates = [Path(os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(beside or "/")), path)))]
-        top_path = getattr(top, "path", None)
-        roots = [*self.folders]
-        if top_path is not None:
-            roots.append(Path(os.path.realpath(os.path.dirname(os.path.abspath(top_path)))))
-        allowed = [place for place in candidates if any(place.is_relative_to(root) for root in roots)]
-        base = os.path.basename(path)
-        if base not in ("", ".", ".."):
-            named = [Path(os.path.realpath(folder / base)) for folder in self.folders]
-            allowed += [place for place in named if any(place.is_relative_to(root) for root in roots)]
-        if not allowed:
-            raise ForbiddenReference(name, "it leads outside the folder of the image")
-        for place in allowed:
-            if os.path.lexists(place):
-                return place
-        raise MissingFile(role, name, [str(place) for place in dict.fromkeys(allowed)])
+            return self._follow(name, role, parent, top)
+        except (ForbiddenReference, MissingFile) as error:
+            raise self.with_remedy(error, role, parent) from error.__cause__
 
-    def _open_file(self, path: Path, name: str, role: Role) -> Source:
+    def _follow(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
+        own = _folder_of(top)
+        search = _Search(name, [*self._folders, *([own] if own is not None else [])])
+        driver, why = None, ""
+        try:
+            reference = parse_reference(name, role)
+        except ForbiddenReference as error:
+            if not base_name(name, role):
+                raise
+            why = error.why
+        else:
+            if reference.path.endswith("/"):
+                raise ForbiddenReference(name, "it names a folder")
+            driver = reference.driver
+            place = _place(reference.path, parent)
+            found = search.open(place) if place is not None else None
+            if found is not None:
+                return found, driver
+            if search.leaves:
+                why = "it leads outside the folder of the image"
+            elif place is None:
+                why = "the image was not opened by path, so it has no folder"
+        stand_in = self._beside(search, role, parent, top)
+        if stand_in is not None:
+            return stand_in, driver
+        if why:
+            raise ForbiddenReference(name, why)
+        raise MissingFile(role, name, dict.fromkeys(search.tried))
+
+    def stand_in(self, name: str, role: Role, parent: Source, top: Source) -> FileSource | None:
+        """Return what stands in for a name in the folders that the caller or ``top`` allows, None without."""
+        own = _folder_of(top)
+        search = _Search(name, [*self._folders, *([own] if own is not None else [])])
+        return self._beside(search, role, parent, top)
+
+    def _beside(self, search: _Search, role: Role, parent: Source, top: Source) -> FileSource | None:
+        """Return the file of the same base name in the caller's folders, or in the image's own."""
+        base = base_name(search.name, role)
+        if not base:
+            return None
+        folders = [*self._folders, _folder_of(parent), _folder_of(top)]
+        members = [getattr(source, "identity", None) for source in (parent, top)]
+        for place in dict.fromkeys(os.path.join(item.real, base) for item in folders if item is not None):
+            found = search.open(place)
+            if found is not None and found.identity not in members:
+                found.stands_for = search.name
+                return found
+            if found is not None:  # the image has the name its backing file had in another folder
+                found.close()
+        return None
+
+    def _open_named(self, name: str, role: Role) -> Source:
+        """Open the file the caller named: with its links, wherever it is, but a regular file."""
+        path = self.files[name]
         try:
             # Looked at before it is opened: opening a device or a FIFO can have effects.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise ForbiddenReference(name, "it is not a regular file")
             return FileSource(path, regular_only=True)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if isinstance(error, Qcow2Error):
-                raise
             raise MissingFile(role, name, [str(path)]) from error
         except Qcow2Error:
             raise
         except (OSError, ValueError) as error:
             raise ForbiddenReference(name, f"it cannot be opened: {getattr(error, 'strerror', error)}") from error
+
+    def with_remedy(
+        self, error: ForbiddenReference | MissingFile, role: Role, parent: Source
+    ) -> ForbiddenReference | MissingFile:
+        """Return the error with the member it is about and what would allow the reference."""
+        member = source_name(parent)
+        if isinstance(error, MissingFile):
+            return MissingFile(
+                error.role, error.name, error.tried, member=member, remedy=self.remedies.for_missing(role)
+            )
+        return ForbiddenReference(error.name, error.why, member=member, remedy=self.remedies.for_reference())
+
+
+class _Search:
+    """Opens places below the allowed folders for one name, and remembers how it went."""
+
+    def __init__(self, name: str, allowed: list[Folder]) -> None:
+        self.name = name
+        self.allowed = allowed
+        self.tried: list[str] = []
+        self.leaves = False  # a place, or a link on its way, was outside the allowed folders
+
+    def open(self, place: str) -> FileSource | None:
+        """Return the regular file at ``place``, None when there is none that may be opened."""
+        try:
+            descriptor, real = open_below(self.allowed, place)
+        except LeavesFolders:
+            self.leaves = True
+            return None
+        except (FileNotFoundError, NotADirectoryError):
+            lexical = os.path.normpath(place)
+            if is_below(lexical, [name for item in self.allowed for name in item]):
+                self.tried.append(lexical)
+            else:
+                self.leaves = True
+            return None
+        except NotRegular as error:
+            raise ForbiddenReference(self.name, "it is not a regular file") from error
+        except UnicodeError as error:  # json: names may escape lone surrogates, which no file name can hold
+            raise ForbiddenReference(self.name, "it cannot be a file name here") from error
+        except (OSError, ValueError) as error:
+            raise ForbiddenReference(self.name, f"it cannot be opened: {getattr(error, 'strerror', error)}") from error
+        source = FileSource(real, regular_only=True, descriptor=descriptor)
+        source.folder = os.path.dirname(place)
+        return source
+
+
+def _folder_of(source: Source) -> Folder | None:
+    path = getattr(source, "path", None)
+    return None if path is None else folder(os.path.dirname(os.fspath(path)))
+
+
+def _place(path: str, parent: Source) -> str | None:
+    """Return ``path`` as an absolute one, None where ``parent`` has no folder it could start from."""
+    if os.path.isabs(path):
+        return path
+    start = getattr(parent, "folder", None)
+    if start is None:
+        beside = _folder_of(parent)
+        start = None if beside is None else beside.real
+    return None if start is None else os.path.join(start, path)

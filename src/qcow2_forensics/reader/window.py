@@ -1,0 +1,41 @@
+"""A part of a file as a source of its own: what ``offset`` and ``size`` of a ``json:`` name mean."""
+
+from __future__ import annotations
+
+from ..errors import FormatError
+from ..format.source import Source, source_name
+from ..text import printable
+
+
+class WindowSource:
+    """``size`` bytes of a source from ``offset`` on, up to its end when None; closes it with itself."""
+
+    def __init__(self, source: Source, offset: int, size: int | None) -> None:
+        if offset + (size or 0) > source.size:
+            raise FormatError(
+                f"offset {offset} and size {size or 0} lead past the end of {printable(source_name(source))}",
+                offset=source.size,
+            )
+        self._source = source
+        self._offset = offset
+        self.size = source.size - offset if size is None else size
+        self.name = source_name(source)
+        whole = getattr(source, "identity", None)
+        self.identity = None if whole is None else (whole, offset, size)
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` bytes at ``offset``, fewer only at the end."""
+        length = min(length, self.size - offset)
+        return self._source.read(self._offset + offset, length) if length > 0 else b""
+
+    def close(self) -> None:
+        """Close the source."""
+        close = getattr(self._source, "close", None)
+        if close is not None:
+            close()
+
+    def __getattr__(self, name: str) -> object:
+        """Show where the file is, not what only the whole of it has, such as its descriptor."""
+        if name not in ("path", "folder", "path_spec", "location", "single_threaded", "mtime_ns"):
+            raise AttributeError(name)
+        return getattr(self._source, name)
