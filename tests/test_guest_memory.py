@@ -485,12 +485,14 @@ def test_nodes_take_the_blocks_of_their_size_whatever_their_names_and_order() ->
     assert memory.layout.unplaced == ("/rom@etc/acpi/tables",)
 
 
-def test_nodes_of_one_size_keep_the_order_of_the_stream_and_the_assumption_is_told() -> None:
+def test_nodes_of_one_size_keep_the_order_of_the_stream_and_their_ranges_are_in_doubt() -> None:
     blocks = {f"ram-node{n}": 256 * MiB for n in (1, 10, 2, 0)}
     tables = srat(*((n, n * 256 * MiB, 256 * MiB, 1) for n in range(4)))
     memory = laid_out(blocks, clock=cmos(GiB, 0), tables=tables)
     assert [region.block for region in memory.regions] == ["ram-node1", "ram-node10", "ram-node2", "ram-node0"]
-    assert memory.layout.assumptions == ("blocks of one size are taken to lie in the order they were made",)
+    (assumption,) = memory.layout.assumptions
+    assert assumption.startswith("blocks of one size are taken to lie in the order they were made (in doubt: 0x0-0xf")
+    assert memory.layout.doubts == ((0, GiB),)
 
 
 def test_blocks_nobody_orders_are_taken_by_name_in_the_order_people_count() -> None:
@@ -518,7 +520,8 @@ def test_modules_lie_in_the_window_and_non_volatile_ones_where_the_srat_has_them
     assert [(region.address, region.block) for region in memory.regions] == [
         (0, BLOCK), (6 * GiB, "dimm1"), (7 * GiB, "dimm2"), (20 * GiB, "nv")
     ]  # fmt: skip
-    assert memory.layout.assumptions == ("memory modules are taken to lie in the order they were made",)
+    assert memory.layout.doubts == ((6 * GiB, 2 * GiB),)
+    assert "the SRAT has a non-volatile module here" in memory.layout.reasons
 
 
 def test_modules_without_a_described_window_are_placed_only_on_machines_that_had_none() -> None:

@@ -23,7 +23,7 @@ from .page_index import RunIndex
 from .records import Block, Cpu, Device, Layout, Region
 from .stream_analysis import Analysis
 
-FORMAT_VERSION: Final = 2  # raise it with every change of meaning here, in layout or in devices
+FORMAT_VERSION: Final = 3  # raise it with every change of meaning here, in layout or in devices
 _MAGIC = b"Q2GM"
 _HEADER = struct.Struct("<4sHII")
 
@@ -127,12 +127,12 @@ def _analysis(found: Any, columns: memoryview, stream_size: int, limits: Limits)
     )
 
 
-def _layout(
-    method: object, order: object, below: object, above: object, notes: Any, assumptions: Any, unplaced: Any
-) -> Layout:
+def _layout(method: object, order: object, below: object, above: object, *lists: Any) -> Layout:
+    notes, assumptions, unplaced, reasons, checks = (tuple(map(_text, words)) for words in lists[:-1])
+    doubts = tuple((_number(address), _number(length)) for address, length in lists[-1])
     return Layout(
         _text(method), _text(order), _number(below), _number(above),
-        tuple(map(_text, notes)), tuple(map(_text, assumptions)), tuple(map(_text, unplaced)),
+        notes, assumptions, unplaced, reasons, checks, doubts,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One pass over a stream: what :class:`GuestMemory` stands on, as plain data."""
+"""One pass over a stream: what :class:`GuestMemory` is made of, as plain data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ..text import printable
 from . import layout
 from .block_reader import read_pages
 from .devices import DeviceStates
+from .given_layout import Given
+from .libvirt_domain import module_addresses
 from .page_index import RunIndex, build
 from .records import Block, Cpu, Device, Layout, Region
 from .sections import read_stream
@@ -32,7 +34,7 @@ class Analysis:
     cpus: tuple[Cpu, ...]
 
 
-def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
+def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given = ()) -> Analysis:
     """Index the RAM records, walk the devices and decide the layout."""
     stream = read_stream(source, limits, allow_truncated=allow_truncated)
     ram = stream.ram
@@ -49,10 +51,10 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
     states = DeviceStates(source, stream.devices_offset, limits) if stream.complete else None
     cpus = states.cpus() if states else ()
     cmos = states.clock_ram() if states else None
-    hint = cpus[0].architecture if cpus else ""
     bodies = [*stream.early, *(states.bodies("virtio-mem") if states else ())]
-    facts = layout.Facts(stream.machine, blocks, cmos, read_block, hint, bodies)
-    architecture, placed, regions = layout.place(facts)
+    domain = bytes(getattr(source, "domain", b""))
+    facts = layout.Facts(stream.machine, blocks, cmos, read_block, cpus, bodies, module_addresses(domain, blocks))
+    architecture, placed, regions = layout.place(facts, given)
     notes = [*placed.notes, *(printable(note) for note in stream.notes)]
     notes += states.notes if states else ()
     if ram.ignore_shared:
