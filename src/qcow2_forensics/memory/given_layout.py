@@ -28,7 +28,7 @@ Given = Sequence[Stated]
 def parse(text: str) -> tuple[Stated, ...]:
     """Return what a text such as ``dimm1@0x108000000,pc.ram+0x80000000@0x10000000000`` states.
 
-    Raises ValueError for anything else.
+    Raises :class:`FormatError` for anything else.
     """
     found = []
     for part in text.split(","):
@@ -41,7 +41,8 @@ def parse(text: str) -> tuple[Stated, ...]:
         except ValueError:
             stated = Stated("", 0, 0)
         if not at or not stated.block or stated.offset < 0 or stated.address < 0:
-            raise ValueError(f"not BLOCK@ADDRESS or BLOCK+OFFSET@ADDRESS: {printable(part)!r}")
+            message = f"layout: not BLOCK@ADDRESS or BLOCK+OFFSET@ADDRESS: {printable(part)!r}"
+            raise FormatError(message, field="layout")
         found.append(stated)
     return tuple(found)
 

@@ -33,8 +33,7 @@ class GuestMemory:
     ``layout`` states where blocks lie, as ``BLOCK@ADDRESS[,...]``; a part of a block is ``BLOCK+OFFSET@ADDRESS``.
 
     Raises :class:`FormatError` (also :class:`LimitExceeded`) for bytes that contradict the grammar,
-    :class:`Unsupported` for page encodings that need another channel or an older page, ValueError for a
-    ``layout`` that is not understood.
+    :class:`Unsupported` for page encodings that need another channel or an older page.
     """
 
     source: Source
