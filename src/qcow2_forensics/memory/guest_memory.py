@@ -15,7 +15,8 @@ from ..text import printable
 from . import address_ranges
 from .block_reader import read_pages
 from .given_layout import parse as parse_layout
-from .page_index import MISSING, RunIndex
+from .page_codecs import MISSING, decode, is_special
+from .page_index import RunIndex
 from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 from .stream_analysis import Analysis, analyse
 
@@ -237,6 +238,8 @@ class GuestMemory:
         value = self._index[block].find(page)
         if value == MISSING:
             return b""
+        if is_special(value):
+            return decode(self.source, value, self._index[block].deltas.get(page, ()), self.page_size)
         if value < 0:
             return self._zero_page if value == -1 else bytes([-1 - value]) * self.page_size
         data = self.source.read(value, self.page_size)
@@ -253,6 +256,9 @@ class GuestMemory:
             stop = min(end, start + run.pages * size)
             start = max(start, address)
             if run.value == MISSING:
+                continue
+            if is_special(run.value):
+                yield MemoryRun(start, stop - start, None, None)
                 continue
             if run.value < 0:
                 yield MemoryRun(start, stop - start, None, -1 - run.value)

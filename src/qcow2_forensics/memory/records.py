@@ -39,8 +39,8 @@ class Region(NamedTuple):
 class MemoryRun(NamedTuple):
     """A piece of guest memory: bytes at a stream offset, or ``length`` times one fill byte.
 
-    Exactly one of ``offset`` (a position in the stream that :class:`GuestMemory` was made from) and
-    ``fill`` (0..255) is not None.
+    At most one of ``offset`` (a position in the stream that :class:`GuestMemory` was made from) and
+    ``fill`` (0..255) is not None; both are None for a page that the stream holds compressed or as differences.
     """
 
     address: int

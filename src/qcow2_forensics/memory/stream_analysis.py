@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..errors import Unsupported
 from ..format.source import Source
 from ..limits import Limits
 from ..text import printable
@@ -12,6 +13,7 @@ from .block_reader import read_pages
 from .devices import DeviceStates
 from .given_layout import Given
 from .libvirt_domain import module_addresses
+from .page_codecs import MISSING
 from .page_index import RunIndex, build
 from .records import Block, Cpu, Device, Layout, Region
 from .sections import read_stream
@@ -34,6 +36,19 @@ class Analysis:
     cpus: tuple[Cpu, ...]
 
 
+def _need_bases(blocks: tuple[Block, ...], runs: tuple[RunIndex, ...], page_size: int) -> None:
+    """Raise :class:`Unsupported` for pages sent as differences to something that the stream does not hold."""
+    for block, index in zip(blocks, runs, strict=True):
+        lost = sorted(page for page, history in index.deltas.items() if history[0] == MISSING)
+        if lost:
+            named = ", ".join(f"{page * page_size:#x}" for page in lost[:8])
+            more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+            raise Unsupported(
+                f"pages sent as differences (xbzrle) to what another stream holds: block {printable(block.name)!r}, "
+                f"offsets {named}{more}"
+            )
+
+
 def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given = ()) -> Analysis:
     """Index the RAM records, walk the devices and decide the layout."""
     stream = read_stream(source, limits, allow_truncated=allow_truncated)
@@ -43,6 +58,7 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given 
         Block(item.name, item.size, item.address, item.pages_offset, min(item.size, index.recorded() * ram.page_size))
         for item, index in zip(ram.blocks, runs, strict=True)
     )
+    _need_bases(blocks, runs, ram.page_size)
     numbers = {block.name: number for number, block in enumerate(blocks)}
 
     def read_block(name: str, offset: int, length: int) -> bytes:
