@@ -47,6 +47,25 @@ _BOOT_SECTOR = bytes.fromhex(
     "c706007e514d"  # mov word [0x7e00], 0x4d51
     "ebda"  # jmp again
 )
+# The same that enters long mode: the tables at PAGING_FIRST_ROOT, which may lie nowhere above 4 GiB, map the first
+# megabytes as they are; the root it goes on with is the quadword before them. Then it marks 0x7e00 and stays.
+_PAGING_BOOT_SECTOR = bytes.fromhex(
+    "fa31c08ed8"  # cli; xor ax, ax; mov ds, ax
+    "660f0116807c"  # lgdt [0x7c80]
+    "66b8200000000f22e0"  # mov eax, 0x20; mov cr4, eax: physical address extension
+    "66b8000020000f22d8"  # mov eax, 0x200000; mov cr3, eax
+    "66b9800000c00f32660d000100000f30"  # efer: long mode
+    "0f20c0660d010000800f22c0"  # cr0: paging, protection
+    "66ea607c00000800"  # ljmp 8:0x7c60
+).ljust(0x60, b"\0") + bytes.fromhex(
+    "bbf8ff1f00488b030f22d8"  # mov ebx, 0x1ffff8; mov rax, [rbx]; mov cr3, rax
+    "bb007e000066c703514d"  # mov ebx, 0x7e00; mov word [rbx], 0x4d51
+    "ebfe"  # jmp $
+).ljust(0x20, b"\0") + bytes.fromhex(
+    "0f00887c0000" + "0000" + "0000000000000000" + "00000000009b2000"  # the descriptor table: its size, place, entries
+)  # fmt: skip
+PAGING_FIRST_ROOT = 0x200000
+DIRECT_MAP = 0xFFFF888000000000  # where Linux begins its direct map
 MARKER_ADDRESS, MARKER = 0x7E00, 0x4D51
 COUNTED = range(0x10000, 0x90000, 0x1000)
 
@@ -65,6 +84,47 @@ class Machine:
     boots: bool = True
     """Whether it reads the boot sector; without, it is left to its firmware for half a second."""
     disk_args: tuple[str, ...] = ("-device", "virtio-blk-pci,drive=d0")
+    contents: tuple[tuple[int, bytes], ...] = ()
+    """``(address, bytes)`` that the loader puts there, besides ``loads``."""
+    boot_sector: bytes = _BOOT_SECTOR
+
+
+def paging(
+    name: str, args: tuple[str, ...], tables: Sequence[int], ranges: Sequence[tuple[int, int]], **options: Any
+) -> Machine:
+    """Return a machine whose page tables lie at the addresses ``tables``, and whose direct map has ``ranges``.
+
+    ``ranges`` are whole 2 MiB pages. The first table is the root; the more tables a range takes, the more are needed.
+    """
+    places = iter(tables)
+    content: dict[int, dict[int, int]] = {}
+
+    def table() -> int:
+        address = next(places)
+        content[address] = {}
+        return address
+
+    root = table()
+    known: dict[tuple[int, ...], int] = {(): root}
+    for address, length in ranges:
+        for page in range(address, address + length, 2 * MiB):
+            virtual = (DIRECT_MAP + page) & ((1 << 48) - 1)
+            path: tuple[int, ...] = ()
+            for index in (virtual >> 39, virtual >> 30 & 511):
+                above, path = path, (*path, index)
+                if path not in known:
+                    known[path] = table()
+                    content[known[above]][index] = known[path] | 3
+            content[known[path]][virtual >> 21 & 511] = page | 0x83
+    first = PAGING_FIRST_ROOT
+    low = {first: {0: first + 0x1003}, first + 0x1000: {0: first + 0x2003}, first + 0x2000: {0: 0x83, 1: 0x200083}}
+    content[root][0] = first + 0x1003
+    pages = {
+        place: b"".join(entries.get(index, 0).to_bytes(8, "little") for index in range(512))
+        for place, entries in (content | low).items()
+    }
+    pages[first - 4096] = root.to_bytes(8, "little").rjust(4096, b"\0")
+    return Machine(name, args, contents=tuple(pages.items()), boot_sector=_PAGING_BOOT_SECTOR, **options)
 
 
 @dataclass
@@ -110,6 +170,15 @@ class Running:
         self.ask("pmemsave", val=address, size=length, filename=str(path))
         return path
 
+    def ram_ranges(self) -> list[tuple[int, int, str]]:
+        """Return ``(address, length, block)`` of everything that is RAM for the processors."""
+        views = self.tell("info mtree -f").split("FlatView")
+        view = next(text for text in views if re.search(r'AS "memory"', text))
+        found = re.findall(
+            r"^ +([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|nv-ram)\): (.+?)(?: @| KVM|$)", view, re.MULTILINE
+        )
+        return [(int(low, 16), int(high, 16) + 1 - int(low, 16), name.strip()) for low, high, name in found]
+
     def registers(self) -> list[dict[str, int]]:
         """Return what ``info registers -a`` shows, by the names :class:`Cpu` uses, one dictionary per processor."""
         found = []
@@ -128,7 +197,7 @@ class Running:
     def migrate(
         self, name: str = "stream", *, rounds: int = 0, capabilities: Sequence[str] = (), offset: int = 0
     ) -> Path:
-        """Write a migration stream to a file; live, with ``rounds`` passes over what changed, when told."""
+        """Write a migration stream to a file; live when ``rounds`` passes over what changed are wanted."""
         known = {entry["capability"] for entry in self.ask("query-migrate-capabilities")}
         for capability in capabilities:
             if capability not in known:
@@ -159,16 +228,17 @@ def running(machine: Machine, folder: Path) -> Iterator[Running]:
     """Start a machine, wait until its boot sector counts, and end it afterwards."""
     qemu.need(machine.emulator)
     raw = folder / "boot.raw"
-    raw.write_bytes(_BOOT_SECTOR.ljust(510, b"\0") + b"\x55\xaa" + bytes(MiB - 512))
+    raw.write_bytes(machine.boot_sector.ljust(510, b"\0") + b"\x55\xaa" + bytes(MiB - 512))
     disk = folder / "disk.qcow2"
     qemu.convert(raw, disk, fmt="raw", target_format="qcow2")
     sockets = Path(tempfile.mkdtemp(prefix="qmp-"))  # a socket's path may have only 107 bytes
     command = [machine.emulator, "-accel", "tcg", "-display", "none", "-nodefaults", "-no-user-config", *machine.args]
     command += ["-drive", f"file={disk},format=qcow2,if=none,id=d0", *machine.disk_args]
     command += ["-qmp", f"unix:{sockets / 'qmp'},server=on,wait=off"]
-    for number, (address, length) in enumerate(machine.loads):
+    contents = [(address, loaded(number, length)) for number, (address, length) in enumerate(machine.loads)]
+    for number, (address, data) in enumerate((*contents, *machine.contents)):
         content = folder / f"load-{number}"
-        content.write_bytes(loaded(number, length))
+        content.write_bytes(data)
         command += ["-device", f"loader,file={content},addr={address:#x},force-raw=on"]
     with (folder / "stderr").open("wb") as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)

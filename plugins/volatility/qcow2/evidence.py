@@ -10,7 +10,7 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 from . import choice, common, index_cache
-from .options import passphrase, snapshot_option
+from .options import layout_option, passphrase, snapshot_option
 
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image, Source
@@ -23,15 +23,18 @@ ABSENT = renderers.NotAvailableValue
 class Stream:
     """A memory stream and where it was found; ``snapshot`` is None outside of QCOW2 images."""
 
-    def __init__(self, source: Source, snapshot: SnapshotEntry | None, key: str | None, local: bool) -> None:
+    def __init__(
+        self, source: Source, snapshot: SnapshotEntry | None, key: str | None, local: bool, layout: str | None = None
+    ) -> None:
         self.source = source
+        self._layout = layout
         self.snapshot = snapshot
         self._key = key
         self._local = local
 
     def memory(self) -> GuestMemory:
         """Return the stream as guest memory, indexed."""
-        return index_cache.index_memory(self.source, self._key, on_disk=self._local)
+        return index_cache.index_memory(self.source, self._key, self._layout, on_disk=self._local)
 
 
 class EvidencePlugin(interfaces.plugins.PluginInterface):
@@ -74,9 +77,10 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
         source = self.source()
         key, local = index_cache.identify(source.layer)
+        layout = layout_option(self.context)
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
-            return Stream(stream, None, key, local)
+            return Stream(stream, None, key, local, layout)
         image = open_image(source)
         chosen = choice.choose(image, snapshot_option(self.context), printable(source.name))
         if chosen is None or not chosen.memory or chosen.snapshot is None:
@@ -84,7 +88,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         state = open_vm_state(source, chosen.snapshot, passphrase(self.context))
         state.read(0, 4)
         entry = chosen.snapshot
-        return Stream(state, entry, key and f"{key}_{entry.index}_{entry.l1_table_offset}", local)
+        return Stream(state, entry, key and f"{key}_{entry.index}_{entry.l1_table_offset}", local, layout)
 
     def guarded(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """Yield rows; what goes wrong with the evidence becomes a warning, and the end of them."""

@@ -28,10 +28,15 @@ WORTH_A_FILE = 512 * 1024 * 1024  # bytes of guest memory below which indexing i
 _kept: dict[str, bytes] = {}
 
 
-def index_memory(stream: Source, key: str | None, *, on_disk: bool) -> GuestMemory:
-    """Return the guest memory of a stream, indexed now or before; ``key`` None keeps nothing."""
+def index_memory(stream: Source, key: str | None, layout: str | None = None, *, on_disk: bool) -> GuestMemory:
+    """Return the guest memory of a stream, indexed now or before; ``key`` None keeps nothing.
+
+    ``layout`` states where RAM blocks lie, as :class:`GuestMemory` has it.
+    """
     from qcow2_forensics import FormatError, GuestMemory
 
+    if key is not None and layout:
+        key = f"{key}_{hashlib.sha256(layout.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
     path = _path(key) if key is not None and on_disk else None
     for stored in (_kept.get(key or ""), _load(path)):
         if stored is not None:
@@ -39,7 +44,7 @@ def index_memory(stream: Source, key: str | None, *, on_disk: bool) -> GuestMemo
                 return GuestMemory.from_bytes(stored, stream)
             except FormatError as error:
                 vollog.debug("The kept index is of no use: %s", error)
-    memory = GuestMemory(stream, allow_truncated=True)
+    memory = GuestMemory(stream, allow_truncated=True, layout=layout)
     if key is not None:
         data = memory.to_bytes()
         while len(_kept) >= KEPT:

@@ -91,8 +91,13 @@ def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
         yield "layout", "because", note, None, None
     for assumption in layout.assumptions:
         yield "layout", "assumed", assumption, None, None
-    for region in memory.regions:
-        yield "region", region.block, f"from block offset {region.block_offset:#x}", region.address, region.length
+    for check in layout.checks:
+        yield "layout", "checked", check, None, None
+    for address, length in layout.doubts:
+        yield "layout", "in doubt", "", address, length
+    for region, reason in zip(memory.regions, layout.reasons, strict=True):
+        where = f"from block offset {region.block_offset:#x}: {reason}"
+        yield "region", region.block, where, region.address, region.length
     placed = {region.block for region in memory.regions}
     for block in memory.blocks:
         where = "placed" if block.name in placed else "at no known address"

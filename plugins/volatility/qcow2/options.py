@@ -1,6 +1,6 @@
 """What a user may choose: options of ``vol`` and ``volshell``, and the same as environment variables.
 
-The options stand before the plugin's name: ``vol --qcow2-snapshot 2 -f disk.qcow2 linux.pslist``.
+The options are given before the plugin's name: ``vol --qcow2-snapshot 2 -f disk.qcow2 linux.pslist``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from . import common
 SNAPSHOT_VARIABLE = "QCOW2_SNAPSHOT"
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable
 KEY_FILE_VARIABLE = "QCOW2_PASSPHRASE_FILE"
+LAYOUT_VARIABLE = "QCOW2_LAYOUT"
 SCAN_ZEROS_VARIABLE = "QCOW2_SCAN_ZEROS"
 
 DISK = "disk"  # in place of a snapshot: the virtual disk itself, as it is now
@@ -45,6 +46,11 @@ class Qcow2Options(interfaces.automagic.AutomagicInterface):
             requirements.StringRequirement(
                 name="qcow2_backing_folder",
                 description="Further folder in which backing files of a QCOW2 image may lie",
+                optional=True,
+            ),
+            requirements.StringRequirement(
+                name="qcow2_layout",
+                description="Where RAM blocks of a QEMU memory stream lie: BLOCK@ADDRESS[,...], as qcow2.info lists them",
                 optional=True,
             ),
             requirements.BooleanRequirement(
@@ -78,6 +84,11 @@ class Qcow2Options(interfaces.automagic.AutomagicInterface):
 def snapshot_option(context: interfaces.context.ContextInterface) -> str | None:
     """Return the snapshot the user named, by the option or else by the environment."""
     return _option(context, "qcow2_snapshot") or os.environ.get(SNAPSHOT_VARIABLE) or None
+
+
+def layout_option(context: interfaces.context.ContextInterface) -> str | None:
+    """Return where the user says RAM blocks lie, by the option or else by the environment."""
+    return _option(context, "qcow2_layout") or os.environ.get(LAYOUT_VARIABLE) or None
 
 
 def scan_zeros(context: interfaces.context.ContextInterface) -> bool:

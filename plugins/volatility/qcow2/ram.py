@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import constants, exceptions, interfaces
+from volatility3.framework.configuration import requirements
 
 from .common import ViewLayer, core_errors, source_under, warn
 from .elision import Skip, allowed, finds_zeros
@@ -35,7 +36,8 @@ class QemuRamLayer(ViewLayer):
         if stream is None:
             raise FormatError(f"{self._base_layer} holds no QEMU memory stream")
         key, local = identify(base)
-        memory = index_memory(stream, key, on_disk=local)
+        layout = self.config.get("layout", None)
+        memory = index_memory(stream, key, layout, on_disk=local)
         if not memory.regions:
             raise FormatError("the memory stream holds no RAM at a known address")
         self._tell(memory)
@@ -54,6 +56,15 @@ class QemuRamLayer(ViewLayer):
     def _title(self) -> str:
         base = self.context.layers[self._base_layer]
         return base._title() if isinstance(base, ViewLayer) else super()._title()
+
+    @classmethod
+    def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
+        return [
+            *super().get_requirements(),
+            requirements.StringRequirement(
+                name="layout", description="Where RAM blocks lie: BLOCK@ADDRESS[,...]", optional=True
+            ),
+        ]
 
     # --- the interface -------------------------------------------------------------------------
 

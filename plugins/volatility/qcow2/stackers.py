@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from volatility3.framework import constants, exceptions, interfaces
 
 from . import choice, common, content, layers, ram
-from .options import snapshot_option
+from .options import layout_option, snapshot_option
 
 if TYPE_CHECKING:
     from qcow2_forensics import Image
@@ -67,7 +67,9 @@ class QemuRamStacker(interfaces.automagic.StackerLayerInterface):
         if progress_callback is not None:
             progress_callback(0, "Indexing QEMU memory")
         try:
-            return _new(context, layer_name, ram.QemuRamLayer)
+            layout = layout_option(context)
+            settings = {"layout": layout} if layout else {}
+            return _new(context, layer_name, ram.QemuRamLayer, **settings)
         except exceptions.LayerException:
             return None  # the layer has said why
 

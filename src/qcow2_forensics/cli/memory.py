@@ -41,6 +41,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--format", choices=("raw", "lime", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    parser.add_argument(
+        "--layout",
+        metavar="BLOCK@ADDRESS[,...]",
+        help="where RAM blocks lie, where you know better; a part of a block is BLOCK+OFFSET@ADDRESS",
+    )
     parser.add_argument("--allow-truncated", action="store_true", help="take what a stream holds that ends early")
     parser.add_argument("--no-hash", action="store_true", help="do not compute the SHA-256 of OUT")
     add_key_arguments(parser)
@@ -53,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     from ..memory import open_guest_memory
     from ..memory.dump import Writer, write_lime, write_raw, write_stream
 
-    wanted = partial(open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated)
+    wanted = partial(
+        open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
+    )
     passphrase = passphrase_of(args)
     try:
         memory = wanted(passphrase=passphrase)
@@ -76,11 +83,18 @@ def run(args: argparse.Namespace) -> int:
             "sha256": writer.sha256,
             "machine": printable(memory.machine),
             "regions": [
-                {"address": region.address, "length": region.length, "block": printable(region.block)}
-                for region in memory.regions
+                {
+                    "address": region.address,
+                    "length": region.length,
+                    "block": printable(region.block),
+                    "reason": reason,
+                }
+                for region, reason in zip(memory.regions, memory.layout.reasons, strict=True)
             ],
             "notes": list(memory.layout.notes),
             "assumptions": list(memory.layout.assumptions),
+            "checks": list(memory.layout.checks),
+            "doubts": [{"address": address, "length": length} for address, length in memory.layout.doubts],
             "missing_bytes": memory.missing,
             "complete": memory.complete,
         }
@@ -92,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {region.address:#014x} - {region.end - 1:#014x}  {printable(region.block)}")
     for assumption in memory.layout.assumptions:
         print(f"assumed: {assumption}")
+    for check in memory.layout.checks:
+        print(f"checked: {check}")
     if memory.missing:
         print(f"{memory.missing} bytes of RAM are not in the stream" + (": zeros" if args.format == "raw" else ""))
     if writer.sha256:

@@ -2,13 +2,13 @@
 
 ::
 
-    containers   which bytes of a file are the stream (bare, libvirt, Proxmox, compressed)
-    grammar      the sections of the stream
-    pages        the page records of its RAM section
-    index        page records become a compact run index
-    devices      the device sections and the registers of each processor
-    layout       which RAM block lies at which guest-physical address, and why
-    memory       GuestMemory: reading, scanning, the cacheable form
+    containers    which bytes of a file are the stream (bare, libvirt, Proxmox, compressed)
+    sections      the sections of the stream
+    pages         the page records of its RAM section
+    page_index    page records become a compact run index
+    devices       the device sections and the registers of each processor
+    layout        which RAM block lies at which guest-physical address, why, and what the page tables say of it
+    guest_memory  GuestMemory: reading, scanning; index_cache: its cacheable form
 
 The package needs numpy, so nothing that reads disks imports it.
 """
@@ -50,11 +50,13 @@ def open_guest_memory(
     limits: Limits = DEFAULT_LIMITS,
     *,
     allow_truncated: bool = False,
+    layout: str | None = None,
 ) -> GuestMemory:
     """Open the guest memory in a qcow2 snapshot (the latest that holds any when None) or in a stream file.
 
     ``origin`` is a qcow2 image, a bare migration stream, a libvirt save file or a Proxmox state volume,
-    which may itself be a qcow2 disk. Close the result, or use it as a context manager.
+    which may itself be a qcow2 disk. ``layout`` states where RAM blocks lie, as :class:`GuestMemory` has it.
+    Close the result, or use it as a context manager.
 
     Raises what :func:`open_vm_state` and :class:`GuestMemory` raise.
     """
@@ -69,7 +71,7 @@ def open_guest_memory(
             raise SnapshotNotFound(str(snapshot), ())
         if stream is not source:
             undo.callback(_close, stream)
-        memory = GuestMemory(stream, limits, allow_truncated=allow_truncated)
+        memory = GuestMemory(stream, limits, allow_truncated=allow_truncated, layout=layout)
         memory.on_close(undo.pop_all().close)
         return memory
 

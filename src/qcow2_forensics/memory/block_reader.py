@@ -8,7 +8,8 @@ import numpy as np
 
 from ..errors import ReadError
 from ..format.source import Source
-from .page_index import MISSING, RunIndex
+from .page_codecs import MISSING, decode, is_special
+from .page_index import RunIndex
 from .records import NotInMemory
 
 _FEW = 16  # pages up to which pieces are joined; more are written into their place
@@ -49,6 +50,8 @@ def _pieces(
             raw = _raw(source, run.value, run.pages, page_size, index.stride)
             step = index.stride
             pieces += [raw[at : at + page_size] for at in range(0, run.pages * step, step)]
+        elif is_special(run.value):
+            pieces.append(decode(source, run.value, index.deltas.get(run.first, ()), page_size))
         else:
             _need(run.value, pad, shift + run.first * page_size, run.pages * page_size)
             fill = b"\0" if run.value == MISSING else bytes([-1 - run.value])
@@ -62,6 +65,9 @@ def _fill(
     stride = index.stride
     for run in index.runs(first, pages):
         at = (run.first - first) * page_size
+        if is_special(run.value):
+            view[at : at + page_size] = decode(source, run.value, index.deltas.get(run.first, ()), page_size)
+            continue
         if run.value < 0:
             _need(run.value, pad, shift + run.first * page_size, run.pages * page_size)
             if run.value not in (-1, MISSING):

@@ -27,6 +27,7 @@ from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, source_name
 from ..limits import DEFAULT_LIMITS, Limits, MiB
 from ..reader.stream import SourceStream
+from .libvirt_domain import MOST_BYTES
 from .sections import MAGIC
 
 _LIBVIRT: Final = b"LibvirtQemudSave"
@@ -41,10 +42,12 @@ Opener = Callable[[BinaryIO], Unpacker]
 class StreamWindow:
     """A stream that starts inside another source; ``start`` is where.
 
-    Mapped-ram streams name positions in the whole file, so the window has to be known.
+    Mapped-ram streams name positions in the whole file, so the window has to be known. ``domain`` is the
+    description of the machine in a libvirt save file, which is XML.
     """
 
-    def __init__(self, source: Source, start: int, size: int) -> None:
+    def __init__(self, source: Source, start: int, size: int, domain: bytes = b"") -> None:
+        self.domain = domain
         self.source = source
         self.start = start
         self.size = size
@@ -94,14 +97,16 @@ def _libvirt(source: Source, head: bytes, cache_dir: str | os.PathLike[str] | No
     start = _LIBVIRT_HEADER.size + length
     if start >= source.size:
         raise FormatError("libvirt save file ends before its memory", offset=source.size, field="vm_state")
-    window = StreamWindow(source, start, source.size - start)
+    domain = source.read(_LIBVIRT_HEADER.size, min(length, MOST_BYTES))
+    window = StreamWindow(source, start, source.size - start, domain)
     if window.read(0, len(MAGIC)) == MAGIC:
         return window
     opener = _OPENERS.get(packing)
     if opener is None:
         names = {0: "libvirt save file without a QEMU stream", 4: "libvirt save file compressed with lzop"}
         raise Unsupported(names.get(packing, f"libvirt save file of format {packing}"))
-    return _unpacked(window, opener, cache_dir, limits)
+    unpacked = _unpacked(window, opener, cache_dir, limits)
+    return StreamWindow(unpacked, 0, unpacked.size, domain)
 
 
 def _gzip(stream: BinaryIO) -> Unpacker:

@@ -45,6 +45,7 @@ _X86_FIELDS = {
     "env.sysenter_eip": "sysenter_eip",
     "env.smbase": "smbase",
     "env.tsc": "tsc",
+    "env.hflags": "hflags",  # QEMU's own: among others, whether a nested guest runs
 }
 _X86_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 _X86_TABLES = {"env.ldt": "ldt", "env.tr": "tr", "env.gdt": "gdt", "env.idt": "idt"}

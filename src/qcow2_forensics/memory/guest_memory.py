@@ -14,7 +14,9 @@ from ..limits import DEFAULT_LIMITS, Limits, MiB
 from ..text import printable
 from . import address_ranges
 from .block_reader import read_pages
-from .page_index import MISSING, RunIndex
+from .given_layout import parse as parse_layout
+from .page_codecs import MISSING, decode, is_special
+from .page_index import RunIndex
 from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 from .stream_analysis import Analysis, analyse
 
@@ -28,7 +30,8 @@ class GuestMemory:
     only through ``source.read(offset, length)``. A stream inside another file (libvirt, Proxmox,
     compressed) is found by :func:`find_stream` first.
 
-    With ``allow_truncated`` a stream that ends early is read as far as it goes; ``complete`` tells.
+    With ``allow_truncated`` a stream that ends early is read as far as it goes, and ``complete`` is False.
+    ``layout`` states where blocks lie, as ``BLOCK@ADDRESS[,...]``; a part of a block is ``BLOCK+OFFSET@ADDRESS``.
 
     Raises :class:`FormatError` (also :class:`LimitExceeded`) for bytes that contradict the grammar,
     :class:`Unsupported` for page encodings that need another channel or an older page.
@@ -48,8 +51,15 @@ class GuestMemory:
     cpus: tuple[Cpu, ...]
     complete: bool
 
-    def __init__(self, source: Source, limits: Limits = DEFAULT_LIMITS, *, allow_truncated: bool = False) -> None:
-        self._set(source, analyse(source, limits, allow_truncated))
+    def __init__(
+        self,
+        source: Source,
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        allow_truncated: bool = False,
+        layout: str | None = None,
+    ) -> None:
+        self._set(source, analyse(source, limits, allow_truncated, parse_layout(layout) if layout else ()))
 
     def _set(self, source: Source, analysis: Analysis) -> None:
         self.source = source
@@ -228,6 +238,8 @@ class GuestMemory:
         value = self._index[block].find(page)
         if value == MISSING:
             return b""
+        if is_special(value):
+            return decode(self.source, value, self._index[block].deltas.get(page, ()), self.page_size)
         if value < 0:
             return self._zero_page if value == -1 else bytes([-1 - value]) * self.page_size
         data = self.source.read(value, self.page_size)
@@ -244,6 +256,9 @@ class GuestMemory:
             stop = min(end, start + run.pages * size)
             start = max(start, address)
             if run.value == MISSING:
+                continue
+            if is_special(run.value):
+                yield MemoryRun(start, stop - start, None, None)
                 continue
             if run.value < 0:
                 yield MemoryRun(start, stop - start, None, -1 - run.value)

@@ -19,11 +19,12 @@ from typing import Any, Final
 
 from ..errors import FormatError, LimitExceeded
 from ..limits import Limits
+from .page_codecs import MISSING, is_special, offset_of
 from .page_index import RunIndex
 from .records import Block, Cpu, Device, Layout, Region
 from .stream_analysis import Analysis
 
-FORMAT_VERSION: Final = 2  # raise it with every change of meaning here, in layout or in devices
+FORMAT_VERSION: Final = 4  # raise it with every change of meaning here, in layout or in devices
 _MAGIC = b"Q2GM"
 _HEADER = struct.Struct("<4sHII")
 
@@ -42,6 +43,7 @@ def dump(analysis: Analysis) -> bytes:
                 [block.name, block.size, block.address, block.pages_offset, block.recorded, len(runs)]
                 for block, runs in zip(analysis.blocks, analysis.runs, strict=True)
             ],
+            "deltas": [sorted((page, *history) for page, history in runs.deltas.items()) for runs in analysis.runs],
             "regions": analysis.regions,
             "layout": [getattr(analysis.layout, name) for name in Layout.__slots__],
             "devices": [
@@ -88,14 +90,16 @@ def _analysis(found: Any, columns: memoryview, stream_size: int, limits: Limits)
     if len(found["blocks"]) > limits.ram_blocks:
         raise LimitExceeded("ram_blocks", len(found["blocks"]), limits.ram_blocks)
     at = 0
-    for name, size, address, pages_offset, recorded, count in found["blocks"]:
+    for (name, size, address, pages_offset, recorded, count), changed in zip(
+        found["blocks"], found["deltas"], strict=True
+    ):
         blocks.append(Block(_text(name), _number(size), _maybe(address), _maybe(pages_offset), _number(recorded)))
         length = 8 * _number(count)
         if at + 3 * length > len(columns):
             raise _unfit("columns end early")
         first, pages, value = (_column(columns[at + n * length : at + (n + 1) * length]) for n in range(3))
         _check(first, pages, value, -(-size // page_size), page_size, stride, stream_size)
-        runs.append(RunIndex(first, pages, value, stride))
+        runs.append(RunIndex(first, pages, value, stride, dict(_history(item, stream_size) for item in changed)))
         at += 3 * length
     if at != len(columns):
         raise _unfit("columns go on")
@@ -127,12 +131,21 @@ def _analysis(found: Any, columns: memoryview, stream_size: int, limits: Limits)
     )
 
 
-def _layout(
-    method: object, order: object, below: object, above: object, notes: Any, assumptions: Any, unplaced: Any
-) -> Layout:
+def _history(item: Any, stream_size: int) -> tuple[int, tuple[int, ...]]:
+    page, base, *offsets = item
+    if not isinstance(base, int) or base >= stream_size or not offsets:
+        raise ValueError("not a history")
+    if is_special(base) and not 0 <= offset_of(base) < stream_size:
+        raise ValueError("not a history")
+    return _number(page), (base, *map(_number, offsets))
+
+
+def _layout(method: object, order: object, below: object, above: object, *lists: Any) -> Layout:
+    notes, assumptions, unplaced, reasons, checks = (tuple(map(_text, words)) for words in lists[:-1])
+    doubts = tuple((_number(address), _number(length)) for address, length in lists[-1])
     return Layout(
         _text(method), _text(order), _number(below), _number(above),
-        tuple(map(_text, notes)), tuple(map(_text, assumptions)), tuple(map(_text, unplaced)),
+        notes, assumptions, unplaced, reasons, checks, doubts,
     )  # fmt: skip
 
 
@@ -141,8 +154,10 @@ def _check(
 ) -> None:
     end = 0
     for start, count, what in zip(first, pages, value, strict=True):
-        if start < end or count < 1 or start + count > limit or what < -256:
+        if start < end or count < 1 or start + count > limit or what == MISSING:
             raise _unfit("runs")
+        if is_special(what) and (count != 1 or not 0 <= offset_of(what) < stream_size):
+            raise _unfit("encoded pages outside of the stream")
         if what >= 0 and what + (count - 1) * stride + page_size > stream_size:
             raise _unfit("runs outside of the stream")
         end = start + count

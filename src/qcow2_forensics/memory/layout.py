@@ -1,287 +1,266 @@
-"""Which RAM block answers for which guest-physical address, decided from evidence.
+"""Which RAM block lies at which guest-physical address: decided from evidence, checked by evidence.
 
-The split of x86 memory at the PCI hole is written in CMOS by the machine itself; the order of NUMA
-nodes is in the SRAT that QEMU made for the guest. Both can be absent or overwritten by the guest,
-so each is used only when its numbers add up to the RAM that the stream lists; a table of machine
-types is the last resort. What was used, and what had to be assumed, is part of the result.
+::
+
+    given_layout   what the examiner states comes first
+    modules        then what states its own address: libvirt, virtio-mem, NVDIMM in the SRAT
+    system_ram     then the machine's own RAM: CMOS, SRAT, DSDT, and a table of machine types
+    layout_check   the page tables of the guest choose where those leave a choice
+    modules        then the modules, where the page tables have RAM that nothing else accounts for
+    layout_check   and the page tables are held against the whole
+
+What was used, what had to be assumed and which addresses are in doubt is part of the result.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 
-from ..limits import GiB, KiB, MiB
 from ..text import printable
-from .hotplug import Decision, natural, plugged, virtio_mem
+from . import modules, system_ram
+from .acpi_tables import Affinity, memory_affinities, pci_windows, read_tables
+from .given_layout import Given, apply
+from .layout_check import Evidence, Examiner, conclude
+from .placement import FOUR_GIB, Placement, tile
 from .records import Block, Layout, Region
-from .srat import Affinity, memory_affinities
+from .system_ram import Facts, Order
 
-FOUR_GIB: Final = 4 * GiB
-_DEFAULT_NAMES = ("pc.ram", "microvm.ram", "mach-virt.ram")
-_HOLE = 0xA0000, 0x100000  # QEMU leaves this out of node 0 in the SRAT
-_RESET_VECTOR = re.compile(rb"\xea....\d\d/\d\d/\d\d", re.DOTALL)
-_SILENT_MODULES = (2, 10)  # the last machine types that may plug modules without an SRAT
-_RELOCATED = 900 * GiB  # from about here QEMU keeps an AMD guest's RAM clear of the HyperTransport hole
-_ADDRESSES = 1 << 52  # the guest-physical address space of x86-64 and aarch64
+__all__ = ["Facts", "place"]
 
-# Where RAM starts on machines that are not PCs.
-_BASES = (
-    (re.compile(r"virt-\d"), "aarch64", GiB),
-    (re.compile(r"virt-rhel"), "aarch64", GiB),
-    (re.compile(r"sbsa-ref"), "aarch64", 1 << 40),
-)
-_NOT_RAM = re.compile(
-    r"(?!/objects/).*/.*"  # device and firmware blocks carry a path; old machine types give backends one too
-    r"|(pc|isa)[.-](bios|rom)|vga\.vram|qxl\..*|.*\.(vram|rom|vgavram|bios|flash\d*|mrom)"
-    r"|virt\.flash\d|system\.flash\d|kvmvapic|efi-.*"
-)
+_MOST_SWAPPED = 16  # NUMA nodes of one size whose order the page tables decide; each pair is tried
+_LEFT_OUT = 64 << 20  # of RAM at the top of the part below 4 GiB, that the firmware keeps to itself
 
 
-class Facts(NamedTuple):
-    """What a stream offers as evidence."""
-
-    machine: str
-    blocks: Sequence[Block]
-    cmos: bytes | None
-    read_block: Callable[[str, int, int], bytes]
-    architecture: str = ""
-    """What the processors in the stream are, "" when it has none."""
-    bodies: Sequence[tuple[str, bytes]] = ()
-    """Device sections that hold virtio-mem: name and bytes."""
-
-
-def place(facts: Facts) -> tuple[str, Layout, tuple[Region, ...]]:
+def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, ...]]:
     """Return the architecture, how the layout was decided, and the regions in order of address."""
-    machine, blocks, made = facts.machine, facts.blocks, Decision()
-    ranges = memory_affinities(blocks, facts.read_block)
+    made = Placement()
+    examiner = Examiner(facts.cpus, facts.read_block)
+    apply(given, facts.blocks, made)
+    tables = read_tables(facts.blocks, facts.read_block)
+    ranges = memory_affinities(tables)
     if ranges:
         made.notes.append(f"the SRAT names {len(ranges)} memory ranges")
-    candidates = [block for block in blocks if block.size and not _NOT_RAM.fullmatch(block.name)]
-    system = _system_blocks(candidates, ranges, facts, made)
-    total = sum(block.size for block in system)
-    architecture, base = _architecture(facts)
-    if not system or (not architecture and not ranges):
-        made.notes.append(f"machine type {printable(machine)!r} is not known, no block is placed")
-        return architecture, _layout(made, blocks, ()), ()
-    if architecture == "x86":
-        _split(machine, total, facts.cmos, ranges, made)
-        spans = [(0, made.below), (made.above_base, made.above)]
-    else:
-        made.method = "machine" if architecture else "srat"
-        if architecture:
-            made.notes.append(f"RAM starts at {base:#x} on machine type {printable(machine)!r}")
+    found = [block for block in system_ram.candidates(facts, made) if not _given_whole(block, made)]
+    architecture, base = system_ram.architecture(facts)
+    modules.exact(found, ranges, facts, made)
+    found = [block for block in found if not _placed(block, made) or _given(block, given)]
+    whole = any(item.block in system_ram.DEFAULT_NAMES and not _waits(item.block, found) for item in given)
+    order = Order([]) if whole else system_ram.system_blocks(found, ranges, facts, made)
+    if not whole and (not order.blocks or (not architecture and not ranges)):
+        if not made.regions:
+            made.notes.append(f"machine type {printable(facts.machine)!r} is not known, no block is placed")
+        return _result(architecture, facts.blocks, examiner, examiner.examine(made.regions), made)
+    if order.blocks:
+        _Machine(facts, ranges, pci_windows(tables), order, examiner, made).place(architecture, base)
+    evidence = examiner.examine(made.regions)
+    waiting = [block for block in found if block not in order.blocks]
+    if waiting:
+        own = {block.name for block in order.blocks} or set(system_ram.DEFAULT_NAMES)
+        end = max((region.end for region in made.regions if region.block in own), default=0)
+        _modules(waiting, ranges, end, facts, evidence, made)
+        evidence = examiner.examine(made.regions)
+    system_ram.covered_by_srat(made.regions, ranges, made)
+    return _result(architecture, facts.blocks, examiner, evidence, made)
+
+
+def _placed(block: Block, made: Placement) -> bool:
+    return any(region.block == block.name for region in made.regions)
+
+
+def _waits(name: str, found: Sequence[Block]) -> bool:
+    return any(block.name == name for block in found)
+
+
+def _given(block: Block, given: Given) -> bool:
+    return any(item.block == block.name for item in given)
+
+
+def _given_whole(block: Block, made: Placement) -> bool:
+    return sum(region.length for region in made.regions if region.block == block.name) == block.size
+
+
+def _modules(
+    waiting: list[Block],
+    ranges: Sequence[Affinity],
+    end: int,
+    facts: Facts,
+    evidence: Evidence | None,
+    made: Placement,
+) -> None:
+    windows = modules.windows_for(waiting, ranges, end, facts, made)
+    if not windows:
+        return
+    shown: list[tuple[int, int]] = []
+    whole = evidence is not None and evidence.direct is not None
+    if evidence is not None:
+        for address, length in windows:
+            if evidence.direct is None:
+                shown += evidence.used(address, length)
+            else:
+                for start, size in evidence.direct.ranges:
+                    low, high = max(start, address), min(start + size, address + length)
+                    shown += [(low, high - low)] if low < high else []
+    modules.place_modules(waiting, windows, shown, whole, made)
+
+
+class _Machine:
+    """Places the machine's own RAM, trying what the evidence leaves open against the page tables."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        ranges: Sequence[Affinity],
+        windows: Sequence[tuple[int, int]],
+        order: Order,
+        examiner: Examiner,
+        made: Placement,
+    ) -> None:
+        self._facts = facts
+        self._ranges = ranges
+        self._windows = windows
+        self._order = order
+        self._examiner = examiner
+        self._made = made
+        self._blocks = list(order.blocks)
+
+    def place(self, architecture: str, base: int) -> None:
+        """Decide and place the regions."""
+        made = self._made
+        total = sum(block.size for block in self._blocks)
+        if architecture == "x86":
+            system_ram.split(self._facts, total, self._ranges, made)
+            others = system_ram.base_above(self._facts, self._ranges, self._windows, made)
+            reason = {"cmos": "CMOS", "srat": "the SRAT"}.get(made.method, "the table of machine types")
+            self._choose_base(others)
+            self._choose_split(total)
+            spans = self._spans()
         else:
-            base = min(item.base for item in ranges)
-            made.notes.append(f"RAM starts at {base:#x}, the lowest address of the SRAT")
-        spans = [(base, total)]
-        made.above = total
-    regions = _tile(system, spans)
-    end = max(region.end for region in regions)
-    left = [block for block in candidates if block not in system]
-    regions += plugged(left, ranges, end, _version(machine) > _SILENT_MODULES, made)
-    regions += virtio_mem(blocks, facts.bodies, made)
-    regions = _apart(regions, made)
-    _check(regions, ranges, made)
-    return architecture, _layout(made, blocks, regions), tuple(regions)
+            made.method = "machine" if architecture else "srat"
+            if not architecture:
+                base = min(item.base for item in self._ranges)
+            reason = f"RAM starts at {base:#x} on this machine type" if architecture else "the SRAT's lowest address"
+            made.notes.append(f"RAM starts at {base:#x} on machine type {printable(self._facts.machine)!r}")
+            spans = [(base, total)]
+            made.above = total
+        self._choose_order(spans)
+        regions = self._tile(spans)
+        if self._order.unsure:
+            sizes = [block.size for block in self._blocks[self._order.kept :]]
+            loose = {
+                block.name
+                for block in self._blocks[self._order.kept :]
+                if self._order.any_size or sizes.count(block.size) > 1
+            }
+            made.assume(
+                self._order.unsure,
+                [(region.address, region.length) for region in regions if region.block in loose],
+                order=True,
+            )
+        stated = list(made.regions)
+        for region in regions:
+            for part in self._left(region, stated):
+                made.put(part, reason if region.address < FOUR_GIB else self._reason_above(reason))
+
+    def _left(self, region: Region, stated: Sequence[Region]) -> Iterator[Region]:
+        """Yield the parts of a region whose bytes and addresses are not taken by what the examiner stated."""
+        taken = sorted(other.block_offset for other in stated if other.block == region.block)
+        length = min([region.length, *(start - region.block_offset for start in taken)])
+        if length > 0:
+            for address, size in self._made.free(region.address, length):
+                yield Region(address, size, region.block, region.block_offset + address - region.address)
+
+    def _reason_above(self, reason: str) -> str:
+        base = self._made.above_base
+        return reason if base == FOUR_GIB or self._made.below == 0 else f"{reason}, above 4 GiB from {base:#x}"
+
+    def _spans(self) -> list[tuple[int, int]]:
+        return [(0, self._made.below), (self._made.above_base, self._made.above)]
+
+    def _tile(self, spans: Sequence[tuple[int, int]]) -> list[Region]:
+        return tile(self._blocks, spans)
+
+    def _evidence(self, spans: Sequence[tuple[int, int]]) -> Evidence | None:
+        return self._examiner.examine([*self._made.regions, *self._tile(spans)])
+
+    def _choose_base(self, others: Sequence[int]) -> None:
+        """Take another start of the RAM above 4 GiB when the page tables fit it better."""
+        made = self._made
+        best = self._evidence(self._spans()) if others else None
+        if best is None or (not best.bad and best.tables_in(made.above_base, made.above)):
+            return
+        for base in others:
+            evidence = self._evidence([(0, made.below), (base, made.above)])
+            if evidence is not None and evidence.score > best.score:
+                best = evidence
+                made.assumptions[:] = [
+                    item for item in made.assumptions if (made.above_base, made.above) not in item.ranges
+                ]
+                made.above_base = base
+                made.notes.append(f"the page tables fit RAM above 4 GiB that starts at {base:#x}")
+
+    def _choose_split(self, total: int) -> None:
+        """Take the split from the kernel's direct map when only a table of machine types decided it."""
+        made = self._made
+        evidence = self._evidence(self._spans()) if made.method == "machine" else None
+        if evidence is None or evidence.direct is None:
+            return
+        fixed = [region.address for region in made.regions]
+        limit = min((address for address in fixed if address >= made.above_base), default=1 << 62)
+        low = max((a + n for a, n in evidence.direct.ranges if a < FOUR_GIB), default=0)
+        high = max((a + n for a, n in evidence.direct.ranges if made.above_base <= a < limit), default=made.above_base)
+        below = total - (high - made.above_base)
+        if below != made.below and low <= below <= low + _LEFT_OUT and below <= FOUR_GIB:
+            made.below, made.above = below, total - below
+            made.assumptions[:] = [item for item in made.assumptions if "to be split" not in item.text]
+            made.notes.append(f"the kernel's direct map has {below:#x} bytes below 4 GiB, which adds up")
+
+    def _choose_order(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Swap blocks of one size while the page tables fit better for it."""
+        if not self._order.unsure or len(self._blocks) > _MOST_SWAPPED:
+            return
+        best = self._evidence(spans)
+        if best is None:
+            return
+        swapped, improved = False, True
+        while improved:
+            improved = False
+            for one, other in list(self._pairs()):
+                self._swap(one, other)
+                evidence = self._evidence(spans)
+                if evidence is not None and evidence.score > best.score:
+                    best, improved, swapped = evidence, True, True
+                else:
+                    self._swap(one, other)
+        if swapped:
+            self._made.notes.append("the order of the blocks is the one that the page tables fit best")
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        for one, other in combinations(range(self._order.kept, len(self._blocks)), 2):
+            if self._order.any_size or self._blocks[one].size == self._blocks[other].size:
+                yield one, other
+
+    def _swap(self, one: int, other: int) -> None:
+        blocks = self._blocks
+        blocks[one], blocks[other] = blocks[other], blocks[one]
 
 
-def _layout(made: Decision, blocks: Sequence[Block], regions: Sequence[Region]) -> Layout:
+def _result(
+    architecture: str, blocks: Sequence[Block], examiner: Examiner, evidence: Evidence | None, made: Placement
+) -> tuple[str, Layout, tuple[Region, ...]]:
+    assumptions, doubts = conclude(examiner, evidence, made)
+    regions = tuple(sorted(made.regions))
     placed = {region.block for region in regions}
-    return Layout(
+    layout = Layout(
         method=made.method,
         order=made.order,
         below_4g=made.below,
         above_4g=made.above,
         notes=tuple(made.notes),
-        assumptions=tuple(made.assumptions),
+        assumptions=tuple(assumptions),
         unplaced=tuple(block.name for block in blocks if block.name not in placed),
+        reasons=tuple(made.reasons[region] for region in regions),
+        checks=tuple(made.checks),
+        doubts=tuple(doubts),
     )
-
-
-def _architecture(facts: Facts) -> tuple[str, int]:
-    """Return the architecture and where its RAM starts."""
-    machine, blocks = facts.machine, facts.blocks
-    for pattern, name, base in _BASES:
-        if pattern.match(machine):
-            return name, base
-    if any(block.name == "mach-virt.ram" for block in blocks):
-        return "aarch64", GiB
-    if any(block.name.startswith("riscv_virt_board") for block in blocks):
-        return "riscv", 2 * GiB
-    pc = re.match(r"pc|q35|microvm|rhel|isapc|xenfv", machine) or any(block.name == "pc.bios" for block in blocks)
-    if facts.cmos is not None or pc or facts.architecture == "x86":
-        return "x86", 0
-    return facts.architecture, 0
-
-
-def _system_blocks(candidates: list[Block], ranges: Sequence[Affinity], facts: Facts, made: Decision) -> list[Block]:
-    """Choose the blocks the machine started with, in the order of their addresses."""
-    named = [block for block in candidates if block.name in _DEFAULT_NAMES]
-    if len(named) == 1:
-        made.notes.append(f"block {named[0].name!r} is the machine's RAM by its name")
-        return named
-    if len(candidates) == 1:
-        made.notes.append(f"block {printable(candidates[0].name)!r} is the only one that can be RAM")
-        return candidates
-    if offsets := _by_offsets(candidates):
-        made.order = "offsets"
-        made.notes.append("the stream tells where each block lies")
-        return offsets
-    if ordered := _by_nodes(candidates, ranges, facts, made):
-        made.order = "srat"
-        return ordered
-    wanted = _cmos_split(facts.cmos)
-    for block in candidates:
-        if wanted and block.size == sum(wanted):
-            made.notes.append(f"block {printable(block.name)!r} has the size that CMOS tells")
-            return [block]
-    if candidates:
-        made.order = "names"
-        made.assumptions.append("blocks are taken to lie in the order of their names")
-    return sorted(candidates, key=natural)
-
-
-def _by_offsets(candidates: list[Block]) -> list[Block]:
-    """Order by the offsets of an x-ignore-shared stream, when they tile one container."""
-    known = sorted(((block.address, block) for block in candidates if block.address is not None), key=lambda p: p[0])
-    position = 0
-    for address, block in known:
-        if address != position:
-            return []
-        position += block.size
-    return [block for _, block in known] if len(known) == len(candidates) else []
-
-
-def _by_nodes(candidates: list[Block], ranges: Sequence[Affinity], facts: Facts, made: Decision) -> list[Block]:
-    """Give every NUMA node the block of its size, nodes in order; empty when the sizes do not match.
-
-    The stream lists blocks by size, and those of one size in the order they were made.
-    """
-    nodes: dict[int, int] = {}
-    for item in ranges:
-        if not item.hotplug and not item.fixed:
-            nodes[item.node] = nodes.get(item.node, 0) + item.length
-    left = list(candidates)
-    chosen: list[Block] = []
-    unsure = False
-    for number, (_, size) in enumerate(sorted(nodes.items())):
-        wanted = {size, size + _HOLE[1] - _HOLE[0]} if number == 0 else {size}
-        fits = [block for block in left if block.size in wanted]
-        if not fits:
-            return []
-        if number == 0 and len(fits) > 1:
-            shadowed = [block for block in fits if _holds_firmware(block, facts)]
-            if len(shadowed) == 1:
-                fits = shadowed
-                made.notes.append(f"block {printable(fits[0].name)!r} holds the firmware's copy below 1 MiB")
-        unsure |= len(fits) > 1
-        chosen.append(fits[0])
-        left.remove(fits[0])
-    if chosen:
-        made.notes.append("blocks are matched to the nodes of the SRAT by their sizes")
-    if unsure:
-        made.assumptions.append("blocks of one size are taken to lie in the order they were made")
-    return chosen
-
-
-def _holds_firmware(block: Block, facts: Facts) -> bool:
-    """Tell whether a PC's reset jump and the date after it stand 16 bytes below 1 MiB of the block."""
-    if block.size < _HOLE[1]:
-        return False
-    return _RESET_VECTOR.match(facts.read_block(block.name, _HOLE[1] - 16, 16)) is not None
-
-
-def _cmos_split(cmos: bytes | None) -> tuple[int, int] | None:
-    """Return the bytes below and above 4 GiB that the machine wrote into CMOS."""
-    if cmos is None:
-        return None
-    above_16m = int.from_bytes(cmos[0x34:0x36], "little")
-    low = 16 * MiB + 64 * KiB * above_16m if above_16m else MiB + KiB * int.from_bytes(cmos[0x30:0x32], "little")
-    return low, 64 * KiB * int.from_bytes(cmos[0x5B:0x5E], "little")
-
-
-def _split(machine: str, total: int, cmos: bytes | None, ranges: Sequence[Affinity], made: Decision) -> None:
-    """Decide how much of x86 RAM lies below the PCI hole."""
-    split = _cmos_split(cmos)
-    if split and split[0] <= total and split[0] < FOUR_GIB and (total - sum(split)) % (1 << 40) == 0:
-        made.method = "cmos"
-        made.below, made.above = split[0], total - split[0]
-        made.notes.append(f"CMOS tells {made.below:#x} bytes below 4 GiB and {made.above:#x} above, which adds up")
-        if machine and made.below != (usual := min(total, _table(machine, total))):
-            made.notes.append(
-                f"that is not the {usual:#x} of the machine type: max-ram-below-4g, or the guest wrote CMOS"
-            )
-    else:
-        made.method = "machine"
-        made.below = min(total, _table(machine, total))
-        made.above = total - made.below
-        why = "holds no memory sizes" if split is None else "does not add up to the RAM of the stream"
-        made.notes.append(f"CMOS {why}; the table of machine types tells {made.below:#x} bytes below 4 GiB")
-    high = [item.base for item in ranges if item.base >= FOUR_GIB and not item.hotplug and not item.fixed]
-    if made.above and high and min(high) != FOUR_GIB:
-        made.above_base = min(high)
-        made.notes.append(f"the SRAT puts the RAM above 4 GiB at {made.above_base:#x}")
-    elif not high and total > _RELOCATED:
-        made.assumptions.append("RAM above 4 GiB is taken to start there; with an AMD processor it may at 1 TiB")
-
-
-def _table(machine: str, total: int) -> int:
-    """Return the bytes below the PCI hole that a machine type leaves by default."""
-    modern = _version(machine) >= (2, 0) or machine.startswith("rhel")
-    if "microvm" in machine:
-        return 3 * GiB
-    if "q35" in machine:
-        large = 0xB0000000
-        return total if total < large else (2 * GiB if modern else large)
-    large = 0xE0000000
-    return total if total < large else (3 * GiB if modern else large)
-
-
-def _version(machine: str) -> tuple[int, int]:
-    """Return the version in a machine type's name; vendors that name releases differently are modern."""
-    found = re.search(r"([0-9]{1,3})\.([0-9]{1,3})", machine)
-    return (int(found[1]), int(found[2])) if found else (99, 0)
-
-
-def _tile(blocks: Sequence[Block], spans: Sequence[tuple[int, int]]) -> list[Region]:
-    """Lay the blocks end to end into the spans ``(address, length)``."""
-    regions = []
-    queue = [(address, length) for address, length in spans if length]
-    for block in blocks:
-        offset = 0
-        while offset < block.size and queue:
-            address, length = queue.pop(0)
-            part = min(length, block.size - offset)
-            regions.append(Region(address, part, block.name, offset))
-            offset += part
-            if part < length:
-                queue.insert(0, (address + part, length - part))
-    return regions
-
-
-def _apart(regions: Sequence[Region], made: Decision) -> list[Region]:
-    """Sort by address, leaving out what a nonsensical SRAT puts on top of other RAM or nowhere."""
-    kept: list[Region] = []
-    for region in sorted(regions):
-        if region.address < (kept[-1].end if kept else 0) or region.end > _ADDRESSES:
-            made.assumptions.append(f"block {printable(region.block)!r} is not placed at {region.address:#x}: no room")
-        else:
-            kept.append(region)
-    return kept
-
-
-def _check(regions: Sequence[Region], ranges: Sequence[Affinity], made: Decision) -> None:
-    """Hold the result against the SRAT, which knows every address but not the blocks."""
-    fixed = [item for item in ranges if not item.hotplug]
-    if not fixed or not regions:
-        return
-    for item in fixed:
-        covered = sum(
-            max(0, min(region.end, item.base + item.length) - max(region.address, item.base)) for region in regions
-        )
-        if covered != item.length and item.base >= _HOLE[1]:
-            made.assumptions.append(f"the SRAT has RAM at {item.base:#x} where no block was placed")
-            return
-    made.notes.append("every range of the SRAT is covered")
+    return architecture, layout, regions

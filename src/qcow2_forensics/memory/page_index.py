@@ -1,4 +1,4 @@
-"""Segments become a run index: for every page of a block, what the stream says of it last."""
+"""Segments become a run index: for every page of a block, its last record in the stream."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Int64s = npt.NDArray[np.int64]
+from .page_codecs import DELTA, MISSING, Deltas
 
-MISSING = -1 - 256  # a value no run has: the stream says nothing of these pages
+Int64s = npt.NDArray[np.int64]
 
 
 class PageRun(NamedTuple):
-    """Pages ``first`` to ``first + pages`` of a block: ``value`` as in :mod:`.pages`, or MISSING."""
+    """Pages ``first`` to ``first + pages`` of a block: ``value`` as in :mod:`.pages`, or MISSING.
+
+    A page that has to be decoded is a run of its own.
+    """
 
     first: int
     pages: int
@@ -30,7 +33,10 @@ class RunIndex:
     ``array('q')``, so that looking one page up makes no numpy scalar.
     """
 
-    def __init__(self, first: array[int], pages: array[int], value: array[int], stride: int) -> None:
+    def __init__(
+        self, first: array[int], pages: array[int], value: array[int], stride: int, deltas: Deltas | None = None
+    ) -> None:
+        self.deltas: Deltas = deltas or {}
         self.first = first
         self.pages = pages
         self.value = value
@@ -40,11 +46,11 @@ class RunIndex:
         return len(self.first)
 
     def recorded(self) -> int:
-        """Return the number of pages the stream tells about."""
+        """Return the number of pages that the stream has records of."""
         return sum(self.pages)
 
     def find(self, page: int) -> int:
-        """Return the value of one page, MISSING when the stream says nothing of it."""
+        """Return the value of one page, MISSING when the stream has no record of it."""
         number = bisect_right(self.first, page) - 1
         if number < 0:
             return MISSING
@@ -86,6 +92,26 @@ def build(segments: array[int], blocks: int, stride: int) -> list[RunIndex]:
     return [_one(table[bounds[n] : bounds[n + 1], 1:], stride) for n in range(blocks)]
 
 
+def _histories(table: Int64s, final: Int64s, stride: int) -> dict[int, tuple[int, ...]]:
+    """Return for each page that ends in differences the value it began as and the offsets of the differences.
+
+    ``table`` (segments, 3) is in the order of the stream; ``final`` are the values that count in the end.
+    """
+    is_delta = (table[:, 2] >= DELTA) & (table[:, 2] < MISSING)
+    wanted = np.unique(table[is_delta & np.isin(table[:, 2], final), 0])
+    found: dict[int, tuple[int, ...]] = {}
+    low = np.searchsorted(wanted, table[:, 0])
+    high = np.searchsorted(wanted, table[:, 0] + table[:, 1])
+    for number in np.flatnonzero(low < high).tolist():
+        first, _, value = table[number].tolist()
+        for page in wanted[low[number] : high[number]].tolist():
+            if is_delta[number]:
+                found[page] = (*found.get(page, (MISSING,)), value - DELTA)
+            else:
+                found[page] = (value + (page - first) * stride if value >= 0 else value,)
+    return found
+
+
 def _one(table: Int64s, stride: int) -> RunIndex:
     first, pages, value = table[:, 0], table[:, 1], table[:, 2]
     order = np.argsort(first, kind="stable")
@@ -95,7 +121,8 @@ def _one(table: Int64s, stride: int) -> RunIndex:
     else:
         first, pages, value = first[order], pages[order], value[order]
     first, pages, value = _join(first, pages, value, stride)
-    return RunIndex(_column(first), _column(pages), _column(value), stride)
+    deltas = _histories(table, value, stride) if bool((table[:, 2] < MISSING).any()) else None
+    return RunIndex(_column(first), _column(pages), _column(value), stride, deltas)
 
 
 def _last_wins(first: Int64s, ends: Int64s, value: Int64s, stride: int) -> tuple[Int64s, Int64s, Int64s]:

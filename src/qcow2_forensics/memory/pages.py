@@ -6,11 +6,13 @@ A record is a big-endian word, page address in the high bits and flags in the lo
     ZERO     0x02   [block name] one fill byte
     PAGE     0x08   [block name] the page itself
     EOS      0x10   the end of this section's records
+    XBZRLE   0x40   [block name] differences to the page as it was sent before
+    COMPRESSED 0x100 [block name] the page in zlib
     FLUSH   0x200   nothing
 
 with the block's name only where CONTINUE (0x20) is not set. Records of neighbouring pages that lie
 evenly in the stream are joined into one segment ``(block, first page, pages, value)`` while they are
-read. ``value`` is the stream offset of the first page's bytes, or ``-1 - fill``.
+read. ``value`` is the stream offset of the first page's bytes, ``-1 - fill``, or as :mod:`.page_codecs` has it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy.typing as npt
 from ..errors import LimitExceeded, Unsupported
 from ..limits import Limits
 from .cursor import WINDOW, Cursor, broken, truncated
+from .page_codecs import DELTA, PACKED
 
 ZERO: Final = 0x02
 MEM_SIZE: Final = 0x04
@@ -36,12 +39,6 @@ XBZRLE: Final = 0x40
 HOOK: Final = 0x80
 COMPRESSED: Final = 0x100
 FLUSH: Final = 0x200
-
-_FOREIGN = {
-    XBZRLE: "pages sent as differences (migration capability xbzrle)",
-    HOOK: "a migration over RDMA",
-    COMPRESSED: "compressed pages (migration capability compress)",
-}
 
 _STREAK = 13  # equal records before numpy looks ahead: where its fixed cost is paid back
 _RECORD = 8 + 1 + 255 + 1  # the longest record without the page: word, name, fill byte
@@ -73,6 +70,8 @@ class RamRecords:
     """Groups of four: block index, first page, pages, value; in the order of the stream."""
     _numbers: dict[str, int] = field(default_factory=dict)
     _current: int = -1
+    _decoded: int = 0
+    """Pages that have to be decoded."""
     _most: int = 0
     _steps: npt.NDArray[np.uint64] | None = None
 
@@ -142,8 +141,11 @@ class RamRecords:
         Returns the start of a new segment (first page, pages, value), of no pages for a record that
         holds none, and None for the end of the section.
         """
-        cursor.step()
         kind = flags & ~CONTINUE
+        if kind in (XBZRLE, COMPRESSED):
+            self._encoded(cursor, word // self.page_size, kind, named=not flags & CONTINUE)
+            return 0, 0, -1
+        cursor.step()
         if flags & CONTINUE and kind in (PAGE, ZERO):
             raise truncated(cursor.source.size)
         if flags == EOS:
@@ -159,11 +161,32 @@ class RamRecords:
         if flags == MEM_SIZE:
             self._sizes(cursor, word ^ flags)
         elif flags != FLUSH:
-            for bit, what in _FOREIGN.items():
-                if flags & bit:
-                    raise Unsupported(what)
+            if flags & HOOK:
+                raise Unsupported("a migration over RDMA")
             raise broken(f"RAM record with unknown flags {flags:#x}", cursor.position - 8)
         return 0, 0, -1
+
+    def _encoded(self, cursor: Cursor, page: int, kind: int, *, named: bool) -> None:
+        """Take a page that has to be decoded when it is read; each is a segment of its own."""
+        if named:
+            self._current = self._find(cursor.name(), cursor.position)
+        at = cursor.position
+        if kind == XBZRLE:
+            if (encoding := cursor.uint(1)) != 1:
+                raise broken(f"differences of encoding {encoding}", at)
+            length, most, value = cursor.uint(2), self.page_size, DELTA + at
+        else:
+            length, most, value = cursor.uint(4), 2 * self.page_size, PACKED + at
+        if length > most:
+            raise broken(f"page of {length} encoded bytes", at)
+        if cursor.position + length > cursor.source.size:
+            raise truncated(cursor.source.size)
+        cursor.skip(length)
+        self._decoded += 1
+        if self._decoded > cursor.most_decoded:
+            raise LimitExceeded("ram_runs", self._decoded, cursor.most_decoded)
+        self._most = min(self.limits.ram_runs, self._most + 1)
+        self._flush(page, 1, value)
 
     def _look_ahead(self, buffer: bytes, index: int, word: int, step: int) -> int:
         """Count the records after the one at ``index`` that go on as it does, with numpy.

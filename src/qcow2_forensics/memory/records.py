@@ -39,8 +39,8 @@ class Region(NamedTuple):
 class MemoryRun(NamedTuple):
     """A piece of guest memory: bytes at a stream offset, or ``length`` times one fill byte.
 
-    Exactly one of ``offset`` (a position in the stream that :class:`GuestMemory` was made from) and
-    ``fill`` (0..255) is not None.
+    At most one of ``offset`` (a position in the stream that :class:`GuestMemory` was made from) and
+    ``fill`` (0..255) is not None; both are None for a page that the stream holds compressed or as differences.
     """
 
     address: int
@@ -68,11 +68,11 @@ class Block:
     name: str
     size: int
     address: int | None = None
-    """Where the block lies inside its container, which only x-ignore-shared streams tell."""
+    """Where the block lies inside its container, which only x-ignore-shared streams state."""
     pages_offset: int | None = None
     """Where a mapped-ram stream keeps the block's pages."""
     recorded: int = 0
-    """Bytes the stream tells about; the rest was never sent and reads as an error."""
+    """Bytes the stream holds; the rest was never sent and reads as an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Layout:
     """Where the RAM blocks lie in guest-physical space and how that was decided."""
 
     method: str
-    """"cmos", "machine" (the table of machine types) or "none", what decided the split."""
+    """What decided the split at 4 GiB: "cmos", "srat", "machine" (the table of machine types) or "none"."""
     order: str
     """"single", "srat", "offsets", or "names": what decided the order of the blocks."""
     below_4g: int
@@ -90,9 +90,15 @@ class Layout:
     notes: tuple[str, ...] = ()
     """One sentence per decision, in the order they were made."""
     assumptions: tuple[str, ...] = ()
-    """What could not be shown from the stream and was taken from habit; empty is best."""
+    """What the stream does not show, with the addresses in doubt; empty is best."""
     unplaced: tuple[str, ...] = ()
     """Blocks that lie at no known address: firmware, video memory, device ROMs."""
+    reasons: tuple[str, ...] = ()
+    """Why each region lies where it does, parallel to the regions."""
+    checks: tuple[str, ...] = ()
+    """What the guest's page tables say about the layout, or why they say nothing."""
+    doubts: tuple[tuple[int, int], ...] = ()
+    """``(address, length)`` of the ranges that may hold something else: an assumption that nothing confirms, or a contradiction."""
 
 
 @dataclass(frozen=True, slots=True)

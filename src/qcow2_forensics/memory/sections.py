@@ -7,7 +7,8 @@
     08 command         code, length, payload
     01 start           id, name, instance, version, body, [7e id]
     02 part, 03 end    id, body, [7e id]
-    04 full            a device: the first after RAM has ended is where we stop
+    04 full            a device: the first after RAM has ended is where we stop; a background snapshot
+                       writes no end of RAM, there it is the first after a part of RAM
     00 end of stream
 """
 
@@ -70,6 +71,7 @@ class _Walker:
         self.stream = Stream(RamRecords(limits))
         self._names: dict[int, str] = {}
         self._ram_ended = False
+        self._ram_parts = False
         self._has_footers = False
 
     def walk(self) -> None:
@@ -95,6 +97,10 @@ class _Walker:
         elif kind in (END, FULL) and self._ram_ended:
             self.stream.devices_offset = at
             return True
+        elif kind == FULL and self._ram_parts and int.from_bytes(cursor.read(at + 1, 4), "big") not in self._names:
+            self.stream.notes.append("the RAM has no end of its own, as a background snapshot leaves it")
+            self.stream.devices_offset = at
+            return True
         elif kind in (START, FULL):
             number = cursor.uint(4)
             if number in self._names:  # else a part whose type is damaged would be passed, its pages with it
@@ -111,6 +117,7 @@ class _Walker:
             if number not in self._names:
                 raise broken(f"part of unknown section {number}", at)
             self._body(number, self._names[number])
+            self._ram_parts |= self._names[number] == "ram"
             self._ram_ended |= kind == LAST and self._names[number] == "ram"
         else:
             raise broken("end before that of the RAM" if kind == END else f"unknown section type {kind:#x}", at)

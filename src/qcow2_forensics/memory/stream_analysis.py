@@ -1,15 +1,19 @@
-"""One pass over a stream: what :class:`GuestMemory` stands on, as plain data."""
+"""One pass over a stream: what :class:`GuestMemory` is made of, as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..errors import Unsupported
 from ..format.source import Source
 from ..limits import Limits
 from ..text import printable
 from . import layout
 from .block_reader import read_pages
 from .devices import DeviceStates
+from .given_layout import Given
+from .libvirt_domain import module_addresses
+from .page_codecs import MISSING
 from .page_index import RunIndex, build
 from .records import Block, Cpu, Device, Layout, Region
 from .sections import read_stream
@@ -32,7 +36,20 @@ class Analysis:
     cpus: tuple[Cpu, ...]
 
 
-def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
+def _need_bases(blocks: tuple[Block, ...], runs: tuple[RunIndex, ...], page_size: int) -> None:
+    """Raise :class:`Unsupported` for pages sent as differences to something that the stream does not hold."""
+    for block, index in zip(blocks, runs, strict=True):
+        lost = sorted(page for page, history in index.deltas.items() if history[0] == MISSING)
+        if lost:
+            named = ", ".join(f"{page * page_size:#x}" for page in lost[:8])
+            more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+            raise Unsupported(
+                f"pages sent as differences (xbzrle) to what another stream holds: block {printable(block.name)!r}, "
+                f"offsets {named}{more}"
+            )
+
+
+def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given = ()) -> Analysis:
     """Index the RAM records, walk the devices and decide the layout."""
     stream = read_stream(source, limits, allow_truncated=allow_truncated)
     ram = stream.ram
@@ -41,6 +58,7 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
         Block(item.name, item.size, item.address, item.pages_offset, min(item.size, index.recorded() * ram.page_size))
         for item, index in zip(ram.blocks, runs, strict=True)
     )
+    _need_bases(blocks, runs, ram.page_size)
     numbers = {block.name: number for number, block in enumerate(blocks)}
 
     def read_block(name: str, offset: int, length: int) -> bytes:
@@ -49,10 +67,10 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool) -> Analysis:
     states = DeviceStates(source, stream.devices_offset, limits) if stream.complete else None
     cpus = states.cpus() if states else ()
     cmos = states.clock_ram() if states else None
-    hint = cpus[0].architecture if cpus else ""
     bodies = [*stream.early, *(states.bodies("virtio-mem") if states else ())]
-    facts = layout.Facts(stream.machine, blocks, cmos, read_block, hint, bodies)
-    architecture, placed, regions = layout.place(facts)
+    domain = bytes(getattr(source, "domain", b""))
+    facts = layout.Facts(stream.machine, blocks, cmos, read_block, cpus, bodies, module_addresses(domain, blocks))
+    architecture, placed, regions = layout.place(facts, given)
     notes = [*placed.notes, *(printable(note) for note in stream.notes)]
     notes += states.notes if states else ()
     if ram.ignore_shared:

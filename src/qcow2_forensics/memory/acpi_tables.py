@@ -1,21 +1,24 @@
-"""The SRAT: which guest-physical ranges are memory, and of which NUMA node.
+"""What the ACPI tables say about memory: the ranges of the SRAT, and the PCI windows of the DSDT.
 
-QEMU keeps its own copy of the ACPI tables it made in a RAM block, where the guest does not write.
+QEMU keeps its own copy of the tables it made in a RAM block, where the guest does not write.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
-from ..limits import MiB
+from ..limits import GiB, MiB
 from .records import Block
 
 _TABLES: Final = "/rom@etc/acpi/tables"
 _TABLE_BYTES = 16 * MiB  # the tables looked at; QEMU's are 128 KiB
 _CANDIDATES = 8  # places that read "SRAT" and are tried
+_WINDOWS = 64  # PCI windows looked at; QEMU writes one for each host bridge
+_QWORD_MEMORY = re.compile(rb"\x8a\x2b\x00\x00", re.DOTALL)  # QWord address space descriptor, 43 bytes, of memory
 _RANGES = 512  # ranges believed; QEMU allows 128 nodes, some in two parts
 
 
@@ -30,12 +33,29 @@ class Affinity(NamedTuple):
     """Non-volatile: exactly one module, at exactly this address."""
 
 
-def memory_affinities(blocks: Sequence[Block], read_block: Callable[[str, int, int], bytes]) -> tuple[Affinity, ...]:
-    """Return the enabled memory ranges in the order of the table, () when there is no sound one."""
+def read_tables(blocks: Sequence[Block], read_block: Callable[[str, int, int], bytes]) -> bytes:
+    """Return the block in which QEMU keeps the tables, b"" when there is none."""
     block = next((block for block in blocks if block.name == _TABLES), None)
-    if block is None:
-        return ()
-    data = read_block(_TABLES, 0, min(block.size, _TABLE_BYTES))
+    return read_block(_TABLES, 0, min(block.size, _TABLE_BYTES)) if block is not None else b""
+
+
+def pci_windows(data: bytes) -> tuple[tuple[int, int], ...]:
+    """Return ``(address, length)`` of the windows above 4 GiB in which PCI devices are put, lowest first.
+
+    They are QWord address space descriptors (ACPI specification, 6.4.3.5.1) whose minimum, maximum and length agree.
+    """
+    found = set()
+    for match in islice(_QWORD_MEMORY.finditer(data), _WINDOWS):
+        _, low, high, offset, length = struct.unpack_from(
+            "<5Q", data.ljust(match.start() + 46, b"\0"), match.start() + 6
+        )
+        if low >= 4 * GiB and length and high == low + length - 1 and not offset:
+            found.add((low, length))
+    return tuple(sorted(found))
+
+
+def memory_affinities(data: bytes) -> tuple[Affinity, ...]:
+    """Return the enabled memory ranges in the order of the table, () when there is no sound one."""
     for found in islice(re.finditer(b"SRAT", data), _CANDIDATES):
         ranges = tuple(islice(_ranges(data, found.start()), _RANGES + 1))
         if 0 < len(ranges) <= _RANGES:
