@@ -1,0 +1,182 @@
+"""dissect reads every state of a QCOW2 image through our container and loader."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qcow2_forensics import open_image
+from tests import filesystems, qemu
+
+pytest.importorskip("dissect.target", reason="dissect.target is absent")
+pytest.importorskip("dissect.extfs", reason="dissect.extfs is absent")
+
+from dissect.target import Target, container
+from dissect.target.exceptions import ContainerError, TargetError
+from dissect.target.filesystem import VirtualFilesystem
+from dissect.target.helpers import keychain
+from dissect.target.helpers.fsutil import TargetPath
+
+import dissect_qcow2
+from dissect_qcow2 import Qcow2Container
+from dissect_qcow2.loader import state_names
+
+dissect_qcow2.register()
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def keys() -> Iterator[list[keychain.Key]]:
+    """dissect's keychain, emptied afterwards."""
+    yield keychain.KEYCHAIN
+    keychain.KEYCHAIN.clear()
+
+
+def guest(folder: Path, name: str, *users: str) -> Path:
+    """Return a raw disk of a small Linux with these users."""
+    made = filesystems.make(folder, "ext4", f"{name}.ext4", populated=False)
+    for inside in ("etc", "var", "opt", "home", "usr", "bin", "tmp"):
+        made.folder(inside)
+    lines = [f"{user}:x:{number}:{number}::/home/{user}:/bin/sh\n" for number, user in enumerate(users, 1000)]
+    made.put("etc/passwd", "".join(lines).encode())
+    made.put("etc/hostname", b"victim\n")
+    return filesystems.disk_of(folder, [made], f"{name}.raw")[0]
+
+
+@pytest.fixture
+def linux(tmp_path: Path) -> Path:
+    """An image with the snapshot ``before`` (user alice) and an active state (alice and mallory)."""
+    states = [("before", guest(tmp_path, "one", "alice")), (None, guest(tmp_path, "two", "alice", "mallory"))]
+    return filesystems.states_of(tmp_path / "disk.qcow2", states)
+
+
+def users(target: Target) -> list[str]:
+    return [user.name for user in target.users()]
+
+
+def contents(opened: container.Container) -> bytes:
+    opened.seek(0)
+    return opened.read(opened.size)
+
+
+def test_each_state_is_a_target_that_says_which_it_is(linux: Path) -> None:
+    found = {str(target.path): users(target) for target in Target.open_all(linux)}
+    assert found == {f"{linux}/before": ["alice"], str(linux): ["alice", "mallory"]}
+    assert list(found) == [f"{linux}/before", str(linux)]
+
+
+@pytest.mark.parametrize("variables", [{"DISSECT_PLUGINS": "plugins/dissect/dissect_qcow2/plugin.py"}])
+def test_target_query_lists_the_users_of_every_state(linux: Path, variables: dict[str, str]) -> None:
+    command = [str(Path(sys.executable).with_name("target-query")), "-q", "-j", "-f", "users", str(linux)]
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "plugins/dissect")])
+    environment = {**os.environ, "PYTHONPATH": paths, "QCOW2_FORENSICS_AUTOLOAD": "0", **variables}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment, cwd=ROOT)
+    records = [record for line in done.stdout.splitlines() if (record := json.loads(line)).get("name")]
+    assert [(Path(record["_source"]).name, record["name"]) for record in records] == [
+        ("before", "alice"),
+        ("disk.qcow2", "alice"),
+        ("disk.qcow2", "mallory"),
+    ]
+
+
+@pytest.mark.parametrize("state", ["before", "1", "index:0"])
+def test_a_state_is_opened_by_its_path(linux: Path, state: str) -> None:
+    assert users(Target.open(linux / state)) == ["alice"]
+
+
+def test_a_state_that_is_not_there_is_an_error(linux: Path) -> None:
+    with pytest.raises(TargetError):
+        Target.open(linux / "never")
+
+
+def test_a_library_user_opens_any_state_as_a_container(linux: Path) -> None:
+    with Qcow2Container(linux, snapshot="before") as opened:
+        assert contents(opened) == qemu.raw_bytes(linux, snapshot="before")
+        target = Target()
+        target.disks.add(opened)
+        target.apply()
+        assert users(target) == ["alice"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"extended_l2": "on"}, {"compat": "0.10"}, {"cluster_size": "512"}, {"compression_type": "zstd"}]
+)
+def test_container_reads_what_qemu_reads(make_image: Callable[..., Path], options: dict[str, str]) -> None:
+    image = make_image("disk.img", "2M", "write -P 1 0 100k", "write -P 2 1M 33k", **options)
+    with container.open(image) as opened:
+        assert isinstance(opened, Qcow2Container)
+        assert contents(opened) == qemu.raw_bytes(image)
+
+
+def test_a_grown_overlay_keeps_its_size(make_image: Callable[..., Path]) -> None:
+    base = make_image("base.qcow2", "1M", "write -P 1 0 1M")
+    overlay = make_image("overlay.qcow2", "3M", "write -P 2 2M 64k", backing=base, backing_fmt="qcow2")
+    with container.open(overlay) as opened:
+        assert opened.size == 3 << 20
+        assert contents(opened) == qemu.raw_bytes(overlay)
+
+
+def test_an_encrypted_image_takes_its_passphrase_from_the_keychain(
+    make_image: Callable[..., Path], keys: list[keychain.Key]
+) -> None:
+    pytest.importorskip("cryptography")
+    image = make_image("locked.qcow2", "1M", "write -P 7 0 64k", secret="sesame")
+    with pytest.raises(ContainerError) as failure:
+        container.open(image)
+    assert "-K" in str(failure.value.__cause__)
+    for value in ("wrong", "sesame"):
+        keychain.register_key(keychain.KeyType.PASSPHRASE, value)
+    with container.open(image) as opened:
+        assert contents(opened) == qemu.raw_bytes(image, secret="sesame")
+
+
+def inside(files: dict[str, Path]) -> VirtualFilesystem:
+    """Return a file system of dissect's that holds these files."""
+    fs = VirtualFilesystem()
+    for name, path in files.items():
+        fs.map_file(name, str(path))
+    return fs
+
+
+def test_an_image_inside_another_target_finds_its_backing_file_there(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_image("base.qcow2", "1M", "write -P 1 0 1M")
+    overlay = make_image("overlay.qcow2", "1M", "write -P 2 0 64k", backing="base.qcow2", backing_fmt="qcow2")
+    expected = qemu.raw_bytes(overlay)
+    fs = inside({"vms/overlay.qcow2": overlay, "vms/base.qcow2": base})
+    with container.open(fs.path("/vms/overlay.qcow2")) as opened:
+        assert contents(opened) == expected
+
+
+def test_an_image_inside_another_target_opens_nothing_outside_its_folder(make_image: Callable[..., Path]) -> None:
+    base = make_image("base.qcow2", "1M")
+    overlay = make_image("overlay.qcow2", "1M")
+    qemu.img("rebase", "-u", "-F", "qcow2", "-b", "../secret.qcow2", overlay)
+    fs = inside({"vms/overlay.qcow2": overlay, "secret.qcow2": base})
+    place = fs.path("/vms/overlay.qcow2")
+    assert isinstance(place, TargetPath)
+    with pytest.raises(ContainerError) as failure:
+        container.open(place)
+    assert "outside the folder" in str(failure.value.__cause__)
+
+
+def test_every_snapshot_gets_a_path_that_opens_it(make_image: Callable[..., Path]) -> None:
+    image = make_image()
+    for name in ("plain", "a/b", "same", "same", "2", "deleted:7", "active"):
+        qemu.snapshot(image, name)
+    with open_image(image) as opened:
+        assert list(state_names(opened)) == ["plain", "2", "3", "4", "5", "6", "7"]
+
+
+def test_other_files_are_left_to_dissect(tmp_path: Path) -> None:
+    raw = tmp_path / "disk.qcow2"  # by name alone
+    raw.write_bytes(bytes(4096))
+    assert not Qcow2Container.detect(raw)
