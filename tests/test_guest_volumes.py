@@ -73,7 +73,7 @@ def populate(folder: Path) -> None:
         stream.truncate(3 * MIB)
         stream.seek(MIB)
         stream.write(b"x" * 5000)
-    os.chmod(folder / "big.bin", 0o4711)
+    os.chmod(folder / "big.bin", 0o4711)  # noqa: S103 - the mark of a file that runs as its owner
     os.chown(folder / "big.bin", 1000, 1001)
     os.utime(folder / "kept.txt", ns=(4_000_000_000_000_000_001, -4_999_999_993))
 
@@ -227,7 +227,7 @@ def test_logical_volumes_over_several_partitions_are_read(lvm_states: list[tuple
 
 
 def test_content_in_logical_volumes_is_where_the_records_say(lvm_states: list[tuple[Path, dict[str, Disk]]]) -> None:
-    raw, inside = lvm_states[0]
+    raw, _ = lvm_states[0]
     data = raw.read_bytes()
     for system in volumes_of(raw).systems:
         for record in system.records():
@@ -321,8 +321,8 @@ def test_thin_and_mirrored_volumes_are_placed_though_not_read(tmp_path: Path) ->
     ("damage", "sentence"),
     [
         (lambda data, at: data.__setitem__(slice(at, at + 4), b"XXXX"), "checksum of its metadata text"),
-        (lambda data, at: data.__setitem__(slice(4096 + 4, 4096 + 8), b"XXXX"), "has no LVM2 header"),
-        (lambda data, at: data.__setitem__(slice(4096 + 32, 4096 + 40), b"\xff" * 8), "claims"),
+        (lambda data, _: data.__setitem__(slice(4096 + 4, 4096 + 8), b"XXXX"), "has no LVM2 header"),
+        (lambda data, _: data.__setitem__(slice(4096 + 32, 4096 + 40), b"\xff" * 8), "claims"),
     ],
 )
 def test_damaged_lvm_metadata_is_a_named_volume(
