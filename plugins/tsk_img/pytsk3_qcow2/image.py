@@ -11,7 +11,8 @@ import pytsk3
 from qcow2_forensics import open_disk
 from qcow2_forensics import open_image as open_metadata
 from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error
-from qcow2_forensics.files.tsk_image import DiskImage, as_io_error
+from qcow2_forensics.files.tolerant import TolerantReader
+from qcow2_forensics.files.tsk_image import ReaderImage, as_io_error
 from qcow2_forensics.format.header import Crypt
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
 from qcow2_forensics.format.source import PathOrSource, as_source
@@ -42,7 +43,7 @@ def _locked_method(disk: Disk) -> str:
     return ", ".join(methods)
 
 
-class Img_Info(DiskImage):  # noqa: N801 - named as the class it stands in for
+class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
     """The active state of a QCOW2 image, or one snapshot, for ``Volume_Info`` and ``FS_Info``.
 
     ``url``, ``type`` and ``sector_size`` are the arguments of ``pytsk3.Img_Info``, in its order.
@@ -84,7 +85,8 @@ class Img_Info(DiskImage):  # noqa: N801 - named as the class it stands in for
                 raise Locked(_locked_method(disk))
         except Qcow2Error as error:
             raise as_io_error(error) from error.__cause__
-        super().__init__(disk, unreadable, sector_size)
+        super().__init__(TolerantReader(disk, unreadable), sector_size)
+        self._disk = disk
         self._owned = disk is not url
 
     def close(self) -> None:
@@ -92,6 +94,11 @@ class Img_Info(DiskImage):  # noqa: N801 - named as the class it stands in for
         super().close()
         if self._owned:
             self._disk.close()
+
+    @property
+    def disk(self) -> Layer:
+        """The disk behind this object, for ranges and extents."""
+        return self._disk
 
     @property
     def snapshot(self) -> SnapshotEntry | None:

@@ -1,20 +1,47 @@
-"""What ``diff`` and ``timeline`` share: states by name, dates, and records as JSON."""
+"""What ``diff`` and ``timeline`` share: the volumes of a state, their labels, and records as JSON."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from ..errors import Qcow2Error
+from ..files.records import FileRecord, Volume
+from ..files.volumes import GuestVolumes, Unread, open_volumes
 from ..format.snapshot_table import SnapshotEntry
-from ..text import printable
+from ..reader.disk import Layer
+from ..text import iso_time, printable
 
-if TYPE_CHECKING:
-    from ..files.records import FileRecord
+_PASSPHRASE_BYTES = 1 << 20  # key files are a few KiB; a device would never end
+LONGEST_PATH = 8192  # characters shown of one
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_SECOND = 1_000_000_000  # nanoseconds
+
+def add_guest_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the volumes in the guest."""
+    parser.add_argument(
+        "--guest-passphrase-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="file with a passphrase to try on LUKS and BitLocker volumes inside the guest (repeatable)",
+    )
+
+
+def volumes_of(args: argparse.Namespace, disk: Layer, name: str) -> GuestVolumes:
+    """Return the volumes of a state, with the passphrases that the options give."""
+    return open_volumes(disk, name, [_passphrase(path) for path in args.guest_passphrase_file])
+
+
+def _passphrase(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        secret = file.read(_PASSPHRASE_BYTES + 1)
+    if len(secret) > _PASSPHRASE_BYTES:
+        raise Qcow2Error(f"{printable(path)} is too long for a passphrase")
+    return secret.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def state_labels(entries: Iterable[SnapshotEntry]) -> Callable[[SnapshotEntry | None], str]:
@@ -30,27 +57,38 @@ def state_labels(entries: Iterable[SnapshotEntry]) -> Callable[[SnapshotEntry | 
     return label
 
 
-def iso_time(nanoseconds: int) -> str | None:
-    """Return a time as RFC 3339 in UTC, None for none or one that no calendar holds."""
-    if not nanoseconds:
-        return None
-    try:
-        return (_EPOCH + timedelta(microseconds=nanoseconds // 1000)).isoformat(timespec="microseconds")
-    except OverflowError:
-        return None
+def complain(sentence: str) -> None:
+    """Print what could not be done on standard error."""
+    print(f"qcow2-forensics: {sentence}", file=sys.stderr)
 
 
-def short_time(nanoseconds: int) -> str:
-    """Return a time for people: UTC, to the second."""
-    shown = iso_time(nanoseconds)
-    return shown[:19].replace("T", " ") if shown else "-"
+def volume_label(volume: Volume) -> str:
+    """Return what to call a volume: ``/p2/vg0/root (xfs)``, ``the whole disk (LUKS)``."""
+    return printable(f"{volume.prefix or 'the whole disk'} ({volume.kind or 'unknown'})", LONGEST_PATH)
+
+
+def volume_dict(volume: Volume) -> dict[str, Any]:
+    """Return a volume for JSON."""
+    return {
+        "partition": volume.number,
+        "offset": volume.offset,
+        "path": volume.prefix,
+        "type": volume.kind,
+        "description": volume.description,
+        "backend": volume.backend,
+    }
+
+
+def unread_dict(item: Unread) -> dict[str, Any]:
+    """Return a volume that is not read for JSON."""
+    return {**volume_dict(item.volume), "holds_files": item.holds_files, "why": item.why}
 
 
 def record_dict(record: FileRecord, sha256: str | None = None) -> dict[str, Any]:
-    """Return a record for JSON; text from the file system is escaped."""
+    """Return a record for JSON, which holds text as the file system does."""
     times = record.times
     shown: dict[str, Any] = {
-        "path": printable(record.full_path, limit=8192),
+        "path": record.full_path,
         "inode": record.inode,
         "address": record.address,
         "type": record.type,
@@ -65,7 +103,7 @@ def record_dict(record: FileRecord, sha256: str | None = None) -> dict[str, Any]
         "created": iso_time(times.created),
     }
     if record.link:
-        shown["link"] = printable(record.link)
+        shown["link"] = record.link
     if sha256 is not None:
         shown["sha256"] = sha256
     return shown

@@ -6,22 +6,20 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..compare.ranges import Change, Difference, compare
 from ..errors import Qcow2Error
-from ..files.volumes import need_back_end, open_volumes
+from ..files.volumes import need_back_end
 from ..format.image import Image
 from ..reader.disk import Disk, Layer
 from ..text import printable
-from . import _files
+from . import _diff_files, _files
+from ._diff_files import Files
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress, human_size
-
-if TYPE_CHECKING:
-    from ..files.changes import Changed
 
 _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
@@ -33,13 +31,6 @@ A state is the ID or name of a snapshot, "active", or "backing" for the disk bel
 Ranges are of the guest's disk. Clusters that the two states share are not read. --files needs
 pytsk3: pip install 'qcow2-forensics[tsk]'.
 """
-
-
-class Files(NamedTuple):
-    """What differs in files, and how many changed bytes are in no file."""
-
-    changes: list[Changed]
-    outside: int
 
 
 class State(NamedTuple):
@@ -77,6 +68,7 @@ def add_parser(subparsers: Any) -> None:
         help="output format (default: text); body is for mactime and other timeline tools, and implies --files",
     )
     add_disk_arguments(parser, snapshot=False)
+    _files.add_guest_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -94,9 +86,11 @@ def run(args: argparse.Namespace) -> int:
             found = list(ranges)  # printed when the progress line is gone
         if not files and args.format in ("text", "jsonl"):
             return _print_ranges(args, before, after, found)
-        listed = _changes(args, before, after, found) if files else None
+        listed = _diff_files.compare_files(args, (before, after), found) if files else None
         _PRINTERS[args.format](args, before, after, found, listed)
-        return _verdict(_unreadable(found))
+        if listed is not None:
+            _report_unread(listed)
+        return max(_verdict(_unreadable(found)), listed.exit_code if listed else 0)
 
 
 # --- states ------------------------------------------------------------------------------------
@@ -192,70 +186,13 @@ def _verdict(unreadable: int) -> int:
     return 0
 
 
-# --- files -----------------------------------------------------------------------------------------
-
-
-def _changes(args: argparse.Namespace, before: State, after: State, found: list[Difference]) -> Files:
-    from ..files.changes import StateFiles, file_changes, outside_files
-
-    listings: list[StateFiles] = []
-    errors: list[Sequence[str]] = []
-    for state in (before, after):
-        volumes = open_volumes(state.disk, f"{args.image}, state {state.label}")
-        with Progress(f"list {state.label}", 0, unit="names") as progress:
-            listings.append(StateFiles(volumes.systems, progress.advance))
-        errors.append(volumes.read_errors)
-    old, new = listings
-    ranges = [(item.offset, item.length) for item in found]
-    changed = list(file_changes(old, new, ranges, hashed=args.hash))
-    for state, listing, read_errors in zip((before, after), listings, errors, strict=True):
-        for problem in (*read_errors, *listing.problems):
-            print(f"qcow2-forensics: {state.label}: {problem}", file=sys.stderr)
-    return Files(changed, outside_files(old, new, ranges))
-
-
-def _file_dict(change: Changed) -> dict[str, Any]:
-    record = change.shown
-    shown: dict[str, Any] = {
-        "change": str(change.change),
-        "path": printable(record.full_path, limit=8192),
-        "inode": record.inode,
-        "volume": {
-            "partition": record.volume.number,
-            "offset": record.volume.offset,
-            "type": record.volume.kind,
-            "description": printable(record.volume.description),
-        },
-        "fields": list(change.fields),
-        "changed_bytes": change.changed_bytes,
-        "recoverable": None if change.recoverable is None else str(change.recoverable),
-    }
-    for key, side, digest in zip(("before", "after"), (change.before, change.after), change.sha256, strict=True):
-        shown[key] = None if side is None else _files.record_dict(side, digest)
-    return {**shown, "note": change.note} if change.note else shown
-
-
-_COLUMNS = ("change", "path", "inode", "size", "modified (UTC)", "what")
-
-
-def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
-    for change in changes:
-        record = change.shown
-        sizes = [str(side.size) for side in (change.before, change.after) if side is not None]
-        size = " -> ".join(dict.fromkeys(sizes)) if change.change not in ("removed", "deleted") else str(record.size)
-        what = ", ".join(change.fields)
-        if "content" in change.fields and change.changed_bytes:
-            what = what.replace("content", f"content ({change.changed_bytes} bytes)", 1)
-        if change.recoverable is not None:
-            what = {"yes": "content recoverable", "partly": "content partly recoverable"}.get(
-                change.recoverable, "content gone"
-            )
-        path = printable(record.full_path, limit=8192)
-        if change.change == "renamed" and change.before is not None:
-            path = f"{printable(change.before.full_path, limit=8192)} -> {path}"
-        note = change.note
-        shown = "; ".join(part for part in (what, note) if part)
-        yield str(change.change), path, record.address, size, _files.short_time(record.times.modified), shown
+def _report_unread(listed: Files) -> None:
+    for item in listed.unread:
+        if item.hides_changes:
+            where = _files.volume_label(item.unread.volume)
+            _files.complain(f"{human_size(item.changed_bytes)} differ in {where}, whose files are not listed")
+    if listed.is_incomplete:
+        _files.complain("parts of the file systems could not be read: files may be missing above")
 
 
 # --- formats -----------------------------------------------------------------------------------------
@@ -282,23 +219,8 @@ def _print_text(
     for item in found:
         if item.change is Change.UNREADABLE:
             print(_range_line(item))
-    if listed is None or not listed.changes:
-        print("no files differ")
-        return
-    if listed.outside:
-        print(f"{human_size(listed.outside)} of it in no file: file system structures or free space")
-    changes = listed.changes
-    rows = list(_rows(changes))
-    widths = [max(len(row[at]) for row in (_COLUMNS, *rows)) for at in range(len(_COLUMNS))]
-    for row, change in zip((_COLUMNS, *rows), (None, *changes), strict=True):
-        aligned = [
-            cell.rjust(width) if at in (2, 3) else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(aligned).rstrip())
-        for name, digest in zip(("before", "after"), change.sha256 if change else (), strict=False):
-            if digest is not None:
-                print(f"    sha256 {name:6} {digest}")
+    for line in _diff_files.text_lines(listed) if listed else ():
+        print(line)
 
 
 def _print_json(
@@ -309,8 +231,9 @@ def _print_json(
     shown["summary"] = _totals(*_counted(found))
     shown["ranges"] = [_range_dict(item) for item in found]
     if listed is not None:
-        shown["summary"]["bytes_in_no_file"] = listed.outside
-        shown["files"] = [_file_dict(change) for change in listed.changes]
+        shown["summary"] |= _diff_files.totals(listed)
+        shown["volumes"] = _diff_files.volume_dicts(listed)
+        shown["files"] = [_diff_files.file_dict(change) for change in listed.changes]
     print(json.dumps(shown, indent=2))
 
 
@@ -320,21 +243,19 @@ def _print_lines(
     print(json.dumps(_states_dict(args, before, after)))
     for item in found:
         print(json.dumps({"record": "range", **_range_dict(item)}))
+    for volume in _diff_files.volume_dicts(listed) if listed else ():
+        print(json.dumps({"record": "volume", **volume}))
     for change in listed.changes if listed else ():
-        print(json.dumps({"record": "file", **_file_dict(change)}))
-    outside = {"bytes_in_no_file": listed.outside} if listed else {}
+        print(json.dumps({"record": "file", **_diff_files.file_dict(change)}))
+    outside = _diff_files.totals(listed) if listed else {}
     print(json.dumps({"record": "summary", **_totals(*_counted(found)), **outside}))
 
 
 def _print_body(
     _args: argparse.Namespace, before: State, after: State, _found: list[Difference], listed: Files | None
 ) -> None:
-    from ..files.lines import body_line
-
-    for change in listed.changes if listed else ():
-        state = before if change.change == "removed" else after
-        prefix = f"[{change.change}, {state.label}] {change.shown.volume.prefix}"
-        print(body_line(change.shown, prefix))
+    for line in _diff_files.body_lines(listed, before.label, after.label) if listed else ():
+        print(line)
 
 
 _PRINTERS = {"text": _print_text, "json": _print_json, "jsonl": _print_lines, "body": _print_body}

@@ -7,17 +7,17 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files.lines import body_line, mode_text
 from ..files.protocol import NoFileSystem
 from ..files.records import FileRecord
-from ..files.volumes import need_back_end, open_volumes
+from ..files.volumes import need_back_end
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..text import printable
+from ..reader.disk import Layer
+from ..text import iso_time, printable, snapshot_time
 from . import _files
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress
@@ -49,7 +49,6 @@ class ImageEvent(NamedTuple):
     message: str
     state: str
     kind: str
-    created: bool = False  # a birth, not a modification: which column of a body file it goes to
 
 
 def add_parser(subparsers: Any) -> None:
@@ -77,6 +76,7 @@ def add_parser(subparsers: Any) -> None:
         help="a body file for mactime (default), or JSON lines for Timesketch",
     )
     add_disk_arguments(parser, snapshot=False)
+    _files.add_guest_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -93,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     label = _files.state_labels(snapshots)
     wanted = args.state or [*(f"index:{entry.index}" for entry in snapshots), "active"]
+    code = 0
     for state in wanted:
-        with ExitStack() as stack:
-            disk = stack.enter_context(open_from(args, state))
-            _print_files(args, disk, label(disk.snapshot))
-    return 0
+        with open_from(args, state) as disk:
+            code = max(code, _print_files(args, disk, label(disk.snapshot)))
+    return code
 
 
 # --- the image -----------------------------------------------------------------------------------
@@ -112,12 +112,11 @@ def image_events(image: Image, modified: int | None) -> Iterator[ImageEvent]:
     label = _files.state_labels(image.snapshots)
     for entry in image.snapshots:
         yield ImageEvent(
-            entry.date_sec * _SECOND + entry.date_nsec,
+            snapshot_time(entry.date_sec, entry.date_nsec),
             "Snapshot Creation Time",
             f"snapshot {printable(entry.name)!r} (ID {printable(entry.id)}) was taken{_details(entry)}",
             label(entry),
             "snapshot",
-            created=True,
         )
     if image.header.version == 1 and image.header.mtime:
         yield ImageEvent(
@@ -156,8 +155,7 @@ def _modified(path: str) -> int | None:
 
 
 def _event_body(event: ImageEvent) -> str:
-    seconds = event.time // _SECOND
-    times = (0, 0, 0, seconds) if event.created else (0, seconds, 0, 0)
+    times = (event.time // _SECOND,) * 4  # mactime prints a row without a date for each that is 0
     name = f"[{event.state}] {event.message}".replace("|", "\\x7c")
     return "|".join(["0", name, "0", "-/----------", "0", "0", "0", *map(str, times)])
 
@@ -169,31 +167,35 @@ def _event_json(event: ImageEvent, image: str) -> str:
 # --- files -----------------------------------------------------------------------------------------
 
 
-def _print_files(args: argparse.Namespace, disk: Any, state: str) -> None:
+def _print_files(args: argparse.Namespace, disk: Layer, state: str) -> int:
+    """Print the files of one state; return the exit code."""
     try:
-        systems, read_errors = open_volumes(disk, f"{args.image}, state {state}")
+        volumes = _files.volumes_of(args, disk, f"{args.image}, state {state}")
     except NoFileSystem as error:
-        print(f"qcow2-forensics: {error}", file=sys.stderr)
-        return
+        _files.complain(str(error))
+        return 0
     # On a terminal the lines themselves show how far it is.
     stream = io.StringIO() if sys.stdout.isatty() else sys.stderr
     with Progress(f"list {state}", 0, unit="names", stream=stream) as progress:
-        for system in systems:
+        for system in volumes.systems:
             for record in system.records(names=True):
                 progress.advance(1)
                 if args.format == "body":
-                    print(body_line(record, f"[{state}] {record.volume.prefix}"))
+                    print(body_line(record, f"[{state}] {printable(record.volume.prefix)}"))
                 else:
                     for line in _record_lines(record, state, args.image):
                         print(line)
-        problems = [problem for system in systems for problem in system.problems]
-    for problem in (*read_errors, *problems):
-        print(f"qcow2-forensics: {state}: {problem}", file=sys.stderr)
+    for problem in (*volumes.read_errors, *(one for system in volumes.systems for one in system.problems)):
+        _files.complain(f"{state}: {problem}")
+    not_listed = [item for item in volumes.unread if not item.blank]
+    for item in not_listed:
+        _files.complain(f"{state}: the files of {_files.volume_label(item.volume)} are not listed: {item.why}")
+    missing = volumes.read_errors or any(system.is_incomplete for system in volumes.systems)
+    return 2 if missing or any(item.holds_files for item in not_listed) else 0
 
 
 def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:
-    path = printable(record.full_path, limit=8192)
-    shown = f"{path} (deleted)" if not record.allocated else path
+    shown = f"{record.full_path} (deleted)" if not record.allocated else record.full_path
     for name, description in _FILE_TIMES:
         time = getattr(record.times, name)
         if time:
@@ -204,12 +206,13 @@ def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:
                 state,
                 image,
                 data_type="fs:stat",
-                filename=path,
+                filename=record.full_path,
                 inode=record.address,
                 file_size=record.size,
                 mode=mode_text(record),
                 is_allocated=record.allocated,
                 filesystem=record.volume.kind,
+                backend=record.volume.backend,
                 partition=record.volume.number,
             )
 
@@ -218,11 +221,11 @@ def _line(time: int, message: str, description: str, state: str, image: str, **m
     # A time no calendar holds is left out of the text form only: the number says what was stored.
     shown = {
         "message": message,
-        "datetime": _files.iso_time(time) or "1970-01-01T00:00:00.000000+00:00",
+        "datetime": iso_time(time) or "1970-01-01T00:00:00.000000+00:00",
         "timestamp": time // 1000,
         "timestamp_desc": description,
         "state": state,
-        "image": printable(image),
+        "image": image,
         **more,
     }
     return json.dumps(shown)

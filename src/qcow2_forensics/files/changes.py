@@ -10,11 +10,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
 from ..text import printable
 from .protocol import FileSystem
 from .records import FileRecord, Place, Span, Times
 from .spans import Spans
+from .volumes import GuestVolumes, Unread
 
 
 class FileChange(enum.StrEnum):
@@ -66,10 +69,11 @@ class Changed:
 
 
 class StateFiles:
-    """The file systems of one state and their records, listed once."""
+    """The volumes of one state and the records of those that are read, listed once."""
 
-    def __init__(self, systems: Iterable[FileSystem], progress: Callable[[int], None] | None = None) -> None:
-        self.systems = {system.volume.place: system for system in systems}
+    def __init__(self, volumes: GuestVolumes, progress: Callable[[int], None] | None = None) -> None:
+        self.systems = {system.volume.place: system for system in volumes.systems}
+        self.unread = {item.volume.place: item for item in volumes.unread}
         self.records: dict[Place, list[FileRecord]] = {}
         for place, system in self.systems.items():
             listed: list[FileRecord] = []
@@ -84,16 +88,55 @@ class StateFiles:
         """What could not be listed or read."""
         return [problem for system in self.systems.values() for problem in system.problems]
 
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether names that are in use may be missing from the listing."""
+        return any(system.is_incomplete for system in self.systems.values())
+
+    def lacks(self, place: Place) -> Unread | None:
+        """Return the volume at a place when there is one whose files are not known."""
+        item = self.unread.get(place)
+        return None if item is None or item.blank else item
+
+
+class NotCompared(NamedTuple):
+    """A volume whose files are not known in one of the states; ``changed_bytes`` counts what differs in it."""
+
+    unread: Unread
+    changed_bytes: int
+
+    @property
+    def hides_changes(self) -> bool:
+        """Whether files may differ here."""
+        return self.unread.holds_files and self.changed_bytes > 0
+
+
+def not_compared(before: StateFiles, after: StateFiles, ranges: Iterable[tuple[int, int]]) -> list[NotCompared]:
+    """Return the volumes that could not be compared file by file, in the order of the disk."""
+    touched = Spans(ranges)
+    found = []
+    for place in sorted({*before.unread, *after.unread}):
+        items = [state.unread[place] for state in (after, before) if place in state.unread]
+        spans = Spans(span for item in items for span in item.spans)
+        shown = next((item for item in items if not item.blank), items[0])
+        read = [state for state in (before, after) if place in state.systems]
+        if not shown.blank or not read:  # what was blank and now has files is compared
+            found.append(NotCompared(shown, touched.overlap(spans)))
+    return found
+
 
 def file_changes(
     before: StateFiles, after: StateFiles, ranges: Iterable[tuple[int, int]], *, hashed: bool = False
 ) -> Iterator[Changed]:
-    """Yield what changed, partition by partition; ``ranges`` are the (offset, length) that differ.
+    """Yield what changed, volume by volume; ``ranges`` are the (offset, length) that differ.
 
-    With ``hashed`` each change of a file carries the SHA-256 of both versions.
+    Volumes that one of the states has and whose files are not known in it are left out: see
+    :func:`not_compared`. With ``hashed`` each change of a file carries the SHA-256 of both versions.
     """
     touched = Spans(ranges)
     for place in sorted({*before.systems, *after.systems}):
+        if before.lacks(place) or after.lacks(place):
+            continue
         pair = _Pair(before, after, place, touched)
         for change in pair.changes():
             change.changed_bytes = touched.overlap(Spans(_spans(change.before, change.after)))
@@ -103,11 +146,16 @@ def file_changes(
 
 
 def outside_files(before: StateFiles, after: StateFiles, ranges: Iterable[tuple[int, int]]) -> int:
-    """Return how many bytes of the ranges are in no file of either state: file system structures, free space."""
-    listed = (record for state in (before, after) for records in state.records.values() for record in records)
+    """Return how many bytes of the ranges are in no file and no unread volume of either state.
+
+    They are structures of file systems and of the disk, and free space.
+    """
     touched = Spans(ranges)
-    files = Spans(span for record in listed if record.allocated and not record.virtual for span in record.spans)
-    return sum(length for _, length in touched) - touched.overlap(files)
+    states = (before, after)
+    listed = (record for state in states for records in state.records.values() for record in records)
+    files = (span for record in listed if record.allocated and not record.virtual for span in record.spans)
+    unread = (span for state in states for item in state.unread.values() for span in item.spans)
+    return touched.total - touched.overlap(Spans(chain(files, unread)))
 
 
 def _spans(*records: FileRecord | None) -> Iterator[Span]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from .records import FileRecord, Volume
 
+ENTRIES_LISTED = 20_000_000  # records of one file system; more is a damaged file system
+
 
 class NoFileSystem(OSError):
     """No file system was found in any partition, nor on the whole disk."""
@@ -23,6 +25,7 @@ class FileSystem(ABC):
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
         self.problems: list[str] = []
+        self.is_incomplete = False  # names that are in use may be missing from the listing
 
     @abstractmethod
     def records(self, *, names: bool = False) -> Iterator[FileRecord]:

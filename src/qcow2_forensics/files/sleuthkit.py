@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytsk3
 
 from ..text import printable
-from .protocol import FileSystem, NoFileSystem
+from .protocol import ENTRIES_LISTED, FileSystem, NoFileSystem
 from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume
 from .spans import Spans
+
+if TYPE_CHECKING:
+    from .readers import Reader
 
 _CHUNK = 1 << 20  # of file content read at a time
 _LEAST_LIMIT = 1 << 30  # bytes of a file that are read however small the disk
 _DEPTH = 512  # directories inside each other; more is a damaged file system
-_ENTRIES = 20_000_000  # records of one file system; more is a damaged file system
 _SECOND = 1_000_000_000  # nanoseconds
 
 # Letters as The Sleuth Kit prints them, by its enumeration values.
@@ -36,12 +38,18 @@ _FILETIME_EPOCH = 116_444_736_000_000_000  # 1970 in units of 100 ns since 1601
 
 
 class SleuthKitFileSystem(FileSystem):
-    """A file system that The Sleuth Kit reads; ``handle`` is its ``FS_Info``."""
+    """A file system that The Sleuth Kit reads; ``handle`` is its ``FS_Info``.
 
-    def __init__(self, image: pytsk3.Img_Info, volume: Volume, handle: pytsk3.FS_Info) -> None:
+    ``reader`` is the volume, when the image is one and not the disk that the volume is on.
+    """
+
+    def __init__(
+        self, image: pytsk3.Img_Info, volume: Volume, handle: pytsk3.FS_Info, reader: Reader | None = None
+    ) -> None:
         super().__init__(volume)
         self.image = image
         self.handle = handle
+        self._reader = reader
         self._failed = 0  # how many ranges were unreadable before the current reading
         self._block = int(handle.info.block_size)
         self._largest = max(_LEAST_LIMIT, 4 * int(image.get_size()))
@@ -58,8 +66,8 @@ class SleuthKitFileSystem(FileSystem):
             if record.of_name and not names:
                 continue
             count += 1
-            if count > _ENTRIES:
-                self.problems.append(f"more than {_ENTRIES} entries: the rest is not listed")
+            if count > ENTRIES_LISTED:
+                self.problems.append(f"more than {ENTRIES_LISTED} entries: the rest is not listed")
                 return
             yield record
 
@@ -180,7 +188,10 @@ class SleuthKitFileSystem(FileSystem):
         except (OSError, RuntimeError) as error:
             self._problem(path, error)
             return None
-        return tuple(Span(self.volume.offset + at * self._block, count * self._block) for at, count in runs)
+        blocks = ((at * self._block, count * self._block) for at, count in runs)
+        if self._reader is None:
+            return tuple(Span(self.volume.offset + at, length) for at, length in blocks)
+        return tuple(span for at, length in blocks for span in self._reader.place(at, length))
 
     def _name_times(self, entry: pytsk3.File, attribute: pytsk3.Attribute) -> Times | None:
         """Return the times in a $FILE_NAME attribute: the system sets them, tools seldom can."""
@@ -242,15 +253,15 @@ def file_systems(image: pytsk3.Img_Info, name: str = "the disk") -> list[SleuthK
     """
     found: list[SleuthKitFileSystem] = []
     looked: list[str] = []
-    for number, offset, description in _partitions(image):
+    for number, offset, _, description in partitions(image):
         looked.append(f"partition {number} ({printable(description) or 'no description'})")
-        handle = _open(image, offset)
+        handle = open_file_system(image, offset)
         if handle is not None:
-            found.append(SleuthKitFileSystem(image, Volume(number, offset, description, _kind(handle)), handle))
+            found.append(SleuthKitFileSystem(image, Volume(number, offset, description, kind_of(handle)), handle))
     if not found:
-        handle = _open(image, 0)
+        handle = open_file_system(image, 0)
         if handle is not None:
-            found.append(SleuthKitFileSystem(image, Volume(0, 0, "", _kind(handle)), handle))
+            found.append(SleuthKitFileSystem(image, Volume(0, 0, "", kind_of(handle)), handle))
     if not found:
         errors = getattr(image, "read_errors", [])
         where = f"; looked at {', '.join(looked)}" if looked else ""
@@ -259,7 +270,8 @@ def file_systems(image: pytsk3.Img_Info, name: str = "the disk") -> list[SleuthK
     return found
 
 
-def _partitions(image: pytsk3.Img_Info) -> Iterator[tuple[int, int, str]]:
+def partitions(image: pytsk3.Img_Info) -> Iterator[tuple[int, int, int, str]]:
+    """Yield number, offset, length and description of the partitions in use; nothing without a table."""
     try:
         table = pytsk3.Volume_Info(image)
         parts = [part for part in table if int(part.flags) == int(pytsk3.TSK_VS_PART_FLAG_ALLOC)]
@@ -267,16 +279,17 @@ def _partitions(image: pytsk3.Img_Info) -> Iterator[tuple[int, int, str]]:
     except (OSError, RuntimeError):
         return  # no partition table, which is common
     for number, part in enumerate(parts, 1):
-        yield number, int(part.start) * sector, _text(part.desc or b"")
+        yield number, int(part.start) * sector, int(part.len) * sector, _text(part.desc or b"")
 
 
-def _open(image: pytsk3.Img_Info, offset: int) -> pytsk3.FS_Info | None:
+def open_file_system(image: pytsk3.Img_Info, offset: int) -> pytsk3.FS_Info | None:
+    """Return the file system at an offset, None when The Sleuth Kit knows none there."""
     if offset >= image.get_size():
         return None
     try:
         return pytsk3.FS_Info(image, offset)
     except (OSError, RuntimeError):
-        return None  # what is there is no file system The Sleuth Kit knows
+        return None
 
 
 _KIND_NAMES = (
@@ -286,7 +299,8 @@ _KIND_NAMES = (
 _CONTENT_TYPES = frozenset((1, _NTFS_DATA, 4352))  # default, data, and that of HFS files
 
 
-def _kind(handle: pytsk3.FS_Info) -> str:
+def kind_of(handle: pytsk3.FS_Info) -> str:
+    """Return the kind of a file system: ``ntfs``, ``ext4``."""
     value = int(handle.info.ftype)
     for name in _KIND_NAMES:
         known = getattr(pytsk3, f"TSK_FS_TYPE_{name}", None)

@@ -25,6 +25,11 @@ class Spans:
         for start, end in zip(self._starts, self._ends, strict=True):
             yield start, end - start
 
+    @property
+    def total(self) -> int:
+        """Bytes in the set."""
+        return sum(self._ends) - sum(self._starts)
+
     def overlap(self, ranges: Iterable[tuple[int, int]]) -> int:
         """Return how many bytes of ``ranges`` are in the set."""
         return sum(self._one(offset, offset + length) for offset, length in ranges)

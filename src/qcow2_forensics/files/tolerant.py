@@ -12,6 +12,7 @@ from typing import Literal
 from ..errors import FormatError, Qcow2Error, ReadError
 from ..format.header import SECTOR
 from ..reader.disk import Disk, Layer, RawDisk
+from .records import Span
 
 Unreadable = Literal["raise", "zeros"]
 
@@ -46,6 +47,10 @@ class TolerantReader:
             if self._policy == "raise" or len(self.unreadable) >= _RANGES_KEPT:
                 raise
             return b"".join(self._with_zeros(offset, min(length, self.disk.size - offset)))
+
+    def place(self, offset: int, length: int) -> Iterator[Span]:
+        """Yield the range itself: this is the disk."""
+        yield Span(offset, length)
 
     def _with_zeros(self, offset: int, length: int) -> Iterator[bytes]:
         """Yield a range by halves, down to what is read or not as a whole; zeros for what cannot be read."""

@@ -1,11 +1,11 @@
-"""A disk as a ``pytsk3.Img_Info``. Imported only where pytsk3 is wanted: it is optional.
+"""A disk, or a volume of it, as a ``pytsk3.Img_Info``. Imported only where pytsk3 is wanted: it is optional.
 
 What pytsk3 does with an exception from a Python image was found by trying (version 20260715). A
 direct ``read`` passes it on as it is. A read that libtsk asked for becomes ``RuntimeError`` with our
 sentence in it, and fails everything else libtsk reads in that call, even if it was only probing for
-a file system and would have gone on; :meth:`DiskImage.read` mends that. A short answer instead can make
+a file system and would have gone on; :meth:`ReaderImage.read` mends that. A short answer instead can make
 libtsk hand out bytes it never got, so there is none: unreadable sectors are errors, or, when asked
-for with ``unreadable="zeros"``, zeros that are listed in :attr:`DiskImage.unreadable`.
+for with ``unreadable="zeros"``, zeros that are listed in :attr:`ReaderImage.unreadable`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import pytsk3
 
 from ..errors import Qcow2Error
-from ..reader.disk import Layer
-from .tolerant import TolerantReader, Unreadable
+from .readers import Reader
 
 
 def as_io_error(error: Qcow2Error) -> OSError:
@@ -26,20 +25,14 @@ def as_io_error(error: Qcow2Error) -> OSError:
     return translated
 
 
-class DiskImage(pytsk3.Img_Info):
-    """An open disk for ``Volume_Info`` and ``FS_Info``; the disk stays the caller's to close."""
+class ReaderImage(pytsk3.Img_Info):
+    """A disk or a volume for ``Volume_Info`` and ``FS_Info``."""
 
-    def __init__(self, disk: Layer, unreadable: Unreadable = "raise", sector_size: int = 0) -> None:
-        self._disk = disk
-        self._reader = TolerantReader(disk, unreadable)
-        self._size = disk.size
+    def __init__(self, reader: Reader, sector_size: int = 0) -> None:
+        self._reader = reader
+        self._size = reader.size
         self._closed = False
         super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL, sector_size=sector_size)
-
-    @property
-    def disk(self) -> Layer:
-        """The disk behind this object, for ranges and extents."""
-        return self._disk
 
     @property
     def read_errors(self) -> list[str]:

@@ -1,21 +1,59 @@
-"""The volumes of a disk, and who reads the files in each."""
+"""The volumes of a disk, and who reads the files in each.
+
+A partition may hold a file system, or further volumes::
+
+    partition ─┬─ file system            The Sleuth Kit, for its deleted entries; else dfVFS
+               ├─ LUKS, BitLocker ────── decrypted by dfVFS, and looked into again
+               └─ LVM2 physical volume ─ its group's logical volumes, each looked into again
+
+What nobody reads is returned too, named by its signature: it is never taken for free space.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Qcow2Error
 from ..reader.disk import Layer
-from .protocol import FileSystem
+from ..text import printable
+from . import lvm
+from .protocol import FileSystem, NoFileSystem
+from .readers import Reader, VolumeReader
+from .records import Span, Volume
+from .signatures import HEAD, Signature, signature_of
+from .tolerant import TolerantReader
+
+if TYPE_CHECKING:
+    from .dfvfs_files import Scanned
+
+_NESTED = 4  # volumes inside each other: a partition, LUKS, LVM, and LUKS again
+_DFVFS_READS = frozenset(("XFS", "APFS", "LUKS", "BitLocker", "HFS+", "HFSX", "NTFS", "ext"))
+_UNKNOWN = Signature("")
 
 
-class GuestVolumes(NamedTuple):
-    """The file systems of one state. ``read_errors`` grows while they are read."""
+class Unread(NamedTuple):
+    """A volume whose files nobody listed. ``volume.kind`` is by its signature, empty when that is unknown."""
 
-    systems: list[FileSystem]
-    read_errors: Sequence[str]
+    volume: Volume
+    spans: tuple[Span, ...]
+    why: str
+    holds_files: bool = True
+    blank: bool = False  # nothing is written at its start, where every kind of volume has its mark
+
+
+@dataclass
+class GuestVolumes:
+    """The file systems of one state, and the volumes that are not read.
+
+    ``read_errors`` grows while they are read.
+    """
+
+    systems: list[FileSystem] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+    read_errors: Sequence[str] = ()
 
 
 def need_back_end() -> None:
@@ -24,15 +62,145 @@ def need_back_end() -> None:
         raise Qcow2Error("listing files needs pytsk3: pip install 'qcow2-forensics[tsk]'")
 
 
-def open_volumes(disk: Layer, name: str) -> GuestVolumes:
-    """Return the file systems of a disk; raises ``NoFileSystem`` when there is none.
+def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> GuestVolumes:
+    """Return what a disk holds; raises ``NoFileSystem`` when that is nothing at all.
 
     Ranges that cannot be read do not end a listing: they are zeros and their reasons are in
-    ``read_errors``. ``name`` says in messages what disk this is.
+    ``read_errors``. ``passphrases`` are tried on encrypted volumes of the guest. ``name`` says in
+    messages what disk this is.
     """
     need_back_end()
-    from .sleuthkit import file_systems
-    from .tsk_image import DiskImage
+    from .sleuthkit import partitions
+    from .tsk_image import ReaderImage
 
-    image = DiskImage(disk, unreadable="zeros")
-    return GuestVolumes(list(file_systems(image, name)), image.read_errors)
+    reader = TolerantReader(disk, "zeros")
+    found = _Finder(reader, passphrases)
+    looked: list[str] = []
+    for number, offset, length, description in partitions(ReaderImage(reader)):
+        looked.append(f"partition {number} ({printable(description) or 'no description'})")
+        found.look_at_partition(Volume(number, offset, description, ""), length)
+    found.look_into_groups()
+    if not found.systems and not any(item.volume.kind for item in found.unread):
+        whole = _Finder(reader, passphrases)
+        whole.look_at_partition(Volume(0, 0, "", ""), reader.size)
+        whole.look_into_groups()
+        if whole.systems or any(item.volume.kind for item in whole.unread) or not looked:
+            found = whole
+    if not found.systems and all(item.blank for item in found.unread):
+        where = f"; looked at {', '.join(looked)}" if looked else ""
+        why = f"; {reader.errors[0]}" if reader.errors else ""
+        raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
+    return GuestVolumes(found.systems, found.unread, reader.errors)
+
+
+class _Finder:
+    """Looks into volumes, and into what is inside them."""
+
+    def __init__(self, reader: TolerantReader, passphrases: Sequence[bytes]) -> None:
+        self.systems: list[FileSystem] = []
+        self.unread: list[Unread] = []
+        self._disk = reader
+        self._passphrases = passphrases
+        self._physical: list[tuple[lvm.PhysicalVolume, Volume, int]] = []
+
+    def look_at_partition(self, volume: Volume, length: int) -> None:
+        """Look into a partition, or the whole disk."""
+        if volume.offset >= self._disk.size:
+            self.unread.append(Unread(volume, (), "it begins past the end of the disk"))
+            return
+        self._look(VolumeReader.slice(self._disk, volume.offset, length), volume, 0)
+
+    def _look(self, reader: Reader, volume: Volume, depth: int) -> None:
+        """Find the file system of a volume, the volumes in it, or what it is."""
+        head = reader.read(0, min(HEAD, reader.size))
+        signature = signature_of(head) or _UNKNOWN
+        if signature.name == "LVM2":
+            self._physical_volume(reader, volume, depth)
+        elif not self._by_sleuth_kit(reader, volume, depth):
+            blank = not signature.name and head.count(0) == len(head)
+            why = "its start is blank" if blank else "its signature is not known"
+            if not signature.holds_files:
+                why = "it holds no files"
+            elif signature.name in _DFVFS_READS and depth < _NESTED:
+                why = self._by_dfvfs(reader, replace(volume, kind=signature.name), depth)
+            elif signature.name:
+                why = "no installed library reads it"
+            if why:
+                known = replace(volume, kind=signature.name)
+                self._not_read(reader, known, why, holds_files=signature.holds_files, blank=blank)
+
+    def _by_sleuth_kit(self, reader: Reader, volume: Volume, depth: int) -> bool:
+        from .sleuthkit import SleuthKitFileSystem, kind_of, open_file_system
+        from .tsk_image import ReaderImage
+
+        # A partition is read from the disk at its offset: its file system may be larger than the table says.
+        image: Any = ReaderImage(reader if depth else self._disk)
+        handle = open_file_system(image, 0 if depth else volume.offset)
+        if handle is None:
+            return False
+        known = replace(volume, kind=kind_of(handle), backend="The Sleuth Kit")
+        self.systems.append(SleuthKitFileSystem(image, known, handle, reader if depth else None))
+        return True
+
+    def _by_dfvfs(self, reader: Reader, volume: Volume, depth: int) -> str:
+        """Look into a volume with dfVFS; return why that gave nothing, or an empty text."""
+        if importlib.util.find_spec("dfvfs") is None:
+            return "reading it needs dfVFS: pip install 'qcow2-forensics[dfvfs]'"
+        from .dfvfs_files import Scanned
+
+        scanned: Scanned = Scanned(reader, self._passphrases)
+        if scanned.unlocked is not None:
+            inside = f"{volume.inside}/{volume.kind.lower()}"
+            self._look(scanned.unlocked, replace(volume, kind="", inside=inside), depth + 1)
+            return ""
+        if scanned.locked:
+            given = "no given passphrase opens it" if self._passphrases else "it needs a passphrase"
+            return f"it is encrypted and {given}"
+        try:
+            found = list(scanned.file_systems(replace(volume, kind=volume.kind.lower(), backend="dfVFS")))
+        except OSError as error:
+            return str(error)
+        self.systems += found
+        return "" if found else f"dfVFS cannot open it{f': {scanned.problem}' if scanned.problem else ''}"
+
+    def _not_read(
+        self, reader: Reader, volume: Volume, why: str, *, holds_files: bool = True, blank: bool = False
+    ) -> None:
+        spans = tuple(reader.place(0, reader.size))
+        self.unread.append(Unread(volume, spans, printable(why), holds_files, blank))
+
+    # --- LVM2 ---------------------------------------------------------------------------------
+
+    def _physical_volume(self, reader: Reader, volume: Volume, depth: int) -> None:
+        try:
+            physical = lvm.physical_volume(reader)
+        except (lvm.LvmError, OSError, Qcow2Error) as error:
+            self._not_read(reader, replace(volume, kind="LVM2"), str(error))
+            return
+        if physical is not None:
+            self._physical.append((physical, volume, depth))
+
+    def look_into_groups(self) -> None:
+        """Look into the logical volumes of every physical volume found so far; call it last."""
+        while self._physical:  # a logical volume may itself be a physical one
+            physical, self._physical = self._physical, []
+            _, first, depth = physical[0]
+            try:
+                for logical in lvm.logical_volumes(part for part, _, _ in physical):
+                    self._logical(logical, first, depth + 1)
+            except lvm.LvmError as error:
+                for part, volume, _ in physical:
+                    self._not_read(part.reader, replace(volume, kind="LVM2"), str(error))
+
+    def _logical(self, logical: lvm.LogicalVolume, first: Volume, depth: int) -> None:
+        volume = replace(
+            first,
+            inside=f"{first.inside}/{logical.group}/{logical.name}",
+            description=f"LVM2 logical volume {logical.name} of group {logical.group}",
+        )
+        if not logical.why and depth <= _NESTED:
+            self._look(VolumeReader(logical.parts), volume, depth)
+            return
+        spans = tuple(span for reader, segment in logical.parts for span in reader.place(segment.below, segment.length))
+        why = logical.why or f"it is nested more than {_NESTED} deep"
+        self.unread.append(Unread(replace(volume, kind="LVM2"), spans, printable(why)))

@@ -1,0 +1,177 @@
+"""The file part of ``diff``: lists two states, compares them, and prints what differs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..compare.ranges import Difference
+from ..files.changes import (
+    Changed,
+    FileChange,
+    NotCompared,
+    Recoverable,
+    StateFiles,
+    file_changes,
+    not_compared,
+    outside_files,
+)
+from ..files.lines import body_line
+from ..files.protocol import NoFileSystem
+from ..files.records import Volume
+from ..files.volumes import GuestVolumes
+from ..reader.disk import Layer
+from ..text import printable, short_time
+from ._files import LONGEST_PATH, complain, record_dict, unread_dict, volume_dict, volume_label, volumes_of
+from .output import Progress, human_size
+
+
+@dataclass
+class Files:
+    """What differs in files, what could not be compared, and how many changed bytes are in neither."""
+
+    changes: list[Changed]
+    volumes: list[Volume]
+    unread: list[NotCompared]
+    outside: int
+    is_incomplete: bool
+
+    @property
+    def exit_code(self) -> int:
+        """2 where files may differ that are not listed."""
+        return 2 if self.is_incomplete or any(item.hides_changes for item in self.unread) else 0
+
+
+def compare_files(args: argparse.Namespace, states: Sequence[tuple[str, Layer]], found: Iterable[Difference]) -> Files:
+    """Return what differs in the files of two states, each a label and a disk."""
+    volumes: list[GuestVolumes] = []
+    empty: list[NoFileSystem] = []
+    for label, disk in states:
+        try:
+            volumes.append(volumes_of(args, disk, f"{args.image}, state {label}"))
+        except NoFileSystem as error:
+            volumes.append(GuestVolumes())
+            empty.append(error)
+    if len(empty) == len(states):
+        raise empty[0]
+    for nothing in empty:
+        complain(str(nothing))
+    listings: list[StateFiles] = []
+    for (label, _), each in zip(states, volumes, strict=True):
+        with Progress(f"list {label}", 0, unit="names") as progress:
+            listings.append(StateFiles(each, progress.advance))
+    old, new = listings
+    ranges = [(item.offset, item.length) for item in found]
+    changed = list(file_changes(old, new, ranges, hashed=args.hash))
+    for (label, _), each, listing in zip(states, volumes, listings, strict=True):
+        for problem in (*each.read_errors, *listing.problems):
+            complain(f"{label}: {problem}")
+    read = {system.volume.place: system.volume for each in volumes for system in each.systems}
+    return Files(
+        changed,
+        [read[place] for place in sorted(read)],
+        not_compared(old, new, ranges),
+        outside_files(old, new, ranges),
+        any(each.read_errors for each in volumes) or any(listing.is_incomplete for listing in listings),
+    )
+
+
+# --- JSON ------------------------------------------------------------------------------------------
+
+
+def file_dict(change: Changed) -> dict[str, Any]:
+    """Return one change for JSON."""
+    record = change.shown
+    shown: dict[str, Any] = {
+        "change": str(change.change),
+        "path": record.full_path,
+        "inode": record.inode,
+        "volume": volume_dict(record.volume),
+        "fields": list(change.fields),
+        "changed_bytes": change.changed_bytes,
+        "recoverable": None if change.recoverable is None else str(change.recoverable),
+    }
+    for key, side, digest in zip(("before", "after"), (change.before, change.after), change.sha256, strict=True):
+        shown[key] = None if side is None else record_dict(side, digest)
+    return {**shown, "note": change.note} if change.note else shown
+
+
+def volume_dicts(files: Files) -> list[dict[str, Any]]:
+    """Return the volumes for JSON: those that are read, and those that are not with their changed bytes."""
+    read = [{**volume_dict(volume), "read": True} for volume in files.volumes]
+    unread = [{**unread_dict(item.unread), "read": False, "changed_bytes": item.changed_bytes} for item in files.unread]
+    return [*read, *unread]
+
+
+def totals(files: Files) -> dict[str, int]:
+    """Return the counts of changed bytes that are in no file that is listed."""
+    return {
+        "bytes_in_no_file": files.outside,
+        "bytes_in_unread_volumes": sum(item.changed_bytes for item in files.unread),
+    }
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+_COLUMNS = ("change", "path", "inode", "size", "modified (UTC)", "what")
+_LEFT = {Recoverable.YES: "content recoverable", Recoverable.PARTLY: "content partly recoverable"}
+
+
+def text_lines(files: Files) -> Iterator[str]:
+    """Yield the lines about files."""
+    for item in files.unread:
+        if item.changed_bytes:
+            yield f"{human_size(item.changed_bytes)} of it in {volume_label(item.unread.volume)}: {_unread_reason(item)}"
+    if files.outside and (files.changes or files.unread):
+        yield f"{human_size(files.outside)} of it in no file: file system structures or free space"
+    if files.changes:
+        yield from _table(files.changes)
+    elif files.exit_code:
+        yield "no files differ where files could be listed"
+    else:
+        yield "no files differ"
+
+
+def _unread_reason(item: NotCompared) -> str:
+    return f"its files are not listed: {item.unread.why}" if item.unread.holds_files else item.unread.why
+
+
+def _table(changes: Sequence[Changed]) -> Iterator[str]:
+    rows = list(_rows(changes))
+    widths = [max(len(row[at]) for row in (_COLUMNS, *rows)) for at in range(len(_COLUMNS))]
+    for row, change in zip((_COLUMNS, *rows), (None, *changes), strict=True):
+        aligned = [
+            cell.rjust(width) if at in (2, 3) else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(aligned).rstrip()
+        for name, digest in zip(("before", "after"), change.sha256 if change else (), strict=False):
+            if digest is not None:
+                yield f"    sha256 {name:6} {digest}"
+
+
+def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
+    for change in changes:
+        record = change.shown
+        sizes = [str(side.size) for side in (change.before, change.after) if side is not None]
+        gone = change.change in (FileChange.REMOVED, FileChange.DELETED)
+        size = str(record.size) if gone else " -> ".join(dict.fromkeys(sizes))
+        what = ", ".join(change.fields)
+        if "content" in change.fields and change.changed_bytes:
+            what = what.replace("content", f"content ({change.changed_bytes} bytes)", 1)
+        if change.recoverable is not None:
+            what = _LEFT.get(change.recoverable, "content gone")
+        path = printable(record.full_path, LONGEST_PATH)
+        if change.change == FileChange.RENAMED and change.before is not None:
+            path = f"{printable(change.before.full_path, LONGEST_PATH)} -> {path}"
+        shown = "; ".join(part for part in (what, change.note) if part)
+        yield str(change.change), path, record.address, size, short_time(record.times.modified), shown
+
+
+def body_lines(files: Files, before: str, after: str) -> Iterator[str]:
+    """Yield the changes as lines of a body file; ``before`` and ``after`` are the labels of the states."""
+    for change in files.changes:
+        state = before if change.change == FileChange.REMOVED else after
+        yield body_line(change.shown, f"[{change.change}, {state}] {printable(change.shown.volume.prefix)}")

@@ -1,0 +1,309 @@
+"""LVM2: the logical volumes of a disk as places on it.
+
+A physical volume starts with a label that leads to a header, the header to a metadata area, and that
+to a text that describes the whole volume group, so that any of its physical volumes will do::
+
+    sector 0-3   "LABELONE" ... "LVM2 001"
+    header       UUID, size, data areas, metadata areas          (offset, size) each, ended by zeros
+    metadata     " LVM2 x[5A%r0N*>" ... (offset, size, CRC) of the text, in a ring behind 512 bytes
+
+Linear and striped volumes are mapped, over as many physical volumes as the disk has. Others (thin, RAID,
+cache) are named with the reason why they are not.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import NamedTuple, TypeAlias
+
+from .readers import Reader, Segment
+
+SECTOR = 512
+_LABEL_SECTORS = 4
+_AREAS = 64  # metadata or data areas of one physical volume; LVM writes one or two
+_MDA_HEADER = 512
+_MDA_MAGIC = b" LVM2 x[5A%r0N*>"
+_MDA_IGNORED = 1
+_TEXT_BYTES = 16 << 20  # of metadata text; LVM's default area holds 1 MiB
+_SEGMENTS = 100_000  # of all logical volumes
+_CRC_START = 0xF597A6CF
+_DEPTH = 16  # sections inside each other
+
+Value: TypeAlias = "str | int | list[str | int] | dict[str, Value]"
+Section: TypeAlias = "dict[str, Value]"
+
+
+class PhysicalVolume(NamedTuple):
+    """A physical volume on the disk and the newest metadata text it holds."""
+
+    uuid: str
+    reader: Reader
+    metadata: Section
+
+
+class LogicalVolume(NamedTuple):
+    """A logical volume. Where there is a reason ``why`` it cannot be read, ``parts`` only say where its bytes are."""
+
+    group: str
+    name: str
+    size: int
+    parts: tuple[tuple[Reader, Segment], ...]
+    why: str
+
+
+class LvmError(ValueError):
+    """The label is there and what it leads to is not LVM's."""
+
+
+def has_label(head: bytes) -> bool:
+    """Whether the first sectors of a volume carry an LVM2 label."""
+    return _label_at(head) is not None
+
+
+def _label_at(head: bytes) -> int | None:
+    for at in range(0, _LABEL_SECTORS * SECTOR, SECTOR):
+        if head[at : at + 8] == b"LABELONE" and head[at + 24 : at + 32] == b"LVM2 001":
+            return at
+    return None
+
+
+def physical_volume(reader: Reader) -> PhysicalVolume | None:
+    """Return the physical volume that a volume is, None when it is none; raises :class:`LvmError`."""
+    head = reader.read(0, (_LABEL_SECTORS + 1) * SECTOR)
+    label = _label_at(head)
+    if label is None:
+        return None
+    (start,) = struct.unpack_from("<I", head, label + 20)
+    header = head[label + start : label + start + SECTOR]
+    if not 32 <= start < SECTOR or len(header) < 40:
+        raise LvmError(f"its label leads to a header at {start}")
+    uuid = header[:32].decode("ascii", "replace")
+    texts: list[Section] = []
+    problems: list[str] = []
+    for offset, size in _metadata_areas(header):
+        try:
+            texts.extend(_texts(reader, offset, size))
+        except LvmError as error:
+            problems.append(str(error))
+    if not texts:
+        raise LvmError(problems[0] if problems else "it holds no metadata area")
+    return PhysicalVolume(uuid, reader, max(texts, key=_sequence))
+
+
+def _metadata_areas(header: bytes) -> Iterator[tuple[int, int]]:
+    lists = 0
+    for at in range(40, min(len(header) - 15, 40 + _AREAS * 16), 16):
+        offset, size = struct.unpack_from("<QQ", header, at)
+        if offset == 0:
+            lists += 1
+            if lists == 2:
+                return
+        elif lists == 1:
+            yield offset, size
+
+
+def _texts(reader: Reader, area: int, area_size: int) -> Iterator[Section]:
+    header = reader.read(area, _MDA_HEADER) if area + _MDA_HEADER <= reader.size else b""
+    if len(header) < _MDA_HEADER or header[4:20] != _MDA_MAGIC:
+        raise LvmError(f"its metadata area at {area:#x} has no LVM2 header")
+    _, start, size = struct.unpack_from("<IQQ", header, 20)
+    if start != area or size != area_size or size <= _MDA_HEADER or area + size > reader.size:
+        raise LvmError(f"its metadata area at {area:#x} claims {size} bytes at {start:#x}")
+    offset, length, checksum, flags = struct.unpack_from("<QQII", header, 40)
+    if not offset or flags & _MDA_IGNORED:
+        return
+    if not _MDA_HEADER <= offset < size or length > min(size - _MDA_HEADER, _TEXT_BYTES):
+        raise LvmError(f"its metadata text is {length} bytes at {offset:#x} of an area of {size} bytes")
+    first = min(length, size - offset)
+    text = reader.read(area + offset, first)
+    if length > first:  # the ring starts again behind its header
+        text += reader.read(area + _MDA_HEADER, length - first)
+    if zlib.crc32(text, _CRC_START ^ 0xFFFF_FFFF) ^ 0xFFFF_FFFF != checksum:
+        raise LvmError("the checksum of its metadata text does not match")
+    yield parse(text.rstrip(b"\0").decode("utf-8", "surrogateescape"))
+
+
+# --- the metadata text -------------------------------------------------------------------------------
+
+_TOKEN = re.compile(r'\s+|#[^\n]*|("(?:[^"\\]|\\.)*"|-?\d+|[A-Za-z0-9_.+-]+|[{}\[\]=,])', re.ASCII)
+
+
+def parse(text: str) -> Section:
+    """Return a metadata text as nested dictionaries; raises :class:`LvmError`."""
+    root: Section = {}
+    open_sections = [root]
+    tokens = _tokens(text)
+    for word in tokens:
+        if word == "}" and len(open_sections) > 1:
+            open_sections.pop()
+            continue
+        follows = next(tokens, "")
+        if follows == "{" and len(open_sections) <= _DEPTH:
+            section: Section = {}
+            open_sections[-1][word] = section
+            open_sections.append(section)
+        elif follows == "=":
+            open_sections[-1][word] = _value(tokens)
+        else:
+            raise LvmError(f"its metadata text has {follows[:20]!r} behind {word[:20]!r}")
+    if len(open_sections) > 1:
+        raise LvmError("its metadata text ends inside a section")
+    return root
+
+
+def _tokens(text: str) -> Iterator[str]:
+    at = 0
+    while at < len(text):
+        found = _TOKEN.match(text, at)
+        if found is None:
+            raise LvmError(f"its metadata text has {text[at : at + 20]!r}")
+        at = found.end()
+        if found[1] is not None:
+            yield found[1]
+
+
+def _value(tokens: Iterator[str]) -> Value:
+    word = next(tokens, "")
+    if word != "[":
+        return _scalar(word)
+    items: list[str | int] = []
+    for item in tokens:
+        if item == "]":
+            return items
+        if item != ",":
+            items.append(_scalar(item))
+    raise LvmError("its metadata text ends inside a list")
+
+
+def _scalar(word: str) -> str | int:
+    if word.startswith('"'):
+        return re.sub(r"\\(.)", r"\1", word[1:-1])
+    try:
+        return int(word)
+    except ValueError:
+        raise LvmError(f"its metadata text has {word[:20]!r} for a value") from None
+
+
+def _sequence(metadata: Section) -> int:
+    groups = [section for section in metadata.values() if isinstance(section, dict)]
+    return max((_number(section, "seqno") for section in groups), default=-1)
+
+
+def _number(section: Mapping[str, Value], key: str) -> int:
+    value = section.get(key)
+    if not isinstance(value, int) or value < 0:
+        raise LvmError(f"its metadata text has no number {key!r} where one belongs")
+    return value
+
+
+def _sections(section: Mapping[str, Value], key: str) -> dict[str, Section]:
+    inner = section.get(key)
+    named = inner.items() if isinstance(inner, dict) else ()
+    return {name: value for name, value in named if isinstance(value, dict)}
+
+
+# --- logical volumes ---------------------------------------------------------------------------------
+
+
+def logical_volumes(physical: Iterable[PhysicalVolume]) -> Iterator[LogicalVolume]:
+    """Yield the visible logical volumes of all groups, in the order of the text; raises :class:`LvmError`."""
+    volumes = list(physical)
+    newest: dict[str, tuple[str, Section]] = {}
+    for volume in volumes:
+        for name, group in volume.metadata.items():
+            if not isinstance(group, dict) or "extent_size" not in group:
+                continue
+            key = str(group.get("id", name))
+            if key not in newest or _number(group, "seqno") > _number(newest[key][1], "seqno"):
+                newest[key] = name, group
+    readers = {volume.uuid: volume.reader for volume in volumes}
+    for name, group in newest.values():
+        yield from _of_group(name, group, readers)
+
+
+def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) -> Iterator[LogicalVolume]:
+    extent = _number(group, "extent_size") * SECTOR
+    starts: dict[str, tuple[Reader | None, int, str]] = {}
+    for alias, physical in _sections(group, "physical_volumes").items():
+        uuid = str(physical.get("id", ""))
+        starts[alias] = readers.get(uuid.replace("-", "")), _number(physical, "pe_start") * SECTOR, uuid
+    described = _sections(group, "logical_volumes")
+    budget = _SEGMENTS
+    for name, volume in described.items():
+        status = volume.get("status")
+        if not isinstance(status, list) or "VISIBLE" not in status:
+            continue  # part of another one
+        size = sum(_number(segment, "extent_count") for segment in _segments(volume)) * extent
+        why = ""
+        parts: list[tuple[Reader, Segment]] = []
+        for segment in _segments(volume):
+            try:
+                parts += islice(_parts(segment, extent, starts), budget - len(parts) + 1)
+            except LvmError as error:
+                why = why or str(error)
+        if not why and len(parts) > budget:
+            raise LvmError(f"it has more than {_SEGMENTS} pieces")
+        if why:
+            parts = list(islice(_all_parts(name, described, extent, starts), budget))
+        elif not parts:
+            why = "it has no segments"
+        budget -= len(parts)
+        yield LogicalVolume(group_name, name, size, tuple(parts), why)
+
+
+def _segments(volume: Section) -> list[Section]:
+    found = [value for key, value in volume.items() if key.startswith("segment") and isinstance(value, dict)]
+    return sorted(found, key=lambda segment: _number(segment, "start_extent"))
+
+
+_Starts: TypeAlias = Mapping[str, "tuple[Reader | None, int, str]"]
+
+
+def _parts(segment: Section, extent: int, starts: _Starts) -> Iterator[tuple[Reader, Segment]]:
+    """Yield where one segment's bytes are, in the order of the logical volume."""
+    kind = segment.get("type")
+    if kind not in ("striped", "linear"):
+        raise LvmError(f"it is of LVM type {str(kind)[:40]!r}, which is not read")
+    first, length = _number(segment, "start_extent") * extent, _number(segment, "extent_count") * extent
+    stripes = segment.get("stripes")
+    count = _number(segment, "stripe_count")
+    if not isinstance(stripes, list) or count < 1 or len(stripes) != 2 * count:
+        raise LvmError("its list of stripes is incomplete")
+    places: list[tuple[Reader, int]] = []
+    for alias, at in zip(stripes[::2], stripes[1::2], strict=True):
+        reader, start, uuid = starts.get(str(alias), (None, 0, str(alias)))
+        if reader is None:
+            raise LvmError(f"part of it is on physical volume {uuid[:40]}, which is not on this disk")
+        if not isinstance(at, int) or at < 0:
+            raise LvmError("its list of stripes is incomplete")
+        places.append((reader, start + at * extent))
+    step = length if count == 1 else _number(segment, "stripe_size") * SECTOR
+    if step < SECTOR:
+        raise LvmError("its stripes have no size")
+    for number, at in enumerate(range(0, length, step)):
+        reader, start = places[number % count]
+        yield reader, Segment(first + at, min(step, length - at), start + number // count * step)
+
+
+def _all_parts(
+    name: str, described: Mapping[str, Section], extent: int, starts: _Starts
+) -> Iterator[tuple[Reader, Segment]]:
+    """Yield where the bytes of a volume and of the hidden ones it is made of are, as far as they are on this disk."""
+    wanted, seen = [name], {name}
+    for volume in wanted:
+        for segment in _segments(described[volume]):
+            try:
+                yield from _parts(segment, extent, starts)
+            except LvmError:
+                continue
+            finally:
+                values = [
+                    item for value in segment.values() for item in (value if isinstance(value, list) else [value])
+                ]
+                named = {str(value) for value in values if isinstance(value, str)} & described.keys()
+                wanted += sorted(named - seen)
+                seen |= named

@@ -1,0 +1,104 @@
+"""Bytes of a volume, and where on the disk they are.
+
+A volume is read through the one reader of its disk, so that what could not be read is listed in one
+place, in bytes of the disk::
+
+    disk       TolerantReader          errors, unreadable
+    partition  VolumeReader            one segment
+    LVM        VolumeReader            a segment for each run of extents
+    LUKS       what decrypts it        place: the payload's offset further on
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+from .records import Span
+
+
+class Reader(Protocol):
+    """Positional bytes of one volume."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def errors(self) -> list[str]:
+        """The reasons of failed reads of the disk, each once."""
+        ...
+
+    @property
+    def unreadable(self) -> list[tuple[int, int]]:
+        """Ranges (offset, length) of the disk that zeros stand for."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes, fewer only at the end; raises ``Qcow2Error`` or ``OSError``."""
+        ...
+
+    def place(self, offset: int, length: int) -> Iterator[Span]:
+        """Yield where on the disk a range is."""
+        ...
+
+
+class Segment(NamedTuple):
+    """``length`` bytes at ``start`` of a volume are at ``below`` of what it is made of."""
+
+    start: int
+    length: int
+    below: int
+
+
+class VolumeReader:
+    """A volume made of segments of the volumes below it."""
+
+    def __init__(self, parts: Iterable[tuple[Reader, Segment]]) -> None:
+        self._parts = sorted(parts, key=lambda part: part[1].start)
+        self._starts = [segment.start for _, segment in self._parts]
+        last = self._parts[-1][1]
+        self._size = last.start + last.length
+
+    @classmethod
+    def slice(cls, reader: Reader, offset: int, length: int) -> VolumeReader:
+        """Return a part of a volume as one, cut at the end of it."""
+        return cls([(reader, Segment(0, max(0, min(length, reader.size - offset)), offset))])
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def errors(self) -> list[str]:
+        return self._parts[0][0].errors
+
+    @property
+    def unreadable(self) -> list[tuple[int, int]]:
+        return self._parts[0][0].unreadable
+
+    def read(self, offset: int, length: int) -> bytes:
+        pieces = []
+        for reader, at, count in self._ranges(offset, length):
+            data = reader.read(at, count)
+            pieces.append(data)
+            if len(data) < count:  # the disk ends inside the volume
+                break
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def place(self, offset: int, length: int) -> Iterator[Span]:
+        for reader, at, count in self._ranges(offset, length):
+            yield from reader.place(at, count)
+
+    def _ranges(self, offset: int, length: int) -> Iterator[tuple[Reader, int, int]]:
+        end = min(offset + length, self._size)
+        index = max(0, bisect_right(self._starts, offset) - 1)
+        while offset < end:
+            reader, segment = self._parts[index]
+            inside = offset - segment.start
+            count = min(end - offset, segment.length - inside)
+            if count <= 0:
+                raise OSError(f"nothing of the volume is mapped at {offset}")
+            yield reader, segment.below + inside, count
+            offset += count
+            index += 1
