@@ -144,6 +144,16 @@ class Selection(Generic[T]):
         if self._kept > self._limit:
             self._drop()
 
+    def remove(self, item: T) -> None:
+        """Take an item out again, and out of the count."""
+        for group in self._groups.values():
+            pair = next((pair for pair in group if pair[1] is item), None)
+            if pair is not None:
+                group.remove(pair)
+                self.count -= 1
+                self._kept -= 1
+                return
+
     def _skips(self, place: Hashable) -> bool:
         if place == self._skipped:
             return True

@@ -23,6 +23,8 @@ from .undecodable_streams import decoded_streams
 
 rule = Chapter(__name__, "Hidden data and old VM states")
 
+_VM_CLUSTERS = 1 << 18  # clusters behind the disk looked at for the start of a VM state
+
 # --- hidden inside clusters in use ---------------------------------------------------------------
 
 
@@ -213,13 +215,18 @@ def _first_vm_slot(facts: Facts) -> int:
 
 def _active_vm_clusters(facts: Facts) -> Iterator[int]:
     """Yield host offsets of stored clusters the active state maps behind the disk."""
-    first = _first_vm_slot(facts)
+    first, room = _first_vm_slot(facts), _VM_CLUSTERS
     for batch in facts.census.tables():
         for row in np.flatnonzero((batch.active > 0) & (batch.index >= first)).tolist():
             entries = batch.entries[row]
             plain = (entries & np.uint64(COMPRESSED)) == 0
             offsets = entries[plain] & np.uint64(OFFSET_MASK)
-            yield from np.unique(offsets[offsets != 0])[:1024].tolist()
+            distinct = np.unique(offsets[offsets != 0])
+            facts.leave_out(
+                "clusters behind the disk that were not looked at for a VM state", max(0, len(distinct) - room)
+            )
+            yield from distinct[:room].tolist()
+            room = max(0, room - len(distinct))
 
 
 @rule(

@@ -22,7 +22,7 @@ from ..text import is_plain, printable
 from .facts import Facts, shortened
 from .header import snapshot_date
 from .reference_names import mtime_of
-from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
+from .rules import FINDINGS_PER_RULE, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
 
 rule = Chapter(__name__, "Snapshots and bitmaps: history")
 
@@ -104,7 +104,8 @@ class _State:
 
 def _states(facts: Facts) -> list[_State]:
     held = [entry for entry in facts.image.snapshots if entry.vm_state_size]
-    return [_State(facts, entry) for entry in held[:1000]]
+    facts.leave_out("VM states that were not looked at", len(held) - FINDINGS_PER_RULE)
+    return [_State(facts, entry) for entry in held[:FINDINGS_PER_RULE]]
 
 
 @rule(

@@ -15,7 +15,8 @@ from ..reader.disk import Disk
 from ..reader.foreign import probe
 from .facts import Facts, shortened
 from .reference_names import chain, names
-from .rules import DERIVED, QEMU_MADE, Chapter, Deferred, Graded, graded
+from .rules import DERIVED, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
+from .trailers import trailers
 
 rule = Chapter(__name__, "Hostile images")
 
@@ -150,10 +151,12 @@ def _guest_head(facts: Facts) -> Source | None:
     "the file is also valid as another format",
     note="the same bytes can be parsed two ways: consistent with crafting to pass a filter, or with a file appended "
     "to or embedded in the image",
-    when="an ISO 9660 volume, a partition table, a PDF or tar header stands in the header cluster, or a ZIP "
-    "directory ends the file",
+    when="an ISO 9660 volume, a partition table, a PDF or tar header is in the header cluster, or a ZIP directory, a VHD "
+    "footer or a DMG trailer ends the file",
+    harmless="Low where other bytes follow the trailer and it lies in guest data: a file of the guest that happens to "
+    "be stored last",
 )
-def polyglot(facts: Facts) -> Iterator[Evidence]:
+def polyglot(facts: Facts) -> Iterator[Evidence | Graded]:
     image = facts.image
     # Only bytes QEMU zero-fills are looked at: guest data may hold anything.
     head = image.read(0, min(facts.cluster_size, 0x9000))
@@ -168,30 +171,30 @@ def polyglot(facts: Facts) -> Iterator[Evidence]:
             yield Evidence("signature", "PDF", at, 5, "header cluster")
         if head[257:262] == b"ustar":
             yield Evidence("signature", "tar", 257, 5, "header cluster")
-    length = min(image.file_size, 65_557)  # the longest end record: 22 bytes and a comment
-    place = _zip_end(image.read(image.file_size - length, length))
-    if place is not None:
-        yield Evidence("signature", "ZIP end record", image.file_size - length + place, 22, "end of file")
+    for trailer in trailers(image):
+        evidence = Evidence("signature", trailer.what, trailer.offset, trailer.length, "end of file")
+        if trailer.slack and _is_guest_data(facts, trailer.offset):
+            slack = Evidence("bytes_after_it", trailer.slack, trailer.offset + trailer.length, trailer.slack)
+            what = "guest data near the end" if facts.depth >= Depth.STANDARD else "what is near the end"
+            title = f"{what} of the file can be read as another format"
+            yield graded([evidence, slack], severity=Severity.LOW, title=title)
+        else:
+            yield evidence
+
+
+def _is_guest_data(facts: Facts, offset: int) -> bool:
+    """Whether a state maps the bytes; at triage, which reads no tables, they are taken for guest data."""
+    if facts.depth < Depth.STANDARD or not facts.has_census or facts.census_error is not None:
+        return True
+    from ..census import GUEST_DATA
+
+    return bool(facts.census.owner(offset) & GUEST_DATA)
 
 
 def _partitions(head: bytes) -> bool:
     entries = [head[at : at + 16] for at in range(446, 510, 16)]
     used = [entry for entry in entries if entry[4] and int.from_bytes(entry[12:16], "little")]
     return bool(used) and all(entry[0] in (0, 0x80) for entry in entries)
-
-
-def _zip_end(data: bytes) -> int | None:
-    """Return where the ZIP end record starts whose comment ends exactly with the data."""
-    at = data.rfind(b"PK\5\6")
-    while at >= 0:
-        comment = int.from_bytes(data[at + 20 : at + 22], "little")
-        size = int.from_bytes(data[at + 12 : at + 16], "little")
-        if at + 22 + comment == len(data):
-            directory = data[at - size : at - size + 4] if size <= at else b"PK\1\2"
-            if directory == b"PK\1\2" or size == 0:
-                return at
-        at = data.rfind(b"PK\5\6", 0, at)
-    return None
 
 
 # --- gatekeepers ---------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..findings import Evidence, Severity
+from ..findings import Evidence, Selection, Severity
 from ..format.header import Incompatible
 from .entry_evidence import (
     entries,
@@ -114,9 +114,10 @@ def check_leaks(facts: Facts) -> Iterator[Graded]:
     if not leaks:
         return
     found = [Evidence("leaks", leaks)]
-    for number, (offset, length) in enumerate(census.leaked()):
-        if number >= 100:
-            break
+    runs: Selection[tuple[int, int]] = Selection()
+    for run in census.leaked():
+        runs.add(run, run[0])
+    for offset, length in runs.items:
         found.append(Evidence("unreferenced clusters", length // census.cluster_size, offset, length, "host cluster"))
     found += [refcount_evidence(facts, item) for item in census.issues["refcount-high"].items]
     yield graded(found, count=leaks)

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
-from ..findings import EVIDENCE_LIMIT, Evidence, Severity
+from ..census.owners import Places
+from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.entries import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
+from .applied_vm_state import applied_vm_state
 from .entry_evidence import item_evidence, referrer_evidence, snapshot_id, told
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
@@ -46,8 +48,8 @@ def data_over_metadata(facts: Facts) -> Iterator[Graded]:
 
 
 def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
-    """Return the first host clusters that have an owner in each mask, and how many there are."""
-    first: list[int] = []
+    """Return host clusters that have an owner in each mask, spread over the file, and how many there are."""
+    found: Selection[int] = Selection()
     count = 0
     for start, part in facts.census.owner_parts():
         chosen = np.ones(len(part), dtype=np.bool_)
@@ -55,8 +57,14 @@ def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
             chosen &= (part & np.uint16(mask)) != 0
         hits = np.flatnonzero(chosen)
         count += len(hits)
-        first += (hits[: EVIDENCE_LIMIT - len(first)] + start).tolist()
-    return first, count
+        for cluster in (evenly(hits) + start).tolist():
+            found.add(cluster, cluster)
+    return list(found.items), count
+
+
+def evenly(places: Places, most: int = EVIDENCE_LIMIT) -> Places:
+    """Return at most ``most`` of some places, at equal distances."""
+    return places if len(places) <= most else places[np.linspace(0, len(places) - 1, most).astype(np.intp)]
 
 
 # --- metadata against metadata -------------------------------------------------------------------
@@ -100,7 +108,7 @@ def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
         name = structure_of(Owner(int(kinds[at])))
         return Evidence("structure", name, int(starts[at]), int(lengths[at]), name)
 
-    pairs = [_Pair(told(int(furthest[at - 1])), told(int(at))) for at in hits[: EVIDENCE_LIMIT // 2]]
+    pairs = [_Pair(told(int(furthest[at - 1])), told(int(at))) for at in evenly(hits, EVIDENCE_LIMIT // 2)]
     return pairs, len(hits)
 
 
@@ -140,7 +148,7 @@ def shared_l2(facts: Facts) -> Iterator[Graded]:
     named = facts.census.named
     several = np.flatnonzero((named.low != named.high) & (named.offsets != 0))
     found = []
-    for at in several[:EVIDENCE_LIMIT].tolist():
+    for at in evenly(several).tolist():
         low, high, uses = int(named.low[at]), int(named.high[at]), int(named.active[at] + named.snapshots[at])
         told = f"L2 table, in L1 slots {low} to {high}; uses"
         owner = snapshot_id(facts, int(named.tree[at]))
@@ -158,7 +166,7 @@ def shared_l2(facts: Facts) -> Iterator[Graded]:
     "data is mapped past the end of the disk",
     note="data the guest cannot reach: consistent with a shrunk or edited size, or hidden storage",
     when="the active state maps data at guest offsets at or above the disk size",
-    harmless="a snapshot with VM state that was applied: its memory image is mapped there (Low)",
+    harmless="a snapshot with VM state that was applied: its machine state is mapped there, and nothing else (Low)",
     depth=STANDARD,
 )
 def data_beyond_end(facts: Facts) -> Iterator[Graded]:
@@ -166,14 +174,12 @@ def data_beyond_end(facts: Facts) -> Iterator[Graded]:
     if not issue.count:
         return
     found = []
-    memory = False
     for item in issue.items:
         found.append(item_evidence(facts, item, f"entry, mapping host offset {item.host or 0:#x}"))
         if len(found) <= 8 and not facts.header.external_data and item.host is not None:
             found.append(_stored(facts, item.host, item.value, item.guest))
-            memory |= not item.value & COMPRESSED and facts.read(item.host, 4) == b"QEVM"
-    if memory:
-        note = "it begins as a saved machine state does: consistent with a snapshot that was applied"
+    if applied_vm_state(facts, issue.count):
+        note = "all of it is one saved machine state: consistent with a snapshot that was applied"
         yield graded(found, severity=Severity.LOW, note=note, count=issue.count)
     else:
         yield graded(found, count=issue.count)

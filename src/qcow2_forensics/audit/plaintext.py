@@ -6,18 +6,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..findings import Evidence, Severity
+from ..census.owners import Places
+from ..findings import Evidence, Selection, Severity
 from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO, compressed_descriptor
 from ..limits import KiB
 from ..residue import content
 from .entry_evidence import snapshot_id
 from .facts import Facts
+from .overlap import evenly
 from .rules import QEMU_MADE, Chapter, Depth
 
 rule = Chapter(__name__, "Plain text in encrypted images")
 
-_SAMPLE = 64 * KiB  # of each cluster looked at
-_SAMPLES = 512  # clusters looked at
+_SAMPLE = 4 * KiB  # bytes looked at of each cluster
+_SAMPLES = 1 << 17  # clusters looked at
+_BATCH = 256  # clusters looked at together
 _LOW_ENTROPY = 7.0  # bits per byte; 4 KiB of ciphertext have 7.95
 
 
@@ -45,7 +48,7 @@ def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
     Severity.MEDIUM,
     "clusters of an encrypted image are not encrypted",
     note="consistent with an edited crypt_method, or with data older than the encryption",
-    when="of sampled clusters that are not zeros, one starts with a known signature or has little entropy",
+    when="of up to 131,072 clusters that are not zeros, evenly chosen, the first 4 KiB of one have little entropy",
     harmless="clusters of zeros and preallocated ones are left out",
     depth=Depth.DEEP,
     needs="census",
@@ -53,27 +56,36 @@ def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
 def plaintext_content(facts: Facts) -> Iterator[Evidence]:
     if not facts.header.crypt_method or facts.header.external_data:
         return
-    for host, guest, snapshot in _mapped(facts):
-        data = facts.read(host, min(facts.cluster_size, _SAMPLE))
-        if not any(data):
-            continue
-        seen = content.describe(data)
+    if facts.cluster_size < _SAMPLE:
+        return
+    hosts = _stored_clusters(facts)
+    found: Selection[tuple[int, float]] = Selection()
+    chosen = evenly(hosts[hosts + _SAMPLE <= facts.image.file_size], _SAMPLES)
+    for first in range(0, len(chosen), _BATCH):
+        batch = chosen[first : first + _BATCH]
+        data = np.frombuffer(b"".join(facts.read(host, _SAMPLE) for host in batch.tolist()), np.uint8)
+        counts = content.histograms(data.reshape(len(batch), -1), np.arange(len(batch)))
+        entropies = content.entropies(counts)
         # A signature of two or three bytes comes up by chance among many clusters of ciphertext.
-        if len(data) >= 4 * KiB and seen.entropy < _LOW_ENTROPY:
-            told = f"entropy {seen.entropy:.2f}" + (f", {seen.signature}" if seen.signature else "")
-            yield Evidence("content", told, host, len(data), "data cluster", guest, snapshot)
+        for row in np.flatnonzero((counts[:, 0] < _SAMPLE) & (entropies < _LOW_ENTROPY)).tolist():
+            found.add((int(batch[row]), float(entropies[row])), int(batch[row]))
+    mapping = facts.census.referrers({host // facts.cluster_size for host, _ in found.items})
+    for host, entropy in found.items:
+        named = next(iter(mapping.get(host // facts.cluster_size, ())), None)
+        signature = content.signature(facts.read(host, _SAMPLE))
+        words = f"entropy {entropy:.2f}" + (f", {signature}" if signature else "")
+        guest, snapshot = (None, "") if named is None else (named.guest, snapshot_id(facts, named.tree))
+        yield Evidence("content", words, host, _SAMPLE, "data cluster", guest, snapshot)
 
 
-def _mapped(facts: Facts) -> Iterator[tuple[int, int, str]]:
-    """Yield (host offset, guest offset, snapshot) of up to 512 plainly stored clusters, each once."""
-    seen: set[int] = set()
-    skipped = COMPRESSED | ZERO
+def _stored_clusters(facts: Facts) -> Places:
+    """Return the host offsets of plainly stored clusters, each once, rising."""
+    found = []
+    skipped = np.uint64(COMPRESSED | ZERO)
     for batch in facts.census.tables():
-        plain = ((batch.entries & np.uint64(skipped)) == 0) & ((batch.entries & np.uint64(OFFSET_MASK)) != 0)
-        for row, column in batch.where(plain):
-            host = int(batch.entries[row, column]) & OFFSET_MASK
-            if host % facts.cluster_size == 0 and host < facts.image.file_size and host not in seen:
-                yield host, batch.guest_offset(row, column), snapshot_id(facts, int(batch.tree[row]))
-                seen.add(host)
-                if len(seen) >= _SAMPLES:
-                    return
+        hosts = batch.entries[(batch.entries & skipped) == 0] & np.uint64(OFFSET_MASK)
+        usable = (
+            (hosts != 0) & (hosts % np.uint64(facts.cluster_size) == 0) & (hosts < np.uint64(facts.image.file_size))
+        )
+        found.append(hosts[usable])
+    return np.unique(np.concatenate(found)).astype(np.intp) if found else np.empty(0, np.intp)

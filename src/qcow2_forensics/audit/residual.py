@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ..findings import EVIDENCE_LIMIT, Evidence, Severity
+from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.bitmap_directory import BitmapEntry
 from ..format.snapshot_table import SnapshotEntry
 from ..residue import DeletedSnapshot, Piece, Residue
@@ -18,7 +18,7 @@ from .rules import CRAFTED, QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Residual data")
 
-_DELETED = 100  # former snapshots followed into their tables
+_DELETED = 1000  # former snapshots followed into their tables
 _RANGES = 1_000_000  # pieces kept for the map
 _METADATA = ("l1", "l2", "refcount-table", "refcounts", "snapshot-table", "bitmap-directory", "bitmap")
 
@@ -26,19 +26,58 @@ _METADATA = ("l1", "l2", "refcount-table", "refcounts", "snapshot-table", "bitma
 # --- one pass over everything unclaimed ----------------------------------------------------------
 
 
-@dataclass
 class Group:
-    """Pieces of one kind: the first ones, and what all of them add up to."""
+    """Pieces of one kind: a selection spread over the file, and what all of them add up to.
 
-    kept: list[Piece] = field(default_factory=list)
-    count: int = 0
-    nonzero: int = 0
+    The telling ones are kept first: data with a signature, and tables that lead to data.
+    """
+
+    def __init__(self) -> None:
+        self._telling: Selection[Piece] = Selection()
+        self._others: Selection[Piece] = Selection()
+        self.nonzero = 0
+
+    @property
+    def count(self) -> int:
+        """How many pieces there were."""
+        return self._telling.count + self._others.count
+
+    @property
+    def telling(self) -> int:
+        """How many of them were telling."""
+        return self._telling.count
+
+    @property
+    def kept(self) -> list[Piece]:
+        """The pieces to be listed, in the order of the file."""
+        chosen = [*self._telling.items, *self._others.items][:EVIDENCE_LIMIT]
+        return sorted(chosen, key=lambda piece: piece.offset)
 
     def add(self, piece: Piece) -> None:
-        if len(self.kept) < EVIDENCE_LIMIT:
-            self.kept.append(piece)
-        self.count += 1
+        """Take in a piece."""
+        self._selection(piece).add(piece, piece.offset)
         self.nonzero += piece.nonzero
+
+    def remove(self, piece: Piece) -> None:
+        """Take a piece that was kept out again."""
+        self._selection(piece).remove(piece)
+        self.nonzero -= piece.nonzero
+
+    def include(self, other: Group) -> None:
+        """Take in another group."""
+        for mine, theirs in ((self._telling, other._telling), (self._others, other._others)):
+            for piece in theirs.items:
+                mine.add(piece, piece.offset)
+            mine.count += theirs.count - len(theirs.items)
+        self.nonzero += other.nonzero
+
+    def _selection(self, piece: Piece) -> Selection[Piece]:
+        return self._telling if is_telling(piece) else self._others
+
+
+def is_telling(piece: Piece) -> bool:
+    """Whether a piece is more than bytes that are not zero: recognised content, or a table that leads to data."""
+    return bool(piece.signature) or (piece.intact > 0 and not piece.zero_only)
 
 
 @dataclass
@@ -50,20 +89,14 @@ class _Survey:
     ranges: list[tuple[int, int]] = field(default_factory=list)  # (offset, length) of the first pieces
 
     def mark(self, looks: str, clusters: set[int], size: int) -> None:
-        """Let the pieces kept that lie wholly in some clusters look like something they were."""
+        """Let the pieces kept that are wholly in some clusters look like something they were."""
         for (kind, look), group in list(self.groups.items()) if clusters else ():
             if look not in ("data", "l2"):
                 continue
-            inside = [
-                piece
-                for piece in group.kept
-                if clusters.issuperset(range(piece.offset, piece.offset + piece.length, size))
-            ]
-            for piece in inside:
-                group.kept.remove(piece)
-                group.count -= 1
-                group.nonzero -= piece.nonzero
-                self.groups[kind, looks].add(replace(piece, looks=looks))
+            for piece in group.kept:
+                if clusters.issuperset(range(piece.offset, piece.offset + piece.length, size)):
+                    group.remove(piece)
+                    self.groups[kind, looks].add(replace(piece, looks=looks))
 
     def of(self, kinds: Iterable[str], looks: Iterable[str]) -> Group:
         """Return the groups of some kinds and looks as one."""
@@ -72,10 +105,7 @@ class _Survey:
             for look in looks:
                 group = self.groups.get((kind, look))
                 if group is not None:
-                    merged.kept += group.kept
-                    merged.count += group.count
-                    merged.nonzero += group.nonzero
-        merged.kept.sort(key=lambda piece: piece.offset)
+                    merged.include(group)
         return merged
 
 
@@ -92,8 +122,11 @@ def _survey(facts: Facts) -> _Survey:
         if len(survey.ranges) < _RANGES:
             survey.ranges.append((found.piece.offset, found.piece.length))
     survey.snapshots, survey.bitmaps = residue.entries()
+    facts.leave_out("former snapshot entries that were found and not looked at", residue.entries_left_out)
     survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size)
     survey.deleted = examine(facts.image, survey.snapshots, facts.census, most=_DELETED)
+    not_followed = sum(not item.followed for item in survey.deleted)
+    facts.leave_out("former snapshot entries whose tables were not followed", not_followed)
     return survey
 
 
@@ -194,8 +227,7 @@ def _tables(facts: Facts, looks: str) -> Iterator[Graded]:
     group = survey_of(facts).of(["free", "leaked", "trailing"], [looks])
     if not group.count:
         return
-    telling = [piece for piece in group.kept if piece.intact and not piece.zero_only]
-    severity = None if telling else Severity.LOW
+    severity = None if group.telling else Severity.LOW
     evidence = [evidence_of(piece)._replace(value=_contents(piece)) for piece in group.kept]
     yield graded(evidence, severity=severity, confidence="likely", count=group.count)
 
@@ -213,10 +245,18 @@ def _contents(piece: Piece) -> str:
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def residual_snapshot_entry(facts: Facts) -> Iterator[Evidence]:
-    for entry in survey_of(facts).snapshots:
-        told = f"ID {entry.id}, {snapshot_date(entry)}, L1 table at {entry.l1_table_offset:#x}, name {entry.name}"
-        yield Evidence("snapshot", told, entry.offset, entry.length, "former snapshot table", snapshot=entry.id)
+def residual_snapshot_entry(facts: Facts) -> Iterator[Graded]:
+    found = survey_of(facts).deleted
+    if found:
+        listed: Selection[SnapshotEntry] = Selection()
+        for item in sorted(found, key=lambda item: not item.l1_intact):  # those that lead to tables first
+            listed.add(item.entry, item.entry.l1_table_offset)
+        yield graded(map(_entry_evidence, listed.items), count=len(found))
+
+
+def _entry_evidence(entry: SnapshotEntry) -> Evidence:
+    words = f"ID {entry.id}, {snapshot_date(entry)}, L1 table at {entry.l1_table_offset:#x}, name {entry.name}"
+    return Evidence("snapshot", words, entry.offset, entry.length, "former snapshot table", snapshot=entry.id)
 
 
 @rule(

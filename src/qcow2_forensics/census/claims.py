@@ -15,7 +15,7 @@ from ..format.header import SECTOR
 from ..format.image import Image
 from .aliases import Aliases
 from .index_map import Seats
-from .issues import Issues, Item
+from .issues import Issues, Item, spread
 from .owners import I64, U64, Mask, Owner, Places, Tables
 from .refcount_classes import ONE, UNREADABLE, Grades
 from .refcounts import StoredRefcounts
@@ -42,7 +42,7 @@ class Tally:
         self.extended = header.extended_l2
         self.version = header.version
         self.disk_size = image.disk_size
-        self.issues = Issues()
+        self.issues = Issues(header.cluster_bits)
         self.corruptions = 0
         self.allocated = 0
         self.fragmented = 0
@@ -142,7 +142,8 @@ class Tally:
     def _l1_issue(self, kind: str, chunk: L1Chunk, mask: Mask) -> None:
         def items() -> Iterator[Item]:
             span = self.image.header.l2_span
-            for place in np.flatnonzero(mask)[: self.issues.room(kind)].tolist():
+            places = np.flatnonzero(mask)
+            for place in spread(places, chunk.positions[places].astype(np.int64) >> self.cluster_bits).tolist():
                 entry = int(chunk.entries[place])
                 guest = int(chunk.index[place]) * span
                 yield Item("L1", int(chunk.positions[place]), entry, entry & OFFSET_MASK, guest, int(chunk.tree[place]))
@@ -250,7 +251,7 @@ class Tally:
         width = tables.entries.shape[1]
 
         def items() -> Iterator[Item]:
-            for place in places[: self.issues.room(kind)].tolist():
+            for place in spread(places, places // width).tolist():
                 row, column = divmod(place, width)
                 entry = int(tables.entries[row, column])
                 where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)

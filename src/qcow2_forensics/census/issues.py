@@ -1,16 +1,22 @@
-"""What the census met that should not be: counted in full, listed up to a cap."""
+"""What the census found wrong: counted in full, and a selection listed that is spread over the structures hit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
-from ..findings import EVIDENCE_LIMIT
+import numpy as np
+
+from ..findings import EVIDENCE_LIMIT, Selection
+from .owners import Places
+
+_MOST = 10 * EVIDENCE_LIMIT  # items looked at of one batch
 
 
 class Item(NamedTuple):
-    """One entry that is wrong: the file offset it stands at, its value, what it points at.
+    """One entry that is wrong: its file offset, its value, what it points at.
 
     ``tree`` is -1 for the active state, else the index of a snapshot; ``host`` the host offset
     concerned, ``guest`` the guest offset, where there is one.
@@ -24,42 +30,54 @@ class Item(NamedTuple):
     tree: int = -1
 
 
+def spread(places: Places, groups: Places, most: int = EVIDENCE_LIMIT) -> Places:
+    """Return up to ``most`` of some rising places, the first ones of every group; a group's places are neighbours.
+
+    ``groups`` names the group of each place: the table that an entry is in.
+    """
+    if len(places) <= most:
+        return places
+    starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
+    rank = np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
+    chosen: Places = np.sort(np.argsort(rank, kind="stable")[:most])
+    return places[chosen]
+
+
 @dataclass
 class Issue:
-    """All items of one kind; ``count`` is how many places there were, sharing not multiplied."""
+    """Items of one kind, spread over the structures they are in; ``count`` is how many places there were.
 
-    items: list[Item] = field(default_factory=list)
+    Sharing is not multiplied.
+    """
+
+    items: Sequence[Item] = ()
     count: int = 0
 
 
 class Issues:
     """Issues by kind. A kind is a short word; :mod:`qcow2_forensics.audit` turns it into findings."""
 
-    def __init__(self) -> None:
-        self._found: dict[str, Issue] = {}
+    def __init__(self, cluster_bits: int = 16) -> None:
+        self._cluster_bits = cluster_bits
+        self._found: dict[str, Selection[Item]] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, kind: str, items: Iterable[Item], count: int | None = None) -> None:
         """Note items of a kind; ``count`` when there are more than the iterable gives."""
-        issue = self._found.setdefault(kind, Issue())
+        kept = self._found.setdefault(kind, Selection())
         seen = 0
-        for item in items:
+        for item in items if count is None else islice(items, _MOST):
             seen += 1
-            if len(issue.items) < EVIDENCE_LIMIT:
-                issue.items.append(item)
-            elif count is not None:
-                break
-        issue.count += seen if count is None else count
-
-    def room(self, kind: str) -> int:
-        """Return how many more items of a kind would be kept."""
-        return EVIDENCE_LIMIT - len(self._found[kind].items) if kind in self._found else EVIDENCE_LIMIT
+            kept.add(item, None if item.offset is None else (item.structure, item.offset >> self._cluster_bits))
+        self._counts[kind] = self._counts.get(kind, 0) + (seen if count is None else count)
 
     def __getitem__(self, kind: str) -> Issue:
-        return self._found.get(kind) or Issue()
+        found = self._found.get(kind)
+        return Issue(found.items, self._counts[kind]) if found is not None else Issue()
 
     def __contains__(self, kind: str) -> bool:
         return kind in self._found
 
     def kinds(self) -> dict[str, int]:
         """Return the count of every kind met."""
-        return {kind: issue.count for kind, issue in self._found.items()}
+        return dict(self._counts)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..findings import EVIDENCE_LIMIT
 from .claims import Tally
-from .issues import Item
+from .issues import Item, spread
 from .owners import METADATA, Owner, Places
 
 _METADATA = np.uint16(METADATA)
@@ -85,7 +86,7 @@ def _note(tally: Tally, kind: str, clusters: Places) -> None:
     if len(clusters):
         size = tally.cluster_size
         items = []
-        for cluster in clusters[: tally.issues.room(kind)].tolist():
+        for cluster in spread(clusters, clusters // tally.refcounts.per_block).tolist():
             stored = tally.refcounts.lookup(np.asarray([cluster], dtype=np.uint64))[0]
             where = tally.refcounts.entry_offset(cluster)
             items.append(Item("refcount block", where, int(stored[0]), cluster * size))
@@ -107,7 +108,7 @@ def _past_end(tally: Tally) -> None:
     used = stored.used(blocks)  # the table may name a block any number of times
     rest = int((used * times).sum())
     order = np.argsort(firsts)
-    for number in order[used[order] > 0][: tally.issues.room(kind)].tolist():
+    for number in order[used[order] > 0][:EVIDENCE_LIMIT].tolist():
         hits = np.flatnonzero(stored.block(int(blocks[number])))
         _note(tally, kind, int(slots[firsts[number]]) * stored.per_block + hits)
         rest -= len(hits)

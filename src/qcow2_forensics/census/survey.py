@@ -16,7 +16,7 @@ from .census import Census, Structures
 from .checked_metadata import MAX_SNAPSHOT_L1, BitmapPlace, Layout, Reason, read_layout
 from .claimed_clusters import seats_for
 from .claims import Tally
-from .issues import Item
+from .issues import Item, spread
 from .owners import U64, Mask, Owner, Places
 from .refcounts import StoredRefcounts
 from .walk import Gathering, Named, batches, l1_chunks, walkable
@@ -235,7 +235,7 @@ class _Taker:
             stored = self.tally.refcounts
             items = (
                 Item("refcount table", stored.slot_offset(slot), int(stored.table[slot]), int(stored.offsets[slot]))
-                for slot in slots[:100].tolist()
+                for slot in spread(slots, slots * 8 >> self.tally.cluster_bits).tolist()
             )
             self.tally.issues.add(kind, items, len(slots))
 

@@ -6,11 +6,13 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from ..audit import audit
-from ..findings import Report, Severity
+from ..findings import EVIDENCE_LIMIT, Report, Severity
 from ..render import FORMATS, render
+from ..text import printable
 from .options import add_key_arguments, passphrase_of
 from .output import atomic_writer
 
@@ -18,6 +20,7 @@ EXIT_DONE = 0
 EXIT_FINDINGS = 1
 EXIT_FAILED = 2
 _UNREADABLE = "QCOW2-UNREADABLE"
+_LIMITED = "QCOW2-AUDIT-LIMITED"
 
 _EPILOG = """examples:
   qcow2-forensics audit disk.qcow2
@@ -118,13 +121,24 @@ def _one(args: argparse.Namespace, path: str) -> int:
     else:
         sys.stdout.write(_rendered(args, report, wanted, sys.stdout))
         sys.stdout.flush()
+    for line in _left_out(report):
+        print(f"qcow2-forensics: {line}", file=sys.stderr)
     return exit_code(report, args.fail_on)
+
+
+def _left_out(report: Report) -> Iterator[str]:
+    """Yield what the report does not list, a line each."""
+    for finding in report.findings:
+        if finding.code == _LIMITED:
+            yield from (f"{printable(item.field)}: {item.value}" for item in finding.evidence)
+    capped = [finding for finding in report.findings if finding.count > len(finding.evidence) >= EVIDENCE_LIMIT // 2]
+    if capped:
+        shown = ", ".join(f"{finding.code} {len(finding.evidence)} of {finding.count}" for finding in capped)
+        yield f"not all evidence is listed: {shown}"
 
 
 def _missing(report: Report) -> str:
     """Return why nothing at all could be read: no such file, no permission; empty otherwise."""
-    from ..text import printable
-
     if report.image.get("version") is None and report.image.get("file_size") is None:
         finding = next((item for item in report.findings if item.code == _UNREADABLE), None)
         return printable(str(finding.evidence[0].value)) if finding and finding.evidence else "cannot be read"

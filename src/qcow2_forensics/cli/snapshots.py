@@ -78,7 +78,13 @@ def _deleted(image: Image) -> list[dict[str, Any]]:
     from ..residue import Residue
 
     rows = []
-    for item in Residue(image).deleted_snapshots():
+    residue = Residue(image)
+    found = residue.deleted_snapshots()
+    not_followed = sum(not item.followed for item in found)
+    for count, what in ((not_followed, "not followed into their tables"), (residue.entries_left_out, "left out")):
+        if count:
+            print(f"qcow2-forensics: {count} former snapshot entries were {what}: there are too many", file=sys.stderr)
+    for item in found:
         told = {
             "open_as": None if item.is_gone else item.selector,
             "readable": round(item.readable, 4),

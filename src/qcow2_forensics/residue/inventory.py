@@ -49,6 +49,7 @@ class Residue:
         self._data = data
         self._files = ExitStack()
         self._former: tuple[list[SnapshotEntry], list[BitmapEntry]] | None = None
+        self.entries_left_out = 0  # former snapshot and bitmap entries found and dropped: there were too many
 
     @cached_property
     def census(self) -> Census:
@@ -85,11 +86,20 @@ class Residue:
         snapshots: list[SnapshotEntry] = []
         bitmaps: list[BitmapEntry] = []
         for found in unclaimed(self.image, self.census):
-            snapshots += found.snapshots[: _ENTRIES - len(snapshots)]
+            snapshots += found.snapshots
+            if len(snapshots) > 2 * _ENTRIES:
+                snapshots = self._thinned(snapshots)
+            self.entries_left_out += max(0, len(bitmaps) + len(found.bitmaps) - _ENTRIES)
             bitmaps += found.bitmaps[: _ENTRIES - len(bitmaps)]
             yield found
+        snapshots = self._thinned(snapshots)
         # Kept, because reading all free space again for them would double the time.
         self._former = self._with_slack(snapshots, bitmaps)
+
+    def _thinned(self, snapshots: list[SnapshotEntry]) -> list[SnapshotEntry]:
+        kept = snapshot_entries.most_plausible(self.image, snapshots, _ENTRIES)
+        self.entries_left_out += len(snapshots) - len(kept)
+        return kept
 
     # --- former entries ------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from . import live_mappings, structure_detection
 from .former_clusters import HOLDS_BYTES, read_clusters
 from .former_tables import Recogniser
 from .restricted_source import LOST_TABLE, PUNCHED, REUSED, GuardedSource, Refusals
-from .snapshot_entries import DeletedSnapshot, gone
+from .snapshot_entries import BOGUS, DeletedSnapshot, gone, l1_rank, most_plausible
 from .structure_detection import Counts, Geometry, Mask, Words
 
 _ENTRIES = 1 << 16  # of L2 tables looked at together
@@ -35,16 +35,23 @@ _ACTIVE = np.uint64(2**64 - 1)  # no snapshot's date
 def examine(
     image: Image, former: Sequence[SnapshotEntry], census: Census, *, most: int | None = None, read_data: bool = True
 ) -> list[DeletedSnapshot]:
-    """Follow the tables of former entries, up to ``most``, and return how much of each disk is still readable.
+    """Follow the tables of former entries and return how much of each disk is still readable.
+
+    Of more than ``most`` entries those whose L1 tables lead somewhere are followed; the others are returned unfollowed.
 
     Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
     An L1 table counts as gone where that of a later former snapshot was. Raises
     :class:`LimitExceeded` where the L1 tables of the live states overlap without end.
     """
     examiner = _Examiner(image, census, read_data)
-    l1_tables = _L1Tables.of(former)
+    l1_tables = _L1Tables.of(image, former)
     found = []
-    for entry in former[:most]:
+    chosen = former if most is None else most_plausible(image, former, most)
+    followed = {id(entry) for entry in chosen}
+    for entry in former:
+        if id(entry) not in followed:
+            found.append(DeletedSnapshot(entry, l1_intact=False, followed=False))
+            continue
         if l1_tables.overwrote(entry):
             found.append(DeletedSnapshot(entry, l1_intact=False))
             continue
@@ -65,20 +72,21 @@ def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[S
     _ = image.problems, image.backing_name, image.crypto_header
     refusals = Refusals(image.cluster_size)
     examination = _Examination(_Examiner(image, census, False), entry, refusals)
-    if _L1Tables.of(former).overwrote(entry) or not examination.result().l1_intact:
+    if _L1Tables.of(image, former).overwrote(entry) or not examination.result().l1_intact:
         raise gone(entry)
     image.source = GuardedSource(image.source, refusals)
 
 
 class _L1Tables(NamedTuple):
-    """Where the L1 tables of former snapshots stood, and when."""
+    """Where the L1 tables of former snapshots were, and when; without those that hold something else now."""
 
     starts: Words
     stops: Words
     dates: Words
 
     @classmethod
-    def of(cls, entries: Sequence[SnapshotEntry]) -> _L1Tables:
+    def of(cls, image: Image, former: Sequence[SnapshotEntry]) -> _L1Tables:
+        entries = [entry for entry in former if len(former) == 1 or l1_rank(image, entry) != BOGUS]
         starts = np.array([min(entry.l1_table_offset, INT64_MAX) for entry in entries], np.uint64)
         lengths = np.array([entry.l1_size * 8 for entry in entries], np.uint64)
         return cls(starts, starts + lengths, np.array([_date(entry) for entry in entries], np.uint64))

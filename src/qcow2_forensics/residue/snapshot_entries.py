@@ -11,13 +11,18 @@ found in free space can be opened like a live one::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import FormatError, SnapshotNotFound
+from ..format.entries import COPIED, OFFSET_MASK
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import printable
+
+BOGUS = 4  # rank of an L1 table whose entries are none
+_L1_HEAD = 512  # bytes of a former L1 table that tell whether it leads anywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,42 @@ def unknown_entries(image: Image, entries: Iterable[SnapshotEntry]) -> list[Snap
         if _identity(entry) not in live:
             unknown.setdefault((*_identity(entry), entry.l1_table_offset), entry)
     return sorted(unknown.values(), key=lambda entry: (int(entry.id_bytes), entry.date_sec, entry.offset))
+
+
+def most_plausible(image: Image, entries: Sequence[SnapshotEntry], most: int) -> list[SnapshotEntry]:
+    """Return up to ``most`` entries, in their order: first one for each L1 table that leads somewhere.
+
+    Bogus entries cost nothing to make; an L1 table with a pointer into the file has to be stored.
+    """
+    if len(entries) <= most:
+        return list(entries)
+    ranks: dict[tuple[int, int], int] = {}
+    seen: set[tuple[int, int]] = set()
+
+    def rank(entry: SnapshotEntry) -> int:
+        key = entry.l1_table_offset, entry.l1_size
+        if key not in ranks:
+            ranks[key] = l1_rank(image, entry)
+        again = key in seen
+        seen.add(key)
+        return ranks[key] + again
+
+    order = sorted(range(len(entries)), key=[rank(entry) for entry in entries].__getitem__)
+    return [entries[at] for at in sorted(order[:most])]
+
+
+def l1_rank(image: Image, entry: SnapshotEntry) -> int:
+    """Return 0 for an L1 table whose first entries lead into the file, 2 for one of zeros, ``BOGUS`` for any other."""
+    data = image.read(entry.l1_table_offset, min(entry.l1_size * 8, _L1_HEAD)) if entry.l1_size else b""
+    words = [word for (word,) in struct.iter_unpack(">Q", data[: len(data) // 8 * 8]) if word]
+    if not words:
+        return 2
+    reserved, size = ~(OFFSET_MASK | COPIED), image.cluster_size
+    sound = all(
+        not word & reserved and not (word & OFFSET_MASK) % size and word & OFFSET_MASK < image.file_size
+        for word in words
+    )
+    return 0 if sound else BOGUS
 
 
 def _identity(entry: SnapshotEntry) -> tuple[bytes, bytes, int, int]:

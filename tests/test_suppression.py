@@ -1,0 +1,259 @@
+"""Nothing that an image holds keeps a finding out of the report: one true thing among 10,000 decoys."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from qcow2_forensics.audit import audit
+from qcow2_forensics.findings import Evidence, Finding, Report, Selection, Severity
+from qcow2_forensics.residue import deleted_snapshots
+from tests import qemu
+from tests.image_builder import B_L1, Poke, base_b
+
+pytestmark = qemu.requires_qemu
+
+KEEP = {"pass-discard-snapshot": "off", "discard": "ignore"}
+DECOYS = 10_000
+
+
+def of(report: Report, code: str) -> list[Finding]:
+    return [finding for finding in report if finding.code == f"QCOW2-{code}"]
+
+
+def deleted(path: Path, **options: object) -> Path:
+    """An image whose only snapshot was deleted and can be recovered whole."""
+    qemu.create(path, "1M", **options)
+    qemu.io(path, "write -P 0x11 0 256k")
+    qemu.snapshot(path, "alpha")
+    qemu.io(path, "write -P 0x22 0 256k")
+    qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
+    return path
+
+
+def snapshot_entry(number: int, l1: int, l1_size: int = 1) -> bytes:
+    """One entry of a snapshot table as QEMU writes it, 64 bytes long."""
+    ident = str(number).encode()
+    name = b"decoy"
+    head = struct.pack(">QIHHIIQII", l1, l1_size, len(ident), len(name), 1_700_000_000, 0, 0, 0, 16)
+    entry = head + bytes(8) + (1 << 20).to_bytes(8, "big") + ident + name
+    return entry.ljust(-(-len(entry) // 8) * 8, b"\0")
+
+
+def decoys(path: Path, l1: int) -> None:
+    """Append former snapshot entries, whose numbers come before the true one's, that all name one L1 table."""
+    size = path.stat().st_size
+    data = b"".join(snapshot_entry(0, l1 + 0, 1 + number % 64) for number in range(DECOYS))
+    Poke(path).append(bytes(-size % 65536) + data + bytes(-len(data) % 65536))
+
+
+@pytest.mark.parametrize("place", ["zeros", "data", "header"])
+def test_bogus_snapshot_entries_do_not_hide_a_deleted_snapshot(tmp_path: Path, place: str) -> None:
+    path = deleted(tmp_path / "disk.qcow2")
+    (true,) = deleted_snapshots(path)
+    assert true.complete
+    size = -(-path.stat().st_size // 65536) * 65536
+    decoys(
+        path,
+        {"zeros": size + 65536 * 20, "data": path.read_bytes().index(b"\x22" * 512) & ~0xFFFF, "header": 65536}[place],
+    )
+    report = audit(path, "deep")
+    found = of(report, "RECOVERABLE-SNAPSHOT")
+    assert Severity.HIGH in {finding.severity for finding in found}
+    assert true.selector in {item.value for finding in found for item in finding.evidence}
+    (entries,) = of(report, "RESIDUAL-SNAPSHOT-ENTRY")
+    assert true.entry.offset in {item.offset for item in entries.evidence}
+    listed = deleted_snapshots(path)
+    assert [item for item in listed if item.selector == true.selector and item.complete]
+
+
+def test_entries_that_are_not_followed_are_reported(tmp_path: Path) -> None:
+    path = deleted(tmp_path / "disk.qcow2")
+    size = -(-path.stat().st_size // 65536) * 65536
+    data = b"".join(snapshot_entry(number, 65536 * (2 + number % 8), 1 + number // 8) for number in range(3000))
+    Poke(path).append(bytes(size - path.stat().st_size) + data + bytes(-len(data) % 65536))
+    (limited,) = of(audit(path, "deep"), "AUDIT-LIMITED")
+    assert "not followed" in limited.evidence[0].field
+    assert int(str(limited.evidence[0].value)) > 1000
+    command = [sys.executable, "-m", "qcow2_forensics", "snapshots", path, "--deleted", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert len(json.loads(done.stdout)) == len(deleted_snapshots(path))
+    assert "were not followed" in done.stderr
+
+
+def test_decoy_tables_do_not_lower_a_former_l2_table(tmp_path: Path) -> None:
+    path = deleted(tmp_path / "disk.qcow2", cluster_size=512)
+    (true,) = of(audit(path, "deep"), "RESIDUAL-L2")
+    assert true.severity is Severity.MEDIUM
+    real = next(
+        item
+        for item in true.evidence
+        if not str(item.value).endswith("0 of their first targets unused since and not empty")
+    )
+    with path.open("rb") as file:
+        file.seek(real.offset or 0)
+        table = file.read(512)
+    # The true table goes last; the decoys before it hold zero flags only.
+    decoy = struct.pack(">Q", 1) * 64
+    size = -(-path.stat().st_size // 512) * 512
+    Poke(path).append(bytes(size - path.stat().st_size) + decoy * DECOYS + table)
+    Poke(path).write(real.offset or 0, bytes(512))
+    (finding,) = of(audit(path, "deep"), "RESIDUAL-L2")
+    assert finding.severity is Severity.MEDIUM
+    assert size + 512 * DECOYS in {item.offset for item in finding.evidence}
+    assert finding.count >= DECOYS
+
+
+def test_decoy_data_does_not_hide_a_file_in_free_space(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu.create(path, "1M", cluster_size=512)
+    size = -(-path.stat().st_size // 512) * 512
+    picture = b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(256)) * 16
+    one = b"\1" + bytes(1023)  # a cluster that is not zeros, and one that is: each decoy is a piece of its own
+    data = one * (DECOYS // 2) + picture.ljust(8192, b"\0") + one * (DECOYS // 2)
+    Poke(path).append(bytes(size - path.stat().st_size) + data)
+    findings = of(audit(path, "deep"), "TRAILING-DATA")
+    place = size + 1024 * (DECOYS // 2)
+    assert place in {item.offset for finding in findings for item in finding.evidence}
+
+
+def test_evidence_is_spread_over_the_tables_that_are_hit(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu.create(path, "4G")
+    qemu.io(path, *(f"write {place}M 64k" for place in (0, 512, 1024, 1536)))
+    tables = [Poke(path).get(B_L1 + 8 * index) & ~(1 << 63) for index in range(4)]
+    for table in tables[1:]:
+        Poke(path).write(table, bytes(range(1, 256)) * 256)
+    report = audit(path)
+    for code in ("RESERVED-BITS", "UNALIGNED-OFFSET"):
+        (finding,) = of(report, code)
+        hit = {(item.offset or 0) & ~0xFFFF for item in finding.evidence if item.structure == "L2"}
+        assert hit == set(tables[1:]), code
+
+
+def test_findings_above_the_limit_per_code_are_reported(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "disk.qcow2")
+    size = -(-path.stat().st_size // 65536) * 65536
+    data = b"".join(snapshot_entry(number + 1, B_L1) for number in range(1500))
+    Poke(path).append(bytes(size - path.stat().st_size) + data + bytes(-len(data) % 65536))
+    Poke(path).u32(60, 1500).u64(64, size)
+    (limited,) = of(audit(path, "triage"), "AUDIT-LIMITED")
+    assert Evidence("snapshots that are not described", 500, structure="left out") in limited.evidence
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_a_magic_does_not_make_a_vm_state_of_what_lies_past_the_end(tmp_path: Path, sound: bool) -> None:
+    path = base_b(tmp_path / "disk.qcow2")
+    qemu.io(path, "write -P 0x41 512k 192k")
+    Poke(path).u64(24, 0x80000)  # the disk ends at 512 KiB now
+    place = path.read_bytes().index(b"A" * 65536) & ~0xFFFF
+    Poke(path).write(place, b"QEVM\0\0\0\3" + (b"\7\0\0\0\4none" if sound else b""))
+    (finding,) = of(audit(path), "DATA-BEYOND-END")
+    assert finding.severity is Severity.MEDIUM
+
+
+# --- polyglots -----------------------------------------------------------------------------------
+
+
+def archive() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as writer:
+        writer.writestr("evil.txt", "evil")
+    return out.getvalue()
+
+
+def vhd_footer(size: int) -> bytes:
+    """The footer of a fixed VHD disk of ``size`` bytes."""
+    fields = struct.pack(
+        ">8sIIQI4sI4sQQHBBI", b"conectix", 2, 0x10000, 2**64 - 1, 0, b"test", 0, b"Wi2k", size, size, 1, 4, 17, 2
+    )
+    footer = fields + bytes(4) + bytes(16)
+    footer = footer.ljust(512, b"\0")
+    total = ~sum(footer) & 0xFFFF_FFFF
+    return footer[:64] + total.to_bytes(4, "big") + footer[68:]
+
+
+@pytest.mark.parametrize("slack", [b"", b"\n", bytes(512), b"# the end" * 100])
+def test_an_archive_behind_the_image_is_found_where_a_reader_opens_it(tmp_path: Path, slack: bytes) -> None:
+    path = base_b(tmp_path / "disk.qcow2")
+    Poke(path).append(archive() + slack)
+    with zipfile.ZipFile(path) as reader:
+        assert reader.read("evil.txt") == b"evil"
+    (finding,) = of(audit(path), "POLYGLOT")
+    assert finding.severity is Severity.HIGH
+    assert finding.evidence[0].value == "ZIP end record"
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_vhd_footer_is_found_where_qemu_opens_it(tmp_path: Path, cut: int) -> None:
+    path = base_b(tmp_path / "disk.qcow2")
+    Poke(path).append(vhd_footer(path.stat().st_size)[: 512 - cut])
+    assert json.loads(qemu.img("info", "-f", "vpc", "--output=json", path).stdout)["format"] == "vpc"
+    (finding,) = of(audit(path), "POLYGLOT")
+    assert (finding.severity, finding.evidence[0].value) == (Severity.HIGH, "VHD footer")
+
+
+@pytest.mark.parametrize("slack", [b"", b"\n"])
+def test_a_dmg_trailer_is_found(tmp_path: Path, slack: bytes) -> None:
+    path = base_b(tmp_path / "disk.qcow2")
+    Poke(path).append(b"koly" + struct.pack(">II", 4, 512) + bytes(500) + slack)
+    (finding,) = of(audit(path), "POLYGLOT")
+    assert (finding.severity, finding.evidence[0].value) == (Severity.HIGH, "DMG trailer")
+
+
+def test_an_archive_of_the_guest_that_is_stored_last_is_low(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M")
+    source = tmp_path / "archive"
+    source.write_bytes(archive().ljust(4096, b"\0"))
+    qemu.io(path, f"write -s {source} 0 4k")
+    assert [finding.severity for finding in of(audit(path), "POLYGLOT")] == [Severity.LOW]
+
+
+@pytest.mark.parametrize("tail", [b"PK\5\6" + bytes(40), b"conectix" + bytes(504), b"koly" + bytes(508)])
+def test_a_magic_alone_is_no_polyglot(tmp_path: Path, tail: bytes) -> None:
+    path = base_b(tmp_path / "disk.qcow2")
+    Poke(path).append(tail)
+    assert of(audit(path), "POLYGLOT") == []
+
+
+# --- the selection -------------------------------------------------------------------------------
+
+
+def test_a_selection_keeps_every_place_while_there_is_room() -> None:
+    chosen: Selection[tuple[int, int]] = Selection(10)
+    for place in range(5):
+        for number in range(1000):
+            chosen.add((place, number), place)
+    assert chosen.count == 5000
+    assert [item for item in chosen.items if item[1] == 0] == [(place, 0) for place in range(5)]
+    assert len(chosen.items) == 10
+
+
+def test_a_selection_of_too_many_places_is_spread_over_all_of_them() -> None:
+    chosen: Selection[int] = Selection(100)
+    for place in range(100_000):
+        chosen.add(place, place)
+    kept = chosen.items
+    assert 50 <= len(kept) <= 100
+    assert max(b - a for a, b in itertools.pairwise(kept)) <= 100_000 // 50 + 1
+    assert kept[-1] > 95_000
+
+
+def test_items_without_a_place_stay_while_there_is_room() -> None:
+    chosen: Selection[str] = Selection(4)
+    chosen.add("total")
+    for number in range(100):
+        chosen.add(f"item {number}", number)
+    assert chosen.items[0] == "total"
+    assert len(chosen.items) <= 4
+    for number in range(100):
+        chosen.add(f"more {number}")
+    assert len(chosen.items) <= 4
