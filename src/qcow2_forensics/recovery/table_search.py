@@ -1,0 +1,154 @@
+"""Every cluster of a file that has the form of an L1, L2 or refcount table, whatever points at it or not."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..format.entries import COPIED, OFFSET_MASK
+from ..format.snapshot_table import SnapshotEntry
+from ..format.source import Source
+from ..limits import MiB
+from ..residue.structure_detection import Geometry, find_entries, l2_rows, likely, words_of
+from .geometry import U64, Mask
+
+_CHUNK = 8 * MiB
+_L1_SHARE = 0.5  # of the targets of an L1 table that still look like L2 tables; of a healthy one all do
+_BLOCKS = 8  # refcount blocks of a possible refcount table that are looked at
+_MOST_REFERENCES = 4096  # to one cluster: many streams share a cluster, and many snapshots do
+_MOST_TABLES = 1 << 20  # tables kept for one file: the L2 tables of 512 TiB in 64 KiB clusters
+
+
+class L1Candidate(NamedTuple):
+    """Clusters that hold an L1 table by their form: ``targets`` are its entries' host offsets, 0 for none."""
+
+    offset: int
+    targets: U64
+    copied: int  # entries with the COPIED flag: the active state's, mostly
+    sure: int  # entries from the first on that certainly are of this table, not of one behind it
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether all of it is one table."""
+        return self.sure == len(self.targets)
+
+
+class FoundTables(NamedTuple):
+    """What has the form of a table in a file, by rising host offset. ``left_out`` counts tables beyond the limit."""
+
+    l1: list[L1Candidate]
+    l2: npt.NDArray[np.int64]
+    refcount_tables: list[int]
+    snapshots: list[SnapshotEntry]
+    left_out: int
+
+
+class _Rows(NamedTuple):
+    offsets: npt.NDArray[np.int64]
+    l1_form: Mask  # every entry may be one of an L1 table too
+    copied: npt.NDArray[np.int64]
+
+
+def search_tables(source: Source, geometry: Geometry, *, start: int = 0) -> FoundTables:
+    """Return what has the form of a table from host offset ``start`` on; reads the whole file once."""
+    parts: list[_Rows] = []
+    snapshots: dict[int, SnapshotEntry] = {}
+    kept, left_out = 0, 0
+    for at, data in _chunks(source, geometry.cluster_size, start):
+        for entry in find_entries(data, at, geometry)[0]:
+            snapshots.setdefault(entry.offset, entry)
+        rows = _tables_of(at, data, geometry)
+        left_out += max(0, kept + len(rows.offsets) - _MOST_TABLES)
+        room = max(0, _MOST_TABLES - kept)
+        rows = _Rows(rows.offsets[:room], rows.l1_form[:room], rows.copied[:room])
+        kept += len(rows.offsets)
+        if len(rows.offsets):
+            parts.append(rows)
+    if not parts:
+        return FoundTables([], np.zeros(0, np.int64), [], list(snapshots.values()), 0)
+    found = _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    l1, refcount_tables = _classify(source, geometry, found, {entry.l1_table_offset for entry in snapshots.values()})
+    others = {cluster for table in l1 for cluster in _clusters(table, geometry.cluster_size)} | set(refcount_tables)
+    l2 = found.offsets[~np.isin(found.offsets, np.array(sorted(others), np.int64))]
+    return FoundTables(l1, l2, refcount_tables, list(snapshots.values()), left_out)
+
+
+def _clusters(table: L1Candidate, cluster_size: int) -> range:
+    return range(table.offset, table.offset + len(table.targets) * 8, cluster_size)
+
+
+def _chunks(source: Source, cluster_size: int, start: int) -> Iterator[tuple[int, bytes]]:
+    for at in range(start, source.size, _CHUNK):
+        data = source.read(at, min(_CHUNK, source.size - at))
+        yield at, data.ljust(-(-len(data) // cluster_size) * cluster_size, b"\0")
+
+
+def _tables_of(at: int, data: bytes, geometry: Geometry) -> _Rows:
+    words = words_of(data).reshape(-1, geometry.cluster_size // 8)
+    rows = likely(l2_rows, words, geometry)
+    found = l2_rows(words[rows], geometry)
+    rows = rows[found.tables & found.telling]
+    if not len(rows):
+        none = np.zeros(0, np.int64)
+        return _Rows(none, none.astype(np.bool_), none)
+    chosen = words[rows]
+    flagged = (chosen & np.uint64(COPIED)) != 0
+    plain = (chosen & ~np.uint64(COPIED | OFFSET_MASK)) == 0
+    return _Rows(at + rows * geometry.cluster_size, plain.all(axis=1), flagged.sum(axis=1))
+
+
+def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
+    """Return the 64-bit words of one table of a cluster, zeros where the file ends inside it."""
+    size = geometry.cluster_size
+    data = source.read(offset, max(0, min(size, source.size - offset)))
+    return words_of(data.ljust(size, b"\0"))
+
+
+def _classify(
+    source: Source, geometry: Geometry, found: _Rows, snapshot_tables: Container[int]
+) -> tuple[list[L1Candidate], list[int]]:
+    """Return the L1 tables and refcount tables among the tables: told from L2 tables by what they name."""
+    l1: list[L1Candidate] = []
+    refcount_tables: list[int] = []
+    for offset, copied in zip(found.offsets[found.l1_form].tolist(), found.copied[found.l1_form].tolist(), strict=True):
+        targets = table_words(source, offset, geometry) & np.uint64(OFFSET_MASK)
+        named = targets[targets != 0].astype(np.int64)
+        if not len(named) or len(np.unique(named)) != len(named):
+            continue
+        are_tables = np.isin(named, found.offsets, kind="sort") & (named != offset)
+        if are_tables.mean() >= _L1_SHARE:
+            l1.append(L1Candidate(offset, targets, copied, len(targets)))
+        elif copied == 0 and _are_refcount_blocks(source, named[:_BLOCKS].tolist(), geometry.cluster_size):
+            refcount_tables.append(offset)
+    return list(_joined(l1, geometry.cluster_size, snapshot_tables)), refcount_tables
+
+
+def _are_refcount_blocks(source: Source, offsets: list[int], size: int) -> bool:
+    """Whether clusters may all be refcount blocks of 16 bits: small numbers, not all of them zero."""
+    blocks = [source.read(at, min(size, source.size - at)).ljust(size, b"\0") for at in offsets]
+    counts = np.frombuffer(b"".join(blocks), ">u2").reshape(-1, size // 2)
+    return bool((counts.max(axis=1) <= _MOST_REFERENCES).all() and counts.any(axis=1).all())
+
+
+def _joined(found: list[L1Candidate], size: int, starts: Container[int]) -> Iterator[L1Candidate]:
+    """Yield L1 tables of several clusters as one: neighbours that name no L2 table twice, and start no snapshot's table.
+
+    It is sure that one goes on in the next cluster where its last entry is used.
+    """
+    pending: L1Candidate | None = None
+    for table in found:
+        if pending is not None and table.offset == pending.offset + len(pending.targets) * 8:
+            both = np.concatenate((pending.targets, table.targets))
+            named = both[both != 0]
+            if table.offset not in starts and len(np.unique(named)) == len(named):
+                sure = pending.sure + (size // 8 if pending.targets[-1] and pending.is_sure else 0)
+                pending = L1Candidate(pending.offset, both, pending.copied + table.copied, sure)
+                continue
+        if pending is not None:
+            yield pending
+        pending = table
+    if pending is not None:
+        yield pending
