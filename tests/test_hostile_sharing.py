@@ -270,7 +270,7 @@ def _hold_against_runs(before: q.Layer, after: q.Layer, parts: list[int], span: 
 
     with_tables = found()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(differing_tables.Unlike, "ranges", lambda _, start, end: [(start, end)])
+        patch.setattr(differing_tables.DifferingTables, "ranges", lambda _, start, end: [(start, end)])
         assert with_tables == found()
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..census import IndexMap, Tables
 from ..findings import Evidence, Severity
-from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO, compressed_descriptor
+from ..format.image import Image
 from ..limits import KiB
 from ..residue import content
 from .entry_evidence import snapshot_id
-from .facts import Facts
-from .rules import QEMU_MADE, Chapter, Depth
+from .facts import Facts, subscribes
+from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Plain text in encrypted images")
 
@@ -30,14 +31,39 @@ _LOW_ENTROPY = 7.0  # bits per byte; 4 KiB of ciphertext have 7.95
     depth=Depth.STANDARD,
     validated=QEMU_MADE,
 )
-def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
-    if not facts.header.crypt_method:
-        return
-    for batch in facts.census.tables():
-        for row, column in batch.where((batch.entries & np.uint64(COMPRESSED)) != 0):
-            host, _ = compressed_descriptor(int(batch.entries[row, column]), facts.header.cluster_bits)
-            at, guest = batch.entry_offset(row, column), batch.guest_offset(row, column)
-            yield Evidence("host", host, at, 8, "L2", guest, snapshot_id(facts, int(batch.tree[row])))
+def plaintext_compressed(facts: Facts) -> Iterator[Graded]:
+    issue = facts.census.issues["compressed-encrypted"]
+    if issue.count:
+        found = [
+            Evidence("host", item.host, item.offset, 8, "L2", item.guest, snapshot_id(facts, item.tree))
+            for item in issue.items
+        ]
+        yield graded(found, count=issue.count)
+
+
+@subscribes(Depth.DEEP, lambda image: image.header.crypt_method != 0)
+class SampledClusters:
+    """The first 512 host clusters that L2 entries map as plain data: (host offset, guest offset, tree) each, once."""
+
+    def __init__(self, image: Image, _clusters: IndexMap) -> None:
+        self._size, self._end = image.cluster_size, image.file_size
+        self._known: set[int] = set()
+        self.found: list[tuple[int, int, int]] = []
+
+    def tables(self, batch: Tables) -> None:
+        """Take in a batch of tables."""
+        if len(self.found) >= _SAMPLES:
+            return
+        hosts = batch.columns.hosts
+        plain = (hosts != 0) & ~batch.columns.bit_zero & (hosts < np.uint64(self._end))
+        plain &= (hosts & np.uint64(self._size - 1)) == 0
+        for row, column in batch.where(plain):
+            host = int(hosts[row, column])
+            if host not in self._known:
+                self._known.add(host)
+                self.found.append((host, batch.guest_offset(row, column), int(batch.tree[row])))
+                if len(self.found) >= _SAMPLES:
+                    return
 
 
 @rule(
@@ -53,7 +79,7 @@ def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
 def plaintext_content(facts: Facts) -> Iterator[Evidence]:
     if not facts.header.crypt_method or facts.header.external_data:
         return
-    for host, guest, snapshot in _mapped(facts):
+    for host, guest, tree in facts.census.seen(SampledClusters).found:
         data = facts.read(host, min(facts.cluster_size, _SAMPLE))
         if not any(data):
             continue
@@ -61,19 +87,4 @@ def plaintext_content(facts: Facts) -> Iterator[Evidence]:
         # A signature of two or three bytes comes up by chance among many clusters of ciphertext.
         if len(data) >= 4 * KiB and seen.entropy < _LOW_ENTROPY:
             told = f"entropy {seen.entropy:.2f}" + (f", {seen.signature}" if seen.signature else "")
-            yield Evidence("content", told, host, len(data), "data cluster", guest, snapshot)
-
-
-def _mapped(facts: Facts) -> Iterator[tuple[int, int, str]]:
-    """Yield (host offset, guest offset, snapshot) of up to 512 plainly stored clusters, each once."""
-    seen: set[int] = set()
-    skipped = COMPRESSED | ZERO
-    for batch in facts.census.tables():
-        plain = ((batch.entries & np.uint64(skipped)) == 0) & ((batch.entries & np.uint64(OFFSET_MASK)) != 0)
-        for row, column in batch.where(plain):
-            host = int(batch.entries[row, column]) & OFFSET_MASK
-            if host % facts.cluster_size == 0 and host < facts.image.file_size and host not in seen:
-                yield host, batch.guest_offset(row, column), snapshot_id(facts, int(batch.tree[row]))
-                seen.add(host)
-                if len(seen) >= _SAMPLES:
-                    return
+            yield Evidence("content", told, host, len(data), "data cluster", guest, snapshot_id(facts, tree))

@@ -9,12 +9,10 @@ from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
 
-import numpy as np
-
 from ..census import Census, take_census
+from ..census.columns import big_endian, table_offsets
 from ..errors import MissingFile, Qcow2Error
 from ..format.bitmap_directory import BitmapEntry
-from ..format.entries import OFFSET_MASK
 from ..format.header import padded
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
@@ -53,7 +51,7 @@ class Residue:
     @cached_property
     def census(self) -> Census:
         """Who claims each host cluster; taken on first use when none was given."""
-        return self._given or take_census(self.image)
+        return self._given or take_census(self.image, hidden.subscribers(self.image))
 
     # --- runs ----------------------------------------------------------------------------------
 
@@ -76,7 +74,7 @@ class Residue:
         yield from hidden.zero_flagged(self.image, self.census, self._data)
         yield from hidden.subclusters(self.image, self.census)
         yield from streams.compressed_slack(self.image, self.census)
-        yield from hidden.tail(self.image, self.census)
+        yield from hidden.tail(self.image)
 
     def unclaimed(self) -> Iterator[Found]:
         """Yield what lies in clusters nothing refers to, with the table entries found there."""
@@ -157,7 +155,7 @@ class Residue:
             length = entry.table_size * 8
             if entry.table_size > _BITMAP_TABLE or entry.table_offset + length > self.image.file_size:
                 continue
-            words = structure_detection.words_of(self.image.read(entry.table_offset, length)) & np.uint64(OFFSET_MASK)
+            words = table_offsets(big_endian(self.image.read(entry.table_offset, length)), self.image.header)
             found.update(range(entry.table_offset, entry.table_offset + length, size))
             found.update(words[words != 0].tolist())
         return {offset for offset in found if offset % size == 0 and not self.census.owner(offset)}
