@@ -15,6 +15,7 @@ from ..format.header import Autoclear
 from ..format.image import Image
 from ..format.source import FileSource
 from ..residue import Piece, hidden, live_mappings, streams
+from ..residue.data_file import data_file_residue
 from .facts import Facts, subscribes
 from .history import machine_type
 from .reference_names import chain
@@ -129,7 +130,7 @@ def _hidden_in_data_file(facts: Facts) -> tuple[Group, Group]:
     except (Qcow2Error, OSError):
         return flagged, unmapped
     try:
-        for piece in hidden.data_file_residue(facts.image, data):
+        for piece in data_file_residue(facts.image, data):
             (flagged if piece.kind == "zero-flagged" else unmapped).add(piece)
     finally:
         data.close()

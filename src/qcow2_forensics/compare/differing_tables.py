@@ -13,13 +13,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..census.columns import U64, Columns, Mask, Places, big_endian, table_offsets
+from ..census.columns import U64, Mask, Places
+from ..census.mapped_tables import BATCH, l2_columns, l2_offsets
 from ..errors import Qcow2Error
 from ..format.entries import COPIED
 from ..format.header import SECTOR
 from ..reader.mapping import L1_PAGE, Mapping
 
-_BATCH = 1 << 19  # bytes of L2 tables looked at together: temporaries stay in the cache
 _NEAR = 16  # clusters between two open ones that are left open with them: beginning anew costs more
 _DATA, _BLANK = 2, 1  # bits of a code that no cluster offset has
 
@@ -37,7 +37,7 @@ class DifferingTables:
         self._blank_from = blank_from
         self._span, self._size = first.table_span, first.cluster_size
         self._width = self._span // self._size  # clusters under one table
-        self._rows = max(1, _BATCH // (8 * self._width))
+        self._rows = max(1, BATCH // (8 * self._width))
         self._proven: tuple[U64, U64] | None = None  # L1 entries all of which were found equal
 
     def ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -52,7 +52,7 @@ class DifferingTables:
 
     def _page(self, page: int, low: int, high: int) -> Iterator[tuple[int, int]]:
         try:
-            tables = [_l2_tables(mapping, page) for mapping in self._mappings]
+            tables = [l2_offsets(mapping, page) for mapping in self._mappings]
         except Qcow2Error:  # reported where the range is looked at
             yield low * self._span, high * self._span
             return
@@ -106,16 +106,6 @@ class DifferingTables:
         return clusters, left_open | unsound | unsound_too, placed | placed_too
 
 
-def _l2_tables(mapping: Mapping | None, page: int) -> U64:
-    """Return the L2 table offsets of a page of an L1 table, 0 for none and past its end."""
-    tables = np.zeros(L1_PAGE, dtype=np.uint64)
-    count = min(L1_PAGE, mapping.l1_size - page * L1_PAGE) if mapping is not None else 0
-    if mapping is not None and count > 0:
-        mapping.l1_entry(page * L1_PAGE + count - 1)  # raises where the file ends inside the table
-        tables[:count] = table_offsets(np.asarray(mapping.l1_page(page), dtype=np.uint64), mapping.image.header)
-    return tables
-
-
 def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> tuple[U64, Mask, Mask]:
     """Return two words for each cluster, equal where it reads equal, and which cannot be told apart by them.
 
@@ -127,7 +117,7 @@ def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> 
     nowhere = np.zeros(clusters.shape, dtype=np.bool_)
     if mapping is None:
         return codes, nowhere, nowhere
-    columns, lost = _columns(mapping, tables)
+    columns, lost = l2_columns(mapping, tables)
     if mapping.version == 1:
         codes[:, :, 0] = columns.entries
         unaligned = (columns.hosts & np.uint64(SECTOR - 1)) != 0
@@ -151,25 +141,3 @@ def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> 
         codes[:, :, 0] = np.where(zero, np.where(shown, np.uint64(_BLANK), np.uint64(0)), plain)
     codes[:, :, 0] = np.where(packed, columns.entries & ~np.uint64(COPIED), codes[:, :, 0])
     return codes, unsound | lost[:, None], stored if mapping.data_file else nowhere
-
-
-def _columns(mapping: Mapping, tables: U64) -> tuple[Columns, Mask]:
-    """Return L2 tables as columns, a row each, and which of them cannot be read; those, and none at 0, are empty."""
-    header = mapping.image.header
-    length = header.l2_entries * header.l2_entry_size
-    lost = tables > np.uint64(max(0, mapping.image.file_size - length))
-    lost |= False if mapping.version == 1 else (tables & np.uint64(mapping.cluster_size - 1)) != 0
-    lost &= tables != 0
-    words = np.zeros((len(tables), length // 8), dtype=np.uint64)
-    kept = (tables != 0) & ~lost
-    if kept.any():
-        words[kept] = big_endian(_read(mapping, tables[kept], length)).reshape(-1, words.shape[1])
-    return Columns.of(words, header), lost
-
-
-def _read(mapping: Mapping, tables: U64, length: int) -> bytes:
-    """Return L2 tables inside the file one after the other, at one read where they stand so."""
-    first = int(tables[0])
-    if bool((np.diff(tables) == np.uint64(length)).all()):
-        return mapping.image.read_exactly(first, len(tables) * length, "the L2 tables")
-    return b"".join(mapping.image.read_exactly(table, length, "an L2 table") for table in tables.tolist())

@@ -16,7 +16,6 @@ from ..format.entries import SUBCLUSTER_MASK, SUBCLUSTERS
 from ..format.image import Image
 from ..format.source import Source
 from ..reader.host_holes import host_runs
-from ..reader.mapping import Kind, Mapping
 from . import live_mappings
 from .model import Piece
 from .slack import piece_of
@@ -72,39 +71,31 @@ def subscribers(image: Image) -> tuple[type[Subscriber], ...]:
     return (AllocatedSubclusters,) if header.extended_l2 else (ShownClusters,)
 
 
-def zero_flagged(image: Image, census: Census, data: Source | None = None) -> Iterator[Piece]:
-    """Yield clusters whose entry says zeros while their bytes are still there.
-
-    With an external data file the bytes are in ``data``, at the guest's own offset.
-    """
-    external = image.header.external_data
-    if image.header.version < 3 or image.header.extended_l2 or (external and data is None):
+def zero_flagged(image: Image, census: Census) -> Iterator[Piece]:
+    """Yield clusters whose entry says zeros while their bytes are still there."""
+    if image.header.version < 3 or image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size
-    host: Source | Image = data if external and data is not None else image
-    known = None  # by index: shown by some state, or looked at already
-    if not external:
-        seen = census.seen(ShownClusters)
-        if not seen.any_flagged:
-            return
-        known = seen.shown.copy()
+    seen = census.seen(ShownClusters)
+    if not seen.any_flagged:
+        return
+    known = seen.shown.copy()  # by index: shown by some state, or looked at already
     for batch in census.tables():
         offsets = batch.columns.hosts
         wanted = batch.columns.zero_flags & (offsets != 0) & (offsets & np.uint64(size - 1) == 0)
         places = _fresh(np.flatnonzero(wanted), offsets.reshape(-1), census, known)
-        for place in _stored(places, offsets.reshape(-1), data if external else image.source, size).tolist():
+        for place in _stored(places, offsets.reshape(-1), image.source, size).tolist():
             row, column = divmod(place, offsets.shape[1])
             offset = int(offsets[row, column])
-            piece = piece_of(host.read(offset, size), offset, "zero-flagged")
+            piece = piece_of(image.read(offset, size), offset, "zero-flagged")
             if piece is not None:
                 guest = batch.guest_offset(row, column) + piece.offset - offset
-                where = "data" if external else ""
-                yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row), file=where)
+                yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row))
 
 
-def _fresh(places: Places, offsets: Words, census: Census, known: Flags | None) -> Places:
+def _fresh(places: Places, offsets: Words, census: Census, known: Flags) -> Places:
     """Return the places, flat ones of a batch, whose host clusters are in the file and not known, and know these."""
-    if known is None or not len(places):
+    if not len(places):
         return places
     numbers = offsets[places] >> np.uint64(census.image.header.cluster_bits)
     inside = numbers < np.uint64(census.clusters)
@@ -117,13 +108,13 @@ def _fresh(places: Places, offsets: Words, census: Census, known: Flags | None) 
     return kept
 
 
-def _stored(places: Places, offsets: Words, source: Source | None, size: int) -> Places:
+def _stored(places: Places, offsets: Words, source: Source, size: int) -> Places:
     """Return the places whose host clusters the file system keeps any byte of; each of its runs is asked for once."""
     order = np.argsort(offsets[places], kind="stable")
     rising = offsets[places[order]].astype(np.int64)  # below 2**56
     kept = np.ones(len(places), np.bool_)
     at = 0
-    while source is not None and at < len(rising) and rising[at] < source.size:
+    while at < len(rising) and rising[at] < source.size:
         run = next(host_runs(source, int(rising[at]), source.size - int(rising[at])))
         # A cluster that ends in the next run counts as stored.
         last = run.offset + run.length - (size if run.is_hole and run.offset + run.length < source.size else 1)
@@ -186,32 +177,3 @@ def tail(image: Image) -> Iterator[Piece]:
         piece = piece_of(image.read(start, image.cluster_size - inside), start, "beyond-disk")
         if piece is not None:
             yield replace(piece, guest_offset=image.disk_size + piece.offset - start)
-
-
-def data_file_residue(image: Image, data: Source) -> Iterator[Piece]:
-    """Yield bytes of an external data file that the image does not show.
-
-    ``kind`` is ``zero-flagged`` where an entry says zeros, ``unmapped`` where the image has
-    nothing, and ``beyond-disk`` behind the disk. Each piece is one cluster at most.
-    """
-    size = image.cluster_size
-    mapping = Mapping(image, image.header.l1_table_offset, image.header.l1_size)
-    for run in mapping.runs(0, image.disk_size):
-        if run.kind in (Kind.HOLE, Kind.ZERO):
-            kind = "zero-flagged" if run.kind == Kind.ZERO else "unmapped"
-            for piece in _nonzero(data, run.offset, run.length, size, kind):
-                yield replace(piece, guest_offset=piece.offset)
-    yield from _nonzero(data, image.disk_size, data.size - image.disk_size, size, "beyond-disk")
-
-
-def _nonzero(data: Source, offset: int, length: int, size: int, kind: str) -> Iterator[Piece]:
-    for run in host_runs(data, offset, min(length, data.size - offset)) if length > 0 else ():
-        if run.is_hole:
-            continue
-        at = run.offset
-        while at < run.offset + run.length:
-            count = min(size - at % size, run.offset + run.length - at)
-            piece = piece_of(data.read(at, count), at, kind)
-            if piece is not None:
-                yield replace(piece, file="data")
-            at += count

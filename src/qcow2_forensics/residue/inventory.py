@@ -23,6 +23,7 @@ from ..reader.opening import Passphrase, open_disk
 from ..reader.resolver import Resolver
 from ..reader.stream import SourceStream
 from . import hidden, readability, slack, snapshot_entries, streams, structure_detection
+from .data_file import data_file_residue
 from .model import Piece
 from .scan import Found, unclaimed
 from .snapshot_entries import DeletedSnapshot
@@ -71,10 +72,12 @@ class Residue:
         """Yield bytes of clusters in use that no state shows."""
         if self.image.header.version == 1:
             return
-        yield from hidden.zero_flagged(self.image, self.census, self._data)
+        yield from hidden.zero_flagged(self.image, self.census)
         yield from hidden.subclusters(self.image, self.census)
         yield from streams.compressed_slack(self.image, self.census)
         yield from hidden.tail(self.image)
+        if self.image.header.external_data and self._data is not None:
+            yield from data_file_residue(self.image, self._data, strict=False)
 
     def unclaimed(self) -> Iterator[Found]:
         """Yield what lies in clusters nothing refers to, with the table entries found there."""
