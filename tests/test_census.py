@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics.audit import audit
-from qcow2_forensics.census import Owner, claimed_clusters, claims, take_census
-from qcow2_forensics.census.index_map import Seats
+from qcow2_forensics.census import Census, Owner, claimed_clusters, claims, take_census
+from qcow2_forensics.census.index_map import IndexMap
 from qcow2_forensics.census.refcounts import StoredRefcounts, decode
 from qcow2_forensics.census.reference_counts import Counters, sum_by, weighted_segments
 from qcow2_forensics.errors import FormatError
@@ -44,12 +46,22 @@ class Counting:
         return sum(length * times for (_, length), times in self.reads.items())
 
 
+def owner_runs(census: Census) -> Iterator[tuple[int, int, Owner]]:
+    """Yield (offset, length, owner) tiling the host file in whole clusters: runs as long as can be."""
+    owners = (owner for _, part in census.owner_parts() for owner in part.tolist())
+    at = 0
+    for owner, run in itertools.groupby(owners):
+        length = len(list(run)) * census.cluster_size
+        yield at, length, Owner(owner)
+        at += length
+
+
 # --- owners --------------------------------------------------------------------------------------
 
 
 def test_owners_of_every_cluster_of_a_small_image(tmp_path: Path) -> None:
     census = take_census(Image(base_b(tmp_path / "b.qcow2")))
-    owners = {offset: (length, owner) for offset, length, owner in census.owner_runs()}
+    owners = {offset: (length, owner) for offset, length, owner in owner_runs(census)}
     assert owners == {
         0: (0x10000, Owner.HEADER),
         B_REFTABLE: (0x10000, Owner.REFCOUNT_TABLE),
@@ -69,7 +81,7 @@ def test_states_and_bitmaps_own_what_only_they_use(tmp_path: Path) -> None:
     qemu.bitmap(path, "--add", "b0", "-g", "65536")
     qemu.io(path, "write -P 9 0 64k")
     census = take_census(Image(path))
-    owned = {owner for _, _, owner in census.owner_runs()}
+    owned = {owner for _, _, owner in owner_runs(census)}
     assert owned >= {
         Owner.SNAPSHOT_TABLE,
         Owner.SNAPSHOT_L1,
@@ -100,7 +112,7 @@ def test_owner_runs_tile_the_file_and_agree_with_free_and_leaked(seed: int, tmp_
         return
     at = 0
     unowned = []
-    for offset, length, owner in census.owner_runs():
+    for offset, length, owner in owner_runs(census):
         assert offset == at
         assert length > 0
         at += length
@@ -138,7 +150,7 @@ def test_no_table_is_read_twice(tmp_path: Path) -> None:
     for table in tables:
         assert sum(times for (start, length), times in source.reads.items() if start <= table < start + length) <= 2
     metadata = census.clusters * census.cluster_size - sum(
-        length for _, length, owner in census.owner_runs() if owner & (Owner.DATA | Owner.SNAPSHOT_DATA)
+        length for _, length, owner in owner_runs(census) if owner & (Owner.DATA | Owner.SNAPSHOT_DATA)
     )
     assert source.bytes_read < 3 * metadata + (1 << 20)
 
@@ -171,7 +183,7 @@ def test_long_and_short_way_of_counting_agree(tmp_path: Path, monkeypatch: pytes
         for width in (256, 1 << 40):
             monkeypatch.setattr(claims, "_LINEAR_WIDTH", width)
             census = take_census(Image(path))
-            results.append((census.check, census.issues.kinds(), list(census.owner_runs()), census.mapped_clusters))
+            results.append((census.check, census.issues.kinds(), list(owner_runs(census)), census.mapped_clusters))
         assert results[0] == results[1]
         assert damage.compare(path).kind == "same"
 
@@ -196,27 +208,27 @@ def test_an_image_of_unknown_geometry_cannot_be_counted(tmp_path: Path) -> None:
         take_census(Image(path))
 
 
-# --- seats ---------------------------------------------------------------------------------------
+# --- the index map ---------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 20)), max_size=12), st.integers(0, 229), st.data())
-def test_every_claimed_cluster_has_a_seat_of_its_own_and_no_other_has(
+def test_every_claimed_cluster_has_an_index_of_its_own_and_no_other_has(
     spans: list[tuple[int, int]], start: int, data: st.DataObject
 ) -> None:
     clusters = 230
     claimed = sorted({number for at, count in [(0, 1), *spans] for number in range(at, at + count)})
     starts, stops = np.asarray([(at, at + count) for at, count in [(0, 1), *spans]], dtype=np.uint64).T
-    seats = Seats(clusters, claimed_clusters.merged(starts, stops))
-    assert seats.nobody == len(claimed)
-    assert seats.taken(0, seats.nobody).tolist() == claimed
+    index_map = IndexMap(clusters, claimed_clusters.merged(starts, stops))
+    assert index_map.elsewhere == len(claimed)
+    assert index_map.clusters_at(0, index_map.elsewhere).tolist() == claimed
     everything = np.arange(clusters + 1, dtype=np.uint64)
-    expected = [claimed.index(number) if number in claimed else seats.nobody for number in range(clusters + 1)]
-    assert seats.of(everything).tolist() == expected == [seats.at(number) for number in range(clusters + 1)]
-    assert [seats.cluster(seat) for seat in range(seats.nobody)] == claimed
+    expected = [claimed.index(number) if number in claimed else index_map.elsewhere for number in range(clusters + 1)]
+    assert index_map.of(everything).tolist() == expected == [index_map.at(number) for number in range(clusters + 1)]
+    assert [index_map.cluster(index) for index in range(index_map.elsewhere)] == claimed
     stop = data.draw(st.integers(start + 1, clusters))
-    values = np.append(np.arange(1, seats.nobody + 1), 0).astype(np.uint32)
-    assert seats.part(values, start, stop).tolist() == values[expected[start:stop]].tolist()
-    assert seats.blank(start, stop) == (not any(start <= number < stop for number in claimed))
+    values = np.append(np.arange(1, index_map.elsewhere + 1), 0).astype(np.uint32)
+    assert index_map.part(values, start, stop).tolist() == values[expected[start:stop]].tolist()
+    assert index_map.blank(start, stop) == (not any(start <= number < stop for number in claimed))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +237,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> damage.Bases:
 
 
 @pytest.mark.parametrize("seed", range(300, 360))
-def test_a_census_with_seats_for_claimed_clusters_only_sees_the_same(
+def test_a_census_with_an_index_for_claimed_clusters_only_sees_the_same(
     seed: int, bases: damage.Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = damage.damaged(seed, bases, tmp_path).path
@@ -239,8 +251,8 @@ def test_a_census_with_seats_for_claimed_clusters_only_sees_the_same(
         except FormatError:
             seen.append((report.to_dict(),))
             continue
-        assert census.seats.compact == (not always)
-        ranges = list(census.owner_runs()), list(census.free()), list(census.leaked())
+        assert census.index_map.compact == (not always)
+        ranges = list(owner_runs(census)), list(census.free()), list(census.leaked())
         seen.append((report.to_dict(), ranges, census.issues.kinds(), census.aliases, census.end))
     assert seen[0] == seen[1]
 
@@ -266,14 +278,14 @@ def test_memory_follows_what_is_claimed_and_not_the_length_of_the_file(depth: st
     assert report.check["allocated-clusters"] == 8192
 
 
-def test_a_file_that_is_mostly_claimed_has_a_seat_for_every_cluster(
+def test_a_file_that_is_mostly_claimed_has_an_index_for_every_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claimed_clusters, "_ALWAYS", 1000)
     full = qemu.create(tmp_path / "full.qcow2", "16M", cluster_size="4k", preallocation="metadata")
-    assert not take_census(Image(full)).seats.compact
+    assert not take_census(Image(full)).index_map.compact
     os.truncate(full, 1 << 30)
-    assert take_census(Image(full)).seats.compact
+    assert take_census(Image(full)).index_map.compact
 
 
 # --- refcounts -----------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def _hold_against_runs(before: q.Layer, after: q.Layer, parts: list[int], span: 
 
     with_tables = found()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(differing_tables.Unlike, "ranges", lambda _, start, end: [(start, end)])
+        patch.setattr(differing_tables.DifferingTables, "ranges", lambda _, start, end: [(start, end)])
         assert with_tables == found()
 
 
@@ -318,8 +318,8 @@ def test_snapshots_of_two_files_that_say_they_have_petabytes_are_compared_as_far
         builder = Builder(cluster_bits=9, size=SPAN).data(0, path.name.encode())
         builder.snapshot(b"1", b"s", l1_offset=builder.l1, l1_size=1, disk_size=1 << 44).write(path)
     pages: list[int] = []
-    real = differing_tables._l2_tables
-    monkeypatch.setattr(differing_tables, "_l2_tables", lambda of, page: pages.append(page) or real(of, page))
+    real = differing_tables.l2_offsets
+    monkeypatch.setattr(differing_tables, "l2_offsets", lambda of, page: pages.append(page) or real(of, page))
     with q.open_disk(paths[0], "1", eof="zeros") as before, q.open_disk(paths[1], "1", eof="zeros") as after:
         assert list(q.compare(before, after)) == [Difference(0, 512, Change.CHANGED)]
     assert len(pages) == 2

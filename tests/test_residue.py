@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics import open_disk
+from qcow2_forensics.census.columns import big_endian
 from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, ReadError, SnapshotNotFound
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource, FileSource
@@ -728,7 +729,7 @@ GEOMETRY = structure_detection.Geometry(3, 16, 1 << 30)
 
 
 def one_row(data: bytes) -> structure_detection.Words:
-    return structure_detection.words_of(data[: len(data) // 16 * 16]).reshape(1, -1)
+    return big_endian(data[: len(data) // 16 * 16]).reshape(1, -1)
 
 
 @given(st.binary(min_size=512, max_size=4096))

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import Owner
+from ..census.columns import compressed_extents
 from ..findings import Evidence, Severity
-from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK
+from ..format.entries import COPIED
 from ..limits import MiB
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Depth
@@ -33,7 +34,7 @@ def amplification(facts: Facts) -> Iterator[Evidence]:
     unique: list[np.ndarray] = []
     for batch in facts.census.tables():
         slots = batch.active.astype(np.int64)
-        per_table = (batch.entries & np.uint64(OFFSET_MASK | COMPRESSED)) != 0
+        per_table = (batch.columns.hosts != 0) | batch.columns.compressed
         counts = per_table.sum(axis=1).astype(np.int64)
         mapped += int((counts * slots).sum())
         unique.append(np.unique(batch.entries[per_table & (slots > 0)[:, None]] & ~np.uint64(COPIED)))
@@ -58,18 +59,12 @@ def compression_bomb(facts: Facts) -> Iterator[Evidence]:
     bits = facts.header.cluster_bits
     if facts.census.compressed << bits < 64 * MiB:
         return
-    entries = [
-        np.unique(batch.entries[(batch.entries & np.uint64(COMPRESSED)) != 0]) for batch in facts.census.tables()
-    ]
-    unique = np.unique(np.concatenate(entries)) if entries else np.empty(0, np.uint64)
+    unique = facts.census.compressed_entries
     guest = len(unique) << bits
     if guest < 64 * MiB:
         return
-    split = np.uint64(70 - bits)
-    starts = unique & np.uint64((1 << int(split)) - 1)
-    sectors = ((unique & np.uint64((1 << 62) - 1)) >> split) + np.uint64(1)
-    ends = starts // np.uint64(512) * np.uint64(512) + sectors * np.uint64(512)
-    stored = _union(starts, ends)
+    starts, lengths = compressed_extents(unique, facts.header)
+    stored = _union(starts, starts + lengths)
     if guest > 500 * max(stored, 1):
         yield Evidence("compressed_guest_bytes", guest)
         yield Evidence("compressed_host_bytes", stored)

@@ -19,7 +19,7 @@ from ..text import Value
 from .rules import Depth
 
 if TYPE_CHECKING:
-    from ..census import Census
+    from ..census import Census, Subscriber
 
 T = TypeVar("T")
 
@@ -30,6 +30,23 @@ _MOST_TEXT = 1024  # characters of an ID or name that are shown; an entry has ro
 def shortened(text: str) -> str:
     """Return a text from evidence for a report: a very long one is cut and says so."""
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}... ({len(text)} characters)"
+
+
+# What rules want to see of every L2 table while the census is taken: from which depth on, and of which images.
+_SUBSCRIBERS: list[tuple[type[Subscriber], Depth, Callable[[Image], bool]]] = []
+K = TypeVar("K", bound="type[Subscriber]")
+
+
+def subscribes(
+    depth: Depth = Depth.STANDARD, wanted: Callable[[Image], bool] = lambda _image: True
+) -> Callable[[K], K]:
+    """Have a class see every L2 table while the census is taken; ``facts.census.seen(Class)`` is what it saw."""
+
+    def register(kind: K) -> K:
+        _SUBSCRIBERS.append((kind, depth, wanted))
+        return kind
+
+    return register
 
 
 class _Failure(NamedTuple):
@@ -107,8 +124,13 @@ class Facts:
     def _census(self) -> Census | Qcow2Error | OSError:
         from ..census import take_census
 
+        wanted = [kind for kind, depth, is_wanted in _SUBSCRIBERS if depth <= self.depth and is_wanted(self.image)]
+        if self.depth >= Depth.DEEP:
+            from ..residue.hidden import subscribers
+
+            wanted += subscribers(self.image)
         try:
-            return take_census(self.image)
+            return take_census(self.image, wanted)
         except (Qcow2Error, OSError) as error:
             return error.with_traceback(None)  # its frames hold arrays
 

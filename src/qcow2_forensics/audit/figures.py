@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Owner
-from ..format.entries import OFFSET_MASK
+from ..format.entries import COPIED
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import MiB
 from ..residue import live_mappings
@@ -118,7 +118,7 @@ def _name_snapshots(facts: Facts, classes: npt.NDArray[np.uint8]) -> list[list[s
     for batch in facts.census.tables():
         for row in np.flatnonzero(batch.tree >= 0).tolist():
             number = min(_FIRST_SNAPSHOT + int(batch.tree[row]), last)
-            hosts = (batch.entries[row] & np.uint64(OFFSET_MASK)) >> np.uint64(facts.header.cluster_bits)
+            hosts = batch.columns.hosts[row] >> np.uint64(facts.header.cluster_bits)
             hosts = hosts[hosts < len(classes)].astype(np.intp)
             classes[hosts[classes[hosts] == last]] = number
     return labels
@@ -222,8 +222,7 @@ def _entries(facts: Facts, offset: int, cache: dict[int, npt.NDArray[np.uint64]]
         table = live_mappings.l2_table(facts.image, offset)
         found = np.empty(0, np.uint64)
         if table is not None:
-            entries = live_mappings.columns(facts.image, table).entries
-            found = entries & np.uint64((1 << 63) - 1)  # the copied flag differs between states
+            found = table.entries & np.uint64(~COPIED & (2**64 - 1))  # the copied flag differs between states
         if len(cache) < 256:
             cache[offset] = found
     return found

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from ..census import Owner
+from ..census import IndexMap, Owner, Tables
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
-from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO
+from ..format.entries import ZERO
 from ..format.header import Autoclear
+from ..format.image import Image
 from ..format.source import FileSource
-from ..residue import Piece, hidden, streams
-from .facts import Facts
+from ..residue import Piece, hidden, live_mappings, streams
+from ..residue.data_file import data_file_residue
+from .facts import Facts, subscribes
 from .history import machine_type
 from .reference_names import chain
 from .residual import Group, finding_of, survey_of
@@ -95,7 +98,7 @@ def compressed_slack(facts: Facts) -> Iterator[Graded]:
     validated=QEMU_MADE,
 )
 def tail_beyond_disk(facts: Facts) -> Iterator[Evidence]:
-    for piece in hidden.tail(facts.image, facts.census):
+    for piece in hidden.tail(facts.image):
         if not _in_a_snapshot(facts, piece):
             yield evidence_of(piece)
 
@@ -104,24 +107,15 @@ def _in_a_snapshot(facts: Facts, piece: Piece) -> bool:
     """Whether a snapshot, whose disk is larger, shows a piece at its own guest offset."""
     if piece.guest_offset is None or not facts.census.owner(piece.offset) & Owner.SNAPSHOT_DATA:
         return False
-    header, host = facts.header, piece.offset // facts.cluster_size * facts.cluster_size
-    slot, column = divmod(piece.guest_offset // facts.cluster_size, header.l2_entries)
-    flags = OFFSET_MASK | COMPRESSED | (0 if header.extended_l2 else ZERO)
-    shown: dict[int, bool] = {0: False}  # by L2 table: there may be 65,536 snapshots
-    for entry in facts.image.snapshots:
-        if entry.disk_size is None or entry.disk_size < piece.guest_offset + piece.length or slot >= entry.l1_size:
+    host, cluster = piece.offset // facts.cluster_size * facts.cluster_size, piece.guest_offset // facts.cluster_size
+    for snapshot in facts.image.snapshots:
+        if snapshot.disk_size is None or snapshot.disk_size < piece.guest_offset + piece.length:
             continue
-        table = _word(facts, entry.l1_table_offset + slot * 8) & OFFSET_MASK
-        if table not in shown:
-            shown[table] = _word(facts, table + column * header.l2_entry_size) & flags == host
-        if shown[table]:
+        state = live_mappings.State(snapshot, snapshot.l1_table_offset, snapshot.l1_size)
+        entry = live_mappings.l2_entry(facts.image, state, cluster)
+        if int(entry.hosts[0]) == host and not entry.zero_flags[0]:
             return True
     return False
-
-
-def _word(facts: Facts, offset: int) -> int:
-    """Return an entry; what the end of the file cuts off is zero."""
-    return int.from_bytes(facts.read(offset, 8).ljust(8, b"\0"), "big")
 
 
 # --- external data files -------------------------------------------------------------------------
@@ -138,7 +132,7 @@ def _hidden_in_data_file(facts: Facts) -> tuple[Group, Group]:
     except (Qcow2Error, OSError):
         return flagged, unmapped
     try:
-        for piece in hidden.data_file_residue(facts.image, data):
+        for piece in data_file_residue(facts.image, data):
             (flagged if piece.kind == "zero-flagged" else unmapped).add(piece)
     finally:
         data.close()
@@ -195,7 +189,9 @@ def raw_datafile_diverges(facts: Facts) -> Iterator[Evidence]:
 def vm_state_residue(facts: Facts) -> Iterator[Evidence]:
     for piece in survey_of(facts).of(["free", "leaked", "trailing"], ["vm-state"]).kept:
         yield from _vm_state(facts, piece.offset, f"{piece.kind} clusters")
-    for offset in _active_vm_clusters(facts):
+    behind = facts.census.seen(TablesBehindDisk)
+    facts.leave_out("clusters behind the disk that were not looked at for a VM state", behind.left_out)
+    for offset in (host for table in behind.found for host in table.hosts):
         applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
         if not applied and facts.read(offset, 7) == b"QEVM\0\0\0":
             yield from _vm_state(facts, offset, "active state behind the disk")
@@ -209,24 +205,44 @@ def _vm_state(facts: Facts, offset: int, structure: str) -> Iterator[Evidence]:
         yield Evidence("machine", machine, offset, 512, structure)
 
 
-def _first_vm_slot(facts: Facts) -> int:
-    return -(-facts.header.size // facts.header.l2_span)
+class _TableBehindDisk(NamedTuple):
+    """An L2 table that the active state has past the end of the disk, where QEMU puts a VM state."""
+
+    slot: int  # of the active L1 table
+    offset: int  # in the file
+    zeros: int  # entries that read as zeros and name no cluster
+    is_empty: bool  # no entry names a cluster
+    hosts: list[int]  # host offsets it names, rising
 
 
-def _active_vm_clusters(facts: Facts) -> Iterator[int]:
-    """Yield host offsets of stored clusters the active state maps behind the disk."""
-    first, room = _first_vm_slot(facts), _VM_CLUSTERS
-    for batch in facts.census.tables():
-        for row in np.flatnonzero((batch.active > 0) & (batch.index >= first)).tolist():
-            entries = batch.entries[row]
-            plain = (entries & np.uint64(COMPRESSED)) == 0
-            offsets = entries[plain] & np.uint64(OFFSET_MASK)
-            distinct = np.unique(offsets[offsets != 0])
-            facts.leave_out(
-                "clusters behind the disk that were not looked at for a VM state", max(0, len(distinct) - room)
+@subscribes()
+class TablesBehindDisk:
+    """The L2 tables of the active state past the end of the disk; ``left_out`` counts host offsets not kept."""
+
+    def __init__(self, image: Image, _clusters: IndexMap) -> None:
+        self._first = -(-image.header.size // image.header.l2_span)
+        self._room = _VM_CLUSTERS
+        self.left_out = 0  # host offsets beyond those kept
+        self.found: list[_TableBehindDisk] = []
+
+    def tables(self, batch: Tables) -> None:
+        """Take in a batch of tables."""
+        for row in np.flatnonzero((batch.active > 0) & (batch.index >= self._first)).tolist():
+            columns = batch.columns.rows(slice(row, row + 1))
+            hosts = np.unique(columns.hosts)
+            distinct = hosts[hosts != 0]
+            bare = columns.entries == np.uint64(ZERO) if columns.bitmaps is None else columns.bitmaps != 0
+            self.found.append(
+                _TableBehindDisk(
+                    int(batch.index[row]),
+                    int(batch.offsets[row]),
+                    int(bare.sum()),
+                    not (hosts.any() or columns.has_compressed),
+                    distinct[: self._room].tolist(),
+                )
             )
-            yield from distinct[:room].tolist()
-            room = max(0, room - len(distinct))
+            self.left_out += max(0, len(distinct) - self._room)
+            self._room = max(0, self._room - len(distinct))
 
 
 @rule(
@@ -241,23 +257,12 @@ def _active_vm_clusters(facts: Facts) -> Iterator[int]:
     validated=QEMU_MADE,
 )
 def vm_state_trace(facts: Facts) -> Iterator[Evidence]:
-    first = _first_vm_slot(facts)
-    slots: list[tuple[int, int, int]] = []
-    for batch in facts.census.tables():
-        for row in np.flatnonzero((batch.active > 0) & (batch.index >= first)).tolist():
-            entries = batch.entries[row]
-            offsets = entries & np.uint64(OFFSET_MASK | COMPRESSED)
-            if batch.bitmaps is None:
-                zeros = int((entries == np.uint64(ZERO)).sum())
-            else:
-                zeros = int((batch.bitmaps[row] != 0).sum())
-            if not offsets.any() and zeros:
-                slots.append((int(batch.index[row]), int(batch.offsets[row]), zeros))
-    total = sum(zeros for _, _, zeros in slots)
+    tables = [table for table in facts.census.seen(TablesBehindDisk).found if table.is_empty and table.zeros]
+    total = sum(table.zeros for table in tables)
     live = {-(-entry.vm_state_size // facts.cluster_size) for entry in facts.image.snapshots if entry.vm_state_size}
     if total and total not in live:
-        for index, offset, zeros in slots:
-            at = facts.header.l1_table_offset + index * 8
-            yield Evidence("l1_slot", index, at, 8, "L1", guest_offset=index * facts.header.l2_span)
-            yield Evidence("zero_entries", zeros, offset, facts.cluster_size, f"L2[{index}]")
+        for table in tables:
+            at = facts.header.l1_table_offset + table.slot * 8
+            yield Evidence("l1_slot", table.slot, at, 8, "L1", guest_offset=table.slot * facts.header.l2_span)
+            yield Evidence("zero_entries", table.zeros, table.offset, facts.cluster_size, f"L2[{table.slot}]")
         yield Evidence("estimated_vm_state_size", total * facts.cluster_size)

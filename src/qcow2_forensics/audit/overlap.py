@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
-from ..census.owners import Places
+from ..census.columns import Places
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.entries import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
 from .applied_vm_state import applied_vm_state

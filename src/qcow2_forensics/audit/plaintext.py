@@ -6,15 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..census.owners import Places
+from ..census import IndexMap, Tables
+from ..census.columns import Places
 from ..findings import Evidence, Selection, Severity
-from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO, compressed_descriptor
+from ..format.image import Image
 from ..limits import KiB
 from ..residue import content
 from .entry_evidence import snapshot_id
-from .facts import Facts
+from .facts import Facts, subscribes
 from .overlap import evenly
-from .rules import QEMU_MADE, Chapter, Depth
+from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Plain text in encrypted images")
 
@@ -33,14 +34,34 @@ _LOW_ENTROPY = 7.0  # bits per byte; 4 KiB of ciphertext have 7.95
     depth=Depth.STANDARD,
     validated=QEMU_MADE,
 )
-def plaintext_compressed(facts: Facts) -> Iterator[Evidence]:
-    if not facts.header.crypt_method:
-        return
-    for batch in facts.census.tables():
-        for row, column in batch.where((batch.entries & np.uint64(COMPRESSED)) != 0):
-            host, _ = compressed_descriptor(int(batch.entries[row, column]), facts.header.cluster_bits)
-            at, guest = batch.entry_offset(row, column), batch.guest_offset(row, column)
-            yield Evidence("host", host, at, 8, "L2", guest, snapshot_id(facts, int(batch.tree[row])))
+def plaintext_compressed(facts: Facts) -> Iterator[Graded]:
+    issue = facts.census.issues["compressed-encrypted"]
+    if issue.count:
+        found = [
+            Evidence("host", item.host, item.offset, 8, "L2", item.guest, snapshot_id(facts, item.tree))
+            for item in issue.items
+        ]
+        yield graded(found, count=issue.count)
+
+
+@subscribes(Depth.DEEP, lambda image: image.header.crypt_method != 0)
+class StoredClusters:
+    """The host offsets of plainly stored clusters."""
+
+    def __init__(self, image: Image, _clusters: IndexMap) -> None:
+        self._size, self._end = image.cluster_size, image.file_size
+        self._parts: list[Places] = []
+
+    def tables(self, batch: Tables) -> None:
+        """Take in a batch of tables."""
+        hosts = batch.columns.hosts
+        plain = (hosts != 0) & ~batch.columns.bit_zero & (hosts < np.uint64(self._end))
+        plain &= (hosts & np.uint64(self._size - 1)) == 0
+        self._parts.append(hosts[plain].astype(np.intp))
+
+    def offsets(self) -> Places:
+        """Return them, each once, rising."""
+        return np.unique(np.concatenate(self._parts)) if self._parts else np.empty(0, np.intp)
 
 
 @rule(
@@ -58,7 +79,7 @@ def plaintext_content(facts: Facts) -> Iterator[Evidence]:
         return
     if facts.cluster_size < _SAMPLE:
         return
-    hosts = _stored_clusters(facts)
+    hosts = facts.census.seen(StoredClusters).offsets()
     found: Selection[tuple[int, float]] = Selection()
     chosen = evenly(hosts[hosts + _SAMPLE <= facts.image.file_size], _SAMPLES)
     for first in range(0, len(chosen), _BATCH):
@@ -76,16 +97,3 @@ def plaintext_content(facts: Facts) -> Iterator[Evidence]:
         words = f"entropy {entropy:.2f}" + (f", {signature}" if signature else "")
         guest, snapshot = (None, "") if named is None else (named.guest, snapshot_id(facts, named.tree))
         yield Evidence("content", words, host, _SAMPLE, "data cluster", guest, snapshot)
-
-
-def _stored_clusters(facts: Facts) -> Places:
-    """Return the host offsets of plainly stored clusters, each once, rising."""
-    found = []
-    skipped = np.uint64(COMPRESSED | ZERO)
-    for batch in facts.census.tables():
-        hosts = batch.entries[(batch.entries & skipped) == 0] & np.uint64(OFFSET_MASK)
-        usable = (
-            (hosts != 0) & (hosts % np.uint64(facts.cluster_size) == 0) & (hosts < np.uint64(facts.image.file_size))
-        )
-        found.append(hosts[usable])
-    return np.unique(np.concatenate(found)).astype(np.intp) if found else np.empty(0, np.intp)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .owners import U64, Mask
+from .columns import U64, Mask
 
 _STREAMS = 1 << 20  # remembered; a colliding one displaces another, which can hide an alias, never invent one
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)
@@ -19,12 +19,12 @@ _KEPT = 100
 class Aliases:
     """What is known of the guest offsets of host clusters and streams; offsets count in clusters.
 
-    Host clusters are named by their seats.
+    Host clusters are named by their places in the :class:`~.index_map.IndexMap`.
     """
 
-    def __init__(self, seats: int) -> None:
+    def __init__(self, length: int) -> None:
         self.clusters: set[int] = set()  # host clusters with an alias, the first met
-        self._guests = np.zeros(seats, dtype=np.uint32)
+        self._guests = np.zeros(length, dtype=np.uint32)
         self._streams: U64 | None = None
         self._stream_guests = np.zeros(0, dtype=np.uint64)
 
@@ -43,13 +43,13 @@ class Aliases:
         self._guests[start : start + count] = tags
         return True
 
-    def plain(self, seats: U64, guests: U64) -> Mask:
+    def plain(self, indices: U64, guests: U64) -> Mask:
         """Remember which guest clusters map host clusters; return which of these have another one too."""
         tags = (guests % np.uint64(_MODULUS) + np.uint64(1)).astype(np.uint32)
-        known = self._guests[seats]
-        self._guests[seats] = tags
+        known = self._guests[indices]
+        self._guests[indices] = tags
         # The second test sees pairs within these: the last writer won.
-        clash: Mask = ((known != 0) & (known != tags)) | (self._guests[seats] != tags)
+        clash: Mask = ((known != 0) & (known != tags)) | (self._guests[indices] != tags)
         return clash
 
     def streams(self, offsets: U64, guests: U64) -> Mask:

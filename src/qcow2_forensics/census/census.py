@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ..format.image import Image
 from .checked_metadata import Layout, Reason
-from .claims import Tally
-from .index_map import Seats, Values
+from .claims import Claims
+from .columns import U64, Mask
+from .index_map import IndexMap, Values
 from .issues import Issues, Item
-from .owners import U64, Mask, Owner, Range, Tables
+from .owners import Owner, Range
 from .refcount_check import Comparison, compare_refcounts
 from .refcount_classes import MORE, ONE
-from .walk import Named, batches
+from .walk import L2Tables, Subscriber, Tables, batches
 
 _RUN_CHUNK = 1 << 20  # clusters looked at together
+
+S = TypeVar("S", bound=Subscriber)
 
 
 class Structures(NamedTuple):
@@ -42,49 +45,51 @@ class Census:
     def __init__(
         self,
         image: Image,
-        tally: Tally,
+        claims: Claims,
         layout: Layout,
-        named: Named,
-        walked: Named,
+        named: L2Tables,
+        walked: L2Tables,
         structures: list[Structures],
+        seen: dict[type[Subscriber], Subscriber],
     ) -> None:
         self.image = image
         self.cluster_size = image.cluster_size
-        self.clusters = tally.clusters
+        self.clusters = claims.clusters
         self.layout = layout
         self.reasons: list[Reason] = layout.reasons
         self.named = named
         self._walked = walked
+        self._seen = seen
         self.structures = structures
-        self.refcounts = tally.refcounts
-        self.seats: Seats = tally.seats
-        self.issues: Issues = tally.issues
-        self._tally = tally
-        self.comparison: Comparison = compare_refcounts(tally)
+        self.refcounts = claims.refcounts
+        self.index_map: IndexMap = claims.index_map
+        self.issues: Issues = claims.issues
+        self._claims = claims
+        self.comparison: Comparison = compare_refcounts(claims)
         self.end = (self.comparison.last + 1) * self.cluster_size
-        tally.aliases.forget()
+        claims.aliases.forget()
 
     # --- the check -------------------------------------------------------------------------------
 
     @property
     def corruptions(self) -> int:
         """What QEMU's check counts as corruptions, also where it prints nothing."""
-        return self._tally.corruptions + self.comparison.corruptions
+        return self._claims.corruptions + self.comparison.corruptions
 
     @cached_property
     def check(self) -> dict[str, str | int] | None:
         """The counters under QEMU's names, in its order; None where its check would stop."""
         if self.reasons:
             return None
-        tally, found = self._tally, self.comparison
+        claims, found = self._claims, self.comparison
         counters = {
             "image-end-offset": (found.highest + 1) * self.cluster_size,
             "total-clusters": -(-self.image.disk_size // self.cluster_size),
             "corruptions": self.corruptions,
             "leaks": found.leaks,
-            "allocated-clusters": tally.allocated,
-            "fragmented-clusters": tally.fragmented,
-            "compressed-clusters": tally.compressed,
+            "allocated-clusters": claims.allocated,
+            "fragmented-clusters": claims.fragmented,
+            "compressed-clusters": claims.compressed,
         }
         shown: dict[str, str | int] = {"filename": self.image.name, "format": "qcow2", "check-errors": found.errors}
         shown.update((name, value) for name, value in counters.items() if value)
@@ -93,12 +98,12 @@ class Census:
     @property
     def allocated(self) -> int:
         """How many guest clusters of the active state have host bytes, compressed ones too."""
-        return self._tally.allocated
+        return self._claims.allocated
 
     @property
     def compressed(self) -> int:
         """How many entries of all states are compressed, every reference counted."""
-        return self._tally.compressed_entries
+        return self._claims.compressed_entries
 
     def owned(self, owner: Owner) -> int:
         """Return how many host clusters have one of some owners."""
@@ -107,17 +112,17 @@ class Census:
     @property
     def mapped_clusters(self) -> int:
         """How many guest clusters of all states have host bytes, every reference counted."""
-        return self._tally.mapped_clusters
+        return self._claims.mapped_clusters
 
     @property
     def aliases(self) -> set[int]:
         """Host clusters mapped at several guest offsets, the first hundred met."""
-        return self._tally.aliases.clusters
+        return self._claims.aliases.clusters
 
     @property
     def highest_missing(self) -> int:
         """The furthest host offset something points at beyond the end of the file, -1 for none."""
-        return self._tally.highest_missing
+        return self._claims.highest_missing
 
     # --- host clusters ---------------------------------------------------------------------------
 
@@ -125,12 +130,12 @@ class Census:
         """Return who claims the cluster at a host offset."""
         cluster = offset // self.cluster_size
         # The last claim may reach into the cluster just past the end of the file.
-        return Owner(int(self._tally.owners[self.seats.at(cluster)])) if cluster <= self.clusters else Owner(0)
+        return Owner(int(self._claims.owners[self.index_map.at(cluster)])) if cluster <= self.clusters else Owner(0)
 
     def references(self, offset: int) -> int:
         """Return how often the cluster at a host offset is claimed."""
         cluster = offset // self.cluster_size
-        return self._tally.counts[self.seats.at(cluster)] if cluster <= self.clusters else 0
+        return self._claims.counts[self.index_map.at(cluster)] if cluster <= self.clusters else 0
 
     def refcount(self, offset: int) -> int | None:
         """Return the stored refcount of the cluster at a host offset, None when it cannot be read."""
@@ -139,32 +144,13 @@ class Census:
 
     def is_claimed(self, clusters: npt.NDArray[np.integer]) -> Mask:
         """Return which of some host clusters, all inside the file, anything refers to."""
-        claimed: Mask = self._tally.owners[self.seats.of(clusters.astype(np.uint64))] != 0
+        claimed: Mask = self._claims.owners[self.index_map.of(clusters.astype(np.uint64))] != 0
         return claimed
 
     def owner_parts(self) -> Iterator[tuple[int, Values]]:
         """Yield (first cluster, :class:`Owner` bits of it and those after it), tiling the host file."""
         for start in range(0, self.clusters, _RUN_CHUNK):
-            yield start, self.seats.part(self._tally.owners, start, min(start + _RUN_CHUNK, self.clusters))
-
-    def owner_runs(self) -> Iterator[tuple[int, int, Owner]]:
-        """Yield (offset, length, owner) tiling the host file in whole clusters."""
-        pending: tuple[int, int, int] | None = None
-        for start, part in self.owner_parts():
-            edges = np.flatnonzero(part[1:] != part[:-1]) + 1
-            for first, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(part)], strict=True):
-                owner = int(part[first])
-                if pending is not None and pending[2] == owner:
-                    pending = (pending[0], start + stop, owner)
-                    continue
-                if pending is not None:
-                    yield self._owner_run(*pending)
-                pending = (start + first, start + stop, owner)
-        if pending is not None:
-            yield self._owner_run(*pending)
-
-    def _owner_run(self, start: int, stop: int, owner: int) -> tuple[int, int, Owner]:
-        return start * self.cluster_size, (stop - start) * self.cluster_size, Owner(owner)
+            yield start, self.index_map.part(self._claims.owners, start, min(start + _RUN_CHUNK, self.clusters))
 
     def free(self) -> Iterator[Range]:
         """Yield runs of clusters nobody claims and whose refcount is 0 or cannot be read."""
@@ -190,19 +176,36 @@ class Census:
             yield Range(pending[0] * size, (pending[1] - pending[0]) * size)
 
     def _stretches(self, start: int, stop: int, *, counted: bool) -> list[list[int]]:
-        if self.seats.blank(start, stop) and self.refcounts.blank(start, stop):
+        if self.index_map.blank(start, stop) and self.refcounts.blank(start, stop):
             return [] if counted else [[start, stop]]
-        stored = self._tally.grades.part(start, stop)
+        stored = self._claims.refcount_classes.part(start, stop)
         kept = (stored == ONE) | (stored == MORE)
-        wanted = (self.seats.part(self._tally.counts.all, start, stop) == 0) & (kept if counted else ~kept)
+        wanted = (self.index_map.part(self._claims.counts.all, start, stop) == 0) & (kept if counted else ~kept)
         edges = np.flatnonzero(np.diff(wanted.view(np.int8), prepend=0, append=0)) + start
         found: list[list[int]] = edges.reshape(-1, 2).tolist()
         return found
 
     # --- tables ----------------------------------------------------------------------------------
 
+    def seen(self, kind: type[S]) -> S:
+        """Return what a subscriber saw of the L2 tables; when it did not see them being counted, they are walked again."""
+        if kind not in self._seen:
+            subscriber = kind(self.image, self.index_map)
+            for batch in self.tables():
+                subscriber.tables(batch)
+            self._seen[kind] = subscriber
+        return cast(S, self._seen[kind])
+
+    @cached_property
+    def compressed_entries(self) -> U64:
+        """Every compressed entry of all states once, rising."""
+        return self._claims.streams.result()
+
     def tables(self) -> Iterator[Tables]:
-        """Yield every L2 table once, in batches; those past the end of the file are left out."""
+        """Yield every L2 table once, in batches; those past the end of the file are left out.
+
+        For a second look only, at what one knows to be there: facts about all tables subscribe to the first.
+        """
         return batches(self.image, self._walked)
 
     def referrers(self, clusters: set[int], limit: int = 1000) -> dict[int, list[Item]]:

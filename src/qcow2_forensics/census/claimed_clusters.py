@@ -10,33 +10,31 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..format.entries import COMPRESSED, OFFSET_MASK
 from ..format.image import Image
 from ..format.rules import INT64_MAX
 from .checked_metadata import MAX_SNAPSHOT_L1, Layout
-from .claims import descriptors
-from .index_map import Seats
-from .owners import U64, Tables
+from .columns import U64
+from .index_map import IndexMap
 from .refcounts import StoredRefcounts
-from .walk import Gathering, L1Chunk, Named, batches, l1_chunks, walkable
+from .walk import L1Chunk, L2TableCollector, L2Tables, batches, l1_chunks, walkable
 
 _ALWAYS = 1 << 22  # clusters whose arrays, 36 MiB, are not worth a second look
-_SHARE = 16  # a file of which a larger part is claimed has a seat for every cluster
+_SHARE = 16  # a file of which a larger part is claimed has a index for every cluster
 _ROWS = 1 << 20  # runs gathered before they are merged
 
 Runs = tuple[U64, U64]
 
 
-def seats_for(image: Image, layout: Layout, refcounts: StoredRefcounts, length: int, clusters: int) -> Seats:
-    """Return the seats for a census of a file of ``length`` bytes, in whole sectors."""
+def index_map_for(image: Image, layout: Layout, refcounts: StoredRefcounts, length: int, clusters: int) -> IndexMap:
+    """Return the indices for a census of a file of ``length`` bytes, in whole sectors."""
     if clusters <= _ALWAYS:
-        return Seats(clusters)
+        return IndexMap(clusters)
     gathered = _Gathered(clusters // _SHARE)
     for first, last in _claims(image, layout, refcounts, length):
         if not gathered.add(first, np.minimum(last, np.uint64(clusters))):
-            return Seats(clusters)
+            return IndexMap(clusters)
     runs = gathered.merge()
-    return Seats(clusters, runs) if gathered.room >= 0 else Seats(clusters)
+    return IndexMap(clusters, runs) if gathered.room >= 0 else IndexMap(clusters)
 
 
 def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: int) -> Iterator[Runs]:
@@ -66,31 +64,25 @@ def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: in
     yield whole(refcounts.offsets[refcounts.offsets != 0])
     aligned = [place for place in bitmaps if place[0] % header.cluster_size == 0]
     for chunk in _entries(image, aligned):
-        yield whole(chunk.entries & np.uint64(OFFSET_MASK))
-    gathering = Gathering()
+        yield whole(chunk.tables)
+    collector = L2TableCollector()
     readable = {table for table in l1_tables if table[0] + table[1] * 8 <= INT64_MAX}
     for chunk in _entries(image, sorted(readable)):
-        gathering.add(Named.of_chunk(chunk, active=True))
-    named = gathering.result()
+        collector.add(L2Tables.of_chunk(chunk, active=True))
+    named = collector.result()
     yield whole(named.offsets)
     if not header.external_data:
         for tables in batches(image, walkable(image, named)[0]):
-            plain = (tables.entries & np.uint64(COMPRESSED)) == 0
-            hosts = tables.entries & np.uint64(OFFSET_MASK)
-            yield whole(hosts[plain & (hosts != 0)])
-            if not plain.all():
-                yield _streams(tables, ~plain)
+            hosts = tables.columns.hosts
+            yield whole(hosts[hosts != 0])
+            if tables.columns.has_compressed:
+                offsets, sizes = tables.columns.compressed_extents()
+                yield offsets >> bits, (offsets + sizes - one) >> bits
 
 
 def _entries(image: Image, tables: list[tuple[int, int]]) -> Iterator[L1Chunk]:
     offsets, counts = [offset for offset, _ in tables], [count for _, count in tables]
     return l1_chunks(image, offsets, counts, [0] * len(tables))
-
-
-def _streams(tables: Tables, packed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Runs:
-    offsets, sizes = descriptors(tables.entries[packed], tables.cluster_bits)
-    bits = np.uint64(tables.cluster_bits)
-    return offsets >> bits, (offsets + sizes - np.uint64(1)) >> bits
 
 
 class _Gathered:

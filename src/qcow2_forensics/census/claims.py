@@ -10,37 +10,39 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ..format.entries import COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, OFFSET_MASK, ZERO, compressed_descriptor
-from ..format.header import SECTOR
+from ..format.entries import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK, compressed_descriptor
 from ..format.image import Image
 from .aliases import Aliases
-from .index_map import Seats
+from .columns import I64, U64, Mask, Places, compressed_extents
+from .index_map import IndexMap
 from .issues import Issues, Item, spread
-from .owners import I64, U64, Mask, Owner, Places, Tables
-from .refcount_classes import ONE, UNREADABLE, Grades
+from .owners import Owner
+from .refcount_classes import ONE, UNREADABLE, RefcountClasses
 from .refcounts import StoredRefcounts
 from .reference_counts import Counters, weighted_segments
-from .walk import L1Chunk, Named
+from .walk import L1Chunk, L2Tables, Tables
 
 _SHORT_RUN = 8  # clusters of one structure
+_WAITING = 1 << 20  # entries gathered before they are merged
 _LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than one by one
 
 
-class Tally:
+class Claims:
     """Counters, owners and issues of one image while its metadata is walked."""
 
-    def __init__(self, image: Image, refcounts: StoredRefcounts, length: int, seats: Seats) -> None:
+    def __init__(self, image: Image, refcounts: StoredRefcounts, length: int, index_map: IndexMap) -> None:
         header = image.header
         self.image = image
         self.refcounts = refcounts
         self.length = length  # of the file, in whole sectors, as QEMU sees it
-        self.seats = seats
-        self.clusters = seats.clusters  # of the host file
+        self.index_map = index_map
+        self.clusters = index_map.clusters  # of the host file
         self.cluster_size = header.cluster_size
         self.cluster_bits = header.cluster_bits
         self.data_file = header.external_data
         self.extended = header.extended_l2
         self.version = header.version
+        self.encrypted = header.crypt_method != 0
         self.disk_size = image.disk_size
         self.issues = Issues(header.cluster_bits)
         self.corruptions = 0
@@ -48,12 +50,13 @@ class Tally:
         self.fragmented = 0
         self.compressed = 0
         self.compressed_entries = 0  # of all states
+        self.streams = DistinctEntries()  # compressed entries of all states
         self.mapped_clusters = 0  # guest clusters with host bytes, every reference counted
-        # These are by seat.
-        self.counts = Counters(seats.length)
-        self.owners = np.zeros(seats.length, dtype=np.uint16)
-        self.aliases = Aliases(seats.length)
-        self.grades = Grades(refcounts, seats)
+        # These have an element for each host cluster that the index map knows.
+        self.counts = Counters(index_map.length)
+        self.owners = np.zeros(index_map.length, dtype=np.uint16)
+        self.aliases = Aliases(index_map.length)
+        self.refcount_classes = RefcountClasses(refcounts, index_map)
         self.highest_missing = -1  # the furthest host offset pointed at beyond the end of the file
 
     # --- claims of whole structures --------------------------------------------------------------
@@ -82,12 +85,12 @@ class Tally:
         lengths = segments.end - segments.start
         short = lengths <= _SHORT_RUN  # many of them only where crafted: all at once
         for start, stop, weight in np.column_stack(segments[:3])[~short].tolist():
-            seat = self.seats.at(start)
-            self.counts.add_range(seat, stop - start, weight)
-            self.owners[seat : seat + stop - start] |= np.uint16(kind)
-        seats = self.seats.of(_ranges(segments.start[short], lengths[short]))
-        self.counts.add(seats, np.repeat(segments.weight[short], lengths[short]).astype(np.uint64))
-        self.owners[seats] |= np.uint16(kind)
+            first_index = self.index_map.at(start)
+            self.counts.add_range(first_index, stop - start, weight)
+            self.owners[first_index : first_index + stop - start] |= np.uint16(kind)
+        indices = self.index_map.of(_ranges(segments.start[short], lengths[short]))
+        self.counts.add(indices, np.repeat(segments.weight[short], lengths[short]).astype(np.uint64))
+        self.owners[indices] |= np.uint16(kind)
 
     def claim_clusters(self, kind: Owner, hosts: U64, weight: U64, structure: str, positions: U64) -> None:
         """Count whole clusters, named by the entries at file offsets ``positions``, ``weight`` times each."""
@@ -98,9 +101,9 @@ class Tally:
             items = [Item(structure, at, host, host) for at, host in pairs]
             self.missing(items, int(beyond.sum()), int(hosts[beyond].max()))
             hosts, weight = hosts[~beyond], weight[~beyond]
-        seats = self.seats.of(hosts >> np.uint64(self.cluster_bits))
-        self.counts.add(seats, weight)
-        self.owners[seats] |= np.uint16(kind)
+        indices = self.index_map.of(hosts >> np.uint64(self.cluster_bits))
+        self.counts.add(indices, weight)
+        self.owners[indices] |= np.uint16(kind)
 
     def missing(self, items: Iterable[Item], count: int, host: int) -> None:
         """Note references beyond the end of the file."""
@@ -115,7 +118,7 @@ class Tally:
         if reserved.any():
             self.corruptions += int(chunk.weight[reserved].sum())
             self._l1_issue("reserved-bits", chunk, reserved)
-        targets = chunk.entries & np.uint64(OFFSET_MASK)
+        targets = chunk.tables
         odd = (targets & np.uint64(self.cluster_size - 1)) != 0
         if odd.any():
             self.corruptions += int(chunk.weight[odd].sum())
@@ -132,7 +135,7 @@ class Tally:
             self._l1_copied(chunk, targets)
 
     def _l1_copied(self, chunk: L1Chunk, targets: U64) -> None:
-        single, readable = self.grades.single(targets >> np.uint64(self.cluster_bits))
+        single, readable = self.refcount_classes.single(targets >> np.uint64(self.cluster_bits))
         copied = (chunk.entries & np.uint64(COPIED)) != 0
         wrong = (copied != single) & readable & (targets != 0)
         if wrong.any():
@@ -150,18 +153,18 @@ class Tally:
 
         self.issues.add(kind, items(), int(mask.sum()))
 
-    def l2_tables(self, named: Named) -> None:
+    def l2_tables(self, named: L2Tables) -> None:
         """Count the clusters of the L2 tables themselves."""
         inside = named.part(named.offsets < np.uint64(self.length))
         bits, one = np.uint64(self.cluster_bits), np.uint64(1)
         clusters = inside.offsets >> bits
         weights = inside.active + inside.snapshots
         odd = (inside.offsets & np.uint64(self.cluster_size - 1)) != 0
-        seats, second = self.seats.of(clusters), self.seats.of(clusters[odd] + one)
+        indices, second = self.index_map.of(clusters), self.index_map.of(clusters[odd] + one)
         for owner, mask in ((Owner.L2, inside.active != 0), (Owner.SNAPSHOT_L2, inside.snapshots != 0)):
-            self.owners[seats[mask]] |= np.uint16(owner)
+            self.owners[indices[mask]] |= np.uint16(owner)
             self.owners[second[mask[odd]]] |= np.uint16(owner)
-        self.counts.add(seats, weights)
+        self.counts.add(indices, weights)
         self.counts.add(second, weights[odd])
 
     # --- L2 entries ------------------------------------------------------------------------------
@@ -170,29 +173,21 @@ class Tally:
         """Count everything a batch of L2 tables maps."""
         if not self.data_file and not self.extended and tables.entries.shape[1] >= _LINEAR_WIDTH:
             tables = self._linear_tables(tables)
-        entries = tables.entries
-        if not entries.any() and (tables.bitmaps is None or not tables.bitmaps.any()):
+        columns = tables.columns
+        if not columns.entries.any() and (columns.bitmaps is None or not columns.bitmaps.any()):
             return
         weight = tables.active + tables.snapshots
-        packed = (entries & np.uint64(COMPRESSED)) != 0
-        has_packed = bool(packed.any())
-        reserved = (entries & np.uint64(L2_RESERVED)) != 0
-        if has_packed:
-            reserved &= ~packed
-            self._compressed(tables, packed, weight)
-        self._corrupt("reserved-bits", tables, reserved, weight)
-        hosts = entries & np.uint64(OFFSET_MASK)
-        mapped = hosts != 0
-        if self.data_file:
-            copied_only = (entries & np.uint64(COPIED)) != 0
-            mapped |= copied_only if self.extended else copied_only & ((entries & np.uint64(ZERO)) == 0)
-        if has_packed:
-            mapped &= ~packed
-        self._subclusters(tables, packed, mapped, weight)
-        self._odd_entries(tables, packed, mapped)
+        if columns.has_compressed:
+            self._compressed(tables, weight)
+        self._corrupt("reserved-bits", tables, columns.reserved, weight)
+        mapped = columns.present
+        if self.data_file and not self.extended:
+            mapped = mapped & ((columns.hosts != 0) | ~columns.zero_flags)
+        self._subclusters(tables, mapped, weight)
+        self._odd_entries(tables, mapped)
         places = np.flatnonzero(mapped)
         if len(places):
-            self._mapped(tables, places, hosts.reshape(-1)[places], weight)
+            self._mapped(tables, places, columns.hosts.reshape(-1)[places], weight)
 
     def _linear_tables(self, tables: Tables) -> Tables:
         """Count the tables that map one unbroken run of clusters; return the others.
@@ -217,7 +212,7 @@ class Tally:
 
     def _linear_table(self, tables: Tables, row: int, host: int) -> bool:
         width = tables.entries.shape[1]
-        start = self.seats.at(host >> self.cluster_bits)
+        start = self.index_map.at(host >> self.cluster_bits)
         stop = start + width
         active, weight = int(tables.active[row]), int(tables.active[row] + tables.snapshots[row])
         if active and not self._copied_as_a_whole(tables, row, start, stop):
@@ -232,13 +227,13 @@ class Tally:
         return True
 
     def _copied_as_a_whole(self, tables: Tables, row: int, start: int, stop: int) -> bool:
-        """Whether the copied flags of a linear table, whose clusters sit on these seats, are right; when in doubt, no."""
-        grades = self.grades.of[start:stop]
-        single = grades == ONE
+        """Whether the copied flags of a linear table, whose clusters have these indices, are right; when in doubt, no."""
+        classes = self.refcount_classes.of[start:stop]
+        single = classes == ONE
         fine = single.all() if int(tables.entries[row, 0]) & COPIED else not single.any()
         table = int(tables.offsets[row]) >> self.cluster_bits
-        known = 0 < table < self.clusters and self.grades.of[self.seats.at(table)] != UNREADABLE
-        return bool(fine) and known and int(grades.max()) != UNREADABLE
+        known = 0 < table < self.clusters and self.refcount_classes.of[self.index_map.at(table)] != UNREADABLE
+        return bool(fine) and known and int(classes.max()) != UNREADABLE
 
     def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64, *, counted: bool = True) -> None:
         if mask.any():
@@ -260,31 +255,24 @@ class Tally:
 
         self.issues.add(kind, items(), len(places))
 
-    def _subclusters(self, tables: Tables, packed: Mask, mapped: Mask, weight: U64) -> None:
-        if tables.bitmaps is None or not tables.bitmaps.any():
+    def _subclusters(self, tables: Tables, mapped: Mask, weight: U64) -> None:
+        columns = tables.columns
+        if columns.bitmaps is None or not columns.bitmaps.any():
             return
-        low, high = tables.bitmaps & np.uint64(0xFFFF_FFFF), tables.bitmaps >> np.uint64(32)
-        conflict = ((low & high) != 0) & mapped
-        self._corrupt("subcluster", tables, conflict, weight)
+        allocated = columns.allocated_bits
+        self._corrupt("subcluster", tables, ((allocated & columns.zero_bits) != 0) & mapped, weight)
         # Compressed entries with a bitmap are counted where compressed entries are.
-        self._corrupt("subcluster", tables, (low != 0) & ~mapped & ~packed, weight)
-        # Unreadable as well, though the check lets it pass.
-        unallocated = ((low & high) != 0) & ~mapped & ~packed & (low == 0)
-        self._corrupt("subcluster", tables, unallocated, weight, counted=False)
+        self._corrupt("subcluster", tables, (allocated != 0) & ~mapped & ~columns.compressed, weight)
 
-    def _odd_entries(self, tables: Tables, packed: Mask, mapped: Mask) -> None:
+    def _odd_entries(self, tables: Tables, mapped: Mask) -> None:
         """Note what QEMU's check passes over."""
-        zero = (tables.entries & np.uint64(ZERO)) != 0
-        if zero.any():
-            zero &= ~packed
-            if self.extended:
-                # One with other reserved bits too is told of already.
-                self._note("extended-bit-0", tables, zero & ((tables.entries & np.uint64(L2_RESERVED)) == 0))
-            elif self.version < 3:
-                self._note("zero-flag-v2", tables, zero)
-        plain = ~mapped & ~packed & (tables.entries != 0)
-        if not self.extended:
-            plain &= ~zero
+        columns = tables.columns
+        if self.extended:
+            # One with other reserved bits too is reported already.
+            self._note("extended-bit-0", tables, columns.bit_zero & ~columns.reserved)
+        elif self.version < 3:
+            self._note("zero-flag-v2", tables, columns.zero_flags)
+        plain = ~mapped & ~columns.compressed & (columns.entries != 0) & ~columns.zero_flags
         self._note("alloc-at-zero", tables, plain)
 
     def _note(self, kind: str, tables: Tables, mask: Mask) -> None:
@@ -324,13 +312,13 @@ class Tally:
                 odd[inside],
             )
         clusters = hosts >> np.uint64(self.cluster_bits)
-        seats = self.seats.of(clusters)
-        self._add(seats, weights)
-        self._own(tables, rows, seats, Owner.DATA, Owner.SNAPSHOT_DATA)
-        clash = self.aliases.plain(seats, tables.guest_clusters(places))
+        indices = self.index_map.of(clusters)
+        self._add(indices, weights)
+        self._own(tables, rows, indices, Owner.DATA, Owner.SNAPSHOT_DATA)
+        clash = self.aliases.plain(indices, tables.guest_clusters(places))
         self._note_aliases(tables, places, rows, clusters, clash)
         if odd.any():
-            second = self.seats.of(clusters[odd] + np.uint64(1))
+            second = self.index_map.of(clusters[odd] + np.uint64(1))
             self._add(second, weights[odd])
             self._own(tables, rows[odd], second, Owner.DATA, Owner.SNAPSHOT_DATA)
 
@@ -345,28 +333,28 @@ class Tally:
         broken: Mask = (step != np.uint64(self.cluster_size)) & (rows[1:] == rows[:-1])
         return broken
 
-    def _add(self, seats: U64, weights: U64) -> None:
-        if len(seats):
+    def _add(self, indices: U64, weights: U64) -> None:
+        if len(indices):
             first = int(weights[0])
-            self.counts.add(seats, first if bool((weights == weights[0]).all()) else weights)
+            self.counts.add(indices, first if bool((weights == weights[0]).all()) else weights)
 
-    def _own(self, tables: Tables, rows: Places, seats: U64, active: Owner, snapshot: Owner) -> None:
+    def _own(self, tables: Tables, rows: Places, indices: U64, active: Owner, snapshot: Owner) -> None:
         for owner, shares in ((active, tables.active), (snapshot, tables.snapshots)):
             if shares.all():
-                self.owners[seats] |= np.uint16(owner)
+                self.owners[indices] |= np.uint16(owner)
             elif shares.any():
-                self.owners[seats[shares[rows] != 0]] |= np.uint16(owner)
+                self.owners[indices[shares[rows] != 0]] |= np.uint16(owner)
 
     def _copied(self, tables: Tables, places: Places, rows: Places, hosts: U64) -> None:
         """Compare the copied flags of the active state with the refcounts on disk."""
         if not tables.active.any():
             return
-        _, table_readable = self.grades.single(tables.offsets >> np.uint64(self.cluster_bits))
-        flags = (tables.entries.reshape(-1)[places] & np.uint64(COPIED)) != 0
+        _, table_readable = self.refcount_classes.single(tables.offsets >> np.uint64(self.cluster_bits))
+        flags = tables.columns.copied.reshape(-1)[places]
         if self.data_file:
             wrong = ~flags
         else:
-            single, readable = self.grades.single(hosts >> np.uint64(self.cluster_bits))
+            single, readable = self.refcount_classes.single(hosts >> np.uint64(self.cluster_bits))
             wrong = (flags != single) & readable
         looked_at = (tables.active != 0) & table_readable & (tables.offsets != 0)
         wrong &= looked_at[rows]
@@ -382,9 +370,7 @@ class Tally:
             return
         guest = tables.guest_clusters(places)
         past = (guest >= np.uint64(first)) & (tables.active[rows] != 0)
-        if not self.extended:
-            entries = tables.entries.reshape(-1)[places]  # bit 0 of a compressed one is part of its host offset
-            past &= (entries & np.uint64(ZERO | COMPRESSED)) != np.uint64(ZERO)
+        past &= ~tables.columns.zero_flags.reshape(-1)[places]
         self.l2_issue_if("beyond-end", tables, places, past)
 
     def _note_aliases(self, tables: Tables, places: Places, rows: Places, clusters: U64, clash: Mask) -> None:
@@ -395,8 +381,12 @@ class Tally:
 
     # --- compressed clusters ---------------------------------------------------------------------
 
-    def _compressed(self, tables: Tables, packed: Mask, weight: U64) -> None:
-        self._corrupt("compressed-copied", tables, packed & ((tables.entries & np.uint64(COPIED)) != 0), weight)
+    def _compressed(self, tables: Tables, weight: U64) -> None:
+        packed = tables.columns.compressed
+        self.streams.add(tables.entries[packed])
+        if self.encrypted:
+            self._note("compressed-encrypted", tables, packed)
+        self._corrupt("compressed-copied", tables, packed & tables.columns.copied, weight)
         if self.data_file:
             self._corrupt("compressed-data-file", tables, packed, weight)
             return
@@ -417,7 +407,7 @@ class Tally:
         self.fragmented += active
         weights = weight[rows]
         self.mapped_clusters += int(weights.sum())
-        offsets, sizes = descriptors(entries, self.cluster_bits)
+        offsets, sizes = compressed_extents(entries, self.image.header)
         if self.cluster_bits < 14:
             self.l2_issue_if("compressed-high-bits", tables, places, offsets >> np.uint64(56) != 0)
         self._unreachable(tables, places, rows)
@@ -434,27 +424,43 @@ class Tally:
         bits, one = np.uint64(self.cluster_bits), np.uint64(1)
         clusters, last = offsets >> bits, (offsets + sizes - one) >> bits
         while len(clusters):
-            seats = self.seats.of(clusters)
-            self.counts.add(seats, weights)
-            self._own(tables, rows, seats, Owner.DATA | Owner.COMPRESSED, Owner.SNAPSHOT_DATA | Owner.COMPRESSED)
+            indices = self.index_map.of(clusters)
+            self.counts.add(indices, weights)
+            self._own(tables, rows, indices, Owner.DATA | Owner.COMPRESSED, Owner.SNAPSHOT_DATA | Owner.COMPRESSED)
             more = clusters < last
             clusters, last, weights, rows = clusters[more] + one, last[more], weights[more], rows[more]
 
     @property
     def checked(self) -> int:
         """How many clusters the check compares: those of the file, and one more if a claim reaches into it."""
-        return self.clusters + (self.counts[self.seats.at(self.clusters)] > 0)
+        return self.clusters + (self.counts[self.index_map.at(self.clusters)] > 0)
+
+
+class DistinctEntries:
+    """Gathers table entries, each value once, in memory that follows the distinct ones."""
+
+    def __init__(self) -> None:
+        self._parts: list[U64] = []
+        self._waiting = 0
+
+    def add(self, entries: U64) -> None:
+        """Take in entries in any order."""
+        self._parts.append(np.unique(entries))
+        self._waiting += len(self._parts[-1])
+        if self._waiting > max(_WAITING, len(self._parts[0])):
+            self._merge()
+
+    def _merge(self) -> None:
+        self._parts, self._waiting = [np.unique(np.concatenate(self._parts))], 0
+
+    def result(self) -> U64:
+        """Return every value once, rising."""
+        if len(self._parts) > 1:
+            self._merge()
+        return self._parts[0] if self._parts else np.zeros(0, np.uint64)
 
 
 def _ranges(starts: I64, lengths: I64) -> U64:
     """Return the numbers of all ranges, one after the other."""
     before = np.cumsum(lengths) - lengths
     return (np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))).astype(np.uint64)
-
-
-def descriptors(entries: U64, cluster_bits: int) -> tuple[U64, U64]:
-    """Return host offsets and sizes in bytes of compressed clusters; see ``compressed_descriptor``."""
-    split = np.uint64(70 - cluster_bits)
-    offsets = entries & np.uint64((1 << (70 - cluster_bits)) - 1)
-    sectors = ((entries & np.uint64(COMPRESSED - 1)) >> split) + np.uint64(1)
-    return offsets, sectors * np.uint64(SECTOR) - (offsets & np.uint64(SECTOR - 1))

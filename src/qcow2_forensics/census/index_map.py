@@ -1,26 +1,26 @@
-"""Where the facts about a host cluster stand in the arrays of a census."""
+"""Which element of the arrays of a census is that of a host cluster."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from .owners import U64
+from .columns import U64
 
 Values = npt.NDArray[np.unsignedinteger]
 
 
-class Seats:
-    """Gives every host cluster its place in arrays that are no longer than need be.
+class IndexMap:
+    """Gives every host cluster its index in arrays that are no longer than need be.
 
     Mostly that is the cluster's own number. Of a file that is huge and nearly all hole only the
-    clusters that something may claim get one, given as runs; all others share the last place,
-    ``nobody``, where nothing is ever counted::
+    clusters that something may claim get one, given as runs; all others share the last one,
+    ``nobody``, for which nothing is ever counted::
 
         runs    [0, 3)  [1000, 1002)
-        seats    0 1 2     3    4      and 5 for any other cluster
+        index    0 1 2     3    4      and 5 for any other cluster
 
-    ``clusters`` is how many the file has. The one just past its end has a seat too, because
+    ``clusters`` is how many the file has. The one just past its end has an index too, because
     the last claim may reach into it.
     """
 
@@ -30,54 +30,54 @@ class Seats:
         lengths = self._stops - self._starts
         self._bases = np.cumsum(lengths) - lengths
         self.compact = runs is not None
-        self.nobody = int(lengths.sum())
-        self.length = self.nobody + self.compact
+        self.elsewhere = int(lengths.sum())
+        self.length = self.elsewhere + self.compact
 
     def of(self, clusters: U64) -> U64:
-        """Return the seats of clusters, of which none is further than one past the end."""
+        """Return the indices of clusters, of which none is further than one past the end."""
         if not self.compact:
             return clusters
         run = np.searchsorted(self._starts, clusters, side="right") - 1
-        seats: U64 = clusters - self._starts[run] + self._bases[run]
-        seats[(clusters >= self._stops[run]) | (run < 0)] = self.nobody
-        return seats
+        indices: U64 = clusters - self._starts[run] + self._bases[run]
+        indices[(clusters >= self._stops[run]) | (run < 0)] = self.elsewhere
+        return indices
 
     def at(self, cluster: int) -> int:
-        """Return the seat of one cluster, as :meth:`of` does."""
+        """Return the index of one cluster, as :meth:`of` does."""
         if not self.compact:
             return cluster
         return int(self.of(np.asarray([cluster], dtype=np.uint64))[0])
 
-    def cluster(self, seat: int) -> int:
+    def cluster(self, index: int) -> int:
         """Return the cluster that sits there; not to be asked of ``nobody``."""
-        run = int(np.searchsorted(self._bases, seat, side="right")) - 1
-        return int(self._starts[run]) + seat - int(self._bases[run])
+        run = int(np.searchsorted(self._bases, index, side="right")) - 1
+        return int(self._starts[run]) + index - int(self._bases[run])
 
     def blank(self, start: int, stop: int) -> bool:
-        """Whether no cluster from ``start`` to ``stop`` has a seat."""
+        """Whether no cluster from ``start`` to ``stop`` has an index."""
         first, last = self._between(start, stop)
         return first == last
 
     def part(self, values: Values, start: int, stop: int) -> Values:
-        """Return the values, kept by seat, of the clusters from ``start`` to ``stop``; 0 for those without one."""
+        """Return the values, kept by index, of the clusters from ``start`` to ``stop``; 0 for those without one."""
         if not self.compact:
             return values[start:stop]
         first, last = self._between(start, stop)
         window = np.zeros(stop - start, dtype=values.dtype)
         if first < last:
             starts = np.maximum(self._starts[first:last], np.uint64(start))
-            seats = self._bases[first:last] + starts - self._starts[first:last]
+            indices = self._bases[first:last] + starts - self._starts[first:last]
             lengths = np.minimum(self._stops[first:last], np.uint64(stop)) - starts
-            begin, count = int(seats[0]), int(lengths.sum())
-            shift = np.repeat(starts - seats, lengths.astype(np.intp)) - np.uint64(start)
+            begin, count = int(indices[0]), int(lengths.sum())
+            shift = np.repeat(starts - indices, lengths.astype(np.intp)) - np.uint64(start)
             window[shift + np.arange(begin, begin + count, dtype=np.uint64)] = values[begin : begin + count]
         return window
 
-    def taken(self, first: int, last: int) -> U64:
-        """Return the clusters that sit on the seats from ``first`` to ``last``."""
-        seats = np.arange(first, last, dtype=np.uint64)
-        run = np.searchsorted(self._bases, seats, side="right") - 1
-        clusters: U64 = self._starts[run] + seats - self._bases[run]
+    def clusters_at(self, first: int, last: int) -> U64:
+        """Return the clusters that have the indices from ``first`` to ``last``."""
+        indices = np.arange(first, last, dtype=np.uint64)
+        run = np.searchsorted(self._bases, indices, side="right") - 1
+        clusters: U64 = self._starts[run] + indices - self._bases[run]
         return clusters
 
     def _between(self, start: int, stop: int) -> tuple[int, int]:

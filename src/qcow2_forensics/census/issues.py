@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..findings import EVIDENCE_LIMIT, Selection
-from .owners import Places
+from .columns import Places
 
 _MOST = 10 * EVIDENCE_LIMIT  # items looked at of one batch
 

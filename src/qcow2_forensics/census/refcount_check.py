@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..findings import EVIDENCE_LIMIT
-from .claims import Tally
+from .claims import Claims
+from .columns import Places
 from .issues import Item, spread
-from .owners import METADATA, Owner, Places
+from .owners import METADATA, Owner
 
 _METADATA = np.uint16(METADATA)
 _ORPHAN_KINDS = np.uint16(Owner.DATA | Owner.COMPRESSED)
@@ -33,18 +34,18 @@ class Comparison:
     last: int = 0  # the same, where refcounts cannot be read too
 
 
-def compare_refcounts(tally: Tally) -> Comparison:
+def compare_refcounts(claims: Claims) -> Comparison:
     """Compare every cluster of the file, then look at the refcounts past its end."""
     found = Comparison()
-    most = tally.refcounts.most
-    for start, stop, values, readable in tally.refcounts.windows(tally.checked):
+    most = claims.refcounts.most
+    for start, stop, values, readable in claims.refcounts.windows(claims.checked):
         if not readable:
             found.errors += stop - start
-            claims = np.flatnonzero(tally.seats.part(tally.counts.all, start, stop))
-            if len(claims):
-                found.last = start + int(claims[-1])
+            used = np.flatnonzero(claims.index_map.part(claims.counts.all, start, stop))
+            if len(used):
+                found.last = start + int(used[-1])
             continue
-        claimed = tally.seats.part(tally.counts.all, start, stop)
+        claimed = claims.index_map.part(claims.counts.all, start, stop)
         if values is None:
             used = np.flatnonzero(claimed)
             low, high = used, used[:0]
@@ -61,47 +62,47 @@ def compare_refcounts(tally: Tally) -> Comparison:
             found.highest = start + int(used[-1])
         found.corruptions += len(low)
         found.leaks += len(high)
-        if not tally.refcounts.known:
+        if not claims.refcounts.known:
             continue
         if len(low):
             stored = np.zeros(len(low), dtype=np.uint64) if values is None else values[low]
             zero = stored == 0
-            owners = tally.owners[tally.seats.of((start + low).astype(np.uint64))]
+            owners = claims.owners[claims.index_map.of((start + low).astype(np.uint64))]
             metadata = (owners & _METADATA) != 0
-            _note(tally, "refcount-zero-metadata", start + low[zero & metadata])
-            _note(tally, "refcount-zero-data", start + low[zero & ~metadata])
+            _note(claims, "refcount-zero-metadata", start + low[zero & metadata])
+            _note(claims, "refcount-zero-data", start + low[zero & ~metadata])
             plain = (owners & _ORPHAN_KINDS) == _ORPHAN
             found.orphans += int((zero & ~metadata & plain).sum())
-            _note(tally, "refcount-low", start + low[~zero])
+            _note(claims, "refcount-low", start + low[~zero])
         if len(high):
-            claims = claimed[high] != 0
-            _note(tally, "refcount-high", start + high[claims])
-            _note(tally, "leaked", start + high[~claims])
+            referred = claimed[high] != 0
+            _note(claims, "refcount-high", start + high[referred])
+            _note(claims, "leaked", start + high[~referred])
     found.last = max(found.last, found.highest)
-    _past_end(tally)
+    _past_end(claims)
     return found
 
 
-def _note(tally: Tally, kind: str, clusters: Places) -> None:
+def _note(claims: Claims, kind: str, clusters: Places) -> None:
     if len(clusters):
-        size = tally.cluster_size
+        size = claims.cluster_size
         items = []
-        for cluster in spread(clusters, clusters // tally.refcounts.per_block).tolist():
-            stored = tally.refcounts.lookup(np.asarray([cluster], dtype=np.uint64))[0]
-            where = tally.refcounts.entry_offset(cluster)
+        for cluster in spread(clusters, clusters // claims.refcounts.per_block).tolist():
+            stored = claims.refcounts.lookup(np.asarray([cluster], dtype=np.uint64))[0]
+            where = claims.refcounts.entry_offset(cluster)
             items.append(Item("refcount block", where, int(stored[0]), cluster * size))
-        tally.issues.add(kind, items, len(clusters))
+        claims.issues.add(kind, items, len(clusters))
 
 
-def _past_end(tally: Tally) -> None:
+def _past_end(claims: Claims) -> None:
     """Note refcounts above 0 for clusters that begin past the end of the file."""
-    kind, stored = "refcount-past-end", tally.refcounts
-    usable = ~stored.unreadable & (stored.offsets != 0) & (stored.offsets < np.uint64(tally.image.file_size))
-    slot, begin = divmod(tally.checked, stored.per_block)
+    kind, stored = "refcount-past-end", claims.refcounts
+    usable = ~stored.unreadable & (stored.offsets != 0) & (stored.offsets < np.uint64(claims.image.file_size))
+    slot, begin = divmod(claims.checked, stored.per_block)
     if begin:
         if slot < len(usable) and usable[slot]:
             hits = np.flatnonzero(stored.block(int(stored.offsets[slot]))[begin:]) + begin
-            _note(tally, kind, slot * stored.per_block + hits)
+            _note(claims, kind, slot * stored.per_block + hits)
         slot += 1
     slots = np.flatnonzero(usable[slot:]) + slot
     blocks, firsts, times = np.unique(stored.offsets[slots], return_index=True, return_counts=True)
@@ -110,10 +111,10 @@ def _past_end(tally: Tally) -> None:
     order = np.argsort(firsts)
     for number in order[used[order] > 0][:EVIDENCE_LIMIT].tolist():
         hits = np.flatnonzero(stored.block(int(blocks[number])))
-        _note(tally, kind, int(slots[firsts[number]]) * stored.per_block + hits)
+        _note(claims, kind, int(slots[firsts[number]]) * stored.per_block + hits)
         rest -= len(hits)
     if rest:
-        tally.issues.add(kind, (), rest)
+        claims.issues.add(kind, (), rest)
 
 
 def structure_of(owner: Owner) -> str:

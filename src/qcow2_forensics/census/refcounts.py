@@ -12,7 +12,7 @@ from ..format.entries import REFTABLE_OFFSET_MASK
 from ..format.image import Image
 from ..format.rules import INT64_MAX, REFCOUNTS
 from ..reader.cache import Fifo
-from .owners import U64
+from .columns import U64
 
 Block = npt.NDArray[np.unsignedinteger]
 Window = tuple[int, int, Block | None, bool]

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .owners import I64, U64
+from .columns import I64, U64
 
 _WIDTHS = (np.uint16, np.uint32, np.uint64)
 _MOST = {np.dtype(width).itemsize: int(np.iinfo(width).max) for width in _WIDTHS}
 
 
 class Counters:
-    """One count per host cluster, by its seat.
+    """One count per host cluster, by its index.
 
     Starts with 16 bits each, and widens as a whole when a crafted image counts further: sharing a
     table a million times makes numbers large, not arrays long. Untouched parts cost no memory.

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..format.entries import COMPRESSED, OFFSET_MASK
-from .claims import descriptors
+from ..format.entries import COMPRESSED, OFFSET_MASK, compressed_descriptor
+from .columns import U64, Mask
 from .issues import Item
-from .owners import U64, Mask, Tables
+from .walk import Tables
 
 if TYPE_CHECKING:
     from .census import Census
@@ -20,8 +20,8 @@ def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[
     found: dict[int, list[Item]] = {}
     if census.image.header.external_data or not clusters:
         return found
-    wanted = np.zeros(census.seats.length, dtype=np.bool_)
-    wanted[[census.seats.at(cluster) for cluster in clusters if cluster < census.clusters]] = True
+    wanted = np.zeros(census.index_map.length, dtype=np.bool_)
+    wanted[[census.index_map.at(cluster) for cluster in clusters if cluster < census.clusters]] = True
     left = limit
     for tables in census.tables():
         for row, column in tables.where(_mapping(tables, wanted, census)):
@@ -38,31 +38,28 @@ def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[
 
 
 def _mapping(tables: Tables, wanted: Mask, census: Census) -> Mask:
-    entries, bits = tables.entries, np.uint64(tables.cluster_bits)
+    columns, bits = tables.columns, np.uint64(tables.cluster_bits)
 
     def among(clusters: U64) -> Mask:
-        named: Mask = wanted[census.seats.of(np.minimum(clusters, np.uint64(census.clusters)))]
+        named: Mask = wanted[census.index_map.of(np.minimum(clusters, np.uint64(census.clusters)))]
         return named
 
-    packed = (entries & np.uint64(COMPRESSED)) != 0
-    hosts = entries & np.uint64(OFFSET_MASK)
+    hosts = columns.hosts
     mask = among(hosts >> bits)
-    if bool(((hosts & np.uint64(census.cluster_size - 1)) != 0).any()):
-        odd = (hosts & np.uint64(census.cluster_size - 1)) != 0
-        mask |= among((hosts >> bits) + np.uint64(1)) & odd
-    mask &= ~packed & (hosts != 0)
-    if packed.any():
-        rows, columns = np.nonzero(packed)
-        offsets, sizes = descriptors(entries[rows, columns], tables.cluster_bits)
+    unaligned = (hosts & np.uint64(census.cluster_size - 1)) != 0
+    if unaligned.any():
+        mask |= among((hosts >> bits) + np.uint64(1)) & unaligned
+    mask &= hosts != 0
+    if columns.has_compressed:
+        offsets, sizes = columns.compressed_extents()
         start, stop = offsets >> bits, (offsets + sizes - np.uint64(1)) >> bits
-        mask[rows, columns] = among(start) | among(np.minimum(start + np.uint64(1), stop)) | among(stop)
+        mask[columns.compressed] = among(start) | among(np.minimum(start + np.uint64(1), stop)) | among(stop)
     return mask
 
 
 def _clusters(entry: int, cluster_bits: int) -> set[int]:
     if entry & COMPRESSED:
-        offsets, sizes = descriptors(np.asarray([entry], dtype=np.uint64), cluster_bits)
-        start, end = int(offsets[0]), int(offsets[0] + sizes[0])
-        return set(range(start >> cluster_bits, ((end - 1) >> cluster_bits) + 1))
+        start, length = compressed_descriptor(entry, cluster_bits)
+        return set(range(start >> cluster_bits, ((start + length - 1) >> cluster_bits) + 1))
     host = entry & OFFSET_MASK
     return {host >> cluster_bits, (host + (1 << cluster_bits) - 1) >> cluster_bits}

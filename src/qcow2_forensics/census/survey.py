@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -14,19 +14,23 @@ from ..format.image import Image
 from ..format.rules import INT64_MAX
 from .census import Census, Structures
 from .checked_metadata import MAX_SNAPSHOT_L1, BitmapPlace, Layout, Reason, read_layout
-from .claimed_clusters import seats_for
-from .claims import Tally
+from .claimed_clusters import index_map_for
+from .claims import Claims
+from .columns import U64, Mask, Places
 from .issues import Item, spread
-from .owners import U64, Mask, Owner, Places
+from .owners import Owner
 from .refcounts import StoredRefcounts
-from .walk import Gathering, Named, batches, l1_chunks, walkable
+from .walk import L2TableCollector, L2Tables, Subscriber, batches, l1_chunks, walkable
 
 MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
 _SLOT_CHUNK = 1 << 16  # refcount table entries counted together
 
 
-def take_census(image: Image) -> Census:
-    """Count an image; :class:`FormatError` when its geometry is unknown or it is too large to count."""
+def take_census(image: Image, subscribers: Iterable[type[Subscriber]] = ()) -> Census:
+    """Count an image; :class:`FormatError` when its geometry is unknown or it is too large to count.
+
+    Each of the ``subscribers`` sees the L2 tables while they are counted: see :meth:`Census.seen`.
+    """
     header = image.header
     if header.version not in (2, 3) or not 9 <= header.cluster_bits <= 21:
         raise FormatError("the image has no known geometry to count by", field="cluster_bits")
@@ -35,87 +39,91 @@ def take_census(image: Image) -> Census:
     if clusters > MAX_CLUSTERS:
         raise LimitExceeded("host clusters", clusters, MAX_CLUSTERS)
     layout, refcounts = read_layout(image), StoredRefcounts(image)
-    tally = Tally(image, refcounts, length, seats_for(image, layout, refcounts, length, clusters))
-    taker = _Taker(image, tally, layout)
-    named = taker.run()
-    return Census(image, tally, layout, named, taker.walked, taker.structures)
+    claims = Claims(image, refcounts, length, index_map_for(image, layout, refcounts, length, clusters))
+    seen = {kind: kind(image, claims.index_map) for kind in subscribers}
+    survey = _Survey(image, claims, layout, seen.values())
+    named = survey.run()
+    return Census(image, claims, layout, named, survey.walked, survey.structures, seen)
 
 
-class _Taker:
+class _Survey:
     """The steps, in the order QEMU's check has them."""
 
-    def __init__(self, image: Image, tally: Tally, layout: Layout) -> None:
+    def __init__(self, image: Image, claims: Claims, layout: Layout, subscribers: Iterable[Subscriber]) -> None:
         self.image = image
-        self.tally = tally
+        self.claims = claims
         self.layout = layout
+        self.subscribers = tuple(subscribers)
         self.structures: list[Structures] = []
-        self.walked = Named.nothing()
+        self.walked = L2Tables.nothing()
 
-    def run(self) -> Named:
+    def run(self) -> L2Tables:
         header = self.image.header
         self._claim(Owner.HEADER, [(0, header.cluster_size)], "header")
         named = self._l1_tables()
-        self.tally.l2_tables(named)
+        self.claims.l2_tables(named)
         self._structures(named.offsets, Owner.L2)
         self.walked, complete = walkable(self.image, named)
         if not complete:
             self.layout.reasons.append(Reason("unaligned L2 tables overlap too often to be walked", None))
         for tables in batches(self.image, self.walked):
-            self.tally.entries(tables)
+            self.claims.entries(tables)
+            for subscriber in self.subscribers:
+                subscriber.tables(tables)
         if header.external_data and header.nb_snapshots:
-            self.tally.corruptions += 1
+            self.claims.corruptions += 1
         self._claim(
             Owner.SNAPSHOT_TABLE, [(header.snapshots_offset, self.layout.snapshot_table_length)], "snapshot table"
         )
-        table_length = len(self.tally.refcounts.table) * 8
+        table_length = len(self.claims.refcounts.table) * 8
         self._claim(Owner.REFCOUNT_TABLE, [(header.refcount_table_offset, table_length)], "refcount table")
         if self.layout.crypto:
             self._claim(Owner.CRYPTO, [self.layout.crypto], "LUKS header")
         self._bitmaps()
-        self.tally.corruptions += len(self.layout.short_extra)
-        most = self.tally.refcounts.most
+        self.claims.corruptions += len(self.layout.short_extra)
+        most = self.claims.refcounts.most
         self._saturate(most)
         self._refcount_blocks(most)
         return named
 
     def _claim(self, owner: Owner, spans: list[tuple[int, int]], structure: str) -> None:
-        self.tally.claim(owner, spans, structure)
+        self.claims.claim(owner, spans, structure)
         table = np.asarray(spans, dtype=np.uint64).reshape(-1, 2)
         offsets, lengths = table[table[:, 1] != 0].T
         self.structures.append(Structures(offsets, lengths, owner))
 
     def _structures(self, offsets: U64, owner: Owner) -> None:
-        lengths = np.full(len(offsets), self.tally.cluster_size, dtype=np.uint64)
+        lengths = np.full(len(offsets), self.claims.cluster_size, dtype=np.uint64)
         self.structures.append(Structures(offsets, lengths, owner))
 
     # --- L1 --------------------------------------------------------------------------------------
 
-    def _l1_tables(self) -> Named:
+    def _l1_tables(self) -> L2Tables:
         header = self.image.header
-        gathering = Gathering()
+        collector = L2TableCollector()
         count = min(header.l1_size, MAX_SNAPSHOT_L1)
         if header.l1_table_offset + count * 8 <= INT64_MAX:
             self._claim(Owner.L1, [(header.l1_table_offset, count * 8)], "L1 table")
             for chunk in l1_chunks(self.image, [header.l1_table_offset], [count], [-1]):
-                self.tally.l1_entries(chunk, active=True)
-                gathering.add(Named.of_chunk(chunk, active=True))
+                self.claims.l1_entries(chunk, active=True)
+                collector.add(L2Tables.of_chunk(chunk, active=True))
         usable = self._snapshot_tables()
         offsets, counts, trees = usable.T
         spans = np.column_stack((offsets, counts * np.uint64(8)))
-        self.tally.claim(Owner.SNAPSHOT_L1, spans, "snapshot L1 table", trees)
+        self.claims.claim(Owner.SNAPSHOT_L1, spans, "snapshot L1 table", trees)
         # One that several entries name is one structure.
         firsts = _firsts(spans[:, 0], spans[:, 1])
         firsts = firsts[spans[firsts, 1] != 0]
         owners = tuple(trees[firsts].tolist())
         self.structures.append(Structures(spans[firsts, 0], spans[firsts, 1], Owner.SNAPSHOT_L1, owners))
         for chunk in l1_chunks(self.image, offsets, counts, trees):
-            self.tally.l1_entries(chunk, active=False)
-            gathering.add(Named.of_chunk(chunk, active=False))
-        return gathering.result()
+            self.claims.l1_entries(chunk, active=False)
+            collector.add(L2Tables.of_chunk(chunk, active=False))
+        return collector.result()
 
     def _snapshot_tables(self) -> U64:
         """Return the snapshots' L1 tables that can be walked, a row (offset, entries, snapshot) each."""
-        snapshots, tally = self.layout.snapshots, self.tally
+        snapshots, claims = self.layout.snapshots, self.claims
         offsets, counts, numbers = (
             np.fromiter(column, np.uint64, len(snapshots))
             for column in (
@@ -124,17 +132,17 @@ class _Taker:
                 (snapshot.index for snapshot in snapshots),
             )
         )
-        odd = (offsets & np.uint64(tally.cluster_size - 1)) != 0
+        odd = (offsets & np.uint64(claims.cluster_size - 1)) != 0
         large = ~odd & (counts > np.uint64(MAX_SNAPSHOT_L1))
         far = ~odd & ~large & (offsets > np.uint64(INT64_MAX) - counts * np.uint64(8))
-        tally.corruptions += int(odd.sum()) + int(large.sum())
+        claims.corruptions += int(odd.sum()) + int(large.sum())
         if odd.any():
             wrong = (snapshots[place] for place in np.flatnonzero(odd).tolist())
             items = (
                 Item("snapshot table", one.offset, one.l1_table_offset, one.l1_table_offset, None, one.index)
                 for one in wrong
             )
-            tally.issues.add("unaligned", items, int(odd.sum()))
+            claims.issues.add("unaligned", items, int(odd.sum()))
         for place in np.flatnonzero(far).tolist():
             text = f"the L1 table of snapshot table entry {snapshots[place].index} is unreadable"
             self.layout.reasons.append(Reason(text, snapshots[place].offset))
@@ -144,28 +152,28 @@ class _Taker:
     # --- bitmaps ---------------------------------------------------------------------------------
 
     def _bitmaps(self) -> None:
-        layout, tally = self.layout, self.tally
+        layout, claims = self.layout, self.claims
         if layout.bitmap_directory is None:
             return
         self._claim(Owner.BITMAP_DIRECTORY, [layout.bitmap_directory], "bitmap directory")
         spans = [(place.table_offset, place.table_size * 8) for place in layout.bitmaps]
         self._claim(Owner.BITMAP_TABLE, spans, "bitmap table")
-        aligned = [place for place in layout.bitmaps if place.table_offset % tally.cluster_size == 0]
+        aligned = [place for place in layout.bitmaps if place.table_offset % claims.cluster_size == 0]
         offsets, counts = [place.table_offset for place in aligned], [place.table_size for place in aligned]
         bad: list[U64] = []
         for chunk in l1_chunks(self.image, offsets, counts, list(range(len(aligned)))):
             entries, weight = chunk.entries, chunk.weight
-            hosts = entries & np.uint64(OFFSET_MASK)
+            hosts = chunk.tables
             reserved = (entries & np.uint64(BITMAP_TABLE_RESERVED)) != 0
             reserved |= ((entries & np.uint64(1)) != 0) & (hosts != 0)
-            odd = ~reserved & ((hosts & np.uint64(tally.cluster_size - 1)) != 0)
+            odd = ~reserved & ((hosts & np.uint64(claims.cluster_size - 1)) != 0)
             good = ~reserved & ~odd & (hosts != 0)
             for kind, mask in (("reserved-bits", reserved), ("unaligned", odd)):
                 if mask.any():
-                    tally.corruptions += int(weight[mask].sum())
-                    tally.issues.add(kind, self._bitmap_items(chunk.positions, entries, mask), int(mask.sum()))
+                    claims.corruptions += int(weight[mask].sum())
+                    claims.issues.add(kind, self._bitmap_items(chunk.positions, entries, mask), int(mask.sum()))
                     bad.append(self._first_in_clusters(chunk.positions[mask]))
-            tally.claim_clusters(Owner.BITMAP_DATA, hosts[good], weight[good], "bitmap table", chunk.positions[good])
+            claims.claim_clusters(Owner.BITMAP_DATA, hosts[good], weight[good], "bitmap table", chunk.positions[good])
             clusters, times = np.unique(hosts[good], return_counts=True)
             self._structures(np.repeat(clusters, np.minimum(times, 2)), Owner.BITMAP_DATA)  # twice is an overlap
         if bad:
@@ -173,7 +181,7 @@ class _Taker:
 
     def _first_in_clusters(self, positions: U64) -> U64:
         """Return the first of some rising positions in each cluster: tables begin where clusters do."""
-        return positions[np.unique(positions >> np.uint64(self.tally.cluster_bits), return_index=True)[1]]
+        return positions[np.unique(positions >> np.uint64(self.claims.cluster_bits), return_index=True)[1]]
 
     def _bitmap_items(self, positions: U64, entries: U64, mask: Mask) -> Iterator[Item]:
         for place in np.flatnonzero(mask).tolist():
@@ -193,25 +201,25 @@ class _Taker:
     # --- refcount structures ---------------------------------------------------------------------
 
     def _saturate(self, most: int) -> None:
-        excess = self.tally.counts.excess(most)
+        excess = self.claims.counts.excess(most)
         if excess:
-            self.tally.corruptions += excess
-            over = self.tally.counts.over(most)
-            size, cluster = self.tally.cluster_size, self.tally.seats.cluster
-            items = [Item("host cluster", None, self.tally.counts[seat], cluster(seat) * size) for seat in over]
-            self.tally.issues.add("refcount-overflow", items)
+            self.claims.corruptions += excess
+            over = self.claims.counts.over(most)
+            size, cluster = self.claims.cluster_size, self.claims.index_map.cluster
+            items = [Item("host cluster", None, self.claims.counts[index], cluster(index) * size) for index in over]
+            self.claims.issues.add("refcount-overflow", items)
 
     def _refcount_blocks(self, most: int) -> None:
-        tally, stored = self.tally, self.tally.refcounts
+        claims, stored = self.claims, self.claims.refcounts
         offsets = stored.offsets
         slots = np.flatnonzero(stored.table)
         reserved = (stored.table[slots] & np.uint64(REFTABLE_RESERVED)) != 0
         self._reftable_issue("reftable-reserved", slots[reserved])
         slots = slots[~reserved]
-        odd = (offsets[slots] & np.uint64(tally.cluster_size - 1)) != 0
+        odd = (offsets[slots] & np.uint64(claims.cluster_size - 1)) != 0
         self._reftable_issue("reftable-unaligned", slots[odd])
         slots = slots[~odd]
-        beyond = offsets[slots] >> np.uint64(tally.cluster_bits) >= np.uint64(tally.checked)
+        beyond = offsets[slots] >> np.uint64(claims.cluster_bits) >= np.uint64(claims.checked)
         self._reftable_issue("reftable-beyond-eof", slots[beyond])
         slots = slots[~beyond & (offsets[slots] != 0)]
         if not len(slots):
@@ -219,25 +227,25 @@ class _Taker:
         blocks: list[U64] = []
         for first in range(0, len(slots), _SLOT_CHUNK):  # each sees what those before it added
             part = slots[first : first + _SLOT_CHUNK]
-            clusters = offsets[part] >> np.uint64(tally.cluster_bits)
-            seats = tally.seats.of(clusters)
-            after = np.minimum(tally.counts.at(seats), np.uint64(most)) + _occurrence(clusters)
-            tally.corruptions += int((after > np.uint64(most)).sum())  # a counter at its end cannot take one more
+            clusters = offsets[part] >> np.uint64(claims.cluster_bits)
+            indices = claims.index_map.of(clusters)
+            after = np.minimum(claims.counts.at(indices), np.uint64(most)) + _occurrence(clusters)
+            claims.corruptions += int((after > np.uint64(most)).sum())  # a counter at its end cannot take one more
             self._reftable_issue("reftable-shared", part[np.minimum(after, np.uint64(most)) != 1])
-            tally.counts.add(seats, 1)
-            tally.owners[seats] |= np.uint16(Owner.REFCOUNT_BLOCK)
+            claims.counts.add(indices, 1)
+            claims.owners[indices] |= np.uint16(Owner.REFCOUNT_BLOCK)
             blocks.append(np.unique(clusters))
-        self._structures(np.unique(np.concatenate(blocks)) << np.uint64(tally.cluster_bits), Owner.REFCOUNT_BLOCK)
+        self._structures(np.unique(np.concatenate(blocks)) << np.uint64(claims.cluster_bits), Owner.REFCOUNT_BLOCK)
 
     def _reftable_issue(self, kind: str, slots: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
         if len(slots):
-            self.tally.corruptions += len(slots)
-            stored = self.tally.refcounts
+            self.claims.corruptions += len(slots)
+            stored = self.claims.refcounts
             items = (
                 Item("refcount table", stored.slot_offset(slot), int(stored.table[slot]), int(stored.offsets[slot]))
-                for slot in spread(slots, slots * 8 >> self.tally.cluster_bits).tolist()
+                for slot in spread(slots, slots * 8 >> self.claims.cluster_bits).tolist()
             )
-            self.tally.issues.add(kind, items, len(slots))
+            self.claims.issues.add(kind, items, len(slots))
 
 
 def _firsts(one: U64, two: U64) -> Places:

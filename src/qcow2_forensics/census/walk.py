@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from ..format.entries import OFFSET_MASK
 from ..format.image import Image
-from .owners import I64, U64, Mask, Tables
+from .columns import I64, U64, Columns, Mask, Places, big_endian, table_offsets
+from .index_map import IndexMap
 from .reference_counts import Segments, weighted_segments
 
 _L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
@@ -32,6 +33,7 @@ class L1Chunk:
     index: U64
     weight: U64
     tree: I64
+    tables: U64  # the host offsets the entries name: of L2 tables, or of a bitmap's clusters
 
 
 def l1_chunks(
@@ -66,6 +68,7 @@ def l1_chunks(
                     ((positions - segments.origin[which]) // 8).astype(np.uint64),
                     segments.weight[which].astype(np.uint64),
                     segments.owner[which],
+                    table_offsets(entries[places], image.header),
                 )
 
 
@@ -77,13 +80,8 @@ def _stretches(segments: Segments) -> Iterator[tuple[int, int]]:
         yield from itertools.pairwise(bounds)
 
 
-def big_endian(data: bytes) -> U64:
-    """Return big-endian 64-bit words in the machine's order; a cut one at the end is left out."""
-    return np.frombuffer(data, dtype=">u8", count=len(data) // 8).astype(np.uint64)
-
-
 @dataclass(frozen=True)
-class Named:
+class L2Tables:
     """The L2 tables that L1 tables name, by rising offset, each once.
 
     ``low`` and ``high`` are the least and greatest L1 slot that names a table, ``index`` the least
@@ -102,27 +100,27 @@ class Named:
         return len(self.offsets)
 
     @classmethod
-    def nothing(cls) -> Named:
+    def nothing(cls) -> L2Tables:
         empty = np.zeros(0, dtype=np.uint64)
         return cls(empty, empty, empty, empty, empty, empty, np.zeros(0, dtype=np.int64))
 
     @classmethod
-    def of_chunk(cls, chunk: L1Chunk, *, active: bool) -> Named:
+    def of_chunk(cls, chunk: L1Chunk, *, active: bool) -> L2Tables:
         """Return the tables one piece of an L1 table names."""
         none = np.zeros(len(chunk.entries), dtype=np.uint64)
-        targets = chunk.entries & np.uint64(OFFSET_MASK)
+        targets = chunk.tables
         on, off = (chunk.weight, none) if active else (none, chunk.weight)
         return cls(targets, on, off, chunk.index, chunk.index, chunk.index, chunk.tree).merged()
 
     @classmethod
-    def joined(cls, parts: list[Named]) -> Named:
+    def joined(cls, parts: list[L2Tables]) -> L2Tables:
         """Return several as one, still with duplicates."""
         if len(parts) == 1:
             return parts[0]
         columns = zip(*((p.offsets, p.active, p.snapshots, p.low, p.high, p.index, p.tree) for p in parts), strict=True)
         return cls(*(np.concatenate(column) for column in columns))
 
-    def merged(self) -> Named:
+    def merged(self) -> L2Tables:
         """Return the same with every table once, by rising offset."""
         if not len(self.offsets):
             return self
@@ -130,7 +128,7 @@ class Named:
         order = np.lexsort((self.index, self.tree, self.offsets))
         offsets = self.offsets[order]
         starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
-        return Named(
+        return L2Tables(
             offsets[starts],
             np.add.reduceat(self.active[order], starts),
             np.add.reduceat(self.snapshots[order], starts),
@@ -140,9 +138,9 @@ class Named:
             self.tree[order][starts],
         )
 
-    def part(self, chosen: slice | Mask) -> Named:
+    def part(self, chosen: slice | Mask) -> L2Tables:
         """Return some of the tables."""
-        return Named(
+        return L2Tables(
             self.offsets[chosen],
             self.active[chosen],
             self.snapshots[chosen],
@@ -153,29 +151,112 @@ class Named:
         )
 
 
-class Gathering:
+@dataclass(frozen=True)
+class Tables:
+    """A batch of L2 tables: row ``i`` is the table at host offset ``offsets[i]``.
+
+    ``columns`` has a row for each. ``tree`` is who is reported as the owner: -1 the active state, else a
+    snapshot's index; ``index`` the slot of its L1 table that names the table, the lowest of several. ``shared``
+    says that slots of other numbers do too, ``active`` how many of the active L1 do, ``snapshots`` how many of
+    snapshots'.
+    """
+
+    offsets: U64
+    index: U64
+    shared: Mask
+    active: U64
+    snapshots: U64
+    tree: I64
+    columns: Columns
+    cluster_bits: int
+    entry_size: int
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def entries(self) -> U64:
+        """The first word of every entry: ``(tables, entries)``."""
+        return self.columns.entries
+
+    @property
+    def bitmaps(self) -> U64 | None:
+        """The second word of extended entries, in the same shape; else None."""
+        return self.columns.bitmaps
+
+    def without(self, rows: list[int]) -> Tables:
+        """Return the batch without some of its tables."""
+        kept = np.ones(len(self), dtype=np.bool_)
+        kept[rows] = False
+        return Tables(
+            self.offsets[kept],
+            self.index[kept],
+            self.shared[kept],
+            self.active[kept],
+            self.snapshots[kept],
+            self.tree[kept],
+            self.columns.rows(kept),
+            self.cluster_bits,
+            self.entry_size,
+        )
+
+    def entry_offset(self, row: int, column: int) -> int:
+        """Return the file offset of an entry."""
+        return int(self.offsets[row]) + column * self.entry_size
+
+    def guest_offset(self, row: int, column: int) -> int:
+        """Return the guest offset an entry maps."""
+        return (int(self.index[row]) * int(self.entries.shape[1]) + column) << self.cluster_bits
+
+    def guest_clusters(self, places: Places) -> U64:
+        """Return the guest cluster numbers of flat places in ``entries``."""
+        width = self.entries.shape[1]
+        guests: U64 = self.index[places // width] * np.uint64(width) + (places % width).astype(np.uint64)
+        return guests
+
+    def where(self, mask: Mask) -> Iterator[tuple[int, int]]:
+        """Yield (row, column) of the set places of a mask shaped like ``entries``."""
+        rows, columns = np.nonzero(mask)
+        yield from zip(rows.tolist(), columns.tolist(), strict=True)
+
+
+class Subscriber(Protocol):
+    """A fact that is gathered while L2 tables are walked: made before the walk, shown each batch once.
+
+    Batches come by rising host offset, every table in one of them. ``clusters`` says where the facts about a
+    host cluster have their place in an array.
+    """
+
+    def __init__(self, image: Image, clusters: IndexMap, /) -> None: ...
+
+    def tables(self, batch: Tables) -> None:
+        """Take in a batch of tables."""
+        ...
+
+
+class L2TableCollector:
     """Collects what L1 pieces name, merging now and then so that memory follows the tables."""
 
     def __init__(self) -> None:
-        self._parts: list[Named] = []
+        self._parts: list[L2Tables] = []
         self._rows = 0
 
-    def add(self, named: Named) -> None:
+    def add(self, named: L2Tables) -> None:
         """Take in the tables of one piece."""
         self._parts.append(named)
         self._rows += len(named)
         if self._rows > _MERGE_ROWS and len(self._parts) > 1:
             before = self._rows
-            self._parts = [Named.joined(self._parts).merged()]
+            self._parts = [L2Tables.joined(self._parts).merged()]
             # What merging cannot shrink is not tried again until it has doubled.
             self._rows = 0 if len(self._parts[0]) * 2 > before else len(self._parts[0])
 
-    def result(self) -> Named:
+    def result(self) -> L2Tables:
         """Return every table once."""
-        return Named.joined(self._parts).merged() if self._parts else Named.nothing()
+        return L2Tables.joined(self._parts).merged() if self._parts else L2Tables.nothing()
 
 
-def walkable(image: Image, named: Named) -> tuple[Named, bool]:
+def walkable(image: Image, named: L2Tables) -> tuple[L2Tables, bool]:
     """Return the L2 tables to be read, and whether these are all that have content.
 
     Those past the end of the file hold zeros. Unaligned ones may overlap, so that few bytes could
@@ -189,18 +270,14 @@ def walkable(image: Image, named: Named) -> tuple[Named, bool]:
     return named, True
 
 
-def batches(image: Image, named: Named) -> Iterator[Tables]:
+def batches(image: Image, named: L2Tables) -> Iterator[Tables]:
     """Yield L2 tables that are :func:`walkable` in batches, reading each once."""
     header = image.header
     size = header.cluster_size
     rows = max(1, _BATCH // size)
     for first in range(0, len(named), rows):
         part = named.part(slice(first, first + rows))
-        words = big_endian(_tables(image, part.offsets, size))
-        entries, bitmaps = words.reshape(len(part), -1), None
-        if header.extended_l2:
-            pairs = words.reshape(len(part), -1, 2)
-            entries, bitmaps = pairs[:, :, 0].copy(), pairs[:, :, 1].copy()
+        words = big_endian(_tables(image, part.offsets, size)).reshape(len(part), -1)
         yield Tables(
             part.offsets,
             part.index,
@@ -208,8 +285,7 @@ def batches(image: Image, named: Named) -> Iterator[Tables]:
             part.active,
             part.snapshots,
             part.tree,
-            entries,
-            bitmaps,
+            Columns.of(words, header),
             header.cluster_bits,
             header.l2_entry_size,
         )

@@ -1,7 +1,7 @@
 """Where the L2 tables of two mappings leave open whether the guest sees the same, found a batch of tables at a time.
 
-A small file can hold tables that say of each cluster something else than of the one before, and two
-states whose tables are different ones that say the same. Run by run that is millions of steps::
+A small file can hold tables in which every entry differs in kind from the one before, and two states can
+have different tables that mean the same. Run by run that is millions of steps::
 
     before   T1: [ A | - | 0 | B ]          A, B clusters in the file, - nothing, 0 zeros
     after    T2: [ A | 0 | - | C ]    ->    only the last one is left open
@@ -10,25 +10,21 @@ states whose tables are different ones that say the same. Run by run that is mil
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from ..census.columns import U64, Mask, Places
+from ..census.mapped_tables import BATCH, l2_columns, l2_offsets
 from ..errors import Qcow2Error
-from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, QCOW1_COMPRESSED, ZERO
+from ..format.entries import COPIED
 from ..format.header import SECTOR
 from ..reader.mapping import L1_PAGE, Mapping
 
-U64: TypeAlias = npt.NDArray[np.uint64]
-Mask: TypeAlias = npt.NDArray[np.bool_]
-
-_BATCH = 1 << 19  # bytes of L2 tables looked at together: temporaries stay in the cache
 _NEAR = 16  # clusters between two open ones that are left open with them: beginning anew costs more
 _DATA, _BLANK = 2, 1  # bits of a code that no cluster offset has
 
 
-class Unlike:
+class DifferingTables:
     """Compares two mappings of equal geometry; without a second one, the first with mapping nothing.
 
     Of one file, clusters at one place are equal, and so are tables; of two files only zeros are. From
@@ -41,7 +37,7 @@ class Unlike:
         self._blank_from = blank_from
         self._span, self._size = first.table_span, first.cluster_size
         self._width = self._span // self._size  # clusters under one table
-        self._rows = max(1, _BATCH // (8 * self._width))
+        self._rows = max(1, BATCH // (8 * self._width))
         self._proven: tuple[U64, U64] | None = None  # L1 entries all of which were found equal
 
     def ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -56,8 +52,8 @@ class Unlike:
 
     def _page(self, page: int, low: int, high: int) -> Iterator[tuple[int, int]]:
         try:
-            tables = [_l2_tables(mapping, page) for mapping in self._mappings]
-        except Qcow2Error:  # said where the range is looked at
+            tables = [l2_offsets(mapping, page) for mapping in self._mappings]
+        except Qcow2Error:  # reported where the range is looked at
             yield low * self._span, high * self._span
             return
         part = slice(low - page * L1_PAGE, high - page * L1_PAGE)
@@ -82,7 +78,7 @@ class Unlike:
                 for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
                     yield start * self._size, (stop + 1) * self._size
 
-    def _repeats(self, slots: npt.NDArray[np.intp], one: U64, two: U64) -> Mask:
+    def _repeats(self, slots: Places, one: U64, two: U64) -> Mask:
         """Return which slots hold a pair of tables that several do and that is the same throughout."""
         order = np.lexsort((two, one))
         fresh = np.append(True, (np.diff(one[order]) != 0) | (np.diff(two[order]) != 0))[: len(order)]
@@ -94,13 +90,13 @@ class Unlike:
                 try:
                     _, left_open, placed = self._look(slots[chosen], one[chosen], two[chosen])
                 except Qcow2Error:
-                    continue  # said when their turn comes
+                    continue  # reported when their turn comes
                 same[at : at + self._rows] = ~(left_open | placed).any(axis=1)
         found = np.zeros(len(slots), dtype=np.bool_)
         found[order] = same[np.cumsum(fresh) - 1]
         return found
 
-    def _look(self, slots: npt.NDArray[np.intp], one: U64, two: U64) -> tuple[U64, Mask, Mask]:
+    def _look(self, slots: Places, one: U64, two: U64) -> tuple[U64, Mask, Mask]:
         """Return the guest clusters under some L1 slots, which are left open, and which are right only there."""
         clusters = (slots[:, None] * self._width + np.arange(self._width)).astype(np.uint64)
         blank = slots * self._span >= self._blank_from
@@ -110,69 +106,38 @@ class Unlike:
         return clusters, left_open | unsound | unsound_too, placed | placed_too
 
 
-def _l2_tables(mapping: Mapping | None, page: int) -> U64:
-    """Return the L2 table offsets of a page of an L1 table, 0 for none and past its end."""
-    tables = np.zeros(L1_PAGE, dtype=np.uint64)
-    count = min(L1_PAGE, mapping.l1_size - page * L1_PAGE) if mapping is not None else 0
-    if mapping is not None and count > 0:
-        mapping.l1_entry(page * L1_PAGE + count - 1)  # raises where the file ends inside the table
-        mask = 2**64 - 1 if mapping.version == 1 else OFFSET_MASK
-        tables[:count] = np.asarray(mapping.l1_page(page), dtype=np.uint64) & np.uint64(mask)
-    return tables
-
-
 def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> tuple[U64, Mask, Mask]:
-    """Return two words for each cluster, equal where it reads equal, and which cannot be told by them.
+    """Return two words for each cluster, equal where it reads equal, and which cannot be told apart by them.
 
-    Zeros are 0, and so is what maps nothing in the rows of ``blank``. The second mask says which entries
-    are right for these clusters only: those that name a place in an external data file.
+    ``(tables, entries, 2)`` and twice ``(tables, entries)``. Zeros are 0, and so is what maps nothing in the rows
+    of ``blank``. The second mask says which entries are right for these clusters only: those that name a place in
+    an external data file.
     """
     codes = np.zeros((*clusters.shape, 2), dtype=np.uint64)
     nowhere = np.zeros(clusters.shape, dtype=np.bool_)
     if mapping is None:
         return codes, nowhere, nowhere
-    header = mapping.image.header
-    length = header.l2_entries * header.l2_entry_size
-    lost = tables > np.uint64(max(0, mapping.image.file_size - length))
-    lost |= False if mapping.version == 1 else (tables & np.uint64(mapping.cluster_size - 1)) != 0
-    lost &= tables != 0
-    words = np.zeros((*clusters.shape, header.l2_entry_size // 8), dtype=np.uint64)
-    kept = (tables != 0) & ~lost
-    if kept.any():
-        data = _read(mapping, tables[kept], length)
-        words[kept] = np.frombuffer(data, dtype=">u8").reshape(-1, *words.shape[1:])
-    entries = words[:, :, 0]
+    columns, lost = l2_columns(mapping, tables)
     if mapping.version == 1:
-        codes[:, :, 0] = entries
-        crooked = ((entries & np.uint64(QCOW1_COMPRESSED)) == 0) & ((entries & np.uint64(SECTOR - 1)) != 0)
-        return codes, crooked | lost[:, None], nowhere
-    hosts = entries & np.uint64(OFFSET_MASK)
-    packed = (entries & np.uint64(COMPRESSED)) != 0
-    stored = hosts != 0
+        codes[:, :, 0] = columns.entries
+        unaligned = (columns.hosts & np.uint64(SECTOR - 1)) != 0
+        return codes, unaligned | lost[:, None], nowhere
+    hosts, packed, stored = columns.hosts, columns.compressed, columns.present
     if mapping.data_file:
-        stored |= (entries & np.uint64(COPIED)) != 0
         unsound = packed | (stored & (hosts != clusters << np.uint64(mapping.cluster_bits)))
     else:
-        unsound = ~packed & ((hosts & np.uint64(mapping.cluster_size - 1)) != 0)
+        unsound = (hosts & np.uint64(mapping.cluster_size - 1)) != 0
     shown = ~blank[:, None].repeat(clusters.shape[1], axis=1)  # where zeros hide what a backing file holds
-    if header.extended_l2:
-        data_bits, zero_bits = words[:, :, 1] & np.uint64(0xFFFF_FFFF), words[:, :, 1] >> np.uint64(32)
+    if columns.bitmaps is not None:
+        data_bits, zero_bits = columns.allocated_bits, columns.zero_bits
         unsound |= ~packed & (((data_bits & zero_bits) != 0) | ((data_bits != 0) & ~stored))
         codes[:, :, 0] = np.where(data_bits != 0, hosts | np.uint64(_DATA), np.uint64(0))
         codes[:, :, 1] = np.where(packed, np.uint64(0), data_bits | np.where(shown, zero_bits << np.uint64(32), 0))
     else:
-        zero = (entries & np.uint64(ZERO)) != 0
+        zero = columns.zero_flags
         if mapping.version < 3:
-            unsound |= ~packed & zero
+            unsound |= zero
         plain = np.where(stored, hosts | np.uint64(_DATA), np.uint64(0))
         codes[:, :, 0] = np.where(zero, np.where(shown, np.uint64(_BLANK), np.uint64(0)), plain)
-    codes[:, :, 0] = np.where(packed, entries & ~np.uint64(COPIED), codes[:, :, 0])
+    codes[:, :, 0] = np.where(packed, columns.entries & ~np.uint64(COPIED), codes[:, :, 0])
     return codes, unsound | lost[:, None], stored if mapping.data_file else nowhere
-
-
-def _read(mapping: Mapping, tables: U64, length: int) -> bytes:
-    """Return L2 tables inside the file one after the other, at one read where they stand so."""
-    first = int(tables[0])
-    if bool((np.diff(tables) == np.uint64(length)).all()):
-        return mapping.image.read_exactly(first, len(tables) * length, "the L2 tables")
-    return b"".join(mapping.image.read_exactly(table, length, "an L2 table") for table in tables.tolist())

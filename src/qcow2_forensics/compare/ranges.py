@@ -24,7 +24,7 @@ from ..format.header import SECTOR, Crypt
 from ..limits import MiB
 from ..reader.disk import Disk, Layer, RawDisk
 from ..reader.mapping import Kind
-from .differing_tables import Unlike
+from .differing_tables import DifferingTables
 
 _CHUNK = 1 * MiB  # read of each side at a time
 _WINDOW_CLUSTERS = 4096  # after which L1 tables are compared again, and progress is told
@@ -194,17 +194,19 @@ def _proofs(
     one, two = list(_keys(before)), list(_keys(after))
     for over, backing, under in ((after, two[:-1], one), (before, one[:-1], two)):
         if isinstance(over, Disk) and backing == under:
-            return over.mapping.unmapped_until, Unlike(over.mapping, None, one_file=True, blank_from=_NEVER).ranges
+            return over.mapping.unmapped_until, DifferingTables(
+                over.mapping, None, one_file=True, blank_from=_NEVER
+            ).ranges
     if isinstance(before, Disk) and isinstance(after, Disk):
         first, second = before.mapping, after.mapping
         alike = (first.table_span, first.cluster_size) == (second.table_span, second.cluster_size)
         unbacked = before.unbacked is not None or after.unbacked is not None
         if _is_one_file(before, after) and one[:-1] == two[:-1]:
             blank_from = _NEVER if unbacked else before.backing.size if before.backing is not None else 0
-            unlike = Unlike(first, second, one_file=True, blank_from=blank_from)
+            unlike = DifferingTables(first, second, one_file=True, blank_from=blank_from)
             return partial(first.shared_until, second), unlike.ranges
         if alike and len(one) == len(two) == 1 and not unbacked:
-            return lambda offset: offset, Unlike(first, second, one_file=False, blank_from=0).ranges
+            return lambda offset: offset, DifferingTables(first, second, one_file=False, blank_from=0).ranges
     return lambda offset: offset, lambda start, end: [(start, end)]
 
 

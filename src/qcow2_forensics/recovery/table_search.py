@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..census.columns import big_endian
 from ..format.entries import COPIED, OFFSET_MASK
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
 from ..limits import MiB
-from ..residue.structure_detection import Geometry, find_entries, l2_rows, likely, words_of
+from ..residue.structure_detection import Geometry, find_entries, l2_rows, likely
 from .geometry import U64, Mask
 
 _CHUNK = 8 * MiB
@@ -87,7 +88,7 @@ def _chunks(source: Source, cluster_size: int, start: int) -> Iterator[tuple[int
 
 
 def _tables_of(at: int, data: bytes, geometry: Geometry) -> _Rows:
-    words = words_of(data).reshape(-1, geometry.cluster_size // 8)
+    words = big_endian(data).reshape(-1, geometry.cluster_size // 8)
     rows = likely(l2_rows, words, geometry)
     found = l2_rows(words[rows], geometry)
     rows = rows[found.tables & found.telling]
@@ -104,7 +105,7 @@ def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
     """Return the 64-bit words of one table of a cluster, zeros where the file ends inside it."""
     size = geometry.cluster_size
     data = source.read(offset, max(0, min(size, source.size - offset)))
-    return words_of(data.ljust(size, b"\0"))
+    return big_endian(data.ljust(size, b"\0"))
 
 
 def _classify(

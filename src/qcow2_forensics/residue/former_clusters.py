@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
+from ..census.columns import big_endian
 from ..format.image import Image
 from ..limits import MiB
 from . import structure_detection
@@ -63,7 +64,7 @@ class Targets:
 
     def _judge(self, data: bytes) -> npt.NDArray[np.uint8]:
         size = self._image.cluster_size
-        words = structure_detection.words_of(data).reshape(-1, size // 8)
+        words = big_endian(data).reshape(-1, size // 8)
         known = np.where(words.any(axis=1), _KNOWN | HOLDS_BYTES, _KNOWN).astype(np.uint8)
         rows = structure_detection.likely(structure_detection.l2_rows, words, self._geometry)
         found = structure_detection.l2_rows(words[rows], self._geometry)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
+from ..census.columns import big_endian
 from ..format.bitmap_directory import BitmapEntry
 from ..format.entries import COPIED
 from ..format.image import Image
@@ -119,9 +120,7 @@ class Recogniser:
 
     def _with_entries(self, seen: Seen, clusters: Clusters) -> Seen:
         behind = self._behind(clusters)
-        words = np.concatenate(
-            (clusters.words, structure_detection.words_of(behind.tobytes()).reshape(len(behind), -1)), axis=1
-        )
+        words = np.concatenate((clusters.words, big_endian(behind.tobytes()).reshape(len(behind), -1)), axis=1)
         places = structure_detection.entry_places(words, self._geometry, clusters.words.shape[1])
         snapshots: dict[int, list[SnapshotEntry]] = {}
         bitmaps: dict[int, list[BitmapEntry]] = {}

@@ -11,34 +11,18 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from ..census import Census, Tables
-from ..format.entries import COMPRESSED, OFFSET_MASK, SUBCLUSTERS, ZERO
+from ..census import Census, IndexMap, Subscriber, Tables
+from ..format.entries import SUBCLUSTER_MASK, SUBCLUSTERS
 from ..format.image import Image
 from ..format.source import Source
 from ..reader.host_holes import host_runs
-from ..reader.mapping import Kind, Mapping
+from . import live_mappings
 from .model import Piece
 from .slack import piece_of
 from .structure_detection import Words
 
-_ALL = np.uint64(0xFFFF_FFFF)
 Flags = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.intp]
-
-
-def _offsets(batch: Tables) -> Words:
-    """Return the host offsets of plain entries, 0 where there is none or the entry is compressed."""
-    compressed = (batch.entries & np.uint64(COMPRESSED)) != 0
-    return np.where(compressed, np.uint64(0), batch.entries & np.uint64(OFFSET_MASK))
-
-
-def _zero_flags(batch: Tables) -> Flags:
-    """Return which whole clusters read as zeros; extended entries have no such flag."""
-    if batch.bitmaps is not None:
-        return np.zeros(batch.entries.shape, np.bool_)
-    compressed = (batch.entries & np.uint64(COMPRESSED)) != 0
-    flags: Flags = ~compressed & ((batch.entries & np.uint64(ZERO)) != 0)
-    return flags
 
 
 def _snapshot(image: Image, batch: Tables, row: int) -> str:
@@ -46,65 +30,91 @@ def _snapshot(image: Image, batch: Tables, row: int) -> str:
     return image.snapshots[tree].id if 0 <= tree < len(image.snapshots) else ""
 
 
-def shown_clusters(census: Census) -> Flags:
-    """Return, by seat in the census, whether some state reads (part of) a host cluster as data."""
-    shown = np.zeros(census.seats.length, np.bool_)
-    for batch in census.tables():
-        offsets = np.where(_zero_flags(batch), np.uint64(0), _offsets(batch))
-        if batch.bitmaps is not None:
-            offsets = np.where((batch.bitmaps & _ALL) == 0, np.uint64(0), offsets)
-        numbers = offsets[offsets != 0] >> np.uint64(batch.cluster_bits)
-        shown[census.seats.of(np.minimum(numbers, np.uint64(census.clusters)))] = True
-    return shown
+class ShownClusters:
+    """Which host clusters some state reads as data, and whether any L2 entry puts a zero flag over a cluster."""
+
+    def __init__(self, _image: Image, clusters: IndexMap) -> None:
+        self._clusters = clusters
+        self.shown = np.zeros(clusters.length, np.bool_)  # by index
+        self.any_flagged = False
+
+    def tables(self, batch: Tables) -> None:
+        """Take in a batch of tables."""
+        hosts = batch.columns.data_hosts
+        numbers = hosts[hosts != 0] >> np.uint64(batch.cluster_bits)
+        self.shown[self._clusters.of(np.minimum(numbers, np.uint64(self._clusters.clusters)))] = True
+        self.any_flagged = self.any_flagged or bool((batch.columns.zero_flags & (batch.columns.hosts != 0)).any())
 
 
-def zero_flagged(image: Image, census: Census, data: Source | None = None) -> Iterator[Piece]:
-    """Yield clusters whose entry says zeros while their bytes are still there.
+class AllocatedSubclusters:
+    """Which subclusters of each host cluster some state allocates, a bit each (extended L2)."""
 
-    With an external data file the bytes are in ``data``, at the guest's own offset.
-    """
-    external = image.header.external_data
-    if image.header.version < 3 or image.header.extended_l2 or (external and data is None):
+    def __init__(self, image: Image, clusters: IndexMap) -> None:
+        self._image = image
+        self._clusters = clusters
+        self.bits = np.zeros(clusters.length, np.uint32)  # by index
+
+    def tables(self, batch: Tables) -> None:
+        """Take in a batch of tables."""
+        hosts = batch.columns.hosts
+        placed = _placed(self._image, hosts)
+        if placed.any():
+            indices = self._clusters.of(hosts[placed] >> np.uint64(batch.cluster_bits))
+            np.bitwise_or.at(self.bits, indices, batch.columns.allocated_bits[placed].astype(np.uint32))
+
+
+def subscribers(image: Image) -> tuple[type[Subscriber], ...]:
+    """Return what of an image has to be known of every L2 table before hidden bytes can be told from shown ones."""
+    header = image.header
+    if header.external_data or header.version < 3:
+        return ()
+    return (AllocatedSubclusters,) if header.extended_l2 else (ShownClusters,)
+
+
+def zero_flagged(image: Image, census: Census) -> Iterator[Piece]:
+    """Yield clusters whose entry says zeros while their bytes are still there."""
+    if image.header.version < 3 or image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size
-    host: Source | Image = data if external and data is not None else image
-    known = None if external else shown_clusters(census)  # by seat: shown by some state, or looked at already
+    seen = census.seen(ShownClusters)
+    if not seen.any_flagged:
+        return
+    known = seen.shown.copy()  # by index: shown by some state, or looked at already
     for batch in census.tables():
-        offsets = _offsets(batch)
-        wanted = _zero_flags(batch) & (offsets != 0) & (offsets & np.uint64(size - 1) == 0)
+        offsets = batch.columns.hosts
+        wanted = batch.columns.zero_flags & (offsets != 0) & (offsets & np.uint64(size - 1) == 0)
         places = _fresh(np.flatnonzero(wanted), offsets.reshape(-1), census, known)
-        for place in _stored(places, offsets.reshape(-1), data if external else image.source, size).tolist():
+        for place in _stored(places, offsets.reshape(-1), image.source, size).tolist():
             row, column = divmod(place, offsets.shape[1])
             offset = int(offsets[row, column])
-            piece = piece_of(host.read(offset, size), offset, "zero-flagged")
+            piece = piece_of(image.read(offset, size), offset, "zero-flagged")
             if piece is not None:
                 guest = batch.guest_offset(row, column) + piece.offset - offset
-                where = "data" if external else ""
-                yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row), file=where)
+                yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row))
 
 
-def _fresh(places: Places, offsets: Words, census: Census, known: Flags | None) -> Places:
+def _fresh(places: Places, offsets: Words, census: Census, known: Flags) -> Places:
     """Return the places, flat ones of a batch, whose host clusters are in the file and not known, and know these."""
-    if known is None or not len(places):
+    if not len(places):
         return places
     numbers = offsets[places] >> np.uint64(census.image.header.cluster_bits)
     inside = numbers < np.uint64(census.clusters)
     places, numbers = places[inside], numbers[inside]
-    seats = census.seats.of(numbers)
-    _, first = np.unique(seats, return_index=True)
-    first = np.sort(first[~known[seats[first]]])
-    known[seats[first]] = True
+    indices = census.index_map.of(numbers)
+    _, first = np.unique(indices, return_index=True)
+    first = np.sort(first[~known[indices[first]]])
+    known[indices[first]] = True
     kept: Places = places[first]
     return kept
 
 
-def _stored(places: Places, offsets: Words, source: Source | None, size: int) -> Places:
+def _stored(places: Places, offsets: Words, source: Source, size: int) -> Places:
     """Return the places whose host clusters the file system keeps any byte of; each of its runs is asked for once."""
     order = np.argsort(offsets[places], kind="stable")
     rising = offsets[places[order]].astype(np.int64)  # below 2**56
     kept = np.ones(len(places), np.bool_)
     at = 0
-    while source is not None and at < len(rising) and rising[at] < source.size:
+    while at < len(rising) and rising[at] < source.size:
         run = next(host_runs(source, int(rising[at]), source.size - int(rising[at])))
         # A cluster that ends in the next run counts as stored.
         last = run.offset + run.length - (size if run.is_hole and run.offset + run.length < source.size else 1)
@@ -119,15 +129,15 @@ def subclusters(image: Image, census: Census) -> Iterator[Piece]:
     if not image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size
-    allocated = _allocated(image, census)
-    known = allocated == _ALL.astype(np.uint32)
+    allocated = census.seen(AllocatedSubclusters).bits
+    known = allocated == np.uint32(SUBCLUSTER_MASK)
     for batch in census.tables():
-        offsets = _offsets(batch).reshape(-1)
+        offsets = batch.columns.hosts.reshape(-1)
         places = _fresh(np.flatnonzero(_placed(image, offsets)), offsets, census, known)
         for place in _stored(places, offsets, image.source, size).tolist():
             host = int(offsets[place])
             row, column = divmod(place, batch.entries.shape[1])
-            bits = int(allocated[census.seats.at(host >> batch.cluster_bits)])
+            bits = int(allocated[census.index_map.at(host >> batch.cluster_bits)])
             for piece in _dead(image.read(host, size), host, bits, size // SUBCLUSTERS):
                 guest = batch.guest_offset(row, column) + piece.offset - host
                 yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row))
@@ -137,18 +147,6 @@ def _placed(image: Image, offsets: Words) -> Flags:
     placed: Flags = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
     placed &= offsets < np.uint64(image.file_size)
     return placed
-
-
-def _allocated(image: Image, census: Census) -> npt.NDArray[np.uint32]:
-    """Return, by seat, the subclusters of each host cluster that some state allocates."""
-    allocated = np.zeros(census.seats.length, np.uint32)
-    for batch in census.tables():
-        offsets = _offsets(batch)
-        placed = _placed(image, offsets)
-        if batch.bitmaps is not None and placed.any():
-            seats = census.seats.of(offsets[placed] >> np.uint64(batch.cluster_bits))
-            np.bitwise_or.at(allocated, seats, (batch.bitmaps[placed] & _ALL).astype(np.uint32))
-    return allocated
 
 
 def _dead(data: bytes, host: int, allocated: int, part: int) -> Iterator[Piece]:
@@ -165,48 +163,17 @@ def _dead(data: bytes, host: int, allocated: int, part: int) -> Iterator[Piece]:
         at = stop + 1
 
 
-def tail(image: Image, census: Census) -> Iterator[Piece]:
+def tail(image: Image) -> Iterator[Piece]:
     """Yield what stands behind the end of the disk in its last, partly visible cluster."""
     header = image.header
     inside = image.disk_size % image.cluster_size
     if not inside or header.version == 1 or header.external_data or header.crypt_method:
         return
-    slot, column = divmod(image.disk_size // image.cluster_size, header.l2_entries)
-    for batch in census.tables():
-        for row in np.flatnonzero((batch.index == slot) & (batch.active > 0)).tolist():
-            host = int(_offsets(batch)[row, column])
-            if host and not _zero_flags(batch)[row, column]:
-                start = host + inside
-                piece = piece_of(image.read(start, image.cluster_size - inside), start, "beyond-disk")
-                if piece is not None:
-                    yield replace(piece, guest_offset=image.disk_size + piece.offset - start)
-            return
-
-
-def data_file_residue(image: Image, data: Source) -> Iterator[Piece]:
-    """Yield bytes of an external data file that the image does not show.
-
-    ``kind`` is ``zero-flagged`` where an entry says zeros, ``unmapped`` where the image has
-    nothing, and ``beyond-disk`` behind the disk. Each piece is one cluster at most.
-    """
-    size = image.cluster_size
-    mapping = Mapping(image, image.header.l1_table_offset, image.header.l1_size)
-    for run in mapping.runs(0, image.disk_size):
-        if run.kind in (Kind.HOLE, Kind.ZERO):
-            kind = "zero-flagged" if run.kind == Kind.ZERO else "unmapped"
-            for piece in _nonzero(data, run.offset, run.length, size, kind):
-                yield replace(piece, guest_offset=piece.offset)
-    yield from _nonzero(data, image.disk_size, data.size - image.disk_size, size, "beyond-disk")
-
-
-def _nonzero(data: Source, offset: int, length: int, size: int, kind: str) -> Iterator[Piece]:
-    for run in host_runs(data, offset, min(length, data.size - offset)) if length > 0 else ():
-        if run.is_hole:
-            continue
-        at = run.offset
-        while at < run.offset + run.length:
-            count = min(size - at % size, run.offset + run.length - at)
-            piece = piece_of(data.read(at, count), at, kind)
-            if piece is not None:
-                yield replace(piece, file="data")
-            at += count
+    active = live_mappings.State(None, header.l1_table_offset, header.l1_size)
+    entry = live_mappings.l2_entry(image, active, image.disk_size // image.cluster_size)
+    host = int(entry.hosts[0])
+    if host and not entry.zero_flags[0]:
+        start = host + inside
+        piece = piece_of(image.read(start, image.cluster_size - inside), start, "beyond-disk")
+        if piece is not None:
+            yield replace(piece, guest_offset=image.disk_size + piece.offset - start)

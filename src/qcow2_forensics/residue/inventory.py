@@ -9,12 +9,10 @@ from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
 
-import numpy as np
-
 from ..census import Census, take_census
+from ..census.columns import big_endian, table_offsets
 from ..errors import MissingFile, Qcow2Error
 from ..format.bitmap_directory import BitmapEntry
-from ..format.entries import OFFSET_MASK
 from ..format.header import padded
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
@@ -25,6 +23,7 @@ from ..reader.opening import Passphrase, open_disk
 from ..reader.resolver import Resolver
 from ..reader.stream import SourceStream
 from . import hidden, readability, slack, snapshot_entries, streams, structure_detection
+from .data_file import data_file_residue
 from .model import Piece
 from .scan import Found, unclaimed
 from .snapshot_entries import DeletedSnapshot
@@ -54,7 +53,7 @@ class Residue:
     @cached_property
     def census(self) -> Census:
         """Who claims each host cluster; taken on first use when none was given."""
-        return self._given or take_census(self.image)
+        return self._given or take_census(self.image, hidden.subscribers(self.image))
 
     # --- runs ----------------------------------------------------------------------------------
 
@@ -74,10 +73,12 @@ class Residue:
         """Yield bytes of clusters in use that no state shows."""
         if self.image.header.version == 1:
             return
-        yield from hidden.zero_flagged(self.image, self.census, self._data)
+        yield from hidden.zero_flagged(self.image, self.census)
         yield from hidden.subclusters(self.image, self.census)
         yield from streams.compressed_slack(self.image, self.census)
-        yield from hidden.tail(self.image, self.census)
+        yield from hidden.tail(self.image)
+        if self.image.header.external_data and self._data is not None:
+            yield from data_file_residue(self.image, self._data, strict=False)
 
     def unclaimed(self) -> Iterator[Found]:
         """Yield what lies in clusters nothing refers to, with the table entries found there."""
@@ -167,7 +168,7 @@ class Residue:
             length = entry.table_size * 8
             if entry.table_size > _BITMAP_TABLE or entry.table_offset + length > self.image.file_size:
                 continue
-            words = structure_detection.words_of(self.image.read(entry.table_offset, length)) & np.uint64(OFFSET_MASK)
+            words = table_offsets(big_endian(self.image.read(entry.table_offset, length)), self.image.header)
             found.update(range(entry.table_offset, entry.table_offset + length, size))
             found.update(words[words != 0].tolist())
         return {offset for offset in found if offset % size == 0 and not self.census.owner(offset)}

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from ..census.columns import Columns, big_endian, table_offsets
 from ..errors import LimitExceeded
-from ..format.entries import COMPRESSED, OFFSET_MASK, ZERO
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from .structure_detection import Words, words_of
+from .structure_detection import Words
 
 _L1_CHUNK = 1 << 16  # entries handled at once
 _SPARE_ENTRIES = 65_536  # so that tiny images with a table cut off are no matter
@@ -68,7 +67,7 @@ def l1_table(image: Image, state: State) -> Words:
     for at in range(0, len(table), _L1_CHUNK):
         part = table[at : at + _L1_CHUNK]
         data = image.read(state.l1_table_offset + at * 8, len(part) * 8)
-        np.bitwise_and(words_of(data), np.uint64(OFFSET_MASK), out=part)
+        part[:] = table_offsets(big_endian(data), image.header)
     return table
 
 
@@ -77,52 +76,25 @@ def _l1_entries(image: Image, state: State) -> int:
     return max(0, min(count, (image.file_size - state.l1_table_offset) // 8))
 
 
-def l2_table(image: Image, offset: int) -> Words | None:
-    """Return the words of the L2 table at a host offset; None when it is not wholly in the file."""
+def l2_table(image: Image, offset: int) -> Columns | None:
+    """Return the L2 table at a host offset; None when it is not wholly in the file."""
     length = image.header.l2_entries * image.header.l2_entry_size
     if offset <= 0 or offset % image.cluster_size or offset + length > image.file_size:
         return None
-    return words_of(image.read(offset, length))
+    return Columns.of(big_endian(image.read(offset, length)), image.header)
 
 
-class Entries(NamedTuple):
-    """The columns of L2 tables, a row each or one alone; ``bitmaps`` is None unless entries are extended."""
-
-    entries: Words
-    bitmaps: Words | None
-
-    @property
-    def compressed(self) -> npt.NDArray[np.bool_]:
-        flags: npt.NDArray[np.bool_] = (self.entries & np.uint64(COMPRESSED)) != 0
-        return flags
-
-    @property
-    def offsets(self) -> Words:
-        """Host offsets of plain entries, 0 where there is none or the entry is compressed."""
-        return np.where(self.compressed, np.uint64(0), self.entries & np.uint64(OFFSET_MASK))
-
-    @property
-    def stored(self) -> Words:
-        """The same, and 0 where all of the cluster reads as zeros or as nothing."""
-        unread = self.zero_flags if self.bitmaps is None else (self.bitmaps & np.uint64(0xFFFF_FFFF)) == 0
-        return np.where(unread, np.uint64(0), self.offsets)
-
-    @property
-    def named(self) -> Words:
-        """What each entry names, equal where two name the same: a host offset, or a compressed cluster's whole entry."""
-        return np.where(self.compressed, self.entries, self.entries & np.uint64(OFFSET_MASK))
-
-    @property
-    def zero_flags(self) -> npt.NDArray[np.bool_]:
-        """Whether the whole cluster reads as zeros; always False for extended entries."""
-        if self.bitmaps is not None:
-            return np.zeros(self.entries.shape, np.bool_)
-        flags: npt.NDArray[np.bool_] = ~self.compressed & ((self.entries & np.uint64(ZERO)) != 0)
-        return flags
+def l2_entry(image: Image, state: State, cluster: int) -> Columns:
+    """Return the L2 entry of one guest cluster, alone in its columns; zero where no table is or the file ends."""
+    header = image.header
+    slot, place = divmod(cluster, header.l2_entries)
+    size = header.l2_entry_size
+    table = 0
+    if slot < state.l1_size:
+        table = int(table_offsets(_words(image, state.l1_table_offset + slot * 8, 8), header)[0])
+    words = _words(image, table + place * size, size) if table else np.zeros(size // 8, np.uint64)
+    return Columns.of(words, header)
 
 
-def columns(image: Image, table: Words) -> Entries:
-    """Return L2 tables as columns, whichever entry format the image has."""
-    if image.header.extended_l2:
-        return Entries(table[..., 0::2], table[..., 1::2])
-    return Entries(table, None)
+def _words(image: Image, offset: int, length: int) -> Words:
+    return big_endian(image.read(offset, length).ljust(length, b"\0"))

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
-from ..census.claims import descriptors
+from ..census.columns import Columns, big_endian, compressed_extents, table_offsets
 from ..errors import LimitExceeded
-from ..format.entries import OFFSET_MASK
 from ..format.image import Image
 from ..format.rules import INT64_MAX
 from ..format.snapshot_table import SnapshotEntry
@@ -161,7 +160,7 @@ class _Examiner:
     def l2_tables(self, offsets: Words) -> Words:
         """Return the words of the L2 tables at some host offsets, a row each."""
         data = read_clusters(self.image, self.numbers(offsets))
-        return structure_detection.words_of(data).reshape(-1, self.image.cluster_size // 8)
+        return big_endian(data).reshape(-1, self.image.cluster_size // 8)
 
     def has_hole(self, offset: int, length: int) -> bool:
         """Whether the file system stores nothing for part of the range; False where it cannot be asked."""
@@ -256,9 +255,9 @@ class _Examination:
         data = self._image.read(first, length)
         # Of zeros nobody can tell whether the disk was empty or the table wiped: not every file system keeps
         # a discarded table as a hole, and no copy has to.
-        words = structure_detection.words_of(data)
+        words = big_endian(data)
         sound = structure_detection.l1_rows(words.reshape(1, -1), examiner.geometry).tables[0]
-        return words & np.uint64(OFFSET_MASK) if sound and not examiner.has_hole(first, length) else None
+        return table_offsets(words, self._image.header) if sound and not examiner.has_hole(first, length) else None
 
     def _tables(self, slots: Counts, offsets: Words) -> None:
         """Count what some L2 tables hold, and those that are gone."""
@@ -276,17 +275,20 @@ class _Examination:
         self._counts["lost_tables"] += int((~sound).sum())
         self._refuse(LOST_TABLE, offsets[~sound], slots[~sound] * self._span, self._span)
 
-        slots, columns = slots[sound], live_mappings.columns(self._image, words[sound])
+        slots, columns = slots[sound], self._columns(words[sound])
         mapped, kept = self._mapped(slots, columns.named)
         rewritten = (shared & ~unchanged)[sound]  # the active state wrote its own entries into this very table
         self._rewritable += self._bytes(slots[rewritten] * self._span, self._span)
         guests = self._guests(slots)
         self._packed(slots, columns, mapped, kept)
-        hosts = columns.stored
+        hosts = columns.data_hosts
         used = hosts != 0
         mapped |= self._image.header.external_data
         self._rewritable += self._bytes(guests[(used | columns.compressed) & mapped & ~kept & ~rewritten[:, None]])
         self._data(guests[used], hosts[used], mapped[used])
+
+    def _columns(self, words: Words) -> Columns:
+        return Columns.of(words, self._image.header)
 
     def _are_l1_tables(self, words: Words) -> Mask:
         """Return which tables a later snapshot's L1 table was written over, whose form is that of L2 entries."""
@@ -306,7 +308,7 @@ class _Examination:
         step = max(1, _ENTRIES // named.shape[1])
         for at in range(0, len(rows), step):
             some, others = rows[at : at + step], places[at : at + step]
-            theirs = live_mappings.columns(self._image, self._examiner.l2_tables(live.offsets[others])).named
+            theirs = self._columns(self._examiner.l2_tables(live.offsets[others])).named
             same = named[some] == theirs
             firsts = np.flatnonzero(np.diff(some, prepend=-1))
             mapped[some[firsts]] |= np.logical_or.reduceat(same, firsts)
@@ -328,29 +330,29 @@ class _Examination:
         self._refuse(REUSED, hosts[reused], guests[reused])
         self._refuse(PUNCHED, hosts[free[holes]], guests[free[holes]])
 
-    def _packed(self, slots: Counts, columns: live_mappings.Entries, mapped: Mask, kept: Mask) -> None:
+    def _packed(self, slots: Counts, columns: Columns, mapped: Mask, kept: Mask) -> None:
         """Count the compressed clusters that a live state maps too; the others are told when all such are known."""
         packed = columns.compressed
         self._counts["compressed"] += int((packed & mapped).sum())
         for which, mark in ((packed & mapped, _MAPPED), (packed & kept, _KEPT)):
             if which.any():
                 for numbers in self._touched(columns.entries[which]):
-                    self._held[self._seats(numbers)] |= np.uint8(mark)
+                    self._held[self._indices(numbers)] |= np.uint8(mark)
         self._waiting.append(slots[(packed & ~mapped).any(axis=1)])
 
     def _touched(self, entries: Words) -> list[Counts]:
         """Return the host clusters that each compressed cluster lies in: the first, one between, the last."""
-        offsets, lengths = descriptors(entries, self._image.header.cluster_bits)
+        offsets, lengths = compressed_extents(entries, self._image.header)
         first, last = (self._examiner.numbers(ends) for ends in (offsets, offsets + lengths - np.uint64(1)))
         return [first, (first + last) // 2, last]
 
     @cached_property
     def _held(self) -> npt.NDArray[np.uint8]:
-        """Which host clusters, by their seats in the census, hold streams that a live state maps too."""
-        return np.zeros(self._examiner.census.seats.length, np.uint8)
+        """Which host clusters, by their indices in the census, hold streams that a live state maps too."""
+        return np.zeros(self._examiner.census.index_map.length, np.uint8)
 
-    def _seats(self, numbers: Counts) -> Words:
-        return self._examiner.census.seats.of(numbers.astype(np.uint64))
+    def _indices(self, numbers: Counts) -> Words:
+        return self._examiner.census.index_map.of(numbers.astype(np.uint64))
 
     def _streams_left(self, slots: Counts, offsets: Words) -> None:
         """Tell the compressed clusters no live state maps: whole only in host clusters that were never let go.
@@ -359,12 +361,12 @@ class _Examination:
         another that is in use. A stream that the entry and a live state share is one of those; yet
         the active state may have let go of all of them, and have put one of the same length there since.
         """
-        columns = live_mappings.columns(self._image, self._examiner.l2_tables(offsets))
+        columns = self._columns(self._examiner.l2_tables(offsets))
         left = columns.compressed & ~self._mapped(slots, columns.named)[0]
         guests, entries = self._guests(slots)[left], columns.entries[left]
         lost, newer, holes = np.zeros((3, len(entries)), np.bool_)
         for numbers in self._touched(entries):
-            claimed, held = self._examiner.census.is_claimed(numbers), self._held[self._seats(numbers)]
+            claimed, held = self._examiner.census.is_claimed(numbers), self._held[self._indices(numbers)]
             newer |= claimed & (held & _KEPT == 0)
             reused, punched = claimed & (held == 0), ~claimed & self._examiner.punched(numbers)
             for reason, which in ((REUSED, reused), (PUNCHED, punched)):

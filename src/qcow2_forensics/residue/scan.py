@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import Census
+from ..census.columns import big_endian
 from ..format.bitmap_directory import BitmapEntry
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
@@ -25,7 +26,7 @@ from ..reader.host_holes import host_runs
 from . import content
 from .former_tables import LOOKS, Clusters, Recogniser, Seen
 from .model import Piece
-from .structure_detection import Counts, words_of
+from .structure_detection import Counts
 
 _BATCH = 1 * MiB  # of clusters looked at together
 _KINDS = ("free", "leaked", "trailing")
@@ -175,7 +176,7 @@ class _Scanner:
         data = b"".join(
             image.read(offset, length).ljust(-(-length // size) * size, b"\0") for offset, length, _ in stretches
         )
-        words = words_of(data).reshape(-1, size // 8)
+        words = big_endian(data).reshape(-1, size // 8)
         firsts = np.repeat(table[:, 0] - (np.cumsum(numbers) - numbers) * size, numbers)
         rows = np.flatnonzero(words.any(axis=1))
         offsets = (firsts + np.arange(len(words)) * size)[rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..format.extensions import BITMAPS_EXTENSION, ExtensionType, parse_bitmaps_extension
 from ..format.header import V2_HEADER_LENGTH, padded
@@ -106,14 +106,12 @@ def l1_slack(image: Image) -> Iterator[Piece]:
     header = image.header
     if header.version == 1:
         return
-    tables = {(header.l1_table_offset, header.l1_size): ""}
-    for entry in image.snapshots:
-        tables.setdefault((entry.l1_table_offset, entry.l1_size), entry.id)
-    for (offset, size), snapshot in tables.items():
-        for start, length in _tail(image, offset, size * 8):
-            piece = piece_of(image.read(start, length), start, "l1-slack", snapshot)
-            if piece is not None:
-                yield piece
+    tables = [(header.l1_table_offset, header.l1_size * 8, "")]
+    tables += [(entry.l1_table_offset, entry.l1_size * 8, entry.id) for entry in image.snapshots]
+    for start, length, snapshot in _tails(image, tables):
+        piece = piece_of(image.read(start, length), start, "l1-slack", snapshot)
+        if piece is not None:
+            yield piece
 
 
 def table_slack(image: Image) -> Iterator[Piece]:
@@ -125,25 +123,34 @@ def table_slack(image: Image) -> Iterator[Piece]:
 
 
 def table_tails(image: Image) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) from the end of each such table to the end of its cluster."""
+    """Yield (offset, length) from the end of such tables to the end of their last cluster."""
     if image.header.version == 1:
         return
     tables = []
     if image.snapshots and len(image.snapshots) == image.header.nb_snapshots:
         last = image.snapshots[-1]
         start = image.header.snapshots_offset
-        tables.append((start, last.offset + last.length - start))
+        tables.append((start, last.offset + last.length - start, ""))
     extension = image.extension(ExtensionType.BITMAPS)
     if extension is not None and image.bitmaps_current and extension.length == BITMAPS_EXTENSION.size:
         facts = parse_bitmaps_extension(extension.data)
-        tables.append((facts.directory_offset, facts.directory_size))
-        tables += [(bitmap.table_offset, bitmap.table_size * 8) for bitmap in image.bitmaps]
-    for offset, length in dict.fromkeys(tables):
-        yield from _tail(image, offset, length)
+        tables.append((facts.directory_offset, facts.directory_size, ""))
+        tables += [(bitmap.table_offset, bitmap.table_size * 8, "") for bitmap in image.bitmaps]
+    for start, length, _ in _tails(image, tables):
+        yield start, length
 
 
-def _tail(image: Image, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    start = offset + length
-    stop = padded(start, image.cluster_size)
-    if offset and offset % image.cluster_size == 0 and length and start < min(stop, image.file_size):
-        yield start, stop - start
+def _tails(image: Image, tables: Iterable[tuple[int, int, str]]) -> Iterator[tuple[int, int, str]]:
+    """Yield (offset, length, whose) of what follows tables, given as (offset, length, whose), in their last clusters.
+
+    Of several that end in one cluster only what follows the furthest of them is behind a table.
+    """
+    furthest: dict[int, tuple[int, str]] = {}  # by the end of the last cluster
+    for offset, length, owner in tables:
+        start = offset + length
+        stop = padded(start, image.cluster_size)
+        if offset and offset % image.cluster_size == 0 and length and start > furthest.get(stop, (0, ""))[0]:
+            furthest[stop] = start, owner
+    for stop, (start, owner) in furthest.items():
+        if start < min(stop, image.file_size):
+            yield start, stop - start, owner

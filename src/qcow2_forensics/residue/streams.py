@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
+from ..census.columns import compressed_extents
 from ..errors import LimitExceeded
-from ..format.entries import COMPRESSED, compressed_descriptor
+from ..format.entries import compressed_descriptor
 from ..format.image import Image
 from ..reader.codecs import codec_of
 from .model import Piece
@@ -57,8 +58,8 @@ def decode_all(image: Image, census: Census) -> Decoded:
         return Decoded([], np.empty(0, np.uint64), None)
     measure = codec_of(image.header.compression_type).measure
     size, bits = image.cluster_size, image.header.cluster_bits
-    entries = _descriptors(census)
-    order = np.argsort(entries & np.uint64((1 << (70 - bits)) - 1), kind="stable")
+    entries = census.compressed_entries
+    order = np.argsort(compressed_extents(entries, image.header)[0], kind="stable")
     used: list[tuple[int, int]] = []
     failed: list[int] = []
     stopped: LimitExceeded | None = None
@@ -108,15 +109,6 @@ def compressed_slack(image: Image, census: Census, decoded: Decoded | None = Non
         count = min(_TRIES, tries)
         tries -= count
         yield from _gap(image, start, stop, measure, count)
-
-
-def _descriptors(census: Census) -> npt.NDArray[np.uint64]:
-    found = []
-    for batch in census.tables():
-        compressed = (batch.entries & np.uint64(COMPRESSED)) != 0
-        if compressed.any():
-            found.append(np.unique(batch.entries[compressed]))
-    return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
 
 
 def _gaps(image: Image, used: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

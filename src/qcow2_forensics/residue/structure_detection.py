@@ -14,14 +14,15 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..census.columns import Columns, big_endian, table_offsets
 from ..format.bitmap_directory import BitmapEntry, parse_bitmap_entry
-from ..format.entries import COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, OFFSET_MASK, ZERO
+from ..format.entries import L1_RESERVED, ZERO
 from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, build_snapshot_entry, parse_snapshot_head
 
 Words: TypeAlias = npt.NDArray[np.uint64]
-Bytes: TypeAlias = npt.NDArray[np.uint8]
 Mask: TypeAlias = npt.NDArray[np.bool_]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
 Counts: TypeAlias = npt.NDArray[np.intp]
 
 _EXTRA_LENGTHS = frozenset({0, 8, 16, 24})  # what QEMU has written
@@ -54,11 +55,6 @@ class Geometry(NamedTuple):
         """Return the geometry of an image."""
         header = image.header
         return cls(header.version, header.cluster_bits, image.file_size, header.extended_l2, header.external_data)
-
-
-def words_of(data: bytes) -> Words:
-    """Return big-endian 64-bit words, a cut one at the end left out."""
-    return np.frombuffer(data, ">u8", count=len(data) // 8).astype(np.uint64)
 
 
 class Rows(NamedTuple):
@@ -102,37 +98,38 @@ def likely(rule: Rule, words: Words, geometry: Geometry) -> npt.NDArray[np.intp]
 
 def l2_rows(words: Words, geometry: Geometry) -> Rows:
     """Judge rows of an even number of words as L2 tables."""
-    bitmaps = np.zeros(1, np.uint64)
-    if geometry.extended_l2:
-        words, bitmaps = words[:, 0::2], words[:, 1::2]
-    placed, packed = words != 0, (words & np.uint64(COMPRESSED)) != 0
-    hosts = words & np.uint64(OFFSET_MASK)
+    columns = Columns.of(words, geometry)
+    entries, packed, hosts = columns.entries, columns.compressed, columns.hosts
+    placed = entries != 0
     flagged = geometry.version >= 3 and not geometry.extended_l2  # an entry may have the zero flag
-    plain = (words & np.uint64(L2_RESERVED | (0 if flagged else ZERO))) == 0
+    plain = ~columns.reserved & (flagged | ~columns.bit_zero)
     if not geometry.external_data:
         plain &= _plausible(hosts, geometry)
     # Without an offset only the bare zero flag means anything.
     bare = placed & ~packed & (hosts == 0)
-    plain &= ~bare | (words == np.uint64(ZERO)) if flagged else ~bare
-    split = np.uint64((1 << (70 - geometry.cluster_bits)) - 1)
-    stream = ((words & np.uint64(COPIED)) == 0) & ((words & split) < np.uint64(geometry.file_size))
-    sound = ~placed | np.where(packed, stream & geometry.compressed, plain)
-    if geometry.extended_l2:
-        allocated, zeros = bitmaps & np.uint64(0xFFFF_FFFF), bitmaps >> np.uint64(32)
-        sound &= ((allocated & zeros) == 0) & (placed | (allocated == 0)) & (~packed | (bitmaps == 0))
-        bare = ~placed & (bitmaps != 0)
+    plain &= ~bare | (entries == np.uint64(ZERO)) if flagged else ~bare
+    sound = ~placed | plain
+    if columns.has_compressed:
+        starts, _ = columns.compressed_extents()
+        sound[packed] = ~columns.copied[packed] & (starts < np.uint64(geometry.file_size)) & geometry.compressed
+    used = placed
+    if columns.bitmaps is not None:
+        allocated, used = columns.allocated_bits, placed | (columns.bitmaps != 0)
+        sound &= ((allocated & columns.zero_bits) == 0) & (placed | (allocated == 0))
+        sound &= ~packed | (columns.bitmaps == 0)
+        bare = ~placed & (columns.bitmaps != 0)
     return Rows(
         sound.all(axis=1),
-        np.count_nonzero(placed | (bitmaps != 0), axis=1),
+        np.count_nonzero(used, axis=1),
         np.count_nonzero(bare, axis=1),
         np.count_nonzero(packed, axis=1),
-        np.where(packed, np.uint64(0), hosts),
+        hosts,
     )
 
 
 def l1_rows(words: Words, geometry: Geometry) -> Rows:
     """Judge rows of words as (parts of) L1 tables."""
-    used, offsets = words != 0, words & np.uint64(OFFSET_MASK)
+    used, offsets = words != 0, table_offsets(words, geometry)
     sound = ((words & np.uint64(L1_RESERVED)) == 0) & _plausible(offsets, geometry)
     whole = (~used | (sound & (offsets != 0))).all(axis=1)
     ordered = np.sort(offsets[whole], axis=1)
@@ -173,7 +170,7 @@ def find_entries(data: bytes, base: int, geometry: Geometry) -> tuple[list[Snaps
     ``base`` is the file offset of ``data``. The index of such a snapshot is -1: it is in no table.
     At most 4,096 places of each kind are looked at whole.
     """
-    snapshots, bitmaps = entry_places(words_of(data).reshape(1, -1), geometry)
+    snapshots, bitmaps = entry_places(big_endian(data).reshape(1, -1), geometry)
     return (
         snapshot_entries_at(data, snapshots.get(0, ()), base, geometry),
         bitmap_entries_at(data, bitmaps.get(0, ()), base, geometry),

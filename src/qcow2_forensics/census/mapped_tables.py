@@ -1,0 +1,48 @@
+"""The tables of one mapping, the active one or a snapshot's, as arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..reader.mapping import L1_PAGE, Mapping
+from .columns import U64, Columns, Mask, big_endian, table_offsets
+
+BATCH = 1 << 19  # bytes of L2 tables looked at together: temporaries stay in the cache
+
+
+def l2_offsets(mapping: Mapping | None, page: int) -> U64:
+    """Return the L2 table offsets of a page of an L1 table, 0 for none and past its end.
+
+    Raises :class:`FormatError` where the file ends inside the page.
+    """
+    tables = np.zeros(L1_PAGE, dtype=np.uint64)
+    count = min(L1_PAGE, mapping.l1_size - page * L1_PAGE) if mapping is not None else 0
+    if mapping is not None and count > 0:
+        mapping.l1_entry(page * L1_PAGE + count - 1)  # raises where the file ends inside the table
+        tables[:count] = table_offsets(np.asarray(mapping.l1_page(page), dtype=np.uint64), mapping.image.header)
+    return tables
+
+
+def l2_columns(mapping: Mapping, tables: U64) -> tuple[Columns, Mask]:
+    """Return the L2 tables at some host offsets, a row each, and which of them cannot be read.
+
+    The rows of those, and of tables at 0, which are none, hold nothing.
+    """
+    header = mapping.image.header
+    length = header.l2_entries * header.l2_entry_size
+    lost = tables > np.uint64(max(0, mapping.image.file_size - length))
+    lost |= False if mapping.version == 1 else (tables & np.uint64(mapping.cluster_size - 1)) != 0
+    lost &= tables != 0
+    words = np.zeros((len(tables), length // 8), dtype=np.uint64)
+    kept = (tables != 0) & ~lost
+    if kept.any():
+        words[kept] = big_endian(_read(mapping, tables[kept], length)).reshape(-1, words.shape[1])
+    return Columns.of(words, header), lost
+
+
+def _read(mapping: Mapping, tables: U64, length: int) -> bytes:
+    """Return L2 tables inside the file one after the other, at one read where they are so in the file."""
+    first = int(tables[0])
+    if bool((np.diff(tables) == np.uint64(length)).all()):
+        return mapping.image.read_exactly(first, len(tables) * length, "the L2 tables")
+    return b"".join(mapping.image.read_exactly(table, length, "an L2 table") for table in tables.tolist())

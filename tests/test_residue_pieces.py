@@ -1,0 +1,195 @@
+"""What the audit calls residue, ``residue`` writes: every residual finding has its pieces."""
+
+from __future__ import annotations
+
+import random
+import struct
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qcow2_forensics as q
+from qcow2_forensics.census import take_census
+from qcow2_forensics.format.image import Image
+from qcow2_forensics.format.source import BytesSource
+from qcow2_forensics.reader.mapping import Kind, Mapping
+from qcow2_forensics.residue import Piece, residue
+from qcow2_forensics.residue.data_file import data_file_residue
+from tests import damage, qemu
+from tests.image_builder import COMPRESSED, COPIED, EXT_DATA_FILE, Builder
+from tests.test_audit_residual import CASES
+
+RESIDUAL = {
+    "QCOW2-RESIDUAL-CLUSTERS",
+    "QCOW2-LEAKED-DATA",
+    "QCOW2-TRAILING-DATA",
+    "QCOW2-RESIDUAL-L1",
+    "QCOW2-RESIDUAL-L2",
+    "QCOW2-RESIDUAL-SNAPSHOT-ENTRY",
+    "QCOW2-RESIDUAL-BITMAP-DIR",
+    "QCOW2-RECOVERABLE-SNAPSHOT",
+    "QCOW2-ZERO-ALLOC-DATA",
+    "QCOW2-SUBCLUSTER-RESIDUE",
+    "QCOW2-COMPRESSED-SLACK",
+    "QCOW2-TAIL-BEYOND-DISK",
+    "QCOW2-DATAFILE-RESIDUE",
+    "QCOW2-RAW-DATAFILE-DIVERGES",
+    "QCOW2-VMSTATE-RESIDUE",
+    "QCOW2-HEADER-SLACK",
+    "QCOW2-HEADER-PADDING",
+    "QCOW2-L1-SLACK",
+    "QCOW2-TABLE-SLACK",
+}
+
+
+def unwritten(path: Path) -> list[str]:
+    """Return the evidence of residual findings in bytes that no piece covers; fields of the header are no residue."""
+    with residue(path) as found:
+        pieces = list(found.pieces())
+    return [
+        f"{finding.code}: {item}"
+        for finding in q.audit(path, depth="deep")
+        if finding.code in RESIDUAL
+        for item in finding.evidence
+        if item.offset is not None and item.structure != "header" and not _covered(pieces, item.file, item.offset)
+    ]
+
+
+def _covered(pieces: list[Piece], file: str, offset: int) -> bool:
+    return any(piece.file == file and piece.offset <= offset < piece.offset + piece.length for piece in pieces)
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
+def test_every_residual_finding_has_its_pieces(number: int, tmp_path: Path) -> None:
+    code, make, severity = CASES[number]
+    if severity is None or f"QCOW2-{code}" not in RESIDUAL:
+        pytest.skip("no residual finding is expected")
+    path = tmp_path / "disk.qcow2"
+    make(path)
+    assert f"QCOW2-{code}" in {finding.code for finding in q.audit(path, depth="deep")}
+    assert unwritten(path) == []
+
+
+@qemu.requires_qemu
+def test_residual_findings_of_damaged_images_have_their_pieces(tmp_path: Path) -> None:
+    bases = damage.Bases(tmp_path)
+    for seed in range(40):
+        path = damage.damaged(seed, bases, tmp_path).path
+        try:
+            missing = unwritten(path)
+        except q.Qcow2Error:
+            continue  # an image that residue refuses as a whole
+        assert missing == [], seed
+
+
+# --- data files ----------------------------------------------------------------------------------
+
+_ENTRY = st.sampled_from(["nothing", "data", "data", "zeros", "zeros over data", "zeros at 0"])
+_BAD = st.sampled_from(["elsewhere", "compressed"])
+
+
+def _word(what: str, guest: int) -> int:
+    words = {
+        "nothing": 0,
+        "data": guest | COPIED,
+        "zeros": 1,
+        "zeros over data": guest | COPIED | 1,
+        "zeros at 0": COPIED | 1,
+        "elsewhere": (guest + 512) | COPIED,
+        "compressed": COMPRESSED | 0x200,
+    }
+    return words[what]
+
+
+def _image(slots: list[list[str] | None], size: int, folder: Path) -> Image:
+    builder = Builder(
+        cluster_bits=9, size=size, l1_size=len(slots), incompatible=4, extensions=[(EXT_DATA_FILE, b"d.raw")]
+    )
+    offsets = []
+    for slot, entries in enumerate(slots):
+        if entries is None:
+            offsets.append(0)
+            continue
+        words = [_word(what, (slot * 64 + column) * 512) for column, what in enumerate(entries)]
+        offsets.append(builder.put(struct.pack(f">{len(words)}Q", *words).ljust(512, b"\0")))
+    builder.raw(builder.l1, struct.pack(f">{len(offsets)}Q", *offsets))
+    return Image(BytesSource(builder.write(folder / "disk").read_bytes()))
+
+
+def _by_runs(image: Image, data: bytes) -> set[tuple[str, int]]:
+    """Say the same cluster by cluster, from the runs a reader sees."""
+    mapping = Mapping(image, image.header.l1_table_offset, image.header.l1_size)
+    found = set()
+    for offset in range(0, min(image.disk_size, len(data)), 512):
+        try:
+            kinds = {run.kind for run in mapping.runs(offset, 512)}
+        except q.FormatError:
+            kinds = {Kind.HOLE}  # such an entry shows nothing
+        if any(data[offset : offset + 512]) and not kinds & {Kind.DATA, Kind.COMPRESSED}:
+            found.add(("zero-flagged" if kinds == {Kind.ZERO} else "unmapped", offset))
+    for offset in range(image.disk_size, len(data), 512):
+        if any(data[offset : offset + 512]):
+            found.add(("beyond-disk", offset))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.none() | st.lists(_ENTRY | _BAD, min_size=1, max_size=64), min_size=1, max_size=4),
+    st.integers(0, 5 * 64),
+    st.integers(0, 2**32),
+)
+def test_residue_of_a_data_file_is_what_its_runs_do_not_show(
+    slots: list[list[str] | None], clusters: int, seed: int
+) -> None:
+    chance = random.Random(seed)
+    data = b"".join(bytes([chance.choice((0, 0, 7))]) * 512 for _ in range(clusters))
+    with tempfile.TemporaryDirectory() as folder:
+        image = _image(slots, len(slots) * 64 * 512, Path(folder))
+    found = {
+        (piece.kind, piece.offset // 512 * 512) for piece in data_file_residue(image, BytesSource(data), strict=False)
+    }
+    assert found == _by_runs(image, data)
+
+
+def test_an_entry_that_cannot_be_read_is_an_error_after_the_pieces_before_it(tmp_path: Path) -> None:
+    image = _image([["zeros", "elsewhere", "zeros"]], 64 * 512, tmp_path)
+    pieces = data_file_residue(image, BytesSource(b"x" * 64 * 512))
+    assert next(pieces).offset == 0
+    with pytest.raises(q.FormatError, match="not to its guest offset"):
+        next(pieces)
+
+
+# --- one walk ------------------------------------------------------------------------------------
+
+
+@qemu.requires_qemu
+def test_a_standard_audit_reads_every_l2_table_once_and_a_deep_one_at_most_twice(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "64M", cluster_size=4096)
+    qemu.io(path, "write -P 1 0 40M", "write -z 8M 4M", "write -z 41M 1M")
+    qemu.snapshot(path, "one")
+    qemu.io(path, "write -P 2 4M 8M")
+    with Image(path) as image:
+        tables = {int(offset) for offset in take_census(image).named.offsets.tolist()}
+    for depth, most in (("standard", 1), ("deep", 2)):
+        source = _Noted(path.read_bytes())
+        q.audit(source, depth=depth)
+        times = [sum(at <= table < at + length for at, length in source.reads) for table in tables]
+        assert sum(times) <= most * len(tables) + 2, depth  # those beside an L1 table are read over with it
+
+
+class _Noted:
+    """A source that remembers what was asked for, heads of clusters read for other reasons left out."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+        self.reads: list[tuple[int, int]] = []
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        self.reads.append((offset, length))
+        return self._data[offset : offset + length]
