@@ -23,7 +23,8 @@ from .undecodable_streams import undecodable
 rule = Chapter(__name__, "Integrity, by the rules of `qemu-img check` and beyond them")
 
 STANDARD = Depth.STANDARD
-_DIRTY = ("QCOW2-DIRTY",)
+_LOST = ("QCOW2-L2-TABLE-LOST", "QCOW2-L1-TABLE-LOST")  # tables, and with them what they account for
+_DIRTY = ("QCOW2-DIRTY", *_LOST)
 _CUT = ("QCOW2-TRUNCATED",)
 
 # Issues of the census that QEMU's check counts as corruptions.
@@ -184,7 +185,7 @@ rule(
     note="consistent with truncation, or with a file that used to be larger; QEMU's check does not see it",
     when="the refcount of a cluster that begins at or after the end of the file is not 0",
     depth=STANDARD,
-    explained_by=_CUT,
+    explained_by=(*_CUT, *_LOST),
 )
 def refcount_past_end(facts: Facts) -> Iterator[Graded]:
     issue = facts.census.issues["refcount-past-end"]
@@ -228,6 +229,7 @@ rule(
     note="consistent with editing, a foreign writer, or data parsed as metadata",
     when="a reserved bit of an L1, L2, refcount table or bitmap table entry is set; some of them QEMU's check passes over",
     depth=STANDARD,
+    explained_by=_LOST,
 )(of_entries("reserved-bits", "extended-bit-0", "compressed-high-bits", "reftable-reserved"))
 
 
@@ -238,6 +240,7 @@ rule(
     note="the range behind such an offset is unreadable; consistent with damage or a crafted image",
     when="an offset of a table or a cluster is not a multiple of the cluster size",
     depth=STANDARD,
+    explained_by=_LOST,
 )
 def unaligned_offset(facts: Facts) -> Iterator[Evidence | Graded]:
     for name in ("l1_table_offset", "refcount_table_offset", "snapshots_offset"):
@@ -256,7 +259,7 @@ rule(
     note="consistent with a truncated acquisition or a crafted pointer; QEMU silently shows zeros there",
     when="a table, or a cluster that an entry names, begins at or after the end of the file",
     depth=STANDARD,
-    explained_by=_CUT,
+    explained_by=(*_CUT, *_LOST),
 )(of_entries("beyond-eof", "reftable-beyond-eof"))
 
 
@@ -267,6 +270,7 @@ rule(
     note="the whole cluster is unreadable in QEMU; consistent with damage or editing",
     when="a subcluster is both allocated and zero, or allocated without a cluster, or a compressed entry has a bitmap",
     depth=STANDARD,
+    explained_by=_LOST,
 )(of_entries("subcluster"))
 
 
@@ -277,6 +281,7 @@ rule(
     note="unreadable in QEMU; consistent with a downgraded or edited image",
     when="bit 0 of an L2 entry is set although version 2 does not know it; QEMU's check passes over it",
     depth=STANDARD,
+    explained_by=_LOST,
 )(of_entries("zero-flag-v2"))
 
 
@@ -287,6 +292,7 @@ rule(
     note="such an entry reads as unallocated; consistent with editing or damage",
     when="an L1 or L2 entry has flags but the offset 0, without a data file; QEMU's check passes over it",
     depth=STANDARD,
+    explained_by=_LOST,
 )(of_entries("alloc-at-zero", "l1-at-zero"))
 
 
@@ -297,6 +303,7 @@ rule(
     note="the cluster is unreadable or ambiguous; consistent with damage, or with an entry edited by hand",
     when="a compressed entry has the copied flag or uses a data file; deep: its stream does not give exactly one cluster",
     depth=STANDARD,
+    explained_by=_LOST,
 )
 def compressed_invalid(facts: Facts) -> Iterator[Graded | Deferred]:
     yield from entries(facts, "compressed-copied", "compressed-data-file")
