@@ -22,6 +22,7 @@ from tests.image_builder import (
     B_END,
     B_L1,
     B_L2,
+    B_REFBLOCK,
     B_REFTABLE,
     COMPRESSED,
     COPIED,
@@ -252,6 +253,7 @@ CASES: dict[str, tuple[Recipe, Recipe]] = {
     "SHARED-L2": (b(lambda p: p.u32(36, 2), lambda p: p.l1(1, p.get(B_L1))), _snapshot_and_write),
     "SNAPSHOT-L1-ALIAS": (s(lambda p: p.u64(S_SNAPSHOTS, p.get(40))), s()),
     "DATA-BEYOND-END": (b(lambda p: p.u64(24, 0x20000)), b(lambda p: p.u64(24, 0x30000))),
+    "REFCOUNTS-ABSENT": (b(lambda p: p.write(B_REFBLOCK, bytes(16))), b(lambda p: p.write(B_REFBLOCK, bytes(14)))),
     "L2-TABLE-LOST": (_punched(2), _discarded),
     "L1-TABLE-LOST": (lambda path: _punched(3)(path, "l1"), empty),
     "TRUNCATED": (b(lambda p: p.cut(B_END - 0x10000)), b(lambda p: p.l2(3, COPIED | 0x1000000))),
@@ -550,3 +552,11 @@ def test_streams_of_another_compression_type_are_one_finding(tmp_path: Path) -> 
     (finding,) = findings
     assert "zstd" in finding.title
     assert finding.count == 61
+
+
+def test_one_finding_accounts_for_all_that_a_writer_without_refcounts_causes(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "image.qcow2")
+    Poke(path).write(B_REFBLOCK, bytes(16))
+    report = audit(path)
+    unexplained = [finding.code for finding in report.at_least(Severity.MEDIUM) if not finding.explained_by]
+    assert unexplained == ["QCOW2-REFCOUNTS-ABSENT"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from ..findings import Evidence, Selection, Severity
 from ..format.header import Incompatible
 from .entry_evidence import (
@@ -23,8 +25,10 @@ from .undecodable_streams import undecodable
 rule = Chapter(__name__, "Integrity, by the rules of `qemu-img check` and beyond them")
 
 STANDARD = Depth.STANDARD
+_FEW = 4  # clusters in use: a header and three tables
+_UNCOUNTED = ("QCOW2-REFCOUNTS-ABSENT",)
 _LOST = ("QCOW2-L2-TABLE-LOST", "QCOW2-L1-TABLE-LOST")  # tables, and with them what they account for
-_DIRTY = ("QCOW2-DIRTY", *_LOST)
+_DIRTY = ("QCOW2-DIRTY", *_UNCOUNTED, *_LOST)
 _CUT = ("QCOW2-TRUNCATED",)
 
 # Issues of the census that QEMU's check counts as corruptions.
@@ -45,6 +49,26 @@ _COUNTED = {
     "reftable-beyond-eof": "refcount block is past the end of the file",
     "reftable-shared": "refcount block is used by something else too",
 }
+
+
+@rule(
+    "QCOW2-REFCOUNTS-ABSENT",
+    Severity.MEDIUM,
+    "the image counts none of its clusters",
+    note="every byte of the disk reads exactly, and the next writer that trusts the refcounts overwrites it: consistent "
+    "with a library that keeps no refcounts",
+    when="every cluster in use has the refcount 0, and none that is free has another",
+    depth=STANDARD,
+)
+def refcounts_absent(facts: Facts) -> Iterator[Evidence]:
+    census = facts.census
+    counted = sum(census.issues[kind].count for kind in ("refcount-zero-data", "refcount-zero-metadata"))
+    if counted < _FEW or census.issues["leaked"].count or census.issues["refcount-past-end"].count:
+        return
+    used = sum(int(np.count_nonzero(part)) for _, part in census.owner_parts())
+    if used == counted:
+        yield Evidence("clusters in use", used)
+        yield facts.field("refcount_table_offset")
 
 
 @rule(
