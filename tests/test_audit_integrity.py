@@ -5,7 +5,9 @@ Base images B and S are made by QEMU and edited byte by byte; see :mod:`tests.im
 
 from __future__ import annotations
 
+import random
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from tests.image_builder import (
     B_END,
     B_L1,
     B_L2,
+    B_REFBLOCK,
     B_REFTABLE,
     COMPRESSED,
     COPIED,
@@ -116,6 +119,25 @@ def _packed(stream: bytes, flags: int = 0) -> Recipe:
         builder.entry(0, compressed_entry(host, len(stream), 12) | flags).write(path)
 
     return make
+
+
+def _punched(version: int) -> Callable[..., None]:
+    """An image of QEMU's whose L2 (or L1) table reads as zeros since."""
+
+    def make(path: Path, table: str = "l2") -> None:
+        qemu.create(path, "4M", compat="0.10" if version == 2 else "1.1")
+        qemu.io(path, "write -P 0x11 0 2M")
+        poke = Poke(path)
+        poke.write(_l2_of(poke) if table == "l2" else poke.get(40), bytes(65536 if table == "l2" else 8))
+
+    return make
+
+
+def _discarded(path: Path) -> None:
+    """Version 2: discarding all that a table maps leaves a table of zeros, and leaks nothing."""
+    qemu.create(path, "4M", compat="0.10")
+    qemu.io(path, "write -P 0x11 0 2M")
+    qemu.io(path, "discard 0 4M", opts={"discard": "unmap"})
 
 
 def _packed_share(path: Path) -> None:
@@ -231,6 +253,9 @@ CASES: dict[str, tuple[Recipe, Recipe]] = {
     "SHARED-L2": (b(lambda p: p.u32(36, 2), lambda p: p.l1(1, p.get(B_L1))), _snapshot_and_write),
     "SNAPSHOT-L1-ALIAS": (s(lambda p: p.u64(S_SNAPSHOTS, p.get(40))), s()),
     "DATA-BEYOND-END": (b(lambda p: p.u64(24, 0x20000)), b(lambda p: p.u64(24, 0x30000))),
+    "REFCOUNTS-ABSENT": (b(lambda p: p.write(B_REFBLOCK, bytes(16))), b(lambda p: p.write(B_REFBLOCK, bytes(14)))),
+    "L2-TABLE-LOST": (_punched(2), _discarded),
+    "L1-TABLE-LOST": (lambda path: _punched(3)(path, "l1"), empty),
     "TRUNCATED": (b(lambda p: p.cut(B_END - 0x10000)), b(lambda p: p.l2(3, COPIED | 0x1000000))),
     "PARTIAL-LAST-CLUSTER": (empty, b()),
     "L1-OVERSIZED": (_resized, b()),
@@ -265,7 +290,9 @@ def test_code_is_not_found_on_the_near_miss(code: str, tmp_path: Path) -> None:
 
 
 def test_every_rule_of_these_modules_has_a_case() -> None:
-    own = {code for code, entry in catalog().items() if entry.section in ("header", "integrity", "overlap")}
+    own = {
+        code for code, entry in catalog().items() if entry.section in ("header", "integrity", "lost_tables", "overlap")
+    }
     assert own == {f"QCOW2-{code}" for code in CASES}
 
 
@@ -456,3 +483,80 @@ def test_an_applied_snapshot_with_vm_state_is_only_low(tmp_path: Path) -> None:
     qemu.snapshot(path, "one", action="-a")
     findings = found(path, "DATA-BEYOND-END")
     assert all(finding.severity <= Severity.LOW for finding in findings)
+
+
+# --- lost tables ---------------------------------------------------------------------------------
+
+SPAN = 512 * MiB
+
+
+def four_tables(path: Path, **options: object) -> list[int]:
+    """An image of QEMU's with four L2 tables of 16 clusters each; return where the tables are."""
+    qemu.create(path, "2G", **options)
+    for index in range(4):
+        qemu.io(path, f"write -P {index + 1} {index * 512}M 1M")
+    poke = Poke(path)
+    return [poke.get(poke.get(40) + 8 * index) & 0x00FF_FFFF_FFFF_FE00 for index in range(4)]
+
+
+CONTENTS = {
+    "zeros": (bytes(65536), "holds zeros"),
+    "refcounts": (b"\0\1" * 32768, "holds a refcount block"),
+    "text": (b"Lorem ipsum dolor sit amet, consectetur.\n" * 1598, "holds text"),
+    "random": (random.Random(18).randbytes(65536), "holds other data"),
+}
+
+
+@pytest.mark.parametrize("what", CONTENTS)
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_three_lost_tables_of_four_are_three_items(tmp_path: Path, what: str, compat: str) -> None:
+    path = tmp_path / "image.qcow2"
+    tables = four_tables(path, compat=compat)
+    data, words = CONTENTS[what]
+    for table in tables[1:]:
+        Poke(path).write(table, data)
+    report = audit(path)
+    finding = only(report, "QCOW2-L2-TABLE-LOST")
+    assert finding.count == 3
+    assert [(item.offset, item.guest_offset) for item in finding.evidence] == [
+        (table, index * SPAN) for index, table in enumerate(tables) if index
+    ]
+    assert all(
+        str(item.value).startswith(words) and "16 leaked clusters" in str(item.value) for item in finding.evidence
+    )
+    assert "QCOW2-L2-TABLE-LOST" in only(report, "QCOW2-CHECK-LEAKS").explained_by
+
+
+def test_a_hole_of_the_host_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    table = four_tables(path)[2]
+    subprocess.run(["fallocate", "-p", "-o", str(table), "-l", "65536", path], check=True)
+    finding = only(audit(path), "QCOW2-L2-TABLE-LOST")
+    assert "hole" in str(finding.evidence[0].value)
+
+
+def test_single_wrong_entries_are_no_lost_table(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    table = four_tables(path)[0]
+    for index in range(3):
+        Poke(path).set_bits(table + 8 * index, 2)
+    assert "QCOW2-L2-TABLE-LOST" not in {finding.code for finding in audit(path)}
+
+
+def test_streams_of_another_compression_type_are_one_finding(tmp_path: Path) -> None:
+    raw, path = tmp_path / "raw", tmp_path / "image.qcow2"
+    raw.write_bytes(b"".join(bytes([index]) * 65000 + bytes(536) for index in range(1, 62)))
+    qemu.img("convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd", "-f", "raw", raw, path)
+    Poke(path).u8(104, 0).u64(72, 0)  # as a rewritten header: compression type 0, no incompatible bit
+    findings = [finding for finding in audit(path, "deep") if finding.code == "QCOW2-COMPRESSED-INVALID"]
+    (finding,) = findings
+    assert "zstd" in finding.title
+    assert finding.count == 61
+
+
+def test_one_finding_accounts_for_all_that_a_writer_without_refcounts_causes(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "image.qcow2")
+    Poke(path).write(B_REFBLOCK, bytes(16))
+    report = audit(path)
+    unexplained = [finding.code for finding in report.at_least(Severity.MEDIUM) if not finding.explained_by]
+    assert unexplained == ["QCOW2-REFCOUNTS-ABSENT"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,3 +152,71 @@ def test_version_1_images_are_read_as_qemus(tmp_path: Path) -> None:
         assert image.header.version == 1
     (finding,) = found(path, "WRITER-PROFILE")
     assert "version 1" in finding.title
+
+
+# --- writers other than QEMU ---------------------------------------------------------------------
+
+
+def profile(path: Path) -> str:
+    (finding,) = found(path, "WRITER-PROFILE")
+    return finding.title
+
+
+def laid_out(version: int, bits: int, header_length: int = 104, **places: int) -> Callable[[Path], object]:
+    """An image with its tables at the clusters a writer puts them; only what says where they are."""
+
+    def make(path: Path) -> None:
+        size = 1 << bits
+        data = bytearray(max(places.values()) * size + size)
+        head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", version, 0, 0, bits, 1 << 20, 0, 1, places["l1"] * size,
+                           places["reftable"] * size, 1, 0, 0)  # fmt: skip
+        if version == 3:
+            head += struct.pack(">QQQII", 0, 0, 0, 4, header_length)
+        data[: len(head)] = head
+        for table, target in (("l1", "l2"), ("reftable", "block")):
+            data[places[table] * size :][:8] = b""
+            struct.pack_into(
+                ">Q", data, places[table] * size, places[target] * size | ((1 << 63) if target == "l2" else 0)
+            )
+        for cluster in range(max(places.values()) + 1) if "counted" not in places else ():
+            struct.pack_into(">H", data, places["block"] * size + 2 * cluster, 1)
+        path.write_bytes(data)
+
+    return make
+
+
+WRITERS = {
+    "FreeBSD's mkimg (version 2)": laid_out(2, 16, l1=1, reftable=2, l2=3, block=4),
+    "QEMU before 1.1": laid_out(2, 16, l1=1, reftable=2, block=3, l2=4),
+    "e2image": laid_out(2, 12, l1=1, reftable=2, l2=4, block=5),
+    "crosvm": laid_out(3, 16, l1=1, reftable=2, block=3, l2=4),
+    "as Go libraries do": laid_out(3, 16, 112, l1=3, reftable=4, block=5, l2=6, counted=0),
+    "unknown writer": laid_out(3, 16, 112, l1=3, reftable=4, block=5, l2=6),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_writer_other_than_todays_qemu_is_read_from_the_layout(tmp_path: Path, writer: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    WRITERS[writer](path)
+    assert writer in profile(path)
+
+
+def test_what_e2image_makes_is_read_as_its_own_and_healthy(tmp_path: Path) -> None:
+    tools = {name: shutil.which(name, path="/usr/bin:/bin:/usr/sbin:/sbin") for name in ("mkfs.ext4", "e2image")}
+    if None in tools.values():
+        pytest.skip("e2fsprogs is absent")
+    for block_size in (1024, 4096):
+        raw, path = tmp_path / "raw", tmp_path / f"{block_size}.qcow2"
+        raw.write_bytes(b"")
+        os.truncate(raw, 16 << 20)
+        subprocess.run([str(tools["mkfs.ext4"]), "-q", "-F", "-b", str(block_size), raw], check=True)
+        subprocess.run([str(tools["e2image"]), "-Q", raw, path], check=True, capture_output=True)
+        assert "e2image" in profile(path)
+        assert audit(path, "deep").at_least(Severity.MEDIUM) == ()
+
+
+def test_version_1_of_mkimg_is_not_qemus(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "d.qcow", "1M", fmt="qcow")
+    Poke(path).u64(40, 0x1000).append(bytes(8192))
+    assert "mkimg" in profile(path)

@@ -20,6 +20,7 @@ from tests.image_builder import (
     B_L2,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
+    Builder,
     Poke,
     base_b,
     base_s,
@@ -93,6 +94,15 @@ def thin_bomb(path: Path) -> None:
         stream.truncate(65 << 20)
     options = ("-S", "0", "-c", "-O", "qcow2", "-o", "cluster_size=2M")
     qemu.img("convert", *options, "-f", "raw", raw, path)
+
+
+def sharing_bomb(path: Path) -> None:
+    """128 MiB in streams that begin a byte apart, in a few sectors."""
+    builder = Builder(cluster_bits=21)
+    host = builder.put(deflate(bytes(2 << 20)).ljust(4096, b"\0"))
+    for index in range(64):
+        builder.entry(index << 21, compressed_entry(host + index, 2048, 21))
+    builder.write(path)
 
 
 def compressed(path: Path) -> None:
@@ -189,6 +199,7 @@ CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("BACKING-FORMAT-MISMATCH", overlay("qcow2", "raw"), T.HIGH),
     ("BACKING-FORMAT-MISMATCH", overlay("raw", "raw"), None),
     ("BACKING-FORMAT-MISMATCH", overlay("qcow2", "qcow2"), None),
+    ("BACKING-MISSING", backing(b"/images/base.qcow2"), T.MEDIUM),
     ("BACKING-MISSING", backing(b"base.qcow2"), T.MEDIUM),
     ("BACKING-MISSING", backing(b"base.qcow2", stands=True), None),
     ("BACKING-WITH-RAW-DATAFILE", poked(lambda p: p.names([], b"base").u64(88, 2)), T.HIGH),
@@ -212,7 +223,8 @@ CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("AMPLIFICATION", bomb, T.HIGH),
     ("AMPLIFICATION", compressed, None),
     ("AMPLIFICATION", base_s, None),
-    ("COMPRESSION-BOMB", thin_bomb, T.MEDIUM),
+    ("COMPRESSION-BOMB", thin_bomb, T.LOW),
+    ("COMPRESSION-BOMB", sharing_bomb, T.MEDIUM),
     ("COMPRESSION-BOMB", compressed, None),
     ("NESTED-IMAGE", guest(b"QFI\xfb\0\0\0\3"), T.MEDIUM),
     ("NESTED-IMAGE", guest(b"KDMV"), T.MEDIUM),

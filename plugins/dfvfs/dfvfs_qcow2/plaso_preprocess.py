@@ -1,4 +1,4 @@
-"""The image tells its own story: findings as warnings, snapshots as events.
+"""What an audit of the image finds as warnings, and its snapshots as events.
 
 The plugin runs once per image. The stock ``pinfo --sections warnings`` shows the warnings, and the
 stock psort the events.
@@ -15,6 +15,7 @@ from plaso.containers import events
 from plaso.preprocessors import interface, manager
 
 from qcow2_forensics.errors import Qcow2Error
+from qcow2_forensics.findings import Severity
 from qcow2_forensics.text import printable
 
 from .inspection import audit, open_image, qcow_path_specs, snapshot_path_spec
@@ -102,7 +103,7 @@ def _tell_findings(mediator: Any, path_spec: Any) -> None:
     mediator.SetFileEntry(_Location(path_spec))
     try:
         try:
-            findings = [describe(finding) for finding in audit(path_spec).findings]
+            findings = [describe(finding) for finding in audit(path_spec).at_least(Severity.LOW)]
         except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
             why = f"{type(error).__name__}: {printable(str(error), 500)}"
             mediator.ProducePreprocessingWarning(PLUGIN_NAME, f"the image could not be audited: {why}")

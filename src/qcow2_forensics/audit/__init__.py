@@ -35,6 +35,7 @@ LIMITED = "QCOW2-AUDIT-LIMITED"
 _MODULES = {
     "header": Depth.TRIAGE,
     "integrity": Depth.STANDARD,
+    "lost_tables": Depth.STANDARD,
     "overlap": Depth.STANDARD,
     "residual": Depth.DEEP,
     "hidden": Depth.STANDARD,

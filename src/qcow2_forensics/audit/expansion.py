@@ -8,13 +8,29 @@ import numpy as np
 
 from ..census import Owner
 from ..census.columns import compressed_extents
+from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
-from ..format.entries import COPIED
-from ..limits import MiB
+from ..format.entries import COPIED, compressed_descriptor
+from ..format.header import Compression
+from ..limits import KiB, MiB
+from ..reader.codecs import codec_of
 from .facts import Facts
-from .rules import QEMU_MADE, Chapter, Depth
+from .overlap import evenly
+from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Expansion")
+
+_DEFLATE_RATIO = 1032  # bytes that deflate makes at most of one
+_ZSTD_FRAME, _ZSTD_BLOCK = 10, 4  # bytes of a frame's header, and of a block of one repeated byte, up to 128 KiB
+_SAMPLES = 64  # streams whose content is looked at
+_ARCHIVES = (
+    (b"\x1f\x8b\x08", "gzip"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"BZh", "bzip2"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"PK\3\4", "ZIP"),
+    (b"QFI\xfb", "QCOW2"),
+)
 
 
 @rule(
@@ -49,13 +65,14 @@ def amplification(facts: Facts) -> Iterator[Evidence]:
     "QCOW2-COMPRESSION-BOMB",
     Severity.MEDIUM,
     "compressed clusters expand very far",
-    note="consistent with a disk full of zeros that was compressed as data, or with a bomb",
-    when="at least 64 MiB are stored compressed, more than 500 times",
-    harmless="disks full of zeros compress a thousand times; QEMU's convert leaves zeros out",
+    note="consistent with an image made to exhaust whatever expands it",
+    when="at least 64 MiB are stored compressed, in fewer bytes than their codec can make of any content (streams share "
+    "bytes), or are compressed more than 500 times and begin as compressed files; Low above 500 times otherwise",
+    harmless="disks full of zeros or of one pattern compress a thousand times (Low)",
     depth=Depth.STANDARD,
     validated=QEMU_MADE,
 )
-def compression_bomb(facts: Facts) -> Iterator[Evidence]:
+def compression_bomb(facts: Facts) -> Iterator[Graded]:
     bits = facts.header.cluster_bits
     if facts.census.compressed << bits < 64 * MiB:
         return
@@ -65,9 +82,41 @@ def compression_bomb(facts: Facts) -> Iterator[Evidence]:
         return
     starts, lengths = compressed_extents(unique, facts.header)
     stored = _union(starts, starts + lengths)
-    if guest > 500 * max(stored, 1):
-        yield Evidence("compressed_guest_bytes", guest)
-        yield Evidence("compressed_host_bytes", stored)
+    ratio = guest // max(stored, 1)
+    if ratio <= 500:
+        return
+    evidence = [
+        Evidence("compressed_guest_bytes", guest),
+        Evidence("compressed_host_bytes", stored),
+        Evidence("ratio", ratio),
+    ]
+    nested = _nested(facts, unique)
+    if nested:
+        evidence.append(Evidence("content_starts_as", nested))
+    severity = None if nested or ratio > _best_ratio(facts) else Severity.LOW
+    yield graded(evidence, severity=severity)
+
+
+def _best_ratio(facts: Facts) -> int:
+    """Return how many times the codec of the image can compress a cluster at most."""
+    if facts.header.compression_type == Compression.ZLIB:
+        return _DEFLATE_RATIO
+    size = facts.cluster_size
+    return size // (_ZSTD_FRAME + _ZSTD_BLOCK * -(-size // (128 * KiB)))
+
+
+def _nested(facts: Facts, entries: np.ndarray) -> str:
+    """Return the signature of compressed files that clusters begin with, empty for none; some are looked at."""
+    for entry in evenly(entries, _SAMPLES).tolist():
+        host, length = compressed_descriptor(entry, facts.header.cluster_bits)
+        try:
+            data = codec_of(facts.header.compression_type).decode(facts.read(host, length), facts.cluster_size)
+        except (ValueError, Qcow2Error):
+            continue
+        found = next((name for magic, name in _ARCHIVES if data.startswith(magic)), "")
+        if found:
+            return found
+    return ""
 
 
 def _union(starts: np.ndarray, ends: np.ndarray) -> int:

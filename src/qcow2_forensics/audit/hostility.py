@@ -203,7 +203,7 @@ def _partitions(head: bytes) -> bool:
 @rule(
     "QCOW2-GATEKEEPER",
     Severity.INFO,
-    "what services that accept images would say to this one",
+    "whether upload checks of cloud services would accept this image",
     note="from header facts alone; services check more around it",
     when="always",
     validated=DERIVED,
@@ -221,7 +221,8 @@ def gatekeeper(facts: Facts) -> Iterator[Evidence]:
         refusals.append("an incompatible feature bit above 3 (extended L2 entries are bit 4)")
     yield _verdict("OpenStack format inspector (Nova, Glance, Cinder, Ironic)", refusals)
     names_in = [f"a {name.role} file" for name in names(facts)]
-    yield _verdict("KubeVirt CDI, CloudStack import", names_in)
+    yield _verdict("KubeVirt CDI", [*names_in, *(["version 1"] if header.version == 1 else [])])
+    yield _verdict("CloudStack import", names_in)
     unformatted = ["a backing file without a recorded format"] if _unformatted(facts) else []
     yield _verdict("libvirt", unformatted)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from ..findings import Evidence, Selection, Severity
 from ..format.header import Incompatible
 from .entry_evidence import (
@@ -23,7 +25,10 @@ from .undecodable_streams import undecodable
 rule = Chapter(__name__, "Integrity, by the rules of `qemu-img check` and beyond them")
 
 STANDARD = Depth.STANDARD
-_DIRTY = ("QCOW2-DIRTY",)
+_FEW = 4  # clusters in use: a header and three tables
+_UNCOUNTED = ("QCOW2-REFCOUNTS-ABSENT",)
+_LOST = ("QCOW2-L2-TABLE-LOST", "QCOW2-L1-TABLE-LOST")  # tables, and with them what they account for
+_DIRTY = ("QCOW2-DIRTY", *_UNCOUNTED, *_LOST)
 _CUT = ("QCOW2-TRUNCATED",)
 
 # Issues of the census that QEMU's check counts as corruptions.
@@ -44,6 +49,26 @@ _COUNTED = {
     "reftable-beyond-eof": "refcount block is past the end of the file",
     "reftable-shared": "refcount block is used by something else too",
 }
+
+
+@rule(
+    "QCOW2-REFCOUNTS-ABSENT",
+    Severity.MEDIUM,
+    "the image counts none of its clusters",
+    note="every byte of the disk reads exactly, and the next writer that trusts the refcounts overwrites it: consistent "
+    "with a library that keeps no refcounts",
+    when="every cluster in use has the refcount 0, and none that is free has another",
+    depth=STANDARD,
+)
+def refcounts_absent(facts: Facts) -> Iterator[Evidence]:
+    census = facts.census
+    counted = sum(census.issues[kind].count for kind in ("refcount-zero-data", "refcount-zero-metadata"))
+    if counted < _FEW or census.issues["leaked"].count or census.issues["refcount-past-end"].count:
+        return
+    used = sum(int(np.count_nonzero(part)) for _, part in census.owner_parts())
+    if used == counted:
+        yield Evidence("clusters in use", used)
+        yield facts.field("refcount_table_offset")
 
 
 @rule(
@@ -184,7 +209,7 @@ rule(
     note="consistent with truncation, or with a file that used to be larger; QEMU's check does not see it",
     when="the refcount of a cluster that begins at or after the end of the file is not 0",
     depth=STANDARD,
-    explained_by=_CUT,
+    explained_by=(*_CUT, *_LOST),
 )
 def refcount_past_end(facts: Facts) -> Iterator[Graded]:
     issue = facts.census.issues["refcount-past-end"]
@@ -228,6 +253,7 @@ rule(
     note="consistent with editing, a foreign writer, or data parsed as metadata",
     when="a reserved bit of an L1, L2, refcount table or bitmap table entry is set; some of them QEMU's check passes over",
     depth=STANDARD,
+    explained_by=_LOST,
 )(of_entries("reserved-bits", "extended-bit-0", "compressed-high-bits", "reftable-reserved"))
 
 
@@ -238,6 +264,7 @@ rule(
     note="the range behind such an offset is unreadable; consistent with damage or a crafted image",
     when="an offset of a table or a cluster is not a multiple of the cluster size",
     depth=STANDARD,
+    explained_by=_LOST,
 )
 def unaligned_offset(facts: Facts) -> Iterator[Evidence | Graded]:
     for name in ("l1_table_offset", "refcount_table_offset", "snapshots_offset"):
@@ -256,7 +283,7 @@ rule(
     note="consistent with a truncated acquisition or a crafted pointer; QEMU silently shows zeros there",
     when="a table, or a cluster that an entry names, begins at or after the end of the file",
     depth=STANDARD,
-    explained_by=_CUT,
+    explained_by=(*_CUT, *_LOST),
 )(of_entries("beyond-eof", "reftable-beyond-eof"))
 
 
@@ -267,6 +294,7 @@ rule(
     note="the whole cluster is unreadable in QEMU; consistent with damage or editing",
     when="a subcluster is both allocated and zero, or allocated without a cluster, or a compressed entry has a bitmap",
     depth=STANDARD,
+    explained_by=_LOST,
 )(of_entries("subcluster"))
 
 
@@ -277,6 +305,7 @@ rule(
     note="unreadable in QEMU; consistent with a downgraded or edited image",
     when="bit 0 of an L2 entry is set although version 2 does not know it; QEMU's check passes over it",
     depth=STANDARD,
+    explained_by=_LOST,
 )(of_entries("zero-flag-v2"))
 
 
@@ -287,6 +316,7 @@ rule(
     note="such an entry reads as unallocated; consistent with editing or damage",
     when="an L1 or L2 entry has flags but the offset 0, without a data file; QEMU's check passes over it",
     depth=STANDARD,
+    explained_by=_LOST,
 )(of_entries("alloc-at-zero", "l1-at-zero"))
 
 
@@ -297,6 +327,7 @@ rule(
     note="the cluster is unreadable or ambiguous; consistent with damage, or with an entry edited by hand",
     when="a compressed entry has the copied flag or uses a data file; deep: its stream does not give exactly one cluster",
     depth=STANDARD,
+    explained_by=_LOST,
 )
 def compressed_invalid(facts: Facts) -> Iterator[Graded | Deferred]:
     yield from entries(facts, "compressed-copied", "compressed-data-file")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
-from ..census.columns import Places
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.entries import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
 from .applied_vm_state import applied_vm_state
@@ -18,6 +18,7 @@ from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Overlaps, aliases and ends")
 
+Number = TypeVar("Number", bound=np.integer)
 STANDARD = Depth.STANDARD
 
 
@@ -31,6 +32,7 @@ STANDARD = Depth.STANDARD
     ),
     when="a mapped cluster, compressed or not, intersects the header, a table or a LUKS header",
     depth=STANDARD,
+    explained_by=("QCOW2-L2-TABLE-LOST",),
 )
 def data_over_metadata(facts: Facts) -> Iterator[Graded]:
     census = facts.census
@@ -62,7 +64,7 @@ def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
     return list(found.items), count
 
 
-def evenly(places: Places, most: int = EVIDENCE_LIMIT) -> Places:
+def evenly(places: npt.NDArray[Number], most: int = EVIDENCE_LIMIT) -> npt.NDArray[Number]:
     """Return at most ``most`` of some places, at equal distances."""
     return places if len(places) <= most else places[np.linspace(0, len(places) - 1, most).astype(np.intp)]
 
@@ -122,6 +124,7 @@ def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
     note="two guest locations share their bytes, which QEMU never writes: consistent with crafting or damage",
     when="one host cluster, or one compressed stream, is mapped at two or more guest offsets; QEMU's check passes over it",
     depth=STANDARD,
+    explained_by=("QCOW2-L2-TABLE-LOST",),
 )
 def shared_cluster(facts: Facts) -> Iterator[Graded]:
     census = facts.census

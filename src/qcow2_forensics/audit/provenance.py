@@ -11,6 +11,7 @@ from ..residue import content
 from ..residue.slack import V2_LEFTOVER
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded, of_fields
+from .writer_layouts import counts_nothing, layout
 
 rule = Chapter(__name__, "Provenance and writer")
 
@@ -58,71 +59,77 @@ _BY_ROWS = {
 def writer_profile(facts: Facts) -> Iterator[Graded]:
     evidence = list(_signs(facts))
     readings = [item.value for item in evidence if item.field == "reading"]
-    title = f"header last written by {readings[0]}" if readings else "nothing tells who wrote the header"
+    title = (
+        f"header last written by {readings[0]}"
+        if readings
+        else "unknown writer: the header and the layout are of none that is known"
+    )
     yield graded(evidence, title=title)
 
 
 def _signs(facts: Facts) -> Iterator[Evidence]:
     header, image = facts.header, facts.image
+    found = layout(facts)
     if header.version == 1:
-        yield from _qcow1_signs(facts)
+        if found is not None:
+            yield facts.field(found.field)._replace(field="reading", value=found.writer)
+        yield facts.field("cluster_bits")
+        yield facts.field("l2_bits")
         return
-    if header.version == 2:
-        at, known = V2_LEFTOVER
-        if image.read(at, len(known)) == known:
-            yield Evidence("reading", "qemu-img of the compat=0.10 era, QEMU 1.1 or later", at, len(known), "header")
-    else:
-        yield from _version3_signs(facts)
-    yield from _layout_signs(facts)
-    lengths = sorted({entry.extra_length for entry in image.snapshots})
-    if lengths:
-        yield Evidence("snapshot_extra_data", ", ".join(map(str, lengths[:20])), header.snapshots_offset)
-
-
-def _qcow1_signs(facts: Facts) -> Iterator[Evidence]:
-    header = facts.header
-    bits = (header.cluster_bits, header.l2_bits)
-    if bits == (12, 9) or (bits == (9, 12) and header.backing_file_offset):
-        yield Evidence("reading", "QEMU's QCOW version 1 writer", 32, 2, "header")
-    yield facts.field("cluster_bits")
-    yield facts.field("l2_bits")
-
-
-def _version3_signs(facts: Facts) -> Iterator[Evidence]:
-    header = facts.header
-    table = _feature_table(facts)
-    small = header.cluster_size <= 4096  # QEMU leaves the table out of small header clusters
-    if table is not None:
-        rows = table.length // _ROW
-        reading = _BY_ROWS.get(rows, f"an unknown writer of a feature table with {rows} rows")
-        yield Evidence("reading", reading, table.offset, table.length + 8, "feature name table")
-        yield Evidence("feature_table_rows", rows, table.offset, table.length + 8, "feature name table")
-    elif not small:
-        reading = "QEMU 2.x or older, or a writer of the crosvm family"
-        yield Evidence("reading", reading, header.header_length, structure="feature name table (absent)")
-    else:
-        reading = "QEMU 5.1 or later" if header.header_length >= 112 else "QEMU before 5.1"
-        yield Evidence("reading", reading, 100, 4, "header")
-    yield facts.field("header_length")
-    yield facts.field("compatible_features")
-
-
-def _layout_signs(facts: Facts) -> Iterator[Evidence]:
-    header = facts.header
-    if header.l1_table_offset == header.cluster_size and header.refcount_table_offset > header.l1_table_offset:
-        field = facts.field("l1_table_offset")
-        yield Evidence(
-            "layout", "L1 before the refcount table: the crosvm family", field.offset, field.length, "header"
-        )
-    elif header.refcount_table_offset == header.cluster_size:
-        field = facts.field("refcount_table_offset")
-        yield Evidence("layout", "refcount table at cluster 1: as QEMU creates", field.offset, field.length, "header")
+    reading = _header_reading(facts)
+    if reading is not None:
+        yield reading
     for problem in facts.problems("QCOW2-REFTABLE-INVALID"):
         yield facts.problem_evidence(problem, "refcount table")
     first = facts.read(header.refcount_table_offset, 8)
     if header.refcount_table_offset and len(first) == 8 and first[0] & 0x80:
         at = header.refcount_table_offset
         yield Evidence("reading", "tcmu-runner before its fix: flag in refcount table", at, 8, "refcount table")
+    if found is not None:
+        name = "layout" if reading is not None else "reading"
+        yield facts.field(found.field)._replace(field=name, value=found.writer)
+    elif reading is None and header.version == 3 and counts_nothing(facts):
+        words = "a library that counts no cluster of its own, as Go libraries do"
+        yield Evidence("reading", words, header.refcount_table_offset, 8, "refcount table")
+    yield from _version3_facts(facts)
+    lengths = sorted({entry.extra_length for entry in image.snapshots})
+    if lengths:
+        yield Evidence("snapshot_extra_data", ", ".join(map(str, lengths[:20])), header.snapshots_offset)
+
+
+def _header_reading(facts: Facts) -> Evidence | None:
+    """Return what the header itself says of its writer, None where only the layout can tell."""
+    header = facts.header
+    if header.version == 2:
+        at, known = V2_LEFTOVER
+        if facts.read(at, len(known)) != known:
+            return None
+        return Evidence("reading", "qemu-img of the compat=0.10 era, QEMU 1.1 or later", at, len(known), "header")
+    table = _feature_table(facts)
+    if table is not None:
+        rows = table.length // _ROW
+        reading = _BY_ROWS.get(rows, f"an unknown writer of a feature table with {rows} rows")
+        return Evidence("reading", reading, table.offset, table.length + 8, "feature name table")
+    found = layout(facts)
+    if found is None or "QEMU" not in found.writer:
+        return None
+    if header.cluster_size <= 4096:  # QEMU leaves the table out of small header clusters
+        return Evidence(
+            "reading", "QEMU 5.1 or later" if header.header_length >= 112 else "QEMU before 5.1", 100, 4, "header"
+        )
+    if header.header_length > 104:
+        return None  # since QEMU 5.1, which writes the table
+    return Evidence("reading", "QEMU 2.x or older", header.header_length, structure="feature name table (absent)")
+
+
+def _version3_facts(facts: Facts) -> Iterator[Evidence]:
+    if facts.header.version == 3:
+        table = _feature_table(facts)
+        if table is not None:
+            place = table.offset, table.length + 8, "feature name table"
+            yield Evidence("feature_table_rows", table.length // _ROW, *place)
+        yield facts.field("header_length")
+        yield facts.field("compatible_features")
 
 
 @rule(

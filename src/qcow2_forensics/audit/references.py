@@ -215,17 +215,18 @@ def backing_format_mismatch(facts: Facts) -> Iterator[Evidence]:
 )
 def backing_missing(facts: Facts) -> Iterator[Evidence]:
     for member in chain(facts).backing:
-        if _worth_telling(facts, member):
+        if _is_unseen(facts, member):
             yield Evidence("backing_file", member.name, structure=f"chain member {member.depth}")
             yield Evidence(
                 member.status, ", ".join(member.tried) or member.why, structure=f"chain member {member.depth}"
             )
 
 
-def _worth_telling(facts: Facts, member: Member) -> bool:
-    """Whether no rule about names already says why the file was not looked at."""
+def _is_unseen(facts: Facts, member: Member) -> bool:
+    """Whether no rule about names already reports why the file was not looked at."""
     if member.status == "refused" and member.depth == 1:
-        return all(name.is_plain for name in names(facts) if name.role == member.role)
+        named = [name for name in names(facts) if name.role == member.role]
+        return all(name.is_plain or (name.is_absolute and not _is_device(name)) for name in named)
     return member.status in ("missing", "refused", "broken")
 
 
@@ -311,7 +312,7 @@ def datafile_name(facts: Facts) -> Iterator[Evidence]:
     if extension is None or member is None:
         place = None if extension is None else extension.offset
         yield Evidence("data_file", None, place, structure="data file name")
-    elif member.status == "loop" or _worth_telling(facts, member):
+    elif member.status == "loop" or _is_unseen(facts, member):
         yield Evidence("data_file", member.name, extension.data_offset, extension.length, "data file name")
         yield Evidence(member.status, ", ".join(member.tried) or member.why)
     elif facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA and member.file_size < facts.image.disk_size:

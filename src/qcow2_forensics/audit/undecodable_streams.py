@@ -8,14 +8,19 @@ from functools import partial
 import numpy as np
 
 from ..census import Tables
+from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.entries import compressed_descriptor
-from ..format.header import SECTOR
+from ..format.header import SECTOR, Compression
 from ..reader.codecs import Codec, codec_of
 from ..residue.streams import Decoded, decode_all
 from .entry_evidence import snapshot_id
 from .facts import Facts
-from .rules import Deferred
+from .overlap import evenly
+from .rules import Deferred, Graded, graded
+
+_SAMPLES = 64  # streams tried with another compression type
+_SHOWN = 20  # of those, listed
 
 
 def decoded_streams(facts: Facts) -> Decoded:
@@ -23,12 +28,17 @@ def decoded_streams(facts: Facts) -> Decoded:
     return decode_all(facts.image, facts.census)
 
 
-def undecodable(facts: Facts) -> Iterator[Deferred]:
+def undecodable(facts: Facts) -> Iterator[Deferred | Graded]:
     """Yield the compressed entries whose stream is bad, too short, or too long.
 
-    :class:`LimitExceeded` behind them where decoding every stream would take too long.
+    All of them are one finding where another compression type decodes them. :class:`LimitExceeded`
+    follows them where decoding every stream would take too long.
     """
     decoded = facts.once(decoded_streams)
+    other = _other_type(facts, decoded)
+    if other is not None:
+        yield _mistaken(facts, decoded, other)
+        return
     bad = np.asarray([entry for entry in decoded.failed.tolist() if _fault(facts, entry)], dtype=np.uint64)
     if len(bad):
         for tables in facts.census.tables():
@@ -36,6 +46,38 @@ def undecodable(facts: Facts) -> Iterator[Deferred]:
                 yield Deferred(partial(_evidence, facts, tables, row, column), int(tables.offsets[row]))
     if decoded.stopped is not None:
         raise decoded.stopped
+
+
+def _other_type(facts: Facts, decoded: Decoded) -> Compression | None:
+    """Return the compression type that decodes the streams which the header's own does not; None where none does."""
+    failed = evenly(decoded.failed, _SAMPLES).tolist()
+    for kind in Compression:
+        if kind != facts.header.compression_type and failed:
+            streams = (compressed_descriptor(entry, facts.header.cluster_bits) for entry in failed)
+            if all(_decodes(kind, facts.read(*stream), facts.cluster_size) for stream in streams):
+                return kind
+    return None
+
+
+def _decodes(kind: Compression, stored: bytes, size: int) -> bool:
+    try:
+        return bool(stored) and len(codec_of(kind).decode(stored, size)) == size
+    except (ValueError, Qcow2Error):
+        return False
+
+
+def _mistaken(facts: Facts, decoded: Decoded, other: Compression) -> Graded:
+    """Return the finding that the header names the wrong compression type."""
+    own, name = codec_of(facts.header.compression_type).name, codec_of(other).name
+    evidence = [facts.field("incompatible_features"), facts.field("compression_type")]
+    for entry in evenly(decoded.failed, _SHOWN).tolist():
+        host, length = compressed_descriptor(entry, facts.header.cluster_bits)
+        evidence.append(Evidence(f"stream that decodes as {name}", None, host, length, "compressed cluster"))
+    note = (
+        "consistent with a header that was rewritten with another compression type; with that type the data can be read"
+    )
+    title = f"compressed clusters are {name}, the header says {own}"
+    return graded(evidence, title=title, note=note, count=len(decoded.failed))
 
 
 def _evidence(facts: Facts, tables: Tables, row: int, column: int) -> Evidence:

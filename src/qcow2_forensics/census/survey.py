@@ -33,6 +33,10 @@ def take_census(image: Image, subscribers: Iterable[type[Subscriber]] = ()) -> C
     """
     header = image.header
     if header.version not in (2, 3) or not 9 <= header.cluster_bits <= 21:
+        if header.version == 1:
+            raise FormatError(
+                "QCOW version 1 has no refcounts: nothing in it says which clusters are free", field="version"
+            )
         raise FormatError("the image has no known geometry to count by", field="cluster_bits")
     length = -(-image.file_size // SECTOR) * SECTOR
     clusters = -(-length // header.cluster_size)

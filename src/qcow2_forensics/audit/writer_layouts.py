@@ -1,0 +1,132 @@
+"""Writers by the layout of the images they make, for images whose header does not say more.
+
+What each writer puts behind the header, in clusters::
+
+    QEMU, since 1.1    refcount table, refcount block, L1, L2, data
+    QEMU, before 1.1   L1, refcount table, refcount block, L2, data          version 2
+    Xen Orchestra      refcount table, all refcount blocks, L1, all L2, data version 2
+    mkimg (FreeBSD)    L1, refcount table, all L2, all refcount blocks, data version 2, 64 KiB
+    e2image            L1, refcount table, one cluster unused, L2, ...       version 2, block size of the file system
+    crosvm             L1, refcount table, ...                               version 3, header of 104 bytes
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..format.entries import OFFSET_MASK
+from ..format.header import V2_HEADER_LENGTH
+from ..residue.slack import V2_LEFTOVER
+from .facts import Facts
+
+_CROSVM_HEADER = 104
+_QCOW1_HEADER = 48
+
+
+class Layout(NamedTuple):
+    """A writer, and the header field whose value shows it."""
+
+    writer: str
+    field: str
+
+
+def layout(facts: Facts) -> Layout | None:
+    """Return the writer whose layout an image has, None where it is that of none."""
+    version = facts.header.version
+    if version == 1:
+        return _version1(facts)
+    tables = _Tables.of(facts)
+    if tables.refcount_table == tables.size:
+        return _refcounts_first(facts, tables)
+    if tables.l1 == tables.size and tables.refcount_table == tables.behind_l1:
+        return _version3(facts) if version == 3 else _l1_first(facts, tables)
+    return None
+
+
+class _Tables(NamedTuple):
+    """Where an image's tables are, in bytes; 0 for one that is not there."""
+
+    size: int  # of a cluster
+    l1: int
+    behind_l1: int  # the first whole cluster
+    refcount_table: int
+    behind_refcount_table: int
+    first_block: int
+    first_l2: int
+    second_l2: int
+
+    @classmethod
+    def of(cls, facts: Facts) -> _Tables:
+        header, size = facts.header, facts.cluster_size
+        first, second = _first_two(facts, header.l1_table_offset, header.l1_size)
+        return cls(
+            size,
+            header.l1_table_offset,
+            -(-(header.l1_table_offset + header.l1_size * 8) // size) * size,
+            header.refcount_table_offset,
+            header.refcount_table_offset + header.refcount_table_clusters * size,
+            _first_two(facts, header.refcount_table_offset, 1)[0],
+            first,
+            second,
+        )
+
+
+def _first_two(facts: Facts, offset: int, count: int) -> tuple[int, int]:
+    """Return the first two pointers that a table holds, among its first 4,096 entries; 0 for none."""
+    data = facts.read(offset, min(count, 4096) * 8)
+    words = (int.from_bytes(data[at : at + 8], "big") & OFFSET_MASK for at in range(0, len(data) - 7, 8))
+    found = [word for word in words if word][:2]
+    return (*found, 0, 0)[0], (*found, 0, 0)[1]
+
+
+def _version1(facts: Facts) -> Layout | None:
+    header = facts.header
+    named = _QCOW1_HEADER + (header.backing_file_size if header.backing_file_offset == _QCOW1_HEADER else 0)
+    bits = header.cluster_bits, header.l2_bits
+    if header.l1_table_offset == (named + 7) // 8 * 8 and bits in ((12, 9), (9, 12)):
+        return Layout("QEMU's QCOW version 1 writer", "l1_table_offset")
+    if header.l1_table_offset == header.cluster_size and bits == (12, 9):
+        return Layout("FreeBSD's mkimg (version 1)", "l1_table_offset")
+    return None
+
+
+def _refcounts_first(facts: Facts, tables: _Tables) -> Layout | None:
+    if facts.header.version == 3:
+        return Layout("QEMU, as it creates images", "refcount_table_offset")
+    at, known = V2_LEFTOVER
+    if facts.read(at, len(known)) == known:
+        return Layout("QEMU, as it creates images", "refcount_table_offset")
+    bare = not any(facts.read(V2_HEADER_LENGTH, 4096 - V2_HEADER_LENGTH))
+    if bare and tables.first_l2 == tables.behind_l1 and tables.second_l2 == tables.first_l2 + tables.size:
+        return Layout("Xen Orchestra's streaming writer", "refcount_table_offset")
+    if bare:
+        return Layout("QEMU or Xen Orchestra's streaming writer", "refcount_table_offset")
+    return Layout("QEMU, as it creates images", "refcount_table_offset")
+
+
+def _l1_first(facts: Facts, tables: _Tables) -> Layout | None:
+    if tables.first_block == tables.behind_refcount_table:
+        return Layout("QEMU before 1.1", "l1_table_offset")
+    if tables.first_l2 == tables.behind_refcount_table and facts.header.cluster_bits == 16:
+        return Layout("FreeBSD's mkimg (version 2)", "l1_table_offset")
+    if tables.first_l2 == tables.behind_refcount_table + tables.size:
+        return Layout("e2image of e2fsprogs", "l1_table_offset")
+    return None
+
+
+def _version3(facts: Facts) -> Layout | None:
+    if facts.header.header_length == _CROSVM_HEADER and not facts.image.extensions:
+        return Layout("the crosvm family (crosvm, Cloud Hypervisor)", "l1_table_offset")
+    return None
+
+
+def counts_nothing(facts: Facts) -> bool:
+    """Whether the first refcount block gives the header, a table or itself no reference, as some libraries leave it."""
+    header = facts.header
+    if header.version < 2 or header.refcount_order > 6:
+        return False
+    block = _first_two(facts, header.refcount_table_offset, 1)[0]
+    if not block or block >= facts.image.file_size:
+        return False
+    bits = header.refcount_bits
+    return not any(facts.read(block, max(1, 4 * bits // 8)))
