@@ -239,11 +239,23 @@ def memory_deleted(path: Path) -> None:
     qemu.monitor(path, "delvm a", drive="if=ide,pass-discard-snapshot=off")
 
 
+def memory_applied(path: Path) -> None:
+    memory(path)
+    qemu.img("snapshot", "-a", "a", path)
+
+
+def memory_applied_and_deleted(path: Path) -> None:
+    memory_applied(path)
+    qemu.img("snapshot", "-d", "a", path)
+
+
 T = Severity
 
 CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("VMSTATE-RESIDUE", memory_deleted, T.MEDIUM),
     ("VMSTATE-RESIDUE", memory, None),
+    ("VMSTATE-LEFTOVER", memory_applied_and_deleted, T.HIGH),
+    ("VMSTATE-LEFTOVER", memory_applied, None),
     ("VMSTATE-TRACE", memory_deleted, T.LOW),
     ("VMSTATE-TRACE", memory, None),
     ("RAW-DATAFILE-DIVERGES", raw_data_file_without_an_entry, T.HIGH),

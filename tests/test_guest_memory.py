@@ -6,11 +6,13 @@ What real machines send is in ``test_guest_memory_machines``.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import pytest
@@ -21,7 +23,9 @@ import qcow2_forensics
 from qcow2_forensics.errors import FormatError, LimitExceeded, NotQcow2, Qcow2Error, ReadError, Unsupported
 from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.limits import DEFAULT_LIMITS
-from qcow2_forensics.memory import GuestMemory, StreamWindow, cursor, open_guest_memory, pages
+from qcow2_forensics.memory import Block, GuestMemory, StreamWindow, cursor, open_guest_memory, pages
+from qcow2_forensics.memory.dump import Writer, write_lime, write_raw
+from qcow2_forensics.memory.layout import Facts, place
 from tests.conftest import EvidenceCase
 from tests.stream_builder import (
     EOS_FLAG,
@@ -731,6 +735,39 @@ def test_a_description_cannot_mislead_the_walk() -> None:
         memory = open_bytes(stream(configuration(), ram(sizes({BLOCK: PAGES * PAGE}), whole()), tail))
         assert memory.devices == ()
         assert memory.read(0, PAGES * PAGE) == expected_whole()
+
+
+def test_texts_that_look_like_the_description_do_not_hide_it() -> None:
+    """A guest writes them into what a device keeps for it, as 128 bytes of CMOS."""
+    bait = (b"\x7e\0\0\0\0\0\x06" + u32(13) + b'{"devices":0}') * 30
+    plain = stream(
+        configuration(), ram(sizes({BLOCK: PAGES * PAGE}), whole()), devices([("timer", bait), ("rtc", b"x")])
+    )
+    memory = open_bytes(plain)
+    assert [device.name for device in memory.devices] == ["timer", "rtc"]
+    late = open_bytes(plain + bait * 3)
+    assert late.devices == ()
+    assert any("the search was given up" in note for note in late.layout.notes)
+
+
+def test_a_stream_that_claims_more_memory_than_it_holds_is_not_written_as_a_raw_file() -> None:
+    memory = laid_out({BLOCK: 1 << 51}, clock=cmos(GiB, 0))
+    with pytest.raises(LimitExceeded, match="raw_memory_bytes"):
+        write_raw(memory, Writer(io.BytesIO()))
+    write_lime(memory, Writer(io.BytesIO()))
+
+
+def test_thousands_of_blocks_and_devices_cost_little() -> None:
+    blocks = {f"p{n}/x": MiB for n in range(2000)} | {f"b{n}": MiB for n in range(2000)} | {BLOCK: GiB}
+    bodies = [(f"p{n % 2000}/virtio-mem", u64(5) * 8000) for n in range(4000)]
+    facts = Facts(
+        "pc-i440fx-2.6", [Block(name, size) for name, size in blocks.items()], None, lambda *_: b"", (), bodies
+    )
+    start = time.process_time()
+    _, layout, regions = place(facts)
+    assert time.process_time() - start < 3
+    assert any("no machine has more than 256 modules" in text for text in layout.assumptions)
+    assert len(regions) <= 258
 
 
 def test_fields_of_a_processor_without_names_or_with_absurd_counts_are_passed_over() -> None:

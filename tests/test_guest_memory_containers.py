@@ -12,6 +12,7 @@ import importlib
 import lzma
 import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,3 +180,46 @@ def test_the_handed_in_source_stays_open_and_an_opened_one_is_closed(tmp_path: P
     assert isinstance(inner, FileSource)
     with pytest.raises(OSError, match=r"."):
         inner.read(0, 4)
+
+
+def test_an_xz_file_of_several_streams_with_padding_is_read() -> None:
+    half = len(STREAM) // 2
+    body = lzma.compress(STREAM[:half]) + bytes(8) + lzma.compress(STREAM[half:]) + bytes(4)
+    assert open_guest_memory(BytesSource(libvirt(body, packing=3))).read(0, PAGE) == CONTENT
+
+
+def test_an_xz_file_that_announces_a_huge_dictionary_is_refused_before_it_takes_memory() -> None:
+    body = bytearray(lzma.compress(STREAM))
+    header = 4 * (body[12] + 1)
+    at = body.index(b"\x21\x01", 12)
+    body[at + 2] = 40  # 4 GiB
+    body[12 + header - 4 : 12 + header] = zlib.crc32(body[12 : 12 + header - 4]).to_bytes(4, "little")
+    with pytest.raises(FormatError, match="cannot be decompressed: Memory usage limit"):
+        open_guest_memory(BytesSource(libvirt(bytes(body), packing=3)))
+
+
+def test_a_file_that_decompresses_without_end_is_refused_by_its_own_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qcow2_forensics.memory.containers._UNPACKED", 1 << 20)
+    source = BytesSource(libvirt(bz2.compress(STREAM + bytes(64 << 20)), packing=2))
+    with pytest.raises(LimitExceeded, match="decompressed_stream_bytes"):
+        find_stream(source, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_addresses_of_modules_are_taken_from_the_description_of_the_domain() -> None:
+    domain = b"""<domain><devices>
+      <memory model='dimm'><target><size unit='KiB'>1024</size></target>
+        <alias name='dimm0'/><address type='dimm' slot='0' base='0x108000000'/></memory>
+      <memory model="nvdimm"><target><size unit='MiB'>2</size></target><address type='dimm' slot='1' base='0x200000000'/></memory>
+      <memory model='dimm'><target><size unit='KiB'>1024</size></target><alias name='dimm7'/></memory>
+    </devices></domain>"""
+    blocks = {"pc.ram": 4 << 20, "memdimm0": 1 << 20, "memnv": 2 << 20, "/rom@etc/acpi/tables": PAGE}
+    state = simple([page(0, 1, "memdimm0")], blocks)
+    head = struct.pack("<16s19I", b"LibvirtQemudSave", 2, len(domain), 1, 0, *[0] * 15)
+    with open_guest_memory(BytesSource(head + domain + state)) as memory:
+        places = {region.block: region.address for region in memory.regions}
+        assert places == {"pc.ram": 0, "memdimm0": 0x108000000, "memnv": 0x200000000}
+        assert "the libvirt domain states the address" in memory.layout.reasons
+        assert memory.layout.doubts == ()

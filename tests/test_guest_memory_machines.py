@@ -306,6 +306,7 @@ def test_shared_memory_left_out_of_a_stream_is_not_valid_and_never_zeros(tmp_pat
         assert [region.block for region in memory.regions] == ["shared"]
         assert not memory.is_valid(0x10000)
         assert list(memory.valid_ranges()) == []
+        assert any("x-ignore-shared" in text for text in memory.layout.assumptions)
         with pytest.raises(ReadError):
             memory.read(0x10000, 16)
         assert memory.read(0x10000, 16, pad=True) == bytes(16)

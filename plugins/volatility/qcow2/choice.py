@@ -23,11 +23,19 @@ class Choice(NamedTuple):
     snapshot: SnapshotEntry | None
     name: str = ""
 
+    @property
+    def is_leftover(self) -> bool:
+        """Whether this is the VM state that no snapshot lists any more."""
+        return self.memory and self.snapshot is None
+
+
+LEFTOVER = "leftover"
+
 
 def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
     """Return the state to analyse; None when none was named and no snapshot holds memory.
 
-    ``wanted`` is a snapshot's ID or name, ``disk``, or ``disk:`` and a snapshot. Raises
+    ``wanted`` is a snapshot's ID or name, ``leftover``, ``disk``, or ``disk:`` and a snapshot. Raises
     :class:`SnapshotNotFound`, also for a snapshot without memory that was asked for as memory.
     """
     from qcow2_forensics import SnapshotNotFound
@@ -37,7 +45,7 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
     if wanted is None:
         held = [entry for entry in image.snapshots if entry.vm_state_size]
         if not held:
-            return None
+            return _leftover(image, title)
         latest = latest_vm_state(image)
         if len(held) > 1:
             warn(
@@ -50,6 +58,8 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
     except SnapshotNotFound:
         if wanted == DISK:
             return Choice(False, None)
+        if wanted == LEFTOVER:
+            return Choice(True, None, LEFTOVER)
         if not wanted.startswith(DISK + ":"):
             raise
         wanted = wanted.removeprefix(DISK + ":")
@@ -58,6 +68,20 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
     if entry is None or not entry.vm_state_size:
         raise SnapshotNotFound(f"{wanted} with memory", memory_choices(image))
     return Choice(True, entry, lasting_name(image, entry, wanted))
+
+
+def _leftover(image: Image, title: str) -> Choice | None:
+    """Return the VM state that the active state maps behind the disk, with a warning; None when there is none."""
+    from qcow2_forensics.reader.opening import leftover_vm_state
+
+    if not leftover_vm_state(image):
+        return None
+    warn(
+        f"{title}: no snapshot holds memory, but a VM state is still mapped behind the end of the disk. It is used; "
+        "it is of a snapshot that was applied and deleted, or of a savevm that failed. For the disk give "
+        "--qcow2-snapshot disk"
+    )
+    return Choice(True, None, LEFTOVER)
 
 
 def lasting_name(image: Image, entry: SnapshotEntry, wanted: str) -> str:

@@ -24,8 +24,16 @@ class Stream:
     """A memory stream and where it was found; ``snapshot`` is None outside of QCOW2 images."""
 
     def __init__(
-        self, source: Source, snapshot: SnapshotEntry | None, key: str | None, local: bool, layout: str | None = None
+        self,
+        source: Source,
+        snapshot: SnapshotEntry | None,
+        key: str | None,
+        local: bool,
+        layout: str | None = None,
+        *,
+        leftover: bool = False,
     ) -> None:
+        self.leftover = leftover
         self.source = source
         self._layout = layout
         self.snapshot = snapshot
@@ -83,6 +91,10 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             return Stream(stream, None, key, local, layout)
         image = open_image(source)
         chosen = choice.choose(image, snapshot_option(self.context), printable(source.name))
+        if chosen is not None and chosen.is_leftover:
+            state = open_vm_state(source, choice.LEFTOVER, passphrase(self.context))
+            state.read(0, 4)
+            return Stream(state, None, key and f"{key}_{choice.LEFTOVER}", local, layout, leftover=True)
         if chosen is None or not chosen.memory or chosen.snapshot is None:
             raise Qcow2Error(f"{printable(source.name)}: no snapshot with memory")
         state = open_vm_state(source, chosen.snapshot, passphrase(self.context))

@@ -33,7 +33,7 @@ def index_memory(stream: Source, key: str | None, layout: str | None = None, *, 
 
     ``layout`` states where RAM blocks lie, as :class:`GuestMemory` has it.
     """
-    from qcow2_forensics import FormatError, GuestMemory
+    from qcow2_forensics import FormatError, GuestMemory, Qcow2Error
 
     if key is not None and layout:
         key = f"{key}_{hashlib.sha256(layout.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
@@ -44,7 +44,12 @@ def index_memory(stream: Source, key: str | None, layout: str | None = None, *, 
                 return GuestMemory.from_bytes(stored, stream)
             except FormatError as error:
                 vollog.debug("The kept index is of no use: %s", error)
-    memory = GuestMemory(stream, allow_truncated=True, layout=layout)
+    try:
+        memory = GuestMemory(stream, allow_truncated=True, layout=layout)
+    except Qcow2Error:
+        if (discard := getattr(stream, "discard", None)) is not None:
+            discard()  # a decompressed stream that is of no use is not kept
+        raise
     if key is not None:
         data = memory.to_bytes()
         while len(_kept) >= KEPT:

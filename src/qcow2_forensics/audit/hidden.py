@@ -14,6 +14,7 @@ from ..format.entries import ZERO
 from ..format.header import Autoclear
 from ..format.image import Image
 from ..format.source import FileSource
+from ..reader.opening import leftover_vm_state
 from ..residue import Piece, hidden, live_mappings, streams
 from ..residue.data_file import data_file_residue
 from .facts import Facts, subscribes
@@ -192,9 +193,30 @@ def vm_state_residue(facts: Facts) -> Iterator[Evidence]:
     behind = facts.census.seen(TablesBehindDisk)
     facts.leave_out("clusters behind the disk that were not looked at for a VM state", behind.left_out)
     for offset in (host for table in behind.found for host in table.hosts):
-        applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
-        if not applied and facts.read(offset, 7) == b"QEVM\0\0\0":
+        if _is_unlisted_stream(facts, offset):
             yield from _vm_state(facts, offset, "active state behind the disk")
+
+
+@rule(
+    "QCOW2-VMSTATE-LEFTOVER",
+    Severity.HIGH,
+    "guest memory that no snapshot lists can be opened",
+    note="the active state maps a VM state behind the end of the disk: consistent with a memory snapshot that was applied "
+    "and deleted, or with a savevm that failed; 'leftover' names it wherever a snapshot is named",
+    when="what the active state maps behind the disk starts with QEVM and a version, and belongs to no listed snapshot",
+    depth=Depth.STANDARD,
+    validated=QEMU_MADE,
+)
+def vm_state_leftover(facts: Facts) -> Iterator[Evidence]:
+    offset = leftover_vm_state(facts.image)
+    if offset and _is_unlisted_stream(facts, offset):
+        yield from _vm_state(facts, offset, "active state behind the disk")
+
+
+def _is_unlisted_stream(facts: Facts, offset: int) -> bool:
+    """Tell whether a migration stream starts at a host offset, and no listed snapshot owns it."""
+    applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
+    return not applied and facts.read(offset, 7) == b"QEVM\0\0\0"
 
 
 def _vm_state(facts: Facts, offset: int, structure: str) -> Iterator[Evidence]:

@@ -17,8 +17,8 @@ _EPILOG = """examples:
   qcow2-forensics memory disk.qcow2 state.qevm --snapshot 2 --format stream
   qcow2-forensics memory guest.save memory.raw
 
-IMAGE is a QCOW2 image with a memory snapshot (the latest is taken unless one is named), a bare QEMU
-migration stream, a libvirt save file, or a Proxmox state volume. "raw" is RAM at its guest-physical
+IMAGE is a QCOW2 image with a memory snapshot (the latest is taken unless one is named; "leftover" is one that
+no snapshot lists any more but that is still mapped behind the disk), a bare QEMU migration stream, a libvirt save file, or a Proxmox state volume. "raw" is RAM at its guest-physical
 addresses, zeros where there is none; "lime" is RAM alone, with headers that carry the addresses;
 "stream" is QEMU's own form, with the devices and processors in it.
 
@@ -52,6 +52,18 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _snapshot(memory: Any) -> str | None:
+    """Return which snapshot the memory is of, in words; None for a stream that is in none."""
+    from ..reader.vm_state import LEFTOVER, VmState
+
+    state = memory.source
+    if not isinstance(state, VmState):
+        return None
+    if state.snapshot is None:
+        return f"{LEFTOVER} (behind the disk, listed by no snapshot)"
+    return f"{printable(state.snapshot.id)} ({printable(state.snapshot.name)})"
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the memory and print what was written."""
     from ..errors import Locked
@@ -78,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
                 (write_lime if args.format == "lime" else write_raw)(memory, writer)
         summary = {
             "output": printable(args.output),
+            "snapshot": _snapshot(memory),
             "format": args.format,
             "size": writer.size,
             "sha256": writer.sha256,
@@ -102,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(summary))
         return 0
     print(f"{summary['output']}: {writer.size} bytes ({human_size(writer.size)}), machine {summary['machine'] or '?'}")
+    print(f"snapshot: {summary['snapshot'] or 'none, the file is a stream itself'}")
     for region in memory.regions:
         print(f"  {region.address:#014x} - {region.end - 1:#014x}  {printable(region.block)}")
     for assumption in memory.layout.assumptions:

@@ -20,7 +20,8 @@ from contextlib import ExitStack
 from ..errors import NotQcow2, SnapshotNotFound
 from ..format.source import PathOrSource, Source, as_source, source_name
 from ..limits import DEFAULT_LIMITS, Limits
-from ..reader.opening import Passphrase, SnapshotName, open_disk, open_vm_state
+from ..reader.opening import Passphrase, SnapshotName, leftover_vm_state, open_disk, open_vm_state
+from ..reader.vm_state import LEFTOVER
 from ..text import printable
 from .containers import StreamWindow, find_stream
 from .guest_memory import GuestMemory
@@ -53,6 +54,9 @@ def open_guest_memory(
     layout: str | None = None,
 ) -> GuestMemory:
     """Open the guest memory in a qcow2 snapshot (the latest that holds any when None) or in a stream file.
+
+    ``snapshot`` may be "leftover": the VM state that the active state still maps behind the disk. It is also
+    what None means where no snapshot holds memory.
 
     ``origin`` is a qcow2 image, a bare migration stream, a libvirt save file or a Proxmox state volume,
     which may itself be a qcow2 disk. ``layout`` states where RAM blocks lie, as :class:`GuestMemory` has it.
@@ -89,8 +93,11 @@ def _inside_qcow2(source: Source, snapshot: SnapshotName, passphrase: Passphrase
         disk = open_disk(source, None, passphrase, limits=limits, follow=False)
         if not disk.is_locked and disk.read(0, len(MAGIC)) == MAGIC:
             return disk
+        left = leftover_vm_state(disk.image)
         disk.close()
-        raise
+        if not left:
+            raise
+        return open_vm_state(source, LEFTOVER, passphrase, limits)
 
 
 def _close(source: Source) -> None:

@@ -13,6 +13,7 @@ import bz2
 import gzip
 import hashlib
 import importlib
+import io
 import lzma
 import os
 import struct
@@ -25,7 +26,7 @@ from typing import IO, BinaryIO, Final, cast
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, source_name
-from ..limits import DEFAULT_LIMITS, Limits, MiB
+from ..limits import DEFAULT_LIMITS, GiB, Limits, MiB
 from ..reader.stream import SourceStream
 from .libvirt_domain import MOST_BYTES
 from .sections import MAGIC
@@ -34,6 +35,9 @@ _LIBVIRT: Final = b"LibvirtQemudSave"
 _LIBVIRT_UNFINISHED: Final = b"LibvirtQemudPart"
 _LIBVIRT_HEADER = struct.Struct("16sIIIII14I")  # magic, version, XML length, was running, format, cookie, unused
 _PIECE = 4 * MiB
+_XZ_MEMORY = 160 * MiB  # of the decoder: the largest preset takes 65, a dictionary of 128 MiB fits
+_UNPACKED = GiB  # bytes that any file may decompress to, and
+_UNPACKED_TIMES = 100  # for each byte it has
 
 Unpacker = tuple[IO[bytes], type[Exception]]  # the decompressed file, and what it raises for damage
 Opener = Callable[[BinaryIO], Unpacker]
@@ -46,8 +50,9 @@ class StreamWindow:
     description of the machine in a libvirt save file, which is XML.
     """
 
-    def __init__(self, source: Source, start: int, size: int, domain: bytes = b"") -> None:
+    def __init__(self, source: Source, start: int, size: int, domain: bytes = b"", kept: Path | None = None) -> None:
         self.domain = domain
+        self._kept = kept
         self.source = source
         self.start = start
         self.size = size
@@ -57,6 +62,11 @@ class StreamWindow:
     def read(self, offset: int, length: int, /) -> bytes:
         """Return bytes of the stream, short only at its end."""
         return self.source.read(self.start + offset, max(0, min(length, self.size - offset)))
+
+    def discard(self) -> None:
+        """Delete the file that the stream was decompressed into, if it was: for a stream that turned out unusable."""
+        if self._kept is not None:
+            self._kept.unlink(missing_ok=True)
 
 
 class _TemporarySource(StreamSource):
@@ -106,7 +116,8 @@ def _libvirt(source: Source, head: bytes, cache_dir: str | os.PathLike[str] | No
         names = {0: "libvirt save file without a QEMU stream", 4: "libvirt save file compressed with lzop"}
         raise Unsupported(names.get(packing, f"libvirt save file of format {packing}"))
     unpacked = _unpacked(window, opener, cache_dir, limits)
-    return StreamWindow(unpacked, 0, unpacked.size, domain)
+    kept = Path(unpacked.path) if isinstance(unpacked, FileSource) and unpacked.path else None
+    return StreamWindow(unpacked, 0, unpacked.size, domain, kept)
 
 
 def _gzip(stream: BinaryIO) -> Unpacker:
@@ -117,8 +128,31 @@ def _bzip2(stream: BinaryIO) -> Unpacker:
     return cast("IO[bytes]", bz2.BZ2File(stream)), OSError
 
 
+class _XzReader(io.RawIOBase):
+    """An xz file that may not announce a dictionary without bounds; the module's own reader accepts 4 GiB."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._decoder = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        self._ended = False
+
+    def read(self, size: int = -1, /) -> bytes:
+        while True:
+            if self._decoder.eof:
+                rest = self._decoder.unused_data.lstrip(b"\0") or self._stream.read(_PIECE).lstrip(b"\0")
+                if not rest:
+                    return b""
+                self._decoder = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+            else:
+                rest = self._stream.read(_PIECE // 4) if self._decoder.needs_input else b""
+                if not rest and self._decoder.needs_input:
+                    raise EOFError("the file ends before its end-of-stream marker was reached")
+            if data := self._decoder.decompress(rest, _PIECE if size < 0 else size):
+                return data
+
+
 def _xz(stream: BinaryIO) -> Unpacker:
-    return cast("IO[bytes]", lzma.LZMAFile(stream)), lzma.LZMAError
+    return cast("IO[bytes]", _XzReader(stream)), lzma.LZMAError
 
 
 def _zstd(stream: BinaryIO) -> Unpacker:
@@ -167,6 +201,7 @@ def _fingerprint(window: StreamWindow) -> str:
 
 def _decompress(window: StreamWindow, opener: Opener, target: IO[bytes], limits: Limits) -> None:
     written = 0
+    most = min(limits.decompressed_stream_bytes, _UNPACKED + _UNPACKED_TIMES * window.stored_size)
     packed, damage = opener(cast("BinaryIO", SourceStream(window)))
     try:
         with packed:
@@ -174,8 +209,8 @@ def _decompress(window: StreamWindow, opener: Opener, target: IO[bytes], limits:
                 if not written and not data.startswith(MAGIC):
                     raise FormatError("compressed libvirt save file holds no QEMU stream", field="vm_state")
                 written += len(data)
-                if written > limits.decompressed_stream_bytes:
-                    raise LimitExceeded("decompressed_stream_bytes", written, limits.decompressed_stream_bytes)
+                if written > most:
+                    raise LimitExceeded("decompressed_stream_bytes", written, most)
                 target.write(data)
     except Qcow2Error:
         raise

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any, NamedTuple
 
 from ..format.source import Source
@@ -19,7 +19,7 @@ from .records import Cpu, Device
 from .sections import FOOTER, FULL
 
 _DESCRIPTION = re.compile(rb'\x7e....\x00\x06(....)\{"', re.DOTALL)
-_CANDIDATES = 4  # texts that look like the description and are tried; the real one is the first in practice
+_CANDIDATES = 64  # texts that look like the description and are tried, from the end: it follows all that a guest writes
 _TEXT_PER_STRUCTURE = 32  # bytes of the description for each object or list in it; QEMU writes 48
 _DEPTH = 64  # nested structures in the description; QEMU's own stay under 10
 
@@ -123,14 +123,21 @@ class DeviceStates:
         return tuple(found)
 
     def _description(self, limits: Limits) -> list[dict[str, Any]]:
-        """Return the described devices, empty when there is no readable description; a note says where one is too long."""
+        """Return the described devices, empty when there is no readable description; a note says why."""
         too_long = 0
-        for found in islice(_DESCRIPTION.finditer(self.data), _CANDIDATES):
+        count = 0
+        candidates: deque[re.Match[bytes]] = deque(maxlen=_CANDIDATES)
+        for match in _DESCRIPTION.finditer(self.data):
+            candidates.append(match)
+            count += 1
+        for found in reversed(candidates):
             length = int.from_bytes(found[1], "big")
             start = found.end() - 2
             if start + length > len(self.data):
                 continue
             text = self.data[start : start + min(length, limits.device_description_bytes)]
+            if length == len(text) and text[-1:] != b"}":
+                continue
             structures = text.count(b"{") + text.count(b"[")
             if length > len(text) or structures > limits.device_description_bytes // _TEXT_PER_STRUCTURE:
                 too_long = length
@@ -143,6 +150,11 @@ class DeviceStates:
                 continue
         if too_long:
             self.notes.append(f"the description of the devices, {too_long} bytes, is over the limit and was not read")
+        elif count > _CANDIDATES:
+            self.notes.append(
+                f"{count} texts look like the description of the devices; the last {_CANDIDATES} are not, "
+                "and the search was given up: no devices and no registers"
+            )
         return []
 
     def _walk(self) -> Iterator[Device]:

@@ -12,9 +12,9 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Literal
 
-from ..errors import Unsupported
+from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
-from ..limits import MiB
+from ..limits import GiB, MiB
 from ..text import printable
 from . import address_ranges
 from .guest_memory import GuestMemory
@@ -25,6 +25,8 @@ _LIME_HEADER = struct.Struct("<IIQQ8x")
 _LIME_MAGIC = 0x4C694D45
 _PIECE = 4 * MiB
 _ZEROS = bytes(MiB)
+_PADDED = 4 * 1024 * GiB  # bytes of a raw file, whatever it holds: RAM at 1 TiB fits
+_PADDED_TIMES = 1024  # and for each byte of memory
 
 
 def pieces(memory: GuestMemory) -> Iterator[tuple[int, int, bool]]:
@@ -82,8 +84,14 @@ class Writer:
 
 
 def write_raw(memory: GuestMemory, writer: Writer) -> None:
-    """Write the padded image of guest-physical memory."""
+    """Write the padded image of guest-physical memory.
+
+    Raises :class:`LimitExceeded` where that is mostly addresses without memory.
+    """
     _need_regions(memory)
+    most = _PADDED + _PADDED_TIMES * sum(length for _, length in memory.valid_ranges())
+    if memory.size > most:
+        raise LimitExceeded("raw_memory_bytes", memory.size, most)
     for address, length, filled in pieces(memory):
         _range(memory, writer, address, length, filled)
     writer.finish()

@@ -23,6 +23,7 @@ _SEARCHED = 1 << 16  # bytes of a device section looked at; the address is near 
 _DEVICES = 256  # virtio-mem sections looked at; a machine has a few
 _SILENT_MODULES = (2, 10)  # the last machine types that may plug modules without an SRAT
 _ENDLESS: Final = 1 << 50
+_SLOTS = 256  # modules that a machine can have
 _WAYS = 64  # ways to lay modules into ranges that are tried
 
 Ranges = Sequence[tuple[int, int]]
@@ -72,6 +73,9 @@ def place_modules(waiting: Sequence[Block], windows: Ranges, shown: Ranges, whol
 
     ``shown`` are ranges of the windows in which the guest's page tables have RAM; ``whole`` says that they show all of it.
     """
+    if len(waiting) > _SLOTS:
+        made.assume(f"{len(waiting) - _SLOTS} blocks are not placed: no machine has more than {_SLOTS} modules")
+        waiting = waiting[:_SLOTS]
     modules = sorted(waiting, key=natural) if len({block.size for block in waiting}) > 1 else list(waiting)
     if whole and modules and sum(block.size for block in modules) == sum(length for _, length in shown):
         ways = list(islice(_ways(modules, list(shown)), _WAYS))

@@ -49,6 +49,10 @@ def _need_bases(blocks: tuple[Block, ...], runs: tuple[RunIndex, ...], page_size
             )
 
 
+def _is_placed(block: Block, regions: tuple[Region, ...]) -> bool:
+    return any(region.block == block.name for region in regions)
+
+
 def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given = ()) -> Analysis:
     """Index the RAM records, walk the devices and decide the layout."""
     stream = read_stream(source, limits, allow_truncated=allow_truncated)
@@ -73,8 +77,13 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given 
     architecture, placed, regions = layout.place(facts, given)
     notes = [*placed.notes, *(printable(note) for note in stream.notes)]
     notes += states.notes if states else ()
-    if ram.ignore_shared:
-        notes.append("shared memory was left out of the stream (x-ignore-shared)")
+    assumptions = list(placed.assumptions)
+    shared = [block.name for block in blocks if ram.ignore_shared and not block.recorded and _is_placed(block, regions)]
+    if shared:
+        assumptions.append(
+            "shared memory was left out of the stream (x-ignore-shared), its content is in a file of the host: "
+            + ", ".join(map(printable, shared))
+        )
     if not stream.complete:
         notes.append("the stream ends early: devices are missing, and perhaps RAM")
     return Analysis(
@@ -86,7 +95,7 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given 
         blocks=blocks,
         runs=runs,
         regions=regions,
-        layout=replace(placed, notes=tuple(notes)),
+        layout=replace(placed, notes=tuple(notes), assumptions=tuple(assumptions)),
         devices=states.devices if states else (),
         cpus=cpus,
     )

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ..errors import (
-    SnapshotNotFound,
-)
+from ..errors import Qcow2Error, SnapshotNotFound
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, as_source
@@ -18,7 +16,7 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..text import printable
 from .chain import MissingPolicy, Opener, Passphrase, close_source, derive
 from .disk import Disk, EofPolicy
-from .vm_state import VmState
+from .vm_state import LEFTOVER, VmState, has_leftover, leftover_offset
 
 if TYPE_CHECKING:
     from .resolver import Resolver
@@ -30,6 +28,7 @@ __all__ = [
     "Passphrase",
     "find_snapshot",
     "latest_vm_state",
+    "leftover_vm_state",
     "open_disk",
     "open_image",
     "open_vm_state",
@@ -87,12 +86,14 @@ def open_vm_state(
 ) -> VmState:
     """Open the VM state of a snapshot, of the latest that holds one when None.
 
+    ``"leftover"`` is what the active state still maps behind the disk, though no snapshot lists it.
     Neither backing nor data files are needed: QEMU stores VM state in the image itself.
     """
     image = Image(origin, limits=limits)
     with ExitStack() as undo:
         undo.callback(image.close)
-        entry = find_snapshot(image, snapshot) or latest_vm_state(image)
+        leftover = snapshot == LEFTOVER and not _is_listed(image, LEFTOVER)
+        entry = None if leftover else find_snapshot(image, snapshot) or latest_vm_state(image)
         disk = Disk(
             image,
             snapshot=entry,
@@ -100,9 +101,27 @@ def open_vm_state(
             eof=eof,
             unlocker=lambda key: derive(image, key),
         )
-        state = VmState(disk)
+        if leftover and not has_leftover(disk):
+            raise SnapshotNotFound(LEFTOVER, snapshot_choices(image, []))
+        state = VmState(disk, leftover=leftover)
         undo.pop_all()
         return state
+
+
+def leftover_vm_state(image: Image) -> int | None:
+    """Return the host offset of the VM state that the active state maps behind the disk.
+
+    None where there is none, or where the tables that lead to it cannot be read.
+    """
+    try:
+        disk = Disk(image)
+        return leftover_offset(disk) if has_leftover(disk) else None
+    except Qcow2Error:
+        return None
+
+
+def _is_listed(image: Image, text: str) -> bool:
+    return any(text in (entry.id, entry.name) for entry in image.snapshots)
 
 
 def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:

@@ -3,18 +3,50 @@
 QEMU stores the VM state behind the disk, mapped by the snapshot's own L1 table: it starts at the
 first L2 table that maps nothing of the disk, counted from the disk size the snapshot recorded,
 not from the current one.
+
+The active L1 table may map one too: after a snapshot was applied and then deleted, or after a savevm
+that failed. No snapshot lists that state; it is called ``leftover``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Final
 
 from ..errors import FormatError
 from ..format.snapshot_table import SnapshotEntry
 from ..text import printable
 from .disk import Disk
 from .mapping import Run
+
+LEFTOVER: Final = "leftover"
+_MAGIC = b"QEVM"
+
+
+def leftover_size(disk: Disk) -> int:
+    """Return how far the active L1 table maps stored clusters behind the disk, in bytes; ``disk`` is the active state."""
+    header = disk.image.header
+    start = vm_state_offset(header.size, header.l2_span)
+    end = start
+    for run in disk.mapping.runs(start, max(0, header.l1_size * header.l2_span - start)):
+        if run.host_offset is not None:
+            end = run.offset + run.length
+    return end - start
+
+
+def leftover_offset(disk: Disk) -> int | None:
+    """Return where in the file that begins, None when its first cluster is not stored; ``disk`` is the active state."""
+    start = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
+    return next(disk.mapping.runs(start, 1)).host_offset
+
+
+def has_leftover(disk: Disk) -> bool:
+    """Tell whether what lies behind the disk begins as a migration stream; True where it is encrypted and locked."""
+    header = disk.image.header
+    if not leftover_size(disk):
+        return False
+    return disk.is_locked or disk.read_mapped(vm_state_offset(header.size, header.l2_span), len(_MAGIC)) == _MAGIC
 
 
 def vm_state_offset(disk_size: int, l2_span: int) -> int:
@@ -23,20 +55,31 @@ def vm_state_offset(disk_size: int, l2_span: int) -> int:
 
 
 class VmState:
-    """The VM state of one snapshot as a source; ``disk`` must be opened at that snapshot."""
+    """The VM state of one snapshot as a source; ``disk`` must be opened at that snapshot.
 
-    def __init__(self, disk: Disk) -> None:
+    With ``leftover`` it is what the active state maps behind the disk, and ``snapshot`` is None.
+    """
+
+    snapshot: SnapshotEntry | None
+
+    def __init__(self, disk: Disk, *, leftover: bool = False) -> None:
+        self._disk = disk
+        self.stored_size = disk.stored_size
+        if leftover:
+            self.snapshot = None
+            self.name = f"{disk.name}[{LEFTOVER}]"
+            self.size = leftover_size(disk)
+            self.offset = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
+            return
         if disk.snapshot is None or not disk.snapshot.vm_state_size:
             raise FormatError(f"{printable(disk.name)}: this state holds no VM state", field="vm_state_size")
-        self.snapshot: SnapshotEntry = disk.snapshot
+        self.snapshot = disk.snapshot
         self.name = f"{disk.name}[{self.snapshot.id}]"
         self.size = self.snapshot.vm_state_size
         recorded = self.snapshot.disk_size
         self.offset = vm_state_offset(
             disk.image.header.size if recorded is None else recorded, disk.image.header.l2_span
         )
-        self.stored_size = disk.stored_size
-        self._disk = disk
         if self.offset + self.size > 2**63:
             raise FormatError(
                 f"the VM state of snapshot {printable(self.snapshot.id)} is {self.size} bytes",
