@@ -116,14 +116,17 @@ def _classify(
     refcount_tables: list[int] = []
     for offset, copied in zip(found.offsets[found.l1_form].tolist(), found.copied[found.l1_form].tolist(), strict=True):
         targets = table_words(source, offset, geometry) & np.uint64(OFFSET_MASK)
-        named = targets[targets != 0].astype(np.int64)
-        if not len(named) or len(np.unique(named)) != len(named):
+        here = targets[targets != 0].astype(np.int64)
+        if not len(here) or len(np.unique(here)) != len(here):
             continue
-        are_tables = np.isin(named, found.offsets, kind="sort") & (named != offset)
+        are_tables = np.isin(here, found.offsets, kind="sort") & (here != offset)
         if are_tables.mean() >= _L1_SHARE:
             l1.append(L1Candidate(offset, targets, copied, len(targets)))
-        elif copied == 0 and _are_refcount_blocks(source, named[:_BLOCKS].tolist(), geometry.cluster_size):
+        elif copied == 0 and _are_refcount_blocks(source, here[:_BLOCKS].tolist(), geometry.cluster_size):
             refcount_tables.append(offset)
+    # An L2 table over small numbers has the same form, but an L1 table names it.
+    named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
+    refcount_tables = [at for at in refcount_tables if at not in named]
     return list(_joined(l1, geometry.cluster_size, snapshot_tables)), refcount_tables
 
 
