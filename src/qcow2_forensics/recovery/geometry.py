@@ -54,15 +54,18 @@ def find_geometry(source: Source) -> FoundGeometry | None:
     """Return the geometry that the tables in ``source`` imply, None where no table is recognised."""
     plain: Counter[int] = Counter()
     extended: Counter[int] = Counter()
-    weak: list[int] = []
+    weak: dict[bool, list[int]] = {False: [], True: []}
     streams: list[int] = []
     for sectors in _table_sectors(source):
+        is_plain = np.zeros(len(sectors.words), np.bool_)
         for is_extended, votes in ((False, plain), (True, extended)):
             bits, count = _common_bits(sectors.words, source.size, extended=is_extended)
+            count = np.where(is_plain, 0, count)  # plain entries may pass for extended ones, hardly the other way
+            is_plain |= count > 0
             for value in bits[count >= _STRONG].tolist():
                 votes[min(int(value), 21)] += 1
-            if not is_extended:
-                weak += [min(int(value), 21) for value in bits[(count > 0) & (count < _STRONG)].tolist()][:_SAMPLES]
+            few = bits[(count > 0) & (count < _STRONG)]
+            weak[is_extended] += [min(int(value), 21) for value in few.tolist()][:_SAMPLES]
         if len(streams) < _STREAMS:
             streams += _compressed_entries(sectors.words)[: _STREAMS - len(streams)]
     decoded = _decoded_size(source, streams)
@@ -74,8 +77,10 @@ def find_geometry(source: Source) -> FoundGeometry | None:
         return FoundGeometry(strong[1][0], True, None, f"{strong[1][1]} sectors of extended L2 entries agree")
     if strong[0][1]:
         return FoundGeometry(strong[0][0], False, None, f"{strong[0][1]} sectors of table entries agree")
-    if weak:
-        return FoundGeometry(max(9, min(weak)), False, None, "the few table entries there are imply it")
+    if weak[False] or weak[True]:
+        bits_ = max(9, min(weak[False] + weak[True]))
+        extended_l2 = bool(weak[True]) and bits_ >= _EXTENDED_BITS
+        return FoundGeometry(bits_, extended_l2, None, "the few table entries there are imply it")
     return None
 
 

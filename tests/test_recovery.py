@@ -1,0 +1,159 @@
+"""States put together from what is left of damaged images hold the bytes that QEMU read before the damage.
+
+The images are made by qemu-img; the damage is done here, byte by byte, by the offsets in the intact header.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from qcow2_forensics.errors import SnapshotNotFound
+from qcow2_forensics.recovery import Confidence, RecoveredState, open_recovered, recovered_states
+from tests import qemu
+
+SIZE = 6 << 20
+CLUSTERS = {"512": 512, "4k": 4096, "64k": 65536, "2M": 2 << 20}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a raw disk whose every cluster holds data, half of it compressible."""
+    chance = random.Random(19)
+    path = tmp_path_factory.mktemp("recovery") / "disk.raw"
+    path.write_bytes(b"".join(chance.randbytes(2048) + b"%8d" % n * 256 for n in range(SIZE // 4096)))
+    return path
+
+
+def converted(raw: Path, path: Path, *options: str, compress: bool = False) -> bytearray:
+    """Return the bytes of a converted image."""
+    qemu.img("convert", "-O", "qcow2", *(["-c"] if compress else []), *options, raw, path)
+    return bytearray(path.read_bytes())
+
+
+def header_of(data: bytes) -> tuple[int, int, int]:
+    """Return cluster size, L1 entries and L1 table offset."""
+    (bits,), (l1_size, l1_offset) = struct.unpack_from(">I", data, 20), struct.unpack_from(">IQ", data, 36)
+    return 1 << bits, l1_size, l1_offset
+
+
+def read_all(state: RecoveredState) -> bytes:
+    with state.open() as disk:
+        return disk.read(0, disk.size)
+
+
+def sure_bytes_are_right(state: RecoveredState, expected: bytes) -> bool:
+    """Whether every byte in a range that is certain is the one expected."""
+    with state.open() as disk:
+        return all(
+            disk.read(piece.offset, piece.length) == expected[piece.offset : piece.offset + piece.length]
+            for piece in state.ranges(disk)
+            if piece.confidence is Confidence.CERTAIN
+        )
+
+
+LAYOUTS = [
+    *((size, "", False) for size in CLUSTERS),
+    *((size, "", True) for size in CLUSTERS),
+    *((size, "compression_type=zstd", True) for size in CLUSTERS),
+    ("64k", "extended_l2=on", False),
+    ("2M", "extended_l2=on", False),
+    ("64k", "compat=0.10", False),
+]
+
+
+@pytest.mark.parametrize(("cluster_size", "option", "compress"), LAYOUTS)
+def test_a_lost_header_costs_no_byte_while_the_l1_table_is_there(
+    cluster_size: str, option: str, compress: bool, raw: Path, tmp_path: Path
+) -> None:
+    options = f"cluster_size={cluster_size}" + (f",{option}" if option else "")
+    data = converted(raw, tmp_path / "image.qcow2", "-o", options, compress=compress)
+    size = header_of(data)[0]
+    data[:size] = os.urandom(size)
+    path = tmp_path / "no-header.bin"
+    path.write_bytes(data)
+    best = recovered_states(path)[0]
+    assert (best.cluster_size, best.size) == (size, SIZE)
+    assert read_all(best) == raw.read_bytes()
+
+
+@pytest.mark.parametrize("cluster_size", ["512", "4k", "64k"])
+@pytest.mark.parametrize("header_too", [False, True])
+def test_a_lost_l1_table_of_a_converted_disk_is_rebuilt(
+    cluster_size: str, header_too: bool, raw: Path, tmp_path: Path
+) -> None:
+    data = converted(raw, tmp_path / "image.qcow2", "-o", f"cluster_size={cluster_size}")
+    size, l1_size, l1_offset = header_of(data)
+    data[l1_offset : l1_offset + 8 * l1_size] = bytes(8 * l1_size)
+    if header_too:
+        data[:size] = os.urandom(size)
+    path = tmp_path / "no-l1.bin"
+    path.write_bytes(data)
+    best = recovered_states(path)[0]
+    assert read_all(best) == raw.read_bytes()
+    assert best.confidence is not Confidence.CERTAIN
+    assert sure_bytes_are_right(best, raw.read_bytes())
+
+
+def test_the_state_before_a_revert_is_put_together_from_free_tables(raw: Path, tmp_path: Path) -> None:
+    path = tmp_path / "reverted.qcow2"
+    converted(raw, path)
+    qemu.img("snapshot", "-c", "s1", path)
+    qemu.run("qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 300k", path)
+    before = tmp_path / "before.raw"
+    qemu.img("convert", "-O", "raw", path, before)
+    # Without discarding: where holes are punched nothing is left.
+    options = f"driver=qcow2,file.filename={path},pass-discard-snapshot=off"
+    qemu.img("snapshot", "--image-opts", "-a", "s1", options)
+    (state,) = recovered_states(path)
+    assert read_all(state) == before.read_bytes()
+    assert state.confidence is Confidence.LIKELY
+
+
+def test_an_image_that_starts_inside_another_file_is_found(raw: Path, tmp_path: Path) -> None:
+    data = converted(raw, tmp_path / "image.qcow2")
+    path = tmp_path / "carved.bin"
+    path.write_bytes(os.urandom(3 * 512) + bytes(data))
+    assert read_all(recovered_states(path)[0]) == raw.read_bytes()
+
+
+def test_ranges_tile_the_disk_and_unallocated_ones_are_not_certain_without_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.qcow2"
+    qemu.create(path, "1G")
+    qemu.run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 1M", "-c", "write -P 2 700M 1M", path)
+    data = bytearray(path.read_bytes())
+    data[:65536] = os.urandom(65536)
+    path.write_bytes(data)
+    disk, state = open_recovered(path, virtual_size=1 << 30)
+    with disk:
+        pieces = list(state.ranges(disk))
+        assert disk.read(700 << 20, 4) == b"\2\2\2\2"
+    assert pieces[0].offset == 0
+    assert all(a.offset + a.length == b.offset for a, b in pairwise(pieces))
+    assert sum(piece.length for piece in pieces) == 1 << 30
+    assert all(p.confidence < Confidence.CERTAIN for p in pieces if "unallocated" in p.reason or "no L2" in p.reason)
+
+
+def test_nothing_is_recovered_from_bytes_without_tables(tmp_path: Path) -> None:
+    path = tmp_path / "noise.bin"
+    path.write_bytes(os.urandom(1 << 20))
+    assert recovered_states(path) == []
+    with pytest.raises(SnapshotNotFound):
+        open_recovered(path)
+
+
+def test_recovery_reads_the_file_and_writes_nothing(raw: Path, tmp_path: Path) -> None:
+    data = converted(raw, tmp_path / "image.qcow2")
+    data[:65536] = bytes(65536)
+    path = tmp_path / "evidence.bin"
+    path.write_bytes(data)
+    path.chmod(0o444)
+    before = path.stat().st_mtime_ns
+    read_all(recovered_states(path)[0])
+    assert path.stat().st_mtime_ns == before
+    assert path.read_bytes() == data
