@@ -19,7 +19,7 @@ from dfvfs.resolver import context, resolver
 
 from ..errors import Qcow2Error
 from ..text import printable
-from .protocol import ENTRIES_LISTED, FileSystem
+from .protocol import ENTRIES_LISTED, FileSystem, Visits
 from .readers import Reader
 from .records import FileRecord, Span, Times, Volume
 from .spans import Spans
@@ -203,6 +203,7 @@ class DfvfsFileSystem(FileSystem):
         self._context = resolver_context
         self._file = file
         self._root = spec
+        self._visits = Visits()
         self._system = resolver.Resolver.OpenFileSystem(spec, resolver_context=resolver_context)
 
     # --- listing -----------------------------------------------------------------------------
@@ -213,7 +214,8 @@ class DfvfsFileSystem(FileSystem):
         except _FAILURES as error:
             self._problem("/", error)
             return
-        for count, record in enumerate(self._walk(root, "", 0)):
+        self._visits = Visits()
+        for count, record in enumerate(self._walk(root, "", ())):
             if count >= ENTRIES_LISTED:
                 self._problem("/", RecursionError(f"more than {ENTRIES_LISTED} entries: the rest is not listed"))
                 return
@@ -223,8 +225,8 @@ class DfvfsFileSystem(FileSystem):
         self.is_incomplete = True
         self.problems.append(printable(f"{self.volume.prefix}{path}: {_reason(error)}", limit=8192))
 
-    def _walk(self, folder: Any, path: str, depth: int) -> Iterator[FileRecord]:
-        if depth > _DEPTH:
+    def _walk(self, folder: Any, path: str, above: tuple[int, ...], *, again: bool = False) -> Iterator[FileRecord]:
+        if len(above) > _DEPTH:
             self._problem(path, RecursionError(f"deeper than {_DEPTH} directories"))
             return
         entries: Iterator[Any] = iter(folder.sub_file_entries)
@@ -233,21 +235,30 @@ class DfvfsFileSystem(FileSystem):
                 entry = next(entries, None)
                 if entry is None:
                     return
-                here = f"{path}/{entry.name}"
-                listed = list(self._of_entry(entry, here))
+                record = self._record(entry, f"{path}/{entry.name}")
             except _FAILURES as error:
                 self._problem(path or "/", error)
                 return
-            yield from listed
-            if entry.IsDirectory():
-                yield from self._walk(entry, here, depth + 1)
+            self._visits.count(again)
+            yield record
+            if not entry.IsDirectory() or record.inode in above:
+                continue
+            if self._visits.is_exhausted(record.inode, again):
+                report = self._visits.first_report()
+                if report is not None:
+                    self._problem(record.path, report)
+                if again:
+                    return  # the names that follow are listed elsewhere
+                continue
+            listed_again = self._visits.enter(record.inode, again)
+            yield from self._walk(entry, record.path, (*above, record.inode), again=listed_again)
 
-    def _of_entry(self, entry: Any, path: str) -> Iterator[FileRecord]:
+    def _record(self, entry: Any, path: str) -> FileRecord:
         stat = entry.GetStatAttribute()
         letter = _LETTERS.get(entry.entry_type, "-")
         inode = int(getattr(stat, "inode_number", None) or getattr(entry.path_spec, "identifier", None) or 0)
         spans, sparse, resident = self._spans(entry, letter)
-        yield FileRecord(
+        return FileRecord(
             volume=self.volume,
             path=path,
             inode=inode,

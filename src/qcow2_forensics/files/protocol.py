@@ -19,6 +19,49 @@ class NoFileSystem(OSError):
     """No file system was found in any partition, nor on the whole disk."""
 
 
+class Visits:
+    """Bounds a walk through folders that several names lead to.
+
+    A healthy folder has one name in use, and perhaps a deleted one. Crafted ones share folders, so that a few
+    of them make paths without end. Names below a folder that was listed before may be no more than
+    those listed for the first time, and some.
+    """
+
+    _SPARE = 10_000  # names listed again, however few there are
+
+    def __init__(self) -> None:
+        self._entered: set[int] = set()
+        self._first = self._again = 0
+        self._is_reported = False
+
+    def count(self, again: bool) -> None:
+        """Count a name; ``again`` below a folder that was listed before."""
+        self._again += again
+        self._first += not again
+
+    def enter(self, inode: int, again: bool) -> bool:
+        """Enter a folder; return whether what is in it is listed again."""
+        again = again or inode in self._entered
+        self._entered.add(inode)
+        return again
+
+    def is_exhausted(self, inode: int, again: bool) -> bool:
+        """Whether a folder must not be entered any more."""
+        return (again or inode in self._entered) and self._again > self._first + self._SPARE
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the bound was met."""
+        return self._is_reported
+
+    def first_report(self) -> OSError | None:
+        """Return what to report where the bound is met for the first time."""
+        if self._is_reported:
+            return None
+        self._is_reported = True
+        return OSError("folders listed before have further names: what is in them is not listed again from here on")
+
+
 class FileSystem(ABC):
     """The file system of one volume in one state."""
 

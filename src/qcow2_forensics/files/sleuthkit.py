@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytsk3
 
 from ..text import printable
-from .protocol import ENTRIES_LISTED, FileSystem, NoFileSystem
+from .protocol import ENTRIES_LISTED, FileSystem, NoFileSystem, Visits
 from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume
 from .spans import Spans
 
@@ -30,6 +30,7 @@ _NAME_LETTERS = "-pcdbrlshwvV"
 _META_LETTERS = "-rdpcblhswvV"
 _NTFS_DATA, _NTFS_INDEX = 128, 144
 _FILE_NAME_BYTES = 66  # of a $FILE_NAME attribute before the name itself
+_SHORT_NAME = 2  # name space of a $FILE_NAME attribute that holds the short form of another
 _VIRTUAL_DIRECTORY = 11  # a name made up by The Sleuth Kit
 _UNALLOCATED = 2  # flag of names and of metadata
 _RESIDENT = 4  # flag of an attribute whose bytes are in the metadata
@@ -50,6 +51,7 @@ class SleuthKitFileSystem(FileSystem):
         self.image = image
         self.handle = handle
         self._reader = reader
+        self._visits = Visits()
         self._failed = 0  # how many ranges were unreadable before the current reading
         self._block = int(handle.info.block_size)
         self._largest = max(_LEAST_LIMIT, 4 * int(image.get_size()))
@@ -61,29 +63,39 @@ class SleuthKitFileSystem(FileSystem):
 
     def records(self, *, names: bool = False) -> Iterator[FileRecord]:
         root = int(self.handle.info.root_inum)
+        self._visits = Visits()
+        self._visits.enter(root, again=False)
         count = 0
         for record in self._walk(self._directory(root, "/"), "", (root,)):
             if record.of_name and not names:
                 continue
             count += 1
             if count > ENTRIES_LISTED:
-                self.problems.append(f"more than {ENTRIES_LISTED} entries: the rest is not listed")
+                self._problem("/", RecursionError(f"more than {ENTRIES_LISTED} entries: the rest is not listed"))
                 return
             yield record
 
-    def _directory(self, inode: int, path: str) -> list[pytsk3.File]:
+    def _directory(self, inode: int, path: str, *, deleted: bool = False) -> list[pytsk3.File]:
         try:
             return list(self.handle.open_dir(inode=inode))
         except (OSError, RuntimeError) as error:
-            self._problem(path, error)
+            self._problem(path, error, deleted=deleted)
             return []
 
-    def _problem(self, path: str, error: BaseException) -> None:
+    def _problem(self, path: str, error: BaseException, *, deleted: bool = False) -> None:
+        """Note what could not be listed; of what is deleted, no more than that can be expected."""
+        self.is_incomplete |= not deleted
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         self.problems.append(printable(f"{self.volume.prefix}{path}: {why}", limit=8192))
 
     def _walk(
-        self, entries: list[pytsk3.File], path: str, above: tuple[int, ...], *, orphans: bool = False
+        self,
+        entries: list[pytsk3.File],
+        path: str,
+        above: tuple[int, ...],
+        *,
+        orphans: bool = False,
+        again: bool = False,
     ) -> Iterator[FileRecord]:
         for entry in entries:
             name = entry.info.name
@@ -91,24 +103,51 @@ class SleuthKitFileSystem(FileSystem):
                 continue
             inode = int(name.meta_addr)
             here = f"{path}/{_text(name.name)}"
-            # Names made up for orphans come without their metadata.
-            held = self._orphan(inode, here) or entry if orphans and entry.info.meta is None else entry
+            held = entry if entry.info.meta is not None else self._metadata(name, here, orphans) or entry
             meta = held.info.meta
+            self._visits.count(again)
             yield from self._of_entry(name, held, here)
             if meta is None or not _is_directory(name, meta) or inode in above:
                 continue
             if len(above) > _DEPTH:
                 self._problem(here, RecursionError(f"deeper than {_DEPTH} directories"))
                 continue
+            if self._visits.is_exhausted(inode, again):
+                report = self._visits.first_report()
+                if report is not None:
+                    self._problem(here, report)
+                if again:
+                    return  # the names that follow are listed elsewhere
+                continue
             made_up = int(name.type) == _VIRTUAL_DIRECTORY
-            yield from self._walk(self._directory(inode, here), here, (*above, inode), orphans=made_up)
+            if made_up and self._visits.is_cut:  # The Sleuth Kit would walk every path to find what has none
+                self._problem(here, OSError("not looked for, because folders are shared"))
+                continue
+            listed_again = self._visits.enter(inode, again)
+            deleted = bool(int(name.flags) & _UNALLOCATED)
+            below = self._directory(inode, here, deleted=deleted)
+            yield from self._walk(below, here, (*above, inode), orphans=made_up, again=listed_again)
 
-    def _orphan(self, inode: int, path: str) -> pytsk3.File | None:
-        try:
-            return self.handle.open_meta(inode=inode)
-        except (OSError, RuntimeError) as error:
-            self._problem(path, error)
+    def _metadata(self, name: Any, path: str, orphan: bool) -> pytsk3.File | None:
+        """Return the metadata that The Sleuth Kit holds back of a name, None when it is not this file's.
+
+        Names made up for orphans come without. So does a deleted name on NTFS whose record was freed,
+        which counts its sequence number up by one: until the record is used again the file is still in it.
+        """
+        deleted = self._ntfs and bool(int(name.flags) & _UNALLOCATED) and int(name.meta_addr) > 0
+        if not orphan and not deleted:
             return None
+        try:
+            held = self.handle.open_meta(inode=int(name.meta_addr))
+        except (OSError, RuntimeError) as error:
+            if orphan:
+                self._problem(path, error, deleted=True)
+            return None
+        meta = held.info.meta
+        if orphan or meta is None:
+            return held
+        freed = int(meta.flags) & _UNALLOCATED and int(meta.seq) == int(name.meta_seq) % 0xFFFF + 1
+        return held if freed else None
 
     def _of_entry(self, name: Any, entry: pytsk3.File, path: str) -> Iterator[FileRecord]:
         meta = entry.info.meta
@@ -126,12 +165,10 @@ class SleuthKitFileSystem(FileSystem):
             if kind in (_NTFS_DATA, _NTFS_INDEX):
                 streams += 1
                 yield self._record(name, meta, path, attribute)
-            elif kind == NTFS_FILE_NAME:
-                times = self._name_times(entry, attribute)
-                if times is not None:
-                    yield replace(self._record(name, meta, path, attribute), times=times)
         if not streams:
             yield self._record(name, meta, path, None)
+        for attribute, times in self._name_attribute(entry, name, attributes):
+            yield replace(self._record(name, meta, path, attribute), times=times)
 
     def _attributes(self, entry: pytsk3.File, path: str) -> list[pytsk3.Attribute]:
         try:
@@ -193,18 +230,34 @@ class SleuthKitFileSystem(FileSystem):
             return tuple(Span(self.volume.offset + at, length) for at, length in blocks)
         return tuple(span for at, length in blocks for span in self._reader.place(at, length))
 
-    def _name_times(self, entry: pytsk3.File, attribute: pytsk3.Attribute) -> Times | None:
-        """Return the times in a $FILE_NAME attribute: the system sets them, tools seldom can."""
-        if int(attribute.info.size) < _FILE_NAME_BYTES:
-            return None
-        try:
-            data = entry.read_random(0, _FILE_NAME_BYTES, NTFS_FILE_NAME, int(attribute.info.id))
-        except (OSError, RuntimeError):
-            return None
-        created, modified, changed, accessed = (
-            _filetime(int.from_bytes(data[at : at + 8], "little")) for at in (8, 16, 24, 32)
-        )
-        return Times(modified, accessed, changed, created)
+    def _name_attribute(
+        self, entry: pytsk3.File, name: Any, attributes: list[pytsk3.Attribute]
+    ) -> Iterator[tuple[pytsk3.Attribute, Times]]:
+        """Yield the $FILE_NAME attribute of this very name and its times, which tools seldom can set.
+
+        A record has one for each of its names, and another one for the short form of a name.
+        """
+        held: list[tuple[bool, pytsk3.Attribute, Times]] = []
+        stored = _text(name.name or b"").encode("utf-16-le", "surrogatepass")
+        for attribute in attributes:
+            if int(attribute.info.type) != NTFS_FILE_NAME or int(attribute.info.size) < _FILE_NAME_BYTES:
+                continue
+            try:
+                size = min(int(attribute.info.size), _FILE_NAME_BYTES + 2 * 255)
+                data = entry.read_random(0, size, NTFS_FILE_NAME, int(attribute.info.id))
+            except (OSError, RuntimeError):
+                continue
+            if len(data) < _FILE_NAME_BYTES or data[65] == _SHORT_NAME:
+                continue
+            parent = int.from_bytes(data[:6], "little")
+            created, modified, changed, accessed = (
+                _filetime(int.from_bytes(data[at : at + 8], "little")) for at in (8, 16, 24, 32)
+            )
+            own = parent == int(name.par_addr) and data[66 : 66 + 2 * data[64]] == stored
+            held.append((own, attribute, Times(modified, accessed, changed, created)))
+        own_only = [item for item in held if item[0]]
+        for _, attribute, times in own_only[:1] or held:
+            yield attribute, times
 
     # --- content -----------------------------------------------------------------------------
 
