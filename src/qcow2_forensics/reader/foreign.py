@@ -17,7 +17,7 @@ from ..errors import FormatError, ReadError, Unsupported
 from ..format.source import Source, source_name
 from ..limits import KiB, MiB
 from ..text import printable
-from .disk import Extent
+from .layers import Extent
 from .mapping import Kind
 from .stream import SourceStream
 
