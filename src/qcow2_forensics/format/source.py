@@ -32,6 +32,18 @@ class Source(Protocol):
     def read(self, offset: int, length: int, /) -> bytes: ...
 
 
+_seeking = threading.Lock()
+
+
+def _read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Read at an offset, also where there is no ``pread``: on Windows."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, length, offset)
+    with _seeking:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, length)
+
+
 _open_files: weakref.WeakSet[FileSource] = weakref.WeakSet()
 
 
@@ -85,6 +97,8 @@ class FileSource:
         """Return ``length`` bytes at ``offset``, fewer only at the end of the file."""
         try:
             data = os.pread(self.fd, length, offset)
+        except AttributeError:
+            return self._read_on(offset, max(0, min(length, self.size - offset)), b"")
         except OSError as error:
             raise self._failed(error, offset, length) from error
         except (OverflowError, MemoryError):  # more than a file can have: what there is, is the answer
@@ -111,12 +125,13 @@ class FileSource:
         return ReadError(f"{printable(self.name)}: {error.strerror}", offset=offset, length=length)
 
     def _read_on(self, offset: int, length: int, data: bytes) -> bytes:
+        """Return ``length`` bytes at ``offset``, of which ``data`` is there already."""
         # pread stops at about 2 GiB, and may stop early on network file systems.
         pieces = [data]
         done = len(data)
         while done < length:
             try:
-                more = os.pread(self.fd, length - done, offset + done)
+                more = _read_at(self.fd, length - done, offset + done)
             except OSError as error:
                 raise self._failed(error, offset, length) from error
             if not more:
@@ -213,7 +228,7 @@ class CheckedSource:
 def as_source(origin: PathOrSource) -> Source:
     """Return a source over a path, a binary file object, or a source; a foreign one is checked."""
     if isinstance(origin, (str, os.PathLike)):
-        return FileSource(origin) if hasattr(os, "pread") else StreamSource(open(origin, "rb"), str(origin))
+        return FileSource(origin)
     if hasattr(origin, "seek"):
         return StreamSource(origin)  # type: ignore[arg-type]
     own = isinstance(origin, (FileSource, StreamSource, BytesSource, CheckedSource))
