@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
 from qcow2_forensics.cli import main
 from qcow2_forensics.errors import Qcow2Error
 from qcow2_forensics.reader.salvage import SalvagedDisk, mapfile
+from qcow2_forensics.reader.tree_hash import TreeHash
 from qcow2_forensics.reader.writer import Writer, atomic_writer, data_stretches, whole_folder, writing
 from tests import qemu
 from tests.image_builder import Builder, Poke, base_b
@@ -78,6 +79,31 @@ def test_zeros_in_data_become_holes(tmp_path: Path) -> None:
             writer.data(b"\1" * BLOCK + bytes(MiB - BLOCK))
     assert (tmp_path / "file").stat().st_size == 64 * MiB
     assert (tmp_path / "file").stat().st_blocks * 512 <= 64 * 2 * BLOCK
+
+
+def _tree_hash(data: bytes) -> str:
+    """Return the tree hash as its specification words it: level by level."""
+    level = [hashlib.sha256(data[at : at + MiB]).digest() for at in range(0, len(data), MiB)]
+    level = level or [hashlib.sha256(b"").digest()]
+    while len(level) > 1:
+        pairs = [level[at : at + 2] for at in range(0, len(level), 2)]
+        level = [hashlib.sha256(b"".join(pair)).digest() if len(pair) == 2 else pair[0] for pair in pairs]
+    return level[0].hex()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0, 0, 7]), st.integers(0, 5 * MiB)), max_size=4))
+def test_the_tree_hash_is_that_of_all_bytes_whatever_are_holes(runs: list[tuple[int, int]]) -> None:
+    tree = TreeHash()
+    for byte, length in runs:
+        tree.update(bytes([byte]) * length) if byte else tree.zeros(length)
+    assert tree.hexdigest() == _tree_hash(b"".join(bytes([byte]) * length for byte, length in runs))
+
+
+def test_the_tree_hash_of_many_tib_of_zeros_takes_no_time() -> None:
+    tree = TreeHash()
+    tree.zeros((1 << 45) + 123)
+    assert len(tree.hexdigest()) == 64
 
 
 @pytest.mark.parametrize("kind", ["file", "stream", "folder"])

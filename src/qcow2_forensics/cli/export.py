@@ -68,7 +68,8 @@ def add_parser(subparsers: Any) -> None:
         dest="hashes",
         choices=HASHES,
         action="append",
-        help="a hash of the raw bytes to compute (repeatable; default: sha256)",
+        help="a hash of the raw bytes to compute (repeatable; default: sha256). sha256-tree hashes each MiB and then the "
+        "hashes in pairs, as Amazon S3 Glacier does; holes cost it nothing",
     )
     parser.add_argument("--no-hash", action="store_true", help="compute no hash of the raw bytes")
     parser.add_argument(

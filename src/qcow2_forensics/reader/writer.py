@@ -24,8 +24,9 @@ from ..errors import Qcow2Error
 from ..format.source import is_being_read
 from ..limits import KiB, MiB
 from ..text import printable
+from .tree_hash import TreeHash
 
-HASHES = ("sha256", "sha1", "md5", "blake2b")
+HASHES = ("sha256", "sha1", "md5", "blake2b", "sha256-tree")
 _BLOCK = 4 * KiB  # of zeros at least, at such a place, become a hole: what file systems and qemu-img count in
 _ZERO_BLOCK = bytes(_BLOCK)
 _ZEROS = bytes(MiB)
@@ -82,14 +83,16 @@ class Writer:
     ) -> None:
         self._descriptor = descriptor
         self._advance = advance
-        self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in hashes}
+        self._trees = {name: TreeHash() for name in hashes if name == "sha256-tree"}
+        self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in hashes if name not in self._trees}
         self.sparse = sparse
         self.size = 0
 
     @property
     def hashes(self) -> dict[str, str]:
         """The digests so far, by name, in hex."""
-        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+        flat = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        return flat | {name: tree.hexdigest() for name, tree in self._trees.items()}
 
     @property
     def sha256(self) -> str | None:
@@ -107,21 +110,30 @@ class Writer:
             self.store(self.size, content)
         elif not stored:
             self._write_on(content)
+        for tree in self._trees.values():
+            tree.update(content)
+        self._append(content)
+
+    def _append(self, content: bytes) -> None:
         for digest in self._digests.values():
             digest.update(content)
         self.size += len(content)
         self._advance(len(content))
 
     def zeros(self, length: int) -> None:
-        """Append zeros: a hole, where there can be one."""
+        """Append zeros: a hole, where there can be one. Only a tree hash does not have to run through them."""
+        for tree in self._trees.values():
+            tree.zeros(length)
         if self.sparse and not self._digests:
             self.size += length
             self._advance(length)
             return
         while length:
-            step = min(length, len(_ZEROS))
-            self.data(_ZEROS if step == len(_ZEROS) else _ZEROS[:step], stored=self.sparse)
-            length -= step
+            piece = _ZEROS if length >= len(_ZEROS) else _ZEROS[:length]
+            if not self.sparse:
+                self._write_on(piece)
+            self._append(piece)
+            length -= len(piece)
 
     def store(self, offset: int, content: bytes) -> None:
         """Write bytes to a place of the file, ahead of their turn; threads may do so side by side."""
