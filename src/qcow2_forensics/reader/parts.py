@@ -19,14 +19,15 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from ..errors import Qcow2Error
 from ..format.source import Source
+from ..limits import KiB
 from .cache import Fifo
 from .layers import Layer, RawDisk
 from .runs import Kind
 
 _SPAN_CLUSTER_BITS = 4  # sixteen clusters are looked at together: what the first random read of a span pays for
 _SPAN_BITS_MIN = 16
-_PARTS_KEPT = 256  # of one span; one in more pieces (of subclusters, as a rule) is found anew each time
-_SPAN_COST = 32 * 1024  # bytes that a span of many parts takes in memory, for the cache's budget
+_PARTS_KEPT = 128  # of one span: a read in one of more parts (subclusters, as a rule) finds only what it needs
+_SPAN_COST = 32 * KiB  # of memory that a span of so many parts takes at most, for the cache's budget
 
 
 @runtime_checkable
@@ -63,8 +64,8 @@ Prepare: TypeAlias = Callable[[list[Part], int], int]
 class Parts:
     """The parts of one disk, kept for spans of sixteen clusters, first in, first out.
 
-    A span is looked for as a whole. Where a fault in it prevents that, only what is asked for is
-    looked at, so that a fault shows to nobody but who reads there.
+    A span is looked up as a whole. Where that meets a fault, or too many parts to keep, reads in it look
+    up their own range only: a fault is reported to those who read there, and to nobody else.
     """
 
     def __init__(self, cluster_bits: int, budget: int) -> None:
@@ -75,7 +76,7 @@ class Parts:
     def around(self, offset: int) -> Part | None:
         """Return the whole part that holds an offset, None where its span is not kept."""
         span = self.spans.get(offset >> self.shift)
-        return span[bisect_right(span, (offset, 1 << 64)) - 1] if span is not None else None
+        return span[bisect_right(span, (offset, 1 << 64)) - 1] if span else None
 
     def find(self, find: Callable[[int, int], list[Part]], offset: int, length: int) -> list[Part]:
         """Return the parts that tile a range; ``find`` looks them up where they are not known."""
@@ -87,9 +88,10 @@ class Parts:
                 try:
                     span = find(number << shift, 1 << shift)
                 except (Qcow2Error, OSError):
-                    return find(offset, length)
-                if len(span) <= _PARTS_KEPT:
-                    self._spans.add(number, span)
+                    span = []
+                self._spans.add(number, span if len(span) <= _PARTS_KEPT else [])
+            if not span:
+                return find(offset, length)
             if found:
                 joined = _joined(found[-1], span[0])
                 if joined is not None:
