@@ -102,6 +102,19 @@ class Images:
                 below = layer
         return top
 
+    def deep_chain(self) -> Path:
+        """Ten layers, a tenth of the clusters in each."""
+        below = self.convert("deep0")
+        for level in range(1, 10):
+            layer = self.folder / f"deep{level}.qcow2"
+            if not layer.exists():
+                qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", below.name, "-F", "qcow2", layer)
+                commands = [f"-cwrite -q -P {level} {at} 64k" for at in range(level * 65536, self.size, 10 * 65536)]
+                qemu("qemu-io", "-f", "qcow2", *commands, layer)
+                settle(layer)
+            below = layer
+        return below
+
     def luks(self) -> Path:
         path = self.folder / "luks.qcow2"
         for _ in range(20):  # creation fails now and then: QEMU cannot time its key derivation
@@ -217,10 +230,14 @@ def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
     yield full("sequential 1 MiB, 2 MiB clusters", MiB, raw, images.convert("c2m", "-o", "cluster_size=2M"), *both)
     yield full("sequential 1 MiB, extended L2", MiB, raw, images.convert("extended", "-o", "extended_l2=on"))
     yield full("sequential 1 MiB, three-deep chain", MiB, raw, images.chain(), "dissect.hypervisor")
+    yield full("sequential 1 MiB, ten-deep chain", MiB, raw, images.deep_chain(), "dissect.hypervisor")
     count = 2_000 if smoke else 50_000
     readers = {"pread of the raw file": raw, **opened(dense, *both)}
     works = {who: random_reads(read, size, 4 * KiB, count) for who, read in readers.items()}
     yield Case("random 4 KiB, dense", works, count, "reads")
+    readers = {"pread of the raw file": raw, **opened(images.deep_chain())}
+    works = {who: random_reads(read, size, 4 * KiB, count) for who, read in readers.items()}
+    yield Case("random 4 KiB, ten-deep chain", works, count, "reads")
     span = min(size, MiB if smoke else 16 * MiB)
     works = {who: sequential(read, span, 64) for who, read in readers.items()}
     yield Case("sequential 64 bytes, dense", works, span // 64, "reads")
@@ -250,6 +267,10 @@ def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
     )
     yield Case("export to raw, dense", _exports(dense, folder), size)
     yield Case("export to raw, zlib", _exports(images.convert("zlib", "-c"), folder), size)
+    holes = folder / "holes.qcow2"
+    if not holes.exists():
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", holes, "2G")
+    yield Case("export of 2 GiB of holes", _exports(holes, folder), 2 * KiB * MiB)
     huge = folder / "huge.qcow2"
     if not huge.exists():
         qemu("qemu-img", "create", "-q", "-f", "qcow2", huge, "1T")
@@ -289,4 +310,5 @@ def _exports(path: Path, folder: Path) -> dict[str, Callable[[], object]]:
         "qemu-img convert, then SHA-256": hashed,
         "qcow2-forensics export": export,
         "qcow2-forensics export --no-hash": lambda: export("--no-hash"),
+        "qcow2-forensics export --hash sha256-tree": lambda: export("--hash", "sha256-tree"),
     }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import random
 import re
 import shutil
 import struct
@@ -15,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import qcow2_forensics as q
+from qcow2_forensics.cli import main
 from qcow2_forensics.errors import FormatError, Qcow2Error, Unsupported
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.reader.foreign import open_foreign, probe
@@ -316,3 +320,50 @@ def test_no_file_named_in_a_descriptor_is_opened(case: str, tmp_path: Path) -> N
     opened = set(re.findall(r'"(?:[^"]*/)?([^"/]+)"', log.read_text()))
     assert bait.name not in opened
     assert "base" in opened
+
+
+# --- maps and holes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["vpc", "vmdk"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_map_of_a_chain_over_it_is_that_of_qemu(
+    fmt: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(LIBRARIES[fmt], reason=f"{LIBRARIES[fmt]} is absent")
+    chance = random.Random(seed)
+    below = tmp_path / "base"
+    qemu.img("create", "-q", "-f", fmt, below, "300M")
+    writes = [
+        f"write -P {n + 1} {chance.randrange(290 << 20) // 512 * 512} {chance.choice(['4k', '1M', '3M'])}"
+        for n in range(5)
+    ]
+    subprocess.run(
+        ["qemu-io", "-f", fmt, *(part for write in writes for part in ("-c", write)), below],
+        check=True,
+        capture_output=True,
+    )
+    top = tmp_path / "top"
+    qemu.img("create", "-q", "-f", "qcow2", "-b", below, "-F", fmt, top)
+    qemu.io(top, "write -P 99 64M 100k", "write -z 65M 1M")
+    assert main(["map", str(top), "--format", "json"]) == 0
+    rows = [
+        {key: value for key, value in row.items() if key != "compressed"} for row in json.loads(capsys.readouterr().out)
+    ]
+    wanted = [{key: value for key, value in row.items() if key != "compressed"} for row in qemu.map_json(top)]
+    assert rows == wanted
+    with q.open_disk(top) as disk:
+        assert hashlib.sha256(disk.read(0, disk.size)).digest() == hashlib.sha256(qemu.raw_bytes(top)).digest()
+
+
+@pytest.mark.parametrize("fmt", ["vpc", "vmdk", "vhdx"])
+def test_an_export_over_a_sparse_base_takes_no_more_room_than_qemu_s(fmt: str, tmp_path: Path) -> None:
+    pytest.importorskip(LIBRARIES[fmt], reason=f"{LIBRARIES[fmt]} is absent")
+    below, top = tmp_path / "base", tmp_path / "top"
+    qemu.img("create", "-q", "-f", fmt, below, "200M")
+    subprocess.run(["qemu-io", "-f", fmt, "-c", "write -P 5 3M 64k", below], check=True, capture_output=True)
+    qemu.img("create", "-q", "-f", "qcow2", "-b", below, "-F", fmt, top)
+    qemu.img("convert", "-O", "raw", top, tmp_path / "theirs")
+    assert main(["export", str(top), str(tmp_path / "ours")]) == 0
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert (tmp_path / "ours").stat().st_blocks <= 1.05 * (tmp_path / "theirs").stat().st_blocks

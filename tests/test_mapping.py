@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics.reader.contiguity import sequence_end
+from qcow2_forensics.reader.l2_runs import sequence_end
 from qcow2_forensics.reader.mapping import Kind
 from tests.image_builder import COPIED, EXT_BACKING_FORMAT, Builder
 

@@ -102,10 +102,26 @@ def test_extents_tile_the_clipped_request(case: Case, data: st.DataObject) -> No
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_a_piece_is_as_long_as_its_run(case: Case, data: st.DataObject) -> None:
+def test_parts_tile_the_request_and_a_piece_is_as_long_as_its_part(case: Case, data: st.DataObject) -> None:
     offset, length = data.draw(ranges(case))
-    for run in case.disk.mapping.runs(offset, min(length, 4 * MiB)):
-        assert len(case.disk._piece(run)) == run.length
+    length = max(0, min(length, 4 * MiB, case.disk.size - offset))
+    at = offset
+    for part in case.disk._find(offset, length) if length else ():
+        assert part.offset == at
+        assert len(case.disk._piece(part)) == part.length > 0
+        at += part.length
+    assert at == offset + length
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_read_into_a_buffer_gives_the_same_bytes_and_touches_no_others(case: Case, data: st.DataObject) -> None:
+    offset, length = data.draw(ranges(case))
+    buffer = bytearray(b"\xa5" * (length + 2))
+    count = case.disk.read_into(offset, memoryview(buffer)[1 : 1 + length])
+    wanted = case.wanted[offset : offset + length]
+    assert count == len(wanted)
+    assert buffer == b"\xa5" + wanted + b"\xa5" * (length - count + 1)
 
 
 @settings(max_examples=100)

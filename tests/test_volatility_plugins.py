@@ -8,6 +8,7 @@ import http.server
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -147,6 +148,16 @@ def test_vmstatedump_writes_the_stream_and_a_block(saved: Saved, tmp_path: Path)
     data = (tmp_path / found[0]["File"]).read_bytes()
     assert len(data) == found[0]["Bytes"] == 256 * 1024
     assert data[-16:-11] == b"\xea\x5b\xe0\x00\xf0"  # the jump every PC BIOS starts with
+
+
+def test_vmstatedump_that_cannot_write_all_leaves_nothing_under_its_name(saved: Saved, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, before[1]))  # as a disk that is full: an error of write()
+    try:
+        vol("--qcow2-snapshot", "first", "-f", saved.image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("snapshot-1.raw.partial", 0)]
 
 
 def test_audit_lists_findings(saved: Saved, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from volatility3.framework.configuration import requirements
 
 from .evidence import EvidencePlugin, Row
 
-_PIECE = 4 * 1024 * 1024
+_PIECE = 1024 * 1024
 
 
 class VmStateDump(EvidencePlugin):
@@ -57,14 +57,23 @@ class VmStateDump(EvidencePlugin):
         yield 0, (printable(written[0]), written[1])
 
     def _write(self, name: str, size: int, read: Callable[[int, int], bytes]) -> tuple[str, int]:
-        with self.open(self.open.sanitize_filename(name)) as file:
-            for offset in range(0, size, _PIECE):
-                self._progress_callback(100 * offset / size, f"Writing {name}")
-                data = read(offset, min(_PIECE, size - offset))
-                if data.count(0) == len(data) and offset + len(data) < size:
-                    file.seek(offset + len(data))  # a hole, where the file system has them
-                else:
-                    file.write(data)
+        """Write a file that gets its name when it is whole; of one that is not, an empty ``.partial`` is left."""
+        wanted = self.open.sanitize_filename(name)
+        with self.open(f"{wanted}.partial") as file:
+            try:
+                for offset in range(0, size, _PIECE):
+                    self._progress_callback(100 * offset / size, f"Writing {wanted}")
+                    data = read(offset, min(_PIECE, size - offset))
+                    if data.count(0) == len(data) and offset + len(data) < size:
+                        file.seek(offset + len(data))  # a hole, where the file system has them
+                    else:
+                        file.write(data)
+                file.flush()
+            except BaseException:
+                file.seek(0)
+                file.truncate()
+                raise
+            file.preferred_filename = wanted
         return file.preferred_filename, size
 
     def run(self) -> Any:

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..audit import audit
 from ..findings import EVIDENCE_LIMIT, Report, Severity
+from ..reader.writer import atomic_writer
 from ..render import FORMATS, render
 from ..text import printable
 from .options import add_key_arguments, passphrase_of
-from .output import atomic_writer
 
 EXIT_DONE = 0
 EXIT_FINDINGS = 1

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .output import atomic_writer
+from ..reader.writer import atomic_writer
 
 _LINES_SHOWN = 24
 _WIDTH_SHOWN = 200  # of an error line

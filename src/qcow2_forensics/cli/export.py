@@ -1,11 +1,13 @@
-"""``export``: write any state of the disk to a raw file, sparse and hashed on the way."""
+"""``export``: write any state of the disk to a raw file or a pipe, sparse and hashed on the way."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import datetime as dt
 import json
 import os
+import shlex
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,27 +15,38 @@ from contextlib import closing
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, BinaryIO
+from typing import Any
 
+from .. import __version__
+from ..errors import Qcow2Error
+from ..format.source import Source, source_name
 from ..limits import MiB
 from ..reader.clusters import decode_here
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
-from ..text import printable
+from ..reader.salvage import SalvagedDisk, mapfile
+from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, writing
+from ..text import iso_time, printable
 from .options import add_disk_arguments, add_image_argument, open_from
-from .output import Progress, atomic_writer, human_size
+from .output import Progress, human_size
 
 _PIECE = 1 * MiB  # read, written and hashed at once
-_ZEROS = bytes(MiB)
 _WORKERS = min(8, os.cpu_count() or 1)
 _PIECES_AHEAD = 3 * _WORKERS  # read and written before the hash comes to them
+_MISSING_SHOWN = 10  # ranges that the summary in text lists; JSON and the map have them all
+_TOOL = f"qcow2-forensics {__version__}"
+_SCHEMA = 1
 
 _EPILOG = """examples:
   qcow2-forensics export disk.qcow2 disk.raw
-  qcow2-forensics export disk.qcow2 before.raw --snapshot before-incident
+  qcow2-forensics export disk.qcow2 before.raw --snapshot before-incident --hash sha256 --hash md5 --sidecar
   qcow2-forensics export overlay.qcow2 own.raw --no-backing
+  qcow2-forensics export damaged.qcow2 rest.raw --salvage --mapfile rest.map
+  qcow2-forensics export disk.qcow2 - | strings -a
 
-The output is sparse, and gets its name only when it is whole. Its SHA-256 is printed.
+A file is sparse, and gets its name only when it is whole. Its SHA-256 is printed. "-", a FIFO or a
+device such as /dev/stdout takes the bytes in order, zeros included; the summary is then on standard
+error. With --salvage the exit code is 2 when something is missing.
 """
 
 
@@ -41,43 +54,142 @@ def add_parser(subparsers: Any) -> None:
     """Add ``export`` to the command line."""
     parser = subparsers.add_parser(
         "export",
-        help="write a state of the disk to a raw file",
-        description="Write the disk, as it is or as a snapshot has it, to a sparse raw file.",
+        help="write a state of the disk to a raw file or a pipe",
+        description="Write the disk, as it is or as a snapshot has it, to a sparse raw file or a pipe.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
-    parser.add_argument("output", metavar="OUT", help="the raw file to write")
+    parser.add_argument("output", metavar="OUT", help='the raw file to write; "-" for standard output')
     add_disk_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
-    parser.add_argument("--no-hash", action="store_true", help="do not compute the SHA-256 of the raw bytes")
+    parser.add_argument(
+        "--hash",
+        dest="hashes",
+        choices=HASHES,
+        action="append",
+        help="a hash of the raw bytes to compute (repeatable; default: sha256). sha256-tree hashes each MiB and then the "
+        "hashes in pairs, as Amazon S3 Glacier does; holes cost it nothing",
+    )
+    parser.add_argument("--no-hash", action="store_true", help="compute no hash of the raw bytes")
+    parser.add_argument(
+        "--salvage",
+        action="store_true",
+        help="write what can be read and zeros where nothing can; exit code 2 when something is missing",
+    )
+    parser.add_argument("--mapfile", metavar="FILE", help="write which bytes are missing, in ddrescue's format")
+    parser.add_argument(
+        "--sidecar", action="store_true", help="write OUT.json beside OUT: source, state, tool, times and hashes"
+    )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the summary")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export one disk and print what was written."""
+    """Export one disk and print what was written; 2 when something could not be read."""
+    if args.mapfile and not args.salvage:
+        raise Qcow2Error("--mapfile goes with --salvage: without it an export is whole or not there")
+    if args.sidecar and is_standard_output(args.output):
+        raise Qcow2Error("--sidecar needs a file to be beside; take --format json, which prints the same")
+    hashes = () if args.no_hash else tuple(dict.fromkeys(args.hashes or HASHES[:1]))
+    started = _now()
     with open_from(args) as disk:
-        with atomic_writer(args.output, force=args.force) as out, Progress("export", disk.size) as progress:
-            digest = write_raw(disk, out, progress, hashed=not args.no_hash)
-        summary = {
-            "output": printable(args.output),
-            "size": disk.size,
-            "sha256": digest,
-            "filled_bytes": sum(layer.filled["bytes"] for layer in _layers(disk)),
-            "filled_tables": sum(layer.mapping.filled_tables for layer in _layers(disk)),
-        }
+        salvaged = SalvagedDisk(disk) if args.salvage else None
+        with (
+            Progress("export", disk.size) as progress,
+            writing(args.output, progress.advance, force=args.force, hashes=hashes) as out,
+        ):
+            write_raw(disk, out, salvaged)
+        summary = _summary(args, disk, out, salvaged, started)
+    if args.mapfile:
+        with atomic_writer(args.mapfile, force=args.force) as file:
+            missing = salvaged.missing if salvaged is not None else []
+            file.writelines(f"{line}\n".encode() for line in mapfile(disk.size, missing, _TOOL))
+    if args.sidecar:
+        with atomic_writer(f"{args.output}.json", force=args.force) as file:
+            file.write(json.dumps(summary, indent=1).encode() + b"\n")
+    to = sys.stderr if is_standard_output(args.output) else sys.stdout
     if args.format == "json":
-        print(json.dumps(summary))
-        return 0
-    print(f"{summary['output']}: {disk.size} bytes ({human_size(disk.size)})")
-    if digest:
-        print(f"sha256 {digest}")
+        print(json.dumps(summary), file=to)
+    else:
+        for line in _text(summary):
+            print(line, file=to)
+    return 2 if summary["partial"] else 0
+
+
+def _summary(
+    args: argparse.Namespace, disk: Disk, out: Writer, salvaged: SalvagedDisk | None, started: str
+) -> dict[str, Any]:
+    """Return what a report on this export has to say: what was read, what was written, when, and by what."""
+    missing = salvaged.missing if salvaged is not None else []
+    snapshot = disk.snapshot
+    return {
+        "schema": _SCHEMA,
+        "output": args.output,
+        "size": disk.size,
+        "sha256": out.sha256,
+        "hashes": out.hashes,
+        "partial": bool(missing),
+        "missing": [{"offset": at, "length": length, "why": why} for at, length, why in missing],
+        "filled_bytes": sum(layer.filled["bytes"] for layer in _layers(disk)),
+        "filled_tables": sum(layer.mapping.filled_tables for layer in _layers(disk)),
+        "snapshot": None if snapshot is None else {"id": snapshot.id, "name": snapshot.name},
+        "source": list(_sources(disk)),
+        "tool": _TOOL,
+        "command": shlex.join(sys.argv),
+        "started": started,
+        "finished": _now(),
+    }
+
+
+def _sources(disk: Disk) -> Iterator[dict[str, Any]]:
+    """Yield what identifies each file that was read: the image first, then what it builds on."""
+    layer: object = disk
+    role = "image"
+    while layer is not None:
+        files: list[tuple[str, object]] = [(role, getattr(layer, "source", None))]
+        if isinstance(layer, Disk):
+            files = [(role, layer.image.source)]
+            if layer.host is not layer.image.source:
+                files.append(("data file", layer.host))
+        for kind, source in files:
+            if isinstance(source, Source):
+                yield {"role": kind, **_identity(source)}
+        layer, role = getattr(layer, "backing", None), "backing file"
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    name, identity = source_name(source), getattr(source, "identity", None)
+    facts: dict[str, Any] = {"path": os.path.realpath(name) if identity else name, "size": source.size}
+    if identity:
+        facts["modified"] = iso_time(getattr(source, "mtime_ns", 0))
+        facts["device"], facts["inode"] = identity
+    return facts
+
+
+def _now() -> str:
+    """Return the time in UTC, to the second."""
+    return f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _text(summary: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the summary for people."""
+    word = " (partial)" if summary["partial"] else ""
+    yield f"{printable(summary['output'])}: {summary['size']} bytes ({human_size(summary['size'])})"
+    for name, digest in summary["hashes"].items():
+        yield f"{name}{word} {digest}"
+    missing = summary["missing"]
+    if missing:
+        total = sum(item["length"] for item in missing)
+        yield f"partial: {total} bytes in {len(missing)} range(s) could not be read and are zeros"
+        for item in missing[:_MISSING_SHOWN]:
+            yield f"  {item['offset']:#x}, {item['length']} bytes: {item['why']}"
+        if len(missing) > _MISSING_SHOWN:
+            yield f"  and {len(missing) - _MISSING_SHOWN} more ranges"
     if summary["filled_bytes"]:
-        print(f"{summary['filled_bytes']} bytes past the end of the image were filled with zeros")
+        yield f"{summary['filled_bytes']} bytes past the end of the image were filled with zeros"
     if summary["filled_tables"]:
-        print(f"{summary['filled_tables']} reads of tables past the end of the image were taken as empty")
-    return 0
+        yield f"{summary['filled_tables']} reads of tables past the end of the image were taken as empty"
 
 
 def _layers(disk: Disk) -> Iterator[Disk]:
@@ -88,41 +200,35 @@ def _layers(disk: Disk) -> Iterator[Disk]:
         layer = layer.backing
 
 
-def write_raw(disk: Disk, out: BinaryIO, progress: Progress, *, hashed: bool = True) -> str | None:
-    """Write ``disk`` to an empty file, leaving holes for zeros; return the SHA-256 in hex."""
-    out.truncate(disk.size)  # first of all: a size no file can have fails before anything is read
-    digest = hashlib.sha256() if hashed else None
-    with closing(_copied(disk, out.fileno())) as pieces:
+def write_raw(disk: Disk, out: Writer, salvaged: SalvagedDisk | None = None) -> None:
+    """Write ``disk``, or what is salvaged of it, to an empty file or a pipe."""
+    out.expect(disk.size)  # first of all: a size no file can have fails before anything is read
+    with closing(_copied(disk, out, salvaged)) as pieces:
         for length, data in pieces:
-            if data is None and digest is not None:
-                for step in _steps(length, len(_ZEROS)):
-                    digest.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
-                    progress.advance(step)
-                continue
-            if data is not None and digest is not None:
-                digest.update(data)
-            progress.advance(length)
-    return digest.hexdigest() if digest is not None else None
+            if data is None:
+                out.zeros(length)
+            else:
+                out.data(data, stored=out.sparse)
 
 
-def _copied(disk: Disk, descriptor: int) -> Generator[tuple[int, bytes | None]]:
+def _copied(disk: Disk, out: Writer, salvaged: SalvagedDisk | None) -> Generator[tuple[int, bytes | None]]:
     """Yield (length, bytes) of each piece in order, None for zeros, when it is in the file.
 
     Threads read and write side by side, a few pieces ahead of who takes them here.
     """
+    read = disk.read if salvaged is None else salvaged.read
 
     def copy(offset: int, length: int) -> bytes:
-        data = disk.read(offset, length)
-        written = 0
-        while written < len(data):  # a disk that is full takes a part, and says so at the next call
-            written += os.pwrite(descriptor, data[written:] if written else data, offset + written)
+        data = read(offset, length)
+        if out.sparse:
+            out.store(offset, data)
         return data
 
     waiting: deque[tuple[int, Callable[[], bytes | None]]] = deque()
     # What is filled with zeros is counted, which threads must not do side by side.
     pool = ThreadPoolExecutor(_WORKERS, "export", initializer=decode_here) if disk.eof == "strict" else None
     try:
-        for offset, length, is_zero in _pieces(disk):
+        for offset, length, is_zero in _pieces(disk, salvaged):
             if is_zero:
                 waiting.append((length, lambda: None))
             elif pool is not None:
@@ -139,10 +245,16 @@ def _copied(disk: Disk, descriptor: int) -> Generator[tuple[int, bytes | None]]:
             pool.shutdown(cancel_futures=True)  # nobody writes any more when the file is closed
 
 
-def _pieces(disk: Disk) -> Iterator[tuple[int, int, bool]]:
+_READ_AS_ZEROS = (Kind.ZERO, Kind.HOLE, Kind.MISSING)
+
+
+def _pieces(disk: Disk, salvaged: SalvagedDisk | None) -> Iterator[tuple[int, int, bool]]:
     """Yield (offset, length, whether it reads as zeros); zeros as long as they are, other bytes cut."""
     most = max(_PIECE, *(layer.image.cluster_size for layer in _layers(disk)))
-    kinds = ((extent.kind in (Kind.ZERO, Kind.HOLE), extent) for extent in disk.extents())
+    # What is missing is an error for whoever reads it, unless the rest is wanted all the same.
+    zeros = _READ_AS_ZEROS if salvaged is not None else _READ_AS_ZEROS[:2]
+    extents = disk.extents() if salvaged is None else salvaged.extents()
+    kinds = ((extent.kind in zeros, extent) for extent in extents)
     for is_zero, group in groupby(kinds, key=itemgetter(0)):
         start = end = -1
         for _, extent in group:
@@ -151,9 +263,3 @@ def _pieces(disk: Disk) -> Iterator[tuple[int, int, bool]]:
         step = end - start if is_zero else most
         for offset in range(start, end, step):
             yield offset, min(step, end - offset), is_zero
-
-
-def _steps(length: int, most: int) -> Iterator[int]:
-    while length > 0:
-        yield min(length, most)
-        length -= most

@@ -33,9 +33,10 @@ from ..errors import Qcow2Error
 from ..findings import SCHEMA_VERSION, TOOL, Severity
 from ..format.source import FileSource
 from ..reader.resolver import COMMAND_LINE, Resolver
+from ..reader.writer import atomic_writer, refuse_evidence
 from ..render import render_line
 from ..text import printable
-from .output import Progress, atomic_writer, refuse_evidence
+from .output import Progress
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
 _HEAD = 65536  # bytes of each image that go into its identity

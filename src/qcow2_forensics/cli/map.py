@@ -19,7 +19,7 @@ _EPILOG = """examples:
   qcow2-forensics map disk.qcow2
   qcow2-forensics map disk.qcow2 --snapshot 1 --format json
 
-The JSON has the fields of "qemu-img map --output=json" and the same ranges.
+The JSON has the fields of "qemu-img map --output=json", as QEMU 8.2 and later print it, and the same ranges.
 """
 
 
@@ -52,6 +52,7 @@ class MapEntry(NamedTuple):
     present: bool
     zero: bool
     data: bool
+    compressed: bool
     offset: int | None
 
     def to_dict(self) -> dict[str, int | bool]:
@@ -61,7 +62,7 @@ class MapEntry(NamedTuple):
 def entries(disk: Disk) -> Iterator[MapEntry]:
     """Yield the rows of the map, neighbours that say the same joined as QEMU joins them."""
     if not disk.size:
-        yield MapEntry(0, 0, 0, False, False, False, None)  # an empty disk is one empty row
+        yield MapEntry(0, 0, 0, False, False, False, False, None)  # an empty disk is one empty row
     pending: MapEntry | None = None
     for entry in _pieces(disk):
         if pending is not None and _joins(pending, entry):
@@ -81,7 +82,9 @@ def _pieces(disk: Disk) -> Iterator[MapEntry]:
         absent = extent.kind in (Kind.HOLE, Kind.MISSING)
         layer = layers[extent.depth]
         host = None if layer.encrypted else extent.host_offset
-        whole = MapEntry(extent.offset, extent.length, extent.depth, not absent, extent.kind in _ZEROS, data, host)
+        packed = extent.kind == Kind.COMPRESSED
+        zero = extent.kind in _ZEROS
+        whole = MapEntry(extent.offset, extent.length, extent.depth, not absent, zero, data, packed, host)
         if extent.kind != Kind.DATA or host is None or layer.holes_of is None:
             yield whole
             continue
@@ -116,7 +119,7 @@ def _layers(layer: object) -> Iterator[_Layer]:
 
 
 def _joins(first: MapEntry, second: MapEntry) -> bool:
-    if first[2:6] != second[2:6] or (first.offset is None) != (second.offset is None):
+    if first[2:7] != second[2:7] or (first.offset is None) != (second.offset is None):
         return False
     return first.offset is None or second.offset is None or first.offset + first.length == second.offset
 

@@ -7,9 +7,10 @@ import json
 from functools import partial
 from typing import Any
 
+from ..reader.writer import HASHES, writing
 from ..text import printable
 from .options import add_key_arguments, ask_passphrase, passphrase_of
-from .output import Progress, atomic_writer, human_size
+from .output import Progress, human_size
 
 _EPILOG = """examples:
   qcow2-forensics memory disk.qcow2 memory.raw
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the memory and print what was written."""
     from ..errors import Locked
     from ..memory import open_guest_memory
-    from ..memory.dump import Writer, write_lime, write_raw, write_stream
+    from ..memory.dump import write_lime, write_raw, write_stream
 
     wanted = partial(
         open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
@@ -82,8 +83,11 @@ def run(args: argparse.Namespace) -> int:
         memory = wanted(passphrase=ask_passphrase("encrypted image"))
     with memory:
         total = memory.source.size if args.format == "stream" else memory.size
-        with atomic_writer(args.output, force=args.force) as out, Progress("memory", total) as progress:
-            writer = Writer(out, progress.advance, hashed=not args.no_hash)
+        hashes = () if args.no_hash else HASHES[:1]
+        with (
+            Progress("memory", total) as progress,
+            writing(args.output, progress.advance, force=args.force, hashes=hashes) as writer,
+        ):
             if args.format == "stream":
                 write_stream(memory.source, writer)
             else:

@@ -1,18 +1,10 @@
-"""What long-running commands share: progress on a terminal, files that appear only when whole."""
+"""What long-running commands share: sizes for people, and progress on a terminal."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import BinaryIO, TextIO
-
-from ..errors import Qcow2Error
-from ..format.source import is_being_read
-from ..text import printable
+from typing import TextIO
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -74,54 +66,3 @@ class Progress:
         if self._shown:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
-
-
-class OutputExists(Qcow2Error):
-    """An output file is already there and nobody said to replace it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{printable(str(path))} exists; use --force to replace it")
-
-
-class IsEvidence(Qcow2Error):
-    """An output would replace a file that is being examined."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{printable(str(path))} is part of the evidence, which is never written to")
-
-
-def refuse_evidence(path: str | os.PathLike[str], evidence: Iterable[str | os.PathLike[str]] = ()) -> None:
-    """Raise :class:`IsEvidence` when ``path`` is one of ``evidence``, or any file that is open as a source."""
-    target = Path(path)
-    if not target.exists():
-        return
-    if is_being_read(target) or any(Path(item).exists() and target.samefile(item) for item in evidence):
-        raise IsEvidence(target)
-
-
-@contextlib.contextmanager
-def atomic_writer(
-    path: str | os.PathLike[str], *, force: bool = False, evidence: Iterable[str | os.PathLike[str]] = ()
-) -> Iterator[BinaryIO]:
-    """Yield a binary file that gets its final name only when the block ends well.
-
-    On any exception, an interrupt included, nothing is left behind. Neither ``evidence`` nor any
-    file that is open as a source is ever replaced, whatever ``force`` says.
-    """
-    target = Path(path)
-    refuse_evidence(target, evidence)
-    if os.path.lexists(target) and not force:
-        raise OutputExists(target)
-    if target.exists() and not target.is_file():
-        raise Qcow2Error(f"{printable(str(target))} is not a regular file")
-    # Half of a long name: with what is added it must still be a name.
-    kept = target.name if len(os.fsencode(target.name)) < 200 else target.name[: len(target.name) // 2]
-    partial = target.with_name(f".{kept}.{os.getpid()}.partial")
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with os.fdopen(descriptor, "w+b") as stream:
-            yield stream
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -32,6 +32,18 @@ class Source(Protocol):
     def read(self, offset: int, length: int, /) -> bytes: ...
 
 
+_seeking = threading.Lock()
+
+
+def _read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Read at an offset, also where there is no ``pread``: on Windows."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, length, offset)
+    with _seeking:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, length)
+
+
 _open_files: weakref.WeakSet[FileSource] = weakref.WeakSet()
 
 
@@ -66,16 +78,16 @@ class FileSource:
         # O_NONBLOCK: opening a FIFO must not wait for a writer; regular files ignore it.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-        self._fd = os.open(self.path, flags) if descriptor is None else descriptor
+        self.fd = os.open(self.path, flags) if descriptor is None else descriptor
         try:
-            status = os.fstat(self._fd)
+            status = os.fstat(self.fd)
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.name)
             if not stat.S_ISREG(status.st_mode) and (regular_only or not stat.S_ISBLK(status.st_mode)):
                 raise NotQcow2(f"{printable(self.name)} is not a regular file")
             self.identity = (status.st_dev, status.st_ino)
             self.mtime_ns = status.st_mtime_ns
-            self.size = status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(self._fd, 0, os.SEEK_END)
+            self.size = status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(self.fd, 0, os.SEEK_END)
         except BaseException:
             self.close()
             raise
@@ -84,9 +96,11 @@ class FileSource:
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes at ``offset``, fewer only at the end of the file."""
         try:
-            data = os.pread(self._fd, length, offset)
+            data = os.pread(self.fd, length, offset)
+        except AttributeError:
+            return self._read_on(offset, max(0, min(length, self.size - offset)), b"")
         except OSError as error:
-            raise ReadError(f"{printable(self.name)}: {error.strerror}", offset=offset, length=length) from error
+            raise self._failed(error, offset, length) from error
         except (OverflowError, MemoryError):  # more than a file can have: what there is, is the answer
             if offset + length <= self.size:
                 raise
@@ -95,15 +109,31 @@ class FileSource:
             return data
         return self._read_on(offset, min(length, self.size - offset), data)
 
+    def read_into(self, offset: int, buffer: memoryview, /) -> int:
+        """Fill ``buffer`` from ``offset`` and return how many bytes it took, fewer only at the end of the file."""
+        try:
+            done = os.preadv(self.fd, (buffer,), offset)
+        except OSError as error:
+            raise self._failed(error, offset, len(buffer)) from error
+        while done < len(buffer) and offset + done < self.size:
+            more = self.read(offset + done, len(buffer) - done)
+            buffer[done : done + len(more)] = more
+            done += len(more)
+        return done
+
+    def _failed(self, error: OSError, offset: int, length: int) -> ReadError:
+        return ReadError(f"{printable(self.name)}: {error.strerror}", offset=offset, length=length)
+
     def _read_on(self, offset: int, length: int, data: bytes) -> bytes:
+        """Return ``length`` bytes at ``offset``, of which ``data`` is there already."""
         # pread stops at about 2 GiB, and may stop early on network file systems.
         pieces = [data]
         done = len(data)
         while done < length:
             try:
-                more = os.pread(self._fd, length - done, offset + done)
+                more = _read_at(self.fd, length - done, offset + done)
             except OSError as error:
-                raise ReadError(f"{printable(self.name)}: {error.strerror}", offset=offset, length=length) from error
+                raise self._failed(error, offset, length) from error
             if not more:
                 raise ReadError(f"{printable(self.name)} shrank while it was being read", offset=offset, length=length)
             pieces.append(more)
@@ -111,17 +141,17 @@ class FileSource:
         return b"".join(pieces)
 
     def fileno(self) -> int:
-        """Return the descriptor; sparse-aware tools ask it for holes."""
-        return self._fd
+        """Return the descriptor, -1 when it is closed; sparse-aware tools ask it for holes."""
+        return self.fd
 
     def close(self) -> None:
         """Close the descriptor; closing twice is fine."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
+        if getattr(self, "fd", -1) >= 0:
             self.close()
 
 
@@ -198,7 +228,7 @@ class CheckedSource:
 def as_source(origin: PathOrSource) -> Source:
     """Return a source over a path, a binary file object, or a source; a foreign one is checked."""
     if isinstance(origin, (str, os.PathLike)):
-        return FileSource(origin) if hasattr(os, "pread") else StreamSource(open(origin, "rb"), str(origin))
+        return FileSource(origin)
     if hasattr(origin, "seek"):
         return StreamSource(origin)  # type: ignore[arg-type]
     own = isinstance(origin, (FileSource, StreamSource, BytesSource, CheckedSource))

@@ -7,14 +7,14 @@ address.
 
 from __future__ import annotations
 
-import hashlib
 import struct
-from collections.abc import Callable, Iterator
-from typing import BinaryIO, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
 from ..limits import GiB, MiB
+from ..reader.writer import Writer
 from ..text import printable
 from . import address_ranges
 from .guest_memory import GuestMemory
@@ -24,7 +24,6 @@ Format = Literal["raw", "lime", "stream"]
 _LIME_HEADER = struct.Struct("<IIQQ8x")
 _LIME_MAGIC = 0x4C694D45
 _PIECE = 4 * MiB
-_ZEROS = bytes(MiB)
 _PADDED = 4 * 1024 * GiB  # bytes of a raw file, whatever it holds: RAM at 1 TiB fits
 _PADDED_TIMES = 1024  # and for each byte of memory
 
@@ -43,46 +42,6 @@ def pieces(memory: GuestMemory) -> Iterator[tuple[int, int, bool]]:
         yield position, memory.size - position, False
 
 
-class Writer:
-    """Writes to an empty file: holes for zeros, a SHA-256 of everything, ``advance`` for each piece."""
-
-    def __init__(self, out: BinaryIO, advance: Callable[[int], object] = int, *, hashed: bool = True) -> None:
-        self._out = out
-        self._advance = advance
-        self._digest = hashlib.sha256() if hashed else None
-        self.size = 0
-
-    @property
-    def sha256(self) -> str | None:
-        """The digest of what the file reads as, in hex; None when it was not wanted."""
-        return self._digest.hexdigest() if self._digest is not None else None
-
-    def data(self, content: bytes) -> None:
-        """Write bytes."""
-        self._out.seek(self.size)
-        self._out.write(content)
-        if self._digest is not None:
-            self._digest.update(content)
-        self.size += len(content)
-        self._advance(len(content))
-
-    def zeros(self, length: int) -> None:
-        """Leave a hole."""
-        self.size += length
-        if self._digest is None:
-            self._advance(length)
-            return
-        while length:
-            step = min(length, len(_ZEROS))
-            self._digest.update(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
-            self._advance(step)
-            length -= step
-
-    def finish(self) -> None:
-        """Give the file its size, which may end in a hole."""
-        self._out.truncate(self.size)
-
-
 def write_raw(memory: GuestMemory, writer: Writer) -> None:
     """Write the padded image of guest-physical memory.
 
@@ -94,7 +53,6 @@ def write_raw(memory: GuestMemory, writer: Writer) -> None:
         raise LimitExceeded("raw_memory_bytes", memory.size, most)
     for address, length, filled in pieces(memory):
         _range(memory, writer, address, length, filled)
-    writer.finish()
 
 
 def write_lime(memory: GuestMemory, writer: Writer) -> None:
@@ -111,14 +69,12 @@ def write_lime(memory: GuestMemory, writer: Writer) -> None:
             stop = min(end, address + amount)
             _range(memory, writer, start, stop - start, filled)
             start = stop
-    writer.finish()
 
 
 def write_stream(source: Source, writer: Writer) -> None:
     """Write the migration stream as it is."""
     for offset in range(0, source.size, _PIECE):
         writer.data(source.read(offset, min(_PIECE, source.size - offset)))
-    writer.finish()
 
 
 def _need_regions(memory: GuestMemory) -> None:

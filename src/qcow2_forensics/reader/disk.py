@@ -7,9 +7,10 @@ and a read that meets bytes it cannot vouch for raises, naming the structure and
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import FormatError, Locked, Qcow2Error
 from ..format.entries import OFFSET_MASK
@@ -17,77 +18,21 @@ from ..format.header import SECTOR, Crypt
 from ..format.image import Image
 from ..format.rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import Source, source_name
+from ..format.source import FileSource, Source, source_name
 from ..text import printable
 from .clusters import Clusters
 from .codecs import codec_of
-from .mapping import Kind, Mapping, PlainRun, Run
+from .layers import Extent, Layer, RawDisk
+from .mapping import Kind, Mapping, Run
+from .parts import Part, Parts, fill, gatherable, gathered, layer_parts
 from .stream import SourceStream
 
 if TYPE_CHECKING:
     from .encryption import Decryptor
 
+__all__ = ["Disk", "EofPolicy", "Extent", "Layer", "RawDisk"]
+
 EofPolicy = Literal["strict", "zeros"]
-
-
-class Extent(NamedTuple):
-    """``length`` guest bytes of one kind; ``depth`` counts backing files, 0 is this image.
-
-    ``host_offset`` is in the file at that depth (its data file when it has one), None for bytes
-    that are stored nowhere or only compressed.
-    """
-
-    offset: int
-    length: int
-    kind: Kind
-    host_offset: int | None
-    depth: int
-
-
-class Layer(Protocol):
-    """What a disk needs of its backing file; :class:`Disk` and :class:`RawDisk` are layers."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def depth(self) -> int: ...
-
-    def read(self, offset: int, length: int, /) -> bytes: ...
-
-    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]: ...
-
-    def close(self) -> None: ...
-
-
-class RawDisk:
-    """A file whose bytes are the disk: a raw backing file. A cut last sector ends in zeros."""
-
-    depth = 1  # layers from here to the bottom of the chain
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.name = source_name(source)
-        self.size = -(-source.size // SECTOR) * SECTOR
-
-    def read(self, offset: int, length: int, /) -> bytes:
-        """Return ``length`` bytes, fewer only at the end."""
-        length = min(length, self.size - offset)
-        if length <= 0:
-            return b""
-        stored = min(length, self.source.size - offset)
-        return (self.source.read(offset, stored) if stored > 0 else b"").ljust(length, b"\0")
-
-    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
-        """Yield the range as one piece of data."""
-        end = self.size if length is None else min(self.size, offset + length)
-        if offset < end:
-            yield Extent(offset, end - offset, Kind.DATA, offset, 0)
-
-    def close(self) -> None:
-        close = getattr(self.source, "close", None)
-        if close is not None:
-            close()
 
 
 class Disk:
@@ -154,8 +99,12 @@ class Disk:
             codec_of(header.compression_type).decode,
             self._count_filled if eof == "zeros" else None,
         )
-        # For read(): the stored clusters found last, as far as they are of this disk.
-        self._run: PlainRun = (0, 0, 0)
+        self._gatherable = None if self._encrypted else gatherable(self._host)
+        self._file = self._host if type(self._host) is FileSource and hasattr(os, "pread") else None
+        self._window = min((self._clusters.window, *(layer._clusters.window for layer in self._images_below())))
+        self._parts = Parts(header.cluster_bits, image.limits.table_cache_bytes)
+        # For read(): the stored bytes found last, start, end, what to add for the offset in a file, and which.
+        self._run: tuple[int, int, int, Source] = (0, 0, 0, self._host)
         self._cluster_size = header.cluster_size
         self._inside_mask = header.cluster_size - 1
         self._cluster_bits = header.cluster_bits
@@ -212,21 +161,28 @@ class Disk:
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` guest bytes at ``offset``, fewer only at the end of the disk."""
-        start, end, shift = self._run
-        if start <= offset and 0 < length <= end - offset:
-            data = self._host.read(offset + shift, length)
-            if len(data) == length:
-                return data
-        elif not start <= offset <= end and 0 < length <= self.size - offset:  # a longer run helps whoever reads on
-            entries = self._slices.get(offset >> self._slice_shift)
-            if entries:
-                entry = entries[(offset >> self._cluster_bits) & self._slice_mask]
+        start, end, shift, source = self._run
+        if start <= offset <= end:  # at its end, a longer run helps whoever reads on: read_mapped() looks for one
+            if 0 < length <= end - offset:
+                data = source.read(offset + shift, length)
+                if len(data) == length:
+                    return data
+        else:
+            try:
+                entry = self._slices[offset >> self._slice_shift][(offset >> self._cluster_bits) & self._slice_mask]
                 inside = offset & self._inside_mask
-                host = entry & OFFSET_MASK
-                if host and not entry & self._not_plain and inside + length <= self._cluster_size:
-                    data = self._host.read(host + inside, length)
-                    if len(data) == length:
-                        return data
+                if 0 < length <= self._cluster_size - inside and length <= self.size - offset and offset >= 0:
+                    host = entry & OFFSET_MASK
+                    if host and not entry & self._not_plain:
+                        file = self._file
+                        if file is None:
+                            data = self._host.read(host + inside, length)
+                        else:  # without the call of another method, which would take as long as all of the above
+                            data = os.pread(file.fd, length, host + inside)
+                        if len(data) == length:
+                            return data
+            except (LookupError, OSError):
+                pass  # no table yet, or what read_mapped() meets again and reports
         if offset < 0 or length < 0:
             raise ValueError(f"negative offset or length: {offset}, {length}")
         return self.read_mapped(offset, min(length, self.size - offset))
@@ -235,39 +191,111 @@ class Disk:
         """Like :meth:`read`, but not clipped to the disk: VM state lies past its end."""
         if length <= 0:
             return b""
-        pieces = self._plain_pieces(offset, length)
-        done = sum(map(len, pieces))
-        if done < length:
-            if self.snapshot is not None and offset + length > self.mapped_end:
-                raise self._past_the_table(self.snapshot)
-            runs = list(self.mapping.runs(offset + done, length - done))
-            for index, run in enumerate(runs):
-                if index % self._clusters.window == 0:
-                    self._clusters.prepare(runs[index : index + self._clusters.window])
-                # Here and not in _piece(): a chain of two hundred layers costs a frame less for each.
-                hole = run.kind == Kind.HOLE
-                pieces.append(self._unallocated(run.offset, run.length) if hole else self._piece(run))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _plain_pieces(self, offset: int, length: int) -> list[bytes]:
-        """Return the bytes at ``offset`` as far as they are simply stored, one piece a run."""
-        pieces: list[bytes] = []
-        while length and not self._encrypted:
-            first, before, _ = self._run
-            wanted = max(length, 2 * (before - first)) if first <= offset <= before else length
+        part = self._parts.around(offset)
+        if part is None and not self._encrypted:
+            start, end, _, _ = self._run
+            wanted = max(length, 2 * (end - start)) if start <= offset <= end else length
             run = self.mapping.plain_run(offset, wanted)
-            if run is None:
+            if run is not None and offset + length <= run[1]:
+                data = self._simply_stored(*run, self._host, offset, length)
+                if data:
+                    return data
+        parts = self._find(offset, length) if part is None else None
+        part = part or self._parts.around(offset)
+        if part is not None and part.source is not None and part.host_offset is not None:
+            start, end = part.offset, part.offset + part.length
+            if offset + length <= end:
+                data = self._simply_stored(start, end, part.host_offset - start, part.source, offset, length)
+                if data:
+                    return data
+        if parts is None:
+            parts = self._find(offset, length)
+        if len(parts) > 1:
+            return gathered(parts, self._piece, self._prepare)
+        if parts[0].kind == Kind.COMPRESSED:
+            self._prepare(parts, 0)
+        return self._piece(parts[0])
+
+    def read_into(self, offset: int, buffer: memoryview, /) -> int:
+        """Fill ``buffer`` from ``offset`` and return how many bytes it took, fewer only at the end of the disk."""
+        length = min(len(buffer), self.size - offset)
+        if length <= 0:
+            return 0
+        fill(buffer[:length], self._find(offset, length), self._piece, self._prepare)
+        return length
+
+    def _simply_stored(self, start: int, end: int, shift: int, source: Source, offset: int, length: int) -> bytes:
+        """Return the bytes of a range of one run of a file; none where its file ends before."""
+        self._run = (start, min(end, self.size), shift, source)
+        data = source.read(offset + shift, length)
+        return data if len(data) == length else b""  # what is past the end of the file is not simply stored
+
+    def _find(self, offset: int, length: int) -> list[Part]:
+        """Return the parts that tile a range, through the whole chain."""
+        return self._parts.find(self._look_up, offset, length)
+
+    def _look_up(self, offset: int, length: int) -> list[Part]:
+        """Find the parts of a range, layer by layer: each is asked for what the ones above do not hold."""
+        parts: list[Part] = []
+        wanted = [(offset, length)]
+        layer: Layer | None = self
+        depth = 0
+        while wanted and layer is not None:
+            if not isinstance(layer, Disk):
+                for start, count in wanted:
+                    parts.extend(layer_parts(layer, depth, start, count))
                 break
-            start, end, shift = run
-            self._run = (start, min(end, self.size), shift)
-            step = min(length, end - offset)
-            data = self._host.read(offset + shift, step)
-            if len(data) != step:
-                break  # what lies past the end of the file is not simply stored
-            pieces.append(data)
-            offset += step
-            length -= step
-        return pieces
+            below: list[tuple[int, int]] = []
+            for start, count in wanted:
+                if layer.snapshot is not None and start + count > layer.mapped_end:
+                    raise layer._past_the_table(layer.snapshot)
+                for run in layer.mapping.runs(start, count):
+                    if run.kind == Kind.HOLE:
+                        rest = layer._hole_parts(run.offset, run.length, depth, below)
+                        if rest is not None:
+                            parts.append(rest)
+                    else:
+                        parts.append(Part(*run, depth, layer._gatherable if run.kind == Kind.DATA else None))
+            wanted, layer, depth = below, layer.backing, depth + 1
+        parts.sort()
+        return parts
+
+    def _hole_parts(self, offset: int, length: int, depth: int, below: list[tuple[int, int]]) -> Part | None:
+        """Add what the backing file answers of a range this layer does not hold to ``below``; return the rest."""
+        if self.backing is None:
+            # Whether a missing backing file matters is decided where the range is read.
+            return Part(offset, length, Kind.ZERO if self._unbacked is None else Kind.HOLE, None, 0, depth, None)
+        # Past the end of the disk (VM state) the backing file has no say.
+        count = max(0, min(length, self.backing.size - offset, self.size - offset))
+        if count:
+            below.append((offset, count))
+        return Part(offset + count, length - count, Kind.ZERO, None, 0, depth, None) if count < length else None
+
+    def _prepare(self, parts: list[Part], index: int) -> int:
+        """Start to decode the compressed parts from ``index`` on, as many as are kept until their turn comes."""
+        stop = min(len(parts), index + self._window)
+        runs: dict[int, list[Run]] = {}
+        for part in parts[index:stop]:
+            if part.kind == Kind.COMPRESSED:
+                runs.setdefault(part.depth, []).append(Run(*part[:5]))
+        for depth, wanted in runs.items():
+            layer = self._layer(depth)
+            if isinstance(layer, Disk):
+                layer._clusters.prepare(wanted)
+        return stop
+
+    def _layer(self, depth: int) -> Layer | None:
+        """Return the layer ``depth`` below this one."""
+        layer: Layer | None = self
+        for _ in range(depth):
+            layer = layer.backing if isinstance(layer, Disk) else None
+        return layer
+
+    def _images_below(self) -> Iterator[Disk]:
+        layer = self.backing
+        while isinstance(layer, Disk):
+            yield layer
+            layer = layer.backing
 
     def _past_the_table(self, entry: SnapshotEntry) -> FormatError:
         return FormatError(
@@ -276,26 +304,26 @@ class Disk:
             field="l1_size",
         )
 
-    def _piece(self, run: Run) -> bytes:
-        """Return the bytes of one run, exactly as long as the run."""
-        if run.kind == Kind.ZERO:
-            return bytes(run.length)
-        if run.kind == Kind.HOLE or run.host_offset is None:
-            return self._unallocated(run.offset, run.length)
+    def _piece(self, part: Part) -> bytes:
+        """Return the bytes of one part, exactly as long as it, where they are not simply those of a source."""
+        if part.kind == Kind.ZERO:
+            return bytes(part.length)
+        layer = self._layer(part.depth)
+        if isinstance(layer, Disk):
+            return layer._run_bytes(Run(*part[:5]))
+        return layer.read(part.offset, part.length).ljust(part.length, b"\0") if layer is not None else b""
+
+    def _run_bytes(self, run: Run) -> bytes:
+        """Return the bytes of one run of this layer, exactly as long as the run."""
         if run.kind == Kind.COMPRESSED:
             return self._clusters.read(run)
-        return self._stored(run.host_offset, run.offset, run.length)
+        if run.host_offset is not None and run.kind == Kind.DATA:
+            return self._stored(run.host_offset, run.offset, run.length)
+        if run.kind == Kind.HOLE and self._unbacked is not None and run.offset < self.size:
+            from copy import copy  # here: it takes longer to import than all of this module
 
-    def _unallocated(self, offset: int, length: int) -> bytes:
-        if self.backing is None:
-            if self._unbacked is not None and offset < self.size:
-                from copy import copy  # here: it takes longer to import than all of this module
-
-                raise copy(self._unbacked)  # one object would gather the traceback of every read
-            return bytes(length)
-        # Past the end of the disk (VM state) the backing file has no say.
-        below = min(length, self.backing.size - offset, self.size - offset)
-        return self.backing.read(offset, below).ljust(length, b"\0") if below > 0 else bytes(length)
+            raise copy(self._unbacked)  # one object would gather the traceback of every read
+        return bytes(run.length)
 
     def _stored(self, host: int, guest: int, length: int) -> bytes:
         if not self._encrypted:

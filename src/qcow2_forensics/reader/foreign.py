@@ -17,7 +17,8 @@ from ..errors import FormatError, ReadError, Unsupported
 from ..format.source import Source, source_name
 from ..limits import KiB, MiB
 from ..text import printable
-from .disk import Extent
+from .foreign_map import foreign_map
+from .layers import Extent
 from .mapping import Kind
 from .stream import SourceStream
 
@@ -104,6 +105,7 @@ class ForeignDisk:
             if kind == "vmdk":
                 self._handle.open_extent_data_files_as_file_objects([SourceStream(source)])
             self.size = int(self._handle.get_media_size())
+            self._map = foreign_map(kind, source, self.size)
         except (OSError, ValueError, MemoryError, AttributeError) as error:
             raise FormatError(
                 f"{printable(self.name)} cannot be read as {kind}: {printable(str(error), 200)}"
@@ -147,10 +149,15 @@ class ForeignDisk:
         return b"".join(pieces)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
-        """Yield the range as one piece of data stored nowhere in particular."""
+        """Yield the range as the file's allocation table has it, or as one piece of data."""
         end = self.size if length is None else min(self.size, offset + length)
-        if offset < end:
+        if offset >= end:
+            return
+        if self._map is None:
             yield Extent(offset, end - offset, Kind.DATA, None, 0)
+            return
+        for run in self._map.runs(offset, end - offset):
+            yield Extent(*run, 0)
 
     def close(self) -> None:
         """Close handle and file; closing twice is fine."""

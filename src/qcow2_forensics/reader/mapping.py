@@ -21,8 +21,7 @@ from ..format.entries import COPIED, OFFSET_MASK, parse_entries
 from ..format.image import Image
 from ..limits import KiB
 from .cache import Fifo
-from .contiguity import sequence_end
-from .l2_runs import HIGHEST, extended_runs, qcow1_runs, standard_runs
+from .l2_runs import HIGHEST, extended_runs, qcow1_runs, sequence_end, standard_runs
 from .repeats import L1_PAGE, Repeats
 from .runs import Kind, Run, coalesced
 

@@ -6,14 +6,13 @@ import csv
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Qcow2Error
 from ..limits import MiB
+from ..reader.writer import whole_folder, writing
 from ..text import printable
 from .inventory import Residue
 from .model import Piece
@@ -60,18 +59,8 @@ def write(
     The folder appears under its name only when it is complete. ``limit`` bounds the bytes in
     files; pieces beyond it are indexed with their hash and no file.
     """
-    target = Path(folder)
-    if os.path.lexists(target):
-        raise Qcow2Error(f"{printable(str(target))} exists; name a new folder")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=False)
-    try:
-        summary = _fill(residue, partial, kinds, limit, advance)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return summary
+    with whole_folder(folder) as partial:
+        return _fill(residue, partial, kinds, limit, advance)
 
 
 def _fill(
@@ -109,19 +98,20 @@ def _fill(
 
 def _write_piece(residue: Residue, piece: Piece, folder: Path, room: bool) -> dict[str, Any]:
     name = _free_name(folder, f"{piece.file or 'image'}-{piece.offset:012x}-{piece.kind}-{piece.looks}")
-    digest = hashlib.sha256()
     if room:
-        with (folder / name).open("xb") as stream:
+        with writing(folder / name) as writer:
             for data in _chunks(residue, piece):
-                digest.update(data)
-                stream.write(data)
+                writer.data(data)
+        digest = writer.sha256
     else:
+        sha256 = hashlib.sha256()
         for data in _chunks(residue, piece):
-            digest.update(data)
+            sha256.update(data)
+        digest = sha256.hexdigest()
     entry = asdict(piece)
     entry["entropy"] = round(piece.entropy, 4)
     entry["source"] = entry.pop("file") or "image"
-    return {**entry, "sha256": digest.hexdigest(), "name": name if room else None}
+    return {**entry, "sha256": digest, "name": name if room else None}
 
 
 def _free_name(folder: Path, stem: str) -> str:

@@ -1,0 +1,146 @@
+"""A disk of which some cannot be read: the rest of it, zeros in between, and a list of what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from ..errors import FormatError, Locked, Qcow2Error, ReadError
+from ..format.header import SECTOR
+from .disk import Disk
+from .layers import Extent
+from .runs import Kind
+
+_L2_ENTRY = "l2_entry"  # the field of errors that concern one cluster; others concern all that a table maps
+
+
+class Missing(NamedTuple):
+    """Guest bytes that cannot be read, and the reason."""
+
+    offset: int
+    length: int
+    why: str
+
+
+class SalvagedDisk:
+    """Reads a disk as far as that is possible: what cannot be read is zeros, and in :attr:`missing`.
+
+    A fault of the format costs the cluster, or the table, it is in; one of the medium the sector. A
+    missing key is still an error: nothing would be left. Threads may share it.
+    """
+
+    depth = 1
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self.size = disk.size
+        self._found: list[Missing] = []
+        self._granule = _smallest_cluster(disk)
+
+    @property
+    def missing(self) -> list[Missing]:
+        """What was met so far that cannot be read, in order, neighbours of one reason joined."""
+        return list(_merged(sorted(set(self._found))))
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Return ``length`` bytes, fewer only at the end of the disk."""
+        try:
+            return self.disk.read(offset, length)
+        except Locked:
+            raise
+        except (Qcow2Error, OSError) as error:
+            length = min(length, self.size - offset)
+            unit = SECTOR if isinstance(error, ReadError) else self._granule
+            middle = (offset + length // 2) // unit * unit
+            if middle <= offset:
+                middle += unit  # a range that begins inside a unit ends with it
+            if middle < offset + length:
+                return self.read(offset, middle - offset) + self.read(middle, offset + length - middle)
+            self._found.append(Missing(offset, length, str(error)))
+            return bytes(length)
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Yield extents that tile the range; what the tables do not tell is MISSING."""
+        end = self.size if length is None else min(self.size, offset + length)
+        while offset < end:
+            try:
+                for extent in self.disk.extents(offset, end - offset):
+                    if extent.kind == Kind.MISSING:
+                        self._found.append(Missing(extent.offset, extent.length, self._unbacked(extent.depth)))
+                    yield extent
+                    offset = extent.offset + extent.length
+            except Locked:
+                raise
+            except (Qcow2Error, OSError) as error:
+                unit = self._broken_unit(offset)
+                stop = min(end, (offset // unit + 1) * unit)
+                self._found.append(Missing(offset, stop - offset, str(error)))
+                yield Extent(offset, stop - offset, Kind.MISSING, None, 0)
+                offset = stop
+
+    def close(self) -> None:
+        """Close the disk."""
+        self.disk.close()
+
+    def _broken_unit(self, offset: int) -> int:
+        """Return the size of the aligned unit that a fault of the tables at ``offset`` takes away."""
+        if offset >= self.disk.mapped_end:
+            return 1 << 64
+        try:
+            next(self.disk.mapping.runs(offset, 1))
+        except FormatError as error:
+            return self._granule if error.field == _L2_ENTRY else self.disk.mapping.slice_span
+        except OSError:
+            return self.disk.mapping.slice_span
+        return self._granule  # a layer below, while the ones above may hold what is beside it
+
+    def _unbacked(self, depth: int) -> str:
+        """Return why the backing file of the layer ``depth`` below the top is missing."""
+        layer: object = self.disk
+        for _ in range(depth):
+            layer = layer.backing if isinstance(layer, Disk) else None
+        why = layer.unbacked if isinstance(layer, Disk) else None
+        return str(why or "the backing file is missing")
+
+
+def mapfile(size: int, missing: Iterable[Missing], created_by: str) -> Iterator[str]:
+    """Yield the lines of a map in GNU ddrescue's format: ``+`` for what was read, ``-`` for what is missing."""
+    yield f"# Mapfile. Created by {created_by}"
+    yield "# current_pos  current_status  current_pass"
+    yield f"0x{size:08X}     +               1"
+    yield "#      pos        size  status"
+    at = 0
+    for offset, length, _ in _merged(item._replace(why="") for item in missing):
+        if offset > at:
+            yield f"0x{at:08X}  0x{offset - at:08X}  +"
+        yield f"0x{offset:08X}  0x{length:08X}  -"
+        at = offset + length
+    if at < size:
+        yield f"0x{at:08X}  0x{size - at:08X}  +"
+
+
+def _merged(found: Iterable[Missing]) -> Iterator[Missing]:
+    pending: Missing | None = None
+    for item in found:
+        if pending is None:
+            pending = item
+            continue
+        end = pending.offset + pending.length
+        if item.offset < end:  # met twice, by the map and by a read
+            pending = pending._replace(length=max(end, item.offset + item.length) - pending.offset)
+        elif item.offset == end and item.why == pending.why:
+            pending = pending._replace(length=pending.length + item.length)
+        else:
+            yield pending
+            pending = item
+    if pending is not None:
+        yield pending
+
+
+def _smallest_cluster(disk: Disk) -> int:
+    sizes = []
+    layer: object = disk
+    while isinstance(layer, Disk):
+        sizes.append(layer.image.cluster_size)
+        layer = layer.backing
+    return min(sizes)

@@ -1,0 +1,298 @@
+"""Where every write ends: sparse files, hashed on the way, that get their name when they are whole.
+
+One writer serves disks, memory and residue. A file is written under a hidden name beside its own and
+renamed at the end; whatever ends the work before that, a full disk, Ctrl-C or SIGTERM, leaves nothing.
+Standard output, FIFOs and character devices take the same bytes one after the other, zeros included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO, NoReturn
+
+from ..errors import Qcow2Error
+from ..format.source import is_being_read
+from ..limits import KiB, MiB
+from ..text import printable
+from .tree_hash import TreeHash
+
+HASHES = ("sha256", "sha1", "md5", "blake2b", "sha256-tree")
+_BLOCK = 4 * KiB  # of zeros at least, at such a place, become a hole: what file systems and qemu-img count in
+_ZERO_BLOCK = bytes(_BLOCK)
+_ZEROS = bytes(MiB)
+_STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+_seeking = threading.Lock()
+
+Path_ = str | os.PathLike[str]
+
+
+class OutputExists(Qcow2Error):
+    """An output file is already there and nobody said to replace it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{printable(str(path))} exists; use --force to replace it")
+
+
+class IsEvidence(Qcow2Error):
+    """An output would replace a file that is being examined."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{printable(str(path))} is part of the evidence, which is never written to")
+
+
+def data_stretches(data: bytes, offset: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of what of ``data`` is not aligned blocks of zeros; ``offset`` is its place in the file."""
+    start, first = 0, -offset % _BLOCK
+    heads = data[first::_BLOCK]  # the first byte of every aligned block: nearly all blocks of data show here
+    number = heads.find(0)
+    while number >= 0:
+        at = first + number * _BLOCK
+        if data.startswith(_ZERO_BLOCK, at):
+            if start < at:
+                yield start, at
+            start = at + _BLOCK
+        number = heads.find(0, number + 1)
+    if start < len(data):
+        yield start, len(data)
+
+
+class Writer:
+    """Writes what follows on what, to an empty file or a pipe.
+
+    A file gets holes where there would be blocks of zeros, and ``hashes`` names the digests of what it
+    reads as. ``advance`` is called with the bytes that were counted.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        advance: Callable[[int], object] = int,
+        *,
+        hashes: Sequence[str] = HASHES[:1],
+        sparse: bool = True,
+    ) -> None:
+        self._descriptor = descriptor
+        self._advance = advance
+        self._trees = {name: TreeHash() for name in hashes if name == "sha256-tree"}
+        self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in hashes if name not in self._trees}
+        self.sparse = sparse
+        self.size = 0
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The digests so far, by name, in hex."""
+        flat = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        return flat | {name: tree.hexdigest() for name, tree in self._trees.items()}
+
+    @property
+    def sha256(self) -> str | None:
+        """The SHA-256, in hex; None when it was not wanted."""
+        return self.hashes.get("sha256")
+
+    def expect(self, size: int) -> None:
+        """Fail now if no file can have this many bytes."""
+        if self.sparse:
+            os.ftruncate(self._descriptor, size)
+
+    def data(self, content: bytes, *, stored: bool = False) -> None:
+        """Append bytes; ``stored`` says that :meth:`store` has written them to their place."""
+        if not stored and self.sparse:
+            self.store(self.size, content)
+        elif not stored:
+            self._write_on(content)
+        for tree in self._trees.values():
+            tree.update(content)
+        self._append(content)
+
+    def _append(self, content: bytes) -> None:
+        for digest in self._digests.values():
+            digest.update(content)
+        self.size += len(content)
+        self._advance(len(content))
+
+    def zeros(self, length: int) -> None:
+        """Append zeros: a hole, where there can be one. Only a tree hash does not have to run through them."""
+        for tree in self._trees.values():
+            tree.zeros(length)
+        if self.sparse and not self._digests:
+            self.size += length
+            self._advance(length)
+            return
+        while length:
+            piece = _ZEROS if length >= len(_ZEROS) else _ZEROS[:length]
+            if not self.sparse:
+                self._write_on(piece)
+            self._append(piece)
+            length -= len(piece)
+
+    def store(self, offset: int, content: bytes) -> None:
+        """Write bytes to a place of the file, ahead of their turn; threads may do so side by side."""
+        view = memoryview(content)
+        for start, end in data_stretches(content, offset):
+            done = start
+            while done < end:  # a disk that is full takes a part, and says so at the next call
+                piece = content if end - done == len(content) else view[done:end]
+                done += _write_at(self._descriptor, piece, offset + done)
+
+    def finish(self) -> None:
+        """Give the file its size, which may end in a hole."""
+        if self.sparse:
+            os.ftruncate(self._descriptor, self.size)
+
+    def _write_on(self, content: bytes) -> None:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, offset)
+    with _seeking:  # Windows
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def is_standard_output(path: Path_) -> bool:
+    """Whether ``path`` means what this process writes to, and not a file of its own."""
+    return os.fspath(path) in _STANDARD_OUTPUT
+
+
+def refuse_evidence(path: Path_, evidence: Iterable[Path_] = ()) -> None:
+    """Raise :class:`IsEvidence` when ``path`` is one of ``evidence``, or any file that is open as a source."""
+    target = Path(path)
+    if not target.exists():
+        return
+    if is_being_read(target) or any(Path(item).exists() and target.samefile(item) for item in evidence):
+        raise IsEvidence(target)
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path_,
+    advance: Callable[[int], object] = int,
+    *,
+    force: bool = False,
+    evidence: Iterable[Path_] = (),
+    hashes: Sequence[str] = HASHES[:1],
+) -> Iterator[Writer]:
+    """Yield the writer of a file, which is there under its name when the block ends well, or of a pipe.
+
+    ``-`` and ``/dev/stdout`` are standard output. Neither ``evidence`` nor any file that is open as a
+    source is ever replaced, whatever ``force`` says.
+    """
+    descriptor = _sequential(path)
+    if descriptor is None:
+        with _whole(Path(path), force=force, evidence=evidence) as descriptor:
+            writer = Writer(descriptor, advance, hashes=hashes)
+            yield writer
+            writer.finish()
+        return
+    try:
+        yield Writer(descriptor, advance, hashes=hashes, sparse=False)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path_, *, force: bool = False, evidence: Iterable[Path_] = ()) -> Iterator[BinaryIO]:
+    """Yield a binary file object that gets its name when the block ends well; see :func:`writing`."""
+    with (
+        _whole(Path(path), force=force, evidence=evidence) as descriptor,
+        os.fdopen(descriptor, "w+b", closefd=False) as stream,
+    ):
+        yield stream
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path_) -> Iterator[Path]:
+    """Yield a new folder that gets its name when the block ends well, and is gone with all in it when not."""
+    target = Path(path)
+    if os.path.lexists(target):
+        raise Qcow2Error(f"{printable(str(target))} exists; name a new folder")
+    partial = _partial(target)
+    with ended_by_signals():
+        partial.mkdir(parents=False)
+        try:
+            yield partial
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _whole(target: Path, *, force: bool, evidence: Iterable[Path_]) -> Iterator[int]:
+    """Yield the descriptor of an empty file that gets its name when the block ends well."""
+    refuse_evidence(target, evidence)
+    if os.path.lexists(target) and not force:
+        raise OutputExists(target)
+    if target.exists() and not target.is_file():
+        raise Qcow2Error(f"{printable(str(target))} is not a regular file")
+    partial = _partial(target)
+    with ended_by_signals():
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)  # may be the first to say that the disk is full
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _partial(target: Path) -> Path:
+    # Half of a long name: with what is added it must still be a name.
+    kept = target.name if len(os.fsencode(target.name)) < 200 else target.name[: len(target.name) // 2]
+    return target.with_name(f".{kept}.{os.getpid()}.partial")
+
+
+def _sequential(path: Path_) -> int | None:
+    """Open what takes bytes only one after the other; None for a name of a file."""
+    if is_standard_output(path):
+        sys.stdout.flush()
+        return os.dup(sys.stdout.fileno())
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None
+    if not stat.S_ISFIFO(mode) and not stat.S_ISCHR(mode):
+        return None
+    return os.open(path, os.O_WRONLY)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as an exception, so that what is unfinished is removed.
+
+    Only where nobody else handles them, and in the main thread, which alone gets them.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    mine = threading.current_thread() is threading.main_thread()
+    taken = [number for number in numbers if mine and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
