@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import io
 import json
 import os
@@ -99,6 +100,22 @@ def test_html_page_has_both_pictures_and_no_script(run: Run, deleted: Path, tmp_
     assert again == 2
     assert "exists" in err
     assert run("audit", deleted, "--format", "html", "-o", target, "--force")[0] == 0
+
+
+def test_a_report_for_the_case_file_names_who_when_and_the_hash_of_every_file(run: Run, tmp_path: Path) -> None:
+    base, path = base_b(tmp_path / "base.qcow2"), tmp_path / "disk.qcow2"
+    qemu.create(path, backing="base.qcow2", backing_format="qcow2")
+    code, out, _ = run(
+        "audit", path, "--format", "json", "--hash", "--case", "2026-7", "--examiner", "E", "--note", "N"
+    )
+    assert code == 0
+    facts = json.loads(out)["details"]["run"]
+    assert (facts["case"], facts["examiner"], facts["note"]) == ("2026-7", "E", "N")
+    assert facts["started"].endswith("UTC")
+    assert facts["next"]["QCOW2-BACKING-FILE"].startswith("qcow2-forensics ")
+    hashes = {file["path"]: file["sha256"] for file in facts["files"]}
+    assert hashes == {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, base)}
+    assert "run" not in json.loads(run("audit", path, "--format", "json")[1])["details"]
 
 
 def test_file_that_is_no_image_is_reported_and_exits_2(run: Run, tmp_path: Path) -> None:
@@ -392,9 +409,17 @@ def test_fleet_reads_names_from_standard_input(
 
 def test_fleet_of_nothing_and_text_for_many_are_errors(run: Run, image: Path) -> None:
     assert run("audit", "--resume", image.with_suffix(".jsonl"))[0] == 2
-    code, _, err = run("audit", image, image.with_name("other"), "--format", "html")
+    code, _, err = run("audit", image, image.with_name("other"), "--format", "text")
     assert code == 2
     assert "jsonl" in err
+
+
+def test_a_fleet_on_one_page(run: Run, fleet: list[Path], tmp_path: Path) -> None:
+    target = tmp_path / "fleet.html"
+    assert run("audit", *fleet, "--format", "html", "-o", target)[0] in (0, 2)
+    page = target.read_text()
+    assert all(path.name in page for path in fleet)
+    assert "<script" not in page
 
 
 def test_dask_recipe_in_the_documentation_runs(tmp_path: Path, fleet: list[Path]) -> None:

@@ -64,7 +64,7 @@ class _Tags(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert not any(name.startswith("on") for name, _ in attrs)
-        if tag not in {"meta", "circle", "path"}:
+        if tag not in {"meta", "circle", "path", "br"}:
             self.open.append(tag)
 
     def handle_startendtag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -238,3 +238,119 @@ def test_tree_with_crafted_parents_is_drawn_all_the_same() -> None:
     states = [{"kind": "snapshot", "id": "1", "parent": parent} for parent in (5, -1, "x", 2, None)] * 100
     page = render(Report({"path": "x"}, (), None, "deep", {"lineage": {"states": states}}), "html")
     assert "and 300 more states" in page
+
+
+# --- the page as part of a case ------------------------------------------------------------------
+
+
+class _Links(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.targets: set[str] = set()
+
+    def handle_starttag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            elif name == "href":
+                self.targets.add((value or "").removeprefix("#"))
+
+    handle_startendtag = handle_starttag
+
+
+def linked(page: str) -> _Links:
+    links = _Links()
+    links.feed(page)
+    assert len(links.ids) == len(set(links.ids))
+    assert links.targets <= set(links.ids)
+    return links
+
+
+def snapshots_report(count: int) -> Report:
+    """A report of many snapshots, with both pictures."""
+    findings = [
+        Finding(
+            "QCOW2-SNAPSHOT",
+            Severity.LOW,
+            "internal snapshot",
+            "note",
+            (Evidence("id", str(n), 4096 + n * 64, 1, "snapshot table", None, str(n)), Evidence("name", f"name {n}")),
+            2,
+        )
+        for n in range(count)
+    ]
+    states = [{"kind": "snapshot", "id": str(n), "name": f"name {n}", "parent": None} for n in range(count)]
+    picture = {
+        "cluster_size": 4096,
+        "per_cell": 1,
+        "owners": [["header", "Header"], ["tables", "Tables"]],
+        "counts": [1, 9],
+        "cells": [[[0, 1]], *[[[1, 1]]] * 9],
+    }
+    return Report(
+        {"path": "x.qcow2", "cluster_size": 4096},
+        tuple(findings),
+        None,
+        "deep",
+        {"map": picture, "lineage": {"states": states}},
+    )
+
+
+def test_findings_squares_and_states_lead_to_each_other() -> None:
+    links = linked(render(snapshots_report(3), "html"))
+    assert {"f0", "c1", "s0", "s2"} <= links.targets
+
+
+def test_many_snapshots_fold_into_one_table_and_stay_linked() -> None:
+    page = render(snapshots_report(300), "html")
+    links = linked(page)
+    assert page.count("<article") == 1
+    assert "300 findings" in page
+    assert "f299" in links.ids
+    assert "name 299" in page
+
+
+def test_a_finding_names_the_next_command_with_the_path_quoted() -> None:
+    finding = Finding("QCOW2-INTERNAL-SNAPSHOTS", Severity.LOW, "title", "note")
+    page = render(report(finding, path="my disk; rm -rf x.qcow2"), "html")
+    assert "qcow2-forensics snapshots &#x27;my disk; rm -rf x.qcow2&#x27;" in page or (
+        "qcow2-forensics snapshots 'my disk; rm -rf x.qcow2'" in page
+    )
+
+
+def test_a_snapshot_id_from_evidence_becomes_no_part_of_a_command_unless_it_is_a_number() -> None:
+    from qcow2_forensics.render.next_commands import next_command
+
+    def command(ident: str) -> str:
+        items = (Evidence("id", ident, snapshot=ident),)
+        return next_command(Finding("QCOW2-SNAPSHOT", Severity.LOW, "t", "n", items), "d.qcow2")
+
+    assert command("7").endswith("--snapshot 7")
+    assert command("7; reboot") == "qcow2-forensics export d.qcow2 snapshot.raw"
+
+
+def test_more_clusters_than_the_disk_has_are_not_a_share_of_it() -> None:
+    check = {"check-errors": 0, "total-clusters": 16, "allocated-clusters": 24579}
+    page = render(Report({"path": "x"}, (), check, "standard"), "html")
+    assert "24579 clusters allocated, more than the 16 of the disk" in page
+
+
+def test_the_facts_of_a_run_are_on_the_page_escaped() -> None:
+    run = {"case": HOSTILE, "examiner": "E", "files": [{"path": "/x", "sha256": "ab" * 32}]}
+    page = render(Report({"path": "x"}, (), None, "standard", {"run": run}), "html")
+    assert "&lt;script&gt;" in page
+    assert "ab" * 32 in page
+
+
+def test_a_fleet_is_one_page_worst_first() -> None:
+    from qcow2_forensics.render.fleet_page import render_fleet
+
+    bad = report(Finding("QCOW2-BAD", Severity.CRITICAL, HOSTILE, "n"), path=HOSTILE)
+    page = render_fleet([report(path="good.qcow2").to_dict(), bad.to_dict(), hostile_report().to_dict()])
+    linked(page)
+    assert "<script" not in page.lower()
+    assert page.index("Critical</span>") < page.index("good.qcow2")
+    parser = _Tags()
+    parser.feed(page)
+    assert parser.open == []

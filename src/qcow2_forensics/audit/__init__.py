@@ -23,6 +23,7 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver
 from .facts import Facts
+from .reference_names import files_followed
 from .rules import FINDINGS_PER_RULE, RULES, Depth, Rule, apply, explain
 from .subject import identity, path_of, unopened
 
@@ -90,6 +91,9 @@ def audit(
         counted = wanted >= Depth.STANDARD and facts.has_census and facts.census_error is None
         check = facts.census.check if counted else None
         details = _pictures(facts) if pictures and wanted >= Depth.STANDARD else {}
+        followed = files_followed(facts)
+        if followed:
+            details["files"] = followed
         return Report(identity(facts, name), findings, check, wanted.label, details)
     finally:
         if not isinstance(origin, Image):

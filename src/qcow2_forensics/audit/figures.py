@@ -69,6 +69,8 @@ def cluster_map(facts: Facts) -> dict[str, Any]:
             part = classes[offset >> bits : -(-(offset + length) >> bits)]
             part[part == _FREE] = _RESIDUE
     labels = [list(label) for label in _LABELS] + _name_snapshots(facts, classes)
+    if _mark_vm_states(facts, classes, len(labels)):
+        labels.append(["vmstate", "VM states"])
     return _cells(classes, labels, facts.cluster_size)
 
 
@@ -122,6 +124,26 @@ def _name_snapshots(facts: Facts, classes: npt.NDArray[np.uint8]) -> list[list[s
             hosts = hosts[hosts < len(classes)].astype(np.intp)
             classes[hosts[classes[hosts] == last]] = number
     return labels
+
+
+def _mark_vm_states(facts: Facts, classes: npt.NDArray[np.uint8], number: int) -> bool:
+    """Give the clusters that states map behind their disk a class; return whether there are any."""
+    header, snapshots = facts.header, facts.image.snapshots
+    sizes = [header.size, *(header.size if entry.disk_size is None else entry.disk_size for entry in snapshots)]
+    firsts = np.array([min(-(-size // header.l2_span), 2**62) for size in sizes], np.int64)
+    found = False
+    for batch in facts.census.tables():
+        known = batch.tree < len(snapshots)
+        behind = batch.index.astype(np.int64) >= firsts[np.where(known, batch.tree + 1, 0)]
+        for row in np.flatnonzero(behind & known).tolist():
+            hosts = batch.columns.data_hosts[row] >> np.uint64(header.cluster_bits)
+            hosts = hosts[(hosts != 0) & (hosts < len(classes))].astype(np.intp)
+            data = hosts[
+                (classes[hosts] >= _FIRST_SNAPSHOT) | (classes[hosts] == _ACTIVE) | (classes[hosts] == _SHARED)
+            ]
+            classes[data] = number
+            found |= len(data) > 0
+    return found
 
 
 def _cells(classes: npt.NDArray[np.uint8], labels: list[list[str]], cluster_size: int) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def truncated(facts: Facts) -> Iterator[Graded]:
 def partial_last_cluster(facts: Facts) -> Iterator[Evidence | Graded]:
     size, end = facts.cluster_size, facts.image.file_size
     if end % size and facts.census.end >= end:
-        sizes = [Evidence("file size", end), Evidence("whole clusters", facts.census.end)]
+        sizes = [Evidence("file size", end), Evidence("end of its last cluster, offset", facts.census.end)]
         cut = _cut_off(facts, end) if facts.header.crypt_method else []
         if not cut:
             yield from sizes

@@ -131,6 +131,18 @@ def chain(facts: Facts) -> Chain:
     return facts.once(_chain)
 
 
+def files_followed(facts: Facts) -> list[str]:
+    """Return the paths of the backing and data files that were opened, nearest first."""
+    if not facts.has_geometry or not names(facts):
+        return []
+    try:
+        links = chain(facts)
+    except (Qcow2Error, OSError):
+        return []
+    members = (*links.backing, *((links.data,) if links.data else ()))
+    return [member.path for member in members if member.status == "found" and member.path]
+
+
 def _chain(facts: Facts) -> Chain:
     image = facts.image
     resolver = facts.resolver or Resolver()

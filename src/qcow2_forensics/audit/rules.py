@@ -249,7 +249,7 @@ def _finding(entry: Rule, item: Graded, cluster_size: int) -> Finding:
 
 
 def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Return the findings with ``explained_by`` filled in, worst first, in their order otherwise."""
+    """Return the findings with ``explained_by`` filled in, worst first; those that others account for go last among equals."""
     collected = list(findings)
     present = {finding.code for finding in collected}
     linked = []
@@ -259,5 +259,5 @@ def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         found = [code for code in causes if code in present and code != finding.code]
         told = tuple(dict.fromkeys((*finding.explained_by, *found)))
         linked.append(dataclasses.replace(finding, explained_by=told))
-    linked.sort(key=lambda finding: -finding.severity)
+    linked.sort(key=lambda finding: (-finding.severity, bool(finding.explained_by)))
     return tuple(linked)

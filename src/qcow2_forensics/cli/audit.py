@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from ..audit import audit
@@ -14,6 +16,7 @@ from ..findings import EVIDENCE_LIMIT, Report, Severity
 from ..reader.writer import atomic_writer
 from ..render import FORMATS, render
 from ..text import printable
+from .case import add_case_arguments, run_of, wants_run
 from .options import add_key_arguments, passphrase_of
 
 EXIT_DONE = 0
@@ -48,7 +51,12 @@ def add_parser(subparsers: Any) -> None:
         default="standard",
         help="triage reads headers and names, standard all tables (default), deep free space and slack too",
     )
-    parser.add_argument("--format", choices=FORMATS, default=None, help="output format (default: text; jsonl for many)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=None,
+        help="output format (default: text; for many jsonl, or html for one page)",
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="write the report to FILE instead of standard output")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     parser.add_argument("-v", "--verbose", action="store_true", help="text: show all evidence that was kept")
@@ -65,6 +73,7 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help="a further folder in which backing and data files may be opened (repeatable)",
     )
+    add_case_arguments(parser)
     add_key_arguments(parser)
     fleet = parser.add_argument_group("many images")
     fleet.add_argument("--files-from", metavar="LIST", help="file with one image path a line, - for standard input")
@@ -104,6 +113,7 @@ def _one(args: argparse.Namespace, path: str) -> int:
     from ..reader.resolver import COMMAND_LINE, Resolver
 
     wanted = args.format or "text"
+    started = datetime.now(UTC)
     report = audit(
         path,
         args.depth,
@@ -115,6 +125,8 @@ def _one(args: argparse.Namespace, path: str) -> int:
     if missing:
         print(f"qcow2-forensics: {missing}", file=sys.stderr)
         return EXIT_FAILED
+    if wanted == "html" or wants_run(args):
+        report = replace(report, details={**report.details, "run": run_of(args, report, path, started)})
     if args.output:
         with atomic_writer(args.output, force=args.force, evidence=[path]) as stream:
             stream.write(_rendered(args, report, wanted, None).encode())

@@ -35,6 +35,7 @@ from ..format.source import FileSource
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.writer import atomic_writer, refuse_evidence
 from ..render import render_line
+from ..render.fleet_page import render_fleet
 from ..text import printable
 from .output import Progress
 
@@ -47,8 +48,10 @@ _DEPTHS = ("triage", "standard", "deep")
 
 def run_fleet(args: argparse.Namespace) -> int:
     """Audit every image the arguments name; write one line for each."""
-    if args.format not in (None, "jsonl"):
-        raise Qcow2Error("several images are reported as JSON lines: use --format jsonl")
+    if args.format not in (None, "jsonl", "html"):
+        raise Qcow2Error("several images are reported as JSON lines or on one page: use --format jsonl or html")
+    if args.format == "html" and args.resume:
+        raise Qcow2Error("--resume appends JSON lines: leave --format html out")
     if args.passphrase_file and args.jobs > 1:
         raise Qcow2Error("--passphrase-file is for one image or one job")
     if args.resume and args.output:
@@ -60,14 +63,21 @@ def run_fleet(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         out, done = _output(args, paths, stack)
         waiting = [path for path in paths if not _is_done(done.get(path), path, args.depth)]
+        reports: list[dict[str, Any]] = []  # for the page, which needs all of them
         results = [done[path] for path in paths if path not in set(waiting)]
         progress = stack.enter_context(Progress("audit", len(paths), unit="images"))
         progress.advance(len(results))
         for line in lines(waiting, work, args.jobs):
-            out.write(line + "\n")
-            out.flush()
+            report = json.loads(line)
+            if args.format == "html":
+                reports.append(report)
+            else:
+                out.write(line + "\n")
+                out.flush()
             progress.advance(1)
-            results.append(_result(json.loads(line)))
+            results.append(_result(report))
+        if args.format == "html":
+            out.write(render_fleet(reports))
     failed = sum(result.failed for result in results)
     if failed:
         print(f"qcow2-forensics: {failed} of {len(paths)} images could not be audited", file=sys.stderr)

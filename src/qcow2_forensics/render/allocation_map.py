@@ -33,8 +33,11 @@ def colour_class(key: str) -> str:
     return f"o-{kind}" if kind.replace("-", "").isalnum() else "o-other"
 
 
-def draw_map(data: Mapping[str, Any]) -> str:
-    """Return the figure: an SVG of the host file and a legend with numbers."""
+def draw_map(data: Mapping[str, Any], links: Mapping[int, str] | None = None) -> str:
+    """Return the figure: an SVG of the host file and a legend with numbers.
+
+    ``links`` are the anchors that single cells lead to; every square has the anchor ``c`` and its first cell.
+    """
     owners = [(str(key), str(label)) for key, label in data["owners"]]
     cells: Sequence[Sequence[Sequence[int]]] = data["cells"]
     per_cell = int(data["per_cell"])
@@ -43,10 +46,10 @@ def draw_map(data: Mapping[str, Any]) -> str:
     width = _LEFT + CELLS_PER_ROW * _SIDE
     height = max(rows, 1) * _SIDE
     parts = [
-        f'<svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="Map of the host file">',
+        f'<div class="wide"><svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="Map of the host file">',
         *_row_labels(rows, step),
-        *_squares(cells, owners, step),
-        "</svg>",
+        *_squares(cells, owners, step, links or {}),
+        "</svg></div>",
     ]
     covers = "one cluster" if per_cell == 1 else f"{per_cell} clusters"
     caption = f"<p class='quiet'>Each square is {covers} ({size(step)}); rows are labelled with file offsets.</p>"
@@ -60,19 +63,35 @@ def _row_labels(rows: int, step: int) -> Iterator[str]:
         yield f'<text x="{_LEFT - 8}" y="{row * _SIDE + _SIDE - 3}" text-anchor="end">{at}</text>'
 
 
-def _squares(cells: Sequence[Sequence[Sequence[int]]], owners: list[tuple[str, str]], step: int) -> Iterator[str]:
-    index = 0
-    while index < len(cells):
-        # Neighbours of one and the same single owner become one rectangle: small pages, same picture.
-        row_end = min((index // CELLS_PER_ROW + 1) * CELLS_PER_ROW, len(cells))
-        run = index + 1
-        if len(cells[index]) == 1:
-            while run < row_end and len(cells[run]) == 1 and cells[run][0][0] == cells[index][0][0]:
-                run += 1
+def starts_of_squares(cells: Sequence[Sequence[Sequence[int]]], links: Mapping[int, str]) -> list[int]:
+    """Return the first cell of every square.
+
+    Neighbours of one and the same single owner, that lead to the same place, become one: small pages, same picture.
+    """
+    starts = []
+    for index, cell in enumerate(cells):
+        same = (
+            index % CELLS_PER_ROW
+            and len(cell) == len(cells[index - 1]) == 1
+            and cell[0][0] == cells[index - 1][0][0]
+            and links.get(index) == links.get(index - 1)
+        )
+        if not same:
+            starts.append(index)
+    return starts
+
+
+def _squares(
+    cells: Sequence[Sequence[Sequence[int]]], owners: list[tuple[str, str]], step: int, links: Mapping[int, str]
+) -> Iterator[str]:
+    starts = starts_of_squares(cells, links)
+    for index, stop in zip(starts, [*starts[1:], len(cells)], strict=True):
         x = _LEFT + index % CELLS_PER_ROW * _SIDE
         y = index // CELLS_PER_ROW * _SIDE
-        yield from _square(cells[index], owners, x, y, (run - index) * _SIDE - _GAP, index * step, (run - index) * step)
-        index = run
+        shares = _square(cells[index], owners, x, y, (stop - index) * _SIDE - _GAP, index * step, (stop - index) * step)
+        target = links.get(index)
+        opening, closing = (f'<a href="#{target}">', "</a>") if target else ("", "")
+        yield f'<g id="c{index}">{opening}{"".join(shares)}{closing}</g>'
 
 
 def _square(

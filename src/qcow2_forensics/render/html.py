@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
-from ..findings import TOOL, Evidence, Finding, Report, Severity
-from ..text import hexadecimal, markup, sentence, shown_value
+from ..findings import Evidence, Finding, Report, Selection, Severity, place_of
+from ..text import hexadecimal, html_only, markup, sentence, shown_value
 from .allocation_map import draw_map
+from .anchors import Anchors
+from .next_commands import next_command
+from .page import badge, page
 from .plain import summary
 from .state_tree import draw_tree
-from .stylesheet import CSS
 from .summary import check_line, heading
 
-_FOOTER = (
-    f"Made by {TOOL}. Offsets are bytes from the start of the file, in hexadecimal; guest offsets are "
-    "bytes from the start of the guest's disk. Times are UTC; those of snapshots are by the clock of the host that took them."
-)
 ITEMS = 20  # evidence items printed per finding; the JSON has them all
+_FOLDED = 8  # findings of one code in a row that are still shown one by one
+_LONG_TREE = 40  # states
+_COLUMNS = 10  # of a table of folded findings
 
 
 def render_html(report: Report, *, items: int = ITEMS) -> str:
     """Return the page. Everything from evidence is escaped; the page allows itself no scripts."""
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            f"<title>{_title(report)}</title>",
-            f"<style>{CSS}</style></head><body>",
-            *_head(report),
-            *_figures(report),
-            *_findings(report, items),
-            f"<footer class='quiet'>{_FOOTER}</footer>",
-            "</body></html>",
-            "",
-        ]
-    )
+    anchors = Anchors(report)
+    parts = [*_head(report), *_figures(report, anchors), *_findings(report, anchors, items)]
+    return page(_title(report), parts, (finding.severity for finding in report.findings))
 
 
 def _title(report: Report) -> str:
@@ -46,15 +35,15 @@ def _title(report: Report) -> str:
 
 
 def _head(report: Report) -> Iterator[str]:
-    worst = report.worst
     yield f"<h1>{_title(report)}</h1>"
     yield f"<p>{markup(heading(report))}</p>"
     checked = check_line(report.check)
     if checked:
         yield f"<p>Check: {markup(checked)}</p>"
-    badge = "none" if worst is None else worst.label.lower()
-    yield f'<p><span class="badge s-{badge}">{markup(summary(report))}</span>'
-    yield f" <span class='quiet'>depth {markup(report.depth)}</span></p>"
+    yield f"<p>{badge(report.worst, markup(summary(report)))} <span class='quiet'>depth {markup(report.depth)}</span></p>"
+    run = report.details.get("run")
+    if run:
+        yield from run_facts(run)
     yield "<table class='facts'>"
     for key, value in report.image.items():
         if isinstance(value, (str, int, float, bool)) and value != "":
@@ -63,58 +52,119 @@ def _head(report: Report) -> Iterator[str]:
     yield "</table>"
 
 
-def _figures(report: Report) -> Iterator[str]:
+def run_facts(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a report that goes into a case says of itself: who, when, with what, on which files."""
+    yield "<table class='facts'>"
+    for key in ("case", "examiner", "note", "started", "command", "tool", "system"):
+        if run.get(key):
+            yield f"<tr><th>{key}</th><td>{markup(run[key], 4096)}</td></tr>"
+    for file in run.get("files", ()):
+        shown = markup(file["path"], 4096)
+        if file.get("sha256"):
+            shown += f"<br/>SHA-256 <span class='hash'>{markup(file['sha256'])}</span>"
+        yield f"<tr><th>file</th><td>{shown}</td></tr>"
+    yield "</table>"
+
+
+def _figures(report: Report, anchors: Anchors) -> Iterator[str]:
     picture = report.details.get("map")
     if picture and picture.get("cells"):
-        yield f"<section><h2>The file</h2>{draw_map(picture)}</section>"
-    lineage = report.details.get("lineage")
-    if lineage and len(lineage.get("states", ())) > 1:
-        yield f"<section><h2>States of the disk</h2>{draw_tree(lineage)}"
+        yield f"<section><h2>The file</h2>{draw_map(picture, anchors.squares)}</section>"
+    lineage = report.details.get("lineage") or {}
+    states = lineage.get("states", ())
+    if len(states) > 1:
+        open_ = "" if len(states) > _LONG_TREE else " open"
+        yield f"<section><h2>States of the disk</h2><details{open_}><summary>{len(states)} states</summary>"
+        yield f"<div class='wide'>{draw_tree(lineage, anchors.states)}</div></details>"
         yield (
             "<p class='quiet'>In order of time. The format stores no parents: a line joins each state "
             "to the one it shares most clusters with.</p></section>"
         )
 
 
-def _findings(report: Report, items: int) -> Iterator[str]:
+def _findings(report: Report, anchors: Anchors, items: int) -> Iterator[str]:
     yield "<h2>Findings</h2>"
     if not report.findings:
         yield "<p>No findings.</p>"
     for severity in sorted(Severity, reverse=True):
         group = [finding for finding in report.findings if finding.severity is severity]
-        if group:
-            yield f'<h3><span class="badge s-{severity.label.lower()}">{severity.label}</span></h3>'
-            for finding in group:
-                yield from _finding(finding, items)
+        if not group:
+            continue
+        yield f'<section class="s-{severity.label.lower()}"><h3>{badge(severity)}</h3>'
+        for _, same in groupby(group, key=lambda finding: (finding.code, finding.title)):
+            alike = list(same)
+            if len(alike) > _FOLDED:
+                yield from _folded(alike, report, anchors)
+            else:
+                for finding in alike:
+                    yield from _finding(finding, report, anchors, items)
+        yield "</section>"
 
 
-def _finding(finding: Finding, items: int) -> Iterator[str]:
-    yield f'<article class="s-{finding.severity.label.lower()}">'
-    yield f"<h4>{sentence(markup(finding.title))} <code>{markup(finding.code)}</code></h4>"
+def _summary(finding: Finding, number: int = 1) -> str:
+    times = f" <span class='quiet'>{number} findings</span>" if number > 1 else ""
+    return f"<summary>{sentence(markup(finding.title))} <code>{markup(finding.code)}</code>{times}</summary>"
+
+
+def _finding(finding: Finding, report: Report, anchors: Anchors, items: int) -> Iterator[str]:
+    open_ = "" if finding.severity is Severity.INFO else " open"
+    yield f'<article class="s-{finding.severity.label.lower()}" id="{anchors.finding(finding)}"><details{open_}>'
+    yield _summary(finding)
+    yield from _words(finding, report)
+    if finding.evidence:
+        size = report.image.get("cluster_size")
+        shown: Selection[Evidence] = Selection(items)
+        for item in finding.evidence:
+            shown.add(item, place_of(item, size if isinstance(size, int) else 65536))
+        yield from _evidence(shown.items, anchors)
+        more = max(finding.count, len(finding.evidence)) - len(shown.items)
+        if more > 0:
+            yield f"<p class='quiet'>and {more} more</p>"
+    yield "</details></article>"
+
+
+def _words(finding: Finding, report: Report) -> Iterator[str]:
     if finding.note:
         yield f"<p>{markup(finding.note)}</p>"
     if finding.explained_by:
         yield f"<p class='quiet'>Explained by {markup(', '.join(finding.explained_by))}</p>"
     if finding.confidence != "certain":
         yield f"<p class='quiet'>Confidence: {markup(finding.confidence)}</p>"
-    if finding.evidence:
-        yield from _evidence(finding.evidence[:items])
-        more = max(finding.count, len(finding.evidence)) - min(items, len(finding.evidence))
-        if more > 0:
-            yield f"<p class='quiet'>and {more} more</p>"
-    yield "</article>"
+    command = next_command(finding, str(report.image.get("path") or "IMAGE"), report.depth)
+    if command:
+        yield f"<p class='next'>Next: <kbd>{html_only(command)}</kbd></p>"
+
+
+def _folded(findings: Sequence[Finding], report: Report, anchors: Anchors) -> Iterator[str]:
+    """Yield many findings of one code as a table with a row each."""
+    first = findings[0]
+    yield f'<article class="s-{first.severity.label.lower()}"><details>{_summary(first, len(findings))}'
+    yield from _words(first, report)
+    fields = list(dict.fromkeys(item.field for finding in findings for item in finding.evidence))[:_COLUMNS]
+    yield "<div class='scroll'><table><thead><tr>" + "".join(f"<th>{markup(field)}</th>" for field in fields)
+    yield "</tr></thead><tbody>"
+    for finding in findings:
+        values = {item.field: item for item in reversed(finding.evidence)}
+        cells = []
+        for field in fields:
+            item = values.get(field)
+            shown = "" if item is None else html_only(shown_value(field, item.value))
+            cells.append(f"<td data-l='{markup(field)}'>{shown}</td>")
+        yield f'<tr id="{anchors.finding(finding)}">{"".join(cells)}</tr>'
+    yield "</tbody></table></div></details></article>"
 
 
 _EVIDENCE_COLUMNS = ("field", "value", "offset", "length", "structure", "guest", "snapshot", "file")
 
 
-def _evidence(items: tuple[Evidence, ...]) -> Iterator[str]:
-    rows = [_cells(item) for item in items]
+def _evidence(items: Sequence[Evidence], anchors: Anchors) -> Iterator[str]:
+    rows = [_cells(item, anchors) for item in items]
     used = [index for index in range(len(_EVIDENCE_COLUMNS)) if any(row[index] for row in rows)]
     yield "<div class='scroll'><table><thead><tr>"
     yield "".join(f"<th>{_EVIDENCE_COLUMNS[index]}</th>" for index in used) + "</tr></thead><tbody>"
     for row in rows:
-        yield "<tr>" + "".join(f"<td{_class(index)}>{row[index]}</td>" for index in used) + "</tr>"
+        cells = (f"<td data-l='{_EVIDENCE_COLUMNS[index]}'{_class(index)}>{row[index]}</td>" for index in used)
+        yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"
 
 
@@ -122,19 +172,18 @@ def _class(index: int) -> str:
     return "" if _EVIDENCE_COLUMNS[index] in ("value", "structure", "file") else ' class="n"'
 
 
-def _cells(item: Evidence) -> tuple[str, ...]:
+def _link(anchor: str, shown: str) -> str:
+    return f'<a href="#{anchor}">{shown}</a>' if anchor and shown else shown
+
+
+def _cells(item: Evidence, anchors: Anchors) -> tuple[str, ...]:
     return (
         markup(item.field),
-        # Already escaped for a terminal by shown_value; a second pass would double its backslashes.
-        _html_only(shown_value(item.field, item.value)),
-        hexadecimal(item.offset),
+        html_only(shown_value(item.field, item.value)),  # escaped for a terminal by shown_value already
+        _link(anchors.square(item), hexadecimal(item.offset)),
         "" if item.length is None else str(item.length),
         markup(item.structure) if item.structure else "",
         hexadecimal(item.guest_offset),
-        markup(item.snapshot) if item.snapshot else "",
+        _link(anchors.state(item), markup(item.snapshot)) if item.snapshot else "",
         markup(item.file) if item.file else "",
     )
-
-
-def _html_only(shown: str) -> str:
-    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")

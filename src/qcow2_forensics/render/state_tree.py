@@ -22,8 +22,11 @@ _LANES = 12  # columns; branches beyond them share the last
 STATES = 200  # drawn; a longer history is cut with a note
 
 
-def draw_tree(data: Mapping[str, Any]) -> str:
-    """Return the figure: one row per state, branches in columns of their own."""
+def draw_tree(data: Mapping[str, Any], links: Mapping[int, str] | None = None) -> str:
+    """Return the figure: one row per state, branches in columns of their own.
+
+    ``links`` are the anchors that rows lead to; every row has the anchor ``s`` and its number.
+    """
     states: Sequence[Mapping[str, Any]] = data["states"][:STATES]
     lanes = _lanes(states)
     height = max(len(states), 1) * _ROW
@@ -31,7 +34,7 @@ def draw_tree(data: Mapping[str, Any]) -> str:
     parts = [f'<svg class="tree" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="States of the disk">']
     parts += _edges(states, lanes)
     for row, state in enumerate(states):
-        parts += _node(state, row, lanes[row], labels)
+        parts += _node(state, row, lanes[row], labels, (links or {}).get(row))
     parts.append("</svg>")
     if len(data["states"]) > STATES:
         parts.append(f"<p class='quiet'>and {len(data['states']) - STATES} more states</p>")
@@ -78,12 +81,14 @@ def _y(row: int) -> int:
     return row * _ROW + _ROW // 2
 
 
-def _node(state: Mapping[str, Any], row: int, lane: int, labels: int) -> Iterator[str]:
+def _node(state: Mapping[str, Any], row: int, lane: int, labels: int, target: str | None) -> Iterator[str]:
     y = _y(row)
     kind = str(state.get("kind", "snapshot"))
     shape = kind if kind in {"backing", "snapshot", "deleted", "active"} else "snapshot"
     label = " ".join(markup(state[key], 80) for key in ("id", "name") if state.get(key))
     quiet = " · ".join(markup(state[key], 160) for key in ("date", "note") if state.get(key))
+    opening, closing = (f'<a href="#{target}">', "</a>") if target else ("", "")
+    yield f'<g id="s{row}">{opening}'
     yield f'<circle class="n-{shape}" cx="{_x(lane)}" cy="{y}" r="{_RADIUS}"/>'
     yield f'<text x="{labels}" y="{y - 1}" class="name">{label or markup(kind)}</text>'
-    yield f'<text x="{labels}" y="{y + 13}" class="quiet">{quiet}</text>'
+    yield f'<text x="{labels}" y="{y + 13}" class="quiet">{quiet}</text>{closing}</g>'

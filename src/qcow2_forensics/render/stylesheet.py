@@ -18,7 +18,7 @@ p{margin:.25rem 0 .5rem}.quiet{color:var(--quiet);font-size:.87em}
 code{font:.82em ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;color:var(--quiet);font-weight:400}
 table{border-collapse:collapse;font-size:.87em}th,td{text-align:left;padding:.15rem .9rem .15rem 0;vertical-align:top;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{color:var(--quiet);font-weight:500}
-td{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace}.facts{margin-top:.6rem}
+td{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace}.facts{margin-top:.6rem}.facts th,.badge{white-space:nowrap}td.w{min-width:14rem}
 td.n,thead th{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
 article{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--quiet);border-radius:4px;
 padding:.6rem .9rem;margin:0 0 .6rem}
@@ -27,8 +27,14 @@ article.s-medium{border-left-color:#e0a030}article.s-low{border-left-color:#4a90
 .badge{display:inline-block;border-radius:1rem;padding:.1rem .7rem;font-size:.87em;color:#fff;background:#68727d}
 .badge.s-critical{background:#8b1a1a}.badge.s-high{background:#c0392b}.badge.s-medium{background:#a86a00}
 .badge.s-low{background:#2f6f9f}.badge.s-none{background:#2e7d4f}
-svg.map,svg.tree{display:block;width:100%;height:auto}svg text{fill:var(--fg);font:10px ui-monospace,monospace}
+svg.map,svg.tree{display:block;width:100%;height:auto;min-width:36rem}.wide{overflow-x:auto}:target{outline:2px solid #e0a030;outline-offset:2px}
+svg :target rect{stroke:#e0a030;stroke-width:2}svg a:hover{opacity:.7}a{color:inherit;text-underline-offset:.15em}
+.hash{overflow-wrap:anywhere}kbd{font:.82em ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;user-select:all;overflow-wrap:anywhere}
+summary{cursor:pointer;overflow-wrap:anywhere;font-weight:600}section>details>summary{font-weight:400}
+.filters,.filter,.filter+label{display:inline-block;margin:0 .3rem .6rem 0;font-size:.87em}.filter+label{margin-right:.8rem}
+svg text{fill:var(--fg);font:10px ui-monospace,monospace}
 svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);font-size:11px}
+#show-critical:not(:checked)~main .s-critical:not(.badge){display:none}#show-high:not(:checked)~main .s-high:not(.badge){display:none}#show-medium:not(:checked)~main .s-medium:not(.badge){display:none}#show-low:not(:checked)~main .s-low:not(.badge){display:none}#show-info:not(:checked)~main .s-info:not(.badge){display:none}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding:0;margin:.7rem 0 .2rem;font-size:.9em}
 .legend svg{width:.8em;height:.8em;margin-right:.4em}
 .edge{fill:none;stroke:var(--quiet);stroke-width:1.5}
@@ -40,4 +46,8 @@ svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);fo
 .o-residue{fill:var(--residue)}.o-free{fill:var(--free)}.o-other{fill:var(--other)}.o-encryption{fill:#555f8a}
 .o-snap0{fill:#8e7cc3}.o-snap1{fill:#5b9bd5}.o-snap2{fill:#c27ba0}.o-snap3{fill:#76a5af}
 .o-snap4{fill:#a68a64}.o-snap5{fill:#9fc5e8}.o-snap6{fill:#d5a6bd}.o-snap7{fill:#7f8fa6}
+@media (max-width:600px){body{padding:.8rem}.scroll{overflow:visible}.scroll table,.scroll tbody,.scroll tr,.scroll td,.facts,.facts tbody,.facts tr,.facts th,.facts td{display:block;width:auto}
+.scroll thead{display:none}.scroll tr{padding:.3rem 0;border-bottom:1px solid var(--line)}.scroll td,.facts th,.facts td{border:0;padding:.05rem 0;white-space:normal}
+.scroll td:empty{display:none}.scroll td::before{content:attr(data-l) ": ";color:var(--quiet);font-family:system-ui,sans-serif}.facts th{padding-top:.3rem}}
+@media print{.filters,.filter,.filter+label{display:none}}
 """

@@ -54,7 +54,10 @@ def check_line(check: Mapping[str, Any] | None) -> str:
     allocated = check.get("allocated-clusters") or 0
     parts = [", ".join(problems) if problems else "no errors"]
     if total:
-        parts.append(f"{allocated} of {total} clusters allocated ({allocated / total:.1%})")
+        if allocated <= total:
+            parts.append(f"{allocated} of {total} clusters allocated ({allocated / total:.1%})")
+        else:  # crafted tables, or clusters behind the disk
+            parts.append(f"{allocated} clusters allocated, more than the {total} of the disk")
     if check.get("compressed-clusters"):
         parts.append(f"{check['compressed-clusters']} compressed")
     if check.get("image-end-offset"):

@@ -1,0 +1,95 @@
+"""The reports of many images on one page: images by severity, and findings by the images that have them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..findings import Severity
+from ..text import markup, sentence, size
+from .page import badge, page
+
+_CODES = 12  # codes named per image
+_IMAGES = 200  # images named per code
+
+
+def render_fleet(reports: Iterable[Mapping[str, Any]]) -> str:
+    """Return the page for reports as plain data, as in the lines of ``audit --format jsonl``."""
+    images = sorted(reports, key=lambda report: (-_worst(report), str(report["image"].get("path"))))
+    parts = [*_head(images), *_images(images), *_findings(images)]
+    return page(f"{len(images)} images", parts, {Severity.parse(f["severity"]) for r in images for f in r["findings"]})
+
+
+def _worst(report: Mapping[str, Any]) -> int:
+    return max((int(Severity.parse(finding["severity"])) for finding in report["findings"]), default=-1)
+
+
+def _head(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    worst = Counter(_worst(report) for report in images)
+    yield f"<h1>{len(images)} image{'s' * (len(images) != 1)}</h1><p>"
+    for severity in sorted(Severity, reverse=True):
+        if worst[severity]:
+            yield badge(severity, f"{worst[severity]} with {severity.label}")
+    if worst[-1]:
+        yield badge(None, f"{worst[-1]} without findings")
+    total = sum(report["image"].get("file_size") or 0 for report in images)
+    yield f"</p><p class='quiet'>{size(total)} in all</p>"
+
+
+def _images(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "<h2>Images, worst first</h2><div class='scroll'><table><thead><tr>"
+    yield "<th>worst</th><th>image</th><th>file</th><th>disk</th><th>snapshots</th><th>findings</th></tr></thead><tbody>"
+    for number, report in enumerate(images):
+        image, worst = report["image"], _worst(report)
+        severity = Severity(worst) if worst >= 0 else None
+        codes = Counter(finding["code"] for finding in report["findings"] if finding["severity"] != "Info")
+        shown = ", ".join(
+            f"{code.removeprefix('QCOW2-')}{f' ×{n}' if n > 1 else ''}" for code, n in [*codes.items()][:_CODES]
+        )
+        more = f" and {len(codes) - _CODES} more" if len(codes) > _CODES else ""
+        row = f"s-{severity.label.lower()}" if severity is not None else "s-none"
+        cells = (
+            ("worst", badge(severity)),
+            ("image", markup(image.get("path"), 4096)),
+            ("file", _bytes(image.get("file_size"))),
+            ("disk", _bytes(image.get("virtual_size"))),
+            ("snapshots", markup(image.get("snapshots") or "")),
+            ("findings", markup(shown + more)),
+        )
+        yield (
+            f'<tr class="{row}" id="i{number}">'
+            + "".join(f"<td data-l='{k}'{_class(k)}>{v}</td>" for k, v in cells)
+            + "</tr>"
+        )
+    yield "</tbody></table></div>"
+
+
+def _class(column: str) -> str:
+    return {"image": " class='w'", "file": " class='n'", "disk": " class='n'"}.get(column, "")
+
+
+def _bytes(count: Any) -> str:
+    return size(count) if isinstance(count, int) else ""
+
+
+def _findings(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield each code with the images that have it, worst first."""
+    found: dict[tuple[int, str, str], dict[int, int]] = {}
+    for number, report in enumerate(images):
+        for finding in report["findings"]:
+            key = -int(Severity.parse(finding["severity"])), finding["code"], finding["title"]
+            found.setdefault(key, {}).setdefault(number, 0)
+            found[key][number] += 1
+    yield "<h2>Findings, by the images that have them</h2>"
+    for (level, code, title), where in sorted(found.items(), key=lambda item: (item[0][0], -len(item[1]), item[0])):
+        severity = Severity(-level)
+        name = severity.label.lower()
+        yield f'<article class="s-{name}"><details><summary>{badge(severity)} {sentence(markup(title))} <code>{markup(code)}</code>'
+        yield f" <span class='quiet'>{len(where)} of {len(images)}</span></summary><ul>"
+        for number in list(where)[:_IMAGES]:
+            path = markup(images[number]["image"].get("path"), 4096)
+            yield f'<li><a href="#i{number}">{path}</a></li>'
+        if len(where) > _IMAGES:
+            yield f"<li>and {len(where) - _IMAGES} more</li>"
+        yield "</ul></details></article>"
