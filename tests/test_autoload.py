@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 HOOK = Path(__file__).parent.parent / "plugins" / "autoload"
 PLUGIN_FOLDER = HOOK.parent / "volatility"
 
-# Stand-ins with the module names the hook waits for; the back-end records what it is told.
+# Stand-ins with the module names the hook waits for; each part of ours records that it was imported.
 STAND_INS = {
     "volatility3/__init__.py": "",
     "volatility3/framework/__init__.py": "",
@@ -36,8 +37,19 @@ STAND_INS = {
     "plaso/parsers/__init__.py": "",
     "plaso/parsers/mediator.py": "",
     "plaso/preprocessors/__init__.py": "",
+    "dissect/target/__init__.py": "",
+    "dissect/target/container.py": "",
+    "dissect/target/loader.py": "",
+    "recorder.py": "CALLS = []\n",
     "dfvfs_qcow2/__init__.py": "",
-    "dfvfs_qcow2/autoload.py": "CALLS = []\ndef on_import(name, module):\n    CALLS.append((name, module))\n",
+    "dissect_qcow2/__init__.py": "",
+}
+sys.path.insert(0, str(HOOK))
+PARTS = {name: part for name, part in importlib.import_module("qcow2_forensics_autoload").PARTS.items() if part}
+# Each part imports what it patches, as the real ones do, and then notes that it is in place.
+STAND_INS |= {
+    f"{part.replace('.', '/')}.py": f"import recorder, {name} as module\nrecorder.CALLS.append(({name!r}, module))\n"
+    for name, part in PARTS.items()
 }
 
 
@@ -74,21 +86,22 @@ def test_plugin_folder_is_appended_in_place_so_that_a_users_own_folder_keeps_it(
     assert not result.stderr
 
 
-def test_every_awaited_dfvfs_and_plaso_module_is_handed_over_once_after_it_ran(stand_ins: Path) -> None:
+def test_the_part_for_every_awaited_module_is_imported_once_after_that_ran(stand_ins: Path) -> None:
     run(
         stand_ins,
         """
         hook.install()
         import importlib
-        for name in sorted(hook.AWAITED - {"volatility3.framework.constants"}):
+        awaited = sorted(name for name, part in hook.PARTS.items() if part)
+        for name in awaited:
             importlib.import_module(name)
         import dfvfs.path
         importlib.reload(dfvfs.path)
-        from dfvfs_qcow2 import autoload
-        names = [name for name, _ in autoload.CALLS]
-        assert sorted(names) == sorted(hook.AWAITED - {"volatility3.framework.constants"}), names
+        from recorder import CALLS
+        names = [name for name, _ in CALLS]
+        assert sorted(names) == awaited, names
         assert names.index("dfvfs.credentials") < names.index("dfvfs.path")
-        assert all(sys.modules[name] is module for name, module in autoload.CALLS)
+        assert all(sys.modules[name] is module for name, module in CALLS)
         """,
     )
 
@@ -148,8 +161,8 @@ def test_looking_for_a_module_without_importing_it_activates_nothing(stand_ins: 
         assert spec.loader.get_filename("dfvfs.path") == spec.origin
         assert "dfvfs_qcow2" not in sys.modules
         import dfvfs.path
-        from dfvfs_qcow2 import autoload
-        assert [name for name, _ in autoload.CALLS] == ["dfvfs.credentials", "dfvfs.path"]
+        from recorder import CALLS
+        assert [name for name, _ in CALLS] == ["dfvfs.credentials", "dfvfs.path"]
         """,
     )
 
@@ -159,7 +172,7 @@ def test_missing_framework_still_raises_module_not_found(tmp_path: Path) -> None
         tmp_path,
         """
         hook.install()
-        for name in hook.AWAITED:
+        for name in hook.PARTS:
             try:
                 __import__(name)
             except ModuleNotFoundError as error:
@@ -186,15 +199,16 @@ def test_module_that_fails_to_import_is_still_awaited(stand_ins: Path) -> None:
             raise AssertionError
         assert "dfvfs_qcow2" not in sys.modules
         import dfvfs.credentials
-        from dfvfs_qcow2 import autoload
-        assert [name for name, _ in autoload.CALLS] == ["dfvfs.credentials"]
+        from recorder import CALLS
+        assert [name for name, _ in CALLS] == ["dfvfs.credentials"]
         """,
     )
 
 
 @pytest.mark.parametrize("options", [(), ("-W", "error"), ("-W", "ignore")])
 def test_failed_activation_says_so_in_one_line_and_the_tool_goes_on(stand_ins: Path, options: tuple[str, ...]) -> None:
-    (stand_ins / "dfvfs_qcow2/autoload.py").write_text("raise RuntimeError('first\\nsecond \\x1b[31m')\n")
+    for part in ("path_spec", "resolver_helper"):
+        (stand_ins / f"dfvfs_qcow2/{part}.py").write_text("raise RuntimeError('first\\nsecond \\x1b[31m')\n")
     result = run(
         stand_ins,
         "hook.install(); import dfvfs.path, dfvfs.resolver_helpers; print(dfvfs.path.DONE)",
@@ -202,7 +216,7 @@ def test_failed_activation_says_so_in_one_line_and_the_tool_goes_on(stand_ins: P
     )
     assert result.stdout.strip() == "True"
     assert result.stderr.count("\n") == 1
-    assert "NOT active in dfVFS/plaso" in result.stderr
+    assert "NOT active in dfVFS" in result.stderr
     assert "RuntimeError: first second" in result.stderr
 
 
@@ -229,8 +243,8 @@ def test_what_was_imported_before_is_activated_on_installation(stand_ins: Path) 
         """
         import dfvfs.path
         hook.install()
-        from dfvfs_qcow2 import autoload
-        assert sorted(name for name, _ in autoload.CALLS) == ["dfvfs.credentials", "dfvfs.path"]
+        from recorder import CALLS
+        assert sorted(name for name, _ in CALLS) == ["dfvfs.credentials", "dfvfs.path"]
         """,
     )
 
@@ -260,8 +274,8 @@ def test_another_hook_that_asks_every_finder_does_not_recurse(stand_ins: Path, p
         hook.install()
         sys.meta_path.insert({position}, Greedy())
         import dfvfs.path
-        from dfvfs_qcow2 import autoload
-        assert [name for name, _ in autoload.CALLS] == ["dfvfs.credentials", "dfvfs.path"]
+        from recorder import CALLS
+        assert [name for name, _ in CALLS] == ["dfvfs.credentials", "dfvfs.path"]
         """,
     )
 
@@ -272,7 +286,7 @@ def test_finder_leaves_when_everything_awaited_has_come(stand_ins: Path) -> None
         """
         n = len(sys.meta_path)
         hook.install()
-        for name in sorted(hook.AWAITED):
+        for name in sorted(hook.PARTS):
             assert hook.is_installed()
             __import__(name)
         assert not hook.is_installed() and len(sys.meta_path) == n
@@ -295,13 +309,13 @@ def test_many_threads_importing_at_once_activate_each_module_once(stand_ins: Pat
                     importlib.import_module(name)
             except BaseException as error:
                 errors.append(error)
-        names = sorted(hook.AWAITED)
+        names = sorted(hook.PARTS)
         threads = [threading.Thread(target=work, args=(names[i % 5:] + names[:i % 5],)) for i in range(16)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         assert not errors, errors
-        from dfvfs_qcow2 import autoload
-        assert sorted(name for name, _ in autoload.CALLS) == sorted(hook.AWAITED - {"volatility3.framework.constants"})
+        from recorder import CALLS
+        assert sorted(name for name, _ in CALLS) == sorted(name for name, part in hook.PARTS.items() if part)
         """,
     )
 
@@ -316,15 +330,83 @@ def real(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
 
 
-@real("dfvfs")
-def test_hook_awaits_exactly_the_modules_the_back_end_has_parts_for() -> None:
-    result = run_real(
+def test_every_part_is_there() -> None:
+    folders = {"dfvfs_qcow2": HOOK.parent / "dfvfs", "dissect_qcow2": HOOK.parent / "dissect"}
+    for part in PARTS.values():
+        assert (folders[part.partition(".")[0]] / f"{part.replace('.', '/')}.py").is_file(), part
+
+
+OLD = {
+    "volatility3/framework/constants/__init__.py": (
+        "PACKAGE_VERSION = '2.5.2'\nPLUGINS_PATH = ['stock']\n",
+        "Volatility 3",
+    ),
+    "dfvfs/__init__.py": ("__version__ = '20260411'\n", "dfVFS"),
+    "plaso/__init__.py": ("__version__ = '20240826'\n", "plaso"),
+}
+
+
+@pytest.mark.parametrize("file", OLD)
+def test_a_framework_that_is_too_old_is_left_alone_and_says_so_once(stand_ins: Path, file: str) -> None:
+    text, label = OLD[file]
+    (stand_ins / file).write_text(text)
+    result = run(
+        stand_ins,
         """
-        from dfvfs_qcow2 import autoload
-        print(sorted(hook.AWAITED ^ set(autoload.PARTS)))
-        """
+        hook.install()
+        for name in hook.PARTS:
+            __import__(name)
+        from recorder import CALLS
+        print(sorted({name.partition(".")[0] for name, _ in CALLS}), sys.modules["volatility3.framework.constants"].PLUGINS_PATH)
+        """,
     )
-    assert result.stdout.strip() == "['volatility3.framework.constants']", result.stderr
+    assert result.stderr.count("NOT active") == 1
+    assert f"NOT active in {label}" in result.stderr
+    assert "is older than" in result.stderr
+    untouched = file.partition("/")[0]
+    assert f"'{untouched}'" not in result.stdout
+    assert (str(PLUGIN_FOLDER) in result.stdout) == (untouched != "volatility3")
+
+
+def test_the_oldest_versions_are_those_the_extras_ask_for() -> None:
+    import tomllib
+
+    hook = importlib.import_module("qcow2_forensics_autoload")
+    extras = tomllib.loads((HOOK.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [item.split(">=") for extra in ("volatility", "dfvfs", "plaso", "dissect") for item in extras[extra]]
+    bounds = {name.partition(".target")[0]: bound for name, _, bound in (("".join(i[:1]), "", i[-1]) for i in wanted)}
+    for framework, oldest in hook.OLDEST.items():
+        assert bounds[framework] == ".".join(map(str, oldest))
+
+
+def test_asking_for_a_framework_by_name_serves_that_one_even_when_switched_off(stand_ins: Path) -> None:
+    result = run(
+        stand_ins,
+        """
+        hook.install()
+        hook.wait_for("dfvfs", "plaso")
+        import dfvfs.path, volatility3.framework.constants as constants
+        from recorder import CALLS
+        print([name for name, _ in CALLS], constants.PLUGINS_PATH)
+        """,
+        QCOW2_FORENSICS_AUTOLOAD="0",
+    )
+    assert result.stdout.strip() == "['dfvfs.credentials', 'dfvfs.path'] ['stock']"
+
+
+def test_the_start_of_an_interpreter_costs_well_under_a_millisecond(stand_ins: Path) -> None:
+    code = """
+        from time import perf_counter
+        def once():
+            sys.modules.pop("qcow2_forensics_autoload")
+            sys.meta_path[:] = [item for item in sys.meta_path if type(item).__name__ != "_Finder"]
+            start = perf_counter()
+            import qcow2_forensics_autoload
+            qcow2_forensics_autoload.install()
+            return perf_counter() - start
+        print(min(once() for _ in range(20)))
+        """
+    assert float(run(stand_ins, code).stdout) < 0.001
 
 
 def run_real(code: str) -> subprocess.CompletedProcess[str]:

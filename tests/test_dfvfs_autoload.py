@@ -98,7 +98,7 @@ def test_importing_the_package_imports_nothing_of_dfvfs() -> None:
 def test_a_part_that_cannot_be_put_in_place_is_shown_and_stops_nothing(tmp_path: Path) -> None:
     # A dfVFS whose factory lost a method: the tool goes on, and says that it reads with the stock back-end.
     script = (
-        "import dfvfs_qcow2, dfvfs_qcow2.autoload as a; a.PARTS['dfvfs.path'] = 'no_such_part';"
+        "import dfvfs_qcow2, qcow2_forensics_autoload as a; a.PARTS['dfvfs.path'] = 'no_such_part';"
         "import dfvfs.path; print('goes on')"
     )
     result = subprocess.run(
@@ -110,4 +110,4 @@ def test_a_part_that_cannot_be_put_in_place_is_shown_and_stops_nothing(tmp_path:
         timeout=60,
     )
     assert (result.returncode, result.stdout) == (0, "goes on\n")
-    assert "NOT fully active" in result.stderr
+    assert "NOT active in dfVFS" in result.stderr

@@ -72,11 +72,16 @@ def test_each_state_is_a_target_that_says_which_it_is(linux: Path) -> None:
     assert list(found) == [f"{linux}/before", str(linux)]
 
 
-@pytest.mark.parametrize("variables", [{"DISSECT_PLUGINS": "plugins/dissect/dissect_qcow2/plugin.py"}])
+BY_HAND = {"QCOW2_FORENSICS_AUTOLOAD": "0", "DISSECT_PLUGINS": "plugins/dissect/dissect_qcow2/plugin.py"}
+START = "import sys, qcow2_forensics_autoload as hook; hook.install(); sys.argv[0] = 'target-query'; "
+
+
+@pytest.mark.parametrize("variables", [{}, BY_HAND], ids=["hook", "DISSECT_PLUGINS"])
 def test_target_query_lists_the_users_of_every_state(linux: Path, variables: dict[str, str]) -> None:
-    command = [str(Path(sys.executable).with_name("target-query")), "-q", "-j", "-f", "users", str(linux)]
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "plugins/dissect")])
-    environment = {**os.environ, "PYTHONPATH": paths, "QCOW2_FORENSICS_AUTOLOAD": "0", **variables}
+    start = START + "from dissect.target.tools.query import main; main()"
+    command = [sys.executable, "-P", "-c", start, "-q", "-j", "-f", "users", str(linux)]
+    paths = [str(ROOT / "src"), str(ROOT / "plugins/dissect"), str(ROOT / "plugins/autoload")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment, cwd=ROOT)
     records = [record for line in done.stdout.splitlines() if (record := json.loads(line)).get("name")]
     assert [(Path(record["_source"]).name, record["name"]) for record in records] == [

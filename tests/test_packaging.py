@@ -92,7 +92,7 @@ class Environment:
 def frameworks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test interpreter's packages without ours, so that nothing of ours is found by accident."""
     folder = tmp_path_factory.mktemp("frameworks")
-    ours = re.compile(r"_?_?(editable_)?(qcow2_forensics|qcow2-forensics|dfvfs_qcow2|pytsk3_qcow2)")
+    ours = re.compile(r"_?_?(editable_)?(qcow2_forensics|qcow2-forensics|dfvfs_qcow2|dissect_qcow2|pytsk3_qcow2)")
     for scheme in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         for entry in Path(scheme).iterdir():
             if not ours.match(entry.name) and entry.suffix != ".pth" and entry.name != "__pycache__":
@@ -143,6 +143,7 @@ def test_wheel_holds_the_packages_the_plugin_folder_and_the_hook_and_nothing_els
     expected = {"qcow2_forensics_autoload.py", *STARTUP}
     expected |= {f"qcow2_forensics/{name}" for name in sources("src/qcow2_forensics")}
     expected |= {f"dfvfs_qcow2/{name}" for name in sources("plugins/dfvfs/dfvfs_qcow2")}
+    expected |= {f"dissect_qcow2/{name}" for name in sources("plugins/dissect/dissect_qcow2")}
     expected |= {f"pytsk3_qcow2/{name}" for name in sources("plugins/tsk_img/pytsk3_qcow2")}
     expected |= {f"{FOLDER}/qcow2/{name}" for name in sources("plugins/volatility/qcow2")}
     assert names == expected
@@ -157,7 +158,7 @@ def test_wheel_holds_both_licences_and_the_plugin_folder_its_own(wheel: Path) ->
 
 def test_wheel_puts_nothing_into_a_frameworks_own_folder(wheel: Path) -> None:
     tops = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert not tops & {"volatility3", "dfvfs", "plaso", "pytsk3", "plugins", "qcow2"}
+    assert not tops & {"volatility3", "dfvfs", "dissect", "plaso", "pytsk3", "plugins", "qcow2"}
 
 
 def test_wheel_built_from_the_source_distribution_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:
@@ -184,7 +185,9 @@ def test_editable_install_copies_only_the_two_startup_files(editable: Environmen
     assert names == {"_qcow2_forensics.pth", *STARTUP}
 
 
-@pytest.mark.parametrize("module", ["qcow2_forensics", "dfvfs_qcow2", "pytsk3_qcow2", "qcow2_forensics_autoload"])
+@pytest.mark.parametrize(
+    "module", ["qcow2_forensics", "dfvfs_qcow2", "dissect_qcow2", "pytsk3_qcow2", "qcow2_forensics_autoload"]
+)
 def test_editable_install_imports_everything_from_the_checkout(editable: Environment, module: str) -> None:
     origin = editable.run(f"import importlib.util; print(importlib.util.find_spec({module!r}).origin)")
     assert Path(origin).is_relative_to(ROOT)
@@ -230,7 +233,13 @@ def test_doctor_finds_every_installed_framework_active(kind: str, request: pytes
     assert diagnosis["healthy"], diagnosis
     assert diagnosis["hook"] == "running"
     active = {part["framework"] for part in diagnosis["frameworks"] if part["active"]}
-    names = {"Volatility 3": "volatility3", "dfVFS": "dfvfs", "plaso": "plaso", "pytsk3": "pytsk3"}
+    names = {
+        "Volatility 3": "volatility3",
+        "dfVFS": "dfvfs",
+        "plaso": "plaso",
+        "pytsk3": "pytsk3",
+        "dissect": "dissect",
+    }
     assert active == {label for label, name in names.items() if importlib.util.find_spec(name)}
 
 

@@ -1,23 +1,23 @@
-"""One lazy import hook that switches our back-ends on inside Volatility 3 and dfVFS/plaso.
+"""The one import hook: it puts our parts into Volatility 3, dfVFS, plaso and dissect when they are imported.
 
-Neither framework has entry points. ``qcow2_forensics_autoload.pth`` (Python 3.14 and older) or the
+None of them has entry points. ``qcow2_forensics_autoload.pth`` (Python 3.14 and older) or the
 ``.start`` file beside it (PEP 829, Python 3.15 and newer) calls :func:`install` when an interpreter
 starts, so everything here must be cheap: no import beyond ``os`` and ``sys``, which ``site`` has loaded
 already (``__future__`` alone would cost 0.2 ms, hence the quoted annotations), and one set lookup
 per imported module afterwards::
 
     import volatility3.framework.constants
-      -> _Finder.find_spec        the name is awaited: ask the finders behind us, wrap the loader
-      -> _Loader.exec_module      the real loader runs the module, then the back-end is activated
+      -> _Finder.find_spec        the name is awaited: ask the finders after this one, wrap the loader
+      -> _Loader.exec_module      the real loader runs the module, then the part for it is put in place
 
-What is awaited, and what happens then:
+:data:`PARTS` names the part for each awaited module: a module of ours, which registers itself as its last
+statement. That order matters: the hook also fires while such a module is half imported, because it imports
+the module it patches, and then there is nothing to do. Volatility's part is a folder on its plugin path,
+appended in place, because ``vol -p`` builds its own list from that one.
 
-* ``volatility3.framework.constants``: our plugin folder is appended to its ``PLUGINS_PATH``, in
-  place, because ``vol -p`` builds its own list from that one.
-* the dfVFS and plaso modules in ``_DFVFS``: ``dfvfs_qcow2.autoload.on_import(name, module)`` is called.
-
-``QCOW2_FORENSICS_AUTOLOAD=0`` switches it off. A failure never stops the hooked tool, but it is
-always shown: "stock" may mean zeros where the evidence has data.
+A framework older than :data:`OLDEST` is left alone. ``QCOW2_FORENSICS_AUTOLOAD=0`` switches the hook off.
+A failure never stops the hooked tool, but it is always shown: its stock reader may give zeros where the
+evidence has data.
 """
 
 import os
@@ -31,32 +31,44 @@ if TYPE_CHECKING:
     from typing import Any
 
 VARIABLE = "QCOW2_FORENSICS_AUTOLOAD"
-_VOLATILITY = ("volatility3.framework.constants",)
-_DFVFS = (
-    "dfvfs.path",
-    "dfvfs.credentials",
-    "dfvfs.resolver_helpers",
-    "dfvfs.helpers.volume_scanner",
-    "plaso.cli.storage_media_tool",
-    "plaso.cli.image_export_tool",
-    "plaso.engine.path_helper",
-    "plaso.output.mediator",
-    "plaso.parsers.mediator",
-    "plaso.preprocessors",
-)
-AWAITED = frozenset(_VOLATILITY + _DFVFS)
+PARTS = {
+    "volatility3.framework.constants": "",  # no module: the plugin folder
+    "dfvfs.path": "dfvfs_qcow2.path_spec",
+    "dfvfs.credentials": "dfvfs_qcow2.credentials",
+    "dfvfs.resolver_helpers": "dfvfs_qcow2.resolver_helper",
+    "dfvfs.helpers.volume_scanner": "dfvfs_qcow2.volume_scanner",
+    "plaso.cli.storage_media_tool": "dfvfs_qcow2.plaso_options",
+    "plaso.cli.image_export_tool": "dfvfs_qcow2.plaso_export",
+    "plaso.engine.path_helper": "dfvfs_qcow2.plaso_names",
+    "plaso.output.mediator": "dfvfs_qcow2.plaso_output",
+    "plaso.parsers.mediator": "dfvfs_qcow2.plaso_events",
+    "plaso.preprocessors": "dfvfs_qcow2.plaso_preprocess",
+    "dissect.target.container": "dissect_qcow2.container",
+    "dissect.target.loader": "dissect_qcow2.loader",
+}
+FRAMEWORKS = {"volatility3": "Volatility 3", "dfvfs": "dfVFS", "plaso": "plaso", "dissect": "dissect"}
+OLDEST = {"volatility3": (2, 11), "dfvfs": (20260712,), "plaso": (20260720,), "dissect": (3, 25)}
+"""The oldest versions the tests pass with; pyproject.toml has the same bounds."""
 
 
 def install() -> None:
-    """Put the hook in front of the import system, once; what is imported already is activated now."""
-    if os.environ.get(VARIABLE, "").strip().lower() in {"0", "false", "no", "off"}:
-        return
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
-    for name in AWAITED.intersection(sys.modules):
-        finder.activate(name, sys.modules[name])
+    """Wait for every framework, unless the environment variable says no; what interpreters do at their start."""
+    if os.environ.get(VARIABLE, "").strip().lower() not in {"0", "false", "no", "off"}:
+        wait_for(*FRAMEWORKS)
+
+
+def wait_for(*frameworks: str) -> None:
+    """Wait for the modules of these frameworks, and serve those that are imported already; asked for by name."""
+    finder = next((item for item in sys.meta_path if isinstance(item, _Finder)), None)
+    if finder is None:
+        finder = _Finder()
+        sys.meta_path.insert(0, finder)
+    names = [name for name in PARTS if name.partition(".")[0] in frameworks]
+    finder.wait_for(names)
+    for name in names:
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            finder.activate(name, module)
 
 
 def is_installed() -> bool:
@@ -75,9 +87,13 @@ class _Finder:
     """A meta-path finder that finds nothing itself, and wraps the loaders of awaited modules."""
 
     def __init__(self) -> None:
-        self._waiting = set(AWAITED)
+        self._waiting: set[str] = set()
+        self._done: set[str] = set()
         self._asking: set[tuple[int, str]] = set()
         self._warned: set[str] = set()
+
+    def wait_for(self, names: "Sequence[str]") -> None:
+        self._waiting.update(name for name in names if name not in self._done)
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
@@ -113,26 +129,28 @@ class _Finder:
         return None
 
     def activate(self, name: str, module: "ModuleType") -> None:
-        """Switch our part on in a module that has just been executed; never raises an ``Exception``."""
+        """Put our part for a module that has just been executed in place; never raises an ``Exception``."""
         if name not in self._waiting:
             return
         self._waiting.discard(name)
+        self._done.add(name)
         if not self._waiting:
             # A new list: another thread may be walking the old one, and would skip a finder.
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
+        framework = name.partition(".")[0]
         try:
-            if name in _VOLATILITY:
-                _extend_plugin_path(module)
+            too_old = _too_old(framework, module)
+            if too_old:
+                self._warn(framework, too_old)
+            elif PARTS[name]:
+                __import__(PARTS[name])
             else:
-                from dfvfs_qcow2 import autoload
+                _extend_plugin_path(module)
+        except Exception as error:  # noqa: BLE001 - a part that cannot start must not stop the tool; it is shown
+            self._warn(framework, f"{type(error).__name__}: {error}")
 
-                autoload.on_import(name, module)
-        except Exception as error:  # noqa: BLE001 - a back-end that cannot start must not stop the tool; it is shown
-            self._warn(name, error)
-
-    def _warn(self, name: str, error: Exception) -> None:
-        framework = "Volatility 3" if name in _VOLATILITY else "dfVFS/plaso"
-        text = f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode().replace("\n", " ")
+    def _warn(self, framework: str, why: str) -> None:
+        text = why.encode("ascii", "backslashreplace").decode().replace("\n", " ")
         if text in self._warned:
             return
         self._warned.add(text)
@@ -140,7 +158,7 @@ class _Finder:
 
         # Shown directly: a filter that hides warnings or makes them errors must do neither here.
         warnings.showwarning(
-            f"qcow2-forensics is NOT active in {framework}, its stock reader may give wrong data ({text})",
+            f"qcow2-forensics is NOT active in {FRAMEWORKS[framework]}, its stock reader may give wrong data ({text})",
             RuntimeWarning,
             __file__,
             0,
@@ -180,3 +198,21 @@ def _extend_plugin_path(constants: "ModuleType") -> None:
     paths: list[str] = constants.PLUGINS_PATH
     if folder not in paths:
         paths.append(folder)
+
+
+def _too_old(framework: str, module: "ModuleType") -> str:
+    """Return a sentence when the framework is older than what the tests pass with, else an empty string."""
+    version = getattr(sys.modules[framework], "__version__", None) or getattr(module, "PACKAGE_VERSION", None)
+    if version is None and framework == "dissect":
+        from importlib import metadata
+
+        try:
+            version = metadata.version("dissect.target")
+        except metadata.PackageNotFoundError:  # run from a checkout
+            return ""
+    numbers = [int(part) for part in str(version or "").split(".") if part.isdecimal()]
+    oldest = OLDEST[framework]
+    if not numbers or tuple(numbers) >= oldest:
+        return ""
+    wanted = ".".join(str(number) for number in oldest)
+    return f"{FRAMEWORKS[framework]} {version} is older than {wanted}: update it, or uninstall qcow2-forensics here"

@@ -16,14 +16,16 @@ An internal snapshot is the path specification ``... > QCOW > ENCODED_STREAM``; 
         print(finding.severity.label, finding.code, finding.title)
 
 Nothing of dfVFS is imported here; each part is put in place when the module it replaces has been
-imported (see :mod:`.autoload`).
+imported (see :mod:`qcow2_forensics_autoload`). To import this package is to ask for it, whatever the
+environment variable says that switches the hook off.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from . import autoload
+import qcow2_forensics_autoload
 
 if TYPE_CHECKING:
     from .inspection import audit, deleted_snapshots, findings, snapshot_path_specs, snapshots
@@ -42,8 +44,16 @@ def __getattr__(name: str) -> Any:
 
 
 def is_active() -> bool:
-    """Return whether dfVFS reads QCOW images with this back-end in this process."""
-    return autoload.is_active()
+    """Return whether dfVFS's resolver opens QCOW path specifications with this back-end in this process."""
+    manager = sys.modules.get("dfvfs.resolver_helpers.manager")
+    ours = sys.modules.get(f"{__name__}.resolver_helper")
+    if manager is None or ours is None:
+        return False
+    try:
+        helper = manager.ResolverHelperManager.GetHelper("QCOW")
+    except KeyError:
+        return False
+    return isinstance(helper, ours.QCOWResolverHelper)
 
 
-autoload.install()
+qcow2_forensics_autoload.wait_for("dfvfs", "plaso")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dfvfs.path import factory
+from dfvfs.path import factory, path_spec
 from dfvfs.path import qcow_path_spec as stock
 
 _Stock: Any = stock.QCOWPathSpec
@@ -18,7 +18,10 @@ class QCOWPathSpec(_Stock):
     """QCOW image path specification; ``password`` is an attribute only when one is given."""
 
     def __init__(self, password: str | None = None, parent: Any = None, **kwargs: Any) -> None:
-        super().__init__(parent=parent, **kwargs)
+        if not parent:
+            raise ValueError("Missing parent value.")
+        # Not the built-in one's: in dfVFS up to 20260411 it finds itself by its name in its module, which is ours now.
+        path_spec.PathSpec.__init__(self, parent=parent, **kwargs)
         if password:
             self.password = password
 

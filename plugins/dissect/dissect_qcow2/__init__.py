@@ -37,13 +37,4 @@ def __getattr__(name: str) -> Any:
 
 def register() -> None:
     """Have dissect use the container in place of its own for QCOW2, and the loader; more than once does no harm."""
-    from dissect.target import container, loader
-
-    from .container import Qcow2Container
-    from .loader import SCHEME, Qcow2Loader
-
-    if Qcow2Container not in container.CONTAINERS:
-        container.CONTAINERS.insert(0, Qcow2Container)
-    if Qcow2Loader not in loader.LOADERS:
-        loader.LOADERS.insert(0, Qcow2Loader)
-        loader.LOADERS_BY_SCHEME[SCHEME] = Qcow2Loader
+    from . import container, loader  # noqa: F401 - each registers itself when it is imported

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dissect.target import container
 from dissect.target.container import Container
 from dissect.target.helpers import keychain
 
@@ -112,3 +113,6 @@ class _Inside(Resolver):
         if not place.is_file():
             raise MissingFile(role, name, [str(place)])
         return _PathSource(place), reference.driver
+
+
+container.CONTAINERS.insert(0, Qcow2Container)  # before dissect's own

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dissect.target import loader
 from dissect.target.loader import Loader
 
 from qcow2_forensics import Image, Qcow2Error, open_image
@@ -76,3 +77,7 @@ def state_names(image: Image) -> Iterator[str]:
             yield entry.id
         else:
             yield f"index:{entry.index}"
+
+
+loader.LOADERS.insert(0, Qcow2Loader)
+loader.LOADERS_BY_SCHEME[SCHEME] = Qcow2Loader
