@@ -62,7 +62,7 @@ class Selection:
             return []
         items = [item.strip() for item in self.text.split(",")]
         if not all(items):
-            raise ValueError(f"unsupported snapshots value: {printable(self.text)!r}")
+            raise ValueError(f"unsupported snapshots value: '{printable(self.text)}'")
         return items
 
     def choose(self, entries: Sequence[Entry]) -> list[int]:

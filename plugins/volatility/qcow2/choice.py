@@ -113,17 +113,16 @@ def memory_choices(image: Image) -> list[str]:
 
 def describe(entry: SnapshotEntry) -> str:
     """Return a snapshot in words that are safe on a terminal."""
-    from qcow2_forensics.text import printable
+    from qcow2_forensics.text import date_note, printable, quoted
 
-    date = snapshot_date(entry)
-    when = f" of {date:%Y-%m-%d %H:%M:%S} UTC" if date is not None else ""
-    return f"{printable(entry.id)} {printable(entry.name)!r}{when}"
+    note = date_note(entry.date_nsec)
+    when = f" of {snapshot_date(entry):%Y-%m-%d %H:%M:%S} UTC" + (f" ({note})" if note else "")
+    return f"{printable(entry.id)} {quoted(printable(entry.name))}{when}"
 
 
-def snapshot_date(entry: SnapshotEntry) -> dt.datetime | None:
-    """Return when the host's clock says the snapshot was taken; None where no calendar has it."""
+def snapshot_date(entry: SnapshotEntry) -> dt.datetime:
+    """Return when the host's clock says the snapshot was taken, to the microsecond."""
+    from qcow2_forensics.text import snapshot_time
+
     epoch = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-    try:
-        return epoch + dt.timedelta(seconds=entry.date_sec, microseconds=entry.date_nsec // 1000)
-    except OverflowError:
-        return None
+    return epoch + dt.timedelta(microseconds=snapshot_time(entry.date_sec, entry.date_nsec) // 1000)

@@ -81,7 +81,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
         from qcow2_forensics import Qcow2Error, open_image, open_vm_state
         from qcow2_forensics.memory import find_stream
-        from qcow2_forensics.text import printable
+        from qcow2_forensics.text import cut, printable
 
         source = self.source()
         key, local = index_cache.identify(source.layer)
@@ -96,7 +96,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             state.read(0, 4)
             return Stream(state, None, key and f"{key}_{choice.LEFTOVER}", local, layout, leftover=True)
         if chosen is None or not chosen.memory or chosen.snapshot is None:
-            raise Qcow2Error(f"{printable(source.name)}: no snapshot with memory")
+            raise Qcow2Error(f"{cut(source.name)}: no snapshot with memory")
         state = open_vm_state(source, chosen.snapshot, passphrase(self.context))
         state.read(0, 4)
         entry = chosen.snapshot

@@ -14,7 +14,7 @@ from ..files.records import FileRecord, Volume
 from ..files.volumes import GuestVolumes, Unread, open_volumes
 from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Layer
-from ..text import iso_time, printable
+from ..text import cut, iso_time, printable
 
 _PASSPHRASE_BYTES = 1 << 20  # key files are a few KiB; a device would never end
 LONGEST_PATH = 8192  # characters shown of one
@@ -40,7 +40,7 @@ def _passphrase(path: str) -> bytes:
     with Path(path).open("rb") as file:
         secret = file.read(_PASSPHRASE_BYTES + 1)
     if len(secret) > _PASSPHRASE_BYTES:
-        raise Qcow2Error(f"{printable(path)} is too long for a passphrase")
+        raise Qcow2Error(f"{cut(path)} is too long for a passphrase")
     return secret.removesuffix(b"\n").removesuffix(b"\r")
 
 
@@ -52,7 +52,7 @@ def state_labels(entries: Iterable[SnapshotEntry]) -> Callable[[SnapshotEntry | 
         if entry is None:
             return "active"
         name = entry.name or entry.id
-        return printable(f"{name} (ID {entry.id})" if names[name] > 1 or name == "active" else name)
+        return f"{name} (ID {entry.id})" if names[name] > 1 or name == "active" else name
 
     return label
 

@@ -15,11 +15,11 @@ from ..errors import Qcow2Error
 from ..files.volumes import need_back_end
 from ..format.image import Image
 from ..reader.disk import Disk, Layer
-from ..text import printable
+from ..text import cut, printable, size
 from . import _diff_files, _files
 from ._diff_files import Files
 from .options import add_disk_arguments, add_image_argument, open_from
-from .output import Progress, human_size
+from .output import Progress
 
 _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
@@ -107,7 +107,7 @@ def _states(args: argparse.Namespace, stack: ExitStack) -> tuple[State, State]:
         elif backed:
             first = "backing"
         else:
-            raise Qcow2Error(f"{printable(args.image)} holds one state only: no snapshots and no backing file")
+            raise Qcow2Error(f"{cut(args.image)} holds one state only: no snapshots and no backing file")
     after = _open(args, args.second, stack)
     before = _open(args, first, stack)
     return (
@@ -121,7 +121,7 @@ def _open(args: argparse.Namespace, wanted: str, stack: ExitStack) -> Layer:
         return stack.enter_context(open_from(args, wanted))
     disk = stack.enter_context(open_from(args, "active"))
     if disk.backing is None:
-        raise Qcow2Error(f"{printable(args.image)} has no backing file to compare with")
+        raise Qcow2Error(f"{cut(args.image)} has no backing file to compare with")
     return disk.backing
 
 
@@ -149,7 +149,7 @@ def _print_ranges(args: argparse.Namespace, before: State, after: State, ranges:
 
 
 def _range_line(item: Difference) -> str:
-    note = f": {item.note}" if item.note else ""
+    note = f": {printable(item.note)}" if item.note else ""
     return f"{item.offset:>#18x} {item.length:>#14x}  {item.change}{note}"
 
 
@@ -172,7 +172,7 @@ def _summary(counts: Counter[Change], total: int) -> str:
         return "the two states are equal"
     parts = ", ".join(f"{counts[change]} {change}" for change in Change if counts[change])
     ranges = sum(counts.values())
-    return f"{ranges} {'range differs' if ranges == 1 else 'ranges differ'}, {human_size(total)}: {parts}"
+    return f"{ranges} {'range differs' if ranges == 1 else 'ranges differ'}, {size(total)}: {parts}"
 
 
 def _unreadable(found: Iterable[Difference]) -> int:
@@ -190,7 +190,7 @@ def _report_unread(listed: Files) -> None:
     for item in listed.unread:
         if item.hides_changes:
             where = _files.volume_label(item.unread.volume)
-            _files.complain(f"{human_size(item.changed_bytes)} differ in {where}, whose files are not listed")
+            _files.complain(f"{size(item.changed_bytes)} differ in {where}, whose files are not listed")
     if listed.is_incomplete:
         _files.complain("parts of the file systems could not be read: files may be missing above")
 
@@ -199,13 +199,13 @@ def _report_unread(listed: Files) -> None:
 
 
 def _heading(args: argparse.Namespace, before: State, after: State) -> str:
-    return f"{printable(args.image)}: {before.label} -> {after.label}"
+    return f"{printable(args.image)}: {printable(before.label)} -> {printable(after.label)}"
 
 
 def _states_dict(args: argparse.Namespace, before: State, after: State) -> dict[str, Any]:
     return {
         "record": "states",
-        "image": printable(args.image),
+        "image": args.image,
         "from": {"state": before.label, "size": before.disk.size},
         "to": {"state": after.label, "size": after.disk.size},
     }

@@ -19,9 +19,9 @@ from ..limits import MiB
 from ..reader.clusters import decode_here
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
-from ..text import printable
+from ..text import printable, size
 from .options import add_disk_arguments, add_image_argument, open_from
-from .output import Progress, atomic_writer, human_size
+from .output import Progress, atomic_writer
 
 _PIECE = 1 * MiB  # read, written and hashed at once
 _ZEROS = bytes(MiB)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         with atomic_writer(args.output, force=args.force) as out, Progress("export", disk.size) as progress:
             digest = write_raw(disk, out, progress, hashed=not args.no_hash)
         summary = {
-            "output": printable(args.output),
+            "output": args.output,
             "size": disk.size,
             "sha256": digest,
             "filled_bytes": sum(layer.filled["bytes"] for layer in _layers(disk)),
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "json":
         print(json.dumps(summary))
         return 0
-    print(f"{summary['output']}: {disk.size} bytes ({human_size(disk.size)})")
+    print(f"{printable(args.output)}: {disk.size} bytes ({size(disk.size)})")
     if digest:
         print(f"sha256 {digest}")
     if summary["filled_bytes"]:

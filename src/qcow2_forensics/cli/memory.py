@@ -7,9 +7,9 @@ import json
 from functools import partial
 from typing import Any
 
-from ..text import printable
+from ..text import printable, size
 from .options import add_key_arguments, ask_passphrase, passphrase_of
-from .output import Progress, atomic_writer, human_size
+from .output import Progress, atomic_writer
 
 _EPILOG = """examples:
   qcow2-forensics memory disk.qcow2 memory.raw
@@ -89,17 +89,17 @@ def run(args: argparse.Namespace) -> int:
             else:
                 (write_lime if args.format == "lime" else write_raw)(memory, writer)
         summary = {
-            "output": printable(args.output),
+            "output": args.output,
             "snapshot": _snapshot(memory),
             "format": args.format,
             "size": writer.size,
             "sha256": writer.sha256,
-            "machine": printable(memory.machine),
+            "machine": memory.machine,
             "regions": [
                 {
                     "address": region.address,
                     "length": region.length,
-                    "block": printable(region.block),
+                    "block": region.block,
                     "reason": reason,
                 }
                 for region, reason in zip(memory.regions, memory.layout.reasons, strict=True)
@@ -114,14 +114,15 @@ def run(args: argparse.Namespace) -> int:
     if args.summary == "json":
         print(json.dumps(summary))
         return 0
-    print(f"{summary['output']}: {writer.size} bytes ({human_size(writer.size)}), machine {summary['machine'] or '?'}")
+    machine = printable(memory.machine) or "?"
+    print(f"{printable(args.output)}: {writer.size} bytes ({size(writer.size)}), machine {machine}")
     print(f"snapshot: {summary['snapshot'] or 'none, the file is a stream itself'}")
     for region in memory.regions:
         print(f"  {region.address:#014x} - {region.end - 1:#014x}  {printable(region.block)}")
     for assumption in memory.layout.assumptions:
-        print(f"assumed: {assumption}")
+        print(f"assumed: {printable(assumption)}")
     for check in memory.layout.checks:
-        print(f"checked: {check}")
+        print(f"checked: {printable(check)}")
     if memory.missing:
         print(f"{memory.missing} bytes of RAM are not in the stream" + (": zeros" if args.format == "raw" else ""))
     if writer.sha256:

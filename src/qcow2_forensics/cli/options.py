@@ -12,7 +12,7 @@ from ..errors import Locked, Qcow2Error
 from ..reader.disk import Disk
 from ..reader.opening import SnapshotName, open_disk
 from ..reader.resolver import COMMAND_LINE, Resolver
-from ..text import printable
+from ..text import cut
 
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
 
@@ -78,7 +78,7 @@ def passphrase_of(args: argparse.Namespace) -> bytes | None:
         with Path(args.passphrase_file).open("rb") as file:
             secret = file.read(_PASSPHRASE_BYTES + 1)
         if len(secret) > _PASSPHRASE_BYTES:
-            raise Qcow2Error(f"{printable(args.passphrase_file)} is too long for a passphrase")
+            raise Qcow2Error(f"{cut(args.passphrase_file)} is too long for a passphrase")
         return secret.removesuffix(b"\n")
     value = os.environ.get(PASSPHRASE_VARIABLE)
     return None if value is None else os.fsencode(value)
@@ -100,7 +100,7 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
     files = {}
     for pair in args.backing_file:
         if "=" not in pair:
-            raise Qcow2Error(f"--backing-file {printable(pair)} is not NAME=PATH")
+            raise Qcow2Error(f"--backing-file {cut(pair)} is not NAME=PATH")
         files.update(_name_and_path(pair))
     return Resolver(folders=args.backing_dir, files=files, remedies=COMMAND_LINE)
 

@@ -12,29 +12,19 @@ from typing import BinaryIO, TextIO
 
 from ..errors import Qcow2Error
 from ..format.source import is_being_read
-from ..text import printable
+from ..text import cut, size
 
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-
-
-def human_size(count: int) -> str:
-    """Return a size for people: ``1.5 GiB``, whole bytes below a KiB."""
-    value = float(count)
-    for unit in UNITS:
-        if abs(value) < 1024 or unit == UNITS[-1]:
-            return f"{count} {unit}" if unit == UNITS[0] else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
+_LABEL_SHOWN = 60  # characters: what is drawn over must fit into one line
 
 
 class Progress:
     """One line on standard error, only when that is a terminal; a context manager.
 
-    ``total`` is in bytes, or in items with ``unit``; 0 when it is not known.
+    ``label`` may hold names from evidence: it is escaped here. ``total`` is in bytes, or in items with ``unit``; 0 when it is not known.
     """
 
     def __init__(self, label: str, total: int, *, unit: str = "bytes", stream: TextIO | None = None) -> None:
-        self._label = label
+        self._label = cut(label, _LABEL_SHOWN)
         self._total = total
         self._unit = unit
         self._stream = stream or sys.stderr
@@ -60,7 +50,7 @@ class Progress:
         share = self._done / self._total
         elapsed = max(now - self._started, 1e-9)
         if self._unit == "bytes":
-            amount = f"{human_size(self._done)} of {human_size(self._total)}, {human_size(int(self._done / elapsed))}/s"
+            amount = f"{size(self._done)} of {size(self._total)}, {size(int(self._done / elapsed))}/s"
         else:
             amount = f"{self._done} of {self._total} {self._unit}"
         left = f", {elapsed / share - elapsed:.0f} s left" if 0 < share < 1 else ""
@@ -80,14 +70,14 @@ class OutputExists(Qcow2Error):
     """An output file is already there and nobody said to replace it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{printable(str(path))} exists; use --force to replace it")
+        super().__init__(f"{cut(str(path))} exists; use --force to replace it")
 
 
 class IsEvidence(Qcow2Error):
     """An output would replace a file that is being examined."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{printable(str(path))} is part of the evidence, which is never written to")
+        super().__init__(f"{cut(str(path))} is part of the evidence, which is never written to")
 
 
 def refuse_evidence(path: str | os.PathLike[str], evidence: Iterable[str | os.PathLike[str]] = ()) -> None:
@@ -113,7 +103,7 @@ def atomic_writer(
     if os.path.lexists(target) and not force:
         raise OutputExists(target)
     if target.exists() and not target.is_file():
-        raise Qcow2Error(f"{printable(str(target))} is not a regular file")
+        raise Qcow2Error(f"{cut(str(target))} is not a regular file")
     # Half of a long name: with what is added it must still be a name.
     kept = target.name if len(os.fsencode(target.name)) < 200 else target.name[: len(target.name) // 2]
     partial = target.with_name(f".{kept}.{os.getpid()}.partial")

@@ -13,7 +13,7 @@ from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, as_source
 from ..limits import DEFAULT_LIMITS, Limits
-from ..text import printable
+from ..text import cut
 from .chain import MissingPolicy, Opener, Passphrase, close_source, derive
 from .disk import Disk, EofPolicy
 from .vm_state import LEFTOVER, VmState, has_leftover, leftover_offset
@@ -155,8 +155,8 @@ def snapshot_choices(image: Image, entries: list[SnapshotEntry]) -> Iterator[str
     """Yield ``id (name)`` of the given snapshots, of all when none are given; index for equal IDs."""
     ids = Counter(entry.id for entry in image.snapshots)
     for entry in entries or image.snapshots:
-        key = printable(entry.id) if ids[entry.id] == 1 else f"index:{entry.index}"
-        yield f"{key} ({printable(entry.name)})"
+        key = cut(entry.id) if ids[entry.id] == 1 else f"index:{entry.index}"
+        yield f"{key} ({cut(entry.name)})"
 
 
 def latest_vm_state(image: Image) -> SnapshotEntry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..findings import TOOL, Evidence, Finding, Report, Severity
-from ..text import hexadecimal, markup, sentence, shown_value
+from ..text import hexadecimal, html_only, markup, sentence, shown_value
 from .allocation_map import draw_map
 from .plain import summary
 from .state_tree import draw_tree
@@ -126,7 +126,7 @@ def _cells(item: Evidence) -> tuple[str, ...]:
     return (
         markup(item.field),
         # Already escaped for a terminal by shown_value; a second pass would double its backslashes.
-        _html_only(shown_value(item.field, item.value)),
+        html_only(shown_value(item.field, item.value)),
         hexadecimal(item.offset),
         "" if item.length is None else str(item.length),
         markup(item.structure) if item.structure else "",
@@ -134,7 +134,3 @@ def _cells(item: Evidence) -> tuple[str, ...]:
         markup(item.snapshot) if item.snapshot else "",
         markup(item.file) if item.file else "",
     )
-
-
-def _html_only(shown: str) -> str:
-    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
