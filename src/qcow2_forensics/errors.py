@@ -96,7 +96,7 @@ class Unsupported(Qcow2Error, NotImplementedError):
 
 
 class SnapshotNotFound(Qcow2Error, LookupError):
-    """No snapshot, or more than one, answers to the name; ``choices`` lists ``id (name)``."""
+    """No state, or more than one, is meant; ``choices`` lists spellings that mean one, as ``id (name)``."""
 
     def __init__(self, wanted: str, choices: Iterable[str], *, ambiguous: bool = False) -> None:
         self.choices = tuple(choices)
@@ -104,7 +104,7 @@ class SnapshotNotFound(Qcow2Error, LookupError):
         if len(self.choices) > _CHOICES_SHOWN:
             listed += f" and {len(self.choices) - _CHOICES_SHOWN} more"
         if ambiguous:
-            message = f"snapshot {quoted(wanted)} is ambiguous, use an ID: {listed}"
+            message = f"{quoted(wanted)} is ambiguous; write one of: {listed}"
         else:
             message = f"no snapshot {quoted(wanted)}; the image holds: {listed}"
         super().__init__(message)

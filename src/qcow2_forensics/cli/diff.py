@@ -14,11 +14,12 @@ from ..compare.ranges import Change, Difference, compare
 from ..errors import Qcow2Error
 from ..files.volumes import need_back_end
 from ..format.image import Image
-from ..reader.disk import Disk, Layer
+from ..reader.disk import Layer
+from ..reader.states import Backing, Choice, labels
 from ..text import cut, printable, size
 from . import _diff_files, _files
 from ._diff_files import Files
-from .options import add_disk_arguments, add_image_argument, open_from
+from .options import add_disk_arguments, add_image_argument, chosen, open_layer
 from .output import Progress
 
 _EPILOG = """examples:
@@ -27,7 +28,8 @@ _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from 1 --files --format body > changes.body
   qcow2-forensics diff overlay.qcow2 --from backing
 
-A state is the ID or name of a snapshot, "active", or "backing" for the disk below an overlay.
+A state is the ID or name of a snapshot, "active", "backing" for the disk below an overlay, "index:0" or
+"#1" for a place in the snapshot table, or "deleted:X". "id:X" and "name:X" are taken for nothing else.
 Ranges are of the guest's disk. Clusters that the two states share are not read. --files needs
 pytsk3: pip install 'qcow2-forensics[tsk]'.
 """
@@ -56,9 +58,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="STATE",
         help="the earlier state (default: the last snapshot; the backing disk when there is none)",
     )
-    parser.add_argument(
-        "--to", dest="second", metavar="STATE", default="active", help="the later state (default: active)"
-    )
+    parser.add_argument("--to", dest="second", metavar="STATE", help="the later state (default: active)")
     parser.add_argument("--files", action="store_true", help="also show the files that differ, in each partition")
     parser.add_argument("--hash", action="store_true", help="with --files: the SHA-256 of both versions of each file")
     parser.add_argument(
@@ -97,36 +97,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _states(args: argparse.Namespace, stack: ExitStack) -> tuple[State, State]:
+    second = None if args.second is None else chosen(args.image, args.second)
     with Image(args.image) as image:
-        snapshots = image.snapshots
-        backed = image.backing_name is not None
-    first = args.first
-    if first is None:
-        if snapshots:
-            first = snapshots[-1].id if args.second == "active" else "active"
-        elif backed:
-            first = "backing"
-        else:
-            raise Qcow2Error(f"{cut(args.image)} holds one state only: no snapshots and no backing file")
-    after = _open(args, args.second, stack)
-    before = _open(args, first, stack)
-    return (
-        State(_label(before, first, snapshots), before),
-        State(_label(after, args.second, snapshots), after),
-    )
-
-
-def _open(args: argparse.Namespace, wanted: str, stack: ExitStack) -> Layer:
-    if wanted != "backing":
-        return stack.enter_context(open_from(args, wanted))
-    disk = stack.enter_context(open_from(args, "active"))
-    if disk.backing is None:
-        raise Qcow2Error(f"{cut(args.image)} has no backing file to compare with")
-    return disk.backing
-
-
-def _label(disk: Layer, wanted: str, snapshots: Any) -> str:
-    return _files.state_labels(snapshots)(disk.snapshot) if isinstance(disk, Disk) and wanted != "backing" else wanted
+        label = labels(image.snapshots)
+        first: Choice = None
+        if args.first is None:
+            if image.snapshots:
+                first = image.snapshots[-1] if second is None else None
+            elif image.backing_name is not None:
+                first = Backing()
+            else:
+                raise Qcow2Error(f"{cut(args.image)} holds one state only: no snapshots and no backing file")
+    if args.first is not None:
+        first = chosen(args.image, args.first)
+    after = State(label(second), open_layer(args, second, stack))
+    return State(label(first), open_layer(args, first, stack)), after
 
 
 # --- ranges --------------------------------------------------------------------------------------

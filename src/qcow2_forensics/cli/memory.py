@@ -37,7 +37,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("image", metavar="IMAGE", help="a QCOW2 image or a memory stream; it is only read")
     parser.add_argument("output", metavar="OUT", help="the file to write")
-    parser.add_argument("--snapshot", metavar="ID|NAME", help="the snapshot to take; the latest with memory by default")
+    parser.add_argument(
+        "--snapshot", metavar="STATE", help="the snapshot to take, as in export; the latest with memory by default"
+    )
     parser.add_argument("--format", choices=("raw", "lime", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
@@ -54,7 +56,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _snapshot(memory: Any) -> str | None:
     """Return which snapshot the memory is of, in words; None for a stream that is in none."""
-    from ..reader.vm_state import LEFTOVER, VmState
+    from ..reader.states import LEFTOVER
+    from ..reader.vm_state import VmState
 
     state = memory.source
     if not isinstance(state, VmState):

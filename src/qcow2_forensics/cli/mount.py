@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Qcow2Error
 from ..reader.disk import Disk
-from ..reader.opening import SnapshotName, open_disk
+from ..reader.opening import open_disk
+from ..reader.states import SnapshotName
 from ..text import cut, printable
 from .options import add_disk_arguments, open_from, passphrase_of, resolver_of
 

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ from ..files.volumes import need_back_end
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Layer
+from ..reader.states import Choice, labels
 from ..text import cut, date_note, iso_time, printable, quoted, snapshot_time
 from . import _files
-from .options import add_disk_arguments, add_image_argument, open_from
+from .options import add_disk_arguments, add_image_argument, chosen, open_layer
 from .output import Progress
 
 _EPILOG = """examples:
@@ -66,7 +68,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="STATE",
         action="append",
         default=[],
-        help='a state whose files to list: the ID or name of a snapshot, or "active" (repeatable; default: all)',
+        help='a state whose files to list: the ID or name of a snapshot, "active", "backing" or others as in "diff" '
+        "(repeatable; default: all)",
     )
     parser.add_argument("--no-files", action="store_true", help="only what the image itself dates")
     parser.add_argument(
@@ -91,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
         print(_event_body(event) if args.format == "body" else _event_json(event, args.image))
     if args.no_files:
         return 0
-    label = _files.state_labels(snapshots)
-    wanted = args.state or [*(f"index:{entry.index}" for entry in snapshots), "active"]
+    label = labels(snapshots)
+    states: list[Choice] = [chosen(args.image, text) for text in args.state] or [*snapshots, None]
     code = 0
-    for state in wanted:
-        with open_from(args, state) as disk:
-            code = max(code, _print_files(args, disk, label(disk.snapshot)))
+    for state in states:
+        with ExitStack() as stack:
+            code = max(code, _print_files(args, open_layer(args, state, stack), label(state)))
     return code
 
 
@@ -109,7 +112,7 @@ def image_events(image: Image, modified: int | None) -> Iterator[ImageEvent]:
     Bitmaps carry no date. They are listed with the time the file was last written, as what it held
     then.
     """
-    label = _files.state_labels(image.snapshots)
+    label = labels(image.snapshots)
     for entry in image.snapshots:
         yield ImageEvent(
             snapshot_time(entry.date_sec, entry.date_nsec),

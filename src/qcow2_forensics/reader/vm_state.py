@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Final
 
 from ..errors import FormatError
 from ..format.snapshot_table import SnapshotEntry
 from ..text import cut
 from .disk import Disk
 from .mapping import Run
+from .states import LEFTOVER
 
-LEFTOVER: Final = "leftover"
 _MAGIC = b"QEVM"
 
 

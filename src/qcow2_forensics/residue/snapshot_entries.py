@@ -167,9 +167,7 @@ def gone(entry: SnapshotEntry) -> FormatError:
 def choose(found: Iterable[DeletedSnapshot], wanted: str) -> DeletedSnapshot:
     """Return the deleted snapshot with an ID, a name or an entry offset (``0x...``)."""
     known = list(found)
-    matches = [item for item in known if f"{item.entry.offset:#x}" == wanted.lower()]
-    matches = matches or [item for item in known if item.entry.id == wanted]
-    matches = matches or [item for item in known if item.entry.name == wanted]
+    matches = [item for item in known if wanted in (f"{item.entry.offset:#x}", item.entry.id, item.entry.name)]
     if len(matches) == 1:
         return matches[0]
     raise SnapshotNotFound(f"deleted:{wanted}", _choices(matches or known), ambiguous=bool(matches))
