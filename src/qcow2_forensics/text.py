@@ -209,6 +209,11 @@ def short_time(nanoseconds: int) -> str:
 # --- lines and tables ----------------------------------------------------------------------------
 
 
+def plural(count: int, one: str, many: str = "") -> str:
+    """Return ``1 piece``, ``2 pieces``; ``many`` where the plural does not end in s."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 def sentence(shown: str) -> str:
     """Return ``shown`` with a capital first letter."""
     return shown[:1].upper() + shown[1:]

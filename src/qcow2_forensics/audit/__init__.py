@@ -90,6 +90,9 @@ def audit(
         counted = wanted >= Depth.STANDARD and facts.has_census and facts.census_error is None
         check = facts.census.check if counted else None
         details = _pictures(facts) if pictures and wanted >= Depth.STANDARD else {}
+        refused = next((problem.message for problem in image.problems if problem.stops_qemu), None)
+        if check is not None and refused is not None:
+            details["not_opened_by_qemu"] = refused
         return Report(identity(facts, name), findings, check, wanted.label, details)
     finally:
         if not isinstance(origin, Image):

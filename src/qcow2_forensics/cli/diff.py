@@ -16,7 +16,7 @@ from ..files.volumes import need_back_end
 from ..format.image import Image
 from ..reader.disk import Layer
 from ..reader.states import Backing, Choice, labels
-from ..text import cut, printable, size
+from ..text import cut, plural, printable, size
 from . import _diff_files, _files
 from ._diff_files import Files
 from .options import add_disk_arguments, add_image_argument, chosen, open_layer
@@ -166,7 +166,10 @@ def _unreadable(found: Iterable[Difference]) -> int:
 
 def _verdict(unreadable: int) -> int:
     if unreadable:
-        print(f"qcow2-forensics: {unreadable} ranges could not be read and were not compared", file=sys.stderr)
+        were = "was" if unreadable == 1 else "were"
+        print(
+            f"qcow2-forensics: {plural(unreadable, 'range')} could not be read and {were} not compared", file=sys.stderr
+        )
         return 2
     return 0
 

@@ -58,6 +58,12 @@ class Problem(NamedTuple):
     limit: int | None = None
     unsupported: bool = False
 
+    @property
+    def stops_qemu(self) -> bool:
+        """Whether QEMU does not open the image because of it; it also checks the length of an end mark."""
+        refused = DISK in self.blocks and not self.unsupported and self.field != "header extensions"
+        return refused or (self.code == "QCOW2-EXTENSION-INVALID" and self.value == 0)
+
     def error(self) -> Qcow2Error:
         """Return the exception a strict reader raises for this problem."""
         if self.unsupported:

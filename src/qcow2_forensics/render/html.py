@@ -49,9 +49,9 @@ def _head(report: Report) -> Iterator[str]:
     worst = report.worst
     yield f"<h1>{_title(report)}</h1>"
     yield f"<p>{markup(heading(report))}</p>"
-    checked = check_line(report.check)
+    checked = check_line(report)
     if checked:
-        yield f"<p>Check: {markup(checked)}</p>"
+        yield f"<p>Check: {html_only(checked)}</p>"
     badge = "none" if worst is None else worst.label.lower()
     yield f'<p><span class="badge s-{badge}">{markup(summary(report))}</span>'
     yield f" <span class='quiet'>depth {markup(report.depth)}</span></p>"
