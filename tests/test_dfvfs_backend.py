@@ -349,7 +349,7 @@ def test_the_scanner_takes_deleted_snapshots_only_when_they_are_asked_for(
     for text in (
         "deleted",
         "all,deleted",
-        "1,deleted",
+        "#1,deleted",
         "deleted:alpha",
         "deleted:1",
         found.selector,

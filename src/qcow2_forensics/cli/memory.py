@@ -7,7 +7,7 @@ import json
 from functools import partial
 from typing import Any
 
-from ..text import printable, size
+from ..text import cut, printable, size
 from .options import add_key_arguments, ask_passphrase, passphrase_of
 from .output import Progress, atomic_writer
 
@@ -64,7 +64,7 @@ def _snapshot(memory: Any) -> str | None:
         return None
     if state.snapshot is None:
         return f"{LEFTOVER} (behind the disk, listed by no snapshot)"
-    return f"{printable(state.snapshot.id)} ({printable(state.snapshot.name)})"
+    return f"{cut(state.snapshot.id)} ({cut(state.snapshot.name)})"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     machine = printable(memory.machine) or "?"
     print(f"{printable(args.output)}: {writer.size} bytes ({size(writer.size)}), machine {machine}")
-    print(f"snapshot: {summary['snapshot'] or 'none, the file is a stream itself'}")
+    shown = printable(str(summary["snapshot"] or "none, the file is a stream itself"))
+    print(f"snapshot: {shown}")
     for region in memory.regions:
         print(f"  {region.address:#014x} - {region.end - 1:#014x}  {printable(region.block)}")
     for assumption in memory.layout.assumptions:
