@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -23,7 +26,8 @@ from hypothesis import strategies as st
 import qcow2_forensics as q
 from qcow2_forensics.reader import states
 from qcow2_forensics.text import printable
-from tests.image_builder import Builder
+from tests import qemu
+from tests.image_builder import Builder, Poke
 
 ACTIVE, REFUSED = -1, "refused"
 Answer = int | str
@@ -388,3 +392,52 @@ def test_a_long_name_is_cut_in_every_line(tmp_path: Path) -> None:
         assert max(map(len, io.StringIO(out + err))) < 2000, command
     _, _, err = run_command(["map", str(path), "--snapshot", "x"])
     assert len(err) < 2000
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_a_kind_of_residue_that_there_is_not_is_refused_with_the_kinds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qcow2_forensics.cli import main
+
+    path = image_of(ORDINARY, tmp_path / "disk.qcow2")
+    with pytest.raises(SystemExit) as caught:
+        main(["residue", str(path), str(tmp_path / "out"), "--kind", "leeked"])
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert "leeked" in shown
+    assert "leaked" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_sigterm_leaves_no_unfinished_output(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from qcow2_forensics.cli import export, main\n"
+        "export.write_raw = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    path = image_of(ORDINARY, tmp_path / "disk.qcow2")
+    done = subprocess.run(
+        [sys.executable, "-c", program, "export", str(path), str(tmp_path / "out.raw")],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 143
+    assert done.stderr == b"qcow2-forensics: terminated\n"
+    assert [item.name for item in tmp_path.iterdir()] == ["disk.qcow2"]
+
+
+@pytest.mark.parametrize("length", [0, 8, 4096])
+def test_the_check_line_says_where_qemu_opens_nothing(length: int, tmp_path: Path) -> None:
+    """An end mark with a length: QEMU refuses one that reaches past the area, and ignores a shorter one."""
+    path = Builder(cluster_bits=16).write(tmp_path / "disk.qcow2")
+    Poke(path).u32(112 + 4, length * 16)
+    report = q.audit(path)
+    _, out, _ = run_command(["audit", str(path)])
+    assert ("QEMU itself does not open this image" in " ".join(out.split())) == ("not_opened_by_qemu" in report.details)
+    if qemu.available():
+        assert ("not_opened_by_qemu" in report.details) == (not qemu.img("info", path, check=False).ok)
