@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytsk3_qcow2
 from pytsk3_qcow2.files import FileSystem, NoFileSystem, file_systems
+from qcow2_forensics.text import printable
 
 
 def extract(system: FileSystem, wanted: str, target: Path) -> str | None:
@@ -35,14 +36,14 @@ def main(path: str, wanted: str, folder: str) -> None:
         try:
             systems = file_systems(state)
         except NoFileSystem as error:
-            print(f"{state.state}: {error}", file=sys.stderr)
+            print(f"{printable(state.state)}: {error}", file=sys.stderr)
             continue
         for system in systems:
             # A snapshot's name is evidence, not a file name.
             label = re.sub(r"[^A-Za-z0-9_.-]", "_", state.state)[:100]
             target = Path(folder) / f"{number}-{label}-p{system.volume.number}"
             digest = extract(system, wanted, target)
-            print(f"{target}  {digest}" if digest else f"{state.state!a}: no such file")
+            print(f"{target}  {digest}" if digest else f"{printable(state.state)}: no such file")
 
 
 if __name__ == "__main__":

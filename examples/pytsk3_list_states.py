@@ -9,6 +9,7 @@ import sys
 import pytsk3
 
 import pytsk3_qcow2
+from qcow2_forensics.text import printable
 
 
 def first_file_system(image: pytsk3.Img_Info) -> pytsk3.FS_Info:
@@ -27,7 +28,7 @@ def first_file_system(image: pytsk3.Img_Info) -> pytsk3.FS_Info:
 
 def shown(entry: pytsk3.File) -> str:
     """Return a name from the image, safe for a terminal; deleted names are listed too, and say so."""
-    name = ascii(entry.info.name.name.decode("utf-8", "surrogateescape"))[1:-1]
+    name = printable(entry.info.name.name)
     deleted = int(entry.info.name.flags) == int(pytsk3.TSK_FS_NAME_FLAG_UNALLOC)
     return f"{name} (deleted)" if deleted else name
 
@@ -38,10 +39,10 @@ def main(path: str, directory: str = "/") -> None:
         try:
             entries = first_file_system(state).open_dir(directory)
         except OSError as error:
-            print(f"{state.state}: {error}")
+            print(f"{printable(state.state)}: {error}")
             continue
         print(
-            f"{state.state}: {', '.join(shown(entry) for entry in entries if entry.info.name.name not in (b'.', b'..'))}"
+            f"{printable(state.state)}: {', '.join(shown(entry) for entry in entries if entry.info.name.name not in (b'.', b'..'))}"
         )
 
 

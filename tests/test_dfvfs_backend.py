@@ -262,14 +262,14 @@ def test_the_scanner_finds_file_systems_in_the_snapshots_asked_for(snapshots_ima
     for text, wanted in (
         ("all", methods),
         ("none", []),
-        ("1..2", methods),
+        ("#1..#2", methods),
         ("2", methods[1:]),
         ("first", methods[:1]),
         ("id:2", methods[1:]),
         ("a/../b: 100%,\u202egpj", methods[1:]),
     ):
         assert [item.parent.encoding_method for item in scan(snapshots_image, qcow_snapshots=text)] == wanted
-    for text in ("3", "1,4", "third", "2..1", "1,,2", "id:9"):
+    for text in ("3", "1,4", "third", "#2..#1", "1..2", "1,,2", "id:9", "#3"):
         with pytest.raises(dfvfs_errors.ScannerError):
             scan(snapshots_image, qcow_snapshots=text)
 
@@ -349,7 +349,7 @@ def test_the_scanner_takes_deleted_snapshots_only_when_they_are_asked_for(
     for text in (
         "deleted",
         "all,deleted",
-        "1,deleted",
+        "#1,deleted",
         "deleted:alpha",
         "deleted:1",
         found.selector,

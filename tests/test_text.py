@@ -88,7 +88,8 @@ def test_what_is_plain_is_shown_as_it_is() -> None:
 
 
 def test_a_date_is_shown_to_the_microsecond() -> None:
-    assert text.snapshot_date(1_700_000_000, 123_456_789) == "2023-11-14T22:13:20.123456Z"
+    assert text.snapshot_date(1_700_000_000, 123_456_000) == "2023-11-14T22:13:20.123456Z"
+    assert text.snapshot_date(1_700_000_000, 123_456_789) == "2023-11-14T22:13:20.123456789Z"
     assert text.short_date(1_700_000_000, 123_456_789) == "2023-11-14 22:13:20"
     assert text.snapshot_time(1_700_000_000, 123_456_789) == 1_700_000_000_123_456_789
 

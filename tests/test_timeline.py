@@ -12,8 +12,8 @@ import pytest
 
 from qcow2_forensics import open_image
 from qcow2_forensics.cli import main
-from qcow2_forensics.cli._files import state_labels
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
+from qcow2_forensics.reader.states import labels
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.filesystems import make, sleuthkit
@@ -178,7 +178,7 @@ def test_thousands_of_snapshots_are_named_in_one_pass(tmp_path: Path, timeline: 
 
     with open_image(path) as image:
         entries = Entries(image.snapshots)
-    label = state_labels(entries)
+    label = labels(entries)
     assert [label(entry) for entry in entries[:2]] == ["same (ID 0)", "same (ID 1)"]
     assert looked_at == [300]
 

@@ -174,7 +174,7 @@ def test_an_unknown_or_ambiguous_snapshot_lists_the_choices(make_image: Callable
         Img_Info(path, snapshot="nope")
     with pytest.raises(OSError, match=r"ambiguous.*2 \(twin\), 3 \(twin\)"):
         Img_Info(path, snapshot="twin")
-    assert Img_Info(path, snapshot="3").state == "twin"
+    assert Img_Info(path, snapshot="3").state == "twin (ID 3)"
 
 
 @qemu.requires_qemu
@@ -192,7 +192,7 @@ def test_a_missing_backing_file_is_an_ioerror_naming_it(tmp_path: Path) -> None:
     base = qemu.create(tmp_path / "base.qcow2", SIZE)
     over = qemu.create(tmp_path / "over.qcow2", backing="base.qcow2", backing_format="qcow2", cwd=tmp_path)
     base.unlink()
-    with pytest.raises(OSError, match=r"backing file 'base.qcow2' is missing"):
+    with pytest.raises(OSError, match=r"backing file 'base.qcow2'.* is missing"):
         Img_Info(over)
 
 

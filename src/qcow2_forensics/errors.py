@@ -13,17 +13,19 @@
     ├── Locked(PermissionError)          method: needs a key, or the key is wrong
     └── ReadError(OSError)               offset, length: the evidence itself could not be read
 
-Messages are one sentence, composed here and nowhere else; text from evidence inside them is
-escaped by :func:`.text.printable`, so they are safe on a terminal. All of them survive pickling, because
-they cross process borders in worker pools.
+``message`` is one sentence that holds names as the evidence has them; ``str(error)`` is that sentence
+escaped by :func:`.text.printable`, safe on a terminal. What becomes part of another message, of a
+finding or of JSON takes :func:`reason`, so that nothing is escaped twice. All errors survive
+pickling, because they cross process borders in worker pools.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .text import printable
+from .text import cut, quoted
 
+_MESSAGE_SHOWN = 8192  # characters: room for every choice that is listed
 _CHOICES_SHOWN = 20  # snapshots listed in a message: an image may hold 65536
 
 
@@ -37,7 +39,7 @@ class Qcow2Error(Exception):
         self.message = message
 
     def __str__(self) -> str:
-        return self.message
+        return cut(self.message, _MESSAGE_SHOWN)
 
     def __reduce__(self) -> tuple[Callable[..., Qcow2Error], tuple[object, ...]]:
         return _rebuild, (type(self), dict(self.__dict__))
@@ -48,6 +50,17 @@ def _rebuild(kind: type[Qcow2Error], state: dict[str, object]) -> Qcow2Error:
     error.args = (state.get("message"),)
     error.__dict__.update(state)
     return error
+
+
+def reason(error: BaseException, limit: int = 1023) -> str:
+    """Return the sentence of an error as the evidence has it, not escaped: to be part of data or of another message.
+
+    Knows our errors also where an adapter has translated them to an OSError.
+    """
+    for origin in (error, error.__cause__):
+        if isinstance(origin, Qcow2Error) and str(origin) == str(error):
+            return cut(origin.message, limit)
+    return cut(str(error), limit)
 
 
 class NotQcow2(Qcow2Error, ValueError):
@@ -83,7 +96,7 @@ class Unsupported(Qcow2Error, NotImplementedError):
 
 
 class SnapshotNotFound(Qcow2Error, LookupError):
-    """No snapshot, or more than one, answers to the name; ``choices`` lists ``id (name)``."""
+    """No state, or more than one, is meant; ``choices`` lists spellings that mean one, as ``id (name)``."""
 
     def __init__(self, wanted: str, choices: Iterable[str], *, ambiguous: bool = False) -> None:
         self.choices = tuple(choices)
@@ -91,9 +104,9 @@ class SnapshotNotFound(Qcow2Error, LookupError):
         if len(self.choices) > _CHOICES_SHOWN:
             listed += f" and {len(self.choices) - _CHOICES_SHOWN} more"
         if ambiguous:
-            message = f"snapshot {printable(wanted)!r} is ambiguous, use an ID: {listed}"
+            message = f"{quoted(wanted)} is ambiguous; write one of: {listed}"
         else:
-            message = f"no snapshot {printable(wanted)!r}; the image holds: {listed}"
+            message = f"no snapshot {quoted(wanted)}; the image holds: {listed}"
         super().__init__(message)
         self.wanted = wanted
         self.ambiguous = ambiguous
@@ -107,8 +120,8 @@ class MissingFile(Qcow2Error, FileNotFoundError):
 
     def __init__(self, role: str, name: str, tried: Iterable[str] = (), *, member: str = "", remedy: str = "") -> None:
         self.tried = tuple(tried)
-        looked = f", looked for at {', '.join(map(printable, self.tried))}" if self.tried else ""
-        super().__init__(f"{role} file {printable(name)!r}{_named_by(member)} is missing{looked}{_then(remedy)}")
+        looked = f", looked for at {', '.join(map(cut, self.tried))}" if self.tried else ""
+        super().__init__(f"{role} file {quoted(name)}{_named_by(member)} is missing{looked}{_then(remedy)}")
         self.role = role
         self.name = name
         self.member = member
@@ -122,7 +135,7 @@ class ForbiddenReference(Qcow2Error):
     """
 
     def __init__(self, name: str, why: str, *, member: str = "", remedy: str = "") -> None:
-        super().__init__(f"reference {printable(name)!r}{_named_by(member)} is not followed: {why}{_then(remedy)}")
+        super().__init__(f"reference {quoted(name)}{_named_by(member)} is not followed: {why}{_then(remedy)}")
         self.name = name
         self.why = why
         self.member = member
@@ -130,7 +143,7 @@ class ForbiddenReference(Qcow2Error):
 
 
 def _named_by(member: str) -> str:
-    return f" of {printable(member.rpartition('/')[2])}" if member else ""
+    return f" of {cut(member.rpartition('/')[2])}" if member else ""
 
 
 def _then(remedy: str) -> str:

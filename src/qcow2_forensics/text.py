@@ -62,6 +62,20 @@ def printable(text: str | bytes, limit: int = 1023) -> str:
     return "".join(pieces) + ("…" if len(text) > limit else "")
 
 
+def cut(name: str | bytes, limit: int = 500) -> str:
+    """Return a name from evidence as part of a longer text that is escaped as a whole: as stored, but cut."""
+    if isinstance(name, bytes):
+        name = name.decode("utf-8", "surrogateescape")
+    return name if len(name) <= limit else f"{name[:limit]}…"
+
+
+def quoted(name: str | bytes, limit: int = 500) -> str:
+    """Return :func:`cut` of a name in quotation marks that it does not hold itself, if there are any."""
+    kept = cut(name, limit)
+    mark = '"' if "'" in kept and '"' not in kept else "'"
+    return f"{mark}{kept}{mark}"
+
+
 def _escape(character: str) -> str:
     code = ord(character)
     if character == "\\":
@@ -146,23 +160,30 @@ def snapshot_time(seconds: int, nanoseconds: int) -> int:
     return seconds * _SECOND + (nanoseconds if nanoseconds < _SECOND else 0)
 
 
-def snapshot_date(seconds: int, nanoseconds: int, *, digits: int = 6) -> str:
+def snapshot_date(seconds: int, nanoseconds: int, *, fraction: bool = True) -> str:
     """Return the date of a snapshot in UTC, as ``2026-11-29T21:05:07.250000Z``.
 
-    ``digits`` is how much of the fraction is shown, 6 or 0. A fraction that cannot be one is shown
+    QEMU records microseconds; what is finer is shown in full. ``fraction`` may be left out. A fraction that cannot be one is shown
     as recorded: ``2026-11-29T21:05:07Z (nsec 1500000000 out of range)``.
     """
     from datetime import UTC, datetime  # here: reading a disk needs none of it
 
     moment = datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat()
     if nanoseconds >= _SECOND:
-        return f"{moment}Z (nsec {nanoseconds} out of range)"
-    return f"{moment}.{nanoseconds // 1000:06d}Z" if digits else f"{moment}Z"
+        return f"{moment}Z ({date_note(nanoseconds)})"
+    if not fraction:
+        return f"{moment}Z"
+    return f"{moment}.{nanoseconds:09d}Z" if nanoseconds % 1000 else f"{moment}.{nanoseconds // 1000:06d}Z"
+
+
+def date_note(nanoseconds: int) -> str:
+    """Return what is wrong with the fraction of a snapshot's date, empty when nothing is."""
+    return f"nsec {nanoseconds} out of range" if nanoseconds >= _SECOND else ""
 
 
 def short_date(seconds: int, nanoseconds: int) -> str:
     """Return the date of a snapshot for a table of UTC dates: ``2026-11-29 21:05:07``."""
-    return snapshot_date(seconds, nanoseconds, digits=0).replace("T", " ", 1).replace("Z", "", 1)
+    return snapshot_date(seconds, nanoseconds, fraction=False).replace("T", " ", 1).replace("Z", "", 1)
 
 
 def iso_time(nanoseconds: int) -> str | None:
@@ -186,6 +207,11 @@ def short_time(nanoseconds: int) -> str:
 
 
 # --- lines and tables ----------------------------------------------------------------------------
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """Return ``1 piece``, ``2 pieces``; ``many`` where the plural does not end in s."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def sentence(shown: str) -> str:
@@ -251,6 +277,10 @@ class Column(NamedTuple):
         """Return the cell of ``row`` for people, safe on a terminal."""
         return text(row.get(self.key)) if self.show is None else self.show(row)
 
+    def value(self, row: Mapping[str, Any]) -> object:
+        """Return the value of ``row`` for CSV: as recorded, or as people see what is in no field by itself."""
+        return row.get(self.key) if self.key in row or self.show is None else self.show(row)
+
     def align(self, shown: str, width: int) -> str:
         """Return ``shown`` padded to ``width`` columns of a terminal."""
         room = " " * (width - columns(shown))
@@ -275,7 +305,7 @@ def write_table(
     elif as_format == "jsonl":
         out.writelines(json.dumps(row) + "\n" for row in rows)
     elif as_format == "csv":
-        out.writelines(csv_lines(([row.get(column.key) for column in table] for row in rows), [c.key for c in table]))
+        out.writelines(csv_lines(([column.value(row) for column in table] for row in rows), [c.key for c in table]))
     else:
         lines = aligned((tuple(column.cell(row) for column in table) for row in rows), table, gap=gap)
         out.writelines(line + "\n" for line in lines)

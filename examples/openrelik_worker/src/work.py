@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qcow2_forensics import Qcow2Error, Report, audit
+from qcow2_forensics.errors import reason
 from qcow2_forensics.render import render
 from qcow2_forensics.residue import residue
 from qcow2_forensics.residue.output import write
@@ -57,7 +58,7 @@ def examine(image: Path, display_name: str, folder: Path, *, depth: str = "stand
     try:
         return Result(report, tuple(files), tuple(_residue(image, display_name, folder)))
     except (Qcow2Error, OSError) as error:
-        return Result(report, tuple(files), error=str(error))
+        return Result(report, tuple(files), error=reason(error))
 
 
 def _residue(image: Path, display_name: str, folder: Path) -> list[Written]:

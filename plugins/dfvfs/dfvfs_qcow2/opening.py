@@ -20,7 +20,7 @@ from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.resolver import resolver as dfvfs_resolver
 
 from qcow2_forensics import __version__
-from qcow2_forensics.errors import Qcow2Error
+from qcow2_forensics.errors import Qcow2Error, reason
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import FileSource, Source, source_name
 from qcow2_forensics.reader.disk import Disk
@@ -183,7 +183,7 @@ def only_os_errors() -> Iterator[None]:
     except Qcow2Error as error:
         raise OSError(str(error)) from error
     except dfvfs_errors.BackEndError as error:
-        raise OSError(printable(str(error), 500)) from error
+        raise OSError(printable(reason(error), 500)) from error
 
 
 def _announce(path_spec: Any, source: Source) -> None:

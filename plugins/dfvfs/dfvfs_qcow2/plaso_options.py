@@ -19,8 +19,8 @@ from .wrapping import wrap_method
 
 _HELP = (
     "Define the internal snapshots of a QCOW image that need to be processed, besides its active state. "
-    'A range of snapshots can be defined as: "3..5". Multiple snapshots can be defined as: "1,3,5". Ranges and '
-    'lists can also be combined as: "1,3..5". The first snapshot is 1. A snapshot can also be given by its name. '
+    'A snapshot is given by its ID or its name, or by its position in the table as "#1" (the first). Multiple '
+    'snapshots can be defined as: "1,3,5", a range of positions as: "#3..#5". '
     'All snapshots can be defined as: "all" and no snapshots as: "none", which is the default. Deleted snapshots of '
     'which the tables survive can be defined as: "deleted", or one of them as: "deleted:NAME"; "all,deleted" is both.'
 )

@@ -14,9 +14,9 @@ from dfdatetime import posix_time
 from plaso.containers import events
 from plaso.preprocessors import interface, manager
 
-from qcow2_forensics.errors import Qcow2Error
+from qcow2_forensics.errors import Qcow2Error, reason
 from qcow2_forensics.findings import Severity
-from qcow2_forensics.text import printable
+from qcow2_forensics.text import date_note, printable, snapshot_time
 
 from .inspection import audit, open_image, qcow_path_specs, snapshot_path_spec
 from .names import SnapshotKey, label, snapshots_around
@@ -32,7 +32,6 @@ PLUGIN_NAME = "qcow2"
 DATA_TYPE = "qcow2:snapshot"
 _MOST = 1000  # warnings, and snapshots, per image: a crafted image could fill the storage file
 _ITEMS = 3  # of a finding's evidence, in its warning
-_NANOSECONDS = 1_000_000_000
 
 _Stock: Any = interface.FileSystemArtifactPreprocessorPlugin
 _StockEventData: Any = events.EventData
@@ -47,6 +46,7 @@ class QCOWSnapshotEventData(_StockEventData):
         super().__init__(data_type=DATA_TYPE)
         self.creation_time: Any = None
         self.display_name: str | None = None
+        self.date_note: str | None = None  # what is wrong with the recorded date
         self.disk_size: int | None = None
         self.former_entry: str | None = None  # of a deleted snapshot: where its table entry still stands
         self.identifier: str | None = None
@@ -105,7 +105,7 @@ def _tell_findings(mediator: Any, path_spec: Any) -> None:
         try:
             findings = [describe(finding) for finding in audit(path_spec).at_least(Severity.LOW)]
         except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
-            why = f"{type(error).__name__}: {printable(str(error), 500)}"
+            why = f"{type(error).__name__}: {printable(reason(error), 500)}"
             mediator.ProducePreprocessingWarning(PLUGIN_NAME, f"the image could not be audited: {why}")
             return
         for finding in findings[:_MOST]:
@@ -121,7 +121,7 @@ def describe(finding: Finding) -> str:
     items = "; ".join(_item(item) for item in finding.evidence[:_ITEMS])
     if items and finding.count > _ITEMS:
         items += f"; and {finding.count - _ITEMS} more"
-    words = printable(f"{finding.title}, {finding.note}", 2000).replace("\\\\", "\\")
+    words = printable(f"{finding.title}, {finding.note}", 2000)
     text = f"{finding.severity.label} {finding.code}: {words}"
     return f"{text} ({items})" if items else text
 
@@ -162,11 +162,12 @@ def _event_data(entry: SnapshotEntry) -> QCOWSnapshotEventData:
     event_data = QCOWSnapshotEventData()
     event_data._parser_chain = PLUGIN_NAME
     event_data.creation_time = posix_time.PosixTimeInNanoseconds(
-        timestamp=entry.date_sec * _NANOSECONDS + min(entry.date_nsec, _NANOSECONDS - 1)
+        timestamp=snapshot_time(entry.date_sec, entry.date_nsec)
     )
     key = SnapshotKey.of(entry)
     event_data.display_name = label(key)
     event_data.former_entry = f"{key.place:#x}" if key.deleted else None
+    event_data.date_note = date_note(entry.date_nsec) or None
     event_data.disk_size = entry.disk_size
     event_data.identifier = printable(entry.id)
     event_data.name = printable(entry.name)

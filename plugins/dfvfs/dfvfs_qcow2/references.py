@@ -15,7 +15,7 @@ from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 from dfvfs.vfs import root_only_file_system
 
-from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error
+from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error, reason
 from qcow2_forensics.format.source import Source
 from qcow2_forensics.reader.resolver import (
     ALONE_VARIABLE,
@@ -27,7 +27,6 @@ from qcow2_forensics.reader.resolver import (
     folders_from_environment,
     parse_reference,
 )
-from qcow2_forensics.text import printable
 
 from .sources import FileObjectSource
 
@@ -90,7 +89,7 @@ class PathSpecResolver(Resolver):
         except Qcow2Error:
             raise
         except (OSError, KeyError, ValueError, NotImplementedError, dfvfs_errors.Error) as error:
-            raise ForbiddenReference(name, f"it cannot be opened: {printable(str(error), 200)}") from error
+            raise ForbiddenReference(name, f"it cannot be opened: {reason(error, 200)}") from error
 
 
 def _join(file_system: Any, location: str, path: str) -> str:

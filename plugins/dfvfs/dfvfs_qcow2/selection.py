@@ -1,12 +1,13 @@
-"""``all``, ``none``, ``1,3..5`` or a name: which snapshots the user wants.
+"""``all``, ``none``, ``1,#3..#5`` or a name: which snapshots the user wants.
 
-Numbers are positions from 1 as ``qemu-img snapshot -l`` lists them, which is also what a hint
-prints; they are usually, but not always, the snapshot's ID. A name that looks like a number or a
-keyword is written ``name:1``, an ID ``id:1``.
+Each item of a list is a state as everywhere in this project (:mod:`qcow2_forensics.reader.states`): an
+ID, else a name, ``#N`` for the position in the table from 1, as a hint prints it, ``index:N``,
+``id:X``, ``name:X``. Positions make ranges: ``#3..#5``, ``index:2..4``.
 
 ``all`` are those in the snapshot table. Deleted ones are asked for by ``deleted`` (every one whose
 entry survives) or ``deleted:`` with an ID, a name or an entry's offset, also in a list:
-``all,deleted``.
+``all,deleted``. A snapshot that is called ``all`` or as any other of these words makes the word
+ambiguous: then ``=all`` is the word, and ``name:all`` the snapshot.
 """
 
 from __future__ import annotations
@@ -14,26 +15,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from qcow2_forensics.errors import SnapshotNotFound
+from qcow2_forensics.reader import states
 from qcow2_forensics.text import printable
 
 if TYPE_CHECKING:
+    from qcow2_forensics import Image
+    from qcow2_forensics.format.snapshot_table import SnapshotEntry
     from qcow2_forensics.residue import DeletedSnapshot
 
-_MOST = 65_536  # what QEMU accepts in one image; bounds what a range may name
-_RANGE = re.compile(r"([0-9]{1,6})(?:\.\.([0-9]{1,6}))?")
-
-
-class Entry(Protocol):
-    """What a snapshot must tell to be chosen."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
+_RANGE = re.compile(r"(#|index:)([0-9]{1,6})\.\.(?:#|index:)?([0-9]{1,6})")
+_BARE_RANGE = re.compile(r"[0-9]+\.\.[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,12 @@ class Selection:
     text: str
 
     def __post_init__(self) -> None:
-        for first, last in map(_range, self._items()):
-            if first is not None and not 1 <= first <= (last or 0) <= _MOST:
+        for item in self._items():
+            if _BARE_RANGE.fullmatch(item):
+                marked = "..".join(f"#{number}" for number in item.split(".."))
+                raise ValueError(f"'{printable(item)}' has no meaning: positions are written {marked}, IDs one by one")
+            found = _RANGE.fullmatch(item.lstrip("="))
+            if found is not None and (int(found[2]) > int(found[3]) or (found[1] == "#" and not int(found[2]))):
                 raise ValueError(f"unsupported snapshot range in: {printable(self.text)}")
 
     @property
@@ -62,25 +60,21 @@ class Selection:
             return []
         items = [item.strip() for item in self.text.split(",")]
         if not all(items):
-            raise ValueError(f"unsupported snapshots value: {printable(self.text)!r}")
+            raise ValueError(f"unsupported snapshots value: '{printable(self.text)}'")
         return items
 
-    def choose(self, entries: Sequence[Entry]) -> list[int]:
-        """Return the indices of the chosen entries, ascending; SnapshotNotFound names the choices."""
-        whole = [index for index, entry in enumerate(entries) if entry.name == self.text]
-        if len(whole) == 1 and "," in self.text:  # a name that holds a comma
-            return whole
-        chosen: set[int] = set()
-        for item in self._items():
-            if not _is_deleted(item):
-                chosen.update(_choose_one(item, entries))
-        return sorted(chosen)
+    def choose(self, image: Image) -> list[SnapshotEntry]:
+        """Return the chosen entries of the snapshot table in its order; SnapshotNotFound names the choices."""
+        if "," in self.text and len(states.by_id_or_name(image.snapshots, self.text)) == 1:
+            return states.by_id_or_name(image.snapshots, self.text)  # a name that holds a comma
+        chosen = {entry.index: entry for item in self._items() for entry in _choose_one(item, image)}
+        return [chosen[index] for index in sorted(chosen)]
 
     def choose_deleted(self, found: Sequence[DeletedSnapshot]) -> list[DeletedSnapshot]:
         """Return the chosen ones of the deleted snapshots, in their order; SnapshotNotFound names the choices."""
         from qcow2_forensics.residue.snapshot_entries import choose
 
-        items = [item for item in self._items() if _is_deleted(item)]
+        items = [item.lstrip("=") for item in self._items() if _is_deleted(item)]
         if "deleted" in items:
             return list(found)
         chosen = [choose(found, item.partition(":")[2]) for item in items]
@@ -88,34 +82,23 @@ class Selection:
 
 
 def _is_deleted(item: str) -> bool:
-    return item == "deleted" or item.startswith("deleted:")
+    word = item.lstrip("=")
+    return word == "deleted" or word.startswith("deleted:")
 
 
-def _range(item: str) -> tuple[int | None, int | None]:
-    match = _RANGE.fullmatch(item)
-    if match is None:
-        return None, None
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _choose_one(item: str, entries: Sequence[Entry]) -> Sequence[int]:
-    if item == "all":
-        return range(len(entries))
-    first, last = _range(item)
-    if first is not None and last is not None:
-        if last > len(entries):
-            raise SnapshotNotFound(item, _choices(entries))
-        return range(first - 1, last)
-    kind, colon, rest = item.partition(":")
-    if colon and kind == "id":
-        found = [index for index, entry in enumerate(entries) if entry.id == rest]
-    else:
-        wanted = rest if colon and kind == "name" else item
-        found = [index for index, entry in enumerate(entries) if entry.name == wanted]
-    if len(found) != 1:
-        raise SnapshotNotFound(item, _choices(entries), ambiguous=bool(found))
-    return found
-
-
-def _choices(entries: Sequence[Entry]) -> list[str]:
-    return [f"{position}: ID {printable(e.id)} ({printable(e.name)})" for position, e in enumerate(entries, 1)]
+def _choose_one(item: str, image: Image) -> Sequence[SnapshotEntry]:
+    word = item.lstrip("=")
+    found = _RANGE.fullmatch(word)
+    if word == "all" or found is not None or _is_deleted(item):
+        states.refuse_if_named(image, item)
+    if word == "all":
+        return image.snapshots
+    if _is_deleted(item):
+        return ()
+    if found is not None:
+        first, last = (states.position(f"{found[1]}{number}") for number in found.group(2, 3))
+        if first is None or last is None or last >= len(image.snapshots):
+            raise SnapshotNotFound(item, states.choices(image.snapshots))
+        return image.snapshots[first : last + 1]
+    entry = states.find_snapshot(image, item)
+    return () if entry is None else (entry,)  # the active state is always read

@@ -14,9 +14,9 @@ from typing import Any
 from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 
-from qcow2_forensics.errors import Qcow2Error, ReadError
+from qcow2_forensics.errors import Qcow2Error, ReadError, reason
 from qcow2_forensics.format.source import FileSource, Source
-from qcow2_forensics.text import printable
+from qcow2_forensics.text import cut
 
 
 class FileObjectSource:
@@ -49,13 +49,13 @@ class FileObjectSource:
                 while wanted > 0:
                     data = self._file_object.read(wanted)
                     if not data:
-                        raise ReadError(f"{printable(self.name)} ended early", offset=offset, length=length)
+                        raise ReadError(f"{cut(self.name)} ended early", offset=offset, length=length)
                     pieces.append(data)
                     wanted -= len(data)
         except Qcow2Error:
             raise
         except (OSError, dfvfs_errors.BackEndError) as error:
-            why = f"{printable(self.name)}: {printable(str(error), 300)}"
+            why = f"{cut(self.name)}: {reason(error, 300)}"
             raise ReadError(why, offset=offset, length=length) from error
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

@@ -2,7 +2,7 @@
 
 What is asked for is, in this order: the attribute ``qcow_snapshots`` of the scanner's options, what
 a command line tool asks for around the scan (:func:`asking`), and the environment variable
-``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``none``, ``1,3..5``, a name, or ``deleted``; see
+``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``none``, ``1,#3..#5``, a name, or ``deleted``; see
 :mod:`.selection`. The default is none, with a hint when there are some.
 
 Each snapshot is scanned like an image of its own, so partitions, volume managers, shadow copies and
@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from dfvfs.helpers import volume_scanner as stock
@@ -26,11 +25,11 @@ from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.resolver import resolver as dfvfs_resolver
 
-from qcow2_forensics.errors import SnapshotNotFound
+from qcow2_forensics.errors import Qcow2Error, SnapshotNotFound, reason
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
-from qcow2_forensics.text import printable
+from qcow2_forensics.text import printable, short_date
 
-from .inspection import deleted_snapshots, snapshot_path_spec, snapshots
+from .inspection import deleted_snapshots, open_image, snapshot_path_spec, snapshots
 from .names import SnapshotKey
 from .opening import failures_of
 from .selection import Selection
@@ -87,7 +86,7 @@ def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) ->
     try:
         scan_context = scanner._ScanSource(source_path)
     except RuntimeError as error:  # what pytsk3 makes of a read that fails
-        raise dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(str(error), 500)}") from error
+        raise dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(reason(error), 500)}") from error
     scanner._source_path = source_path
     scanner._source_type = scan_context.source_type
 
@@ -125,7 +124,7 @@ def _scan_image(
     if not selection.wants_any or scan_context.IsLockedScanNode(qcow):
         return []
     found: list[Any] = []
-    for entry in [*_chosen(selection, entries), *_chosen_deleted(selection, qcow, request)]:
+    for entry in [*_chosen(selection, qcow), *_chosen_deleted(selection, qcow, request)]:
         found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), entry, options, request)
     return found
 
@@ -155,10 +154,10 @@ def _entries(qcow: Any, request: Request | None) -> tuple[SnapshotEntry, ...]:
         return ()
 
 
-def _chosen(selection: Selection, entries: tuple[SnapshotEntry, ...]) -> list[SnapshotEntry]:
+def _chosen(selection: Selection, qcow: Any) -> list[SnapshotEntry]:
     try:
-        return [entries[index] for index in selection.choose(entries)]
-    except SnapshotNotFound as error:
+        return selection.choose(open_image(qcow))
+    except (Qcow2Error, OSError) as error:
         raise dfvfs_errors.ScannerError(str(error)) from error
 
 
@@ -193,7 +192,7 @@ def _scan_snapshot(
         scan_context = scanner._ScanSourcePathSpec(path_spec)
         base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
     except (dfvfs_errors.ScannerError, dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
-        _tell(request, f"Unable to scan {name}: {printable(str(error), 500)}", logging.WARNING)
+        _tell(request, f"Unable to scan {name}: {printable(reason(error), 500)}", logging.WARNING)
         return []
     # What has no file system comes back as it was asked for.
     base_path_specs = [item for item in base_path_specs if item.comparable != path_spec.comparable]
@@ -212,12 +211,9 @@ def _hint(entries: tuple[SnapshotEntry, ...], request: Request | None) -> str:
 
 
 def describe(entry: SnapshotEntry) -> str:
-    """Return one line about a snapshot: position, ID, name, time."""
-    try:
-        taken = datetime.fromtimestamp(entry.date_sec, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (OverflowError, OSError, ValueError):
-        taken = f"time {entry.date_sec}"
-    return f"{entry.index + 1}: {printable(entry.name, 64)} (ID {printable(entry.id, 64)}, {taken})"
+    """Return one line about a snapshot: its position as it can be asked for, ID, name, time."""
+    taken = f"{short_date(entry.date_sec, entry.date_nsec)} UTC"
+    return f"#{entry.index + 1}: {printable(entry.name, 64)} (ID {printable(entry.id, 64)}, {taken})"
 
 
 def _tell(request: Request | None, text: str, level: int) -> None:

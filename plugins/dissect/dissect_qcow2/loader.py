@@ -11,6 +11,7 @@ from dissect.target import loader
 from dissect.target.loader import Loader
 
 from qcow2_forensics import Image, Qcow2Error, open_image
+from qcow2_forensics.reader import states
 
 from .container import MAGIC, Qcow2Container
 
@@ -67,16 +68,16 @@ def _is_image(path: Path) -> bool:
 
 def state_names(image: Image) -> Iterator[str]:
     """Yield what to call each snapshot: its name where that is one, and part of a path, else its ID, else its place."""
-    ids = Counter(entry.id for entry in image.snapshots)
+    ids = {entry.id for entry in image.snapshots}
+    spelling = states.spellings(image.snapshots)
     names = Counter(entry.name for entry in image.snapshots)
     for entry in image.snapshots:
-        alone = names[entry.name] == 1 and entry.name not in ids and entry.name not in ("", ".", "..", "active")
-        if alone and not set(entry.name) & set("/\\\0:"):
+        alone = names[entry.name] == 1 and entry.name not in ids and entry.name not in ("", ".", "..")
+        if alone and not states.is_word(entry.name) and not set(entry.name) & set("/\\\0:"):
             yield entry.name
-        elif ids[entry.id] == 1 and entry.id.isalnum():
-            yield entry.id
         else:
-            yield f"index:{entry.index}"
+            key = spelling(entry)
+            yield key if key.isalnum() else states.spelled(image.snapshots, f"index:{entry.index}")
 
 
 loader.LOADERS.insert(0, Qcow2Loader)

@@ -18,13 +18,15 @@ from qcow2_forensics.format.snapshot_table import SnapshotEntry
 from qcow2_forensics.format.source import PathOrSource, as_source
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.reader.disk import Disk, EofPolicy, Layer
+from qcow2_forensics.reader.states import labels
 from qcow2_forensics.text import printable
 
 if TYPE_CHECKING:
     from qcow2_forensics.files.tolerant import Unreadable
     from qcow2_forensics.findings import Finding
-    from qcow2_forensics.reader.opening import MissingPolicy, Passphrase, SnapshotName
+    from qcow2_forensics.reader.opening import MissingPolicy, Passphrase
     from qcow2_forensics.reader.resolver import Resolver
+    from qcow2_forensics.reader.states import SnapshotName
 
 
 def _is_disk(origin: PathOrSource | Layer) -> TypeGuard[Layer]:
@@ -107,9 +109,11 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
 
     @property
     def state(self) -> str:
-        """What to call this state: the snapshot's name (its ID when it has none), or ``active``."""
-        shown = self.snapshot
-        return "active" if shown is None else shown.name or shown.id
+        """What to call this state: the snapshot's name (its ID when it has none), or ``active``.
+
+        With more where that is not its alone: no two states of an image are called the same.
+        """
+        return labels(self._disk.image.snapshots)(self.snapshot) if isinstance(self._disk, Disk) else "active"
 
     @property
     def findings(self) -> tuple[Finding, ...]:

@@ -35,11 +35,14 @@ LEFTOVER = "leftover"
 def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
     """Return the state to analyse; None when none was named and no snapshot holds memory.
 
-    ``wanted`` is a snapshot's ID or name, ``leftover``, ``disk``, or ``disk:`` and a snapshot. Raises
+    ``wanted`` is a snapshot as :mod:`qcow2_forensics.reader.states` reads it, ``leftover``, ``disk`` or ``active`` for the disk as
+    it is now, or ``disk:`` and a snapshot for its disk instead of its memory. Raises
     :class:`SnapshotNotFound`, also for a snapshot without memory that was asked for as memory.
     """
     from qcow2_forensics import SnapshotNotFound
-    from qcow2_forensics.reader.opening import find_snapshot, latest_vm_state
+    from qcow2_forensics.reader import states
+    from qcow2_forensics.reader.opening import latest_vm_state
+    from qcow2_forensics.reader.states import find_snapshot, refuse_if_named
 
     tell_problems(image, title)
     if wanted is None:
@@ -52,26 +55,26 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
                 f"{title} holds {len(held)} snapshots with memory: {'; '.join(map(describe, held))}. "
                 f"The latest is used, {describe(latest)}. Choose with --qcow2-snapshot ID before the plugin's name"
             )
-        return Choice(True, latest, lasting_name(image, latest, latest.id))
-    try:
-        entry = find_snapshot(image, wanted)
-    except SnapshotNotFound:
-        if wanted == DISK:
-            return Choice(False, None)
-        if wanted == LEFTOVER:
-            return Choice(True, None, LEFTOVER)
-        if not wanted.startswith(DISK + ":"):
-            raise
-        wanted = wanted.removeprefix(DISK + ":")
-        entry = find_snapshot(image, wanted)
-        return Choice(False, entry, "" if entry is None else lasting_name(image, entry, wanted))
-    if entry is None or not entry.vm_state_size:
+        return Choice(True, latest, lasting_name(image, latest))
+    word = wanted.lstrip("=")
+    if word == DISK or word.startswith(DISK + ":"):
+        refuse_if_named(image, wanted)
+        entry = None if word == DISK else find_snapshot(image, word.removeprefix(DISK + ":"))
+        return Choice(False, entry, "" if entry is None else lasting_name(image, entry))
+    chosen = states.choose(image, wanted)
+    if isinstance(chosen, states.Leftover):
+        return Choice(True, None, states.spelled(image.snapshots, LEFTOVER))
+    entry = find_snapshot(image, chosen)
+    if entry is None:
+        return Choice(False, None)
+    if not entry.vm_state_size:
         raise SnapshotNotFound(f"{wanted} with memory", memory_choices(image))
-    return Choice(True, entry, lasting_name(image, entry, wanted))
+    return Choice(True, entry, lasting_name(image, entry))
 
 
 def _leftover(image: Image, title: str) -> Choice | None:
     """Return the VM state that the active state maps behind the disk, with a warning; None when there is none."""
+    from qcow2_forensics.reader import states
     from qcow2_forensics.reader.opening import leftover_vm_state
 
     if not leftover_vm_state(image):
@@ -81,19 +84,14 @@ def _leftover(image: Image, title: str) -> Choice | None:
         "it is of a snapshot that was applied and deleted, or of a savevm that failed. For the disk give "
         "--qcow2-snapshot disk"
     )
-    return Choice(True, None, LEFTOVER)
+    return Choice(True, None, states.spelled(image.snapshots, LEFTOVER))
 
 
-def lasting_name(image: Image, entry: SnapshotEntry, wanted: str) -> str:
-    """Return what names this very snapshot in a saved configuration.
+def lasting_name(image: Image, entry: SnapshotEntry) -> str:
+    """Return what means this very snapshot in a saved configuration: its ID, or else its place."""
+    from qcow2_forensics.reader.states import spellings
 
-    That is its ID, its place in the table where several share the ID, and for a deleted one, which
-    is in no table, the words it was asked for with.
-    """
-    if entry.index < 0:
-        return wanted
-    ids = [other.id for other in image.snapshots]
-    return entry.id if ids.count(entry.id) == 1 else f"index:{entry.index}"
+    return spellings(image.snapshots)(entry)
 
 
 def tell_problems(image: Image, title: str) -> None:
@@ -105,25 +103,24 @@ def tell_problems(image: Image, title: str) -> None:
 
 def memory_choices(image: Image) -> list[str]:
     """Return ``id (name)`` of the snapshots that hold memory."""
-    from qcow2_forensics.reader.opening import snapshot_choices
+    from qcow2_forensics.reader.states import choices
 
     held = [entry for entry in image.snapshots if entry.vm_state_size]
-    return list(snapshot_choices(image, held)) if held else []
+    return list(choices(image.snapshots, held)) if held else []
 
 
 def describe(entry: SnapshotEntry) -> str:
     """Return a snapshot in words that are safe on a terminal."""
-    from qcow2_forensics.text import printable
+    from qcow2_forensics.text import date_note, printable, quoted
 
-    date = snapshot_date(entry)
-    when = f" of {date:%Y-%m-%d %H:%M:%S} UTC" if date is not None else ""
-    return f"{printable(entry.id)} {printable(entry.name)!r}{when}"
+    note = date_note(entry.date_nsec)
+    when = f" of {snapshot_date(entry):%Y-%m-%d %H:%M:%S} UTC" + (f" ({note})" if note else "")
+    return f"{printable(entry.id)} {quoted(printable(entry.name))}{when}"
 
 
-def snapshot_date(entry: SnapshotEntry) -> dt.datetime | None:
-    """Return when the host's clock says the snapshot was taken; None where no calendar has it."""
+def snapshot_date(entry: SnapshotEntry) -> dt.datetime:
+    """Return when the host's clock says the snapshot was taken, to the microsecond."""
+    from qcow2_forensics.text import snapshot_time
+
     epoch = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-    try:
-        return epoch + dt.timedelta(seconds=entry.date_sec, microseconds=entry.date_nsec // 1000)
-    except OverflowError:
-        return None
+    return epoch + dt.timedelta(microseconds=snapshot_time(entry.date_sec, entry.date_nsec) // 1000)

@@ -81,7 +81,8 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
         from qcow2_forensics import Qcow2Error, open_image, open_vm_state
         from qcow2_forensics.memory import find_stream
-        from qcow2_forensics.text import printable
+        from qcow2_forensics.reader.states import Leftover
+        from qcow2_forensics.text import cut, printable
 
         source = self.source()
         key, local = index_cache.identify(source.layer)
@@ -92,11 +93,11 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         image = open_image(source)
         chosen = choice.choose(image, snapshot_option(self.context), printable(source.name))
         if chosen is not None and chosen.is_leftover:
-            state = open_vm_state(source, choice.LEFTOVER, passphrase(self.context))
+            state = open_vm_state(source, Leftover(), passphrase(self.context))
             state.read(0, 4)
             return Stream(state, None, key and f"{key}_{choice.LEFTOVER}", local, layout, leftover=True)
         if chosen is None or not chosen.memory or chosen.snapshot is None:
-            raise Qcow2Error(f"{printable(source.name)}: no snapshot with memory")
+            raise Qcow2Error(f"{cut(source.name)}: no snapshot with memory")
         state = open_vm_state(source, chosen.snapshot, passphrase(self.context))
         state.read(0, 4)
         entry = chosen.snapshot

@@ -24,7 +24,7 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
 
     def _rows(self) -> Iterator[Row]:
         from qcow2_forensics import Qcow2Error
-        from qcow2_forensics.text import printable
+        from qcow2_forensics.text import date_note, printable
 
         image = self.image()
         chosen = None
@@ -37,12 +37,17 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
             if problem.blocks & {"disk", "snapshots"}:
                 common.warn(f"{printable(image.name)}: {problem.error()}")
         for entry in image.snapshots:
+            note = date_note(entry.date_nsec)
+            if note:
+                common.warn(
+                    f"{printable(image.name)}: the date of snapshot {choice.describe(entry)} is recorded with {note}"
+                )
             yield (
                 0,
                 (
                     printable(entry.id),
                     printable(entry.name),
-                    choice.snapshot_date(entry) or renderers.UnparsableValue(),
+                    choice.snapshot_date(entry),
                     str(dt.timedelta(microseconds=entry.vm_clock_nsec // 1000)),
                     entry.vm_state_size,
                     ABSENT() if entry.disk_size is None else entry.disk_size,
@@ -55,11 +60,9 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
     def generate_timeline(self) -> Iterator[tuple[str, timeliner.TimeLinerType, dt.datetime]]:
         """Yield when each snapshot was taken, by the clock of the host."""
         for entry in self.image().snapshots:
-            date = choice.snapshot_date(entry)
-            if date is not None:
-                memory = "with memory" if entry.vm_state_size else "without memory"
-                words = f"QCOW2 snapshot {choice.describe(entry)} {memory} taken (host clock)"
-                yield words, timeliner.TimeLinerType.CREATED, date
+            memory = "with memory" if entry.vm_state_size else "without memory"
+            words = f"QCOW2 snapshot {choice.describe(entry)} {memory} taken (host clock)"
+            yield words, timeliner.TimeLinerType.CREATED, choice.snapshot_date(entry)
 
     def run(self) -> Any:
         columns = [

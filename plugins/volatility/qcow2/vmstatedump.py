@@ -36,7 +36,7 @@ class VmStateDump(EvidencePlugin):
 
     def _rows(self) -> Iterator[Row]:
         from qcow2_forensics import FormatError
-        from qcow2_forensics.text import printable
+        from qcow2_forensics.text import cut, printable, quoted
 
         stream = self.stream()
         block = self.config.get("block", None)
@@ -45,8 +45,8 @@ class VmStateDump(EvidencePlugin):
             memory = stream.memory()
             size = next((item.size for item in memory.blocks if item.name == block), None)
             if size is None:
-                names = ", ".join(printable(item.name) for item in memory.blocks)
-                raise FormatError(f"no RAM block {printable(block)!r}; the stream has {names}")
+                names = ", ".join(cut(item.name) for item in memory.blocks)
+                raise FormatError(f"no RAM block {quoted(block)}; the stream has {names}")
             name = f"{suffix}-{block}.raw"
             written = self._write(name, size, lambda at, count: memory.read_block(block, at, count, pad=True))
         elif self.config.get("form", "raw") == "stream":
@@ -57,12 +57,14 @@ class VmStateDump(EvidencePlugin):
         yield 0, (printable(written[0]), written[1])
 
     def _write(self, name: str, size: int, read: Callable[[int, int], bytes]) -> tuple[str, int]:
+        from qcow2_forensics.text import printable
+
         """Write a file that gets its name when it is whole; of one that is not, an empty ``.partial`` is left."""
         wanted = self.open.sanitize_filename(name)
         with self.open(f"{wanted}.partial") as file:
             try:
                 for offset in range(0, size, _PIECE):
-                    self._progress_callback(100 * offset / size, f"Writing {wanted}")
+                    self._progress_callback(100 * offset / size, f"Writing {printable(wanted, 60)}")
                     data = read(offset, min(_PIECE, size - offset))
                     if data.count(0) == len(data) and offset + len(data) < size:
                         file.seek(offset + len(data))  # a hole, where the file system has them

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from ..errors import FormatError, NotQcow2, Qcow2Error, ReadError
+from ..errors import FormatError, NotQcow2, Qcow2Error, ReadError, reason
 from ..findings import Evidence, Finding, Report, Severity
 from ..format.image import Image
 from ..format.source import PathOrSource, source_name
@@ -94,6 +94,9 @@ def audit(
         followed = files_followed(facts)
         if followed:
             details["files"] = followed
+        refused = next((problem.message for problem in image.problems if problem.stops_qemu), None)
+        if check is not None and refused is not None:
+            details["not_opened_by_qemu"] = refused
         return Report(identity(facts, name), findings, check, wanted.label, details)
     finally:
         if not isinstance(origin, Image):
@@ -111,7 +114,7 @@ def _pictures(facts: Facts) -> dict[str, Any]:
     try:
         return details(facts)
     except (Qcow2Error, OSError) as error:
-        return {"pictures": f"could not be drawn: {error}"}
+        return {"pictures": f"could not be drawn: {reason(error)}"}
 
 
 def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:
@@ -156,7 +159,7 @@ def _sound(entry: Rule, facts: Facts) -> bool:
 
 def _failure(code: str, error: Qcow2Error | OSError) -> Evidence:
     offset = error.offset if isinstance(error, (FormatError, ReadError)) else None
-    words = str(error)
+    words = reason(error)
     if not isinstance(error, Qcow2Error) and error.filename and error.strerror:
         words = f"{error.filename}: {error.strerror}"  # without Python's "[Errno 2]"
     return Evidence(code, words, offset)

@@ -15,8 +15,8 @@ from ..format.entries import COPIED
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import MiB
 from ..residue import live_mappings
+from ..text import snapshot_date
 from .facts import Facts, shortened
-from .header import snapshot_date
 from .residual import survey_of
 from .rules import Depth
 
@@ -194,7 +194,7 @@ def _history(facts: Facts) -> list[tuple[SnapshotEntry, str]]:
 
 
 def _shown_date(entry: SnapshotEntry) -> str:
-    return snapshot_date(entry)[:19].replace("T", " ") + "Z"
+    return snapshot_date(entry.date_sec, entry.date_nsec, fraction=False).replace("T", " ", 1)
 
 
 def _note(entry: SnapshotEntry) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from functools import partial
 
 from ..findings import Evidence, Severity
@@ -20,6 +19,7 @@ from ..format.header import (
     padded,
 )
 from ..format.snapshot_table import SnapshotEntry
+from ..text import snapshot_date
 from .facts import Facts, shortened
 from .rules import FINDINGS_PER_RULE, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded, of_fields
 
@@ -150,7 +150,7 @@ def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
     id_at = 40 + entry.extra_length
     yield told("id", ident, id_at, len(entry.id_bytes))
     yield told("name", shortened(entry.name), id_at + len(entry.id_bytes), len(entry.name_bytes))
-    yield told("date", snapshot_date(entry), 16, 8)
+    yield told("date", snapshot_date(entry.date_sec, entry.date_nsec), 16, 8)
     yield told("vm_clock_nsec", entry.vm_clock_nsec, 24, 8)
     yield told("l1_table_offset", entry.l1_table_offset, 0, 8)
     yield told("l1_size", entry.l1_size, 8, 4)
@@ -160,12 +160,6 @@ def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
     if entry.icount is not None:
         yield told("icount", entry.icount, 56, 8)
     yield told("extra_data_size", entry.extra_length, 36, 4)
-
-
-def snapshot_date(entry: SnapshotEntry) -> str:
-    """Return when a snapshot says it was taken, in UTC; nanoseconds that are none are left out."""
-    moment = datetime.fromtimestamp(entry.date_sec, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{moment}.{entry.date_nsec:09d}Z" if entry.date_nsec < 10**9 else f"{moment}Z"
 
 
 @rule(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from ..errors import FormatError, Qcow2Error, ReadError
+from ..errors import FormatError, Qcow2Error, ReadError, reason
 from ..findings import Evidence, Severity
 from ..format.bitmap_directory import BitmapEntry, BitmapFlag
 from ..format.extensions import ExtensionType
@@ -18,9 +18,8 @@ from ..reader.bitmaps import dirty_ranges, dirty_totals
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.vm_state import vm_state_offset
-from ..text import is_plain, printable
+from ..text import cut, is_plain, snapshot_date
 from .facts import Facts, shortened
-from .header import snapshot_date
 from .reference_names import mtime_of
 from .rules import FINDINGS_PER_RULE, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
 
@@ -99,7 +98,7 @@ class _State:
             elif not facts.header.crypt_method:
                 self.head = disk.read_mapped(self.offset, min(512, entry.vm_state_size))
         except (Qcow2Error, OSError) as error:
-            self.why = str(error)
+            self.why = reason(error)
 
 
 def _states(facts: Facts) -> list[_State]:
@@ -255,14 +254,14 @@ def snapshot_clock(facts: Facts) -> Iterator[Evidence]:
         odd = entry.date_nsec >= 1_000_000_000 or entry.date_nsec % 1000
         before = previous is not None and (entry.date_sec, entry.date_nsec) < (previous.date_sec, previous.date_nsec)
         if entry.date_sec == 0 or entry.date_sec > latest or before:
-            yield _field(entry, "date", snapshot_date(entry))
+            yield _field(entry, "date", snapshot_date(entry.date_sec, entry.date_nsec))
         if odd:
             yield _field(entry, "date_nsec", entry.date_nsec)
         previous = entry
     newest = max(facts.image.snapshots, key=lambda entry: entry.date_sec, default=None)
     # A copy may carry the time of its making, never one before what it holds.
     if newest is not None and mtime is not None and mtime + 1 < newest.date_sec <= latest:
-        yield _field(newest, "date", snapshot_date(newest))
+        yield _field(newest, "date", snapshot_date(newest.date_sec, newest.date_nsec))
         yield Evidence("file_mtime", mtime)
 
 
@@ -361,11 +360,11 @@ def _dirty(facts: Facts, entry: BitmapEntry) -> Iterator[Evidence]:
     try:
         count, total = dirty_totals(facts.image, entry)
         for start, length in itertools.islice(dirty_ranges(facts.image, entry), _RANGES):
-            yield Evidence("dirty_bytes", length, structure=f"bitmap {printable(entry.name)}", guest_offset=start)
+            yield Evidence("dirty_bytes", length, structure=f"bitmap {cut(entry.name)}", guest_offset=start)
         yield _bitmap(entry, "dirty_bytes_total", total)
         yield _bitmap(entry, "dirty_ranges", count)
     except (FormatError, ReadError) as error:
-        yield _bitmap(entry, "error", str(error))
+        yield _bitmap(entry, "error", reason(error))
 
 
 @rule(

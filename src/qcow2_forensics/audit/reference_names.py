@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ForbiddenReference, MissingFile, NotQcow2, Qcow2Error
+from ..errors import ForbiddenReference, MissingFile, NotQcow2, Qcow2Error, reason
 from ..format.extensions import ExtensionType
 from ..format.header import SECTOR
 from ..format.image import Image
@@ -201,13 +201,13 @@ def _open(
     try:
         source, driver = resolver.open(name, role, parent.source, top)
     except MissingFile as error:
-        return Member(role, name, "missing", str(error), tried=error.tried, depth=depth), None
+        return Member(role, name, "missing", reason(error), tried=error.tried, depth=depth), None
     except ForbiddenReference as error:
         # Opened without a path there is no folder to look in: nothing is known about the file.
         unknown = getattr(top, "path", None) is None and not resolver.files and not resolver.folders
         return Member(role, name, "unknown" if unknown else "refused", error.why, depth=depth), None
     except (Qcow2Error, OSError) as error:
-        return Member(role, name, "broken", str(error), depth=depth), None
+        return Member(role, name, "broken", reason(error), depth=depth), None
     files.callback(getattr(source, "close", lambda: None))
     if any(identity in seen for identity in _identities(source)):
         path = str(getattr(source, "path", ""))
@@ -216,7 +216,7 @@ def _open(
         probed = probe(source)
         disk_size = _disk_size(source, driver or declared or probed)
     except (Qcow2Error, OSError) as error:
-        return Member(role, name, "broken", str(error), depth=depth), None
+        return Member(role, name, "broken", reason(error), depth=depth), None
     member = Member(
         role,
         name,

@@ -11,8 +11,8 @@ from ..format.bitmap_directory import BitmapEntry
 from ..format.snapshot_table import SnapshotEntry
 from ..residue import DeletedSnapshot, Piece, Residue
 from ..residue.readability import examine
+from ..text import snapshot_date
 from .facts import Facts
-from .header import snapshot_date
 from .residue_evidence import entries_of, evidence_of
 from .rules import CRAFTED, QEMU_MADE, Chapter, Depth, Graded, graded
 
@@ -255,7 +255,7 @@ def residual_snapshot_entry(facts: Facts) -> Iterator[Graded]:
 
 
 def _entry_evidence(entry: SnapshotEntry) -> Evidence:
-    words = f"ID {entry.id}, {snapshot_date(entry)}, L1 table at {entry.l1_table_offset:#x}, name {entry.name}"
+    words = f"ID {entry.id}, {snapshot_date(entry.date_sec, entry.date_nsec)}, L1 table at {entry.l1_table_offset:#x}, name {entry.name}"
     return Evidence("snapshot", words, entry.offset, entry.length, "former snapshot table", snapshot=entry.id)
 
 

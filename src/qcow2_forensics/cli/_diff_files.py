@@ -23,9 +23,10 @@ from ..files.protocol import NoFileSystem
 from ..files.records import Volume
 from ..files.volumes import GuestVolumes
 from ..reader.disk import Layer
-from ..text import printable, short_time
+from ..text import Column, aligned, printable, short_time
+from ..text import size as format_size
 from ._files import LONGEST_PATH, complain, record_dict, unread_dict, volume_dict, volume_label, volumes_of
-from .output import Progress, human_size
+from .output import Progress
 
 
 @dataclass
@@ -115,7 +116,14 @@ def totals(files: Files) -> dict[str, int]:
 
 # --- text ------------------------------------------------------------------------------------------
 
-_COLUMNS = ("change", "path", "inode", "size", "modified (UTC)", "what")
+_COLUMNS = (
+    Column("change", "change"),
+    Column("path", "path"),
+    Column("inode", "inode", right=True),
+    Column("size", "size", right=True),
+    Column("modified", "modified (UTC)"),
+    Column("what", "what"),
+)
 _LEFT = {Recoverable.YES: "content recoverable", Recoverable.PARTLY: "content partly recoverable"}
 
 
@@ -123,9 +131,9 @@ def text_lines(files: Files) -> Iterator[str]:
     """Yield the lines about files."""
     for item in files.unread:
         if item.changed_bytes:
-            yield f"{human_size(item.changed_bytes)} of it in {volume_label(item.unread.volume)}: {_unread_reason(item)}"
+            yield f"{format_size(item.changed_bytes)} of it in {volume_label(item.unread.volume)}: {_unread_reason(item)}"
     if files.outside and (files.changes or files.unread):
-        yield f"{human_size(files.outside)} of it in no file: file system structures or free space"
+        yield f"{format_size(files.outside)} of it in no file: file system structures or free space"
     if files.changes:
         yield from _table(files.changes)
     elif files.exit_code:
@@ -139,14 +147,8 @@ def _unread_reason(item: NotCompared) -> str:
 
 
 def _table(changes: Sequence[Changed]) -> Iterator[str]:
-    rows = list(_rows(changes))
-    widths = [max(len(row[at]) for row in (_COLUMNS, *rows)) for at in range(len(_COLUMNS))]
-    for row, change in zip((_COLUMNS, *rows), (None, *changes), strict=True):
-        aligned = [
-            cell.rjust(width) if at in (2, 3) else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(aligned).rstrip()
+    for line, change in zip(aligned(_rows(changes), _COLUMNS), (None, *changes), strict=True):
+        yield line
         for name, digest in zip(("before", "after"), change.sha256 if change else (), strict=False):
             if digest is not None:
                 yield f"    sha256 {name:6} {digest}"
@@ -166,7 +168,7 @@ def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
         path = printable(record.full_path, LONGEST_PATH)
         if change.change == FileChange.RENAMED and change.before is not None:
             path = f"{printable(change.before.full_path, LONGEST_PATH)} -> {path}"
-        shown = "; ".join(part for part in (what, change.note) if part)
+        shown = printable("; ".join(part for part in (what, change.note) if part))
         yield str(change.change), path, record.address, size, short_time(record.times.modified), shown
 
 
@@ -174,4 +176,4 @@ def body_lines(files: Files, before: str, after: str) -> Iterator[str]:
     """Yield the changes as lines of a body file; ``before`` and ``after`` are the labels of the states."""
     for change in files.changes:
         state = before if change.change == FileChange.REMOVED else after
-        yield body_line(change.shown, f"[{change.change}, {state}] {printable(change.shown.volume.prefix)}")
+        yield body_line(change.shown, f"[{change.change}, {printable(state)}] {printable(change.shown.volume.prefix)}")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import Qcow2Error
 from ..files.records import FileRecord, Volume
 from ..files.volumes import GuestVolumes, Unread, open_volumes
-from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Layer
-from ..text import iso_time, printable
+from ..text import cut, iso_time, printable
 
 _PASSPHRASE_BYTES = 1 << 20  # key files are a few KiB; a device would never end
 LONGEST_PATH = 8192  # characters shown of one
@@ -40,21 +37,8 @@ def _passphrase(path: str) -> bytes:
     with Path(path).open("rb") as file:
         secret = file.read(_PASSPHRASE_BYTES + 1)
     if len(secret) > _PASSPHRASE_BYTES:
-        raise Qcow2Error(f"{printable(path)} is too long for a passphrase")
+        raise Qcow2Error(f"{cut(path)} is too long for a passphrase")
     return secret.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def state_labels(entries: Iterable[SnapshotEntry]) -> Callable[[SnapshotEntry | None], str]:
-    """Return what says how to call a state: by its name, with the ID where several snapshots share the name."""
-    names = Counter(entry.name or entry.id for entry in entries)
-
-    def label(entry: SnapshotEntry | None) -> str:
-        if entry is None:
-            return "active"
-        name = entry.name or entry.id
-        return printable(f"{name} (ID {entry.id})" if names[name] > 1 or name == "active" else name)
-
-    return label
 
 
 def complain(sentence: str) -> None:

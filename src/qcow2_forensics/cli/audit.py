@@ -142,7 +142,7 @@ def _left_out(report: Report) -> Iterator[str]:
     """Yield what the report does not list, a line each."""
     for finding in report.findings:
         if finding.code == _LIMITED:
-            yield from (f"{printable(item.field)}: {item.value}" for item in finding.evidence)
+            yield from (f"{printable(item.field)}: {printable(str(item.value))}" for item in finding.evidence)
     capped = [finding for finding in report.findings if finding.count > len(finding.evidence) >= EVIDENCE_LIMIT // 2]
     if capped:
         shown = ", ".join(f"{finding.code} {len(finding.evidence)} of {finding.count}" for finding in capped)

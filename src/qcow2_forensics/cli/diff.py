@@ -14,12 +14,13 @@ from ..compare.ranges import Change, Difference, compare
 from ..errors import Qcow2Error
 from ..files.volumes import need_back_end
 from ..format.image import Image
-from ..reader.disk import Disk, Layer
-from ..text import printable
+from ..reader.disk import Layer
+from ..reader.states import Backing, Choice, labels
+from ..text import cut, plural, printable, size
 from . import _diff_files, _files
 from ._diff_files import Files
-from .options import add_disk_arguments, add_image_argument, open_from
-from .output import Progress, human_size
+from .options import add_disk_arguments, add_image_argument, chosen, open_layer
+from .output import Progress
 
 _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
@@ -27,7 +28,8 @@ _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from 1 --files --format body > changes.body
   qcow2-forensics diff overlay.qcow2 --from backing
 
-A state is the ID or name of a snapshot, "active", or "backing" for the disk below an overlay.
+A state is the ID or name of a snapshot, "active", "backing" for the disk below an overlay, "index:0" or
+"#1" for a place in the snapshot table, or "deleted:X". "id:X" and "name:X" are taken for nothing else.
 Ranges are of the guest's disk. Clusters that the two states share are not read. --files needs
 pytsk3: pip install 'qcow2-forensics[tsk]'.
 """
@@ -56,9 +58,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="STATE",
         help="the earlier state (default: the last snapshot; the backing disk when there is none)",
     )
-    parser.add_argument(
-        "--to", dest="second", metavar="STATE", default="active", help="the later state (default: active)"
-    )
+    parser.add_argument("--to", dest="second", metavar="STATE", help="the later state (default: active)")
     parser.add_argument("--files", action="store_true", help="also show the files that differ, in each partition")
     parser.add_argument("--hash", action="store_true", help="with --files: the SHA-256 of both versions of each file")
     parser.add_argument(
@@ -97,36 +97,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _states(args: argparse.Namespace, stack: ExitStack) -> tuple[State, State]:
+    second = None if args.second is None else chosen(args.image, args.second)
     with Image(args.image) as image:
-        snapshots = image.snapshots
-        backed = image.backing_name is not None
-    first = args.first
-    if first is None:
-        if snapshots:
-            first = snapshots[-1].id if args.second == "active" else "active"
-        elif backed:
-            first = "backing"
-        else:
-            raise Qcow2Error(f"{printable(args.image)} holds one state only: no snapshots and no backing file")
-    after = _open(args, args.second, stack)
-    before = _open(args, first, stack)
-    return (
-        State(_label(before, first, snapshots), before),
-        State(_label(after, args.second, snapshots), after),
-    )
-
-
-def _open(args: argparse.Namespace, wanted: str, stack: ExitStack) -> Layer:
-    if wanted != "backing":
-        return stack.enter_context(open_from(args, wanted))
-    disk = stack.enter_context(open_from(args, "active"))
-    if disk.backing is None:
-        raise Qcow2Error(f"{printable(args.image)} has no backing file to compare with")
-    return disk.backing
-
-
-def _label(disk: Layer, wanted: str, snapshots: Any) -> str:
-    return _files.state_labels(snapshots)(disk.snapshot) if isinstance(disk, Disk) and wanted != "backing" else wanted
+        label = labels(image.snapshots)
+        first: Choice = None
+        if args.first is None:
+            if image.snapshots:
+                first = image.snapshots[-1] if second is None else None
+            elif image.backing_name is not None:
+                first = Backing()
+            else:
+                raise Qcow2Error(f"{cut(args.image)} holds one state only: no snapshots and no backing file")
+    if args.first is not None:
+        first = chosen(args.image, args.first)
+    after = State(label(second), open_layer(args, second, stack))
+    return State(label(first), open_layer(args, first, stack)), after
 
 
 # --- ranges --------------------------------------------------------------------------------------
@@ -149,7 +134,7 @@ def _print_ranges(args: argparse.Namespace, before: State, after: State, ranges:
 
 
 def _range_line(item: Difference) -> str:
-    note = f": {item.note}" if item.note else ""
+    note = f": {printable(item.note)}" if item.note else ""
     return f"{item.offset:>#18x} {item.length:>#14x}  {item.change}{note}"
 
 
@@ -172,7 +157,7 @@ def _summary(counts: Counter[Change], total: int) -> str:
         return "the two states are equal"
     parts = ", ".join(f"{counts[change]} {change}" for change in Change if counts[change])
     ranges = sum(counts.values())
-    return f"{ranges} {'range differs' if ranges == 1 else 'ranges differ'}, {human_size(total)}: {parts}"
+    return f"{ranges} {'range differs' if ranges == 1 else 'ranges differ'}, {size(total)}: {parts}"
 
 
 def _unreadable(found: Iterable[Difference]) -> int:
@@ -181,7 +166,10 @@ def _unreadable(found: Iterable[Difference]) -> int:
 
 def _verdict(unreadable: int) -> int:
     if unreadable:
-        print(f"qcow2-forensics: {unreadable} ranges could not be read and were not compared", file=sys.stderr)
+        were = "was" if unreadable == 1 else "were"
+        print(
+            f"qcow2-forensics: {plural(unreadable, 'range')} could not be read and {were} not compared", file=sys.stderr
+        )
         return 2
     return 0
 
@@ -190,7 +178,7 @@ def _report_unread(listed: Files) -> None:
     for item in listed.unread:
         if item.hides_changes:
             where = _files.volume_label(item.unread.volume)
-            _files.complain(f"{human_size(item.changed_bytes)} differ in {where}, whose files are not listed")
+            _files.complain(f"{size(item.changed_bytes)} differ in {where}, whose files are not listed")
     if listed.is_incomplete:
         _files.complain("parts of the file systems could not be read: files may be missing above")
 
@@ -199,13 +187,13 @@ def _report_unread(listed: Files) -> None:
 
 
 def _heading(args: argparse.Namespace, before: State, after: State) -> str:
-    return f"{printable(args.image)}: {before.label} -> {after.label}"
+    return f"{printable(args.image)}: {printable(before.label)} -> {printable(after.label)}"
 
 
 def _states_dict(args: argparse.Namespace, before: State, after: State) -> dict[str, Any]:
     return {
         "record": "states",
-        "image": printable(args.image),
+        "image": args.image,
         "from": {"state": before.label, "size": before.disk.size},
         "to": {"state": after.label, "size": after.disk.size},
     }

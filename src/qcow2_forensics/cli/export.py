@@ -26,9 +26,9 @@ from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.salvage import SalvagedDisk, mapfile
 from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, writing
-from ..text import iso_time, printable
+from ..text import iso_time, printable, size
 from .options import add_disk_arguments, add_image_argument, open_from
-from .output import Progress, human_size
+from .output import Progress
 
 _PIECE = 1 * MiB  # read, written and hashed at once
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -175,7 +175,7 @@ def _now() -> str:
 def _text(summary: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of the summary for people."""
     word = " (partial)" if summary["partial"] else ""
-    yield f"{printable(summary['output'])}: {summary['size']} bytes ({human_size(summary['size'])})"
+    yield f"{printable(summary['output'])}: {summary['size']} bytes ({size(summary['size'])})"
     for name, digest in summary["hashes"].items():
         yield f"{name}{word} {digest}"
     missing = summary["missing"]

@@ -29,14 +29,14 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, TextIO
 
 from ..audit import audit
-from ..errors import Qcow2Error
+from ..errors import Qcow2Error, reason
 from ..findings import SCHEMA_VERSION, TOOL, Severity
 from ..format.source import FileSource
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.writer import atomic_writer, refuse_evidence
 from ..render import render_line
 from ..render.fleet_page import render_fleet
-from ..text import printable
+from ..text import cut
 from .output import Progress
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
@@ -146,7 +146,7 @@ def _finished(path: Path) -> dict[str, Result]:
     good = 0
     with path.open("rb") as stream:
         if stream.read(1) not in (b"", b"{"):  # nothing of ours, and nothing to cut off
-            raise Qcow2Error(f"{printable(str(path))} is not a file of audit lines")
+            raise Qcow2Error(f"{cut(str(path))} is not a file of audit lines")
         stream.seek(0)
         for line in stream:
             if not line.endswith(b"\n"):
@@ -155,7 +155,7 @@ def _finished(path: Path) -> dict[str, Result]:
                 data = json.loads(line)
                 done[data["identity"]["path"]] = _result(data)
             except (ValueError, KeyError, TypeError):
-                raise Qcow2Error(f"{printable(str(path))} is not a file of audit lines") from None
+                raise Qcow2Error(f"{cut(str(path))} is not a file of audit lines") from None
             good += len(line)
     if good < path.stat().st_size:
         os.truncate(path, good)
@@ -248,7 +248,7 @@ def _until_broken(
         except BrokenProcessPool:
             suspects.append(path)
         except Exception as error:  # noqa: BLE001 - one image never stops the run; it is reported
-            yield _crashed(path, f"{type(error).__name__}: {error}")
+            yield _crashed(path, f"{type(error).__name__}: {reason(error)}")
 
 
 @contextlib.contextmanager

@@ -10,14 +10,16 @@ from ..format.bitmap_directory import BitmapFlag
 from ..format.extensions import ExtensionType
 from ..format.header import MAGIC, Autoclear, Compatible, Compression, Crypt, Header, Incompatible
 from ..format.image import Image
-from ..text import printable
+from ..text import printable, short_date, size, snapshot_date
 from .options import add_image_argument
-from .output import human_size
 
 _EPILOG = """examples:
   qcow2-forensics info disk.qcow2
   qcow2-forensics info disk.qcow2 --format json | jq .header.cluster_bits
 """
+
+
+_NAME_SHOWN = 64  # characters of an ID or a name in a line for people
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect(image: Image) -> dict[str, Any]:
-    """Return what one image says of itself; text from the image is escaped."""
+    """Return what one image says of itself; its text as the image has it."""
     header = image.header
     sane = not any(problem.field in ("version", "cluster_bits") for problem in image.header_problems)
     facts: dict[str, Any] = {
-        "file": printable(image.name),
+        "file": image.name,
         "file_size": image.file_size,
         "version": header.version,
         "virtual_size": image.disk_size,
@@ -61,9 +63,9 @@ def collect(image: Image) -> dict[str, Any]:
         "autoclear_features": _flags(Autoclear, header.autoclear_features),
         "encryption": _name(Crypt, header.crypt_method),
         "compression": _name(Compression, header.compression_type),
-        "backing_file": None if image.backing_name is None else printable(image.backing_name),
-        "backing_format": None if image.backing_format is None else printable(image.backing_format),
-        "data_file": None if image.data_file_name is None else printable(image.data_file_name),
+        "backing_file": image.backing_name,
+        "backing_format": image.backing_format,
+        "data_file": image.data_file_name,
         "extensions": [
             {
                 "type": f"{item.type:#010x}",
@@ -74,15 +76,17 @@ def collect(image: Image) -> dict[str, Any]:
             for item in image.extensions
         ],
         "feature_names": [
-            {"kind": row.kind, "bit": row.bit, "name": printable(row.name)} for row in image.feature_names
+            {"kind": row.kind, "bit": row.bit, "name": row.name.decode("utf-8", "surrogateescape")}
+            for row in image.feature_names
         ],
         "snapshots": [
             {
-                "id": printable(entry.id),
-                "name": printable(entry.name),
+                "id": entry.id,
+                "name": entry.name,
                 "offset": entry.offset,
                 "l1_table_offset": entry.l1_table_offset,
                 "l1_size": entry.l1_size,
+                "date": snapshot_date(entry.date_sec, entry.date_nsec),
                 "date_sec": entry.date_sec,
                 "date_nsec": entry.date_nsec,
                 "vm_clock_nsec": entry.vm_clock_nsec,
@@ -94,7 +98,7 @@ def collect(image: Image) -> dict[str, Any]:
         ],
         "bitmaps": [
             {
-                "name": printable(entry.name),
+                "name": entry.name,
                 "offset": entry.offset,
                 "granularity": entry.granularity,
                 "flags": _flags(BitmapFlag, entry.flags),
@@ -126,14 +130,14 @@ def _name(kind: Any, value: int) -> str:
 
 def _as_text(facts: dict[str, Any]) -> str:
     lines = [
-        f"file             {facts['file']}",
-        f"file size        {facts['file_size']} ({human_size(facts['file_size'])})",
-        f"virtual size     {facts['virtual_size']} ({human_size(facts['virtual_size'])})",
+        f"file             {printable(facts['file'])}",
+        f"file size        {facts['file_size']} ({size(facts['file_size'])})",
+        f"virtual size     {facts['virtual_size']} ({size(facts['virtual_size'])})",
         f"encryption       {facts['encryption']}",
         f"compression      {facts['compression']}",
     ]
     names = [key for key in ("backing_file", "backing_format", "data_file") if facts[key] is not None]
-    lines += [f"{key.replace('_', ' '):16} {facts[key]}" for key in names]
+    lines += [f"{key.replace('_', ' '):16} {printable(facts[key])}" for key in names]
     flags = [key for key in ("incompatible_features", "compatible_features", "autoclear_features") if facts[key]]
     lines += [f"{key.split('_')[0]:16} {', '.join(facts[key])}" for key in flags]
     lines.append("header")
@@ -146,24 +150,28 @@ def _as_text(facts: dict[str, Any]) -> str:
     if facts["snapshots"]:
         lines.append("snapshots")
         lines += [
-            f"  {s['offset']:#x}  {s['id']} ({s['name']}), disk {_size_or_none(s['disk_size'])}, "
-            f"VM state {human_size(s['vm_state_size'])}"
+            f"  {s['offset']:#x}  {printable(s['id'], _NAME_SHOWN)} ({printable(s['name'], _NAME_SHOWN)}), "
+            f"{short_date(s['date_sec'], s['date_nsec'])} UTC, disk {_size_or_none(s['disk_size'])}, "
+            f"VM state {size(s['vm_state_size'])}"
             for s in facts["snapshots"]
         ]
     if facts["bitmaps"]:
         lines.append("bitmaps")
-        lines += [f"  {b['offset']:#x}  {b['name']}, granularity {b['granularity']}" for b in facts["bitmaps"]]
+        lines += [
+            f"  {b['offset']:#x}  {printable(b['name'], _NAME_SHOWN)}, granularity {b['granularity']}"
+            for b in facts["bitmaps"]
+        ]
     if facts["problems"]:
         lines.append("problems")
-        lines += [f"  {p['code']}: {p['message']}" for p in facts["problems"]]
+        lines += [f"  {p['code']}: {printable(p['message'])}" for p in facts["problems"]]
     return "\n".join(lines)
 
 
 def _shown(name: str, value: int | str) -> str:
     if isinstance(value, int) and ("offset" in name or "features" in name):
         return f"{value:#x}"
-    return str(value)
+    return str(value)  # the magic is escaped bytes
 
 
-def _size_or_none(size: int | None) -> str:
-    return "size not recorded" if size is None else human_size(size)
+def _size_or_none(count: int | None) -> str:
+    return "size not recorded" if count is None else size(count)

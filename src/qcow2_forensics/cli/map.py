@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..format.header import Crypt
@@ -13,6 +12,7 @@ from ..format.source import Source
 from ..reader.disk import Disk, RawDisk
 from ..reader.host_holes import host_runs, looks_preallocated
 from ..reader.mapping import Kind
+from ..text import FORMATS, Column, hexadecimal, write_table
 from .options import add_disk_arguments, add_image_argument, open_from
 
 _EPILOG = """examples:
@@ -34,9 +34,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_image_argument(parser)
     add_disk_arguments(parser)
-    parser.add_argument(
-        "--format", choices=("text", "json", "jsonl"), default="text", help="output format (default: text)"
-    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="output format (default: text)")
     parser.set_defaults(run=run)
 
 
@@ -127,24 +125,18 @@ def _joins(first: MapEntry, second: MapEntry) -> bool:
 def run(args: argparse.Namespace) -> int:
     """Print the map of one disk."""
     with open_from(args) as disk:
-        rows = entries(disk)
-        if args.format == "json":
-            _print_json(rows)
-        elif args.format == "jsonl":
-            for row in rows:
-                print(json.dumps(row.to_dict()))
-        else:
-            print(f"{'Start':>18} {'Length':>14} {'Kind':<8} {'Depth':>5} {'Host offset':>18}")
-            for row in rows:
-                kind = "data" if row.data else "zero" if row.present else "absent"
-                host = "" if row.offset is None else f"{row.offset:#x}"
-                print(f"{row.start:>#18x} {row.length:>#14x} {kind:<8} {row.depth:>5} {host:>18}")
+        write_table((row.to_dict() for row in entries(disk)), _TABLE, args.format, sys.stdout, gap=" ")
     return 0
 
 
-def _print_json(rows: Iterator[MapEntry]) -> None:
-    separator = "["
-    for row in rows:
-        sys.stdout.write(f"{separator}{json.dumps(row.to_dict())}")
-        separator = ",\n"
-    sys.stdout.write("[]\n" if separator == "[" else "]\n")
+def _kind(row: Mapping[str, Any]) -> str:
+    return "data" if row["data"] else "zero" if row["present"] else "absent"
+
+
+_TABLE = (
+    Column("start", "Start", lambda row: f"{row['start']:#x}", right=True, width=18),
+    Column("length", "Length", lambda row: f"{row['length']:#x}", right=True, width=14),
+    Column("kind", "Kind", _kind, width=8),
+    Column("depth", "Depth", right=True, width=5),
+    Column("offset", "Host offset", lambda row: hexadecimal(row.get("offset")), right=True, width=18),
+)

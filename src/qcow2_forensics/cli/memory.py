@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from ..reader.writer import HASHES, writing
-from ..text import printable
+from ..text import cut, printable, size
 from .options import add_key_arguments, ask_passphrase, passphrase_of
-from .output import Progress, human_size
+from .output import Progress
 
 _EPILOG = """examples:
   qcow2-forensics memory disk.qcow2 memory.raw
@@ -38,7 +38,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("image", metavar="IMAGE", help="a QCOW2 image or a memory stream; it is only read")
     parser.add_argument("output", metavar="OUT", help="the file to write")
-    parser.add_argument("--snapshot", metavar="ID|NAME", help="the snapshot to take; the latest with memory by default")
+    parser.add_argument(
+        "--snapshot", metavar="STATE", help="the snapshot to take, as in export; the latest with memory by default"
+    )
     parser.add_argument("--format", choices=("raw", "lime", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
@@ -55,14 +57,15 @@ def add_parser(subparsers: Any) -> None:
 
 def _snapshot(memory: Any) -> str | None:
     """Return which snapshot the memory is of, in words; None for a stream that is in none."""
-    from ..reader.vm_state import LEFTOVER, VmState
+    from ..reader.states import LEFTOVER
+    from ..reader.vm_state import VmState
 
     state = memory.source
     if not isinstance(state, VmState):
         return None
     if state.snapshot is None:
         return f"{LEFTOVER} (behind the disk, listed by no snapshot)"
-    return f"{printable(state.snapshot.id)} ({printable(state.snapshot.name)})"
+    return f"{cut(state.snapshot.id)} ({cut(state.snapshot.name)})"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,17 +96,17 @@ def run(args: argparse.Namespace) -> int:
             else:
                 (write_lime if args.format == "lime" else write_raw)(memory, writer)
         summary = {
-            "output": printable(args.output),
+            "output": args.output,
             "snapshot": _snapshot(memory),
             "format": args.format,
             "size": writer.size,
             "sha256": writer.sha256,
-            "machine": printable(memory.machine),
+            "machine": memory.machine,
             "regions": [
                 {
                     "address": region.address,
                     "length": region.length,
-                    "block": printable(region.block),
+                    "block": region.block,
                     "reason": reason,
                 }
                 for region, reason in zip(memory.regions, memory.layout.reasons, strict=True)
@@ -118,14 +121,16 @@ def run(args: argparse.Namespace) -> int:
     if args.summary == "json":
         print(json.dumps(summary))
         return 0
-    print(f"{summary['output']}: {writer.size} bytes ({human_size(writer.size)}), machine {summary['machine'] or '?'}")
-    print(f"snapshot: {summary['snapshot'] or 'none, the file is a stream itself'}")
+    machine = printable(memory.machine) or "?"
+    print(f"{printable(args.output)}: {writer.size} bytes ({size(writer.size)}), machine {machine}")
+    shown = printable(str(summary["snapshot"] or "none, the file is a stream itself"))
+    print(f"snapshot: {shown}")
     for region in memory.regions:
         print(f"  {region.address:#014x} - {region.end - 1:#014x}  {printable(region.block)}")
     for assumption in memory.layout.assumptions:
-        print(f"assumed: {assumption}")
+        print(f"assumed: {printable(assumption)}")
     for check in memory.layout.checks:
-        print(f"checked: {check}")
+        print(f"checked: {printable(check)}")
     if memory.missing:
         print(f"{memory.missing} bytes of RAM are not in the stream" + (": zeros" if args.format == "raw" else ""))
     if writer.sha256:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Qcow2Error
 from ..reader.disk import Disk
-from ..reader.opening import SnapshotName, open_disk
-from ..text import printable
+from ..reader.opening import open_disk
+from ..reader.states import SnapshotName
+from ..text import cut, printable
 from .options import add_disk_arguments, open_from, passphrase_of, resolver_of
 
 if TYPE_CHECKING:
@@ -116,9 +117,9 @@ def _mount_point(point: Path) -> Any:
     if made:
         point.mkdir()
     elif not point.is_dir():
-        raise Qcow2Error(f"{printable(str(point))} is not a folder")
+        raise Qcow2Error(f"{cut(str(point))} is not a folder")
     elif any(point.iterdir()):
-        raise Qcow2Error(f"{printable(str(point))} is not empty: what is in it would be hidden")
+        raise Qcow2Error(f"{cut(str(point))} is not empty: what is in it would be hidden")
     try:
         yield
     finally:

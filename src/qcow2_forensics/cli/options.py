@@ -6,13 +6,16 @@ import argparse
 import getpass
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import Locked, Qcow2Error
-from ..reader.disk import Disk
-from ..reader.opening import SnapshotName, open_disk
+from ..format.image import Image
+from ..reader.disk import Disk, Layer
+from ..reader.opening import open_disk
 from ..reader.resolver import COMMAND_LINE, Resolver
-from ..text import printable
+from ..reader.states import Backing, Choice, SnapshotName, choose
+from ..text import cut
 
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
 
@@ -24,10 +27,16 @@ def add_image_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="a QCOW2 (or QCOW) image; it is only read")
 
 
+SNAPSHOT_HELP = (
+    "a snapshot instead of the active state: its ID or name, index:N (from 0) or #N (from 1) for its place in the "
+    "table, deleted:X for one that is in no table; id:X and name:X where X may be something else too"
+)
+
+
 def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True) -> None:
     """Add the options that :func:`open_from` reads."""
     if snapshot:
-        parser.add_argument("--snapshot", metavar="ID|NAME", help="a snapshot instead of the active state")
+        parser.add_argument("--snapshot", metavar="STATE", help=SNAPSHOT_HELP)
     add_key_arguments(parser)
     group = parser.add_argument_group("backing and data files")
     group.add_argument(
@@ -78,7 +87,7 @@ def passphrase_of(args: argparse.Namespace) -> bytes | None:
         with Path(args.passphrase_file).open("rb") as file:
             secret = file.read(_PASSPHRASE_BYTES + 1)
         if len(secret) > _PASSPHRASE_BYTES:
-            raise Qcow2Error(f"{printable(args.passphrase_file)} is too long for a passphrase")
+            raise Qcow2Error(f"{cut(args.passphrase_file)} is too long for a passphrase")
         return secret.removesuffix(b"\n")
     value = os.environ.get(PASSPHRASE_VARIABLE)
     return None if value is None else os.fsencode(value)
@@ -100,7 +109,7 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
     files = {}
     for pair in args.backing_file:
         if "=" not in pair:
-            raise Qcow2Error(f"--backing-file {printable(pair)} is not NAME=PATH")
+            raise Qcow2Error(f"--backing-file {cut(pair)} is not NAME=PATH")
         files.update(_name_and_path(pair))
     return Resolver(folders=args.backing_dir, files=files, remedies=COMMAND_LINE)
 
@@ -113,11 +122,10 @@ def _name_and_path(pair: str) -> dict[str, str]:
 
 
 def open_from(args: argparse.Namespace, snapshot: SnapshotName = None) -> Disk:
-    """Open the disk the options mean, asking for a passphrase when it is locked."""
-    wanted = snapshot if snapshot is not None else getattr(args, "snapshot", None)
+    """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
     disk = open_disk(
         args.image,
-        None if wanted == "active" else wanted,
+        snapshot if snapshot is not None else getattr(args, "snapshot", None),
         passphrase_of(args),
         resolver_of(args),
         eof=args.eof,
@@ -132,3 +140,19 @@ def open_from(args: argparse.Namespace, snapshot: SnapshotName = None) -> Disk:
             disk.close()
             raise
     return disk
+
+
+def chosen(path: str, text: str) -> Choice:
+    """Return the state of an image that ``text`` means."""
+    with Image(path) as image:  # one for each: what a deleted snapshot no longer owns is refused in its image
+        return choose(image, text)
+
+
+def open_layer(args: argparse.Namespace, state: Choice, stack: ExitStack) -> Layer:
+    """Open a state, the disk below the image too, until ``stack`` ends."""
+    if not isinstance(state, Backing):
+        return stack.enter_context(open_from(args, state))
+    disk = stack.enter_context(open_from(args))
+    if disk.backing is None:
+        raise Qcow2Error(f"{cut(args.image)} has no backing file")
+    return disk.backing

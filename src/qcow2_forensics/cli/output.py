@@ -6,27 +6,19 @@ import sys
 import time
 from typing import TextIO
 
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+from ..text import cut, size
 
-
-def human_size(count: int) -> str:
-    """Return a size for people: ``1.5 GiB``, whole bytes below a KiB."""
-    value = float(count)
-    for unit in UNITS:
-        if abs(value) < 1024 or unit == UNITS[-1]:
-            return f"{count} {unit}" if unit == UNITS[0] else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
+_LABEL_SHOWN = 60  # characters: what is drawn over must fit into one line
 
 
 class Progress:
     """One line on standard error, only when that is a terminal; a context manager.
 
-    ``total`` is in bytes, or in items with ``unit``; 0 when it is not known.
+    ``label`` may hold names from evidence: it is escaped here. ``total`` is in bytes, or in items with ``unit``; 0 when it is not known.
     """
 
     def __init__(self, label: str, total: int, *, unit: str = "bytes", stream: TextIO | None = None) -> None:
-        self._label = label
+        self._label = cut(label, _LABEL_SHOWN)
         self._total = total
         self._unit = unit
         self._stream = stream or sys.stderr
@@ -52,7 +44,7 @@ class Progress:
         share = self._done / self._total
         elapsed = max(now - self._started, 1e-9)
         if self._unit == "bytes":
-            amount = f"{human_size(self._done)} of {human_size(self._total)}, {human_size(int(self._done / elapsed))}/s"
+            amount = f"{size(self._done)} of {size(self._total)}, {size(int(self._done / elapsed))}/s"
         else:
             amount = f"{self._done} of {self._total} {self._unit}"
         left = f", {elapsed / share - elapsed:.0f} s left" if 0 < share < 1 else ""

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..residue import residue
-from ..text import size
+from ..residue.model import KINDS
+from ..text import plural, printable, size
 from .options import add_image_argument
 from .output import Progress
 
@@ -38,8 +39,8 @@ def add_parser(subparsers: Any) -> None:
         "--kind",
         action="append",
         metavar="KIND",
-        help="only pieces of this kind (repeatable): free, leaked, trailing, zero-flagged, subcluster, "
-        "compressed-slack, header-slack, l1-slack, table-slack and others as the index names them",
+        choices=KINDS,
+        help=f"only pieces of this kind (repeatable): {', '.join(KINDS)}",
     )
     parser.add_argument("--limit", metavar="BYTES", type=int, help="stop writing files after so many bytes; index all")
     parser.add_argument("--backing-dir", metavar="DIR", action="append", default=[], help="where a data file may be")
@@ -54,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
         total = found.image.file_size
         with Progress("residue", total) as progress:
             summary = write(found, args.folder, kinds=args.kind, limit=args.limit, advance=progress.advance)
-    print(f"{summary.pieces} pieces, {size(summary.written)} written to {args.folder}")
+    print(f"{plural(summary.pieces, 'piece')}, {size(summary.written)} written to {printable(args.folder)}")
     for line in summary.deleted:
         print(line)
     if summary.skipped:
-        print(f"qcow2-forensics: {summary.skipped} pieces are in the index only", file=sys.stderr)
+        print(f"qcow2-forensics: in the index only: {plural(summary.skipped, 'piece')}", file=sys.stderr)
     return 0

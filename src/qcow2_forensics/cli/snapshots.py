@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from typing import Any
 
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..text import columns, printable, size
+from ..text import FORMATS, Column, printable, short_date, size, snapshot_date, write_table
 from .options import add_image_argument
 
 _EPILOG = """examples:
@@ -19,7 +17,7 @@ _EPILOG = """examples:
   qcow2-forensics snapshots disk.qcow2 --deleted
   qcow2-forensics snapshots disk.qcow2 --format jsonl | jq -r .name
 """
-_HEADINGS = ("ID", "NAME", "DATE (UTC)", "VM CLOCK", "DISK SIZE", "VM STATE", "L1 OFFSET")
+_NAME_SHOWN = 40  # characters of an ID or a name in the table for people
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
-    parser.add_argument("--format", choices=("text", "json", "jsonl"), default="text", help="default: text")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     parser.add_argument("--deleted", action="store_true", help="also look for deleted snapshots in free space (slow)")
     parser.set_defaults(run=run)
 
@@ -44,12 +42,10 @@ def run(args: argparse.Namespace) -> int:
         if args.deleted:
             rows += _deleted(image)
         problem = next((found for found in image.problems if "snapshots" in found.blocks), None)
-    if args.format == "json":
-        print(json.dumps(rows, indent=2))
-    elif args.format == "jsonl":
-        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+    if args.format == "text" and not rows:
+        print("no snapshots")
     else:
-        print(_table(rows) if rows else "no snapshots")
+        write_table(rows, _TABLE, args.format, sys.stdout)
     if problem is not None:
         print(f"qcow2-forensics: {problem.error()}", file=sys.stderr)
         return 2
@@ -57,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def facts_of(entry: SnapshotEntry) -> dict[str, Any]:
-    """Return one snapshot as plain data; text from the image is escaped."""
+    """Return one snapshot as plain data, its text as the image has it."""
     return {
-        "id": printable(entry.id),
-        "name": printable(entry.name),
-        "date": date_text(entry),
+        "id": entry.id,
+        "name": entry.name,
+        "date": snapshot_date(entry.date_sec, entry.date_nsec),
         "date_sec": entry.date_sec,
         "date_nsec": entry.date_nsec,
         "vm_clock_nsec": entry.vm_clock_nsec,
@@ -85,20 +81,14 @@ def _deleted(image: Image) -> list[dict[str, Any]]:
         if count:
             print(f"qcow2-forensics: {count} former snapshot entries were {what}: there are too many", file=sys.stderr)
     for item in found:
-        told = {
+        left = {
             "open_as": None if item.is_gone else item.selector,
             "readable": round(item.readable, 4),
             "rewritable": round(item.rewritable, 4),
             "left": item.told,
         }
-        rows.append({**facts_of(item.entry), "deleted": True, **told})
+        rows.append({**facts_of(item.entry), "deleted": True, **left})
     return rows
-
-
-def date_text(entry: SnapshotEntry) -> str:
-    """Return the date of a snapshot, UTC, to the microsecond."""
-    moment = datetime.fromtimestamp(entry.date_sec, UTC).replace(tzinfo=None)
-    return f"{moment.isoformat(timespec='seconds')}.{entry.date_nsec // 1000:06d}Z"
 
 
 def _clock(nanoseconds: int) -> str:
@@ -106,26 +96,19 @@ def _clock(nanoseconds: int) -> str:
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{rest:03d}"
 
 
-def _table(rows: Iterable[dict[str, Any]]) -> str:
-    lines = [_HEADINGS, *(_row(row) for row in rows)]
-    widths = [max(columns(line[at]) for line in lines) for at in range(len(_HEADINGS))]
-    shown = []
-    for line in lines:
-        cells = [cell + " " * (width - columns(cell)) for cell, width in zip(line, widths, strict=True)]
-        shown.append("  ".join(cells).rstrip())
-    return "\n".join(shown)
-
-
-def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    name = row["name"] if len(row["name"]) <= 40 else row["name"][:39] + "…"
+def _name(row: Mapping[str, Any]) -> str:
+    name = printable(row["name"], _NAME_SHOWN)
     if row.get("deleted"):
         name += f" (deleted, {row['left']}" + (f", {row['open_as']})" if row["open_as"] else ")")
-    return (
-        row["id"],
-        name,
-        row["date"].replace("T", " ")[:19],
-        _clock(row["vm_clock_nsec"]),
-        "-" if row["disk_size"] is None else size(row["disk_size"]),
-        size(row["vm_state_size"]) if row["vm_state_size"] else "-",
-        f"{row['l1_table_offset']:#x}",
-    )
+    return name
+
+
+_TABLE = (
+    Column("id", "ID", lambda row: printable(row["id"], _NAME_SHOWN)),
+    Column("name", "NAME", _name),
+    Column("date", "DATE (UTC)", lambda row: short_date(row["date_sec"], row["date_nsec"])),
+    Column("vm_clock_nsec", "VM CLOCK", lambda row: _clock(row["vm_clock_nsec"])),
+    Column("disk_size", "DISK SIZE", lambda row: "-" if row["disk_size"] is None else size(row["disk_size"])),
+    Column("vm_state_size", "VM STATE", lambda row: size(row["vm_state_size"]) if row["vm_state_size"] else "-"),
+    Column("l1_table_offset", "L1 OFFSET", lambda row: f"{row['l1_table_offset']:#x}"),
+)

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ from ..files.volumes import need_back_end
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Layer
-from ..text import iso_time, printable, snapshot_time
+from ..reader.states import Choice, labels
+from ..text import cut, date_note, iso_time, printable, quoted, snapshot_time
 from . import _files
-from .options import add_disk_arguments, add_image_argument, open_from
+from .options import add_disk_arguments, add_image_argument, chosen, open_layer
 from .output import Progress
 
 _EPILOG = """examples:
@@ -42,7 +44,7 @@ _FILE_TIMES = (
 
 
 class ImageEvent(NamedTuple):
-    """One dated fact of the image itself; ``time`` is nanoseconds of the epoch. ``message`` is escaped."""
+    """One dated fact of the image itself; ``time`` is nanoseconds of the epoch. ``message`` is as the image has it."""
 
     time: int
     description: str
@@ -66,7 +68,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="STATE",
         action="append",
         default=[],
-        help='a state whose files to list: the ID or name of a snapshot, or "active" (repeatable; default: all)',
+        help='a state whose files to list: the ID or name of a snapshot, "active", "backing" or others as in "diff" '
+        "(repeatable; default: all)",
     )
     parser.add_argument("--no-files", action="store_true", help="only what the image itself dates")
     parser.add_argument(
@@ -91,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
         print(_event_body(event) if args.format == "body" else _event_json(event, args.image))
     if args.no_files:
         return 0
-    label = _files.state_labels(snapshots)
-    wanted = args.state or [*(f"index:{entry.index}" for entry in snapshots), "active"]
+    label = labels(snapshots)
+    states: list[Choice] = [chosen(args.image, text) for text in args.state] or [*snapshots, None]
     code = 0
-    for state in wanted:
-        with open_from(args, state) as disk:
-            code = max(code, _print_files(args, disk, label(disk.snapshot)))
+    for state in states:
+        with ExitStack() as stack:
+            code = max(code, _print_files(args, open_layer(args, state, stack), label(state)))
     return code
 
 
@@ -109,12 +112,12 @@ def image_events(image: Image, modified: int | None) -> Iterator[ImageEvent]:
     Bitmaps carry no date. They are listed with the time the file was last written, as what it held
     then.
     """
-    label = _files.state_labels(image.snapshots)
+    label = labels(image.snapshots)
     for entry in image.snapshots:
         yield ImageEvent(
             snapshot_time(entry.date_sec, entry.date_nsec),
             "Snapshot Creation Time",
-            f"snapshot {printable(entry.name)!r} (ID {printable(entry.id)}) was taken{_details(entry)}",
+            f"snapshot {quoted(entry.name)} (ID {cut(entry.id)}) was taken{_details(entry)}",
             label(entry),
             "snapshot",
         )
@@ -133,7 +136,7 @@ def image_events(image: Image, modified: int | None) -> Iterator[ImageEvent]:
         yield ImageEvent(
             modified,
             "Image File Modification Time",
-            f"the image held bitmap {printable(bitmap.name)!r} ({current}, {bitmap.granularity} bytes a bit) "
+            f"the image held bitmap {quoted(bitmap.name)} ({current}, {bitmap.granularity} bytes a bit) "
             "when it was last written",
             "active",
             "bitmap",
@@ -144,7 +147,8 @@ def _details(entry: SnapshotEntry) -> str:
     parts = [f"guest clock {entry.vm_clock_nsec / _SECOND:.3f} s"] if entry.vm_clock_nsec else []
     if entry.vm_state_size:
         parts.append(f"{entry.vm_state_size} bytes of VM state")
-    return f" with {' and '.join(parts)}" if parts else ""
+    note = date_note(entry.date_nsec)
+    return (f" with {' and '.join(parts)}" if parts else "") + (f" ({note})" if note else "")
 
 
 def _modified(path: str) -> int | None:
@@ -156,7 +160,7 @@ def _modified(path: str) -> int | None:
 
 def _event_body(event: ImageEvent) -> str:
     times = (event.time // _SECOND,) * 4  # mactime prints a row without a date for each that is 0
-    name = f"[{event.state}] {event.message}".replace("|", "\\x7c")
+    name = printable(f"[{cut(event.state)}] {event.message}", 4096).replace("|", "\\x7c")
     return "|".join(["0", name, "0", "-/----------", "0", "0", "0", *map(str, times)])
 
 
@@ -181,15 +185,17 @@ def _print_files(args: argparse.Namespace, disk: Layer, state: str) -> int:
             for record in system.records(names=True):
                 progress.advance(1)
                 if args.format == "body":
-                    print(body_line(record, f"[{state}] {printable(record.volume.prefix)}"))
+                    print(body_line(record, f"[{printable(state)}] {printable(record.volume.prefix)}"))
                 else:
                     for line in _record_lines(record, state, args.image):
                         print(line)
     for problem in (*volumes.read_errors, *(one for system in volumes.systems for one in system.problems)):
-        _files.complain(f"{state}: {problem}")
+        _files.complain(f"{printable(state)}: {problem}")
     not_listed = [item for item in volumes.unread if not item.blank]
     for item in not_listed:
-        _files.complain(f"{state}: the files of {_files.volume_label(item.volume)} are not listed: {item.why}")
+        _files.complain(
+            f"{printable(state)}: the files of {_files.volume_label(item.volume)} are not listed: {item.why}"
+        )
     missing = volumes.read_errors or any(system.is_incomplete for system in volumes.systems)
     return 2 if missing or any(item.holds_files for item in not_listed) else 0
 

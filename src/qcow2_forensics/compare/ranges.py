@@ -19,7 +19,7 @@ from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
-from ..errors import Qcow2Error
+from ..errors import Qcow2Error, reason
 from ..format.header import SECTOR, Crypt
 from ..limits import MiB
 from ..reader.disk import Disk, Layer, RawDisk
@@ -131,7 +131,7 @@ def _past_tables(
         try:
             before.read(start, SECTOR), after.read(start, SECTOR)
         except Qcow2Error as error:
-            yield Difference(start, end - start, Change.UNREADABLE, str(error))
+            yield Difference(start, end - start, Change.UNREADABLE, reason(error))
         if progress is not None:
             progress(end - start)
 
@@ -263,7 +263,7 @@ def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, o
         except Qcow2Error as error:
             until = max(_unmappable_until(layer, start, end) for layer in (before, after))
             until = min(end, max(until, (start // cluster + 1) * cluster))
-            yield _Candidate(start, until - start, Change.UNREADABLE, str(error))
+            yield _Candidate(start, until - start, Change.UNREADABLE, reason(error))
             start = until
 
 
@@ -323,7 +323,7 @@ def _unequal_chunk(before: Layer, after: Layer, offset: int, length: int, change
         left, right = before.read(offset, length), after.read(offset, length)
     except Qcow2Error as error:
         if length <= _BLOCK:
-            yield Difference(offset, length, Change.UNREADABLE, str(error))
+            yield Difference(offset, length, Change.UNREADABLE, reason(error))
             return
         middle = max(_BLOCK, length // 2 // _BLOCK * _BLOCK)
         yield from _unequal_chunk(before, after, offset, middle, change)

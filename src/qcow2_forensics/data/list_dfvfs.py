@@ -5,6 +5,8 @@ import sys
 from dfvfs.helpers import file_system_searcher, volume_scanner
 from dfvfs.resolver import resolver
 
+from qcow2_forensics.text import printable
+
 options = volume_scanner.VolumeScannerOptions()
 options.partitions = ["all"]
 for path_spec in volume_scanner.VolumeScanner().GetBasePathSpecs(sys.argv[1], options=options):
@@ -12,4 +14,4 @@ for path_spec in volume_scanner.VolumeScanner().GetBasePathSpecs(sys.argv[1], op
     searcher = file_system_searcher.FileSystemSearcher(file_system, path_spec)
     found = searcher.Find([file_system_searcher.FindSpec(file_entry_types=["file"])])
     for entry_spec in found:
-        print(entry_spec.parent.type_indicator, entry_spec.type_indicator, entry_spec.location)
+        print(entry_spec.parent.type_indicator, entry_spec.type_indicator, printable(entry_spec.location))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
+from ..errors import reason
 from ..text import printable
 from .protocol import FileSystem
 from .records import FileRecord, Place, Span, Times
@@ -260,7 +261,7 @@ class _Pair:
             if self._content_differs(old, new):
                 fields.append("content")
         except OSError as error:
-            note = printable(f"content not compared: {error}")
+            note = f"content not compared: {reason(error)}"
         for name in ("type", "inode", "size", "mode", "uid", "gid", "link"):
             if getattr(old, name) != getattr(new, name):
                 fields.append(name)
@@ -299,7 +300,7 @@ def _digest(system: FileSystem | None, record: FileRecord | None) -> str | None:
     try:
         return system.sha256(record)
     except OSError as error:
-        system.problems.append(printable(f"{record.full_path}: not hashed: {error}", limit=8192))
+        system.problems.append(printable(f"{record.full_path}: not hashed: {reason(error)}", limit=8192))
         return None
 
 

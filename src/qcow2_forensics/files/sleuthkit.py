@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytsk3
 
+from ..errors import reason
 from ..text import printable
 from .protocol import ENTRIES_LISTED, FileSystem, NoFileSystem, Visits
 from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume
@@ -85,7 +86,7 @@ class SleuthKitFileSystem(FileSystem):
     def _problem(self, path: str, error: BaseException, *, deleted: bool = False) -> None:
         """Note what could not be listed; of what is deleted, no more than that can be expected."""
         self.is_incomplete |= not deleted
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = (reason(error) or type(error).__name__).splitlines()[0]
         self.problems.append(printable(f"{self.volume.prefix}{path}: {why}", limit=8192))
 
     def _walk(

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..errors import FormatError, Qcow2Error
+from ..errors import FormatError, Qcow2Error, reason
 from ..limits import Limits
 from .extensions import BITMAPS_EXTENSION, Extension, ExtensionType, Metadata, parse_bitmaps_extension
 from .header import SECTOR, Header, padded
@@ -92,7 +92,7 @@ def read_bitmap_directory(image: Metadata) -> tuple[tuple[BitmapEntry, ...], tup
     try:
         return _read_directory(image, extension)
     except Qcow2Error as error:
-        return (), (_bitmap_problem(extension.offset, str(error)),)
+        return (), (_bitmap_problem(extension.offset, reason(error)),)
 
 
 def _bitmap_problem(at: int, message: str) -> Problem:

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from ..errors import FormatError, NotQcow2
 from ..limits import DEFAULT_LIMITS, KiB, Limits
-from ..text import printable
+from ..text import cut, printable
 from .bitmap_directory import BitmapEntry, read_bitmap_directory
 from .entries import parse_entries
 from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensions
@@ -48,7 +48,7 @@ class Image:
                     if not self._head
                     else "is not a QCOW image (it does not begin with the bytes 51 46 49 fb)"
                 )
-                raise NotQcow2(f"{printable(self.name)} {what}")
+                raise NotQcow2(f"{cut(self.name)} {what}")
             self.header: Header = parse_header(self._head)
         except BaseException:
             self.close()

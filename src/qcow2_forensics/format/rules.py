@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..limits import Limits
-from ..text import printable
+from ..text import cut
 from .header import (
     KNOWN_INCOMPATIBLE,
     SECTOR,
@@ -57,6 +57,12 @@ class Problem(NamedTuple):
     blocks: frozenset[str] = frozenset()
     limit: int | None = None
     unsupported: bool = False
+
+    @property
+    def stops_qemu(self) -> bool:
+        """Whether QEMU does not open the image because of it; it also checks the length of an end mark."""
+        refused = DISK in self.blocks and not self.unsupported and self.field != "header extensions"
+        return refused or (self.code == "QCOW2-EXTENSION-INVALID" and self.value == 0)
 
     def error(self) -> Qcow2Error:
         """Return the exception a strict reader raises for this problem."""
@@ -132,7 +138,7 @@ def _version3(rules: _Rules, names: list[FeatureName]) -> Iterator[Problem]:
     header = rules.header
     unknown = header.incompatible_features & ~KNOWN_INCOMPATIBLE
     if unknown:
-        known = {row.bit: printable(row.name) for row in names if row.kind == 0}
+        known = {row.bit: cut(row.name) for row in names if row.kind == 0}
         bits = [bit for bit in range(64) if unknown >> bit & 1]
         told = ", ".join(f"{bit} ({known[bit]})" if bit in known else str(bit) for bit in bits)
         yield rules.bad(

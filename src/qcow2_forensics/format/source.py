@@ -15,7 +15,7 @@ import weakref
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from ..errors import NotQcow2, ReadError
-from ..text import printable
+from ..text import cut
 
 
 @runtime_checkable
@@ -84,7 +84,7 @@ class FileSource:
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.name)
             if not stat.S_ISREG(status.st_mode) and (regular_only or not stat.S_ISBLK(status.st_mode)):
-                raise NotQcow2(f"{printable(self.name)} is not a regular file")
+                raise NotQcow2(f"{cut(self.name)} is not a regular file")
             self.identity = (status.st_dev, status.st_ino)
             self.mtime_ns = status.st_mtime_ns
             self.size = status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(self.fd, 0, os.SEEK_END)
@@ -122,7 +122,7 @@ class FileSource:
         return done
 
     def _failed(self, error: OSError, offset: int, length: int) -> ReadError:
-        return ReadError(f"{printable(self.name)}: {error.strerror}", offset=offset, length=length)
+        return ReadError(f"{cut(self.name)}: {error.strerror}", offset=offset, length=length)
 
     def _read_on(self, offset: int, length: int, data: bytes) -> bytes:
         """Return ``length`` bytes at ``offset``, of which ``data`` is there already."""
@@ -135,7 +135,7 @@ class FileSource:
             except OSError as error:
                 raise self._failed(error, offset, length) from error
             if not more:
-                raise ReadError(f"{printable(self.name)} shrank while it was being read", offset=offset, length=length)
+                raise ReadError(f"{cut(self.name)} shrank while it was being read", offset=offset, length=length)
             pieces.append(more)
             done += len(more)
         return b"".join(pieces)
@@ -180,9 +180,9 @@ class StreamSource:
                     pieces.append(data)
                     wanted -= len(data)
             except OSError as error:
-                raise ReadError(f"{printable(self.name)}: {error}", offset=offset, length=length) from error
+                raise ReadError(f"{cut(self.name)}: {error}", offset=offset, length=length) from error
         if wanted > 0:
-            raise ReadError(f"{printable(self.name)} ended early", offset=offset, length=length)
+            raise ReadError(f"{cut(self.name)} ended early", offset=offset, length=length)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -212,7 +212,7 @@ class CheckedSource:
     def read(self, offset: int, length: int, /) -> bytes:
         data = self._read(offset, length)
         if len(data) != length and len(data) != max(0, min(length, self.size - offset)):
-            why = f"{printable(source_name(self._source))} gave {len(data)} bytes"
+            why = f"{cut(source_name(self._source))} gave {len(data)} bytes"
             raise ReadError(why, offset=offset, length=length)
         return data
 

@@ -20,9 +20,9 @@ from contextlib import ExitStack
 from ..errors import NotQcow2, SnapshotNotFound
 from ..format.source import PathOrSource, Source, as_source, source_name
 from ..limits import DEFAULT_LIMITS, Limits
-from ..reader.opening import Passphrase, SnapshotName, leftover_vm_state, open_disk, open_vm_state
-from ..reader.vm_state import LEFTOVER
-from ..text import printable
+from ..reader.opening import Passphrase, leftover_vm_state, open_disk, open_vm_state
+from ..reader.states import Leftover, SnapshotName
+from ..text import cut
 from .containers import StreamWindow, find_stream
 from .guest_memory import GuestMemory
 from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
@@ -85,7 +85,7 @@ def _inside_qcow2(source: Source, snapshot: SnapshotName, passphrase: Passphrase
     try:
         return open_vm_state(source, snapshot, passphrase, limits)
     except NotQcow2 as error:
-        name = printable(source_name(source))
+        name = cut(source_name(source))
         raise NotQcow2(f"{name} is neither a QCOW2 image nor a QEMU memory stream") from error
     except SnapshotNotFound:
         if snapshot is not None:
@@ -97,7 +97,7 @@ def _inside_qcow2(source: Source, snapshot: SnapshotName, passphrase: Passphrase
         disk.close()
         if not left:
             raise
-        return open_vm_state(source, LEFTOVER, passphrase, limits)
+        return open_vm_state(source, Leftover(), passphrase, limits)
 
 
 def _close(source: Source) -> None:

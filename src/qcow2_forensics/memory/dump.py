@@ -15,7 +15,7 @@ from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
 from ..limits import GiB, MiB
 from ..reader.writer import Writer
-from ..text import printable
+from ..text import quoted
 from . import address_ranges
 from .guest_memory import GuestMemory
 
@@ -79,7 +79,7 @@ def write_stream(source: Source, writer: Writer) -> None:
 
 def _need_regions(memory: GuestMemory) -> None:
     if not memory.regions:
-        raise Unsupported(f"the memory layout of machine type {printable(memory.machine)!r}")
+        raise Unsupported(f"the memory layout of machine type {quoted(memory.machine)}")
 
 
 def _range(memory: GuestMemory, writer: Writer, address: int, length: int, filled: bool) -> None:

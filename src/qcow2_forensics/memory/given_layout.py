@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..errors import FormatError
-from ..text import printable
+from ..text import cut, quoted
 from .placement import ADDRESSES, Placement
 from .records import Block, Region
 
@@ -41,7 +41,7 @@ def parse(text: str) -> tuple[Stated, ...]:
         except ValueError:
             stated = Stated("", 0, 0)
         if not at or not stated.block or stated.offset < 0 or stated.address < 0:
-            message = f"layout: not BLOCK@ADDRESS or BLOCK+OFFSET@ADDRESS: {printable(part)!r}"
+            message = f"layout: not BLOCK@ADDRESS or BLOCK+OFFSET@ADDRESS: {quoted(part)}"
             raise FormatError(message, field="layout")
         found.append(stated)
     return tuple(found)
@@ -63,14 +63,14 @@ def apply(given: Given, blocks: Sequence[Block], made: Placement) -> None:
     sizes = {block.name: block.size for block in blocks}
     for item in given:
         if item.block not in sizes:
-            known = ", ".join(printable(block.name) for block in blocks)
-            raise FormatError(f"layout: no RAM block {printable(item.block)!r}; the stream has {known}", field="layout")
+            known = ", ".join(cut(block.name) for block in blocks)
+            raise FormatError(f"layout: no RAM block {quoted(item.block)}; the stream has {known}", field="layout")
         offsets = sorted(other.offset for other in given if other.block == item.block and other.offset > item.offset)
         length = (offsets[0] if offsets else sizes[item.block]) - item.offset
         region = Region(item.address, length, item.block, item.offset)
         if length <= 0 or item.offset % _PAGE or item.address % _PAGE or region.end > ADDRESSES:
-            raise FormatError(f"layout: {printable(as_text([item]))} is not a place for the block", field="layout")
+            raise FormatError(f"layout: {cut(as_text([item]))} is not a place for the block", field="layout")
         if not made.put(region, _REASON):
-            raise FormatError(f"layout: {printable(as_text([item]))} overlaps another block", field="layout")
+            raise FormatError(f"layout: {cut(as_text([item]))} overlaps another block", field="layout")
     if given:
-        made.notes.append(f"stated by the examiner: {printable(as_text(given))}")
+        made.notes.append(f"stated by the examiner: {cut(as_text(given))}")

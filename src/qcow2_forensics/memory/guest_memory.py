@@ -11,7 +11,7 @@ from types import TracebackType
 from ..errors import ReadError
 from ..format.source import Source
 from ..limits import DEFAULT_LIMITS, Limits, MiB
-from ..text import printable
+from ..text import cut, quoted
 from . import address_ranges
 from .block_reader import read_pages
 from .given_layout import parse as parse_layout
@@ -146,10 +146,10 @@ class GuestMemory:
         """Return bytes of a RAM block, also of one that lies at no known address (``vga.vram``)."""
         block = next((block for block in self.blocks if block.name == name), None)
         if block is None:
-            known = ", ".join(printable(block.name) for block in self.blocks)
-            raise LookupError(f"no RAM block {printable(name)!r}; the stream holds: {known}")
+            known = ", ".join(cut(block.name) for block in self.blocks)
+            raise LookupError(f"no RAM block '{cut(name)}'; the stream holds: {known}")
         if offset < 0 or offset + length > block.size:
-            raise NotInMemory(f"outside of RAM block {printable(name)!r}", address=offset, length=length)
+            raise NotInMemory(f"outside of RAM block {quoted(name)}", address=offset, length=length)
         return self._read(name, offset, length, pad, offset) if length > 0 else b""
 
     def mapping(self, address: int, length: int) -> Iterator[MemoryRun]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from ..text import printable
+from ..text import quoted
 from . import modules, system_ram
 from .acpi_tables import Affinity, memory_affinities, pci_windows, read_tables
 from .given_layout import Given, apply
@@ -49,7 +49,7 @@ def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, .
     order = Order([]) if whole else system_ram.system_blocks(found, ranges, facts, made)
     if not whole and (not order.blocks or (not architecture and not ranges)):
         if not made.regions:
-            made.notes.append(f"machine type {printable(facts.machine)!r} is not known, no block is placed")
+            made.notes.append(f"machine type {quoted(facts.machine)} is not known, no block is placed")
         return _result(architecture, facts.blocks, examiner, examiner.examine(made.regions), made)
     if order.blocks:
         _Machine(facts, ranges, pci_windows(tables), order, examiner, made).place(architecture, base)
@@ -140,7 +140,7 @@ class _Machine:
             if not architecture:
                 base = min(item.base for item in self._ranges)
             reason = f"RAM starts at {base:#x} on this machine type" if architecture else "the SRAT's lowest address"
-            made.notes.append(f"RAM starts at {base:#x} on machine type {printable(self._facts.machine)!r}")
+            made.notes.append(f"RAM starts at {base:#x} on machine type {quoted(self._facts.machine)}")
             spans = [(base, total)]
             made.above = total
         self._choose_order(spans)

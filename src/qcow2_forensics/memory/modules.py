@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Final
 
 from ..limits import GiB, KiB, MiB
-from ..text import printable
+from ..text import cut, quoted
 from .acpi_tables import Affinity
 from .placement import FOUR_GIB, Placement, natural, span
 from .records import Block, Region
@@ -59,7 +59,7 @@ def windows_for(
         address, room = hot[0][0], sum(length for _, length in hot)
         made.notes.append(f"the window for modules in the SRAT starts at {address:#x}")
     elif version(facts.machine) > _SILENT_MODULES or ranges:
-        names = ", ".join(repr(printable(block.name)) for block in waiting)
+        names = ", ".join(quoted(block.name) for block in waiting)
         made.notes.append(f"the machine has no room for modules, so {names} must be a device's memory")
         return []
     else:
@@ -91,13 +91,13 @@ def place_modules(waiting: Sequence[Block], windows: Ranges, shown: Ranges, whol
     for block in modules:
         place = _first_fit(block, free, shown)
         if place is None:
-            made.assume(f"module {printable(block.name)!r} is not placed: there is no room for it")
+            made.assume(f"module {quoted(block.name)} is not placed: there is no room for it")
         elif made.put(place, "the first free place of the window for modules"):
             placed.append(place)
         free = made.free(windows[0][0], windows[-1][0] + windows[-1][1] - windows[0][0])
     taken = [(region.address, region.length) for region in placed]
     for region in placed:
-        name, where = printable(region.block), span(region.address, region.length)
+        name, where = cut(region.block), span(region.address, region.length)
         made.assume(
             f"module {name!r} is taken to lie at {where}, the first free place of the window; "
             "a module plugged after another was unplugged may lie elsewhere",

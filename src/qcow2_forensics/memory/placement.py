@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ..limits import GiB
-from ..text import printable
+from ..text import quoted
 from .records import Block, Region
 
 FOUR_GIB: Final = 4 * GiB
@@ -50,7 +50,7 @@ class Placement:
         if region.end > ADDRESSES or any(
             region.address < other.end and other.address < region.end for other in self.regions
         ):
-            self.assume(f"block {printable(region.block)!r} is not placed at {region.address:#x}: no room")
+            self.assume(f"block {quoted(region.block)} is not placed at {region.address:#x}: no room")
             return False
         self.regions.append(region)
         self.reasons[region] = reason

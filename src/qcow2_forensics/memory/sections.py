@@ -20,7 +20,7 @@ from typing import Final
 from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
 from ..limits import Limits
-from ..text import printable
+from ..text import quoted
 from .cursor import Cursor, Truncated, broken
 from .pages import RamRecords
 
@@ -147,7 +147,7 @@ class _Walker:
             elif name == "configuration/uuid":
                 cursor.skip(16)
             else:
-                raise Unsupported(f"migration stream subsection {printable(name)!r}")
+                raise Unsupported(f"migration stream subsection {quoted(name)}")
 
     def _body(self, number: int, name: str) -> None:
         cursor = self.cursor
@@ -209,9 +209,9 @@ class _Walker:
                 after = data[found + 5 : found + 6] or cursor.read(at + found + 5, 1)
                 if after and after[0] in (END, START, PART, LAST, FULL, COMMAND):
                     if len(self.stream.notes) < _NOTES:
-                        self.stream.notes.append(f"section {name!r} was passed by its footer")
+                        self.stream.notes.append(f"section {quoted(name)} was passed by its footer")
                     cursor.jump(at + found + 5)
                     return
                 found = data.find(footer, found + 1)
             at += max(1, len(data) - 4)
-        raise Unsupported(f"migration stream section {printable(name)!r}")
+        raise Unsupported(f"migration stream section {quoted(name)}")

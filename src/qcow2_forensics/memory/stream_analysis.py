@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..errors import Unsupported
 from ..format.source import Source
 from ..limits import Limits
-from ..text import printable
+from ..text import cut, quoted
 from . import layout
 from .block_reader import read_pages
 from .devices import DeviceStates
@@ -44,7 +44,7 @@ def _need_bases(blocks: tuple[Block, ...], runs: tuple[RunIndex, ...], page_size
             named = ", ".join(f"{page * page_size:#x}" for page in lost[:8])
             more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
             raise Unsupported(
-                f"pages sent as differences (xbzrle) to what another stream holds: block {printable(block.name)!r}, "
+                f"pages sent as differences (xbzrle) to what another stream holds: block {quoted(block.name)}, "
                 f"offsets {named}{more}"
             )
 
@@ -75,14 +75,14 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given 
     domain = bytes(getattr(source, "domain", b""))
     facts = layout.Facts(stream.machine, blocks, cmos, read_block, cpus, bodies, module_addresses(domain, blocks))
     architecture, placed, regions = layout.place(facts, given)
-    notes = [*placed.notes, *(printable(note) for note in stream.notes)]
+    notes = [*placed.notes, *(cut(note) for note in stream.notes)]
     notes += states.notes if states else ()
     assumptions = list(placed.assumptions)
     shared = [block.name for block in blocks if ram.ignore_shared and not block.recorded and _is_placed(block, regions)]
     if shared:
         assumptions.append(
             "shared memory was left out of the stream (x-ignore-shared), its content is in a file of the host: "
-            + ", ".join(map(printable, shared))
+            + ", ".join(map(cut, shared))
         )
     if not stream.complete:
         notes.append("the stream ends early: devices are missing, and perhaps RAM")

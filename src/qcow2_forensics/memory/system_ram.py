@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from ..limits import GiB, KiB, MiB
-from ..text import printable
+from ..text import quoted
 from .acpi_tables import Affinity
 from .placement import FOUR_GIB, Placement, natural, span
 from .records import Block, Cpu, Region
@@ -70,12 +70,12 @@ def candidates(facts: Facts, made: Placement) -> list[Block]:
         if _NOT_RAM.fullmatch(block.name):
             if named or split is None or not 0 <= block.size - sum(split) < _UNIT:
                 continue
-            made.notes.append(f"block {printable(block.name)!r} is RAM whatever its name: CMOS has its size")
+            made.notes.append(f"block {quoted(block.name)} is RAM whatever its name: CMOS has its size")
         elif _DEVICES.fullmatch(block.name):
-            made.notes.append(f"block {printable(block.name)!r} is a device's memory by its name")
+            made.notes.append(f"block {quoted(block.name)} is a device's memory by its name")
             continue
         elif block.size < _SMALLEST_MODULE <= largest:
-            made.assume(f"block {printable(block.name)!r} of {block.size} bytes is taken for a device's memory")
+            made.assume(f"block {quoted(block.name)} of {block.size} bytes is taken for a device's memory")
             continue
         found.append(block)
     return found
@@ -117,7 +117,7 @@ def system_blocks(found: list[Block], ranges: Sequence[Affinity], facts: Facts, 
         made.notes.append(f"block {named[0].name!r} is the machine's RAM by its name")
         return Order(named)
     if len(found) == 1:
-        made.notes.append(f"block {printable(found[0].name)!r} is the only one that can be RAM")
+        made.notes.append(f"block {quoted(found[0].name)} is the only one that can be RAM")
         return Order(found)
     if offsets := _by_offsets(found):
         made.order = "offsets"
@@ -129,7 +129,7 @@ def system_blocks(found: list[Block], ranges: Sequence[Affinity], facts: Facts, 
     wanted = cmos_split(facts.cmos)
     for block in found:
         if wanted and 0 <= block.size - sum(wanted) < _UNIT:
-            made.notes.append(f"block {printable(block.name)!r} has the size that CMOS states")
+            made.notes.append(f"block {quoted(block.name)} has the size that CMOS states")
             return Order([block])
     if not found:
         return Order([])
@@ -170,7 +170,7 @@ def _by_nodes(found: list[Block], ranges: Sequence[Affinity], facts: Facts, made
             if len(shadowed) == 1:
                 fits = shadowed
                 kept = 1
-                made.notes.append(f"block {printable(fits[0].name)!r} holds the firmware's copy below 1 MiB")
+                made.notes.append(f"block {quoted(fits[0].name)} holds the firmware's copy below 1 MiB")
         unsure |= len(fits) > 1
         chosen.append(fits[0])
         left.remove(fits[0])

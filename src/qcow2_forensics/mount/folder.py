@@ -17,7 +17,7 @@ from ..findings import Report, __version__
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Disk
-from ..reader.opening import SnapshotName
+from ..reader.states import SnapshotName
 from ..reader.vm_state import VmState
 from ..text import printable, short_date, short_time, size, snapshot_time
 from .files import Content, DiskContent, File, MemoryContent, TextContent, safe_name, unique_name

@@ -10,7 +10,7 @@ from ..errors import FormatError, LimitExceeded
 from ..format.bitmap_directory import DIRTY_TRACKING_BITMAP, BitmapEntry
 from ..format.entries import BITMAP_ALL_ONES, BITMAP_TABLE_RESERVED, OFFSET_MASK
 from ..format.image import Image
-from ..text import printable
+from ..text import cut
 
 _SET_BITS = re.compile(rb"\xff+|[^\0\xff]")  # whole bytes at once, others one by one
 _PAGE = 8192  # table entries read at a time
@@ -107,8 +107,8 @@ def _clusters(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]:
         size = bitmap.table_size * cluster_size
         raise LimitExceeded("bitmap data bytes", size, limits.bitmap_data_bytes, offset=bitmap.offset)
     if bitmap.type != DIRTY_TRACKING_BITMAP:
-        raise FormatError(f"bitmap {printable(bitmap.name)} has the unknown type {bitmap.type}", offset=bitmap.offset)
-    what = f"the table of bitmap {printable(bitmap.name)}"
+        raise FormatError(f"bitmap {cut(bitmap.name)} has the unknown type {bitmap.type}", offset=bitmap.offset)
+    what = f"the table of bitmap {cut(bitmap.name)}"
     if not bitmap.table_size or bitmap.is_cut_short(cluster_size, image.disk_size):
         raise FormatError(f"{what} ends before the disk", offset=bitmap.offset, field="bitmap_table_size")
     for first in range(0, bitmap.table_size, _PAGE):
@@ -124,7 +124,7 @@ def _clusters(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]:
 
 
 def _data(image: Image, bitmap: BitmapEntry, offset: int) -> bytes:
-    return image.read_exactly(offset, image.cluster_size, f"a cluster of bitmap {printable(bitmap.name)}")
+    return image.read_exactly(offset, image.cluster_size, f"a cluster of bitmap {cut(bitmap.name)}")
 
 
 def _bits_of(data: bytes, base: int) -> Iterator[tuple[int, int]]:

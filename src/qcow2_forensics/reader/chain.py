@@ -20,7 +20,7 @@ from ..format.rules import DISK
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source, source_name
 from ..limits import Limits
-from ..text import printable
+from ..text import cut, quoted
 from .disk import Disk, EofPolicy, Layer, RawDisk
 
 if TYPE_CHECKING:
@@ -141,10 +141,10 @@ class Opener:
         from .stand_in import misfit
 
         why = misfit(source, role, recorded, image)
-        place = printable(source_name(source))
+        place = cut(source_name(source))
         if why:
             raise self._refused(name, f"it leads elsewhere, and {place} cannot be that file: {why}", image)
-        self._note(f"{place} was taken for the {role} file {printable(name)!r} of {printable(image.name)}")
+        self._note(f"{place} was taken for the {role} file {quoted(name)} of {cut(image.name)}")
 
     def _note(self, sentence: str) -> None:
         import logging  # here: few images need it
@@ -211,12 +211,12 @@ class Opener:
                 return open_foreign(kind, source)
             except Unsupported as error:
                 raise Unsupported(
-                    f"{error.feature}; convert {printable(source_name(source))} with qemu-img convert -O qcow2 "
+                    f"{error.feature}; convert {cut(source_name(source))} with qemu-img convert -O qcow2 "
                     f"and {self._remedies.for_file()}"
                 ) from error
         image = Image(source, limits=self._limits, owns_source=True)
         if (image.header.version == 1) != (kind == "qcow"):
             raise FormatError(
-                f"{printable(image.name)} is recorded as {kind} but is of version {image.header.version}", offset=4
+                f"{cut(image.name)} is recorded as {kind} but is of version {image.header.version}", offset=4
             )
         return self.disk(image, top, alone=meant.alone)

@@ -19,7 +19,7 @@ from ..format.image import Image
 from ..format.rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import FileSource, Source, source_name
-from ..text import printable
+from ..text import cut, printable
 from .clusters import Clusters
 from .codecs import codec_of
 from .layers import Extent, Layer, RawDisk
@@ -299,7 +299,7 @@ class Disk:
 
     def _past_the_table(self, entry: SnapshotEntry) -> FormatError:
         return FormatError(
-            f"snapshot {printable(entry.id)} reaches past what its L1 table of {entry.l1_size} entries maps",
+            f"snapshot {cut(entry.id)} reaches past what its L1 table of {entry.l1_size} entries maps",
             offset=entry.offset,
             field="l1_size",
         )
@@ -357,7 +357,7 @@ class Disk:
 
     def _past_the_end(self, host: int, length: int, last_cluster_end: int) -> FormatError:
         end = self._host.size
-        where = f"the end of {printable(source_name(self._host))} at {end:#x}"
+        where = f"the end of {cut(source_name(self._host))} at {end:#x}"
         if host + length <= last_cluster_end:
             return FormatError(f"an encrypted cluster is cut off by {where}", offset=end, field="encrypted cluster")
         at = max(host, last_cluster_end)

@@ -13,10 +13,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import FormatError, ReadError, Unsupported
+from ..errors import FormatError, ReadError, Unsupported, reason
 from ..format.source import Source, source_name
 from ..limits import KiB, MiB
-from ..text import printable
+from ..text import cut
 from .foreign_map import foreign_map
 from .layers import Extent
 from .mapping import Kind
@@ -69,7 +69,7 @@ def open_foreign(kind: str, source: Source) -> ForeignDisk:
     """Open a backing file of another format; raises :class:`Unsupported` naming it."""
     library = _LIBRARIES.get(kind)
     if library is None:
-        raise Unsupported(f"a backing file of format {printable(kind)}")
+        raise Unsupported(f"a backing file of format {cut(kind)}")
     try:
         module = importlib.import_module(library)
     except ImportError:
@@ -101,15 +101,13 @@ class ForeignDisk:
             self._handle.open_file_object(SourceStream(source))
             why = self._needs_more(source)
             if why:
-                raise Unsupported(f"{printable(self.name)}, a backing file of format {kind} {why}")
+                raise Unsupported(f"{cut(self.name)}, a backing file of format {kind} {why}")
             if kind == "vmdk":
                 self._handle.open_extent_data_files_as_file_objects([SourceStream(source)])
             self.size = int(self._handle.get_media_size())
             self._map = foreign_map(kind, source, self.size)
         except (OSError, ValueError, MemoryError, AttributeError) as error:
-            raise FormatError(
-                f"{printable(self.name)} cannot be read as {kind}: {printable(str(error), 200)}"
-            ) from None
+            raise FormatError(f"{cut(self.name)} cannot be read as {kind}: {reason(error, 200)}") from None
 
     def _needs_more(self, source: Source) -> str:
         """Return why this file alone, or what its library makes of it, is not the whole disk; empty when it is.
@@ -139,10 +137,10 @@ class ForeignDisk:
                 try:
                     data = bytes(self._handle.read_buffer_at_offset(min(length, _READ_BYTES), offset))
                 except (OSError, ValueError, MemoryError) as error:
-                    why = f"{printable(self.name)} ({self._kind}): {printable(str(error), 200)}"
+                    why = f"{cut(self.name)} ({self._kind}): {reason(error, 200)}"
                     raise ReadError(why, offset=offset, length=length) from None
                 if not data:
-                    raise ReadError(f"{printable(self.name)} ended early", offset=offset, length=length)
+                    raise ReadError(f"{cut(self.name)} ended early", offset=offset, length=length)
                 pieces.append(data)
                 offset += len(data)
                 length -= len(data)

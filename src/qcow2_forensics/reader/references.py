@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from ..errors import ForbiddenReference
 from ..format.header import SECTOR
-from ..text import printable
+from ..text import cut
 
 Role = Literal["backing", "data"]
 
@@ -56,7 +56,7 @@ def parse_reference(name: str, role: Role) -> Reference:
         return Reference(name.removeprefix("file:"))
     protocol = _PROTOCOL.match(name)
     if protocol:
-        raise ForbiddenReference(name, f"{printable(protocol.group(), 80)} is a protocol or driver, not a plain file")
+        raise ForbiddenReference(name, f"{cut(protocol.group(), 80)} is a protocol or driver, not a plain file")
     return Reference(name)
 
 

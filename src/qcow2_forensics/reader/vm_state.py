@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Final
 
 from ..errors import FormatError
 from ..format.snapshot_table import SnapshotEntry
-from ..text import printable
+from ..text import cut
 from .disk import Disk
 from .mapping import Run
+from .states import LEFTOVER
 
-LEFTOVER: Final = "leftover"
 _MAGIC = b"QEVM"
 
 
@@ -72,7 +71,7 @@ class VmState:
             self.offset = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
             return
         if disk.snapshot is None or not disk.snapshot.vm_state_size:
-            raise FormatError(f"{printable(disk.name)}: this state holds no VM state", field="vm_state_size")
+            raise FormatError(f"{cut(disk.name)}: this state holds no VM state", field="vm_state_size")
         self.snapshot = disk.snapshot
         self.name = f"{disk.name}[{self.snapshot.id}]"
         self.size = self.snapshot.vm_state_size
@@ -82,7 +81,7 @@ class VmState:
         )
         if self.offset + self.size > 2**63:
             raise FormatError(
-                f"the VM state of snapshot {printable(self.snapshot.id)} is {self.size} bytes",
+                f"the VM state of snapshot {cut(self.snapshot.id)} is {self.size} bytes",
                 offset=self.snapshot.offset,
                 field="vm_state_size",
             )

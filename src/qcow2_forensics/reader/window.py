@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import FormatError
 from ..format.source import Source, source_name
-from ..text import printable
+from ..text import cut
 
 
 class WindowSource:
@@ -13,7 +13,7 @@ class WindowSource:
     def __init__(self, source: Source, offset: int, size: int | None) -> None:
         if offset + (size or 0) > source.size:
             raise FormatError(
-                f"offset {offset} and size {size or 0} lead past the end of {printable(source_name(source))}",
+                f"offset {offset} and size {size or 0} lead past the end of {cut(source_name(source))}",
                 offset=source.size,
             )
         self._source = source

@@ -37,9 +37,9 @@ def _title(report: Report) -> str:
 def _head(report: Report) -> Iterator[str]:
     yield f"<h1>{_title(report)}</h1>"
     yield f"<p>{markup(heading(report))}</p>"
-    checked = check_line(report.check)
+    checked = check_line(report)
     if checked:
-        yield f"<p>Check: {markup(checked)}</p>"
+        yield f"<p>Check: {html_only(checked)}</p>"
     yield f"<p>{badge(report.worst, markup(summary(report)))} <span class='quiet'>depth {markup(report.depth)}</span></p>"
     run = report.details.get("run")
     if run:

@@ -28,7 +28,7 @@ def render_text(report: Report, *, width: int = DEFAULT_WIDTH, colour: bool = Fa
     unless ``items`` is above the default.
     """
     lines = [*wrap(name(report), width), *wrap(heading(report), width, "  ")]
-    checked = check_line(report.check)
+    checked = check_line(report)
     if checked:
         lines += wrap(f"check: {checked}", width, "  ")
     lines += [f"  {summary(report)} (depth {text(report.depth, 20)})"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Iterator
 
 from ..findings import Evidence, Finding, Report
-from ..text import cell
+from ..text import csv_lines
 
 COLUMNS = (
     "image",
@@ -51,19 +49,14 @@ def render_csv(reports: Iterable[Report]) -> str:
 
     Text that a spreadsheet would run as a formula is quoted with an apostrophe.
     """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\r\n")
-    writer.writerow(COLUMNS)
-    for report in reports:
-        writer.writerows(_rows(report))
-    return out.getvalue()
+    return "".join(csv_lines((row for report in reports for row in _rows(report)), COLUMNS))
 
 
-def _rows(report: Report) -> Iterator[list[str | int | float]]:
+def _rows(report: Report) -> Iterator[tuple[object, ...]]:
     image = report.image.get("path") or report.image.get("name")
     for finding in report.findings:
         for item in finding.evidence or (None,):
-            yield [cell(value) for value in (image, *_finding(finding), *_item(item))]
+            yield image, *_finding(finding), *_item(item)
 
 
 def _finding(finding: Finding) -> tuple[object, ...]:

@@ -44,8 +44,12 @@ def name(report: Report) -> str:
     return text(report.image.get("path") or report.image.get("name") or "image")
 
 
-def check_line(check: Mapping[str, Any] | None) -> str:
-    """Return the ``qemu-img check`` counters as one sentence, empty when there are none."""
+def check_line(report: Report) -> str:
+    """Return the ``qemu-img check`` counters as one sentence, empty when there are none; safe on a terminal.
+
+    Where QEMU does not open the image, and so would count nothing, that is part of it.
+    """
+    check = report.check
     if check is None:
         return ""
     names = (("corruptions", "corruption"), ("leaks", "leak"), ("check-errors", "check error"))
@@ -62,4 +66,5 @@ def check_line(check: Mapping[str, Any] | None) -> str:
         parts.append(f"{check['compressed-clusters']} compressed")
     if check.get("image-end-offset"):
         parts.append(f"image ends at {check['image-end-offset']:#x}")
-    return ", ".join(parts)
+    refused = report.details.get("not_opened_by_qemu")
+    return ", ".join(parts) + (f"; QEMU itself does not open this image: {text(refused)}" if refused else "")

@@ -8,7 +8,7 @@
         found.deleted_snapshots()             # former states that can still be opened
     open_disk("disk.qcow2", snapshot="deleted:2")
 
-Importing this package teaches :func:`~qcow2_forensics.open_disk` the ``deleted:`` selector.
+``reader.states`` asks :func:`select_deleted` here what ``deleted:X`` means.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..reader.opening import SNAPSHOT_SELECTORS
 from .model import Piece
 
 if TYPE_CHECKING:
@@ -26,13 +25,12 @@ if TYPE_CHECKING:
     from .snapshot_entries import DeletedSnapshot
 
 
-def _select_deleted(image: Image, wanted: str) -> SnapshotEntry:
-    from .inventory import select_deleted
+def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
+    """Return what ``deleted:`` means in :mod:`.reader.states`: the entry of a deleted snapshot."""
+    from . import inventory
 
-    return select_deleted(image, wanted)
+    return inventory.select_deleted(image, wanted)
 
-
-SNAPSHOT_SELECTORS.setdefault("deleted", _select_deleted)
 
 __all__ = ["DeletedSnapshot", "Piece", "Residue", "deleted_snapshots", "open_deleted", "residue"]
 

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+KINDS = (
+    "free",
+    "leaked",
+    "trailing",
+    "zero-flagged",
+    "subcluster",
+    "compressed-slack",
+    "header-slack",
+    "header-padding",
+    "l1-slack",
+    "table-slack",
+    "beyond-disk",
+    "unmapped",
+)  # of pieces, in the words of docs/residue.md
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A run of bytes nothing points at, of one kind and looking like one thing.
 
-    ``kind`` says why it is residue (``free``, ``leaked``, ``trailing``, or a slack kind), ``looks``
+    ``kind`` says why it is residue (one of :data:`KINDS`), ``looks``
     what it looks like: ``data``, ``l1``, ``l2``, ``refcount-table``,
     ``refcounts``, ``snapshot-table``, ``bitmap-directory`` or ``vm-state``. Offsets are in ``file`` ("" is the image itself).
     """

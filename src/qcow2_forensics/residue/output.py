@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 
 from ..limits import MiB
 from ..reader.writer import whole_folder, writing
-from ..text import printable
+from ..text import csv_lines, printable
 from .inventory import Residue
 from .model import Piece
 from .snapshot_entries import DeletedSnapshot
@@ -76,8 +75,7 @@ def _fill(
         (folder / "index.json").open("w", encoding="utf-8") as index,
         (folder / "index.csv").open("w", encoding="utf-8", newline="") as table,
     ):
-        rows = csv.writer(table)
-        rows.writerow(_COLUMNS)
+        table.writelines(csv_lines((), _COLUMNS))
         index.write(f'{{"image": {json.dumps(image)},\n"pieces": [')
         for piece in residue.pieces():
             if kinds and piece.kind not in kinds:
@@ -85,7 +83,7 @@ def _fill(
             room = limit is None or summary.written + piece.length <= limit
             entry = _write_piece(residue, piece, folder, room)
             index.write(("," if summary.pieces else "") + "\n" + json.dumps(entry))
-            rows.writerow([_cell(entry.get(column)) for column in _COLUMNS])
+            table.writelines(csv_lines([[entry.get(column) for column in _COLUMNS]]))
             summary.pieces += 1
             summary.written += piece.length if room else 0
             summary.skipped += not room
@@ -125,14 +123,6 @@ def _free_name(folder: Path, stem: str) -> str:
 
 def _chunks(residue: Residue, piece: Piece) -> Iterator[bytes]:
     return (residue.read(piece, at, _CHUNK) for at in range(0, piece.length, _CHUNK))
-
-
-def _cell(value: object) -> object:
-    # Snapshot IDs come from the image: none may start a formula.
-    if not isinstance(value, str):
-        return "" if value is None else value
-    shown = printable(value)
-    return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@", "|", "%")) else shown
 
 
 def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:

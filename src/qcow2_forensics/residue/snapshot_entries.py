@@ -19,7 +19,7 @@ from ..errors import FormatError, SnapshotNotFound
 from ..format.entries import COPIED, OFFSET_MASK
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..text import printable
+from ..text import cut
 
 BOGUS = 4  # rank of an L1 table whose entries are none
 _L1_HEAD = 512  # bytes of a former L1 table that tell whether it leads anywhere
@@ -157,7 +157,7 @@ def _identity(entry: SnapshotEntry) -> tuple[bytes, bytes, int, int]:
 def gone(entry: SnapshotEntry) -> FormatError:
     """Return the error for a former entry whose L1 table is not there any more."""
     return FormatError(
-        f"the L1 table of the deleted snapshot {printable(entry.id)} ({printable(entry.name)}) "
+        f"the L1 table of the deleted snapshot {cut(entry.id)} ({cut(entry.name)}) "
         "is gone: it has been reused or wiped",
         offset=entry.l1_table_offset,
         field="l1_table_offset",
@@ -167,9 +167,7 @@ def gone(entry: SnapshotEntry) -> FormatError:
 def choose(found: Iterable[DeletedSnapshot], wanted: str) -> DeletedSnapshot:
     """Return the deleted snapshot with an ID, a name or an entry offset (``0x...``)."""
     known = list(found)
-    matches = [item for item in known if f"{item.entry.offset:#x}" == wanted.lower()]
-    matches = matches or [item for item in known if item.entry.id == wanted]
-    matches = matches or [item for item in known if item.entry.name == wanted]
+    matches = [item for item in known if wanted in (f"{item.entry.offset:#x}", item.entry.id, item.entry.name)]
     if len(matches) == 1:
         return matches[0]
     raise SnapshotNotFound(f"deleted:{wanted}", _choices(matches or known), ambiguous=bool(matches))
@@ -177,4 +175,4 @@ def choose(found: Iterable[DeletedSnapshot], wanted: str) -> DeletedSnapshot:
 
 def _choices(found: Iterable[DeletedSnapshot]) -> Iterator[str]:
     for item in found:
-        yield f"{item.selector} (ID {printable(item.entry.id)}, {printable(item.entry.name)})"
+        yield f"{item.selector} (ID {cut(item.entry.id)}, {cut(item.entry.name)})"

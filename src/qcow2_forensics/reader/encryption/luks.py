@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ...errors import FormatError, LimitExceeded, Locked, Unsupported
 from ...format.header import SECTOR
 from ...limits import Limits
-from ...text import printable
+from ...text import cut
 from .sectors import sector_cipher
 
 MAGIC = b"LUKS\xba\xbe"
@@ -223,7 +223,7 @@ def _check_iterations(name: str, value: int, offset: int, limits: Limits) -> Non
 def _hash_name(spec: str) -> str:
     name = spec.lower()
     if name not in _HASHES:
-        raise Unsupported(f"LUKS hash {printable(spec)}")
+        raise Unsupported(f"LUKS hash {cut(spec)}")
     try:
         hashlib.new(name, usedforsecurity=False)
     except ValueError as error:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import FormatError, Unsupported
 from ...format.header import SECTOR
-from ...text import printable
+from ...text import cut
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -46,7 +46,7 @@ def sector_cipher(cipher_name: str, cipher_mode: str, key: bytes) -> SectorCiphe
     mode, _, generator = cipher_mode.partition("-")
     make = _MODES.get(mode)
     if cipher_name not in _KEY_BYTES or make is None or (mode == "xts" and cipher_name != "aes"):
-        raise Unsupported(f"cipher {printable(cipher_name)} in mode {printable(cipher_mode)}")
+        raise Unsupported(f"cipher {cut(cipher_name)} in mode {cut(cipher_mode)}")
     sizes = _KEY_BYTES[cipher_name]
     halves = 2 if mode == "xts" else 1
     if len(key) not in [halves * size for size in sizes]:
@@ -117,7 +117,7 @@ def _iv_generator(name: str, cipher_name: str, key: bytes, block: int) -> _Ivs:
             raise Unsupported(f"essiv:{hash_name} with {cipher_name}: no such key length")
         salted = _BlockCipher(cipher_name, hashlib.new(hash_name, key, usedforsecurity=False).digest())
         return lambda first, count: salted.ecb_encrypt(_numbers(first, count, block, (1 << 64) - 1))
-    raise Unsupported(f"IV generator {printable(name) or 'none'}")
+    raise Unsupported(f"IV generator {cut(name) or 'none'}")
 
 
 def _no_ivs(first: int, count: int) -> bytes:  # noqa: ARG001 - ecb ignores the sectors' numbers

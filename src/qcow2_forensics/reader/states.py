@@ -1,0 +1,225 @@
+"""Which state of an image is meant: one grammar for every front door.
+
+::
+
+    active        the disk as it is now             index:N      by its place in the snapshot table, from 0
+    backing       the disk below an overlay         #N           the same, from 1
+    leftover      a VM state that the active state still maps behind its disk, listed by no snapshot
+    X             the snapshot with the ID X,       id:X         by its ID, and only by that
+                  or with the name X                name:X       by its name, and only by that
+                                                  deleted:X    a snapshot no table lists any more, by the
+                                                               offset of its entry, its ID or its name
+
+IDs and names are chosen by whoever made the image, so they may equal each other or one of these
+words. A text with two meanings is refused, with an unambiguous spelling of each. ``=`` in front
+says that one of these words follows; as many as it takes to be no ID and no name.
+
+Inside the program states are entries, not texts: what :func:`choose` returns opens as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+from ..errors import Qcow2Error, SnapshotNotFound
+from ..format.image import Image
+from ..format.snapshot_table import SnapshotEntry
+from ..text import cut
+
+ACTIVE = "active"
+BACKING = "backing"
+LEFTOVER = "leftover"
+
+# What the layers above find, by prefix: a function of the image and the rest of the text, imported on use.
+SELECTORS = {"deleted": "qcow2_forensics.residue:select_deleted"}
+
+_MEANINGS = {ACTIVE: "the active state", BACKING: "the disk below the image", LEFTOVER: "memory in no snapshot"}
+_DIGITS = 9  # of a place in the table
+_SHOWN = 64  # characters of an ID or name in a list of choices
+
+
+class Backing(NamedTuple):
+    """The disk below the image: a state that no entry stands for."""
+
+
+class Leftover(NamedTuple):
+    """A VM state behind the disk that no snapshot lists: memory without a disk."""
+
+
+Choice = SnapshotEntry | Backing | Leftover | None  # None is the active state
+SnapshotName = str | int | Choice
+
+
+def choose(image: Image, wanted: SnapshotName) -> Choice:
+    """Return the state ``wanted`` means; raises :class:`SnapshotNotFound` for none, or for several.
+
+    An entry means itself, None the active state, a number the ID in decimal.
+    """
+    if wanted is None or isinstance(wanted, (Backing, Leftover)):
+        return wanted
+    if isinstance(wanted, SnapshotEntry) and wanted.index >= 0:
+        return wanted
+    if isinstance(wanted, SnapshotEntry):  # of no table: what it no longer owns must be refused
+        return _selector("deleted")(image, f"{wanted.offset:#x}")
+    text = str(wanted)
+    named = by_id_or_name(image.snapshots, text)
+    if is_word(text):
+        try:
+            meant = _word(image, text.lstrip("="))
+        except SnapshotNotFound:
+            if not named:
+                raise
+        else:
+            if all(entry is meant for entry in named):
+                return meant
+            if _is_there(image, meant):
+                refuse_if_named(image, text)
+    if len(named) == 1:
+        return named[0]
+    if not named:
+        image.require("snapshots")  # perhaps it is in the part of the table that cannot be read
+    raise SnapshotNotFound(text, choices(image.snapshots, named), ambiguous=bool(named))
+
+
+def refuse_if_named(image: Image, text: str) -> None:
+    """Raise when ``text``, which is one of our words, is also the ID or the name of a snapshot."""
+    named = by_id_or_name(image.snapshots, text)
+    if named:
+        word = f"{spelled(image.snapshots, text)} (as {_MEANINGS.get(text.lstrip('='), 'written')})"
+        raise SnapshotNotFound(text, [word, *choices(image.snapshots, named)], ambiguous=True)
+
+
+def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
+    """Return the snapshot ``wanted`` means, None for the active state; see :func:`choose`."""
+    chosen = choose(image, wanted)
+    if isinstance(chosen, Leftover):
+        raise Qcow2Error(f"{cut(image.name)}: a leftover VM state is memory alone, it has no disk")
+    if isinstance(chosen, Backing):
+        raise Qcow2Error(f"{cut(image.name)}: the backing disk is a state of another image; open that one")
+    return chosen
+
+
+def _is_there(image: Image, state: Choice) -> bool:
+    """Whether the image has a state of which it need not have one."""
+    if isinstance(state, Backing):
+        return image.backing_name is not None
+    if isinstance(state, Leftover):
+        from .opening import leftover_vm_state  # it asks back what a text means
+
+        return leftover_vm_state(image) is not None
+    return True
+
+
+def by_id_or_name(entries: Iterable[SnapshotEntry], text: str) -> list[SnapshotEntry]:
+    """Return the snapshots whose ID or name is exactly ``text``."""
+    return [entry for entry in entries if text in (entry.id, entry.name)]
+
+
+def is_word(text: str) -> bool:
+    """Whether ``text`` is written as one of our words, whatever the image holds."""
+    text = text.lstrip("=")
+    prefix, colon, _ = text.partition(":")
+    return (
+        text in (ACTIVE, BACKING, LEFTOVER)
+        or (bool(colon) and prefix in ("index", "id", "name", *SELECTORS))
+        or (text.startswith("#") and text[1:].isdecimal())
+    )
+
+
+def _word(image: Image, text: str) -> Choice:
+    """Return what one of our words means in this image."""
+    if text == ACTIVE:
+        return None
+    if text == BACKING:
+        return Backing()
+    if text == LEFTOVER:
+        return Leftover()
+    prefix, _, rest = text.partition(":")
+    if prefix in SELECTORS:
+        return _selector(prefix)(image, rest)
+    if prefix == "id":
+        found = [entry for entry in image.snapshots if entry.id == rest]
+    elif prefix == "name":
+        found = [entry for entry in image.snapshots if entry.name == rest]
+    else:
+        place = position(text)
+        found = [image.snapshots[place]] if place is not None and place < len(image.snapshots) else []
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        image.require("snapshots")
+    raise SnapshotNotFound(text, choices(image.snapshots, found), ambiguous=bool(found))
+
+
+def position(text: str) -> int | None:
+    """Return the place in the table that ``index:N`` or ``#N`` means, from 0; None for anything else."""
+    for mark, first in (("index:", 0), ("#", 1)):
+        digits = text.removeprefix(mark)
+        if digits != text and digits.isascii() and digits.isdecimal() and len(digits) <= _DIGITS:
+            return int(digits) - first if int(digits) >= first else None
+    return None
+
+
+def _selector(prefix: str) -> Callable[[Image, str], SnapshotEntry]:
+    module, _, name = SELECTORS[prefix].partition(":")
+    return cast("Callable[[Image, str], SnapshotEntry]", getattr(importlib.import_module(module), name))
+
+
+def spelled(entries: Sequence[SnapshotEntry], word: str) -> str:
+    """Return one of our words with as many ``=`` in front as make it no snapshot's ID and no name."""
+    taken = {name for entry in entries for name in (entry.id, entry.name)}
+    while word in taken:
+        word = f"={word}"
+    return word
+
+
+def spellings(entries: Sequence[SnapshotEntry]) -> Callable[[SnapshotEntry], str]:
+    """Return what says how to write a snapshot so that it alone is meant: its ID, else its place in the table."""
+    taken = Counter(name for entry in entries for name in {entry.id, entry.name})
+    ids = Counter(entry.id for entry in entries)
+
+    def spelling(entry: SnapshotEntry) -> str:
+        if entry.index < 0:
+            return spelled(entries, f"deleted:{entry.offset:#x}")
+        if ids[entry.id] == taken[entry.id] == 1 and entry.id and not is_word(entry.id) and len(entry.id) <= _SHOWN:
+            return entry.id
+        return spelled(entries, f"index:{entry.index}")
+
+    return spelling
+
+
+def choices(entries: Sequence[SnapshotEntry], some: Sequence[SnapshotEntry] = ()) -> Iterator[str]:
+    """Yield ``SPELLING (name)`` of some snapshots, all by default; each spelling means that one only."""
+    spelling = spellings(entries)
+    for entry in some or entries:
+        key = spelling(entry)
+        known = "" if key == entry.id else f"ID {cut(entry.id, _SHOWN)}, "
+        yield f"{key} ({known}{cut(entry.name, _SHOWN)})"
+
+
+def labels(entries: Sequence[SnapshotEntry]) -> Callable[[Choice], str]:
+    """Return what says how to call a state: its name, with more where that is not its alone.
+
+    No two states of an image are called the same, and no snapshot is called as one of our words.
+    """
+    names = Counter(entry.name or entry.id for entry in entries)
+    known: dict[int, str] = {}
+    used = {ACTIVE, BACKING, LEFTOVER}
+    for entry in entries:
+        name = entry.name or entry.id
+        label = f"{name} (ID {entry.id})" if names[name] > 1 or is_word(name) else name
+        while label in used:
+            label = f"{label} (#{entry.index + 1})"
+        used.add(label)
+        known[entry.index] = label
+
+    def label_of(entry: Choice) -> str:
+        if not isinstance(entry, SnapshotEntry):
+            return ACTIVE if entry is None else BACKING if isinstance(entry, Backing) else LEFTOVER
+        name = entry.name or entry.id
+        return known.get(entry.index, f"{name} (deleted, entry at {entry.offset:#x})")
+
+    return label_of
