@@ -5,14 +5,18 @@ The images are made by qemu-img; the damage is done here, byte by byte, by the o
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import struct
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qcow2_forensics import open_disk
+from qcow2_forensics.cli import main
 from qcow2_forensics.errors import SnapshotNotFound
 from qcow2_forensics.recovery import Confidence, RecoveredState, open_recovered, recovered_states
 from tests import qemu
@@ -157,3 +161,43 @@ def test_recovery_reads_the_file_and_writes_nothing(raw: Path, tmp_path: Path) -
     read_all(recovered_states(path)[0])
     assert path.stat().st_mtime_ns == before
     assert path.read_bytes() == data
+
+
+def test_the_command_line_lists_exports_and_proposes_recovered_states(raw: Path, tmp_path: Path, capsys: Any) -> None:
+    data = converted(raw, tmp_path / "image.qcow2")
+    data[:65536] = os.urandom(65536)
+    path = tmp_path / "no-header.bin"
+    path.write_bytes(data)
+    assert main(["info", str(path)]) == 2
+    assert "snapshots IMAGE --recovered" in capsys.readouterr().err
+    assert main(["snapshots", str(path), "--recovered", "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["open_as"], row["confidence"], row["size"]) == ("recovered:1", "certain", SIZE)
+    out = tmp_path / "out.raw"
+    assert main(["export", str(path), str(out), "--snapshot", "recovered:1"]) == 0
+    assert out.read_bytes() == raw.read_bytes()
+    assert "put together" in capsys.readouterr().out
+    assert main(["export", str(path), str(tmp_path / "none"), "--snapshot", "recovered:2"]) == 2
+
+
+@pytest.mark.parametrize("size", ["512", "64k", "2M"])
+def test_a_rewritten_compression_type_is_read_by_the_examiners_assumption(size: str, raw: Path, tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    data = converted(raw, path, "-o", f"compression_type=zstd,cluster_size={size}", compress=True)
+    data[79] &= ~8  # the incompatible feature bit
+    data[104] = 0
+    path.write_bytes(data)
+    with open_disk(path, assume={"compression": "zstd"}) as disk:
+        assert disk.read(0, disk.size) == raw.read_bytes()
+    with pytest.raises(ValueError, match="choose from"):
+        open_disk(path, assume={"compression": "lzma"})
+
+
+def test_recovered_words_mean_the_same_through_pytsk3(raw: Path, tmp_path: Path) -> None:
+    pytsk3_qcow2 = pytest.importorskip("pytsk3_qcow2")
+    data = converted(raw, tmp_path / "image.qcow2")
+    data[:65536] = bytes(65536)
+    path = tmp_path / "no-header.bin"
+    path.write_bytes(data)
+    image = pytsk3_qcow2.Img_Info(str(path), snapshot="recovered:1")
+    assert image.read(0, 65536) == raw.read_bytes()[:65536]

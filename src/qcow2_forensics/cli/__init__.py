@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import __version__
-from ..errors import Qcow2Error
+from ..errors import NotQcow2, Qcow2Error
 from ..text import printable
 
 COMMANDS = (
@@ -105,10 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     # Only the module of the command asked for is imported: start-up time is part of triage.
     commands = given[:1] if given and given[0] in COMMANDS else COMMANDS
+    args = argparse.Namespace()
     try:
         args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
         with _ending_in_order():
             return int(args.run(args))
+    except NotQcow2 as error:
+        return fail(f"{error}{_tables_hint(getattr(args, 'image', None))}")
     except Qcow2Error as error:
         return fail(str(error))
     except BrokenPipeError:
@@ -124,6 +127,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Terminated:
         print("qcow2-forensics: terminated", file=sys.stderr)
         return EXIT_TERMINATED
+
+
+def _tables_hint(path: object) -> str:
+    """Return what to try where a file has no header but the tables of a QCOW2 image; empty for any other file."""
+    if not isinstance(path, str):
+        return ""
+    try:
+        from ..recovery import has_tables
+
+        found = has_tables(path)
+    except (ImportError, OSError):
+        found = False
+    if not found:
+        return ""
+    return (
+        "; tables of a QCOW2 image are here: try qcow2-forensics snapshots IMAGE --recovered, then "
+        "qcow2-forensics export IMAGE OUT --snapshot recovered:1"
+    )
 
 
 def fail(message: str) -> int:

@@ -133,6 +133,8 @@ def _summary(
         "missing": [{"offset": at, "length": length, "why": why} for at, length, why in missing],
         "filled_bytes": sum(layer.filled["bytes"] for layer in _layers(disk)),
         "filled_tables": sum(layer.mapping.filled_tables for layer in _layers(disk)),
+        "state": args.snapshot or "active",
+        "assumed": dict(args.assume),
         "snapshot": None if snapshot is None else {"id": snapshot.id, "name": snapshot.name},
         "source": list(_sources(disk)),
         "tool": _TOOL,
@@ -176,6 +178,8 @@ def _text(summary: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of the summary for people."""
     word = " (partial)" if summary["partial"] else ""
     yield f"{printable(summary['output'])}: {summary['size']} bytes ({size(summary['size'])})"
+    if summary["state"].lstrip("=").startswith("recovered:"):
+        yield f"{summary['state']}: put together from what is left of the image; snapshots --recovered says how sure it is"
     for name, digest in summary["hashes"].items():
         yield f"{name}{word} {digest}"
     missing = summary["missing"]

@@ -15,7 +15,7 @@ from ..reader.disk import Disk, Layer
 from ..reader.opening import open_disk
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.states import Backing, Choice, SnapshotName, choose
-from ..text import cut
+from ..text import cut, printable
 
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
 
@@ -38,6 +38,7 @@ def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True
     if snapshot:
         parser.add_argument("--snapshot", metavar="STATE", help=SNAPSHOT_HELP)
     add_key_arguments(parser)
+    add_recovery_arguments(parser)
     group = parser.add_argument_group("backing and data files")
     group.add_argument(
         "--backing-dir",
@@ -64,6 +65,48 @@ def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True
         default="strict",
         help="what lies past the end of a cut-off file is an error (default), or zeros as QEMU has it",
     )
+
+
+def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for damaged images that :func:`open_from` reads."""
+    group = parser.add_argument_group("damaged images")
+    group.add_argument(
+        "--assume",
+        metavar="FIELD=VALUE",
+        action="append",
+        type=_assumption,
+        default=[],
+        help="read the image as if its header said so: compression=zlib|zstd, extended-l2=on|off, version=2|3 (repeatable)",
+    )
+    group.add_argument(
+        "--virtual-size",
+        metavar="BYTES",
+        type=bytes_of,
+        help="the size of a recovered disk where nothing in the file gives it, as 20G",
+    )
+
+
+def _assumption(text: str) -> tuple[str, str]:
+    from ..recovery.assumptions import ASSUMPTIONS
+
+    field, _, value = text.partition("=")
+    if value not in ASSUMPTIONS.get(field, ()):
+        known = ", ".join(f"{name}={'|'.join(values)}" for name, values in ASSUMPTIONS.items())
+        raise argparse.ArgumentTypeError(f"{printable(text)} cannot be assumed; choose from {known}")
+    return field, value
+
+
+def bytes_of(text: str) -> int:
+    """Return a number of bytes written as ``4096``, ``64K``, ``20G`` or ``1.5T``."""
+    units = {unit: 1024**power for power, unit in enumerate("BKMGTPE")}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "B")
+    try:
+        count = float(number) * units[unit]
+    except ValueError:
+        count = -1
+    if not 0 < count < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not a size; write it as 4096, 64K or 20G")
+    return int(count)
 
 
 def add_key_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +173,8 @@ def open_from(args: argparse.Namespace, snapshot: SnapshotName = None) -> Disk:
         resolver_of(args),
         eof=args.eof,
         follow=not args.no_backing,
+        assume=dict(args.assume),
+        virtual_size=args.virtual_size,
     )
     if disk.is_locked:
         try:

@@ -10,7 +10,7 @@ from ..reader.resolver import COMMAND_LINE, Resolver
 from ..residue import residue
 from ..residue.model import KINDS
 from ..text import plural, printable, size
-from .options import add_image_argument
+from .options import add_image_argument, bytes_of
 from .output import Progress
 
 _EPILOG = """examples:
@@ -42,7 +42,9 @@ def add_parser(subparsers: Any) -> None:
         choices=KINDS,
         help=f"only pieces of this kind (repeatable): {', '.join(KINDS)}",
     )
-    parser.add_argument("--limit", metavar="BYTES", type=int, help="stop writing files after so many bytes; index all")
+    parser.add_argument(
+        "--limit", metavar="BYTES", type=bytes_of, help="stop writing files after so many bytes; index all"
+    )
     parser.add_argument("--backing-dir", metavar="DIR", action="append", default=[], help="where a data file may be")
     parser.set_defaults(run=run)
 

@@ -10,11 +10,12 @@ from typing import Any
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import FORMATS, Column, printable, short_date, size, snapshot_date, write_table
-from .options import add_image_argument
+from .options import add_image_argument, bytes_of
 
 _EPILOG = """examples:
   qcow2-forensics snapshots disk.qcow2
   qcow2-forensics snapshots disk.qcow2 --deleted
+  qcow2-forensics snapshots damaged.qcow2 --recovered
   qcow2-forensics snapshots disk.qcow2 --format jsonl | jq -r .name
 """
 _NAME_SHOWN = 40  # characters of an ID or a name in the table for people
@@ -32,11 +33,21 @@ def add_parser(subparsers: Any) -> None:
     add_image_argument(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     parser.add_argument("--deleted", action="store_true", help="also look for deleted snapshots in free space (slow)")
+    parser.add_argument(
+        "--recovered",
+        action="store_true",
+        help="list states put together from what is left of a damaged image instead; reads the whole file",
+    )
+    parser.add_argument(
+        "--virtual-size", metavar="BYTES", type=bytes_of, help="with --recovered: the disk's size, where it is known"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the snapshots of one image."""
+    """Print the snapshots of one image, or its recovered states."""
+    if args.recovered:
+        return _print_recovered(args)
     with Image(args.image) as image:
         rows = [facts_of(entry) for entry in image.snapshots]
         if args.deleted:
@@ -68,6 +79,38 @@ def facts_of(entry: SnapshotEntry) -> dict[str, Any]:
         "l1_size": entry.l1_size,
         "offset": entry.offset,
     }
+
+
+def _print_recovered(args: argparse.Namespace) -> int:
+    from ..recovery import recovered_states
+
+    states = recovered_states(args.image, virtual_size=args.virtual_size)
+    rows = [
+        {
+            "open_as": state.label,
+            "what": state.what,
+            "confidence": state.confidence.label,
+            "l2_tables": {level.label: count for level, count in state.tables_by_confidence().items()},
+            "size": state.size,
+            "size_from": state.size_from,
+            "cluster_size": state.cluster_size,
+            "backing_unknown": state.backing_unknown,
+            "notes": list(state.notes),
+        }
+        for state in states
+    ]
+    if args.format == "text" and not rows:
+        print("no state can be put together from tables in this file, besides those the image lists")
+        return 0
+    write_table(rows, _RECOVERED, args.format, sys.stdout)
+    if args.format == "text":
+        for note in dict.fromkeys(note for state in states for note in state.notes):
+            print(f"note: {printable(note)}")
+        if any(state.backing_unknown for state in states):
+            print(
+                "note: without its header nobody can tell whether the image had a backing file; unallocated ranges read as zeros"
+            )
+    return 0
 
 
 def _deleted(image: Image) -> list[dict[str, Any]]:
@@ -102,6 +145,18 @@ def _name(row: Mapping[str, Any]) -> str:
         name += f" (deleted, {row['left']}" + (f", {row['open_as']})" if row["open_as"] else ")")
     return name
 
+
+def _tables(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} {level}" for level, count in row["l2_tables"].items() if count) or "none"
+
+
+_RECOVERED = (
+    Column("open_as", "OPEN AS"),
+    Column("confidence", "CONFIDENCE"),
+    Column("size", "DISK SIZE", lambda row: f"{size(row['size'])} ({row['size_from']})"),
+    Column("l2_tables", "L2 TABLES", _tables),
+    Column("what", "WHAT"),
+)
 
 _TABLE = (
     Column("id", "ID", lambda row: printable(row["id"], _NAME_SHOWN)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from ..format.source import PathOrSource, as_source
 from ..limits import DEFAULT_LIMITS, Limits
 from .chain import MissingPolicy, Opener, Passphrase, close_source, derive
 from .disk import Disk, EofPolicy
-from .states import LEFTOVER, Leftover, SnapshotName, choices, choose, find_snapshot
+from .states import LEFTOVER, Leftover, SnapshotName, assuming, choices, choose, find_snapshot, replaced
 from .vm_state import VmState, has_leftover, leftover_offset
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def open_disk(
     eof: EofPolicy = "strict",
     missing: MissingPolicy = "refuse",
     follow: bool = True,
+    assume: Mapping[str, str] | None = None,
+    virtual_size: int | None = None,
 ) -> Disk:
     """Open the guest's disk as it is now, or as it was at ``snapshot``.
 
@@ -56,13 +59,22 @@ def open_disk(
     zeros, as QEMU does, and counts it. ``missing`` says what a backing file that cannot be found
     or followed means: an error now, an error for each read that needs it, or zeros.
     ``follow=False`` opens this file alone: what it does not hold reads as zeros.
+    ``assume`` reads the image as if its header had other fields, as ``{"compression": "zstd"}``.
+    ``"recovered:N"`` is a state put together from what is left of a damaged image; ``virtual_size`` in bytes
+    is used where nothing in the file gives the size of its disk.
     """
     opener = Opener(resolver, limits, passphrase, eof, missing, follow)
     source = as_source(origin)
     with ExitStack() as undo:
-        if source is not origin:
+        owned = source is not origin
+        if owned:
             undo.callback(close_source, source)
-        image = Image(source, limits=limits, owns_source=source is not origin)
+        if assume:
+            source = assuming(source, assume)
+        replacement = replaced(source, snapshot, virtual_size)
+        if replacement is not None:
+            source, snapshot = replacement, None
+        image = Image(source, limits=limits, owns_source=owned)
         disk = opener.disk(image, source, find_snapshot(image, snapshot))
         disk.notes = tuple(opener.notes)
         undo.pop_all()

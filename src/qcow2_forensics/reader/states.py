@@ -9,6 +9,8 @@
                   or with the name X                name:X       by its name, and only by that
                                                   deleted:X    a snapshot no table lists any more, by the
                                                                offset of its entry, its ID or its name
+                                                  recovered:N  a state put together from what is left of
+                                                               a damaged image, 1 the best
 
 IDs and names are chosen by whoever made the image, so they may equal each other or one of these
 words. A text with two meanings is refused, with an unambiguous spelling of each. ``=`` in front
@@ -19,14 +21,16 @@ Inside the program states are entries, not texts: what :func:`choose` returns op
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
-from ..errors import Qcow2Error, SnapshotNotFound
+from ..errors import NotQcow2, Qcow2Error, SnapshotNotFound
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
+from ..format.source import Source
 from ..text import cut
 
 ACTIVE = "active"
@@ -36,6 +40,11 @@ LEFTOVER = "leftover"
 # What the layers above find, by prefix: a function of the image and the rest of the text, imported on use.
 SELECTORS = {"deleted": "qcow2_forensics.residue:select_deleted"}
 
+# States that replace the image's own header and tables: a function of a source, the rest of the text and a virtual
+# size or None, which returns the source of an image whose active state is the one meant.
+REPLACEMENTS = {"recovered": "qcow2_forensics.recovery:recovered_source"}
+
+_ASSUMED = "qcow2_forensics.recovery:assumed"
 _MEANINGS = {ACTIVE: "the active state", BACKING: "the disk below the image", LEFTOVER: "memory in no snapshot"}
 _DIGITS = 9  # of a place in the table
 _SHOWN = 64  # characters of an ID or name in a list of choices
@@ -92,6 +101,28 @@ def refuse_if_named(image: Image, text: str) -> None:
         raise SnapshotNotFound(text, [word, *choices(image.snapshots, named)], ambiguous=True)
 
 
+def replaced(source: Source, wanted: SnapshotName, virtual_size: int | None = None) -> Source | None:
+    """Return the source to open instead of ``source`` where ``wanted`` is one of :data:`REPLACEMENTS`, else None.
+
+    The image's own header may be lost. Raises :class:`SnapshotNotFound` where there is no such state.
+    """
+    if not isinstance(wanted, str):
+        return None
+    prefix, _, rest = wanted.lstrip("=").partition(":")
+    if prefix not in REPLACEMENTS:
+        return None
+    with contextlib.suppress(NotQcow2):  # without a header there is no snapshot that could have that name
+        refuse_if_named(Image(source, owns_source=False), wanted)
+    replacement = cast("Callable[[Source, str, int | None], Source]", _imported(REPLACEMENTS[prefix]))
+    return replacement(source, rest, virtual_size)
+
+
+def assuming(source: Source, assume: Mapping[str, str]) -> Source:
+    """Return ``source`` read as if its header had other fields; see :mod:`qcow2_forensics.recovery`."""
+    assumed = cast("Callable[[Source, Mapping[str, str]], Source]", _imported(_ASSUMED))
+    return assumed(source, assume)
+
+
 def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
     """Return the snapshot ``wanted`` means, None for the active state; see :func:`choose`."""
     chosen = choose(image, wanted)
@@ -124,7 +155,7 @@ def is_word(text: str) -> bool:
     prefix, colon, _ = text.partition(":")
     return (
         text in (ACTIVE, BACKING, LEFTOVER)
-        or (bool(colon) and prefix in ("index", "id", "name", *SELECTORS))
+        or (bool(colon) and prefix in ("index", "id", "name", *SELECTORS, *REPLACEMENTS))
         or (text.startswith("#") and text[1:].isdecimal())
     )
 
@@ -140,6 +171,8 @@ def _word(image: Image, text: str) -> Choice:
     prefix, _, rest = text.partition(":")
     if prefix in SELECTORS:
         return _selector(prefix)(image, rest)
+    if prefix in REPLACEMENTS:
+        raise Qcow2Error(f"{cut(image.name)}: a recovered state replaces the image; it is opened as a disk of its own")
     if prefix == "id":
         found = [entry for entry in image.snapshots if entry.id == rest]
     elif prefix == "name":
@@ -164,8 +197,12 @@ def position(text: str) -> int | None:
 
 
 def _selector(prefix: str) -> Callable[[Image, str], SnapshotEntry]:
-    module, _, name = SELECTORS[prefix].partition(":")
-    return cast("Callable[[Image, str], SnapshotEntry]", getattr(importlib.import_module(module), name))
+    return cast("Callable[[Image, str], SnapshotEntry]", _imported(SELECTORS[prefix]))
+
+
+def _imported(place: str) -> object:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def spelled(entries: Sequence[SnapshotEntry], word: str) -> str:

@@ -9,7 +9,19 @@
         ...
 """
 
+from .assumptions import ASSUMPTIONS, assumed
 from .confidence import Confidence, SureRange
-from .recovered_states import RecoveredState, open_recovered, recovered_states
+from .recovered_states import has_tables, open_recovered, recovered_source, recovered_states
+from .state import RecoveredState
 
-__all__ = ["Confidence", "RecoveredState", "SureRange", "open_recovered", "recovered_states"]
+__all__ = [
+    "ASSUMPTIONS",
+    "Confidence",
+    "RecoveredState",
+    "SureRange",
+    "assumed",
+    "has_tables",
+    "open_recovered",
+    "recovered_source",
+    "recovered_states",
+]

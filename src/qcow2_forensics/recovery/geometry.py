@@ -50,13 +50,16 @@ class _Sectors(NamedTuple):
     words: U64
 
 
-def find_geometry(source: Source) -> FoundGeometry | None:
-    """Return the geometry that the tables in ``source`` imply, None where no table is recognised."""
+def find_geometry(source: Source, *, most: int | None = None) -> FoundGeometry | None:
+    """Return the geometry that the tables in ``source`` imply, None where no table is recognised.
+
+    ``most`` bounds the bytes looked at from the start; the whole file by default.
+    """
     plain: Counter[int] = Counter()
     extended: Counter[int] = Counter()
     weak: dict[bool, list[int]] = {False: [], True: []}
     streams: list[int] = []
-    for sectors in _table_sectors(source):
+    for sectors in _table_sectors(source, most):
         is_plain = np.zeros(len(sectors.words), np.bool_)
         for is_extended, votes in ((False, plain), (True, extended)):
             bits, count = _common_bits(sectors.words, source.size, extended=is_extended)
@@ -92,10 +95,11 @@ def _winner(votes: Counter[int]) -> tuple[int, int]:
     return value, count
 
 
-def _table_sectors(source: Source) -> Iterator[_Sectors]:
+def _table_sectors(source: Source, most: int | None) -> Iterator[_Sectors]:
     """Yield the sectors in which every word may be a table entry, and one or more is."""
-    for at in range(0, source.size, _CHUNK):
-        data = source.read(at, min(_CHUNK, source.size - at))
+    end = source.size if most is None else min(most, source.size)
+    for at in range(0, end, _CHUNK):
+        data = source.read(at, min(_CHUNK, end - at))
         words = np.frombuffer(data, ">u8", count=len(data) // SECTOR * _WORDS).reshape(-1, _WORDS)
         # Guest data is nearly always ruled out by its first words.
         rows = np.flatnonzero(_possible(words[:, :4].astype(np.uint64), source.size).all(axis=1))

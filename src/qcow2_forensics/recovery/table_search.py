@@ -53,12 +53,12 @@ class _Rows(NamedTuple):
     copied: npt.NDArray[np.int64]
 
 
-def search_tables(source: Source, geometry: Geometry, *, start: int = 0) -> FoundTables:
-    """Return what has the form of a table from host offset ``start`` on; reads the whole file once."""
+def search_tables(source: Source, geometry: Geometry, *, most: int | None = None) -> FoundTables:
+    """Return what has the form of a table; reads the file once, or its first ``most`` bytes."""
     parts: list[_Rows] = []
     snapshots: dict[int, SnapshotEntry] = {}
     kept, left_out = 0, 0
-    for at, data in _chunks(source, geometry.cluster_size, start):
+    for at, data in _chunks(source, geometry.cluster_size, source.size if most is None else min(most, source.size)):
         for entry in find_entries(data, at, geometry)[0]:
             snapshots.setdefault(entry.offset, entry)
         rows = _tables_of(at, data, geometry)
@@ -81,9 +81,9 @@ def _clusters(table: L1Candidate, cluster_size: int) -> range:
     return range(table.offset, table.offset + len(table.targets) * 8, cluster_size)
 
 
-def _chunks(source: Source, cluster_size: int, start: int) -> Iterator[tuple[int, bytes]]:
-    for at in range(start, source.size, _CHUNK):
-        data = source.read(at, min(_CHUNK, source.size - at))
+def _chunks(source: Source, cluster_size: int, end: int) -> Iterator[tuple[int, bytes]]:
+    for at in range(0, end, _CHUNK):
+        data = source.read(at, min(_CHUNK, end - at))
         yield at, data.ljust(-(-len(data) // cluster_size) * cluster_size, b"\0")
 
 

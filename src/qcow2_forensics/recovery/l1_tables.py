@@ -1,0 +1,111 @@
+"""L1 tables and the L2 tables that they name, read as arrays, for putting states together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..format.entries import COPIED, OFFSET_MASK
+from ..format.image import Image
+from ..format.snapshot_table import SnapshotEntry
+from ..format.source import Source
+from ..residue.structure_detection import Geometry
+from .confidence import Confidence
+from .geometry import U64
+from .placement import Placement
+from .refcounts import FoundRefcounts
+from .table_search import FoundTables, L1Candidate, table_words
+
+
+def table_span(geometry: Geometry) -> int:
+    """Return the guest bytes under one L2 table."""
+    return geometry.cluster_size * (geometry.cluster_size // (16 if geometry.extended_l2 else 8))
+
+
+def read_l1(source: Source, offset: int, count: int) -> U64:
+    """Return ``count`` L1 entries, zeros past the end of the file."""
+    data = source.read(offset, max(0, min(count * 8, source.size - offset)))
+    return np.frombuffer(data.ljust(count * 8, b"\0"), ">u8").astype(np.uint64)
+
+
+def entries_of(source: Source, offset: int, geometry: Geometry) -> U64:
+    """Return the entries of one L2 table, without the bitmaps of extended ones."""
+    return table_words(source, offset, geometry)[:: 2 if geometry.extended_l2 else 1]
+
+
+def l1_of(placements: tuple[Placement, ...]) -> U64:
+    """Return the L1 table that puts L2 tables where they were placed."""
+    table = np.zeros(max((placed.slot for placed in placements), default=-1) + 1, np.uint64)
+    for placed in placements:
+        table[placed.slot] = np.uint64(placed.offset | COPIED)
+    return table
+
+
+def is_l1(table: U64, tables: FoundTables) -> bool:
+    """Whether most of what an L1 table names still looks like L2 tables."""
+    targets = (table & np.uint64(OFFSET_MASK)).astype(np.int64)
+    targets = targets[targets != 0]
+    return bool(np.isin(targets, tables.l2).mean() >= 0.5) if len(targets) else False
+
+
+def placements_of(table: L1Candidate, tables: FoundTables, refcounts: FoundRefcounts | None) -> Iterator[Placement]:
+    """Yield the slots of an L1 table that was found by its form."""
+    counted = refcounts is not None and bool(refcounts.of(table.offset))
+    for index in np.flatnonzero(table.targets).tolist():
+        target = int(table.targets[index])
+        if not np.isin(target, tables.l2):
+            yield Placement(
+                index, target, Confidence.GUESS, "the L1 table names it, but it does not look like an L2 table"
+            )
+        elif index < table.sure and counted and refcounts is not None and refcounts.of(target):
+            yield Placement(index, target, Confidence.CERTAIN, "the L1 table names it, and both are counted as in use")
+        else:
+            yield Placement(index, target, Confidence.LIKELY, "an L1 table found by its form names it")
+
+
+def rank(
+    table: L1Candidate, named: dict[int, SnapshotEntry], refcounts: FoundRefcounts | None
+) -> tuple[bool, bool, int, int]:
+    """Return the key that sorts L1 tables, the active state's first: no snapshot's, counted, largest."""
+    unused = refcounts is not None and not refcounts.of(table.offset)
+    return table.offset in named, unused, -int(np.count_nonzero(table.targets)), table.offset
+
+
+def placed_by_image(source: Source) -> tuple[Placement, ...]:
+    """Return where the L1 table of a whole image has its L2 tables."""
+    with Image(source, owns_source=False) as image:
+        table = read_l1(source, image.header.l1_table_offset, image.header.l1_size) & np.uint64(OFFSET_MASK)
+    used = np.flatnonzero(table).tolist()
+    return tuple(Placement(i, int(table[i]), Confidence.CERTAIN, "the image's own L1 table") for i in used)
+
+
+def left_out_notes(tables: FoundTables) -> tuple[str, ...]:
+    """Return a note on the tables that were found and not kept."""
+    return (f"{tables.left_out} more tables were found than are kept",) if tables.left_out else ()
+
+
+def tables_by_slot(source: Source, geometry: Geometry, l1_tables: list[U64]) -> dict[int, list[U64]]:
+    """Return the entries of the L2 tables that L1 tables name, by slot, each table once."""
+    known: dict[int, dict[int, U64]] = {}
+    for table in l1_tables:
+        targets = table & np.uint64(OFFSET_MASK)
+        for index in np.flatnonzero(targets).tolist():
+            at = int(targets[index])
+            if at + geometry.cluster_size <= source.size and at not in known.setdefault(index, {}):
+                known[index][at] = entries_of(source, at, geometry)
+    return {index: list(versions.values()) for index, versions in known.items()}
+
+
+def shared_with_snapshots(snapshots: list[U64], refcounts: FoundRefcounts, slots_: int) -> list[Placement]:
+    """Return the L2 tables of snapshots that the active state shares, by their refcounts."""
+    uses: dict[tuple[int, int], int] = {}
+    for table in snapshots:
+        targets = table & np.uint64(OFFSET_MASK)
+        for index in np.flatnonzero(targets).tolist():
+            uses[index, int(targets[index])] = uses.get((index, int(targets[index])), 0) + 1
+    return [
+        Placement(index, at, Confidence.CERTAIN, f"its refcount is one more than the {count} snapshots that share it")
+        for (index, at), count in uses.items()
+        if index < slots_ and (refcounts.of(at) or 0) == count + 1
+    ]

@@ -1,0 +1,86 @@
+"""One recovered state: a disk over a source with rebuilt tables, and how sure each of its ranges is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..format.source import Source
+from ..reader.disk import Disk
+from ..reader.mapping import Kind
+from ..reader.opening import open_disk
+from .confidence import Confidence, SureRange
+from .placement import Placement
+
+
+@dataclass(frozen=True)
+class RecoveredState:
+    """One state put together from what is left. ``number`` chooses it: ``recovered:1`` is the best.
+
+    ``size`` is in bytes; ``size_from`` says where it comes from. ``placements`` are the L1 slots in
+    use with how sure they are; ``backing_unknown`` is set where a lost header may have named a backing file.
+    """
+
+    number: int
+    what: str
+    size: int
+    size_from: str
+    cluster_size: int
+    placements: tuple[Placement, ...]
+    backing_unknown: bool
+    notes: tuple[str, ...] = ()
+    source: Source = field(repr=False, default=None)  # type: ignore[assignment]
+
+    @property
+    def label(self) -> str:
+        """What to call it in listings."""
+        return f"recovered:{self.number}"
+
+    @property
+    def confidence(self) -> Confidence:
+        """How sure the least sure of its placed ranges is; a guess where there is none."""
+        return min((placed.confidence for placed in self.placements), default=Confidence.GUESS)
+
+    def tables_by_confidence(self) -> dict[Confidence, int]:
+        """Return how many L2 tables are placed with each confidence, the surest first."""
+        counts = Counter(placed.confidence for placed in self.placements)
+        return {level: counts[level] for level in sorted(Confidence, reverse=True)}
+
+    def open(self, **options: Any) -> Disk:
+        """Return the state as a disk; ``options`` are those of :func:`qcow2_forensics.open_disk`."""
+        return open_disk(self.source, None, **options)
+
+    def ranges(self, disk: Disk) -> Iterator[SureRange]:
+        """Yield guest ranges that tile ``disk``, opened from this state, with how sure each is."""
+        span = disk.image.header.l2_span
+        sure = {placed.slot: placed for placed in self.placements}
+        pending: SureRange | None = None
+        for offset, length, kind in _by_slot(disk, span):
+            placed = sure.get(offset // span)
+            if placed is None:
+                confidence, reason = Confidence.GUESS, "no L2 table was found for it"
+            elif kind == Kind.HOLE and self.backing_unknown:
+                confidence = min(placed.confidence, Confidence.LIKELY)
+                reason = "unallocated; the lost header may have named a backing file"
+            else:
+                confidence, reason = placed.confidence, placed.reason
+            if pending is not None and pending[2:] == (confidence, reason):
+                pending = pending._replace(length=pending.length + length)
+                continue
+            if pending is not None:
+                yield pending
+            pending = SureRange(offset, length, confidence, reason)
+        if pending is not None:
+            yield pending
+
+
+def _by_slot(disk: Disk, span: int) -> Iterator[tuple[int, int, Kind]]:
+    """Yield the extents of a disk, cut where one L2 table ends and the next begins."""
+    for extent in disk.extents():
+        offset, end = extent.offset, extent.offset + extent.length
+        while offset < end:
+            stop = min(end, (offset // span + 1) * span)
+            yield offset, stop - offset, extent.kind
+            offset = stop
