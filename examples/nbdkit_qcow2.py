@@ -54,7 +54,7 @@ def opened(name: str) -> q.Disk:
     disk = q.open_disk(
         settings["image"],
         None if name in ("", "active") else name,
-        Path(key).read_bytes().removesuffix(b"\n") if key else None,
+        Path(key).read_bytes().removesuffix(b"\n").removesuffix(b"\r") if key else None,
         q.Resolver(folders=folders),
     )
     if disk.is_locked:

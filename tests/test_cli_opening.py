@@ -237,6 +237,69 @@ def test_a_backing_file_that_cannot_be_is_one_sentence(option: str, case: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_backing_file_gives_its_format(case: Path, tmp_path: Path) -> None:
+    shutil.copyfile(case.parent.parent / "store" / "base.qcow2", tmp_path / "copy,format=x")
+    raw = tmp_path / "copy.raw"
+    qemu.img("convert", "-O", "raw", tmp_path / "store" / "base.qcow2", raw)
+    name = "../store/base.qcow2"
+    assert run("export", case, tmp_path / "out", "--backing-file", f"{name}={raw},format=raw")[0] == 0
+    assert same(case, tmp_path / "out")
+    assert "copy.raw" in one_sentence(run("export", case, tmp_path / "two", "--backing-file", f"{name}={raw}"))
+    whole = ["--backing-file", f"{name}={tmp_path}/copy,format=x"]  # a file of that name is there
+    assert run("export", case, tmp_path / "three", *whole)[0] == 0
+    assert same(case, tmp_path / "three")
+
+
+def test_a_stand_in_is_one_warning(case: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tmp_path / "store" / "base.qcow2", tmp_path / "case" / "base.qcow2")
+    code, _, err = run("export", case, tmp_path / "out")
+    assert code == 0
+    assert err.startswith("qcow2-forensics: warning: ")
+    assert err.count("\n") == 1
+    assert "'../store/base.qcow2'" in err
+    assert same(case, tmp_path / "out")
+    code, out, err = run("audit", case, "--format", "json")
+    assert "QCOW2-REF-STAND-IN" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("../store/base.qcow2", "--backing-dir"), ("gone.qcow2", "--no-backing"), ("nbd://h/x", "--backing-file")],
+)
+def test_a_refusal_names_the_option_that_cures_it(name: str, options: str, tmp_path: Path) -> None:
+    path = empty(tmp_path / "disk")
+    Poke(path).names([(EXT_BACKING_FORMAT, b"qcow2")], name.encode())
+    sentence = one_sentence(run("export", path, tmp_path / "out"))
+    assert options in sentence
+    assert "of disk" in sentence
+
+
+def _two_keys(folder: Path) -> Path:
+    pytest.importorskip("cryptography", reason="cryptography is absent")
+    for name, secret, write in (("base", "low", "write -P 1 0 64k"), ("top", "high", "write -P 9 64k 64k")):
+        qemu.create(folder / name, "1M", secret=secret, encrypt={"format": "aes"})
+        qemu.io(folder / name, write, secret=secret)
+    Poke(folder / "top").names([(EXT_BACKING_FORMAT, b"qcow2")], b"base")
+    return folder / "top"
+
+
+def test_each_member_takes_its_own_key_file(tmp_path: Path) -> None:
+    path = _two_keys(tmp_path)
+    for key in ("low", "high"):
+        (tmp_path / key).write_bytes(key.encode() + b"\r\n")
+    keys = [item for key in ("low", "high") for item in ("--passphrase-file", tmp_path / key)]
+    code, _, err = run("export", path, tmp_path / "out", *keys)
+    assert code == 0, err
+    assert err.count("which cannot tell a wrong passphrase") == 2
+    assert (tmp_path / "out").read_bytes()[:131072] == b"\x01" * 65536 + b"\x09" * 65536
+    paths = os.pathsep.join(str(tmp_path / key) for key in ("low", "high"))
+    assert run("export", path, tmp_path / "two", QCOW2_PASSPHRASE_FILE=paths)[0] == 0
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "out").read_bytes()
+    code, _, err = run("export", path, tmp_path / "three", QCOW2_PASSPHRASE="high")
+    assert "warning: " in err
+    assert "may be one" in err
+
+
 def test_no_backing_reads_the_file_alone(case: Path, tmp_path: Path) -> None:
     assert run("export", case, tmp_path / "out", "--no-backing")[0] == 0
     assert (tmp_path / "out").read_bytes() == bytes(65536) + b"\x09" * 65536 + bytes(MiB - 131072)

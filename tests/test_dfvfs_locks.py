@@ -90,7 +90,7 @@ def test_a_wrong_password_is_tried_once(encrypted: Path, key_chain: Any, monkeyp
     file_object = open_file(qcow(encrypted))
     for _ in range(5):
         assert file_object.is_locked
-    assert tried == ["wrong"]
+    assert tried == [["wrong"]]
 
 
 def test_snapshots_are_unlocked_by_the_password_of_their_image(

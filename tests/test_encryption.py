@@ -306,8 +306,8 @@ SLOT0 = 208  # offset of the first key slot in the LUKS header
         ((SLOT0 + 4, struct.pack(">I", 0xFFFFFFFF)), q.LimitExceeded, "slot 0 iterations is 4294967295"),
         ((SLOT0 + 40, struct.pack(">I", 0xFFFFFFFF)), q.FormatError, "slot 0 has its key material outside"),
         ((SLOT0 + 40, struct.pack(">I", 0)), q.FormatError, "slot 0 has its key material outside"),
-        ((SLOT0 + 44, struct.pack(">I", 0xFFFFFFFF)), q.FormatError, "slot 0 has its key material outside"),
-        ((SLOT0 + 44, struct.pack(">I", 0)), q.FormatError, "slot 0 has its key material outside"),
+        ((SLOT0 + 44, struct.pack(">I", 0xFFFFFFFF)), q.FormatError, "slot 0 has 4294967295 stripes"),
+        ((SLOT0 + 44, struct.pack(">I", 0)), q.FormatError, "slot 0 has 0 stripes"),
     ],
 )
 def test_unsound_header_is_refused_with_its_reason(

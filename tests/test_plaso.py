@@ -18,8 +18,10 @@ import pytest
 pytest.importorskip("plaso")
 pytest.importorskip("dfvfs")
 
+import qcow2_forensics as q
 from tests import plaso_tools, qemu
 from tests.conftest import EvidenceCase
+from tests.image_builder import EXT_BACKING_FORMAT, Poke
 from tests.plaso_tools import Variant, log2timeline, run_tool
 
 pytestmark = pytest.mark.slow
@@ -237,11 +239,52 @@ def test_what_cannot_be_processed_is_one_sentence(disk: Path, tmp_path: Path) ->
     missing = tmp_path / "missing.qcow2"
     qemu.create(missing, plaso_tools.SIZE)
     qemu.img("rebase", "-u", "-f", "qcow2", "-b", "gone.raw", "-F", "raw", missing)
-    for path, words in ((luks, "Encrypted volume found"), (missing, "gone.raw' is missing")):
+    for path, words in ((luks, "Encrypted volume found"), (missing, "gone.raw' of missing.qcow2 is missing")):
         run = log2timeline(Variant(path), tmp_path / "out")
         assert run.rc == 1
         assert words in run.output
         assert "Traceback" not in run.output
+
+
+def _two_keys(disk: Path, folder: Path) -> Path:
+    """An encrypted overlay without data over an encrypted copy of the disk, each with a passphrase of its own."""
+    crypto = []
+    for name, secret, source in (("base.qcow2", "low", disk), ("top.qcow2", "high", None)):
+        path = qemu.create(folder / name, plaso_tools.SIZE, secret=secret, encrypt={"format": "luks"})
+        if source is not None:
+            target = f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"
+            secret_object = ("--object", f"secret,id=s,data={secret}")
+            qemu.img("convert", *secret_object, "-n", "-f", "raw", source, "--target-image-opts", target)
+        with q.open_image(path) as image:
+            crypto = [(item.type, item.data) for item in image.extensions if item.type == 0x0537BE77]
+    Poke(folder / "top.qcow2").names([*crypto, (EXT_BACKING_FORMAT, b"qcow2")], b"/srv/vm/base.qcow2")
+    return folder / "top.qcow2"
+
+
+def test_every_member_of_a_chain_takes_its_own_credential(disk: Path, raw_lines: list[str], tmp_path: Path) -> None:
+    path = _two_keys(disk, tmp_path)
+    both = ("--credential", "password:high", "--credential", "password:low")
+    run = log2timeline(Variant(path), tmp_path / "both", *both, "--parsers", "filestat", "--hashers", "none")
+    assert run.rc == 0, run.output
+    assert "was taken for the backing file '/srv/vm/base.qcow2'" in run.output
+    assert len(run.lines) > 20
+    for number, (arguments, words) in enumerate(
+        (
+            (both[:2], "base.qcow2 is encrypted (LUKS)"),  # the base stays locked
+            (("--qcow_backing_dir", str(tmp_path / "no")), "is not a folder"),
+        )
+    ):
+        run = log2timeline(Variant(path), tmp_path / f"run{number}", *arguments)
+        assert run.rc != 0
+        assert words in run.output
+        assert "Traceback" not in run.output
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "base.qcow2").rename(tmp_path / "elsewhere" / "base.qcow2")
+    run = log2timeline(Variant(path), tmp_path / "gone", *both)
+    assert (run.rc, "Traceback" in run.output) == (1, False), run.output
+    assert "--qcow_backing_dir" in run.output
+    moved = ("--qcow_backing_dir", str(tmp_path / "elsewhere"), "--parsers", "filestat", "--hashers", "none")
+    assert log2timeline(Variant(path), tmp_path / "moved", *both, *moved).rc == 0
 
 
 def test_the_package_runs_plasos_tools(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_an_unknown_or_ambiguous_snapshot_lists_the_choices(make_image: Callable
 def test_a_locked_image_asks_for_its_passphrase(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "aes.qcow2", SIZE, secret="pw", encrypt={"format": "aes"})
     qemu.io(path, "write -P 7 0 64k", secret="pw")
-    with pytest.raises(OSError, match=r"encrypted \(AES\): a passphrase is needed"):
+    with pytest.raises(OSError, match=r"encrypted \(AES\): give passphrase="):
         Img_Info(path)
     pytest.importorskip("cryptography")
     assert Img_Info(path, passphrase="pw").read(0, 4) == b"\7\7\7\7"
@@ -192,7 +192,7 @@ def test_a_missing_backing_file_is_an_ioerror_naming_it(tmp_path: Path) -> None:
     base = qemu.create(tmp_path / "base.qcow2", SIZE)
     over = qemu.create(tmp_path / "over.qcow2", backing="base.qcow2", backing_format="qcow2", cwd=tmp_path)
     base.unlink()
-    with pytest.raises(OSError, match=r"backing file 'base.qcow2'.* is missing"):
+    with pytest.raises(OSError, match=r"backing file 'base.qcow2' of over.qcow2 is missing"):
         Img_Info(over)
 
 

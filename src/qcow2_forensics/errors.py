@@ -153,9 +153,14 @@ def _then(remedy: str) -> str:
 class Locked(Qcow2Error, PermissionError):
     """The content is encrypted and no key, or the wrong one, was given."""
 
-    def __init__(self, method: str, why: str = "a passphrase is needed") -> None:
-        super().__init__(f"the image is encrypted ({method}): {why}")
+    def __init__(
+        self, method: str, why: str = "a passphrase is needed", *, member: str = "", is_final: bool = False
+    ) -> None:
+        what = cut(member.rpartition("/")[2]) if member else "the image"
+        super().__init__(f"{what} is encrypted ({method}): {why}")
         self.method = method
+        self.member = member
+        self.is_final = is_final  # no passphrase can open it
 
 
 class ReadError(Qcow2Error, OSError):

@@ -16,7 +16,7 @@ from dfvfs.lib import errors as dfvfs_errors
 from qcow2_forensics.errors import Locked, Qcow2Error
 
 from .names import SnapshotKey, parse_encoding_method
-from .opening import OpenedDisk, open_state, password_of
+from .opening import OpenedDisk, open_state, passwords_of
 
 _WINDOW = 16 * 1024  # bytes read at once for a small read; aligned, a power of two
 
@@ -61,7 +61,7 @@ class QCOWFile(_Stock):
     def unlock(self) -> bool:
         """Try the password in the key chain; returns whether the content can be read."""
         opened = self._require_open()
-        return opened.unlock(password_of(self._qcow_path_spec())) if opened.disk.is_locked else True
+        return opened.unlock(passwords_of(self._qcow_path_spec())) if opened.disk.is_locked else True
 
     def _require_open(self) -> OpenedDisk:
         if self._opened is None:

@@ -17,7 +17,7 @@ from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
 
 from .names import SnapshotKey
-from .opening import only_os_errors, password_of
+from .opening import only_os_errors, passwords_of
 from .references import PathSpecResolver
 from .sources import open_source
 
@@ -83,7 +83,7 @@ def audit(path_spec: Any, resolver_context: Any = None, depth: str = "standard")
     with only_os_errors():
         source = open_source(qcow.parent, context)
         report: Report = qcow2_forensics.audit(
-            source, depth=depth, passphrase=password_of(qcow), resolver=PathSpecResolver(context)
+            source, depth=depth, passphrase=passwords_of(qcow) or None, resolver=PathSpecResolver(context)
         )
         return report
 

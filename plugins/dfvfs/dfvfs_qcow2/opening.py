@@ -25,6 +25,7 @@ from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import FileSource, Source, source_name
 from qcow2_forensics.reader.disk import Disk
 from qcow2_forensics.reader.opening import open_disk
+from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, from_environment
 from qcow2_forensics.reader.resolver import ALONE_VARIABLE
 from qcow2_forensics.text import printable
 
@@ -37,10 +38,13 @@ logger = logging.getLogger("dfvfs_qcow2")
 _FAILURES = 20  # failed reads remembered and logged per disk
 _KEPT = 6  # disks per process; each may hold tens of MiB of tables and clusters
 
+_HOW_TO_UNLOCK = f"give --credential password:SECRET for each member of a chain, or set {KEY_FILE_VARIABLE}"
+
 _Key = tuple[int, str, SnapshotKey | None]  # the resolver context, the QCOW path specification, the state
 _kept: OrderedDict[_Key, OpenedDisk] = OrderedDict()
 _lock = threading.Lock()
 _announced: set[str] = set()
+_passwords: dict[str, list[str | bytes]] = {}  # by the path specification of the image
 
 
 def _forget() -> None:
@@ -56,13 +60,14 @@ if hasattr(os, "register_at_fork"):
 
 
 class OpenedDisk:
-    """A disk, the files it stands on, and the passphrases that did not open it."""
+    """A disk, the files it is read from, and the passphrases that were tried on it."""
 
     def __init__(self, disk: Disk, sources: list[Source], resolver_context: Any) -> None:
         self.disk = disk
         self._context = ref(resolver_context)
         self._files = [source for source in sources if isinstance(source, FileSource)]
-        self._wrong: set[str | bytes] = set()
+        self._tried: set[str | bytes] = set()
+        self.why_locked = ""  # what the last passphrases came to
         self.failures: list[str] = []  # the first reads that failed, for people
 
     def is_current(self, resolver_context: Any) -> bool:
@@ -81,17 +86,19 @@ class OpenedDisk:
             self.failures.append(text)
             logger.warning("a read failed: %s", text)
 
-    def unlock(self, passphrase: str | bytes | None) -> bool:
-        """Try a passphrase, each only once: deriving keys is slow. Returns whether the disk is open."""
-        if not self.disk.is_locked:
-            return True
-        if not passphrase or passphrase in self._wrong:
-            return False
-        try:
-            self.disk.unlock(passphrase)
-        except Qcow2Error as error:
-            self._wrong.add(passphrase)
-            logger.warning("%s stays locked: %s", printable(self.disk.name), error)
+    def unlock(self, passphrases: list[str | bytes]) -> bool:
+        """Try passphrases, each only once: deriving keys is slow. Returns whether the disk is open.
+
+        Every member of the chain may need another one; what one opens stays open.
+        """
+        new = [item for item in passphrases if item and item not in self._tried]
+        if self.disk.is_locked and new:
+            self._tried.update(new)
+            try:
+                self.disk.unlock(new)
+            except Qcow2Error as error:
+                self.why_locked = str(error)
+                logger.warning("%s stays locked: %s", printable(self.disk.name), error)
         return not self.disk.is_locked
 
 
@@ -110,13 +117,35 @@ def failures_of(path_spec: Any, resolver_context: Any) -> list[str]:
     return [text for opened in _kept_states(path_spec, resolver_context) for text in opened.failures]
 
 
-def password_of(path_spec: Any) -> str | bytes | None:
-    """Return the password the key chain holds for a QCOW path specification."""
+def notes_of(path_spec: Any, resolver_context: Any) -> list[str]:
+    """Return what is to be known of the chains under an image: stand-ins, keys in doubt, files that are not there."""
+    kept = _kept_states(path_spec, resolver_context)
+    found = [note for opened in kept for note in opened.disk.notes]
+    found += [f"{opened.disk.unbacked}; reads that need it fail" for opened in kept if opened.disk.unbacked is not None]
+    found += [
+        f"{opened.why_locked}; {_HOW_TO_UNLOCK}" for opened in kept if opened.why_locked and opened.disk.is_locked
+    ]
+    return list(dict.fromkeys(found))
+
+
+def passwords_of(path_spec: Any) -> list[str | bytes]:
+    """Return the passwords for a QCOW path specification: of the key chain, then of the environment.
+
+    The key chain holds one, and plaso puts those it was given into it one after the other. All of them
+    are remembered, because every member of a chain may need its own; forked workers inherit them.
+    """
     key_chain = dfvfs_resolver.Resolver.key_chain
     if getattr(path_spec, "password", None):
         key_chain.ExtractCredentialsFromPathSpec(path_spec)
     password: str | bytes | None = key_chain.GetCredential(path_spec, "password")
-    return password
+    known = _passwords.setdefault(path_spec.comparable, [])
+    if password and password not in known:
+        known.append(password)
+    try:
+        return [*known, *from_environment()]
+    except (OSError, Qcow2Error) as error:
+        logger.warning("%s: %s", KEY_FILE_VARIABLE, error)
+        return list(known)
 
 
 def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None = None) -> OpenedDisk:
@@ -136,7 +165,7 @@ def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | No
         if opened.disk.is_locked:
             for other in _kept_states(path_spec, resolver_context):
                 opened.disk.adopt_keys(other.disk)
-            opened.unlock(password_of(path_spec))
+            opened.unlock(passwords_of(path_spec))
     with _lock:
         _kept[key] = opened
         _kept.move_to_end(key)

@@ -1,4 +1,4 @@
-"""``--qcow_snapshots`` in log2timeline, psteal and image_export.
+"""``--qcow_snapshots``, ``--qcow_backing_dir`` and ``--qcow_no_backing`` in log2timeline, psteal and image_export.
 
 The tools share one base class for images; its methods that add, parse and use the options for
 shadow copies are wrapped. plaso's own list parser is not used: in this release it cannot parse
@@ -7,11 +7,15 @@ shadow copies are wrapped. plaso's own list parser is not used: in this release 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from plaso.cli import logger
 from plaso.cli import storage_media_tool as stock
 from plaso.lib import errors
+
+from qcow2_forensics.reader.resolver import ALONE_VARIABLE, BACKING_VARIABLE
+from qcow2_forensics.text import printable
 
 from .selection import Selection
 from .volume_scanner import Request, asking
@@ -38,6 +42,24 @@ def _add_options(stock_method: Any, tool: Any, argument_group: Any) -> None:
         default=None,
         help=_HELP,
     )
+    argument_group.add_argument(
+        "--qcow_backing_dir",
+        "--qcow-backing-dir",
+        dest="qcow_backing_dir",
+        action="append",
+        metavar="FOLDER",
+        type=str,
+        default=[],
+        help="A further folder in which the backing and data files of a QCOW image may be opened (repeatable).",
+    )
+    argument_group.add_argument(
+        "--qcow_no_backing",
+        "--qcow-no-backing",
+        dest="qcow_no_backing",
+        action="store_true",
+        default=False,
+        help="Read a QCOW image without its backing file: what the image does not hold reads as zeros.",
+    )
 
 
 def _parse_options(stock_method: Any, tool: Any, options: Any) -> None:
@@ -47,6 +69,15 @@ def _parse_options(stock_method: Any, tool: Any, options: Any) -> None:
         tool._qcow_selection = Selection(text) if text else None
     except ValueError as error:
         raise errors.BadConfigOption(str(error)) from error
+    # By the environment, because that is what worker processes have of their parent, however they are started.
+    folders = getattr(options, "qcow_backing_dir", [])
+    if folders:
+        missing = next((folder for folder in folders if not os.path.isdir(folder)), None)
+        if missing is not None:
+            raise errors.BadConfigOption(f"--qcow_backing_dir {printable(missing)} is not a folder")
+        os.environ[BACKING_VARIABLE] = os.pathsep.join(map(os.path.abspath, folders))
+    if getattr(options, "qcow_no_backing", False):
+        os.environ[ALONE_VARIABLE] = "1"
 
 
 def _scan_source(stock_method: Any, tool: Any, source_path: str) -> None:

@@ -27,11 +27,11 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 
 from qcow2_forensics.errors import Qcow2Error, SnapshotNotFound, reason
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
-from qcow2_forensics.text import printable, short_date
+from qcow2_forensics.text import printable, sentence, short_date
 
 from .inspection import deleted_snapshots, open_image, snapshot_path_spec, snapshots
 from .names import SnapshotKey
-from .opening import failures_of
+from .opening import failures_of, notes_of
 from .selection import Selection
 
 VARIABLE = "DFVFS_QCOW2_SNAPSHOTS"
@@ -96,6 +96,9 @@ def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) ->
         base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
     except dfvfs_errors.ScannerError as error:
         failure = error
+    except (dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
+        # After it was unlocked, an image is scanned again, and nobody catches what a missing base makes of that.
+        failure = dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(str(error), 500)}")
 
     images = list(_images(scan_context.GetRootScanNode()))
     found = [item for qcow in images for item in _scan_image(scanner, scan_context, qcow, selection, options, request)]
@@ -132,6 +135,8 @@ def _scan_image(
 def _tell_failed_reads(scanner: Any, images: list[Any], request: Request | None) -> None:
     context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
     for qcow in images:
+        for text in notes_of(qcow, context):
+            _tell(request, f"{sentence(text)}.", logging.WARNING)
         for text in failures_of(qcow, context)[:_FAILURES]:
             _tell(request, f"A read failed during the scan: {text}", logging.WARNING)
 

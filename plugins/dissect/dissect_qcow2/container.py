@@ -14,6 +14,7 @@ from qcow2_forensics import Disk, Locked, Resolver, StreamSource, open_disk
 from qcow2_forensics.errors import ForbiddenReference, MissingFile
 from qcow2_forensics.format.source import Source
 from qcow2_forensics.reader.opening import SnapshotName
+from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, from_environment
 from qcow2_forensics.reader.resolver import Role, parse_reference
 
 MAGIC = b"QFI\xfb"
@@ -58,7 +59,7 @@ class Qcow2Container(Container):
 
 
 def open_state(origin: Any, snapshot: SnapshotName) -> Disk:
-    """Open a state of an image, with the first passphrase of the keychain that fits."""
+    """Open a state of an image, with the passphrases of the keychain: every member of a chain takes the one that fits."""
     if hasattr(origin, "read"):
         disk = open_disk(origin, snapshot)
     elif type(origin).__module__.startswith("dissect."):  # a path inside another target
@@ -75,16 +76,12 @@ def open_state(origin: Any, snapshot: SnapshotName) -> Disk:
 
 
 def _unlock(disk: Disk) -> None:
-    failure = Locked("no passphrase", "dissect's keychain holds none; see -K and -Kv")
-    for key in keychain.get_all_keys():
-        if key.key_type == keychain.KeyType.PASSPHRASE:
-            try:
-                disk.unlock(key.value)
-            except Locked as error:
-                failure = error
-            else:
-                return
-    raise failure
+    keys = [key.value for key in keychain.get_all_keys() if key.key_type == keychain.KeyType.PASSPHRASE]
+    keys += from_environment()
+    if not keys:
+        why = f"dissect's keychain holds no passphrase; give -K or -Kv, or set {KEY_FILE_VARIABLE}"
+        raise Locked("encrypted image", why, member=disk.locked_member)
+    disk.unlock(keys)
 
 
 class _PathSource(StreamSource):

@@ -18,6 +18,7 @@ from qcow2_forensics.format.snapshot_table import SnapshotEntry
 from qcow2_forensics.format.source import PathOrSource, as_source
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.reader.disk import Disk, EofPolicy, Layer
+from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE, from_environment
 from qcow2_forensics.reader.states import labels
 from qcow2_forensics.text import printable
 
@@ -79,12 +80,22 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
             disk = (
                 url
                 if _is_disk(url)
-                else open_disk(url, snapshot, passphrase, resolver, limits, eof=eof, missing=missing)
+                else open_disk(
+                    url,
+                    snapshot,
+                    passphrase if passphrase is not None else from_environment() or None,
+                    resolver,
+                    limits,
+                    eof=eof,
+                    missing=missing,
+                )
             )
             if isinstance(disk, Disk) and disk.is_locked:
                 if disk is not url:
                     disk.close()
-                raise Locked(_locked_method(disk))
+                method, member = _locked_method(disk), disk.locked_member
+                why = f"give passphrase=..., or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}"
+                raise Locked(method, why, member=member)
         except Qcow2Error as error:
             raise as_io_error(error) from error.__cause__
         super().__init__(TolerantReader(disk, unreadable), sector_size)

@@ -9,7 +9,7 @@ from volatility3.framework import exceptions, interfaces
 from volatility3.framework.configuration import requirements
 
 from .common import LayerSource, ViewLayer, vollog
-from .options import backing_folders, passphrase
+from .options import HOW_TO_UNLOCK, backing_folders, passphrase
 
 if TYPE_CHECKING:
     from qcow2_forensics import Disk, Resolver, VmState
@@ -85,7 +85,7 @@ class Qcow2DiskLayer(ViewLayer):
         )
         self._remember(resolver.names)
         if disk.is_locked:
-            raise Locked(Crypt(disk.image.header.crypt_method).name)
+            raise Locked(Crypt(disk.image.header.crypt_method).name, HOW_TO_UNLOCK, member=disk.locked_member)
         disk.read(0, 512)
         return disk
 

@@ -6,7 +6,6 @@ The options are given before the plugin's name: ``vol --qcow2-snapshot 2 -f disk
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from volatility3.framework import constants, interfaces
@@ -18,6 +17,7 @@ SNAPSHOT_VARIABLE = "QCOW2_SNAPSHOT"
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable
 KEY_FILE_VARIABLE = "QCOW2_PASSPHRASE_FILE"
 LAYOUT_VARIABLE = "QCOW2_LAYOUT"
+HOW_TO_UNLOCK = f"give --qcow2-key-file, or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}"
 SCAN_ZEROS_VARIABLE = "QCOW2_SCAN_ZEROS"
 
 DISK = "disk"  # in place of a snapshot: the virtual disk itself, as it is now
@@ -40,12 +40,13 @@ class Qcow2Options(interfaces.automagic.AutomagicInterface):
             ),
             requirements.StringRequirement(
                 name="qcow2_key_file",
-                description=f"File with the passphrase of an encrypted QCOW2 image (or set {PASSPHRASE_VARIABLE})",
+                description=f"File with the passphrase of an encrypted QCOW2 image (or set {PASSPHRASE_VARIABLE}, "
+                f"or {KEY_FILE_VARIABLE} for one or several files)",
                 optional=True,
             ),
             requirements.StringRequirement(
                 name="qcow2_backing_folder",
-                description="Further folder in which backing files of a QCOW2 image may lie",
+                description="Further folder in which backing files of a QCOW2 image may lie (or set QCOW2_BACKING_DIR)",
                 optional=True,
             ),
             requirements.StringRequirement(
@@ -104,17 +105,20 @@ def backing_folders(context: interfaces.context.ContextInterface) -> tuple[str, 
     return (*((str(folder),) if folder else ()), *folders_from_environment())
 
 
-def passphrase(context: interfaces.context.ContextInterface) -> bytes | None:
-    """Return the passphrase, from the key file or the environment; it is never kept in a configuration."""
-    named = _option(context, "qcow2_key_file") or os.environ.get(KEY_FILE_VARIABLE)
-    if named:
-        path = common.local_path(str(named)) if str(named).startswith("file:") else str(named)
-        try:
-            return Path(path or "").read_bytes().removesuffix(b"\n").removesuffix(b"\r")
-        except OSError as error:
-            common.warn(f"the key file {named!r} cannot be read: {error.strerror}")
-    given = os.environ.get(PASSPHRASE_VARIABLE)
-    return os.fsencode(given) if given is not None else None
+def passphrase(context: interfaces.context.ContextInterface) -> list[bytes] | None:
+    """Return the passphrases, from the key file or the environment; they are never kept in a configuration."""
+    from qcow2_forensics import Qcow2Error
+    from qcow2_forensics.reader.passphrases import from_environment, from_file
+
+    named = _option(context, "qcow2_key_file")
+    path = str(named)
+    try:
+        if named:
+            return from_file((common.local_path(path) or "") if path.startswith("file:") else path)
+        return from_environment() or None
+    except (OSError, Qcow2Error) as error:
+        common.warn(f"the key file {named or os.environ.get(KEY_FILE_VARIABLE)!r} cannot be read: {error}")
+        return None
 
 
 def _option(context: interfaces.context.ContextInterface, name: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..findings import Evidence, Severity
 from ..format.header import Crypt
-from ..reader.encryption import LuksHeader, parse_luks_header
+from ..reader.encryption import STRIPES, LuksHeader, parse_luks_header
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Graded, graded, of_fields
 
@@ -116,6 +116,8 @@ def luks_erased_slot(facts: Facts) -> Iterator[Evidence]:
     header, at = found
     for slot in header.slots:
         length = min(header.material_bytes(slot), facts.limits.luks_payload_bytes)
+        if slot.stripes != STRIPES:  # reported with the header; what it claims has no sane measure
+            continue
         if slot.is_active or not slot.key_material_offset > 0 or slot.key_material_offset + length > area[1]:
             continue
         data = facts.read(at + slot.key_material_offset, length)

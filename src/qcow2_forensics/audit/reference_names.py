@@ -18,7 +18,10 @@ from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.source import Source
 from ..reader.foreign import probe
-from ..reader.resolver import Resolver, Role
+from ..reader.references import Role, besides_the_file
+from ..reader.resolver import Resolver
+from ..reader.stand_in import misfit
+from ..reader.window import part_of
 from .facts import Facts
 
 CHAIN_DEEP = 16  # members; longer chains are reported
@@ -115,6 +118,7 @@ class Member:
     tried: tuple[str, ...] = ()
     depth: int = 1
     overlay_mtime: float | None = None
+    stands_in: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +213,17 @@ def _open(
     except (Qcow2Error, OSError) as error:
         return Member(role, name, "broken", reason(error), depth=depth), None
     files.callback(getattr(source, "close", lambda: None))
+    path = str(getattr(source, "path", "") or "")
+    stands_in = bool(getattr(source, "stands_for", ""))
+    if stands_in:
+        why = misfit(source, role, driver or declared, parent)
+        if why:
+            return Member(role, name, "refused", f"{path} cannot be that file: {why}", path, depth=depth), None
     if any(identity in seen for identity in _identities(source)):
-        path = str(getattr(source, "path", ""))
         return Member(role, name, "loop", "the file is already part of the chain", path, depth=depth), None
     try:
+        if role == "backing":
+            source = part_of(source, besides_the_file(name, named=name in resolver.files))
         probed = probe(source)
         disk_size = _disk_size(source, driver or declared or probed)
     except (Qcow2Error, OSError) as error:
@@ -221,7 +232,7 @@ def _open(
         role,
         name,
         "found",
-        path=str(getattr(source, "path", "") or ""),
+        path=path,
         probed=probed,
         declared=driver or declared,
         file_size=source.size,
@@ -229,6 +240,7 @@ def _open(
         mtime=mtime_of(source),
         depth=depth,
         overlay_mtime=mtime_of(parent.source),
+        stands_in=stands_in,
     )
     return member, source
 

@@ -65,7 +65,8 @@ def ref_traversal(facts: Facts) -> Iterator[Evidence | Graded]:
         if not name.leaves_folder:
             continue
         members = [member for member in chain(facts).backing if member.depth == 1 and member.name == name.text]
-        if members and members[0].status == "found" and members[0].probed in ("qcow2", "qcow"):
+        there = bool(members) and members[0].status == "found" and not members[0].stands_in
+        if there and members[0].probed in ("qcow2", "qcow"):
             yield graded([_evidence(name)], severity=Severity.MEDIUM)
         else:
             yield _evidence(name)
@@ -158,6 +159,23 @@ def ref_self(facts: Facts) -> Iterator[Evidence]:
     links = chain(facts)
     for member in (*links.backing, *((links.data,) if links.data else ())):
         if member.status == "loop":
+            yield Evidence(f"{member.role}_file", member.name, structure="chain", file=member.path)
+
+
+@rule(
+    "QCOW2-REF-STAND-IN",
+    Severity.LOW,
+    "a file of the same name stands in for one elsewhere",
+    note="the name leads to another folder or machine; the file of that base name which was found instead fits what "
+    "the image records, and need not be the one it was made with",
+    when="a name leads nowhere that may be followed, and a fitting file is beside the image or in a folder the caller named",
+    harmless="expected when evidence was copied into one folder",
+    validated=CRAFTED,
+)
+def ref_stand_in(facts: Facts) -> Iterator[Evidence]:
+    links = chain(facts)
+    for member in (*links.backing, *((links.data,) if links.data else ())):
+        if member.stands_in and member.status == "found":
             yield Evidence(f"{member.role}_file", member.name, structure="chain", file=member.path)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from ..errors import Qcow2Error
 from ..files.records import FileRecord, Volume
 from ..files.volumes import GuestVolumes, Unread, open_volumes
 from ..reader.disk import Layer
-from ..text import cut, iso_time, printable
+from ..reader.passphrases import from_files
+from ..text import iso_time, printable
 
-_PASSPHRASE_BYTES = 1 << 20  # key files are a few KiB; a device would never end
 LONGEST_PATH = 8192  # characters shown of one
 
 
@@ -30,15 +28,7 @@ def add_guest_arguments(parser: argparse.ArgumentParser) -> None:
 
 def volumes_of(args: argparse.Namespace, disk: Layer, name: str) -> GuestVolumes:
     """Return the volumes of a state, with the passphrases that the options give."""
-    return open_volumes(disk, name, [_passphrase(path) for path in args.guest_passphrase_file])
-
-
-def _passphrase(path: str) -> bytes:
-    with Path(path).open("rb") as file:
-        secret = file.read(_PASSPHRASE_BYTES + 1)
-    if len(secret) > _PASSPHRASE_BYTES:
-        raise Qcow2Error(f"{cut(path)} is too long for a passphrase")
-    return secret.removesuffix(b"\n").removesuffix(b"\r")
+    return open_volumes(disk, name, from_files(args.guest_passphrase_file))
 
 
 def complain(sentence: str) -> None:

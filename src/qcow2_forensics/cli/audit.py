@@ -17,7 +17,7 @@ from ..reader.writer import atomic_writer
 from ..render import FORMATS, render
 from ..text import printable
 from .case import add_case_arguments, run_of, wants_run
-from .options import add_key_arguments, passphrase_of
+from .options import add_key_arguments, passphrases_of
 
 EXIT_DONE = 0
 EXIT_FINDINGS = 1
@@ -117,7 +117,7 @@ def _one(args: argparse.Namespace, path: str) -> int:
     report = audit(
         path,
         args.depth,
-        passphrase_of(args),
+        passphrases_of(args),
         Resolver(folders=args.backing_dir, remedies=COMMAND_LINE),
         pictures=wanted == "html",
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..reader.writer import HASHES, writing
 from ..text import cut, printable, size
-from .options import add_key_arguments, ask_passphrase, passphrase_of
+from .options import add_key_arguments, ask_passphrase, passphrases_of
 from .output import Progress
 
 _EPILOG = """examples:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = partial(
         open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
     )
-    passphrase = passphrase_of(args)
+    passphrase = passphrases_of(args)
     try:
         memory = wanted(passphrase=passphrase)
     except Locked:

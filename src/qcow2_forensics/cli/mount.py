@@ -13,7 +13,7 @@ from ..reader.disk import Disk
 from ..reader.opening import open_disk
 from ..reader.states import SnapshotName
 from ..text import cut, printable
-from .options import add_disk_arguments, open_from, passphrase_of, resolver_of
+from .options import add_disk_arguments, open_from, passphrases_of, resolver_of
 
 if TYPE_CHECKING:
     from ..findings import Report
@@ -97,12 +97,12 @@ def _open(args: argparse.Namespace, path: str) -> ImageFolder:
         from ..memory import open_guest_memory
         from ..mount.files import MemoryContent
 
-        return MemoryContent(open_guest_memory(path, selector, passphrase_of(here)))
+        return MemoryContent(open_guest_memory(path, selector, passphrases_of(here)))
 
     def report() -> Report:
         from ..audit import audit
 
-        return audit(path, passphrase=passphrase_of(here), resolver=resolver_of(here))
+        return audit(path, passphrase=passphrases_of(here), resolver=resolver_of(here))
 
     return ImageFolder(
         path,

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import logging
 import os
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 from ..errors import Locked, Qcow2Error
 from ..format.image import Image
 from ..reader.disk import Disk, Layer
 from ..reader.opening import open_disk
+from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE, from_environment, from_files
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.states import Backing, Choice, SnapshotName, choose
 from ..text import cut, printable
 
-PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
-
-_PASSPHRASE_BYTES = 1 << 20  # key files are a few KiB; a device would never end
+_FORMAT = ",format="
 
 
 def add_image_argument(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +44,16 @@ def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True
         metavar="DIR",
         action="append",
         default=[],
-        help="a further folder in which files the image names may be opened (repeatable)",
+        help="a further folder in which files the image names may be opened, or files of the same base name that "
+        "stand in for them (repeatable)",
     )
     group.add_argument(
         "--backing-file",
-        metavar="NAME=PATH",
+        metavar="NAME=PATH[,format=FORMAT]",
         action="append",
         default=[],
-        help="the file to open where the image says NAME; =PATH where it names no data file (repeatable)",
+        help="the file to open where the image says NAME, with its format where that is another than the image "
+        "records; =PATH where it names no data file (repeatable)",
     )
     group.add_argument(
         "--no-backing",
@@ -110,51 +111,73 @@ def bytes_of(text: str) -> int:
 
 
 def add_key_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the option for a passphrase; never the passphrase itself, which others could see."""
+    """Add the option for passphrases; never a passphrase itself, which others could see."""
     parser.add_argument(
         "--passphrase-file",
         metavar="FILE",
-        help=f"file with the passphrase of an encrypted image; or set {PASSPHRASE_VARIABLE}, or be asked",
+        action="append",
+        default=[],
+        help=f"file with the passphrase of an encrypted image, or of one below it (repeatable: each is tried on "
+        f"each); or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or be asked",
     )
 
 
-def passphrase_of(args: argparse.Namespace) -> bytes | None:
-    """Return the passphrase from the file or the environment, None when neither gives one.
+def passphrases_of(args: argparse.Namespace) -> list[bytes] | None:
+    """Return the passphrases from the files or else the environment, None when neither gives one.
 
-    One newline at the end of the file is not part of it. What was asked for before is not asked again.
+    What was asked for before is not asked again.
     """
-    asked: bytes | None = getattr(args, "asked_passphrase", None)
-    if asked is not None:
-        return asked
-    if args.passphrase_file:
-        with Path(args.passphrase_file).open("rb") as file:
-            secret = file.read(_PASSPHRASE_BYTES + 1)
-        if len(secret) > _PASSPHRASE_BYTES:
-            raise Qcow2Error(f"{cut(args.passphrase_file)} is too long for a passphrase")
-        return secret.removesuffix(b"\n")
-    value = os.environ.get(PASSPHRASE_VARIABLE)
-    return None if value is None else os.fsencode(value)
+    asked: list[bytes] = getattr(args, "asked_passphrases", [])
+    return [*asked, *(from_files(args.passphrase_file) if args.passphrase_file else from_environment())] or None
 
 
-def ask_passphrase(name: str) -> bytes:
+def ask_passphrase(name: str, member: str = "") -> bytes:
     """Ask on the terminal; raises :class:`Locked` where there is none."""
     if sys.stdin is None or not sys.stdin.isatty():
-        raise Locked(name, f"set {PASSPHRASE_VARIABLE} or give --passphrase-file")
+        raise Locked(
+            name, f"set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or give --passphrase-file", member=member
+        )
     try:
         return os.fsencode(getpass.getpass("Passphrase: "))
     except (EOFError, UnicodeError):
         print(file=sys.stderr)  # the prompt has no end of line yet
-        raise Locked(name, "no passphrase was typed") from None
+        raise Locked(name, "no passphrase was typed", member=member) from None
+
+
+def unlock_by_asking(disk: Disk) -> list[bytes]:
+    """Ask for passphrases until every layer is open; returns them. One that opens nothing further is an error."""
+    asked: list[bytes] = []
+    while disk.is_locked:
+        member = disk.locked_member
+        if asked:
+            print(f"The next one is for {printable(member)}.", file=sys.stderr)
+        asked.append(ask_passphrase("encrypted image", member))
+        try:
+            disk.unlock(asked[-1])
+        except Locked as error:
+            if error.member == member:
+                raise
+    return asked
 
 
 def resolver_of(args: argparse.Namespace) -> Resolver:
     """Return the policy the options widen."""
-    files = {}
+    files: dict[str, str] = {}
+    formats: dict[str, str] = {}
     for pair in args.backing_file:
         if "=" not in pair:
             raise Qcow2Error(f"--backing-file {cut(pair)} is not NAME=PATH")
-        files.update(_name_and_path(pair))
-    return Resolver(folders=args.backing_dir, files=files, remedies=COMMAND_LINE)
+        given, mark, kind = pair.rpartition(_FORMAT)
+        named = _name_and_path(given if mark and "=" in given and not _exists(pair) else pair)
+        files.update(named)
+        if mark and given and all(not path.endswith(mark + kind) for path in named.values()):
+            formats.update(dict.fromkeys(named, kind))
+    return Resolver(folders=args.backing_dir, files=files, formats=formats, remedies=COMMAND_LINE)
+
+
+def _exists(pair: str) -> bool:
+    """Whether the whole text behind some "=" is a file: then ``,format=`` is a part of its name."""
+    return any(os.path.exists(path) for path in _name_and_path(pair).values())
 
 
 def _name_and_path(pair: str) -> dict[str, str]:
@@ -166,10 +189,11 @@ def _name_and_path(pair: str) -> dict[str, str]:
 
 def open_from(args: argparse.Namespace, snapshot: SnapshotName = None) -> Disk:
     """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
+    _show_notes()
     disk = open_disk(
         args.image,
         snapshot if snapshot is not None else getattr(args, "snapshot", None),
-        passphrase_of(args),
+        passphrases_of(args),
         resolver_of(args),
         eof=args.eof,
         follow=not args.no_backing,
@@ -178,9 +202,7 @@ def open_from(args: argparse.Namespace, snapshot: SnapshotName = None) -> Disk:
     )
     if disk.is_locked:
         try:
-            passphrase = ask_passphrase("encrypted image")
-            disk.unlock(passphrase)
-            args.asked_passphrase = passphrase
+            args.asked_passphrases = unlock_by_asking(disk)
         except BaseException:
             disk.close()
             raise
@@ -201,3 +223,26 @@ def open_layer(args: argparse.Namespace, state: Choice, stack: ExitStack) -> Lay
     if disk.backing is None:
         raise Qcow2Error(f"{cut(args.image)} has no backing file")
     return disk.backing
+
+
+class _Notes(logging.Handler):
+    """Prints what the library notes of a chain on standard error, each sentence once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sentence = record.getMessage()
+        if sentence not in self._shown:
+            self._shown.add(sentence)
+            kind = "warning: " if record.levelno >= logging.WARNING else ""
+            print(f"qcow2-forensics: {kind}{printable(sentence)}", file=sys.stderr)
+
+
+def _show_notes() -> None:
+    logger = logging.getLogger("qcow2_forensics")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

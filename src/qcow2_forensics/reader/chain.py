@@ -10,6 +10,7 @@ from ..errors import (
     ForbiddenReference,
     FormatError,
     LimitExceeded,
+    Locked,
     MissingFile,
     Qcow2Error,
     Unsupported,
@@ -25,11 +26,11 @@ from .disk import Disk, EofPolicy, Layer, RawDisk
 
 if TYPE_CHECKING:
     from .encryption import Decryptor
-    from .references import Reference, Role
+    from .passphrases import Passphrase
+    from .references import Role
     from .resolver import Remedies, Resolver
 
 MissingPolicy = Literal["refuse", "raise", "zeros"]
-Passphrase = str | bytes | None
 
 
 def close_source(source: Source) -> None:
@@ -39,29 +40,75 @@ def close_source(source: Source) -> None:
         close()
 
 
-def derive(image: Image, passphrase: str | bytes) -> Decryptor:
-    """Return the decryptor that a passphrase gives for an image."""
-    from .encryption import unlock  # hashlib and OpenSSL: only where there is something to unlock
+def unlocked(disk: Disk, passphrase: Passphrase) -> Decryptor:
+    """Return the decryptor of a disk for the first passphrase that opens it; raises :class:`Locked` for none."""
+    from .encryption import method_name, unlock  # hashlib and OpenSSL: only where there is something to unlock
+    from .passphrases import none_fits, secrets
 
-    return unlock(image.header, image.read, image.crypto_header, passphrase, image.limits)
+    image, tried = disk.image, 0
+    unsound: FormatError | None = None
+    found: list[Decryptor] = []  # of legacy AES every passphrase gives one
+    for secret in secrets(passphrase, disk.name):
+        tried += 1
+        try:
+            decryptor = unlock(image.header, image.read, image.crypto_header, secret, image.limits)
+        except Locked as error:
+            if error.is_final:
+                raise
+            continue
+        except FormatError as error:  # of one key slot, perhaps: another passphrase may open another
+            unsound = unsound or error
+            continue
+        if image.header.crypt_method != Crypt.AES:
+            return decryptor
+        found.append(decryptor)
+    if unsound is not None:
+        raise unsound
+    if not found:
+        raise none_fits(method_name(image.header), disk.name, tried)
+    return _most_plausible(disk, found)
+
+
+def _most_plausible(disk: Disk, found: list[Decryptor]) -> Decryptor:
+    """Return the decryptor of legacy AES that gives the most plausible disk, and note what speaks for it."""
+    from .encryption.plausibility import sample
+
+    samples = [sample(disk, decryptor) for decryptor in found]
+    best = max(range(len(found)), key=lambda index: samples[index].plain)
+    sectors, plain = samples[best]
+    begin = f"{cut(disk.name)} is encrypted with legacy AES, which cannot tell a wrong passphrase"
+    if plain:
+        note(
+            disk, f"{begin}; what was looked at is plausible: {plain} of {sectors} sectors are not random", doubt=False
+        )
+    elif sectors:
+        note(disk, f"{begin}, and this may be one: all {sectors} sectors looked at decrypt to random bytes", doubt=True)
+    else:
+        note(disk, f"{begin}, and no sector is stored to try it on", doubt=False)
+    return found[best]
+
+
+def note(disk: Disk, sentence: str, *, doubt: bool) -> None:
+    """Add to a disk's notes and log it: as a warning where the bytes are in doubt."""
+    import logging  # here: few images need it
+
+    disk.note(sentence)
+    logging.getLogger("qcow2_forensics").log(logging.WARNING if doubt else logging.INFO, "%s", sentence)
 
 
 class Opener:
-    """Opens a chain from the top down. :attr:`notes` gathers what the caller should know of it."""
+    """Opens a chain from the top down, locked where it is encrypted."""
 
     def __init__(
         self,
         resolver: Resolver | None,
         limits: Limits,
-        passphrase: Passphrase,
         eof: EofPolicy,
         missing: MissingPolicy,
         follow: bool,
     ) -> None:
-        self.notes: list[str] = []
         self._given = resolver
         self._limits = limits
-        self._passphrase = passphrase
         self._eof: EofPolicy = eof
         self._missing = missing
         self._follow = follow
@@ -83,12 +130,12 @@ class Opener:
         """Return the disk of an image of the chain; ``alone``: whatever it names, nothing is below it."""
         image.require(DISK)
         self._enter(image.source, image.name)
-        encrypted = image.header.crypt_method != Crypt.NONE
+        notes: list[str] = []
         with ExitStack() as undo:
-            data = self._data_file(image, top) if image.header.external_data else None
+            data = self._data_file(image, top, notes) if image.header.external_data else None
             if data is not None:
                 undo.callback(close_source, data)
-            backing, unbacked = (None, None) if alone else self._backing(image, top)
+            backing, unbacked = (None, None) if alone else self._backing(image, top, notes)
             if backing is not None:
                 undo.callback(backing.close)
             disk = Disk(
@@ -96,11 +143,12 @@ class Opener:
                 snapshot=snapshot,
                 backing=backing,
                 data=data,
-                decryptor=derive(image, self._passphrase) if encrypted and self._passphrase is not None else None,
                 eof=self._eof,
                 unbacked=unbacked,
-                unlocker=lambda key: derive(image, key),
+                unlocker=unlocked,
             )
+            for sentence in notes:
+                note(disk, sentence, doubt=True)
             undo.pop_all()
             return disk
 
@@ -112,7 +160,7 @@ class Opener:
         if len(self._seen) > self._limits.chain_depth:
             raise LimitExceeded("chain depth", len(self._seen), self._limits.chain_depth)
 
-    def _data_file(self, image: Image, top: Source) -> Source:
+    def _data_file(self, image: Image, top: Source, notes: list[str]) -> Source:
         name = image.data_file_name or ""  # a caller may supply what the image does not name
         named = name in self._resolver.files
         if not name and not named:
@@ -127,32 +175,26 @@ class Opener:
                 raise self._refused(
                     name, "the data file is itself a QCOW image; name it explicitly to read it raw", image
                 )
-            self._check_stand_in(source, "data", name, None, image)
+            notes += self._stand_in_notes(source, "data", name, None, image)
             undo.pop_all()
         return source
 
     def _refused(self, name: str, why: str, image: Image) -> ForbiddenReference:
         return ForbiddenReference(name, why, member=image.name, remedy=self._remedies.for_file())
 
-    def _check_stand_in(self, source: Source, role: Role, name: str, recorded: str | None, image: Image) -> None:
-        """Note that a file stands in for a name; raises when what is known of that file does not fit."""
+    def _stand_in_notes(self, source: Source, role: Role, name: str, recorded: str | None, image: Image) -> list[str]:
+        """Return that a file stands in for a name, if it does; raises when what is known of it does not fit."""
         if not getattr(source, "stands_for", ""):
-            return
+            return []
         from .stand_in import misfit
 
         why = misfit(source, role, recorded, image)
-        place = cut(source_name(source))
+        place = cut(str(getattr(source, "path", None) or source_name(source)))
         if why:
             raise self._refused(name, f"it leads elsewhere, and {place} cannot be that file: {why}", image)
-        self._note(f"{place} was taken for the {role} file {quoted(name)} of {cut(image.name)}")
+        return [f"{place} was taken for the {role} file {quoted(name)} of {cut(image.name)}"]
 
-    def _note(self, sentence: str) -> None:
-        import logging  # here: few images need it
-
-        self.notes.append(sentence)
-        logging.getLogger("qcow2_forensics").warning("%s", sentence)
-
-    def _backing(self, image: Image, top: Source) -> tuple[Layer | None, Qcow2Error | None]:
+    def _backing(self, image: Image, top: Source, notes: list[str]) -> tuple[Layer | None, Qcow2Error | None]:
         name = image.backing_name
         if not self._follow:
             return None, None
@@ -164,7 +206,7 @@ class Opener:
             with ExitStack() as undo:
                 undo.callback(close_source, source)
                 recorded = driver or image.backing_format
-                self._check_stand_in(source, "backing", name, recorded, image)
+                notes += self._stand_in_notes(source, "backing", name, recorded, image)
                 undo.pop_all()
         except (MissingFile, ForbiddenReference) as error:
             if self._missing == "refuse":
@@ -183,24 +225,13 @@ class Opener:
                 "the backing file name reaches past the end of the file", offset=at, field="backing_file_offset"
             )
 
-    def _meant(self, name: str) -> Reference:
-        """Return what a name says besides which file: nothing, where the caller named that."""
-        from .references import Reference, parse_reference
-
-        try:
-            reference = parse_reference(name, "backing")
-        except ForbiddenReference:  # a file stands in for it, or the caller named one
-            return Reference("")
-        return reference._replace(offset=0, size=None) if name in self._resolver.files else reference
-
     def _layer(self, source: Source, recorded: str | None, top: Source, name: str) -> Layer:
         from .foreign import open_foreign, probe
+        from .references import besides_the_file
+        from .window import part_of
 
-        meant = self._meant(name)
-        if meant.offset or meant.size is not None:
-            from .window import WindowSource
-
-            source = WindowSource(source, meant.offset, meant.size)
+        meant = besides_the_file(name, named=name in self._resolver.files)
+        source = part_of(source, meant)
         kind = recorded or probe(source)
         if kind == "raw":
             self._enter(source, name)

@@ -29,6 +29,7 @@ from .stream import SourceStream
 
 if TYPE_CHECKING:
     from .encryption import Decryptor
+    from .passphrases import Passphrase
 
 __all__ = ["Disk", "EofPolicy", "Extent", "Layer", "RawDisk"]
 
@@ -47,8 +48,6 @@ class Disk:
     bytes that any reader would find.
     """
 
-    notes: tuple[str, ...] = ()  # what whoever reads from this disk should know of its chain; escaped sentences
-
     def __init__(
         self,
         image: Image,
@@ -59,7 +58,7 @@ class Disk:
         decryptor: Decryptor | None = None,
         eof: EofPolicy = "strict",
         unbacked: Qcow2Error | None = None,
-        unlocker: Callable[[str | bytes], Decryptor] | None = None,
+        unlocker: Callable[[Disk, Passphrase], Decryptor] | None = None,
     ) -> None:
         if snapshot is None or snapshot.index < 0:  # a deleted one: no table has to vouch for it
             image.require(DISK)
@@ -89,6 +88,7 @@ class Disk:
             image.read_exactly(l1_table_offset, 8, "the L1 table")
         self._unbacked = unbacked
         self._unlocker = unlocker
+        self._notes: list[str] = []
         self._encrypted = header.crypt_method != Crypt.NONE
         self._decryptor = decryptor
         self._data = data
@@ -122,6 +122,13 @@ class Disk:
         return below or (self._encrypted and self._decryptor is None)
 
     @property
+    def locked_member(self) -> str:
+        """The name of the first layer that has no key yet, empty when there is none."""
+        if self._encrypted and self._decryptor is None:
+            return self.name
+        return self.backing.locked_member if isinstance(self.backing, Disk) else ""
+
+    @property
     def host(self) -> Source:
         """Where this layer's clusters are stored: the image, or its external data file."""
         return self._host
@@ -143,12 +150,33 @@ class Disk:
         """Why the backing file is not there, None when it is or none is named; reads that need it raise this."""
         return self._unbacked
 
-    def unlock(self, passphrase: str | bytes) -> None:
-        """Derive the keys of every locked layer; raises :class:`Locked` when the passphrase is wrong."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever reads from this disk should know of its chain: escaped sentences."""
+        return (*self._notes, *(self.backing.notes if isinstance(self.backing, Disk) else ()))
+
+    def note(self, sentence: str) -> None:
+        """Add to the notes."""
+        self._notes.append(sentence)
+
+    def unlock(self, passphrase: Passphrase) -> None:
+        """Derive the keys of every locked layer, of several passphrases each takes the first that fits.
+
+        Raises :class:`Locked` naming the first layer that none opens; the others are open then.
+        """
+        failure: Locked | None = None
         if self._encrypted and self._decryptor is None and self._unlocker is not None:
-            self._decryptor = self._unlocker(passphrase)
+            try:
+                self._decryptor = self._unlocker(self, passphrase)
+            except Locked as error:
+                failure = error
         if isinstance(self.backing, Disk):
-            self.backing.unlock(passphrase)
+            try:
+                self.backing.unlock(passphrase)
+            except Locked as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def adopt_keys(self, other: Disk) -> None:
         """Take over the keys of another state of the same chain: deriving them takes seconds."""
@@ -330,7 +358,7 @@ class Disk:
             data = self._host.read(host, length) if host < self._host.size else b""
             return data if len(data) == length else self._fill(data, host, length)
         if self._decryptor is None:
-            raise Locked(Crypt(self.image.header.crypt_method).name)
+            raise Locked(Crypt(self.image.header.crypt_method).name, member=self.name)
         before = guest % SECTOR
         whole = -(-(before + length) // SECTOR) * SECTOR
         host -= before

@@ -11,8 +11,9 @@ from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, as_source
 from ..limits import DEFAULT_LIMITS, Limits
-from .chain import MissingPolicy, Opener, Passphrase, close_source, derive
+from .chain import MissingPolicy, Opener, close_source, unlocked
 from .disk import Disk, EofPolicy
+from .passphrases import Passphrase
 from .states import LEFTOVER, Leftover, SnapshotName, assuming, choices, choose, find_snapshot, replaced
 from .vm_state import VmState, has_leftover, leftover_offset
 
@@ -54,8 +55,9 @@ def open_disk(
 
     ``snapshot`` is an entry, or a text as :mod:`.states` reads it: an ID or a name, ``"active"``,
     ``"index:N"`` for the place in the table, ``"deleted:X"``.
-    ``passphrase`` is tried on every encrypted layer; without it such layers open locked and
-    their reads raise :class:`Locked`. ``eof="zeros"`` reads what lies past the end of a file as
+    ``passphrase`` is tried on every encrypted layer: one, several, or a function of the layer's
+    name that returns them; without it such layers open locked and their reads raise
+    :class:`Locked`. ``eof="zeros"`` reads what lies past the end of a file as
     zeros, as QEMU does, and counts it. ``missing`` says what a backing file that cannot be found
     or followed means: an error now, an error for each read that needs it, or zeros.
     ``follow=False`` opens this file alone: what it does not hold reads as zeros.
@@ -63,7 +65,7 @@ def open_disk(
     ``"recovered:N"`` is a state put together from what is left of a damaged image; ``virtual_size`` in bytes
     is used where nothing in the file gives the size of its disk.
     """
-    opener = Opener(resolver, limits, passphrase, eof, missing, follow)
+    opener = Opener(resolver, limits, eof, missing, follow)
     source = as_source(origin)
     with ExitStack() as undo:
         owned = source is not origin
@@ -76,7 +78,9 @@ def open_disk(
             source, snapshot = replacement, None
         image = Image(source, limits=limits, owns_source=owned)
         disk = opener.disk(image, source, find_snapshot(image, snapshot))
-        disk.notes = tuple(opener.notes)
+        undo.callback(disk.close)
+        if passphrase is not None:
+            disk.unlock(passphrase)
         undo.pop_all()
         return disk
 
@@ -103,10 +107,11 @@ def open_vm_state(
         disk = Disk(
             image,
             snapshot=entry,
-            decryptor=derive(image, passphrase) if passphrase is not None else None,
             eof=eof,
-            unlocker=lambda key: derive(image, key),
+            unlocker=unlocked,
         )
+        if passphrase is not None:
+            disk.unlock(passphrase)
         if leftover and not has_leftover(disk):
             raise SnapshotNotFound(LEFTOVER, choices(image.snapshots))
         state = VmState(disk, leftover=leftover)

@@ -60,6 +60,15 @@ def parse_reference(name: str, role: Role) -> Reference:
     return Reference(name)
 
 
+def besides_the_file(name: str, *, named: bool) -> Reference:
+    """Return what a backing name says besides which file; of one the caller named, all of it is meant."""
+    try:
+        reference = parse_reference(name, "backing")
+    except ForbiddenReference:  # a file stands in for it, or the caller named one
+        return Reference("")
+    return reference._replace(offset=0, size=None) if named else reference
+
+
 def base_name(name: str, role: Role) -> str:
     """Return the base name of the file a name leads to on the machine it was written on; empty without one.
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 from ..errors import FormatError
 from ..format.source import Source, source_name
 from ..text import cut
+from .references import Reference
+
+
+def part_of(source: Source, reference: Reference) -> Source:
+    """Return the part of a file that a reference means: all of it, without an offset and a size."""
+    whole = not reference.offset and reference.size is None
+    return source if whole else WindowSource(source, reference.offset, reference.size)
 
 
 class WindowSource:

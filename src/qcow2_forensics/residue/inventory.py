@@ -21,6 +21,7 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.disk import Disk
 from ..reader.opening import Passphrase, open_disk
 from ..reader.resolver import Resolver
+from ..reader.stand_in import misfit
 from ..reader.stream import SourceStream
 from . import hidden, readability, slack, snapshot_entries, streams, structure_detection
 from .data_file import data_file_residue
@@ -243,6 +244,9 @@ def residue(
         if image.header.external_data and image.data_file_name:
             try:
                 data, _ = (resolver or Resolver()).open(image.data_file_name, "data", image.source, image.source)
+                if getattr(data, "stands_for", "") and misfit(data, "data", None, image):
+                    getattr(data, "close", lambda: None)()
+                    data = None
             except Qcow2Error:
                 data = None  # the image's own residue can still be read
         found = Residue(image, data=data)

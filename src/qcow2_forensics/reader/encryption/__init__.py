@@ -20,10 +20,11 @@ from typing import Protocol
 from ...errors import FormatError, Unsupported
 from ...format.header import SECTOR, Crypt, Header
 from ...limits import Limits
-from .luks import KeySlot, LuksHeader, LuksProblem, parse_luks_header, recover_key
+from .luks import STRIPES, KeySlot, LuksHeader, LuksProblem, parse_luks_header, recover_key
 from .sectors import SectorCipher, sector_cipher
 
 __all__ = [
+    "STRIPES",
     "Decryptor",
     "KeySlot",
     "LuksHeader",

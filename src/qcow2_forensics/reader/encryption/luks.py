@@ -25,7 +25,7 @@ from .sectors import sector_cipher
 
 MAGIC = b"LUKS\xba\xbe"
 SLOTS = 8
-STRIPES = 4000  # the only number ever written; others open too
+STRIPES = 4000  # the only number ever written, and the only one QEMU takes
 ACTIVE = 0x00AC71F3
 INACTIVE = 0x0000DEAD
 _HEAD = struct.Struct(">6sH32s32s32sII20s32sI40s")
@@ -197,7 +197,7 @@ def recover_key(
     if unsound is not None:
         raise unsound
     if not any(slot.is_active for slot in header.slots):
-        raise Locked("LUKS", "it has no active key slot, nothing can unlock it")
+        raise Locked("LUKS", "it has no active key slot, nothing can unlock it", is_final=True)
     raise Locked("LUKS", "no key slot accepts this passphrase")
 
 
@@ -241,8 +241,14 @@ def _key_material(
     name = f"LUKS slot {slot.index}"
     if slot.iterations == 0:
         raise FormatError(f"{name} iterations is 0", offset=offset + slot.offset + 4, field="iterations")
+    if slot.stripes != STRIPES:  # QEMU takes no other number, and a large one costs minutes
+        raise FormatError(
+            f"{name} has {slot.stripes} stripes, only {STRIPES} are known",
+            offset=offset + slot.offset + 44,
+            field="stripes",
+        )
     wanted = header.material_bytes(slot)
-    if slot.stripes == 0 or slot.key_material_offset < HEADER_LENGTH or slot.key_material_offset + wanted > length:
+    if slot.key_material_offset < HEADER_LENGTH or slot.key_material_offset + wanted > length:
         raise FormatError(f"{name} has its key material outside the LUKS area", offset=offset + slot.offset + 40)
     at = offset + slot.key_material_offset
     material = read(at, wanted)
