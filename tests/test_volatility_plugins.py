@@ -97,13 +97,24 @@ def test_snapshots_are_those_qemu_lists(saved: Saved, tmp_path: Path) -> None:
     assert all(row["Date"].startswith("20") for row in found)
 
 
-def test_snapshots_are_in_the_timeline(saved: Saved, tmp_path: Path) -> None:
+def test_snapshots_are_in_the_timeline_when_that_is_asked_for(saved: Saved, tmp_path: Path) -> None:
     arguments = ("timeliner.Timeliner", "--plugin-filter", "qcow2.snapshots", "--create-bodyfile")
-    found = rows("-f", saved.image, *arguments, cwd=tmp_path)
+    without = tmp_path / "without"
+    without.mkdir()
+    assert rows("-f", saved.image, *arguments, cwd=without) == []
+    found = rows("-f", saved.image, *arguments, cwd=tmp_path, QCOW2_TIMELINE="1")
     assert sorted(row["Description"][:24] for row in found) == ["QCOW2 snapshot 1 'first'", "QCOW2 snapshot 2 'second"]
     times = [line.split("|")[-1] for line in (tmp_path / "volatility.body").read_text().splitlines()]
     listed = json.loads(qemu.img("info", "--output=json", saved.image).text)["snapshots"]
     assert sorted(times) == sorted(str(item["date-sec"]) for item in listed)
+
+
+def test_a_saved_configuration_of_a_plugin_gives_the_same_rows_without_its_file(saved: Saved, tmp_path: Path) -> None:
+    config = tmp_path / "saved.json"
+    options = ("--qcow2-snapshot", "1", "-f", saved.image, "--save-config", str(config))
+    first = rows(*options, "qcow2.registers.Registers", cwd=tmp_path)
+    assert first
+    assert rows("-c", str(config), "qcow2.registers.Registers", cwd=tmp_path) == first
 
 
 def test_info_tells_the_layout(saved: Saved, tmp_path: Path) -> None:
@@ -154,9 +165,11 @@ def test_vmstatedump_that_cannot_write_all_leaves_nothing_under_its_name(saved: 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, before[1]))  # as a disk that is full: an error of write()
     try:
-        vol("--qcow2-snapshot", "first", "-f", saved.image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path)
+        done = vol("--qcow2-snapshot", "first", "-f", saved.image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 1
+    assert "the file cannot be written" in done.stderr
     assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("snapshot-1.raw.partial", 0)]
 
 

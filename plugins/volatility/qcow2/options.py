@@ -16,6 +16,7 @@ from . import common
 SNAPSHOT_VARIABLE = "QCOW2_SNAPSHOT"
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable
 KEY_FILE_VARIABLE = "QCOW2_PASSPHRASE_FILE"
+TIMELINE_VARIABLE = "QCOW2_TIMELINE"  # anything: the snapshots take part in Volatility's timeliner
 LAYOUT_VARIABLE = "QCOW2_LAYOUT"
 HOW_TO_UNLOCK = f"give --qcow2-key-file, or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}"
 SCAN_ZEROS_VARIABLE = "QCOW2_SCAN_ZEROS"
