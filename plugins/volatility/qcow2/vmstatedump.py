@@ -57,9 +57,9 @@ class VmStateDump(EvidencePlugin):
         yield 0, (printable(written[0]), written[1])
 
     def _write(self, name: str, size: int, read: Callable[[int, int], bytes]) -> tuple[str, int]:
+        """Write a file that gets its name when it is whole; of one that is not, an empty ``.partial`` is left."""
         from qcow2_forensics.text import printable
 
-        """Write a file that gets its name when it is whole; of one that is not, an empty ``.partial`` is left."""
         wanted = self.open.sanitize_filename(name)
         with self.open(f"{wanted}.partial") as file:
             try:
