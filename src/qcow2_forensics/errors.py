@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .text import cut, quoted
+from .text import cut, printable, quoted
 
 _MESSAGE_SHOWN = 8192  # characters: room for every choice that is listed
 _CHOICES_SHOWN = 20  # snapshots listed in a message: an image may hold 65536
@@ -39,7 +39,7 @@ class Qcow2Error(Exception):
         self.message = message
 
     def __str__(self) -> str:
-        return cut(self.message, _MESSAGE_SHOWN)
+        return printable(self.message, _MESSAGE_SHOWN)
 
     def __reduce__(self) -> tuple[Callable[..., Qcow2Error], tuple[object, ...]]:
         return _rebuild, (type(self), dict(self.__dict__))

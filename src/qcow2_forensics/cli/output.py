@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from ..text import cut, size
+from ..text import printable, size
 
 _LABEL_SHOWN = 60  # characters: what is drawn over must fit into one line
 
@@ -18,7 +18,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, *, unit: str = "bytes", stream: TextIO | None = None) -> None:
-        self._label = cut(label, _LABEL_SHOWN)
+        self._label = printable(label, _LABEL_SHOWN)
         self._total = total
         self._unit = unit
         self._stream = stream or sys.stderr

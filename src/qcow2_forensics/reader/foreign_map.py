@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from ..errors import FormatError, Qcow2Error
 from ..format.source import Source, source_name
-from ..text import printable
+from ..text import cut
 from .runs import Kind
 
 _SECTOR = 512
@@ -55,7 +55,7 @@ def _whole(source: Source, offset: int, length: int) -> bytes:
     """Return a part of an allocation table; what is cut off is an error, never taken for holes."""
     data = source.read(offset, length)
     if len(data) < length:
-        name = printable(source_name(source))
+        name = cut(source_name(source))
         raise FormatError(f"an allocation table of {name} is cut off", offset=offset, field="allocation table")
     return data
 

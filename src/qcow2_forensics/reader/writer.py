@@ -23,7 +23,7 @@ from typing import BinaryIO, NoReturn
 from ..errors import Qcow2Error
 from ..format.source import is_being_read
 from ..limits import KiB, MiB
-from ..text import printable
+from ..text import cut
 from .tree_hash import TreeHash
 
 HASHES = ("sha256", "sha1", "md5", "blake2b", "sha256-tree")
@@ -40,14 +40,14 @@ class OutputExists(Qcow2Error):
     """An output file is already there and nobody said to replace it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{printable(str(path))} exists; use --force to replace it")
+        super().__init__(f"{cut(str(path))} exists; use --force to replace it")
 
 
 class IsEvidence(Qcow2Error):
     """An output would replace a file that is being examined."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{printable(str(path))} is part of the evidence, which is never written to")
+        super().__init__(f"{cut(str(path))} is part of the evidence, which is never written to")
 
 
 def data_stretches(data: bytes, offset: int = 0) -> Iterator[tuple[int, int]]:
@@ -222,7 +222,7 @@ def whole_folder(path: Path_) -> Iterator[Path]:
     """Yield a new folder that gets its name when the block ends well, and is gone with all in it when not."""
     target = Path(path)
     if os.path.lexists(target):
-        raise Qcow2Error(f"{printable(str(target))} exists; name a new folder")
+        raise Qcow2Error(f"{cut(str(target))} exists; name a new folder")
     partial = _partial(target)
     with ended_by_signals():
         partial.mkdir(parents=False)
@@ -241,7 +241,7 @@ def _whole(target: Path, *, force: bool, evidence: Iterable[Path_]) -> Iterator[
     if os.path.lexists(target) and not force:
         raise OutputExists(target)
     if target.exists() and not target.is_file():
-        raise Qcow2Error(f"{printable(str(target))} is not a regular file")
+        raise Qcow2Error(f"{cut(str(target))} is not a regular file")
     partial = _partial(target)
     with ended_by_signals():
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
