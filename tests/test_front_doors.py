@@ -9,9 +9,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -410,25 +407,6 @@ def test_a_kind_of_residue_that_there_is_not_is_refused_with_the_kinds(
     assert "leeked" in shown
     assert "leaked" in shown
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
-def test_sigterm_leaves_no_unfinished_output(tmp_path: Path) -> None:
-    program = (
-        "import os, signal, sys\n"
-        "from qcow2_forensics.cli import export, main\n"
-        "export.write_raw = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    path = image_of(ORDINARY, tmp_path / "disk.qcow2")
-    done = subprocess.run(
-        [sys.executable, "-c", program, "export", str(path), str(tmp_path / "out.raw")],
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 143
-    assert done.stderr == b"qcow2-forensics: terminated\n"
-    assert [item.name for item in tmp_path.iterdir()] == ["disk.qcow2"]
 
 
 @pytest.mark.parametrize("length", [0, 8, 4096])

@@ -8,14 +8,11 @@ of the parsed arguments that returns the exit code: 0 done, 1 findings at or abo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
@@ -41,7 +38,6 @@ EXIT_DONE = 0
 EXIT_FINDINGS = 1
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 _EPILOG = """examples:
   qcow2-forensics audit disk.qcow2
@@ -76,27 +72,6 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     return parser
 
 
-class Terminated(BaseException):
-    """SIGTERM came: unfinished output is removed as after Ctrl-C."""
-
-
-@contextlib.contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """Turn SIGTERM into :class:`Terminated`, unless somebody else handles it already."""
-
-    def end(_number: int, _frame: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -108,8 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = argparse.Namespace()
     try:
         args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
-        with _ending_in_order():
-            return int(args.run(args))
+        return int(args.run(args))
     except NotQcow2 as error:
         return fail(f"{error}{_tables_hint(getattr(args, 'image', None))}")
     except Qcow2Error as error:
@@ -124,9 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qcow2-forensics: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Terminated:
-        print("qcow2-forensics: terminated", file=sys.stderr)
-        return EXIT_TERMINATED
 
 
 def _tables_hint(path: object) -> str:
