@@ -97,7 +97,7 @@ class OpenedDisk:
             try:
                 self.disk.unlock(new)
             except Qcow2Error as error:
-                self.why_locked = str(error)
+                self.why_locked = reason(error)
                 logger.warning("%s stays locked: %s", printable(self.disk.name), error)
         return not self.disk.is_locked
 
@@ -121,7 +121,9 @@ def notes_of(path_spec: Any, resolver_context: Any) -> list[str]:
     """Return what is to be known of the chains under an image: stand-ins, keys in doubt, files that are not there."""
     kept = _kept_states(path_spec, resolver_context)
     found = [note for opened in kept for note in opened.disk.notes]
-    found += [f"{opened.disk.unbacked}; reads that need it fail" for opened in kept if opened.disk.unbacked is not None]
+    found += [
+        f"{reason(item.disk.unbacked)}; reads that need it fail" for item in kept if item.disk.unbacked is not None
+    ]
     found += [
         f"{opened.why_locked}; {_HOW_TO_UNLOCK}" for opened in kept if opened.why_locked and opened.disk.is_locked
     ]

@@ -136,7 +136,7 @@ def _tell_failed_reads(scanner: Any, images: list[Any], request: Request | None)
     context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
     for qcow in images:
         for text in notes_of(qcow, context):
-            _tell(request, f"{sentence(text)}.", logging.WARNING)
+            _tell(request, f"{printable(sentence(text), 1000)}.", logging.WARNING)
         for text in failures_of(qcow, context)[:_FAILURES]:
             _tell(request, f"A read failed during the scan: {text}", logging.WARNING)
 

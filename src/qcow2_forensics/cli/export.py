@@ -161,7 +161,8 @@ def _sources(disk: Disk) -> Iterator[dict[str, Any]]:
 
 
 def _identity(source: Source) -> dict[str, Any]:
-    name, identity = source_name(source), getattr(source, "identity", None)
+    name = source_name(source)
+    identity = getattr(source, "file_identity", None) or getattr(source, "identity", None)
     facts: dict[str, Any] = {"path": os.path.realpath(name) if identity else name, "size": source.size}
     if identity:
         facts["modified"] = iso_time(getattr(source, "mtime_ns", 0))

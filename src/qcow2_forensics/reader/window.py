@@ -27,8 +27,8 @@ class WindowSource:
         self._offset = offset
         self.size = source.size - offset if size is None else size
         self.name = source_name(source)
-        whole = getattr(source, "identity", None)
-        self.identity = None if whole is None else (whole, offset, size)
+        self.file_identity = getattr(source, "identity", None)
+        self.identity = None if self.file_identity is None else (self.file_identity, offset, size)
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes at ``offset``, fewer only at the end."""
