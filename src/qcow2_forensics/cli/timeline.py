@@ -196,8 +196,7 @@ def _print_files(args: argparse.Namespace, disk: Layer, state: str) -> int:
         _files.complain(
             f"{printable(state)}: the files of {_files.volume_label(item.volume)} are not listed: {item.why}"
         )
-    missing = volumes.read_errors or any(system.is_incomplete for system in volumes.systems)
-    return 2 if missing or any(item.holds_files for item in not_listed) else 0
+    return 2 if volumes.is_incomplete or any(item.holds_files for item in not_listed) else 0
 
 
 def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:
