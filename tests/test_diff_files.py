@@ -364,4 +364,4 @@ def test_ranges_that_cannot_be_read_make_the_exit_code_2(
     assert main(["diff", str(path)]) == 2
     streams = capsys.readouterr()
     assert "unreadable" in streams.out
-    assert "could not be read and were not compared" in streams.err
+    assert "could not be read and was not compared" in streams.err

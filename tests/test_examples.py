@@ -69,7 +69,7 @@ def test_one_path_is_extracted_from_every_state_that_has_it(lives: tuple[Path, l
     lines = run("pytsk3_extract_path.py", path, "/letters.txt", out)
     assert (out / "0-first-p1").read_bytes() == made[0].files["letters.txt"]
     assert (out / "2-active-p1").read_bytes() == b"other letters"
-    assert lines[1] == "'second': no such file"
+    assert lines[1] == "second: no such file"
     assert lines[2].endswith(hashlib.sha256(b"other letters").hexdigest())
     assert sorted(item.name for item in out.iterdir()) == ["0-first-p1", "2-active-p1"]
 

@@ -504,11 +504,10 @@ def test_text_says_what_was_not_looked_at(tmp_path: Path, capsys: pytest.Capture
     assert main(["diff", str(image), "--files"]) == 2
     streams = capsys.readouterr()
     assert (
-        "512 bytes of it in the whole disk (btrfs): its files are not listed: no installed library reads it"
-        in streams.out
+        "512 B of it in the whole disk (btrfs): its files are not listed: no installed library reads it" in streams.out
     )
     assert "no files differ where files could be listed" in streams.out
-    assert "512 bytes differ in the whole disk (btrfs), whose files are not listed" in streams.err
+    assert "512 B differ in the whole disk (btrfs), whose files are not listed" in streams.err
     assert main(["timeline", str(image)]) == 2
     assert "the files of the whole disk (btrfs) are not listed" in capsys.readouterr().err
 

@@ -180,7 +180,29 @@ def test_thousands_of_snapshots_are_named_in_one_pass(tmp_path: Path, timeline: 
         entries = Entries(image.snapshots)
     label = labels(entries)
     assert [label(entry) for entry in entries[:2]] == ["same (ID 0)", "same (ID 1)"]
-    assert looked_at == [300]
+    assert looked_at == [300, 300]  # once for the names they share, once for each
+
+
+def test_the_cost_of_a_state_does_not_grow_with_their_number(
+    tmp_path: Path, timeline: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pytsk3", reason="pytsk3 is absent")
+    import pytsk3_qcow2
+    from qcow2_forensics.format import image as image_module
+
+    builder = Builder(size=MIB)
+    for number in range(200):
+        builder.snapshot(b"%d" % number, b"state %d" % number, l1_offset=builder.l1, l1_size=1)
+    path = builder.write(tmp_path / "disk.qcow2")
+    tables: list[object] = []
+    read = image_module.read_snapshot_table
+    monkeypatch.setattr(image_module, "read_snapshot_table", lambda image: tables.append(image) or read(image))
+    assert len(timeline(path)) == 200
+    assert len(tables) <= 3
+    tables.clear()
+    states = [state.state for state in pytsk3_qcow2.states(path)]
+    assert states == [*(f"state {number}" for number in range(200)), "active"]
+    assert len(tables) <= 3
 
 
 def test_the_case_tells_when_the_implant_came(evidence: EvidenceCase, timeline: Callable[..., list[str]]) -> None:

@@ -75,6 +75,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
         if not isinstance(type, int):
             raise TypeError("the second argument is pytsk3's type; a snapshot is named with snapshot=...")
         self._findings: tuple[Finding, ...] | None = None
+        self._label = ""
         self._owned = False
         try:
             disk = (
@@ -124,7 +125,10 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
 
         With more where that is not its alone: no two states of an image are called the same.
         """
-        return labels(self._disk.image.snapshots)(self.snapshot) if isinstance(self._disk, Disk) else "active"
+        if not self._label:
+            named = labels(self._disk.image.snapshots) if isinstance(self._disk, Disk) else labels(())
+            self._label = named(self.snapshot)
+        return self._label
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -179,5 +183,13 @@ def states(path: PathOrSource, passphrase: Passphrase = None, resolver: Resolver
             entries = image.snapshots
     except Qcow2Error as error:
         raise as_io_error(error) from error.__cause__
+    label = labels(entries)
+    base: Disk | None = None  # of which the other states are read without opening the image again
     for wanted in (*entries, None):
-        yield Img_Info(origin, snapshot=wanted, passphrase=passphrase, resolver=resolver)
+        try:
+            base = base or open_disk(origin, wanted, passphrase, resolver)
+            image = Img_Info(base if base.snapshot is wanted else base.at(wanted))
+        except Qcow2Error as error:
+            raise as_io_error(error) from error.__cause__
+        image._label = label(wanted)
+        yield image

@@ -15,6 +15,7 @@ from ..files.changes import (
     Recoverable,
     StateFiles,
     file_changes,
+    marked_files,
     not_compared,
     outside_files,
 )
@@ -22,10 +23,10 @@ from ..files.lines import body_line
 from ..files.protocol import NoFileSystem
 from ..files.records import Volume
 from ..files.volumes import GuestVolumes
-from ..reader.disk import Layer
 from ..text import Column, aligned, printable, short_time
 from ..text import size as format_size
 from ._files import LONGEST_PATH, complain, record_dict, unread_dict, volume_dict, volume_label, volumes_of
+from ._sides import Sides
 from .output import Progress
 
 
@@ -45,13 +46,14 @@ class Files:
         return 2 if self.is_incomplete or any(item.hides_changes for item in self.unread) else 0
 
 
-def compare_files(args: argparse.Namespace, states: Sequence[tuple[str, Layer]], found: Iterable[Difference]) -> Files:
-    """Return what differs in the files of two states, each a label and a disk."""
+def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Difference]) -> Files:
+    """Return what differs in the files of two states, or which files are in ranges that a bitmap marks."""
+    states = [sides.after] if sides.is_marked else [sides.before, sides.after]
     volumes: list[GuestVolumes] = []
     empty: list[NoFileSystem] = []
-    for label, disk in states:
+    for label, path, disk in states:
         try:
-            volumes.append(volumes_of(args, disk, f"{args.image}, state {label}"))
+            volumes.append(volumes_of(args, disk, f"{path}, state {label}"))
         except NoFileSystem as error:
             volumes.append(GuestVolumes())
             empty.append(error)
@@ -60,13 +62,16 @@ def compare_files(args: argparse.Namespace, states: Sequence[tuple[str, Layer]],
     for nothing in empty:
         complain(str(nothing))
     listings: list[StateFiles] = []
-    for (label, _), each in zip(states, volumes, strict=True):
+    for (label, _, _), each in zip(states, volumes, strict=True):
         with Progress(f"list {label}", 0, unit="names") as progress:
             listings.append(StateFiles(each, progress.advance))
-    old, new = listings
+    old, new = listings[0], listings[-1]
     ranges = [(item.offset, item.length) for item in found]
-    changed = list(file_changes(old, new, ranges, hashed=args.hash))
-    for (label, _), each, listing in zip(states, volumes, listings, strict=True):
+    if sides.is_marked:
+        changed = list(marked_files(new, ranges, hashed=args.hash))
+    else:
+        changed = list(file_changes(old, new, ranges, hashed=args.hash))
+    for (label, _, _), each, listing in zip(states, volumes, listings, strict=True):
         for problem in (*each.read_errors, *listing.problems):
             complain(f"{label}: {problem}")
     read = {system.volume.place: system.volume for each in volumes for system in each.systems}
@@ -75,7 +80,7 @@ def compare_files(args: argparse.Namespace, states: Sequence[tuple[str, Layer]],
         [read[place] for place in sorted(read)],
         not_compared(old, new, ranges),
         outside_files(old, new, ranges),
-        any(each.read_errors for each in volumes) or any(listing.is_incomplete for listing in listings),
+        any(each.is_incomplete for each in volumes),
     )
 
 
@@ -163,6 +168,8 @@ def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
         what = ", ".join(change.fields)
         if "content" in change.fields and change.changed_bytes:
             what = what.replace("content", f"content ({change.changed_bytes} bytes)", 1)
+        if change.change == FileChange.MARKED:
+            what = f"{change.changed_bytes} bytes in marked ranges"
         if change.recoverable is not None:
             what = _LEFT.get(change.recoverable, "content gone")
         path = printable(record.full_path, LONGEST_PATH)

@@ -1,4 +1,4 @@
-"""``diff``: which guest ranges, and which files, differ between two states of one image."""
+"""``diff``: which guest ranges, and which files, differ between two states of one image, or of two."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..compare.ranges import Change, Difference, compare
-from ..errors import Qcow2Error
+from ..compare.ranges import Change, Difference
 from ..files.volumes import need_back_end
-from ..format.image import Image
-from ..reader.disk import Layer
-from ..reader.states import Backing, Choice, labels
-from ..text import cut, plural, printable, size
+from ..text import plural, printable, size
 from . import _diff_files, _files
 from ._diff_files import Files
-from .options import add_disk_arguments, add_image_argument, chosen, open_layer
+from ._sides import Side, sides_of
+from .options import add_disk_arguments, add_image_argument
 from .output import Progress
 
 _EPILOG = """examples:
@@ -27,19 +24,14 @@ _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from 1 --to 2 --files --hash
   qcow2-forensics diff disk.qcow2 --from 1 --files --format body > changes.body
   qcow2-forensics diff overlay.qcow2 --from backing
+  qcow2-forensics diff disk.qcow2 --from bitmap:daily --files
+  qcow2-forensics diff yesterday.qcow2 today.raw --files
 
 A state is the ID or name of a snapshot, "active", "backing" for the disk below an overlay, "index:0" or
 "#1" for a place in the snapshot table, or "deleted:X". "id:X" and "name:X" are taken for nothing else.
 Ranges are of the guest's disk. Clusters that the two states share are not read. --files needs
 pytsk3: pip install 'qcow2-forensics[tsk]'.
 """
-
-
-class State(NamedTuple):
-    """One side of the comparison and what to call it."""
-
-    label: str
-    disk: Layer
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,10 +45,18 @@ def add_parser(subparsers: Any) -> None:
     )
     add_image_argument(parser)
     parser.add_argument(
+        "other",
+        metavar="OTHER",
+        nargs="?",
+        help="another image, or a raw disk, to compare IMAGE with; --from is then a state of IMAGE and --to one of OTHER, "
+        "both active by default",
+    )
+    parser.add_argument(
         "--from",
         dest="first",
         metavar="STATE",
-        help="the earlier state (default: the last snapshot; the backing disk when there is none)",
+        help="the earlier state (default: the last snapshot; the backing disk when there is none), or bitmap:NAME "
+        "for what a dirty bitmap marks as written",
     )
     parser.add_argument("--to", dest="second", metavar="STATE", help="the later state (default: active)")
     parser.add_argument("--files", action="store_true", help="also show the files that differ, in each partition")
@@ -78,46 +78,29 @@ def run(args: argparse.Namespace) -> int:
     if files:
         need_back_end()
     with ExitStack() as stack:
-        before, after = _states(args, stack)
+        sides = sides_of(args, stack)
+        before, after = sides.before, sides.after
+        for sentence in sides.warnings:
+            _files.complain(sentence)
+        code = 0 if sides.is_trusted else 2
         with Progress("compare", min(before.disk.size, after.disk.size)) as progress:
-            ranges = compare(before.disk, after.disk, progress=progress.advance)
+            ranges = sides.ranges(progress.advance)
             if not files and args.format in ("text", "jsonl") and not sys.stdout.isatty():
-                return _print_ranges(args, before, after, ranges)
+                return max(code, _print_ranges(args, before, after, ranges))
             found = list(ranges)  # printed when the progress line is gone
         if not files and args.format in ("text", "jsonl"):
-            return _print_ranges(args, before, after, found)
-        listed = _diff_files.compare_files(args, (before, after), found) if files else None
+            return max(code, _print_ranges(args, before, after, found))
+        listed = _diff_files.compare_files(args, sides, found) if files else None
         _PRINTERS[args.format](args, before, after, found, listed)
         if listed is not None:
             _report_unread(listed)
-        return max(_verdict(_unreadable(found)), listed.exit_code if listed else 0)
-
-
-# --- states ------------------------------------------------------------------------------------
-
-
-def _states(args: argparse.Namespace, stack: ExitStack) -> tuple[State, State]:
-    second = None if args.second is None else chosen(args.image, args.second)
-    with Image(args.image) as image:
-        label = labels(image.snapshots)
-        first: Choice = None
-        if args.first is None:
-            if image.snapshots:
-                first = image.snapshots[-1] if second is None else None
-            elif image.backing_name is not None:
-                first = Backing()
-            else:
-                raise Qcow2Error(f"{cut(args.image)} holds one state only: no snapshots and no backing file")
-    if args.first is not None:
-        first = chosen(args.image, args.first)
-    after = State(label(second), open_layer(args, second, stack))
-    return State(label(first), open_layer(args, first, stack)), after
+        return max(code, _verdict(_unreadable(found)), listed.exit_code if listed else 0)
 
 
 # --- ranges --------------------------------------------------------------------------------------
 
 
-def _print_ranges(args: argparse.Namespace, before: State, after: State, ranges: Iterable[Difference]) -> int:
+def _print_ranges(args: argparse.Namespace, before: Side, after: Side, ranges: Iterable[Difference]) -> int:
     """Print ranges as they are found; return the exit code."""
     text = args.format == "text"
     print(_heading(args, before, after) if text else json.dumps(_states_dict(args, before, after)))
@@ -186,21 +169,23 @@ def _report_unread(listed: Files) -> None:
 # --- formats -----------------------------------------------------------------------------------------
 
 
-def _heading(args: argparse.Namespace, before: State, after: State) -> str:
+def _heading(args: argparse.Namespace, before: Side, after: Side) -> str:
+    if args.other is not None:
+        return " -> ".join(f"{printable(side.path)} ({printable(side.label)})" for side in (before, after))
     return f"{printable(args.image)}: {printable(before.label)} -> {printable(after.label)}"
 
 
-def _states_dict(args: argparse.Namespace, before: State, after: State) -> dict[str, Any]:
+def _states_dict(args: argparse.Namespace, before: Side, after: Side) -> dict[str, Any]:
     return {
         "record": "states",
         "image": args.image,
-        "from": {"state": before.label, "size": before.disk.size},
-        "to": {"state": after.label, "size": after.disk.size},
+        "from": {"state": before.label, "size": before.disk.size, "image": before.path},
+        "to": {"state": after.label, "size": after.disk.size, "image": after.path},
     }
 
 
 def _print_text(
-    args: argparse.Namespace, before: State, after: State, found: list[Difference], listed: Files | None
+    args: argparse.Namespace, before: Side, after: Side, found: list[Difference], listed: Files | None
 ) -> None:
     print(_heading(args, before, after))
     print(_summary(*_counted(found)))
@@ -212,7 +197,7 @@ def _print_text(
 
 
 def _print_json(
-    args: argparse.Namespace, before: State, after: State, found: list[Difference], listed: Files | None
+    args: argparse.Namespace, before: Side, after: Side, found: list[Difference], listed: Files | None
 ) -> None:
     shown = _states_dict(args, before, after)
     del shown["record"]
@@ -226,7 +211,7 @@ def _print_json(
 
 
 def _print_lines(
-    args: argparse.Namespace, before: State, after: State, found: list[Difference], listed: Files | None
+    args: argparse.Namespace, before: Side, after: Side, found: list[Difference], listed: Files | None
 ) -> None:
     print(json.dumps(_states_dict(args, before, after)))
     for item in found:
@@ -240,7 +225,7 @@ def _print_lines(
 
 
 def _print_body(
-    _args: argparse.Namespace, before: State, after: State, _found: list[Difference], listed: Files | None
+    _args: argparse.Namespace, before: Side, after: Side, _found: list[Difference], listed: Files | None
 ) -> None:
     for line in _diff_files.body_lines(listed, before.label, after.label) if listed else ():
         print(line)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from ..errors import Locked, Qcow2Error
 from ..format.image import Image
 from ..reader.disk import Disk, Layer
-from ..reader.opening import open_disk
+from ..reader.opening import MissingPolicy, open_disk
 from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE, from_environment, from_files
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.states import Backing, Choice, SnapshotName, choose
@@ -187,7 +187,7 @@ def _name_and_path(pair: str) -> dict[str, str]:
     return {pair[:at]: pair[at + 1 :] for at in there or places[-1:]}
 
 
-def open_from(args: argparse.Namespace, snapshot: SnapshotName = None) -> Disk:
+def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:
     """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
     _show_notes()
     disk = open_disk(
@@ -196,6 +196,7 @@ def open_from(args: argparse.Namespace, snapshot: SnapshotName = None) -> Disk:
         passphrases_of(args),
         resolver_of(args),
         eof=args.eof,
+        missing=missing,
         follow=not args.no_backing,
         assume=dict(args.assume),
         virtual_size=args.virtual_size,
@@ -215,10 +216,12 @@ def chosen(path: str, text: str) -> Choice:
         return choose(image, text)
 
 
-def open_layer(args: argparse.Namespace, state: Choice, stack: ExitStack) -> Layer:
+def open_layer(
+    args: argparse.Namespace, state: Choice, stack: ExitStack, *, missing: MissingPolicy = "refuse"
+) -> Layer:
     """Open a state, the disk below the image too, until ``stack`` ends."""
     if not isinstance(state, Backing):
-        return stack.enter_context(open_from(args, state))
+        return stack.enter_context(open_from(args, state, missing=missing))
     disk = stack.enter_context(open_from(args))
     if disk.backing is None:
         raise Qcow2Error(f"{cut(args.image)} has no backing file")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ..files.lines import body_line, mode_text
 from ..files.protocol import NoFileSystem
@@ -17,11 +17,11 @@ from ..files.records import FileRecord
 from ..files.volumes import need_back_end
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..reader.disk import Layer
+from ..reader.disk import Disk, Layer
 from ..reader.states import Choice, labels
 from ..text import cut, date_note, iso_time, printable, quoted, snapshot_time
 from . import _files
-from .options import add_disk_arguments, add_image_argument, chosen, open_layer
+from .options import add_disk_arguments, add_image_argument, chosen, open_from, open_layer
 from .output import Progress
 
 _EPILOG = """examples:
@@ -97,10 +97,22 @@ def run(args: argparse.Namespace) -> int:
     label = labels(snapshots)
     states: list[Choice] = [chosen(args.image, text) for text in args.state] or [*snapshots, None]
     code = 0
-    for state in states:
-        with ExitStack() as stack:
-            code = max(code, _print_files(args, open_layer(args, state, stack), label(state)))
+    with ExitStack() as stack:
+        base: Disk | None = None  # of which the other states are read without opening the image again
+        for state in states:
+            if not _is_listed(state):
+                disk: Layer = open_layer(args, state, stack)
+            elif base is None:
+                disk = base = stack.enter_context(open_from(args, state))
+            else:
+                disk = base.at(state)
+            code = max(code, _print_files(args, disk, label(state)))
     return code
+
+
+def _is_listed(state: Choice) -> TypeGuard[SnapshotEntry | None]:
+    """Whether a state is the active one or in the snapshot table."""
+    return state is None or (isinstance(state, SnapshotEntry) and state.index >= 0)
 
 
 # --- the image -----------------------------------------------------------------------------------
@@ -196,8 +208,7 @@ def _print_files(args: argparse.Namespace, disk: Layer, state: str) -> int:
         _files.complain(
             f"{printable(state)}: the files of {_files.volume_label(item.volume)} are not listed: {item.why}"
         )
-    missing = volumes.read_errors or any(system.is_incomplete for system in volumes.systems)
-    return 2 if missing or any(item.holds_files for item in not_listed) else 0
+    return 2 if volumes.is_incomplete or any(item.holds_files for item in not_listed) else 0
 
 
 def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:

@@ -41,6 +41,7 @@ class Change(enum.StrEnum):
     ZEROED = "zeroed"  # the second state holds nothing there, which reads as zeros
     ADDED = "added"  # past the end of the first state's disk
     REMOVED = "removed"  # past the end of the second state's disk
+    MARKED = "marked"  # a bitmap marks it as written to; the bytes from before are not known
     UNREADABLE = "unreadable"  # one of them cannot be read: whether they differ is unknown
 
 

@@ -29,6 +29,7 @@ class FileChange(enum.StrEnum):
     RENAMED = "renamed"
     CONTENT = "content changed"
     METADATA = "metadata changed"
+    MARKED = "marked"  # of one state: its blocks are in ranges that a bitmap marks as written
     DELETED = "deleted"  # a deleted entry that the first state does not have, allocated or deleted
 
 
@@ -89,11 +90,6 @@ class StateFiles:
         """What could not be listed or read."""
         return [problem for system in self.systems.values() for problem in system.problems]
 
-    @property
-    def is_incomplete(self) -> bool:
-        """Whether names that are in use may be missing from the listing."""
-        return any(system.is_incomplete for system in self.systems.values())
-
     def lacks(self, place: Place) -> Unread | None:
         """Return the volume at a place when there is one whose files are not known."""
         item = self.unread.get(place)
@@ -144,6 +140,20 @@ def file_changes(
             if hashed:
                 change.sha256 = pair.hashes(change)
             yield change
+
+
+def marked_files(state: StateFiles, ranges: Iterable[tuple[int, int]], *, hashed: bool = False) -> Iterator[Changed]:
+    """Yield the files and folders in use whose blocks are in ranges that a bitmap marks as written.
+
+    A range that was written may hold parts of several files, and what it held before is not known.
+    """
+    touched = Spans(ranges)
+    for place in sorted(state.systems):
+        for record in state.records[place]:
+            changed_bytes = touched.overlap(Spans(record.spans)) if record.allocated and not record.virtual else 0
+            if changed_bytes:
+                digest = _digest(state.systems[place], record) if hashed else None
+                yield Changed(FileChange.MARKED, None, record, changed_bytes=changed_bytes, sha256=(None, digest))
 
 
 def outside_files(before: StateFiles, after: StateFiles, ranges: Iterable[tuple[int, int]]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Qcow2Error
@@ -24,6 +24,7 @@ from .protocol import FileSystem, NoFileSystem
 from .readers import Reader, VolumeReader
 from .records import Span, Volume
 from .signatures import HEAD, Signature, signature_of
+from .spans import Spans
 from .tolerant import TolerantReader
 
 if TYPE_CHECKING:
@@ -44,16 +45,37 @@ class Unread(NamedTuple):
     blank: bool = False  # nothing is written at its start, where every kind of volume has its mark
 
 
-@dataclass
 class GuestVolumes:
-    """The file systems of one state, and the volumes that are not read.
+    """The file systems of one state, and the volumes that are not read."""
 
-    ``read_errors`` grows while they are read.
-    """
+    def __init__(
+        self, systems: Sequence[FileSystem] = (), unread: Sequence[Unread] = (), reader: TolerantReader | None = None
+    ) -> None:
+        self.systems = list(systems)
+        self.unread = list(unread)
+        self._reader = reader
+        self._in_search = self._unreadable.total  # of the search for partitions and file systems
 
-    systems: list[FileSystem] = field(default_factory=list)
-    unread: list[Unread] = field(default_factory=list)
-    read_errors: Sequence[str] = ()
+    @property
+    def read_errors(self) -> Sequence[str]:
+        """Why ranges could not be read so far, each reason once."""
+        return self._reader.errors if self._reader is not None else ()
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether names that are in use may be missing, or whole volumes.
+
+        The search also reads the end of the disk, for the copy of a partition table: that may fail.
+        """
+        volumes = [*(system.volume for system in self.systems), *(item.volume for item in self.unread)]
+        starts = [(0, HEAD), *((volume.offset, HEAD) for volume in volumes)]
+        unreadable = self._unreadable
+        listing = any(system.is_incomplete for system in self.systems)
+        return listing or unreadable.total > self._in_search or unreadable.overlap(starts) > 0
+
+    @property
+    def _unreadable(self) -> Spans:
+        return Spans(self._reader.unreadable if self._reader is not None else ())
 
 
 def need_back_end() -> None:
@@ -90,7 +112,7 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
         where = f"; looked at {', '.join(looked)}" if looked else ""
         why = f"; {reader.errors[0]}" if reader.errors else ""
         raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
-    return GuestVolumes(found.systems, found.unread, reader.errors)
+    return GuestVolumes(found.systems, found.unread, reader)
 
 
 class _Finder:
