@@ -100,21 +100,31 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("tables", [[ZEROS], [ZEROS, ZEROS_TOO], [ZEROS_TOO, ZEROS, ZEROS]])
-def test_a_few_tables_of_zeros_under_65536_slots_are_one_run_and_few_reads(tables: list[bytes], tmp_path: Path) -> None:
-    path = repeated(tables).write(tmp_path / "zeros.qcow2")
-    source = Counted(FileSource(path))
+def test_a_few_tables_under_131072_slots_are_read_or_refused_as_far_as_the_file_has_room(
+    tables: list[bytes], tmp_path: Path
+) -> None:
+    source = Counted(FileSource(repeated(tables, slots=2 * SLOTS).write(tmp_path / "zeros.qcow2")))
     with q.open_disk(source) as disk:
+        assert disk.read(SLOTS * SPAN, 4 * MiB) == bytes(4 * MiB)  # reading needs no budget
         before = source.reads
-        assert [(extent.offset, extent.length, extent.kind) for extent in disk.extents()] == [
-            (0, SLOTS * SPAN, mapping.Kind.ZERO)
-        ]
-        assert source.reads - before < 100
+        with pytest.raises(q.LimitExceeded, match="L2 tables under one range"):
+            list(disk.extents())
+        assert source.reads - before < (64 * MiB + 4 * source.size) // 2048 + 100
 
 
-def test_map_prints_one_line_for_them(tmp_path: Path) -> None:
-    path = repeated([ZEROS, ZEROS_TOO]).write(tmp_path / "zeros.qcow2")
-    code, out = run("map", path)
-    assert (code, len(out.splitlines())) == (0, 2)
+def test_map_says_what_it_refuses(tmp_path: Path) -> None:
+    path = repeated([ZEROS, ZEROS_TOO], slots=2 * SLOTS).write(tmp_path / "zeros.qcow2")
+    code, _ = run("map", path)
+    assert code == 2
+
+
+def test_a_disk_of_which_only_tables_are_left_is_mapped_in_full(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=9, size=2 * SLOTS * SPAN)
+    at = builder.put(table(0, 1) * SLOTS)
+    builder.raw(builder.l1, struct.pack(f">{SLOTS}Q", *range(at, at + 512 * SLOTS, 512)))
+    path = builder.write(tmp_path / "tables.qcow2")
+    with q.open_disk(path) as disk:
+        assert sum(1 for _ in disk.mapping.runs(0, SLOTS * SPAN)) == 64 * SLOTS
 
 
 @qemu.requires_qemu
@@ -460,7 +470,8 @@ def test_evidence_of_65536_snapshots_is_counted_and_few_of_it_made(tmp_path: Pat
     report = q.audit(builder.write(tmp_path / "many.qcow2"))
     told = {finding.code: finding for finding in report}
     for code in ("QCOW2-SNAPSHOT-ORDER", "QCOW2-SNAPSHOT-L1-ALIAS"):
-        assert (told[code].count, len(told[code].evidence)) == (2999, 100)
+        assert told[code].count == 2999
+        assert 50 <= len(told[code].evidence) <= 100  # spread over the table
 
 
 @pytest.mark.parametrize("inside", [0, 1], ids=["aligned", "unaligned"])
@@ -616,14 +627,17 @@ def test_streams_that_a_cut_image_lost_are_all_told_and_use_up_no_allowance(tmp_
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 @pytest.mark.parametrize("cluster_size", ["4k", "64k", "2M"])
 def test_a_deep_audit_decodes_all_of_what_qemu_compressed_however_far_it_expands(
-    kind: str, cluster_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, cluster_size: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(streams, "_SUSPECT", 0)
-    monkeypatch.setattr(streams, "_SUSPECT_PER_BYTE", 0)
+    none = q.Limits(work_repeats=0, work_spare=0)
     raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
     raw.write_bytes((b"\x5a" * 64 * 1024 + b"\x01" + bytes(64 * 1024 - 1)) * 256)
     options = f"cluster_size={cluster_size},compression_type={kind}"
     qemu.img("convert", "-c", "-O", "qcow2", "-o", options, raw, path)
+    report = q.audit(path, depth="deep", limits=none)
+    assert "QCOW2-COMPRESSED-INVALID" not in {finding.code for finding in report}
+    with q.open_image(path, limits=none) as image:
+        assert decode_all(image, take_census(image)).stopped is None
     report = q.audit(path, depth="deep")
     assert not {"QCOW2-AUDIT-INCOMPLETE", "QCOW2-COMPRESSED-INVALID"} & {finding.code for finding in report}
     with q.open_image(path) as image:
@@ -711,7 +725,10 @@ def test_refcounts_past_the_end_are_those_of_each_slot_looked_at_alone(slots: li
     listed = [512 * (256 * slot + place) for slot, place in hits if slot == 0 or firsts[table[slot]] == slot]
     issue = take_census(Image(BytesSource(bytes(data)))).issues["refcount-past-end"]
     assert issue.count == len(hits)
-    assert [item.host for item in issue.items] == listed[:100]
+    hosts = [item.host for item in issue.items]
+    assert len(hosts) <= 100
+    assert set(hosts) <= set(listed)
+    assert hosts[:1] == listed[:1]
 
 
 def _with_refcount_table(table: list[int], more: bytes, order: int = 4) -> bytes:

@@ -26,13 +26,13 @@ from qcow2_forensics.census.columns import big_endian
 from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, ReadError, SnapshotNotFound
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource, FileSource
+from qcow2_forensics.limits import Limits
 from qcow2_forensics.reader.host_holes import host_runs
 from qcow2_forensics.residue import (
     content,
     deleted_snapshots,
     hidden,
     open_deleted,
-    readability,
     residue,
     structure_detection,
 )
@@ -210,17 +210,18 @@ def test_an_l1_table_where_an_l2_table_of_the_deleted_snapshot_was_is_not_taken_
         assert disk.read(2 << 20, 4096) == before[2 << 20 : (2 << 20) + 4096]
 
 
-def test_former_tables_without_end_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_former_tables_without_end_are_not_followed(tmp_path: Path) -> None:
     path, _ = deleted_image(tmp_path)
     one = deleted_snapshots(path)[0]
     tables_read = 2 * one.l2_tables  # its own, and the active state's in the same places
     for room, intact in ((tables_read, True), (tables_read - 1, False)):
-        monkeypatch.setattr(readability, "_TABLE_BYTES", room * 65536 - 4 * path.stat().st_size)
-        (item,) = deleted_snapshots(path)
+        limits = Limits(work_repeats=0, work_spare=room * 65536)
+        with residue(path, limits=limits) as found:
+            (item,) = found.deleted_snapshots()
         assert (item.l1_intact, item.followed, item.is_gone) == (intact, intact, False)
     assert item.told == "not followed: too many tables"
     with pytest.raises(LimitExceeded, match="L2 tables of deleted snapshots"):
-        open_disk(path, snapshot="deleted:1")
+        open_disk(path, snapshot="deleted:1", limits=limits)
 
 
 def test_deleted_snapshots_whose_l1_tables_stood_in_one_place_are_all_followed(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""The cap on every number an image can choose, each with its reason."""
+"""The cap on every number an image can choose, each with its reason, and the one bound on work over crafted metadata."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from .errors import LimitExceeded
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -36,6 +38,33 @@ class Limits(NamedTuple):
     device_state_bytes: int = 16 * MiB  # everything after RAM; seen 0.02 to 0.8 MiB, with 64 processors
     device_description_bytes: int = 2 * MiB  # the JSON after it: 8 KiB a processor and 0.1 MiB
     decompressed_stream_bytes: int = 1024 * GiB  # a compressed save file, written to disk once
+    work_repeats: int = 4  # bytes of tables or streams worked over for each one stored: genuine ones are there once
+    work_spare: int = 64 * MiB  # and so many beside, whatever the file holds: a second of work
 
 
 DEFAULT_LIMITS = Limits()
+
+
+class Budget:
+    """Bounds one kind of work over metadata by the bytes that the file stores.
+
+    Genuine tables and streams are in a file once, so that looking at all of them costs what is stored; crafted
+    ones overlap, and a small file could ask for any amount of work. Reading a disk needs no budget.
+    ``what`` names what is counted, in bytes.
+    """
+
+    def __init__(self, what: str, stored: int, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.what = what
+        self.most = limits.work_repeats * stored + limits.work_spare
+        self.spent = 0
+
+    def spend(self, amount: int) -> None:
+        """Take ``amount`` bytes; raises :class:`LimitExceeded`, and takes nothing, where that is more than is left."""
+        if self.spent + amount > self.most:
+            raise LimitExceeded(self.what, self.spent + amount, self.most)
+        self.spent += amount
+
+    @property
+    def left(self) -> int:
+        """Bytes that may still be spent."""
+        return self.most - self.spent

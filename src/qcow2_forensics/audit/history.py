@@ -14,7 +14,7 @@ from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
 from ..format.rules import INT64_MAX
 from ..format.snapshot_table import SnapshotEntry
-from ..reader.bitmaps import dirty_ranges, dirty_totals
+from ..reader.bitmaps import ClusterBits, dirty_ranges, dirty_totals
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.vm_state import vm_state_offset
@@ -342,13 +342,16 @@ def _bitmap(entry: BitmapEntry, field: str, value: int | str) -> Evidence:
 )
 def bitmaps(facts: Facts) -> Iterator[Evidence | Deferred]:
     room = _BITMAP_TABLES
+    known: dict[int, ClusterBits] = {}  # bitmaps that share their clusters cost what one does
     for number, entry in enumerate(_current(facts)):
         yield Deferred(partial(_bitmap, entry, "name", entry.name), entry.offset)
         yield Deferred(partial(_bitmap, entry, "granularity", entry.granularity), entry.offset)
         yield Deferred(partial(_flags, entry), entry.offset)
         if number < _BITMAPS:  # those that are listed; there may be 65,535
             room -= entry.table_size
-            yield from _dirty(facts, entry) if room >= 0 else [_bitmap(entry, "dirty_ranges", "too large to count")]
+            yield from (
+                _dirty(facts, entry, known) if room >= 0 else [_bitmap(entry, "dirty_ranges", "too large to count")]
+            )
 
 
 def _flags(entry: BitmapEntry) -> Evidence:
@@ -356,9 +359,9 @@ def _flags(entry: BitmapEntry) -> Evidence:
     return _bitmap(entry, "flags", ", ".join(names) or "none")
 
 
-def _dirty(facts: Facts, entry: BitmapEntry) -> Iterator[Evidence]:
+def _dirty(facts: Facts, entry: BitmapEntry, known: dict[int, ClusterBits]) -> Iterator[Evidence]:
     try:
-        count, total = dirty_totals(facts.image, entry)
+        count, total = dirty_totals(facts.image, entry, known)
         for start, length in itertools.islice(dirty_ranges(facts.image, entry), _RANGES):
             yield Evidence("dirty_bytes", length, structure=f"bitmap {cut(entry.name)}", guest_offset=start)
         yield _bitmap(entry, "dirty_bytes_total", total)

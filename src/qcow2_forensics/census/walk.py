@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ..format.image import Image
+from ..limits import Budget, GiB, MiB
 from .columns import I64, U64, Columns, Mask, Places, big_endian, table_offsets
 from .index_map import IndexMap
 from .reference_counts import Segments, weighted_segments
@@ -17,7 +18,8 @@ from .reference_counts import Segments, weighted_segments
 _L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
 _L1_GAP = 1 << 16  # bytes between two tables that are read over
 _BATCH = 1 << 19  # bytes of L2 tables handled at once: temporaries stay in the cache
-_UNALIGNED_BUDGET = 1 << 30  # bytes; unaligned tables overlap, so their sum has no other bound
+_UNALIGNED_REPEATS, _UNALIGNED_SPARE = 1, 8 * MiB  # QEMU reads no such table: what the file has room for is enough
+_UNALIGNED_MOST = GiB  # of a sparse file
 _MERGE_ROWS = 1 << 20
 
 
@@ -260,13 +262,15 @@ def walkable(image: Image, named: L2Tables) -> tuple[L2Tables, bool]:
     """Return the L2 tables to be read, and whether these are all that have content.
 
     Those past the end of the file hold zeros. Unaligned ones may overlap, so that few bytes could
-    be many tables; when they add up to too much, they are left out.
+    be many tables; when they add up to more than the file has, they are left out.
     """
     size = image.header.cluster_size
     named = named.part(named.offsets < np.uint64(image.file_size))
-    odd = (named.offsets & np.uint64(size - 1)) != 0
-    if int(odd.sum()) * size > _UNALIGNED_BUDGET:
-        return named.part(~odd), False
+    unaligned = (named.offsets & np.uint64(size - 1)) != 0
+    limits = image.limits._replace(work_repeats=_UNALIGNED_REPEATS, work_spare=_UNALIGNED_SPARE)
+    budget = Budget("bytes of unaligned L2 tables", min(image.file_size, _UNALIGNED_MOST), limits)
+    if int(unaligned.sum()) * size > budget.left:
+        return named.part(~unaligned), False
     return named, True
 
 

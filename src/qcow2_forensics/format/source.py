@@ -216,6 +216,11 @@ class CheckedSource:
             raise ReadError(why, offset=offset, length=length)
         return data
 
+    @property
+    def identity(self) -> object:
+        """What is equal for two views of one source: its own identity, else the source itself."""
+        return getattr(self._source, "identity", None) or id(self._source)
+
     def close(self) -> None:
         """Leave the source open: it is its owner's to close."""
 

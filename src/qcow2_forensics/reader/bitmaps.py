@@ -40,15 +40,17 @@ def dirty_ranges(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]
         yield pending[0], pending[1] - pending[0]
 
 
-def dirty_totals(image: Image, bitmap: BitmapEntry) -> tuple[int, int]:
+def dirty_totals(image: Image, bitmap: BitmapEntry, known: dict[int, ClusterBits] | None = None) -> tuple[int, int]:
     """Return how many ranges :func:`dirty_ranges` yields and the bytes in them, without making any.
 
-    Each cluster is read once, however often the table names it.
+    Each cluster is read once, however often the table names it; ``known`` holds what is known of those of other
+    bitmaps, by host offset, and takes in what is read.
     """
     disk_size, granularity = image.disk_size, 1 << bitmap.granularity_bits
     most = -(-disk_size // granularity)  # bits that stand for a place on the disk
     per_cluster = image.cluster_size * 8
-    known: dict[int, _Facts] = {0: _facts((1 << per_cluster) - 1, per_cluster)}
+    known = {} if known is None else known
+    known.setdefault(0, _cluster_bits((1 << per_cluster) - 1, per_cluster))  # no cluster: all ones
     ranges = ones = 0
     carried = -1  # the first bit behind a cluster whose last bit is set
     for index, offset in _clusters(image, bitmap):
@@ -57,10 +59,10 @@ def dirty_totals(image: Image, bitmap: BitmapEntry) -> tuple[int, int]:
             break
         if first + per_cluster > most:  # the last one, of which the disk has no more
             bits = int.from_bytes(_data(image, bitmap, offset), "little") if offset else (1 << per_cluster) - 1
-            facts = _facts(bits & ((1 << (most - first)) - 1), most - first)
+            facts = _cluster_bits(bits & ((1 << (most - first)) - 1), most - first)
         else:
             if offset not in known:
-                known[offset] = _facts(int.from_bytes(_data(image, bitmap, offset), "little"), per_cluster)
+                known[offset] = _cluster_bits(int.from_bytes(_data(image, bitmap, offset), "little"), per_cluster)
             facts = known[offset]
         ones += facts.ones
         ranges += facts.starts - (facts.first and carried == first)
@@ -69,15 +71,17 @@ def dirty_totals(image: Image, bitmap: BitmapEntry) -> tuple[int, int]:
     return ranges, ones * granularity - cut
 
 
-class _Facts(NamedTuple):
+class ClusterBits(NamedTuple):
+    """What the bits of one cluster of a bitmap add up to."""
+
     ones: int
     starts: int  # set bits whose neighbour below is not
     first: bool
     last: bool
 
 
-def _facts(bits: int, width: int) -> _Facts:
-    return _Facts(bits.bit_count(), (bits & ~(bits << 1)).bit_count(), bool(bits & 1), bool(bits >> (width - 1)))
+def _cluster_bits(bits: int, width: int) -> ClusterBits:
+    return ClusterBits(bits.bit_count(), (bits & ~(bits << 1)).bit_count(), bool(bits & 1), bool(bits >> (width - 1)))
 
 
 def _set_bits(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]:

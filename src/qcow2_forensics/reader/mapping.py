@@ -19,15 +19,16 @@ from typing import TypeAlias
 from ..errors import FormatError
 from ..format.entries import COPIED, OFFSET_MASK, parse_entries
 from ..format.image import Image
-from ..limits import KiB
+from ..limits import Budget, KiB
+from .broken_tables import BrokenTables
 from .cache import Fifo
 from .l2_runs import HIGHEST, extended_runs, qcow1_runs, sequence_end, standard_runs
-from .repeats import L1_PAGE, Repeats
-from .runs import Kind, Run, coalesced
+from .runs import L1_PAGE, Kind, Run, coalesced
 
 __all__ = ["L1_PAGE", "Kind", "Mapping", "PlainRun", "Run"]
 
 _SLICE_BYTES = 64 * KiB  # of an L2 table, read and cached together
+_LEAST_SLICE = 4 * 512  # what a smaller one counts: the smallest are a quarter, which the budget allows for
 _EMPTY_L1_PAGE = array("Q", bytes(8 * L1_PAGE))  # one for all that lie past the end: a header may claim thousands
 
 Slice: TypeAlias = "array[int]"
@@ -65,7 +66,7 @@ class Mapping:
         self.slices = self._cache.entries  # guest slice number -> its entries, empty where no L2 table is
         # All pages of what QEMU takes; version 1 may have an L1 table of 2 GiB.
         self._l1_pages: Fifo[int, Slice] = Fifo(max(4, image.limits.l1_bytes // (L1_PAGE * 8)))
-        self._repeats = Repeats()
+        self._broken = BrokenTables()
         # Bits that make an entry anything but a stored cluster; all of them where the format is not the plain one.
         self.not_plain = ~(COPIED | OFFSET_MASK) & (2**64 - 1) | HIGHEST | (OFFSET_MASK & (self.cluster_size - 1))
         if self.version == 1 or header.extended_l2 or self.data_file:
@@ -151,23 +152,24 @@ class Mapping:
         """Yield runs that tile ``[offset, offset + length)`` exactly, coalesced.
 
         The range may reach past the L1 table: nothing is mapped there. Raises
-        :class:`FormatError` at the first cluster that cannot be read, naming its entry.
+        :class:`FormatError` at the first cluster that cannot be read, naming its entry, and
+        :class:`LimitExceeded` where more tables are named than the file has room for.
         """
         return coalesced(self._pieces(offset, length))
 
     def _pieces(self, offset: int, length: int) -> Iterator[Run]:
         end = offset + length
+        budget: Budget | None = None
         while offset < end:
-            if end - offset >= self.table_span and not offset % self.table_span:
-                run = self._repeats.blank_run(self, offset, end)
-                if run is not None:
-                    yield run
-                    offset += run.length
-                    continue
             number = offset >> self.slice_shift
             entries = self.slices.get(number)
             if entries is None:
+                filled = self.filled_tables
                 entries = self.slice(number)
+                # Within one range each table that QEMU wrote is read once; past the end of the file nothing is.
+                budget = budget or Budget("bytes of L2 tables under one range", self.image.file_size, self.image.limits)
+                if entries and self.filled_tables == filled:
+                    budget.spend(max(self._slice_bytes, _LEAST_SLICE))
             if entries:
                 stop = min(end, (number + 1) << self.slice_shift)
                 yield from self._scan(self, entries, number, offset, stop)
@@ -176,14 +178,9 @@ class Mapping:
                 yield Run(offset, stop - offset, Kind.HOLE)
             offset = stop
 
-    def slice_runs(self, number: int) -> Iterator[Run]:
-        """Yield the runs of a whole slice for which there is an L2 table, not coalesced."""
-        start = number << self.slice_shift
-        return self._scan(self, self.slice(number), number, start, start + self.slice_span)
-
     def broken_until(self, offset: int, end: int) -> int:
         """Return how far from ``offset``, and at most to ``end``, nothing can be mapped; ``offset`` where it can."""
-        return self._repeats.broken_until(self, offset, end)
+        return self._broken.until(self, offset, end)
 
     def table_of(self, l1_entry: int) -> int:
         """Return the host offset of the L2 table that an L1 entry names, 0 for none; not checked."""

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from ..errors import FormatError
 
+L1_PAGE = 8192  # L1 entries read and kept together
+
 
 class Kind(enum.IntEnum):
     """What a run of guest bytes is."""

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census.columns import Columns, big_endian, table_offsets
-from ..errors import LimitExceeded
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
+from ..limits import Budget
 from .structure_detection import Words
 
 _L1_CHUNK = 1 << 16  # entries handled at once
-_SPARE_ENTRIES = 65_536  # so that tiny images with a table cut off are no matter
 
 
 class State(NamedTuple):
@@ -52,12 +51,9 @@ def l1_tables(image: Image) -> Iterator[tuple[State, Words]]:
     Tables that do not overlap fit in the file together; a crafted image whose tables overlap so
     often that they do not raises :class:`LimitExceeded`.
     """
-    most = image.file_size // 8 + _SPARE_ENTRIES
-    total = 0
+    budget = Budget("bytes of the L1 tables of all states", image.file_size, image.limits)
     for state in states(image):
-        total += _l1_entries(image, state)
-        if total > most:
-            raise LimitExceeded("L1 entries of all states", total, most)
+        budget.spend(8 * _l1_entries(image, state))
         yield state, l1_table(image, state)
 
 

@@ -15,7 +15,7 @@ from ..errors import LimitExceeded
 from ..format.image import Image
 from ..format.rules import INT64_MAX
 from ..format.snapshot_table import SnapshotEntry
-from ..limits import MiB
+from ..limits import Budget
 from ..reader.host_holes import host_runs
 from . import live_mappings, structure_detection
 from .former_clusters import HOLDS_BYTES, read_clusters
@@ -25,8 +25,6 @@ from .snapshot_entries import BOGUS, DeletedSnapshot, gone, l1_rank, most_plausi
 from .structure_detection import Counts, Geometry, Mask, Words
 
 _ENTRIES = 1 << 16  # of L2 tables looked at together
-_L1_BYTES = 32 * MiB  # of L1 tables read for one image, beside its length: several may have stood in one place
-_TABLE_BYTES = 64 * MiB  # of L2 tables read for one image, beside four times the file: genuine ones are each in it once
 _MAPPED, _KEPT = 1, 2  # a cluster of streams: by a live state, by a snapshot older than the deleted one
 _ACTIVE = np.uint64(2**64 - 1)  # no snapshot's date
 
@@ -124,15 +122,15 @@ class _Examiner:
         self.census = census
         self.geometry = Geometry.of(image)
         self.recogniser = Recogniser(image, census)
-        self.l1_entries = (_L1_BYTES + image.file_size) // 8
-        self.tables = (_TABLE_BYTES + 4 * image.file_size) // image.cluster_size
+        self.l1_bytes = Budget("bytes of the L1 tables of deleted snapshots", image.file_size, image.limits)
+        self.l2_bytes = Budget("bytes of the L2 tables of deleted snapshots", image.file_size, image.limits)
         self.live = self._live()
         self._read_data = read_data
 
     def _live(self) -> _Live:
         """Return the tables of live states, as many as may be read: what only later ones hold is not shared then."""
         slots, offsets, dates = [np.empty(0, np.intp)], [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-        room = self.tables
+        room = self.l2_bytes.left // self.image.cluster_size
         for state, table in live_mappings.l1_tables(self.image):
             whole = (table % np.uint64(self.image.cluster_size) == 0) & (table < np.uint64(self.image.file_size))
             used = np.flatnonzero((table != 0) & whole)[:room]
@@ -218,10 +216,7 @@ class _Examination:
             return DeletedSnapshot(self._entry, l1_intact=False)
         slots = np.flatnonzero(l1_table)
         rows, _ = self._examiner.live.of(slots)
-        named, room = len(slots) + len(rows), self._examiner.tables
-        if named > room:
-            raise LimitExceeded("L2 tables of deleted snapshots", named, room)
-        self._examiner.tables -= named
+        self._examiner.l2_bytes.spend((len(slots) + len(rows)) * self._cluster_size)
         step = max(1, _ENTRIES // self._image.header.l2_entries)
         for at in range(0, len(slots), step):
             self._tables(slots[at : at + step], l1_table[slots[at : at + step]])
@@ -249,9 +244,7 @@ class _Examination:
         stop = -(-(first + length) // self._cluster_size)
         if examiner.census.is_claimed(np.arange(first // self._cluster_size, stop)).any():
             return None
-        if self._entry.l1_size > examiner.l1_entries:
-            raise LimitExceeded("L1 entries of deleted snapshots", self._entry.l1_size, examiner.l1_entries)
-        examiner.l1_entries -= self._entry.l1_size
+        examiner.l1_bytes.spend(length)
         data = self._image.read(first, length)
         # Of zeros nobody can tell whether the disk was empty or the table wiped: not every file system keeps
         # a discarded table as a hole, and no copy has to.

@@ -7,7 +7,7 @@ tells where a stream ends; what no live stream consumes may be an overwritten on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,20 +19,15 @@ from ..census.columns import compressed_extents
 from ..errors import LimitExceeded
 from ..format.entries import compressed_descriptor
 from ..format.image import Image
-from ..reader.codecs import codec_of
+from ..limits import Budget
+from ..reader.codecs import Codec, codec_of
 from .model import Piece
 from .slack import piece_of
 
-Measure = Callable[[bytes, int], tuple[bytes, int] | None]
-
 _TRIES = 512  # places in one gap where an old stream is looked for
-_TRIED = 1 << 34  # bytes such tries may decode in one image, if each came to a whole cluster
-# What decoding streams that are bad, or that share bytes with another, may cost in one image, in bytes
-# they have and may decode to: so much, and for each byte of the file. Writers make none, and damage few.
-_SUSPECT = 1 << 26
-_SUSPECT_PER_BYTE = 2
-_SUSPECT_EACH = 1 << 14  # what beginning a stream costs, however short it is
-_SUSPECT_LOST = 1 << 8  # what one past the end of the file costs: copies of images are cut, and nothing is decoded
+_SHORT = 1 << 12  # bytes that must come of a stream before it is decoded as a whole
+_ZSTD_FRAME, _ZSTD_SKIPPABLE = b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"
+_START = 1 << 14  # bytes: what beginning a stream costs at least, however small a cluster is
 
 
 class Decoded(NamedTuple):
@@ -52,7 +47,7 @@ def decode_all(image: Image, census: Census) -> Decoded:
     """Decode every live stream once, in the order they stand in the file.
 
     Streams that a writer made stand side by side, and however far they expand they are decoded. Of those
-    that share bytes, or do not decode, a small file could name any number: they have an allowance.
+    that share bytes, or do not decode, a small file could name any number: they have a budget.
     """
     if image.header.external_data:  # QEMU reads no streams beside a data file
         return Decoded([], np.empty(0, np.uint64), None)
@@ -63,34 +58,43 @@ def decode_all(image: Image, census: Census) -> Decoded:
     used: list[tuple[int, int]] = []
     failed: list[int] = []
     stopped: LimitExceeded | None = None
-    suspect, most = 0, _SUSPECT + _SUSPECT_PER_BYTE * image.file_size
+    budget = _budget(image)
     taken, last = 0, b""  # how far good streams reach, and the bytes of the one before
     for entry in entries[order].tolist():
-        if suspect > most:
-            stopped = LimitExceeded("decoded bytes of streams that are bad or share bytes", suspect, most)
-            break
         offset, length = compressed_descriptor(entry, bits)
         data = image.read(offset, length)
         if not data:
             failed.append(entry)
             used.append((offset, offset + length))
-            suspect += _SUSPECT_LOST
             continue
         cost, end = length, offset + len(last)
         if not last or not data.startswith(last):  # else a cluster like the one before
             found = measure(data, size)
-            cost += max(size, _SUSPECT_EACH)
+            cost += max(size, _START)
             if found is None:
                 failed.append(entry)
                 used.append((offset, offset + length))
-                suspect += cost
+                if (stopped := _refused(budget, cost)) is not None:
+                    break
                 continue
             end, last = offset + found[1], data[: found[1]]
-        if offset < taken:
-            suspect += cost
-        taken = max(taken, end)
         used.append((offset, end))
+        if offset < taken and (stopped := _refused(budget, cost)) is not None:
+            break
+        taken = max(taken, end)
     return Decoded(used, np.asarray(failed, dtype=np.uint64), stopped)
+
+
+def _budget(image: Image) -> Budget:
+    return Budget("decoded bytes of streams that are bad or share bytes", image.file_size, image.limits)
+
+
+def _refused(budget: Budget, cost: int) -> LimitExceeded | None:
+    try:
+        budget.spend(cost)
+    except LimitExceeded as error:
+        return error
+    return None
 
 
 def compressed_slack(image: Image, census: Census, decoded: Decoded | None = None) -> Iterator[Piece]:
@@ -103,12 +107,10 @@ def compressed_slack(image: Image, census: Census, decoded: Decoded | None = Non
     decoded = decoded or decode_all(image, census)
     if decoded.stopped is not None:
         raise decoded.stopped
-    measure = codec_of(image.header.compression_type).measure
-    tries = max(_TRIES, _TRIED // image.cluster_size)
+    codec = codec_of(image.header.compression_type)
+    budget = Budget("decoded bytes of former streams that are bad", image.file_size, image.limits)
     for start, stop in _gaps(image, decoded.used):
-        count = min(_TRIES, tries)
-        tries -= count
-        yield from _gap(image, start, stop, measure, count)
+        yield from _gap(image, start, stop, codec, budget)
 
 
 def _gaps(image: Image, used: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -132,17 +134,22 @@ def _gaps(image: Image, used: list[tuple[int, int]]) -> Iterator[tuple[int, int]
     yield last_end, -(-last_end // size) * size
 
 
-def _gap(image: Image, start: int, stop: int, measure: Measure, tries: int) -> Iterator[Piece]:
+def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> Iterator[Piece]:
     data = image.read(start, stop - start)
     if not any(data):
         return
     at = place = 0
     # Streams stand back to back: one starts where the gap starts, or where another one ends; after
     # reuse of a part, anywhere. Every byte of a short gap is tried, the first bytes of a long one.
-    while place < len(data) and tries:
-        tries -= 1
-        found = measure(data[place:], image.cluster_size)
+    for _ in range(_TRIES):
+        if place >= len(data):
+            break
+        part = data[place:]
+        begins = _begins(codec, part, image.cluster_size)
+        found = codec.measure(part, image.cluster_size) if begins else None
         if found is None:
+            if begins:
+                budget.spend(max(image.cluster_size, _START))
             place += 1
             continue
         yield from _rest(data[at:place], start + at)
@@ -152,6 +159,17 @@ def _gap(image: Image, start: int, stop: int, measure: Measure, tries: int) -> I
             yield replace(piece, offset=start + place, length=found[1], looks="stream", signature=digest)
         at = place = place + found[1]
     yield from _rest(data[at:], start + at)
+
+
+def _begins(codec: Codec, data: bytes, size: int) -> bool:
+    """Whether a stream may begin here: of most places the first bytes show that none does."""
+    if not codec.cuts:
+        return data[:4] == _ZSTD_FRAME or (data[1:4] == _ZSTD_SKIPPABLE[1:] and data[0] & 0xF0 == _ZSTD_SKIPPABLE[0])
+    try:
+        codec.decode(data, min(size, _SHORT))
+    except ValueError:
+        return False
+    return True
 
 
 def _rest(data: bytes, offset: int) -> Iterator[Piece]:

@@ -1,0 +1,82 @@
+"""How far a mapping cannot be read: L2 tables that are lost, or of which no entry is sound.
+
+A comparison says of what cannot be read that it is unreadable, and goes on behind it. A crafted L1 table may name a
+few such tables a million times; each is looked at once.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import Protocol
+
+from ..errors import FormatError
+from .cache import Fifo
+from .runs import L1_PAGE, Run
+
+_REMEMBERED = 1 << 17  # tables: as many as fit in a file of 64 MiB
+
+
+class Tables(Protocol):
+    """What this takes of a mapping. It is handed to each call and not kept: that would be a cycle."""
+
+    l1_size: int
+    table_span: int  # guest bytes under one L1 entry
+    cluster_size: int
+
+    def l1_page(self, number: int) -> array[int]: ...
+
+    def l2_table_offset(self, index: int) -> int: ...
+
+    def table_of(self, l1_entry: int) -> int: ...
+
+    def is_lost(self, table: int) -> bool: ...
+
+    def runs(self, offset: int, length: int) -> Iterator[Run]: ...
+
+
+class BrokenTables:
+    """Which L2 tables of one mapping have no sound entry, by their host offset."""
+
+    def __init__(self) -> None:
+        self._known: Fifo[int, bool] = Fifo(_REMEMBERED)
+
+    def until(self, tables: Tables, offset: int, end: int) -> int:
+        """Return how far from ``offset``, and at most to ``end``, nothing can be mapped; ``offset`` where it can."""
+        index = offset // tables.table_span
+        if not offset % tables.table_span and index < tables.l1_size:
+            self._judge(tables, index)
+        while index < tables.l1_size and index * tables.table_span < end:
+            page = tables.l1_page(index // L1_PAGE)
+            first = index % L1_PAGE
+            if first >= len(page):
+                index = tables.l1_size  # cut off by the end of the file
+                break
+            rest = page[first:] if first else page
+            sound = {entry for entry in set(rest) if not self._is_broken(tables, tables.table_of(entry))}
+            if sound:
+                index += next(at for at, entry in enumerate(rest) if entry in sound)
+                break
+            index += len(rest)
+        return min(end, max(offset, index * tables.table_span))
+
+    def _is_broken(self, tables: Tables, table: int) -> bool:
+        return bool(table) and (tables.is_lost(table) or self._known.entries.get(table, False))
+
+    def _judge(self, tables: Tables, index: int) -> None:
+        """Remember whether no cluster at all under an L1 slot has an entry that can be read."""
+        try:
+            table = tables.l2_table_offset(index)
+        except FormatError:
+            return  # the entry itself says it
+        if not table or table in self._known.entries:
+            return
+        self._known.add(table, False)
+        start = index * tables.table_span
+        for at in range(start, start + tables.table_span, tables.cluster_size):
+            try:
+                next(tables.runs(at, tables.cluster_size))
+            except FormatError:
+                continue
+            return
+        self._known.add(table, True)
