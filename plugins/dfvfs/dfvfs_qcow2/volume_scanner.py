@@ -27,7 +27,7 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 
 from qcow2_forensics.errors import Qcow2Error, SnapshotNotFound, reason
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
-from qcow2_forensics.text import printable, sentence, short_date
+from qcow2_forensics.text import printable, short_date
 
 from .inspection import deleted_snapshots, open_image, snapshot_path_spec, snapshots
 from .names import SnapshotKey
@@ -136,7 +136,7 @@ def _tell_failed_reads(scanner: Any, images: list[Any], request: Request | None)
     context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
     for qcow in images:
         for text in notes_of(qcow, context):
-            _tell(request, f"{printable(sentence(text), 1000)}.", logging.WARNING)
+            _tell(request, f"{printable(text, 1000)}.", logging.WARNING)
         for text in failures_of(qcow, context)[:_FAILURES]:
             _tell(request, f"A read failed during the scan: {text}", logging.WARNING)
 
