@@ -201,7 +201,7 @@ class Disk:
             unbacked=self._unbacked,
             unlocker=self._unlocker,
         )
-        other.notes = self.notes
+        other._notes = self._notes
         other._owner = self
         return other
 
