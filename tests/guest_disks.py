@@ -291,7 +291,7 @@ def partitioned(path: Path, parts: Sequence[Path], types: Sequence[str] = ()) ->
 def states(path: Path, raws: Sequence[tuple[str | None, Path]]) -> Path:
     """A QCOW2 image with a snapshot for each named raw disk, the last one active. Sparse files stay quick."""
     name, first = raws[0]
-    qemu.img("convert", "-O", "qcow2", first, path)
+    qemu.img("convert", "-f", "raw", "-O", "qcow2", first, path)
     if name is not None:
         qemu.snapshot(path, name)
     before = first

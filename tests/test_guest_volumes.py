@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -425,6 +426,23 @@ def test_luks_volumes_are_read_with_a_passphrase_and_named_without(tmp_path: Pat
     assert result["summary"]["bytes_in_unread_volumes"] == 0
 
 
+@qemu.requires_qemu
+def test_luks_is_read_in_a_process_that_has_used_dfvfs_for_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("dfvfs", reason="dfVFS is absent")
+    inner = guest_disks.make(tmp_path, "ext4", 8 * MIB, "inner.raw").change(populate)
+    locked = tmp_path / "locked.raw"
+    qemu.img(
+        *("convert", "-O", "luks", "--object", "secret,id=key,data=sesame", "-o", "key-secret=key,iter-time=10"),
+        *(inner.path, locked),
+    )
+    (tmp_path / "key").write_text("sesame\n")
+    image = guest_disks.states(tmp_path / "disk.qcow2", [(None, locked)])
+    command = [sys.executable, "-m", "qcow2_forensics", "timeline", image, "--guest-passphrase-file", tmp_path / "key"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/luks/kept.txt|" in done.stdout
+
+
 # --- what nobody reads -------------------------------------------------------------------------------
 
 
@@ -489,6 +507,7 @@ def test_one_readable_partition_does_not_silence_the_others(tmp_path: Path, diff
     assert [volumes[number]["type"] for number in range(1, 8)] == list(VOLUMES)
     assert [volumes[number]["changed_bytes"] for number in range(1, 8)] == [512 << number for number in range(7)]
     assert volumes[8]["read"]
+    assert volumes[3]["why"] == "it is LUKS2, which dfVFS does not open"
     assert result["summary"]["bytes_in_no_file"] == 0
 
 

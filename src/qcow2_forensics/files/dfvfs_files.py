@@ -16,6 +16,7 @@ from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.path import factory
 from dfvfs.resolver import context, resolver
+from dfvfs.resolver_helpers import manager as _helpers  # noqa: F401 - registers every kind of volume
 
 from ..errors import Qcow2Error
 from ..text import printable
@@ -179,19 +180,8 @@ class Scanned:
 
 
 def _payload(reader: Reader, kind: str) -> int:
-    """Return where the encrypted bytes begin: after the header of LUKS, at once in BitLocker."""
-    if kind != "LUKS":
-        return 0
-    head = reader.read(0, 1 << 20)
-    if head[6:8] == b"\0\1":
-        return int.from_bytes(head[104:108], "big") * 512
-    import json
-
-    try:
-        areas = json.loads(head[4096 : int.from_bytes(head[8:16], "big")].split(b"\0", 1)[0])
-        return int(areas["segments"]["0"]["offset"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise OSError(f"the LUKS2 header does not say where the data begin: {error}") from error
+    """Return where the encrypted bytes begin: after the header of LUKS1, at once in BitLocker."""
+    return int.from_bytes(reader.read(104, 4), "big") * 512 if kind == "LUKS" else 0
 
 
 class DfvfsFileSystem(FileSystem):

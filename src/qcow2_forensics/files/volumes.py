@@ -175,6 +175,8 @@ class _Finder:
             inside = f"{volume.inside}/{volume.kind.lower()}"
             self._look(scanned.unlocked, replace(volume, kind="", inside=inside), depth + 1)
             return ""
+        if volume.kind == "LUKS" and reader.read(6, 2) == b"\0\2":
+            return "it is LUKS2, which dfVFS does not open"
         if scanned.locked:
             given = "no given passphrase opens it" if self._passphrases else "it needs a passphrase"
             return f"it is encrypted and {given}"
