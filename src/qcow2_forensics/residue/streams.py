@@ -1,7 +1,7 @@
 """Compressed clusters: how many bytes each stream really takes, and what lies between them.
 
 A descriptor counts whole sectors, so its last one usually holds the next stream too. Only decoding
-tells where a stream ends; what no live stream consumes may be an overwritten one.
+shows where a stream ends; what no live stream consumes may be an overwritten one.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Decoded(NamedTuple):
 
 
 def decode_all(image: Image, census: Census) -> Decoded:
-    """Decode every live stream once, in the order they stand in the file.
+    """Decode every live stream once, in their order in the file.
 
-    Streams that a writer made stand side by side, and however far they expand they are decoded. Of those
+    Streams that a writer made do not overlap, and however far they expand they are decoded. Of those
     that share bytes, or do not decode, a small file could name any number: they have a budget.
     """
     if image.header.external_data:  # QEMU reads no streams beside a data file
@@ -59,7 +59,7 @@ def decode_all(image: Image, census: Census) -> Decoded:
     failed: list[int] = []
     stopped: LimitExceeded | None = None
     budget = _budget(image)
-    taken, last = 0, b""  # how far good streams reach, and the bytes of the one before
+    taken, last = 0, b""  # the end of the good streams so far, and the bytes of the one before
     for entry in entries[order].tolist():
         offset, length = compressed_descriptor(entry, bits)
         data = image.read(offset, length)
@@ -139,7 +139,7 @@ def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> I
     if not any(data):
         return
     at = place = 0
-    # Streams stand back to back: one starts where the gap starts, or where another one ends; after
+    # Streams follow each other: one starts where the gap starts, or where another one ends; after
     # reuse of a part, anywhere. Every byte of a short gap is tried, the first bytes of a long one.
     for _ in range(_TRIES):
         if place >= len(data):
