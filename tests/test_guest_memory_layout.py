@@ -212,6 +212,7 @@ def test_the_memory_of_a_tpm_is_not_taken_for_a_module(tmp_path: Path) -> None:
         machine = Machine("tpm", (*args, "-device", "tpm-crb,tpmdev=tpm0"), loads=((4 * GiB, MiB),))
         with saved(machine, tmp_path) as (guest, memory):
             assert addresses(memory, "dm") == [4 * GiB]
+            assert memory.read_device("tpm-emulator/permanent") == (state / "tpm2-00.permall").read_bytes()
             assert {"tpm-ppi", "tpm-crb-cmd"} <= set(memory.layout.unplaced)
             assert wrong_pages(guest, memory, ("pc.ram", "dm")) == []
     finally:

@@ -97,13 +97,38 @@ def test_snapshots_are_those_qemu_lists(saved: Saved, tmp_path: Path) -> None:
     assert all(row["Date"].startswith("20") for row in found)
 
 
-def test_snapshots_are_in_the_timeline(saved: Saved, tmp_path: Path) -> None:
+def test_snapshots_are_in_the_timeline_when_that_is_asked_for(saved: Saved, tmp_path: Path) -> None:
     arguments = ("timeliner.Timeliner", "--plugin-filter", "qcow2.snapshots", "--create-bodyfile")
-    found = rows("-f", saved.image, *arguments, cwd=tmp_path)
+    without = tmp_path / "without"
+    without.mkdir()
+    assert rows("-f", saved.image, *arguments, cwd=without) == []
+    found = rows("-f", saved.image, *arguments, cwd=tmp_path, QCOW2_TIMELINE="1")
     assert sorted(row["Description"][:24] for row in found) == ["QCOW2 snapshot 1 'first'", "QCOW2 snapshot 2 'second"]
     times = [line.split("|")[-1] for line in (tmp_path / "volatility.body").read_text().splitlines()]
     listed = json.loads(qemu.img("info", "--output=json", saved.image).text)["snapshots"]
     assert sorted(times) == sorted(str(item["date-sec"]) for item in listed)
+
+
+def test_a_saved_configuration_of_a_plugin_gives_the_same_rows_without_its_file(saved: Saved, tmp_path: Path) -> None:
+    config = tmp_path / "saved.json"
+    options = ("--qcow2-snapshot", "1", "-f", saved.image, "--save-config", str(config))
+    first = rows(*options, "qcow2.registers.Registers", cwd=tmp_path)
+    assert first
+    assert rows("-c", str(config), "qcow2.registers.Registers", cwd=tmp_path) == first
+
+
+def test_a_file_that_cannot_be_written_whole_never_has_its_final_name(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
+    code += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += "from volatility3.cli import main; sys.argv = ['vol', *sys.argv[1:]]; main()"
+    command = [sys.executable, "-c", code, "-q", "-p", str(PLUGINS), "-f", str(saved.image), "qcow2.vmstatedump"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "not whole" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot-2.raw.incomplete"]
 
 
 def test_info_tells_the_layout(saved: Saved, tmp_path: Path) -> None:

@@ -57,16 +57,39 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         return [
             requirements.URIRequirement(
                 name="location", description="The file to read, instead of the one given with -f", optional=True
-            )
+            ),
+            requirements.StringRequirement(
+                name="state", description="The snapshot, where --qcow2-snapshot does not say", optional=True
+            ),
+            requirements.StringRequirement(
+                name="layout", description="Where RAM blocks lie, where --qcow2-layout does not say", optional=True
+            ),
         ]
+
+    def build_configuration(self) -> interfaces.configuration.HierarchicalDict:
+        """Return the configuration with the file and the options that are used, so that it can be run again."""
+        configuration = super().build_configuration()
+        for name, value in (("location", self._location()), ("state", self.wanted()), ("layout", self._layout())):
+            if value:
+                configuration[name] = value
+        return configuration
+
+    def wanted(self) -> str | None:
+        """Return the snapshot that was named."""
+        return snapshot_option(self.context) or self.config.get("state", None)
+
+    def _layout(self) -> str | None:
+        return layout_option(self.context) or self.config.get("layout", None)
+
+    def _location(self) -> str | None:
+        location = self.config.get("location", None)
+        return location or self.context.config.get("automagic.LayerStacker.single_location", None)
 
     def source(self) -> common.LayerSource:
         """Return the file that was named; raises :class:`Qcow2Error` and OSError."""
         from qcow2_forensics import Qcow2Error
 
-        location = self.config.get("location", None) or self.context.config.get(
-            "automagic.LayerStacker.single_location", None
-        )
+        location = self._location()
         if not location:
             raise Qcow2Error("no file is given: use -f")
         return common.LayerSource(common.add_file_layer(self.context, self.config_path, "Qcow2Evidence", str(location)))
@@ -86,12 +109,12 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
         source = self.source()
         key, local = index_cache.identify(source.layer)
-        layout = layout_option(self.context)
+        layout = self._layout()
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
             return Stream(stream, None, key, local, layout)
         image = open_image(source)
-        chosen = choice.choose(image, snapshot_option(self.context), printable(source.name))
+        chosen = choice.choose(image, self.wanted(), printable(source.name))
         if chosen is not None and chosen.is_leftover:
             state = open_vm_state(source, Leftover(), passphrase(self.context))
             state.read(0, 4)

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import renderers
 from volatility3.framework.renderers import format_hints
-from volatility3.plugins import timeliner
 
 from . import choice, common
 from .evidence import ABSENT, EvidencePlugin, Row, hexadecimal
-from .options import snapshot_option
+from .options import TIMELINE_VARIABLE
+
+if TYPE_CHECKING:
+    from volatility3.plugins.timeliner import TimeLinerType
 
 NOT_COUNTED = -1  # what QEMU stores where the guest's instructions are not counted
 
 
-class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
+def _bases() -> tuple[type, ...]:
+    """Return the classes of the plugin: a part of the timeline only when that is asked for.
+
+    Volatility's timeliner (2.28) emits the rows of all earlier plugins again, under the time of the last one: with the
+    snapshots in it every row would carry the date of a snapshot as well.
+    """
+    if not os.environ.get(TIMELINE_VARIABLE):
+        return (EvidencePlugin,)
+    from volatility3.plugins import timeliner
+
+    return EvidencePlugin, timeliner.TimeLinerInterface
+
+
+class Snapshots(*_bases()):  # type: ignore[misc]
     """Lists the internal snapshots of a QCOW2 image, and which of them hold memory."""
 
     hidden = False
@@ -29,7 +45,7 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
         image = self.image()
         chosen = None
         try:
-            made = choice.choose(image, snapshot_option(self.context), printable(image.name))
+            made = choice.choose(image, self.wanted(), printable(image.name))
             chosen = made.snapshot if made is not None else None
         except Qcow2Error as error:
             common.warn(str(error))
@@ -57,8 +73,10 @@ class Snapshots(EvidencePlugin, timeliner.TimeLinerInterface):
                 ),
             )
 
-    def generate_timeline(self) -> Iterator[tuple[str, timeliner.TimeLinerType, dt.datetime]]:
+    def generate_timeline(self) -> Iterator[tuple[str, TimeLinerType, dt.datetime]]:
         """Yield when each snapshot was taken, by the clock of the host."""
+        from volatility3.plugins import timeliner
+
         for entry in self.image().snapshots:
             memory = "with memory" if entry.vm_state_size else "without memory"
             words = f"QCOW2 snapshot {choice.describe(entry)} {memory} taken (host clock)"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import interfaces, renderers
 from volatility3.framework.configuration import requirements
 
-from .evidence import EvidencePlugin, Row
+from .evidence import EvidencePlugin, Row, Stream
+
+if TYPE_CHECKING:
+    from qcow2_forensics import GuestMemory
 
 _PIECE = 1024 * 1024
 
 
+class OutputError(Exception):
+    """The file could not be written; unlike bad evidence this ends the run."""
+
+
 class VmStateDump(EvidencePlugin):
-    """Writes the memory of a snapshot to a file: raw RAM, one RAM block, or the stream itself."""
+    """Writes the memory of a snapshot to a file: raw RAM, one RAM block or device, or the stream itself."""
 
     hidden = False
 
@@ -32,51 +39,88 @@ class VmStateDump(EvidencePlugin):
             requirements.StringRequirement(
                 name="block", description="Write only the RAM block of this name, as qcow2.info lists it", optional=True
             ),
+            requirements.StringRequirement(
+                name="device",
+                description="Write only the state of this device, as qcow2.info lists it; a TPM's also as swtpm's files",
+                optional=True,
+            ),
         ]
 
     def _rows(self) -> Iterator[Row]:
-        from qcow2_forensics import FormatError
-        from qcow2_forensics.text import cut, printable, quoted
-
-        stream = self.stream()
-        block = self.config.get("block", None)
-        suffix = f"snapshot-{stream.snapshot.id}" if stream.snapshot is not None else "memory"
-        if block:
-            memory = stream.memory()
-            size = next((item.size for item in memory.blocks if item.name == block), None)
-            if size is None:
-                names = ", ".join(cut(item.name) for item in memory.blocks)
-                raise FormatError(f"no RAM block {quoted(block)}; the stream has {names}")
-            name = f"{suffix}-{block}.raw"
-            written = self._write(name, size, lambda at, count: memory.read_block(block, at, count, pad=True))
-        elif self.config.get("form", "raw") == "stream":
-            written = self._write(f"{suffix}.qevm", stream.source.size, stream.source.read)
-        else:
-            memory = stream.memory()
-            written = self._write(f"{suffix}.raw", memory.size, lambda at, count: memory.read(at, count, pad=True))
-        yield 0, (printable(written[0]), written[1])
-
-    def _write(self, name: str, size: int, read: Callable[[int, int], bytes]) -> tuple[str, int]:
         from qcow2_forensics.text import printable
 
-        """Write a file that gets its name when it is whole; of one that is not, an empty ``.partial`` is left."""
+        stream = self.stream()
+        suffix = f"snapshot-{stream.snapshot.id}" if stream.snapshot is not None else "memory"
+        for name, size, read in self._wanted(stream):
+            written = self._write(f"{suffix}{name}", size, read)
+            yield 0, (printable(written), size)
+
+    def _wanted(self, stream: Stream) -> Iterator[tuple[str, int, Callable[[int, int], bytes]]]:
+        """Yield what to write: the rest of a file name, how many bytes, and what reads them."""
+        block, device = self.config.get("block", None), self.config.get("device", None)
+        if block:
+            yield self._block(stream.memory(), block)
+        elif device:
+            for name, data in _device(stream.memory(), device):
+                yield name, len(data), lambda at, count, data=data: data[at : at + count]  # type: ignore[misc]
+        elif self.config.get("form", "raw") == "stream":
+            yield ".qevm", stream.source.size, stream.source.read
+        else:
+            memory = stream.memory()
+            yield ".raw", memory.size, lambda at, count: memory.read(at, count, pad=True)
+
+    def _block(self, memory: GuestMemory, block: str) -> tuple[str, int, Callable[[int, int], bytes]]:
+        from qcow2_forensics import FormatError
+        from qcow2_forensics.text import cut, quoted
+
+        size = next((item.size for item in memory.blocks if item.name == block), None)
+        if size is None:
+            names = ", ".join(cut(item.name) for item in memory.blocks)
+            raise FormatError(f"no RAM block {quoted(block)}; the stream has {names}")
+        return f"-{block}.raw", size, lambda at, count: memory.read_block(block, at, count, pad=True)
+
+    def _write(self, name: str, size: int, read: Callable[[int, int], bytes]) -> str:
+        """Write a file that gets its name when it is whole, and return the name; else an empty ``.partial`` is left."""
         wanted = self.open.sanitize_filename(name)
         with self.open(f"{wanted}.partial") as file:
             try:
                 for offset in range(0, size, _PIECE):
-                    self._progress_callback(100 * offset / size, f"Writing {printable(wanted, 60)}")
-                    data = read(offset, min(_PIECE, size - offset))
-                    if data.count(0) == len(data) and offset + len(data) < size:
-                        file.seek(offset + len(data))  # a hole, where the file system has them
-                    else:
-                        file.write(data)
-                file.flush()
+                    self._progress_callback(100 * offset / size, f"Writing {wanted}")
+                    _put(file, read(offset, min(_PIECE, size - offset)), offset, size)
             except BaseException:
                 file.seek(0)
                 file.truncate()
                 raise
             file.preferred_filename = wanted
-        return file.preferred_filename, size
+        return str(file.preferred_filename)
 
     def run(self) -> Any:
         return renderers.TreeGrid([("File", str), ("Bytes", int)], self.guarded(self._rows))
+
+
+def _put(file: Any, data: bytes, offset: int, size: int) -> None:
+    """Write one piece of a file of ``size`` bytes; zeros become a hole, where the file system has them."""
+    try:
+        if data.count(0) == len(data) and offset + len(data) < size:
+            file.seek(offset + len(data))
+        else:
+            file.write(data)
+        if offset + len(data) == size:
+            file.flush()
+    except OSError as error:
+        raise OutputError(f"the file cannot be written: {error.strerror}") from error
+
+
+def _device(memory: GuestMemory, name: str) -> Iterator[tuple[str, bytes]]:
+    """Yield file names and bytes of a device; a TPM's state once more as the files that swtpm keeps."""
+    from qcow2_forensics import FormatError
+    from qcow2_forensics.memory import tpm
+
+    try:
+        body = memory.read_device(name)
+    except LookupError as error:
+        raise FormatError(str(error)) from None
+    yield f"-{name}.bin", body
+    if name == tpm.DEVICE:
+        for part, data in tpm.split(body).items():
+            yield f"-tpm2-00.{tpm.PARTS[part]}", data

@@ -7,6 +7,7 @@ import json
 from functools import partial
 from typing import Any
 
+from ..errors import Qcow2Error
 from ..reader.writer import HASHES, writing
 from ..text import cut, printable, size
 from .options import add_key_arguments, ask_passphrase, passphrase_of
@@ -41,6 +42,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--snapshot", metavar="STATE", help="the snapshot to take, as in export; the latest with memory by default"
     )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="write the state of one device instead; tpm-emulator/permanent is the file that swtpm keeps",
+    )
     parser.add_argument("--format", choices=("raw", "lime", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
@@ -68,6 +74,17 @@ def _snapshot(memory: Any) -> str | None:
     return f"{cut(state.snapshot.id)} ({cut(state.snapshot.name)})"
 
 
+def _device(memory: Any, name: str | None) -> bytes | None:
+    """Return the bytes of a device, None when no device is wanted."""
+    if name is None:
+        return None
+    try:
+        content: bytes = memory.read_device(name)
+    except LookupError as error:
+        raise Qcow2Error(str(error)) from None
+    return content
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the memory and print what was written."""
     from ..errors import Locked
@@ -85,20 +102,24 @@ def run(args: argparse.Namespace) -> int:
             raise
         memory = wanted(passphrase=ask_passphrase("encrypted image"))
     with memory:
-        total = memory.source.size if args.format == "stream" else memory.size
+        device = _device(memory, args.device)
+        form = "device" if device is not None else args.format
+        total = len(device) if device is not None else memory.source.size if form == "stream" else memory.size
         hashes = () if args.no_hash else HASHES[:1]
         with (
             Progress("memory", total) as progress,
             writing(args.output, progress.advance, force=args.force, hashes=hashes) as writer,
         ):
-            if args.format == "stream":
+            if device is not None:
+                writer.data(device)
+            elif form == "stream":
                 write_stream(memory.source, writer)
             else:
-                (write_lime if args.format == "lime" else write_raw)(memory, writer)
+                (write_lime if form == "lime" else write_raw)(memory, writer)
         summary = {
             "output": args.output,
             "snapshot": _snapshot(memory),
-            "format": args.format,
+            "format": form,
             "size": writer.size,
             "sha256": writer.sha256,
             "machine": memory.machine,

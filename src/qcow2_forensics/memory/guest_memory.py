@@ -12,7 +12,7 @@ from ..errors import ReadError
 from ..format.source import Source
 from ..limits import DEFAULT_LIMITS, Limits, MiB
 from ..text import cut, quoted
-from . import address_ranges
+from . import address_ranges, tpm
 from .block_reader import read_pages
 from .given_layout import parse as parse_layout
 from .page_codecs import MISSING, decode, is_special
@@ -151,6 +151,27 @@ class GuestMemory:
         if offset < 0 or offset + length > block.size:
             raise NotInMemory(f"outside of RAM block {quoted(name)}", address=offset, length=length)
         return self._read(name, offset, length, pad, offset) if length > 0 else b""
+
+    def read_device(self, name: str) -> bytes:
+        """Return the bytes of a device section, as QEMU wrote them.
+
+        ``name`` is as :attr:`devices` has it, with ``#INSTANCE`` where several have it. The state of an emulated TPM
+        is also there in parts, as the files of swtpm: ``tpm-emulator/permanent``, ``/volatile``, ``/savestate``.
+        Raises :class:`LookupError` for none, or for several.
+        """
+        device, _, part = name.partition("/") if name.startswith(f"{tpm.DEVICE}/") else (name, "", "")
+        found = [item for item in self.devices if device in (item.name, f"{item.name}#{item.instance}")]
+        if len(found) != 1:
+            known = ", ".join(f"{cut(item.name)}#{item.instance}" for item in found or self.devices)
+            what = "several devices" if found else "no device"
+            raise LookupError(f"{what} {quoted(device)}; the stream holds: {known or 'none'}")
+        body = self.source.read(found[0].offset, found[0].length)
+        if not part:
+            return body
+        parts = tpm.split(body)
+        if part not in parts:
+            raise LookupError(f"no part {quoted(part)} of {tpm.DEVICE}; there are: {', '.join(parts) or 'none'}")
+        return parts[part]
 
     def mapping(self, address: int, length: int) -> Iterator[MemoryRun]:
         """Yield runs in order of address; what is not valid is left out.
