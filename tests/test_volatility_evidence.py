@@ -97,3 +97,18 @@ def test_worker_processes_find_every_banner(evidence: EvidenceCase, raw: dict[st
     found = run("--parallelism", "processes", "--qcow2-snapshot", "2", "-f", evidence.image, "banners.Banners")
     assert found == run("-f", raw[DURING], "banners.Banners")
     assert found
+
+
+def test_what_changed_between_two_memories_is_the_intruders_process(evidence: EvidenceCase, run: Run) -> None:
+    arguments = (
+        "-f",
+        evidence.image,
+        "qcow2.changes.Changes",
+        "--plugins",
+        "linux.pslist",
+        "linux.lsmod",
+        "linux.mountinfo",
+    )
+    (row,) = run(*arguments)
+    assert (row["Change"], row["Plugin"]) == ("appeared", "linux.pslist.PsList")
+    assert "COMM=.cache_helper" in row["Row"]

@@ -12,7 +12,7 @@ This folder goes on Volatility's plugin path, where its name is ``volatility3.pl
     layers    VM state and disk;  backing: the files under a disk;  content: what a disk holds
     ram       guest-physical memory;  elision: when zeros need no scan;  index_cache
     stackers  offer the layers to Volatility
-    info, snapshots, audit, registers, vmstatedump: the plugins
+    info, snapshots, audit, registers, vmstatedump, changes: the plugins
 
 Volatility imports every file below this folder at every start, and only an ImportError is
 forgiven there. So this file imports those that Volatility has to see, whatever they raise becomes
@@ -26,7 +26,7 @@ import importlib.util
 import logging
 import sys
 
-_SEEN = ("audit", "info", "options", "registers", "snapshots", "stackers", "vmstatedump")
+_SEEN = ("audit", "changes", "info", "options", "registers", "snapshots", "stackers", "vmstatedump")
 _LATER = ("backing", "choice", "common", "content", "elision", "index_cache", "layers", "ram")
 
 _log = logging.getLogger(__name__)
