@@ -102,18 +102,19 @@ class Changes(interfaces.plugins.PluginInterface):
 
     def _rows(self) -> Iterator[Row]:
         from qcow2_forensics import Qcow2Error
+        from qcow2_forensics.text import printable
 
         try:
             later = State(self.context, self.config["kernel"])
             earlier = self._earlier(later)
         except (Qcow2Error, exceptions.VolatilityException) as error:
-            common.warn(f"the states cannot be compared: {error}")
+            common.warn(f"the states cannot be compared: {printable(str(error))}")
             return
         for name, kind in self._plugins(later):
             try:
                 before, after = self._table(earlier, kind), self._table(later, kind)
             except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the others go on
-                common.warn(f"{name} is left out: {type(error).__name__}: {error}")
+                common.warn(f"{name} is left out: {type(error).__name__}: {printable(str(error))}")
                 continue
             for change, row, changed in compared(before, after, _keys(name)):
                 yield 0, (change, name, row, changed)

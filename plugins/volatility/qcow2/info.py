@@ -14,6 +14,11 @@ from .evidence import EvidencePlugin, Row, Stream, hexadecimal
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image
 
+FIVE_LEVELS = (
+    "the guest uses five levels of page tables (LA57), which Volatility's layers for Intel do not read (seen with 2.28): "
+    "plugins find nothing, on raw dumps too"
+)
+
 # Subject, item, value, address and size; values are escaped already, as the core's own sentences are.
 Facts = Iterator[tuple[str, str, str, int | None, int | None]]
 
@@ -34,7 +39,8 @@ class Info(EvidencePlugin):
         facts: list[Facts] = [] if image is None else [_image_facts(image)]
         try:
             stream = self.stream()
-            facts.append(_memory_facts(stream, stream.memory()))
+            memory = stream.memory()
+            facts += [_memory_facts(stream, memory), _kernel_facts(memory)]
         except (Qcow2Error, ImportError) as error:
             common.warn(f"no memory is shown: {error}")
         for part in facts:
@@ -74,6 +80,33 @@ def _image_facts(image: Image) -> Facts:
         )
     for problem in image.problems:
         yield "image", "problem", problem.message, problem.offset, None
+
+
+_HINTS = ("cr3", "lstar", "gs_base", "kernel_gs_base")  # what leads to a kernel: of use where no plugin finds it
+
+
+def _kernel_facts(memory: GuestMemory) -> Facts:
+    """Yield which kernel is in the memory, and which symbols Volatility needs for it."""
+    from qcow2_forensics.memory import kernel
+    from qcow2_forensics.text import printable
+
+    for cpu in memory.cpus[:1]:
+        for name in _HINTS:
+            if value := cpu.registers.get(name):
+                yield "processor", name, "", value, None
+    if kernel.uses_five_levels(memory):
+        common.warn(FIVE_LEVELS)
+        yield "processor", "paging", "five levels", None, None
+    found = kernel.find_kernel(memory)
+    if found is None:
+        yield "kernel", "not found", "neither a Linux banner nor the debug record of a Windows kernel", None, None
+        return
+    yield "kernel", found.system, printable(found.identity), found.address, None
+    yield "symbols", "file", f"{printable(found.symbol_file)} below a folder of Volatility's -s", None, None
+    if found.package:
+        yield "symbols", "package", found.package, None, None
+    for command in found.commands:
+        yield "symbols", "command", command, None, None
 
 
 def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from volatility3.framework import constants, exceptions, interfaces
 
-from . import choice, common, content, layers, ram
+from . import choice, common, content, info, layers, ram
 from .options import layout_option, snapshot_option
 
 if TYPE_CHECKING:
@@ -69,9 +69,33 @@ class QemuRamStacker(interfaces.automagic.StackerLayerInterface):
         try:
             layout = layout_option(context)
             settings = {"layout": layout} if layout else {}
-            return _new(context, layer_name, ram.QemuRamLayer, **settings)
+            layer = _new(context, layer_name, ram.QemuRamLayer, **settings)
+            _warn_of_symbols(layer)
+            return layer
         except exceptions.LayerException:
             return None  # the layer has said why
+
+
+def _warn_of_symbols(layer: common.ViewLayer) -> None:
+    """Say which symbols the kernel in a memory needs, when Volatility has none for it."""
+    from volatility3.framework.automagic import symbol_cache
+
+    from qcow2_forensics.memory import kernel
+    from qcow2_forensics.text import printable
+
+    if kernel.uses_five_levels(layer.view):
+        common.warn(info.FIVE_LEVELS)
+    found = kernel.find_kernel(layer.view, everywhere=False)
+    if found is None or found.system != "linux":  # Volatility fetches Windows symbols by itself
+        return
+    known = symbol_cache.load_cache_manager().get_identifier_dictionary(operating_system="linux")
+    banner = found.identity.encode("ascii", "surrogateescape")
+    if not any(identifier and identifier.startswith(banner) for identifier in known):
+        how = f"; to make it: {' && '.join(found.commands)}" if found.commands else ""
+        common.warn(
+            f"no symbols for the kernel in this memory, so plugins for Linux cannot run: {printable(found.identity)}. "
+            f"They go into a file such as {printable(found.symbol_file)} below a folder of -s{how}"
+        )
 
 
 def _starts_with(context: interfaces.context.ContextInterface, layer_name: str, magics: tuple[bytes, ...]) -> bool:

@@ -22,7 +22,7 @@ _EPILOG = """examples:
 IMAGE is a QCOW2 image with a memory snapshot (the latest is taken unless one is named; "leftover" is one that
 no snapshot lists any more but that is still mapped behind the disk), a bare QEMU migration stream, a libvirt save file, or a Proxmox state volume. "raw" is RAM at its guest-physical
 addresses, zeros where there is none; "lime" is RAM alone, with headers that carry the addresses;
-"stream" is QEMU's own form, with the devices and processors in it.
+"elf" is a core file with the processors' registers, for drgn and crash; "stream" is QEMU's own form, with the devices and processors in it.
 
 The output is sparse, and gets its name only when it is whole. Its SHA-256 is printed.
 """
@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME",
         help="write the state of one device instead; tpm-emulator/permanent is the file that swtpm keeps",
     )
-    parser.add_argument("--format", choices=("raw", "lime", "stream"), default="raw", help="form of OUT (raw)")
+    parser.add_argument("--format", choices=("raw", "lime", "elf", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
     parser.add_argument(
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import Locked
     from ..memory import open_guest_memory
     from ..memory.dump import write_lime, write_raw, write_stream
+    from ..memory.elf_core import write_elf
 
     wanted = partial(
         open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             elif form == "stream":
                 write_stream(memory.source, writer)
             else:
-                (write_lime if form == "lime" else write_raw)(memory, writer)
+                {"lime": write_lime, "elf": write_elf}.get(form, write_raw)(memory, writer)
         summary = {
             "output": args.output,
             "snapshot": _snapshot(memory),

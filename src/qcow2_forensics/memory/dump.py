@@ -8,7 +8,7 @@ address.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from ..errors import LimitExceeded, Unsupported
@@ -19,7 +19,7 @@ from ..text import quoted
 from . import address_ranges
 from .guest_memory import GuestMemory
 
-Format = Literal["raw", "lime", "stream"]
+Format = Literal["raw", "lime", "elf", "stream"]
 
 _LIME_HEADER = struct.Struct("<IIQQ8x")
 _LIME_MAGIC = 0x4C694D45
@@ -47,7 +47,7 @@ def write_raw(memory: GuestMemory, writer: Writer) -> None:
 
     Raises :class:`LimitExceeded` where that is mostly addresses without memory.
     """
-    _need_regions(memory)
+    need_regions(memory)
     most = _PADDED + _PADDED_TIMES * sum(length for _, length in memory.valid_ranges())
     if memory.size > most:
         raise LimitExceeded("raw_memory_bytes", memory.size, most)
@@ -57,12 +57,25 @@ def write_raw(memory: GuestMemory, writer: Writer) -> None:
 
 def write_lime(memory: GuestMemory, writer: Writer) -> None:
     """Write every valid range as a LiME segment."""
-    _need_regions(memory)
+    need_regions(memory)
+    write_ranges(
+        memory, list(memory.valid_ranges()), writer, lambda low, end: _LIME_HEADER.pack(_LIME_MAGIC, 1, low, end - 1)
+    )
+
+
+def write_ranges(
+    memory: GuestMemory,
+    ranges: Iterable[tuple[int, int]],
+    writer: Writer,
+    header: Callable[[int, int], bytes] = lambda _low, _end: b"",
+) -> None:
+    """Write sorted ranges ``(address, length)`` one after another, each behind what ``header(start, end)`` makes."""
     tiles = pieces(memory)
     address, amount, filled = 0, 0, False
-    for first, length in memory.valid_ranges():
+    for first, length in ranges:
         start, end = first, first + length
-        writer.data(_LIME_HEADER.pack(_LIME_MAGIC, 1, start, end - 1))
+        if before := header(start, end):
+            writer.data(before)
         while start < end:
             while address + amount <= start:
                 address, amount, filled = next(tiles)
@@ -77,7 +90,8 @@ def write_stream(source: Source, writer: Writer) -> None:
         writer.data(source.read(offset, min(_PIECE, source.size - offset)))
 
 
-def _need_regions(memory: GuestMemory) -> None:
+def need_regions(memory: GuestMemory) -> None:
+    """Raise :class:`Unsupported` where no RAM is at a known address."""
     if not memory.regions:
         raise Unsupported(f"the memory layout of machine type {quoted(memory.machine)}")
 
