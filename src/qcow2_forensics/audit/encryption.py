@@ -18,7 +18,7 @@ _TWO_TIB = 2 << 40  # where the plain generator's 32-bit sector number wraps
 
 
 def _area(facts: Facts) -> tuple[int, int] | None:
-    """Return where the LUKS header stands, None when there is none inside the file."""
+    """Return where the LUKS header is, None when there is none inside the file."""
     if facts.header.version == 1 or facts.header.crypt_method != Crypt.LUKS:
         return None
     area = facts.image.crypto_header
@@ -44,7 +44,7 @@ rule(
     "QCOW2-LEGACY-AES",
     Severity.MEDIUM,
     "legacy AES encryption",
-    note="the key is the first 16 bytes of the passphrase, nothing tells a wrong one, and sectors are numbered "
+    note="the key is the first 16 bytes of the passphrase, a wrong one is not detected, and sectors are numbered "
     "predictably; system emulators no longer open such images, tools do",
     when="crypt_method is 1",
     validated=QEMU_MADE,

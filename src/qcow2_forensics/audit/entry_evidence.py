@@ -12,7 +12,7 @@ from .rules import Graded, RuleFunction, graded
 
 
 def snapshot_id(facts: Facts, tree: int) -> str:
-    """Return the ID, as it is told, of a snapshot by its index in the table.
+    """Return the ID, as reports show it, of a snapshot by its index in the table.
 
     ``#index`` when it cannot be read; "" is the active state.
     """
@@ -43,7 +43,7 @@ def entries(facts: Facts, *kinds: str, what: str = "entry") -> Iterator[Graded]:
     for kind in kinds:
         issue = facts.census.issues[kind]
         count += issue.count
-        found += [item_evidence(facts, item, told(item, what)) for item in issue.items]
+        found += [item_evidence(facts, item, describe_value(item, what)) for item in issue.items]
     if found:
         yield graded(found, count=count)
 
@@ -58,7 +58,7 @@ def of_refcounts(kind: str) -> RuleFunction:
     return lambda facts: refcounts(facts, kind)
 
 
-def told(item: Item, what: str = "entry") -> str:
+def describe_value(item: Item, what: str = "entry") -> str:
     """Return words for the value of an item: a table's entry, a refcount, or a structure's length."""
     if item.host is None:
         return what
@@ -75,9 +75,9 @@ def refcount_evidence(facts: Facts, item: Item) -> Evidence:
     """Return a cluster whose refcount is not what it should be."""
     host = item.host or 0
     references, owner = facts.census.references(host), structure_of(facts.census.owner(host))
-    told = f"refcount of host cluster {host:#x} ({references} references: {owner})"
+    words = f"refcount of host cluster {host:#x} ({references} references: {owner})"
     length = None if item.offset is None else refcount_bytes(facts)
-    return Evidence(told, item.value, item.offset, length, item.structure)
+    return Evidence(words, item.value, item.offset, length, item.structure)
 
 
 def refcount_bytes(facts: Facts) -> int:
@@ -95,5 +95,5 @@ def refcounts(facts: Facts, kind: str) -> Iterator[Graded]:
 
 def referrer_evidence(facts: Facts, item: Item) -> Evidence:
     """Return an L2 entry that maps a host cluster."""
-    told = f"L2 entry mapping host cluster {item.host or 0:#x}"
-    return Evidence(told, item.value, item.offset, 8, "L2", item.guest, snapshot_id(facts, item.tree))
+    words = f"L2 entry mapping host cluster {item.host or 0:#x}"
+    return Evidence(words, item.value, item.offset, 8, "L2", item.guest, snapshot_id(facts, item.tree))

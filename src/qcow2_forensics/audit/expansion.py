@@ -45,7 +45,7 @@ _ARCHIVES = (
 def amplification(facts: Facts) -> Iterator[Evidence]:
     census = facts.census
     if facts.header.external_data or census.allocated < 1000 or census.allocated <= 100 * census.owned(Owner.DATA):
-        return  # with a data file every cluster stands at its own guest offset, or is reported for it
+        return  # with a data file every cluster is at its own guest offset, or is reported for it
     mapped = 0
     unique: list[np.ndarray] = []
     for batch in facts.census.tables():

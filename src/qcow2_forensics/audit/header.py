@@ -1,4 +1,4 @@
-"""What the header, its extensions and the tables it names say by themselves."""
+"""The header, its extensions, and the tables it names."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ rule(
     "QCOW2-BACKING-FILE",
     Severity.MEDIUM,
     "guest data depends on a backing file",
-    note="consistent with a differencing image whose unmapped ranges live in another file",
+    note="ranges that this image does not map are read from another file",
     when="the header names a backing file",
-    harmless="by design: every overlay has one",
+    harmless="every overlay has one",
     validated=QEMU_MADE,
 )
 def backing_file(facts: Facts) -> Iterator[Evidence]:
@@ -70,7 +70,7 @@ def backing_file(facts: Facts) -> Iterator[Evidence]:
     "QCOW2-ENCRYPTED",
     Severity.MEDIUM,
     "guest data is encrypted",
-    note="content is ciphertext without the secret",
+    note="the content cannot be read without the passphrase or key",
     when="crypt_method is not 0",
     validated=QEMU_MADE,
 )
@@ -90,7 +90,7 @@ def encrypted(facts: Facts) -> Iterator[Evidence]:
     "QCOW2-EXTERNAL-DATA",
     Severity.MEDIUM,
     "guest data is stored in another file",
-    note="guest bytes are stored outside this file, which holds only the metadata",
+    note="this file holds only the metadata; the guest's bytes are in the data file",
     when="incompatible feature bit 2 is set",
     validated=QEMU_MADE,
 )
@@ -110,7 +110,7 @@ def external_data(facts: Facts) -> Iterator[Evidence]:
     "QCOW2-INTERNAL-SNAPSHOTS",
     Severity.LOW,
     "the image holds internal snapshots",
-    note="additional captured guest states",
+    note="each is a further state of the guest's disk, some with its memory",
     when="the header counts at least one snapshot",
     validated=QEMU_MADE,
 )
@@ -123,15 +123,15 @@ def internal_snapshots(facts: Facts) -> Iterator[Evidence]:
             start = facts.header.snapshots_offset
             length = entries[-1].offset + entries[-1].length - start
             whole = len(entries) == facts.header.nb_snapshots
-            told = "snapshot table, bytes" if whole else "readable part of the snapshot table, bytes"
-            yield Evidence(told, length, start, length, "snapshot table")
+            words = "snapshot table, bytes" if whole else "readable part of the snapshot table, bytes"
+            yield Evidence(words, length, start, length, "snapshot table")
 
 
 @rule(
     "QCOW2-SNAPSHOT",
     Severity.LOW,
     "internal snapshot",
-    note="one point-in-time guest state, which can be opened as its own disk; its date is UTC, by the clock of the host",
+    note="a state of the guest's disk at one time, which can be opened as a disk of its own; its date is UTC, from the clock of the host",
     when="an entry of the snapshot table can be read; one finding each",
     validated=QEMU_MADE,
 )
@@ -144,22 +144,22 @@ def snapshot(facts: Facts) -> Iterator[Graded]:
 def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
     ident = shortened(entry.id)
 
-    def told(name: str, value: int | str | None, at: int, length: int) -> Evidence:
+    def field(name: str, value: int | str | None, at: int, length: int) -> Evidence:
         return Evidence(name, value, entry.offset + at, length, "snapshot table", None, ident)
 
     id_at = 40 + entry.extra_length
-    yield told("id", ident, id_at, len(entry.id_bytes))
-    yield told("name", shortened(entry.name), id_at + len(entry.id_bytes), len(entry.name_bytes))
-    yield told("date", snapshot_date(entry.date_sec, entry.date_nsec), 16, 8)
-    yield told("vm_clock_nsec", entry.vm_clock_nsec, 24, 8)
-    yield told("l1_table_offset", entry.l1_table_offset, 0, 8)
-    yield told("l1_size", entry.l1_size, 8, 4)
-    yield told("vm_state_size", entry.vm_state_size, *((40, 8) if entry.extra_length >= 8 else (32, 4)))
+    yield field("id", ident, id_at, len(entry.id_bytes))
+    yield field("name", shortened(entry.name), id_at + len(entry.id_bytes), len(entry.name_bytes))
+    yield field("date", snapshot_date(entry.date_sec, entry.date_nsec), 16, 8)
+    yield field("vm_clock_nsec", entry.vm_clock_nsec, 24, 8)
+    yield field("l1_table_offset", entry.l1_table_offset, 0, 8)
+    yield field("l1_size", entry.l1_size, 8, 4)
+    yield field("vm_state_size", entry.vm_state_size, *((40, 8) if entry.extra_length >= 8 else (32, 4)))
     if entry.disk_size is not None:
-        yield told("disk_size", entry.disk_size, 48, 8)
+        yield field("disk_size", entry.disk_size, 48, 8)
     if entry.icount is not None:
-        yield told("icount", entry.icount, 56, 8)
-    yield told("extra_data_size", entry.extra_length, 36, 4)
+        yield field("icount", entry.icount, 56, 8)
+    yield field("extra_data_size", entry.extra_length, 36, 4)
 
 
 @rule(
@@ -181,8 +181,8 @@ def dirty(facts: Facts) -> Iterator[Evidence]:
 rule(
     "QCOW2-QCOW1",
     Severity.LOW,
-    "legacy version 1 container",
-    note="consistent with an image made by old software, or made for it",
+    "the image has the old format, version 1",
+    note="consistent with an image that was made by old software or for it",
     when="the version is 1",
     needs="header",
     validated=QEMU_MADE,
@@ -224,8 +224,8 @@ def _cut_header(facts: Facts) -> Iterator[Evidence]:
     version = facts.header.version
     needed = {1: 48, 2: V2_HEADER_LENGTH}.get(version, V3_HEADER_LENGTH)
     if facts.image.file_size < needed:
-        told = f"file size: the header of version {version} has {needed} bytes"
-        yield Evidence(told, facts.image.file_size, len(MAGIC), needed - len(MAGIC), "header")
+        words = f"file size: the header of version {version} has {needed} bytes"
+        yield Evidence(words, facts.image.file_size, len(MAGIC), needed - len(MAGIC), "header")
 
 
 def _tables_outside(facts: Facts) -> Iterator[Evidence]:
@@ -234,8 +234,8 @@ def _tables_outside(facts: Facts) -> Iterator[Evidence]:
     for name, size in tables:
         if size and getattr(header, name) >= end:
             place = facts.field(name)
-            told = f"{name}: the table lies past the end of the file at {end:#x}"
-            yield Evidence(told, place.value, place.offset, place.length, "header")
+            words = f"{name}: the table lies past the end of the file at {end:#x}"
+            yield Evidence(words, place.value, place.offset, place.length, "header")
 
 
 @rule(
@@ -243,8 +243,8 @@ def _tables_outside(facts: Facts) -> Iterator[Evidence]:
     Severity.MEDIUM,
     "header extensions contradict the format",
     note="consistent with manual editing or another writer",
-    when="an extension overruns its area, has a wrong size, comes twice, or the end mark is missing",
-    harmless="a missing end mark is legal where the backing file name follows at once",
+    when="an extension is longer than its area, has a wrong size or is there twice, or the end mark is missing",
+    harmless="the end mark may be missing where the backing file name follows immediately",
 )
 def extension_invalid(facts: Facts) -> Iterator[Evidence]:
     image = facts.image
@@ -255,8 +255,8 @@ def extension_invalid(facts: Facts) -> Iterator[Evidence]:
     for extension in image.extensions:
         seen[extension.type] += 1
         if seen[extension.type] > 1:
-            told = f"header extension {extension.type:#010x} comes again"
-            yield Evidence(told, extension.type, extension.offset, 8 + extension.length, "header extension")
+            words = f"header extension {extension.type:#010x} comes again"
+            yield Evidence(words, extension.type, extension.offset, 8 + extension.length, "header extension")
     if image.extensions and not any(problem.field == "extension" and not image.extensions for problem in problems):
         yield from _missing_end(facts)
 
@@ -274,7 +274,7 @@ def _missing_end(facts: Facts) -> Iterator[Evidence]:
     "QCOW2-SNAPSHOT-TABLE-INVALID",
     Severity.HIGH,
     "the snapshot table contradicts the format",
-    note="consistent with damage or a crafted image; what it says about snapshots cannot be trusted",
+    note="consistent with damage or a crafted image; its entries cannot be trusted",
     when="an entry lies past the end of the file, has impossible lengths, or names an impossible L1 table",
 )
 def snapshot_table_invalid(facts: Facts) -> Iterator[Deferred]:
@@ -294,9 +294,9 @@ def bitmap_invalid(facts: Facts) -> Iterator[Evidence]:
     for problem in facts.problems("QCOW2-BITMAP-INVALID"):
         yield facts.problem_evidence(problem, "bitmap directory")
     if facts.depth >= Depth.STANDARD and facts.has_census:
-        told = {problem.offset for problem in facts.image.problems}
+        words = {problem.offset for problem in facts.image.problems}
         for reason in facts.census.reasons:
-            if reason.bitmap and reason.offset not in told:
+            if reason.bitmap and reason.offset not in words:
                 yield Evidence(reason.what, None, reason.offset, structure="bitmap directory")
 
 
@@ -306,7 +306,7 @@ def bitmap_invalid(facts: Facts) -> Iterator[Evidence]:
 rule(
     "QCOW2-SNAPSHOT-WITH-DATAFILE",
     Severity.HIGH,
-    "internal snapshots beside an external data file",
+    "the image has internal snapshots and an external data file",
     note="a combination that QEMU never writes",
     when="the header counts snapshots and incompatible feature bit 2 is set",
 )(
@@ -321,7 +321,7 @@ rule(
 @rule(
     "QCOW2-SNAPSHOT-L1-ALIAS",
     Severity.HIGH,
-    "a snapshot's L1 table is another state's",
+    "a snapshot shares its L1 table with another state",
     note="consistent with a crafted snapshot table: QEMU copies the L1 table for every snapshot",
     when="a snapshot names the L1 table of the active state or of another snapshot",
 )
@@ -338,15 +338,15 @@ def snapshot_l1_alias(facts: Facts) -> Iterator[Deferred]:
 
 
 def _alias(entry: SnapshotEntry, other: str | None) -> Evidence:
-    told = f"l1_table_offset, also of {'the active state' if other is None else f'snapshot {shortened(other)}'}"
-    return Evidence(told, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, shortened(entry.id))
+    words = f"l1_table_offset, also of {'the active state' if other is None else f'snapshot {shortened(other)}'}"
+    return Evidence(words, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, shortened(entry.id))
 
 
 @rule(
     "QCOW2-L1-OVERSIZED",
     Severity.INFO,
     "the L1 table is longer than the disk needs",
-    note="consistent with an earlier larger disk or a saved machine state",
+    note="consistent with a disk that was larger before, or with a saved VM state",
     when="the L1 table has more entries than the disk size needs",
     harmless="QEMU may allocate more than needed when a disk grows",
     validated=QEMU_MADE,

@@ -35,8 +35,8 @@ _VM_CLUSTERS = 1 << 18  # clusters behind the disk looked at for the start of a 
 @rule(
     "QCOW2-ZERO-ALLOC-DATA",
     Severity.LOW,
-    "data under a zero flag",
-    note="hidden from the guest by the flag: consistent with a zeroing request that kept the old bytes",
+    "clusters marked as zeros hold data",
+    note="the guest reads zeros there: consistent with a request to zero the range that left the old bytes in place",
     when="a cluster whose entry says zeros is not zeros and no other state shows it",
     harmless="frequent where guests issue WRITE ZEROES",
     depth=Depth.DEEP,
@@ -51,7 +51,7 @@ def zero_alloc_data(facts: Facts) -> Iterator[Evidence]:
 rule(
     "QCOW2-SUBCLUSTER-RESIDUE",
     Severity.LOW,
-    "data in subclusters that are not allocated",
+    "unallocated subclusters hold data",
     note="consistent with zeroed or discarded data, or with older content of a reused cluster",
     when="with extended L2 entries, a subcluster without its allocation bit in any state is not zeros",
     harmless="frequent",
@@ -90,10 +90,10 @@ def compressed_slack(facts: Facts) -> Iterator[Graded]:
 @rule(
     "QCOW2-TAIL-BEYOND-DISK",
     Severity.LOW,
-    "data behind the end of the disk in its last cluster",
+    "the last cluster holds data past the end of the disk",
     note="the guest cannot reach it: consistent with a disk that was made smaller, with an edited size or with embedding",
-    when="the disk size is not whole clusters, and the last one is not zeros behind it; what a snapshot of a larger "
-    "disk shows is left out",
+    when="the disk does not end with a whole cluster, and the rest of its last cluster is not zeros; what a snapshot of a "
+    "larger disk shows is left out",
     harmless="QEMU keeps these bytes when it makes a disk smaller",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
@@ -161,9 +161,9 @@ def datafile_residue(facts: Facts) -> Iterator[Graded]:
 @rule(
     "QCOW2-RAW-DATAFILE-DIVERGES",
     Severity.HIGH,
-    "the raw data file and the image are two different disks",
-    note="the image promises that its data file can be read as a raw disk, and it cannot: one reader sees what "
-    "another does not",
+    "the raw data file and the image show different disks",
+    note="the image declares that its data file can be read as a raw disk, but the two differ: which bytes are seen depends "
+    "on the reader",
     when="autoclear bit 1 is set and the data file is not zeros where the image reads as zeros",
     depth=Depth.DEEP,
 )
@@ -181,9 +181,9 @@ def raw_datafile_diverges(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-VMSTATE-RESIDUE",
     Severity.MEDIUM,
-    "the start of a VM state that no snapshot owns",
+    "the start of a VM state that belongs to no snapshot",
     note="consistent with a deleted memory snapshot",
-    when="an unreferenced cluster, or the active state behind the disk, starts with QEVM and a version",
+    when="a cluster that nothing refers to, or that the active state maps past the end of the disk, starts with QEVM and a version",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
@@ -270,8 +270,8 @@ class TablesBehindDisk:
 @rule(
     "QCOW2-VMSTATE-TRACE",
     Severity.LOW,
-    "the active state still has room for a VM state",
-    note="consistent with an earlier savevm, also after its snapshot was deleted; the number of entries tells the size",
+    "the active state has empty tables where a VM state was",
+    note="consistent with an earlier savevm, also after its snapshot was deleted; the number of entries gives its size",
     when="an active L2 table behind the disk holds only empty and zero entries, and no live snapshot has a VM state "
     "of that size",
     harmless="live snapshots with a VM state leave it too and are left out by their size",

@@ -27,14 +27,14 @@ rule = Chapter(__name__, "Snapshots and bitmaps: history")
 
 _TABLE = "snapshot table"
 _KNOWN_EXTRA = 24  # bytes of extra data the format defines
-_RANGES = 20  # dirty ranges told per bitmap
-_BITMAPS = 20  # told with their ranges: what fits in one finding
+_RANGES = 20  # dirty ranges words per bitmap
+_BITMAPS = 20  # words with their ranges: what fits in one finding
 _BITMAP_TABLES = 1 << 16  # entries of their tables together; a table of 64 KiB clusters has 8192 at most
 _VM_STATE_MAGIC = b"QEVM"
 _VM_CONFIGURATION = 7  # section type: the machine's name follows
 
 
-# Where each fixed field of an entry stands: offset in the entry, length in bytes.
+# Where each fixed field of an entry is: offset in the entry, length in bytes.
 _PLACES = {
     "l1_table_offset": (0, 8),
     "l1_size": (8, 4),
@@ -147,7 +147,7 @@ def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-SNAPSHOT-VMSTATE-INVALID",
     Severity.MEDIUM,
-    "a VM state is not where or what the snapshot table says",
+    "a VM state does not match the snapshot table",
     note="consistent with an edited table or with another hypervisor's state format",
     when="nothing is mapped there, it does not start with QEVM, or the two size fields disagree below 4 GiB",
     harmless="an encrypted image cannot be checked without its key and is not",
@@ -209,7 +209,7 @@ def _decimal(entry: SnapshotEntry) -> bool:
 @rule(
     "QCOW2-SNAPSHOT-ORDER",
     Severity.LOW,
-    "snapshot IDs or names are not as QEMU gives them",
+    "snapshot IDs or names are unlike those that QEMU assigns",
     note="consistent with another writer or with an edited table",
     when="IDs do not increase, an ID or name repeats, or one is empty, not decimal, or not printable text",
     harmless="people may give two snapshots one name",
@@ -241,9 +241,9 @@ def _readable(text: bytes) -> bool:
 @rule(
     "QCOW2-SNAPSHOT-CLOCK",
     Severity.LOW,
-    "snapshot dates do not fit together",
+    "snapshot dates are implausible",
     note="consistent with a host clock that was changed, or with edited times",
-    when="dates decrease along the table, are 0, lie in the future of the file or of now, or have odd nanoseconds",
+    when="dates decrease along the table, are 0, are later than now or than the last change of the file, or have nanoseconds that are not whole microseconds",
     harmless="host clock errors are common; QEMU's nanoseconds are always whole microseconds",
 )
 def snapshot_clock(facts: Facts) -> Iterator[Evidence]:
@@ -282,7 +282,7 @@ def snapshot_size_changed(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-SNAPSHOT-WRITER",
     Severity.INFO,
-    "what the snapshot table says of its writer",
+    "the snapshot table shows which software wrote it",
     note="24 bytes of extra data: the table was last written by QEMU 5.2 or later; 16: 1.1 to 5.1; 0: before 1.1. "
     "Without VM state an icount of 0 is qemu-img's, -1 a running QEMU's",
     when="there are snapshots",
@@ -297,7 +297,7 @@ def snapshot_writer(facts: Facts) -> Iterator[Evidence]:
             continue
         previous = entry
         for name, value in (("extra_data_size", entry.extra_length), ("icount", entry.icount)):
-            # Each value once, where it stands first: tables are long, writers few.
+            # Each value once, where it is first: tables are long, writers few.
             if value is not None and len(seen) < 100 and (name, value) not in seen:
                 seen.add((name, value))
                 yield _field(entry, name, value)
@@ -389,8 +389,8 @@ def bitmap_in_use(facts: Facts) -> Iterator[Deferred]:
 @rule(
     "QCOW2-BITMAP-STALE",
     Severity.LOW,
-    "bitmaps are there but not vouched for",
-    note="the image was later written by software that does not know bitmaps: what they mark is out of date",
+    "bitmaps are out of date",
+    note="the image was later written by software that does not know bitmaps: what they mark cannot be relied on",
     when="there is a bitmaps extension and autoclear bit 0 is clear",
 )
 def bitmap_stale(facts: Facts) -> Iterator[Evidence]:
@@ -405,7 +405,7 @@ def bitmap_stale(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-AUTOCLEAR-ODD",
     Severity.LOW,
-    "autoclear bits vouch for what is not there",
+    "autoclear bits are set for features that are absent",
     note="QEMU never leaves such bits, it clears unknown ones at the first write: consistent with editing or with "
     "another writer",
     when="bit 0 without a bitmaps extension, bit 1 without an external data file, or an unknown bit",

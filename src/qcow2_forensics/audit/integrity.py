@@ -9,6 +9,7 @@ import numpy as np
 from ..findings import Evidence, Selection, Severity
 from ..format.header import Incompatible
 from .entry_evidence import (
+    describe_value,
     entries,
     item_evidence,
     of_entries,
@@ -16,7 +17,6 @@ from .entry_evidence import (
     refcount_evidence,
     refcounts,
     referrer_evidence,
-    told,
 )
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
@@ -55,7 +55,7 @@ _COUNTED = {
     "QCOW2-REFCOUNTS-ABSENT",
     Severity.MEDIUM,
     "the image counts none of its clusters",
-    note="every byte of the disk reads exactly, and the next writer that trusts the refcounts overwrites it: consistent "
+    note="the disk can be read in full, but the next writer that trusts the refcounts will overwrite it: consistent "
     "with a library that keeps no refcounts",
     when="every cluster in use has the refcount 0, and none that is free has another",
     depth=STANDARD,
@@ -74,8 +74,8 @@ def refcounts_absent(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-ORPHAN-CLUSTERS",
     Severity.MEDIUM,
-    "mapped clusters are accounted free",
-    note="consistent with interrupted or edited metadata; such clusters may be overwritten by the next writer",
+    "clusters in use have the refcount 0",
+    note="the next writer may overwrite such clusters; consistent with an interrupted write or with edited metadata",
     when="a cluster that a guest range maps to has the refcount 0",
     harmless="images with lazy refcounts after a crash",
     depth=STANDARD,
@@ -118,17 +118,17 @@ def check_corruptions(facts: Facts) -> Iterator[Graded]:
     found += [Evidence(f"places: {words}", kinds[kind]) for kind, words in _COUNTED.items() if kind in kinds]
     for kind, words in _COUNTED.items():
         for item in facts.census.issues[kind].items:
-            found.append(item_evidence(facts, item, f"{words}: {told(item)}"))
+            found.append(item_evidence(facts, item, f"{words}: {describe_value(item)}"))
     yield graded(found, count=total)
 
 
 @rule(
     "QCOW2-CHECK-LEAKS",
     Severity.LOW,
-    "clusters are accounted but unreferenced",
-    note="consistent with an interrupted operation or with deliberately reserved space",
+    "leaked clusters: counted as used, but nothing refers to them",
+    note="consistent with an interrupted operation, or with space reserved on purpose",
     when="the counter leaks of qemu-img check is above 0",
-    harmless="a writer that crashed, a snapshot that could not be deleted whole",
+    harmless="a writer that crashed, or a snapshot whose deletion did not finish",
     depth=STANDARD,
     validated=QEMU_MADE,
     explained_by=_DIRTY,
@@ -153,7 +153,7 @@ def check_leaks(facts: Facts) -> Iterator[Graded]:
     Severity.HIGH,
     "QEMU's consistency check cannot finish",
     note="the image cannot be verified by QEMU",
-    when="something beside the header makes qemu-img check stop without counters",
+    when="something other than the header makes qemu-img check stop without counters",
     depth=STANDARD,
 )
 def check_aborted(facts: Facts) -> Iterator[Evidence]:
@@ -165,7 +165,7 @@ def check_aborted(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-REFCOUNT-LOW",
     Severity.HIGH,
-    "clusters are referenced more often than accounted",
+    "clusters have more references than their refcount says",
     note="the next write may destroy shared data",
     when="a refcount is above 0 and below the number of references",
     depth=STANDARD,
@@ -183,7 +183,7 @@ def refcount_low(facts: Facts) -> Iterator[Graded]:
 rule(
     "QCOW2-REFCOUNT-ZERO-METADATA",
     Severity.HIGH,
-    "metadata is accounted free",
+    "metadata has the refcount 0",
     note="the next write may destroy a table",
     when="a cluster of the header, a table or a LUKS header has the refcount 0",
     depth=STANDARD,
@@ -194,8 +194,8 @@ rule(
 rule(
     "QCOW2-REFCOUNT-HIGH",
     Severity.LOW,
-    "clusters are accounted more often than referenced",
-    note="consistent with a snapshot removed only from the table, or with editing",
+    "clusters have fewer references than their refcount says",
+    note="consistent with a snapshot that was removed from the table only, or with editing",
     when="a refcount is above the number of references, and that is at least 1",
     depth=STANDARD,
     explained_by=_DIRTY,
@@ -205,8 +205,8 @@ rule(
 @rule(
     "QCOW2-REFCOUNT-PAST-END",
     Severity.LOW,
-    "refcounts exist for clusters past the end of the file",
-    note="consistent with truncation, or with a file that used to be larger; QEMU's check does not see it",
+    "clusters past the end of the file have refcounts",
+    note="consistent with a file that was cut off or was larger before; QEMU's check does not look there",
     when="the refcount of a cluster that begins at or after the end of the file is not 0",
     depth=STANDARD,
     explained_by=(*_CUT, *_LOST),
@@ -217,22 +217,22 @@ def refcount_past_end(facts: Facts) -> Iterator[Graded]:
         last = max((item.host or 0 for item in issue.items), default=0) + facts.cluster_size
         words = "implied file size" if len(issue.items) == issue.count else "implied file size, at least"
         found = [Evidence(words, last)]
-        found += [item_evidence(facts, item, told(item)) for item in issue.items]
+        found += [item_evidence(facts, item, describe_value(item)) for item in issue.items]
         yield graded(found, count=issue.count)
 
 
 @rule(
     "QCOW2-REFCOUNT-OVERFLOW",
     Severity.MEDIUM,
-    "references exceed what a refcount can hold",
-    note="the counter is saturated: sharing of the cluster cannot be accounted",
-    when="a cluster has more references than its refcount has room for",
+    "clusters have more references than a refcount can hold",
+    note="the counter is at its maximum and cannot count all references",
+    when="a cluster has more references than the width of its refcount allows",
     depth=STANDARD,
 )
 def refcount_overflow(facts: Facts) -> Iterator[Evidence]:
     for item in facts.census.issues["refcount-overflow"].items:
-        told = f"references to host cluster {item.host or 0:#x}, counted in {facts.header.refcount_bits} bits"
-        yield Evidence(told, item.value, item.host, facts.cluster_size, "host cluster")
+        words = f"references to host cluster {item.host or 0:#x}, counted in {facts.header.refcount_bits} bits"
+        yield Evidence(words, item.value, item.host, facts.cluster_size, "host cluster")
 
 
 rule(
@@ -240,7 +240,7 @@ rule(
     Severity.MEDIUM,
     "copied flags disagree with refcounts",
     note="consistent with a writer other than QEMU or an interrupted snapshot operation",
-    when="the copied flag of an entry of the active state is not what its cluster's refcount asks for",
+    when="the copied flag of an entry of the active state does not match its cluster's refcount",
     depth=STANDARD,
     explained_by=_DIRTY,
 )(of_entries("copied-flag"))
@@ -251,7 +251,7 @@ rule(
     Severity.MEDIUM,
     "reserved bits are set in table entries",
     note="consistent with editing, a foreign writer, or data parsed as metadata",
-    when="a reserved bit of an L1, L2, refcount table or bitmap table entry is set; some of them QEMU's check passes over",
+    when="a reserved bit of an L1, L2, refcount table or bitmap table entry is set; QEMU's check ignores some of them",
     depth=STANDARD,
     explained_by=_LOST,
 )(of_entries("reserved-bits", "extended-bit-0", "compressed-high-bits", "reftable-reserved"))
@@ -261,7 +261,7 @@ rule(
     "QCOW2-UNALIGNED-OFFSET",
     Severity.HIGH,
     "offsets are not aligned to clusters",
-    note="the range behind such an offset is unreadable; consistent with damage or a crafted image",
+    note="what such an offset maps cannot be read; consistent with damage or a crafted image",
     when="an offset of a table or a cluster is not a multiple of the cluster size",
     depth=STANDARD,
     explained_by=_LOST,
@@ -302,8 +302,8 @@ rule(
     "QCOW2-ZERO-FLAG-V2",
     Severity.HIGH,
     "zero flags in a version 2 image",
-    note="unreadable in QEMU; consistent with a downgraded or edited image",
-    when="bit 0 of an L2 entry is set although version 2 does not know it; QEMU's check passes over it",
+    note="QEMU cannot read such ranges; consistent with an image that was downgraded or edited",
+    when="bit 0 of an L2 entry is set although version 2 does not define it; QEMU's check ignores it",
     depth=STANDARD,
     explained_by=_LOST,
 )(of_entries("zero-flag-v2"))
@@ -312,9 +312,9 @@ rule(
 rule(
     "QCOW2-ALLOC-AT-ZERO",
     Severity.MEDIUM,
-    "entries are flagged but name host offset 0",
+    "entries have flags but the host offset 0",
     note="such an entry reads as unallocated; consistent with editing or damage",
-    when="an L1 or L2 entry has flags but the offset 0, without a data file; QEMU's check passes over it",
+    when="an L1 or L2 entry has flags but the offset 0, without a data file; QEMU's check ignores it",
     depth=STANDARD,
     explained_by=_LOST,
 )(of_entries("alloc-at-zero", "l1-at-zero"))
@@ -339,8 +339,8 @@ rule(
     "QCOW2-DATAFILE-MISMATCH",
     Severity.HIGH,
     "data file offsets differ from guest offsets",
-    note="unreadable in QEMU; consistent with editing",
-    when="with an external data file, an entry names another offset than its own guest offset; QEMU's check passes over it",
+    note="QEMU cannot read such ranges; consistent with editing",
+    when="with an external data file, an entry names another offset than its own guest offset; QEMU's check ignores it",
     depth=STANDARD,
 )(of_entries("datafile-mismatch"))
 
@@ -349,7 +349,7 @@ rule(
     "QCOW2-REFTABLE-INVALID",
     Severity.HIGH,
     "the refcount table is damaged",
-    note="the accounting structure is damaged: refcounts cannot be trusted",
+    note="the refcounts of this image cannot be trusted",
     when="an entry has reserved bits, is unaligned or outside the file, or its block is used more than once",
     depth=STANDARD,
 )(of_entries("reftable-reserved", "reftable-unaligned", "reftable-beyond-eof", "reftable-shared"))

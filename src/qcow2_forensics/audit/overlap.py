@@ -12,7 +12,7 @@ from ..census import GUEST_DATA, METADATA, Owner, structure_of
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.entries import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
 from .applied_vm_state import applied_vm_state
-from .entry_evidence import item_evidence, referrer_evidence, snapshot_id, told
+from .entry_evidence import describe_value, item_evidence, referrer_evidence, snapshot_id
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
@@ -25,10 +25,10 @@ STANDARD = Depth.STANDARD
 @rule(
     "QCOW2-DATA-OVER-METADATA",
     Severity.CRITICAL,
-    "guest data lies on container metadata",
+    "guest data overlaps the metadata of the image",
     note=(
-        "the guest-visible disk exposes or can overwrite container metadata: consistent with crafting or with "
-        "corruption by an allocator"
+        "the guest can read or overwrite metadata of the image: consistent with a crafted image, or with damage by a "
+        "faulty allocator"
     ),
     when="a mapped cluster, compressed or not, intersects the header, a table or a LUKS header",
     depth=STANDARD,
@@ -81,7 +81,7 @@ class _Pair(NamedTuple):
     "QCOW2-METADATA-OVERLAP",
     Severity.CRITICAL,
     "metadata structures overlap",
-    note="consistent with a crafted or corrupted image: QEMU never places one structure on another",
+    note="consistent with a crafted or corrupted image: QEMU never stores two structures in one place",
     when="the byte ranges of two metadata structures intersect; an L2 table shared by states is one structure",
     depth=STANDARD,
 )
@@ -106,11 +106,13 @@ def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
     hits = np.flatnonzero(starts[1:] < reach[:-1]) + 1
     furthest = np.maximum.accumulate(np.where(ends == reach, np.arange(len(ends)), 0))
 
-    def told(at: int) -> Evidence:
+    def structure_at(at: int) -> Evidence:
         name = structure_of(Owner(int(kinds[at])))
         return Evidence("structure", name, int(starts[at]), int(lengths[at]), name)
 
-    pairs = [_Pair(told(int(furthest[at - 1])), told(int(at))) for at in evenly(hits, EVIDENCE_LIMIT // 2)]
+    pairs = [
+        _Pair(structure_at(int(furthest[at - 1])), structure_at(int(at))) for at in evenly(hits, EVIDENCE_LIMIT // 2)
+    ]
     return pairs, len(hits)
 
 
@@ -120,9 +122,9 @@ def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
 @rule(
     "QCOW2-SHARED-CLUSTER",
     Severity.HIGH,
-    "guest locations alias one host cluster",
-    note="two guest locations share their bytes, which QEMU never writes: consistent with crafting or damage",
-    when="one host cluster, or one compressed stream, is mapped at two or more guest offsets; QEMU's check passes over it",
+    "several guest offsets share one host cluster",
+    note="QEMU never maps one cluster twice within a state: consistent with a crafted image or with damage",
+    when="one host cluster, or one compressed stream, is mapped at two or more guest offsets; QEMU's check ignores it",
     depth=STANDARD,
     explained_by=("QCOW2-L2-TABLE-LOST",),
 )
@@ -143,8 +145,8 @@ def shared_cluster(facts: Facts) -> Iterator[Graded]:
     "QCOW2-SHARED-L2",
     Severity.HIGH,
     "one L2 table serves several guest ranges",
-    note="guest ranges alias as a whole; also a trick to amplify: consistent with crafting",
-    when="an L2 table stands in two slots of one L1 table, or at different slots of different ones",
+    note="whole guest ranges show the same bytes; also a way to make a small file expand: consistent with a crafted image",
+    when="two entries of one L1 table, or different entries of different L1 tables, name one L2 table",
     depth=STANDARD,
 )
 def shared_l2(facts: Facts) -> Iterator[Graded]:
@@ -153,9 +155,9 @@ def shared_l2(facts: Facts) -> Iterator[Graded]:
     found = []
     for at in evenly(several).tolist():
         low, high, uses = int(named.low[at]), int(named.high[at]), int(named.active[at] + named.snapshots[at])
-        told = f"L2 table, in L1 slots {low} to {high}; uses"
+        words = f"L2 table, in L1 slots {low} to {high}; uses"
         owner = snapshot_id(facts, int(named.tree[at]))
-        found.append(Evidence(told, uses, int(named.offsets[at]), facts.cluster_size, "L2", None, owner))
+        found.append(Evidence(words, uses, int(named.offsets[at]), facts.cluster_size, "L2", None, owner))
     if found:
         yield graded(found, count=len(several))
 
@@ -193,14 +195,14 @@ def _stored(facts: Facts, host: int, entry: int, guest: int | None) -> Evidence:
     packed = entry & COMPRESSED
     length = compressed_descriptor(entry, facts.header.cluster_bits)[1] if packed else facts.cluster_size
     data = facts.read(host, length)
-    told, structure = ("compressed stream", "compressed cluster") if packed else ("cluster", "host cluster")
-    return Evidence(f"non-zero bytes in the {told}", len(data) - data.count(0), host, len(data), structure, guest)
+    words, structure = ("compressed stream", "compressed cluster") if packed else ("cluster", "host cluster")
+    return Evidence(f"non-zero bytes in the {words}", len(data) - data.count(0), host, len(data), structure, guest)
 
 
 @rule(
     "QCOW2-TRUNCATED",
     Severity.HIGH,
-    "the file ends before the image does",
+    "the file is cut off",
     note="consistent with an incomplete copy",
     when="a table, or a cluster that refcount and mapping agree on, begins past the end of the file",
     depth=STANDARD,
@@ -215,7 +217,7 @@ def truncated(facts: Facts) -> Iterator[Graded]:
             lost.append(item)
     blocks = census.issues["reftable-beyond-eof"].items
     lost += [item for item in blocks if item.host is not None and item.host < 2**62]
-    missing = [item_evidence(facts, item, told(item)) for item in lost]
+    missing = [item_evidence(facts, item, describe_value(item)) for item in lost]
     # Of a table, whose value is its length, all is expected; of a cluster its first byte.
     least = max(((item.host or 0) + (item.value if item.offset is None else 1) for item in lost), default=0)
     if census.issues["beyond-eof"].count > len(

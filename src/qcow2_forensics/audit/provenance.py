@@ -51,8 +51,8 @@ _BY_ROWS = {
     "QCOW2-WRITER-PROFILE",
     Severity.INFO,
     "which software last rewrote the header",
-    note="a range, never a name: any later QEMU that rewrites the header upgrades it, so this dates the last header "
-    "rewrite, not the creation",
+    note="a range of versions: every later QEMU that rewrites the header updates it, so this is about the last rewrite of "
+    "the header and not about the creation of the image",
     when="always",
     validated=QEMU_MADE,
 )
@@ -98,7 +98,7 @@ def _signs(facts: Facts) -> Iterator[Evidence]:
 
 
 def _header_reading(facts: Facts) -> Evidence | None:
-    """Return what the header itself says of its writer, None where only the layout can tell."""
+    """Return what the header itself says of its writer, None where only the layout shows it."""
     header = facts.header
     if header.version == 2:
         at, known = V2_LEFTOVER
@@ -168,7 +168,7 @@ def features(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-FEATURE-TABLE-ODD",
     Severity.LOW,
-    "the feature name table is not QEMU's",
+    "the feature name table is unlike QEMU's",
     note="the table only names bits for error messages: consistent with another writer or with editing",
     when="a row names an unknown bit, gives a known bit another name, repeats one, or the length is not whole rows",
     harmless="newer QEMU versions may add rows",
@@ -230,7 +230,7 @@ def unknown_compatible(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-UNKNOWN-EXTENSION",
     Severity.LOW,
-    "the header carries an unknown extension",
+    "the header has an unknown extension",
     note="QEMU keeps what it does not know when it rewrites the header: a vendor's extension, or a place to carry data",
     when="an extension type is not a known one; Medium above 256 bytes or with text or a program in it",
     harmless="vendor extensions",

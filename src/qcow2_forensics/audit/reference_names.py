@@ -181,7 +181,7 @@ def _members(facts: Facts, resolver: Resolver) -> Iterator[Member]:
 
 
 def _identities(source: Source) -> list[Any]:
-    """Return what tells a file from others: what the source says, and device and inode of its path."""
+    """Return what identifies a file: what the source says, and device and inode of its path."""
     found = [getattr(source, "identity", None)]
     path = getattr(source, "path", None)
     if path is not None:

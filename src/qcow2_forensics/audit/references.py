@@ -39,7 +39,7 @@ def _is_device(name: Name) -> bool:
     note="binds the image to a path of the host it was made on: consistent with management software, or with an "
     "image made to reach a chosen file",
     when="the backing or data file name starts at a root, a drive letter or a network share",
-    harmless="libvirt and oVirt store absolute names; Low when the file stands beside the image",
+    harmless="libvirt and oVirt store absolute names; Low when a file of that name is beside the image",
     validated=CRAFTED,
 )
 def ref_absolute(facts: Facts) -> Iterator[Evidence | Graded]:
@@ -55,9 +55,9 @@ def ref_absolute(facts: Facts) -> Iterator[Evidence | Graded]:
     "QCOW2-REF-TRAVERSAL",
     Severity.HIGH,
     "a relative name leaves the image's folder",
-    note="reaches outside the folder the image stands in: consistent with a layout of shared base images, or with "
+    note="leads outside the folder of the image: consistent with a layout of shared base images, or with "
     "an image made to read a file of the examiner's",
-    when="the name without its '..' steps leads above the image's folder",
+    when="the name, with its '..' steps resolved, leads above the image's folder",
     harmless="../base is common in some layouts; Medium when the caller's policy finds an image there",
 )
 def ref_traversal(facts: Facts) -> Iterator[Evidence | Graded]:
@@ -77,7 +77,7 @@ def ref_traversal(facts: Facts) -> Iterator[Evidence | Graded]:
     Severity.HIGH,
     "a name in the image has a protocol",
     note="QEMU would open a network connection or a special driver for it; it is never followed here",
-    when="a colon stands before the first slash, and it is not file:, json: or a host device driver",
+    when="a colon comes before the first slash, and it is not file:, json: or a host device driver",
     harmless="storage clusters (Ceph, NBD, iSCSI) are named this way",
 )
 def ref_remote(facts: Facts) -> Iterator[Evidence]:
@@ -133,10 +133,10 @@ def ref_device(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-REF-OBFUSCATED",
     Severity.HIGH,
-    "a name in the image does not read as what it is",
+    "a name in the image looks different from what software reads",
     note="the name a person sees and the name software uses differ: consistent with an attempt to mislead, or with "
     "a file name in another character set",
-    when="the name holds control, invisible or undecodable characters, ends in spaces, or hides text behind a NUL",
+    when="the name holds control, invisible or undecodable characters, ends in spaces, or has text after a NUL",
 )
 def ref_obfuscated(facts: Facts) -> Iterator[Evidence]:
     for name in names(facts):
@@ -150,7 +150,7 @@ def ref_obfuscated(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-REF-SELF",
     Severity.HIGH,
-    "a name leads back to the image or into its own chain",
+    "a name leads back to the image or to another image of its chain",
     note="the chain is a loop, on which QEMU hangs when it opens the image: consistent with crafting or with files "
     "renamed after the image was made",
     when="the file a name means is the image itself or an image that led to it",
@@ -225,7 +225,7 @@ def backing_format_mismatch(facts: Facts) -> Iterator[Evidence]:
 @rule(
     "QCOW2-BACKING-MISSING",
     Severity.MEDIUM,
-    "a file of the backing chain cannot be looked at",
+    "a file of the backing chain is missing or cannot be opened",
     note="ranges the image does not hold are unknown without it: consistent with an incomplete acquisition",
     when="a name in the chain leads to no file, or to one the policy does not open",
     harmless="expected when a single file was collected for triage",

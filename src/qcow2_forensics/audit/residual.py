@@ -163,9 +163,9 @@ def residual_clusters(facts: Facts) -> Iterator[Graded]:
 @rule(
     "QCOW2-LEAKED-DATA",
     Severity.MEDIUM,
-    "unreferenced clusters that are counted as used hold data",
-    note="accounted yet unreachable: consistent with an interrupted operation, or with a hiding place that survives "
-    "writes",
+    "leaked clusters hold data",
+    note="counted as used, and no state shows it: consistent with an interrupted operation, or with data hidden where "
+    "later writes do not reach it",
     when="a cluster with a refcount above 0 that nothing refers to is not all zeros",
     harmless="crashes leave such clusters",
     depth=Depth.DEEP,
@@ -199,8 +199,8 @@ def trailing_data(facts: Facts) -> Iterator[Graded]:
     Severity.MEDIUM,
     "a former L1 table",
     note="consistent with a former active table, or with that of a deleted snapshot",
-    when="an unreferenced cluster holds only sound L1 entries whose targets parse as L2 tables; Low when all of them "
-    "are still in use or empty",
+    when="a cluster that nothing refers to holds only valid L1 entries that lead to L2 tables; Low when all of these are "
+    "still in use or empty",
     harmless="growing a disk moves its L1 table",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
@@ -214,7 +214,7 @@ def residual_l1(facts: Facts) -> Iterator[Evidence | Graded]:
     Severity.MEDIUM,
     "a former L2 table",
     note="consistent with a former mapping of the guest's disk",
-    when="an unreferenced cluster holds only sound L2 entries; Low when nothing is left of what they name",
+    when="a cluster that nothing refers to holds only valid L2 entries; Low when nothing is left of what they name",
     harmless="tables of zero flags alone are common",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
@@ -262,9 +262,10 @@ def _entry_evidence(entry: SnapshotEntry) -> Evidence:
 @rule(
     "QCOW2-RECOVERABLE-SNAPSHOT",
     Severity.HIGH,
-    "a snapshot that no table lists can be read",
-    note="consistent with a deleted snapshot, or with a damaged snapshot table: its tables survive and its clusters were not reused as far as the image "
-    "tells; open it as deleted:OFFSET. A cluster freed and mapped again at the same place cannot be told apart",
+    "a deleted snapshot can be read",
+    note="no snapshot table lists it, and its tables are intact: consistent with a deleted snapshot, or with a damaged "
+    "snapshot table. It opens as deleted:OFFSET. A cluster that was freed and then mapped again at the same place looks "
+    "unchanged",
     when="a former entry's L1 and L2 tables are intact and no cluster belongs to anything else; Medium when a part is",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
@@ -290,7 +291,7 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Graded]:
         yield graded(
             evidence,
             severity=None if whole else Severity.MEDIUM,
-            title="" if whole else "a snapshot that no table lists can be read in part",
+            title="" if whole else "a deleted snapshot can be read in part",
             confidence="likely",
         )
 
@@ -307,5 +308,5 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Graded]:
 )
 def residual_bitmap_dir(facts: Facts) -> Iterator[Evidence]:
     for entry in survey_of(facts).bitmaps:
-        told = f"granularity {entry.granularity}, table at {entry.table_offset:#x}, name {entry.name}"
-        yield Evidence("bitmap", told, entry.offset, entry.length, "former bitmap directory")
+        words = f"granularity {entry.granularity}, table at {entry.table_offset:#x}, name {entry.name}"
+        yield Evidence("bitmap", words, entry.offset, entry.length, "former bitmap directory")

@@ -17,17 +17,17 @@ def entries_of(piece: Piece) -> str:
 
 def evidence_of(piece: Piece, label: str = "") -> Evidence:
     """Return a piece as evidence: what it is, how much of it is there, how it starts."""
-    told = [f"{piece.nonzero} non-zero bytes", f"entropy {piece.entropy:.2f}"]
+    words = [f"{piece.nonzero} non-zero bytes", f"entropy {piece.entropy:.2f}"]
     if piece.signature and piece.looks != "stream":
-        told.append(piece.signature)
+        words.append(piece.signature)
     elif label and piece.looks != "data":
-        told.append(piece.looks)
+        words.append(piece.looks)
     if piece.entries:
-        told.append(entries_of(piece))
-    told.append(f"starts {piece.first[:23]}")  # eight bytes
+        words.append(entries_of(piece))
+    words.append(f"starts {piece.first[:23]}")  # eight bytes
     return Evidence(
         label or piece.looks,
-        ", ".join(told),
+        ", ".join(words),
         piece.offset,
         piece.length,
         f"{piece.kind} clusters" if piece.kind in ("free", "leaked", "trailing") else piece.kind,

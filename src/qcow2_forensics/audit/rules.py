@@ -257,7 +257,7 @@ def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         entry = RULES.get(finding.code)
         causes = entry.explained_by if entry else ()
         found = [code for code in causes if code in present and code != finding.code]
-        told = tuple(dict.fromkeys((*finding.explained_by, *found)))
-        linked.append(dataclasses.replace(finding, explained_by=told))
+        words = tuple(dict.fromkeys((*finding.explained_by, *found)))
+        linked.append(dataclasses.replace(finding, explained_by=words))
     linked.sort(key=lambda finding: (-finding.severity, bool(finding.explained_by)))
     return tuple(linked)

@@ -1,4 +1,4 @@
-"""Rules about bytes behind the header and behind tables."""
+"""Rules about bytes after the header and after tables."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ rule = Chapter(__name__, "Slack")
 @rule(
     "QCOW2-HEADER-SLACK",
     Severity.MEDIUM,
-    "data behind the header",
-    note="QEMU zero-fills this area whenever it rewrites the header: consistent with embedding by hand or with "
+    "there is data after the header",
+    note="QEMU fills this area with zeros whenever it rewrites the header: consistent with data embedded by hand or with "
     "another writer",
     when="bytes after the end of the header extensions, or after the backing file name, are not zeros",
     harmless="eight bytes that old versions of QEMU left in version 2 headers are not reported",
@@ -37,7 +37,7 @@ def _previewed(facts: Facts, piece: Piece) -> Evidence:
 @rule(
     "QCOW2-HEADER-PADDING",
     Severity.LOW,
-    "data in the header's padding",
+    "there is data in the padding of the header",
     note="consistent with a newer or another writer, or with embedding",
     when="header bytes from 105 up to its length, or the padding of an extension, are not zeros",
     harmless="fields of future QEMU versions",
@@ -56,7 +56,7 @@ def header_padding(facts: Facts) -> Iterator[Evidence]:
 rule(
     "QCOW2-L1-SLACK",
     Severity.LOW,
-    "data behind an L1 table",
+    "there is data after an L1 table",
     note="consistent with the reuse of a cluster that held older content",
     when="bytes from the end of an L1 table to the end of its cluster are not zeros",
     harmless="only on reused space",
@@ -68,7 +68,7 @@ rule(
 rule(
     "QCOW2-TABLE-SLACK",
     Severity.LOW,
-    "data behind a snapshot or bitmap table",
+    "there is data after a snapshot or bitmap table",
     note="consistent with the reuse of a cluster that held older content, or with a table that was longer",
     when="bytes from the end of such a table to the end of its cluster are not zeros",
     harmless="only on reused space",

@@ -1,4 +1,4 @@
-"""What a report that is attached to a case says of itself: who, when, with what, on which files."""
+"""The facts of a run for a case file: who, when, with what, on which files."""
 
 from __future__ import annotations
 

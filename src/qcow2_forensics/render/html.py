@@ -53,7 +53,7 @@ def _head(report: Report) -> Iterator[str]:
 
 
 def run_facts(run: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a report that goes into a case says of itself: who, when, with what, on which files."""
+    """Yield the facts of a run for a case file: who, when, with what, on which files."""
     yield "<table class='facts'>"
     for key in ("case", "examiner", "note", "started", "command", "tool", "system"):
         if run.get(key):

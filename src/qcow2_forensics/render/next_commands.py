@@ -9,7 +9,7 @@ from ..findings import Finding
 from ..text import printable
 
 _TOOL = "qcow2-forensics"
-_SHOWN = 4096  # bytes of a place that are worth showing
+_SHOWN = 4096  # bytes of a place that are shown
 
 
 def next_command(finding: Finding, path: str, depth: str = "standard") -> str:

@@ -97,7 +97,7 @@ def evidence_line(item: Evidence) -> str:
         places.append(f"snapshot {text(item.snapshot, 100)}")
     if item.file:
         places.append(text(item.file, 300))
-    told = text(item.field, 200)
+    words = text(item.field, 200)
     if item.value is not None:
-        told += f" = {shown_value(item.field, item.value)}"
-    return f"{told}  ({', '.join(places)})" if places else told
+        words += f" = {shown_value(item.field, item.value)}"
+    return f"{words}  ({', '.join(places)})" if places else words

@@ -1,4 +1,4 @@
-"""What every renderer says about the image before it says what was found."""
+"""The facts about the image that every renderer puts before the findings."""
 
 from __future__ import annotations
 
