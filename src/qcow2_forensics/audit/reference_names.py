@@ -137,9 +137,9 @@ def chain(facts: Facts) -> Chain:
 
 def files_followed(facts: Facts) -> list[str]:
     """Return the paths of the backing and data files that were opened, nearest first."""
-    if not facts.has_geometry or not names(facts):
-        return []
     try:
+        if not facts.has_geometry or not names(facts):
+            return []
         links = chain(facts)
     except (Qcow2Error, OSError):
         return []
