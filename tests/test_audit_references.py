@@ -199,6 +199,8 @@ CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("BACKING-FORMAT-MISMATCH", overlay("qcow2", "raw"), T.HIGH),
     ("BACKING-FORMAT-MISMATCH", overlay("raw", "raw"), None),
     ("BACKING-FORMAT-MISMATCH", overlay("qcow2", "qcow2"), None),
+    ("REF-STAND-IN", backing(b"/images/base.qcow2", stands=True), T.LOW),
+    ("REF-STAND-IN", backing(b"base.qcow2", stands=True), None),
     ("BACKING-MISSING", backing(b"/images/base.qcow2"), T.MEDIUM),
     ("BACKING-MISSING", backing(b"base.qcow2"), T.MEDIUM),
     ("BACKING-MISSING", backing(b"base.qcow2", stands=True), None),

@@ -94,9 +94,10 @@ def audit(
         followed = files_followed(facts)
         if followed:
             details["files"] = followed
-        refused = next((problem.message for problem in image.problems if problem.stops_qemu), None)
-        if check is not None and refused is not None:
-            details["not_opened_by_qemu"] = refused
+        if check is not None:  # then the header and its extensions can be read
+            refused = next((problem.message for problem in image.problems if problem.stops_qemu), None)
+            if refused is not None:
+                details["not_opened_by_qemu"] = refused
         return Report(identity(facts, name), findings, check, wanted.label, details)
     finally:
         if not isinstance(origin, Image):
