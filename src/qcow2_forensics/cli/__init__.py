@@ -108,7 +108,7 @@ def _tables_hint(path: object) -> str:
         from ..recovery import has_tables
 
         found = has_tables(path)
-    except (ImportError, OSError):
+    except (Qcow2Error, ImportError, OSError):
         found = False
     if not found:
         return ""
