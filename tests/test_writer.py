@@ -309,6 +309,23 @@ def test_a_missing_backing_file_is_salvaged_without_a_read_for_each_cluster(tmp_
         assert salvaged.read(512 << 30, 65536) == b"\x09" * 65536
 
 
+@qemu.requires_qemu
+@pytest.mark.parametrize("beside", ["sidecar", "map", "evidence"])
+def test_what_is_written_beside_an_export_is_checked_before_it(
+    beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _filled(tmp_path / "disk")
+    there = {"sidecar": "out.json", "map": "map", "evidence": "disk"}[beside]
+    if beside != "evidence":
+        (tmp_path / there).write_bytes(b"precious")
+    before = (tmp_path / there).read_bytes()
+    options = ["--sidecar"] if beside == "sidecar" else ["--salvage", "--mapfile", str(tmp_path / there)]
+    force = ["--force"] if beside == "evidence" else []
+    assert main(["export", str(tmp_path / "disk"), str(tmp_path / "out"), *options, *force]) == 2
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / there).read_bytes() == before
+
+
 def test_a_map_tiles_the_disk() -> None:
     lines = list(mapfile(100, [], "us"))
     assert lines[-1].split() == ["0x00000000", "0x00000064", "+"]

@@ -25,7 +25,7 @@ from ..reader.clusters import decode_here
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.salvage import SalvagedDisk, mapfile
-from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, writing
+from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, refuse_existing, writing
 from ..text import iso_time, printable, size
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress
@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
     started = _now()
     with open_from(args) as disk:
         salvaged = SalvagedDisk(disk) if args.salvage else None
+        sidecar = f"{args.output}.json" if args.sidecar else None
+        for beside in filter(None, (args.mapfile, sidecar)):
+            refuse_existing(beside, force=args.force)
         with (
             Progress("export", disk.size) as progress,
             writing(args.output, progress.advance, force=args.force, hashes=hashes) as out,
@@ -105,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
         with atomic_writer(args.mapfile, force=args.force) as file:
             missing = salvaged.missing if salvaged is not None else []
             file.writelines(f"{line}\n".encode() for line in mapfile(disk.size, missing, _TOOL))
-    if args.sidecar:
-        with atomic_writer(f"{args.output}.json", force=args.force) as file:
+    if sidecar:
+        with atomic_writer(sidecar, force=args.force) as file:
             file.write(json.dumps(summary, indent=1).encode() + b"\n")
     to = sys.stderr if is_standard_output(args.output) else sys.stdout
     if args.format == "json":

@@ -180,6 +180,16 @@ def refuse_evidence(path: Path_, evidence: Iterable[Path_] = ()) -> None:
         raise IsEvidence(target)
 
 
+def refuse_existing(path: Path_, *, force: bool = False, evidence: Iterable[Path_] = ()) -> None:
+    """Raise what a writer of this file would raise at once: before hours of work, not behind them."""
+    target = Path(path)
+    refuse_evidence(target, evidence)
+    if os.path.lexists(target) and not force:
+        raise OutputExists(target)
+    if target.exists() and not target.is_file():
+        raise Qcow2Error(f"{cut(str(target))} is not a regular file")
+
+
 @contextlib.contextmanager
 def writing(
     path: Path_,
@@ -237,11 +247,7 @@ def whole_folder(path: Path_) -> Iterator[Path]:
 @contextlib.contextmanager
 def _whole(target: Path, *, force: bool, evidence: Iterable[Path_]) -> Iterator[int]:
     """Yield the descriptor of an empty file that gets its name when the block ends well."""
-    refuse_evidence(target, evidence)
-    if os.path.lexists(target) and not force:
-        raise OutputExists(target)
-    if target.exists() and not target.is_file():
-        raise Qcow2Error(f"{cut(str(target))} is not a regular file")
+    refuse_existing(target, force=force, evidence=evidence)
     partial = _partial(target)
     with ended_by_signals():
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
