@@ -79,7 +79,7 @@ def test_map_json_is_that_of_qemu_img_map(
     assert [json.loads(line) for line in lines.splitlines()] == json.loads(out)
 
 
-def test_map_json_tells_compressed_clusters_from_others(run: Run, tmp_path: Path) -> None:
+def test_map_json_marks_compressed_clusters(run: Run, tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(b"text" * 50_000 + random.Random(1).randbytes(300_000))
     qemu.img("convert", "-c", "-O", "qcow2", tmp_path / "raw", tmp_path / "disk")
     rows = json.loads(run("map", tmp_path / "disk", "--format", "json")[1])

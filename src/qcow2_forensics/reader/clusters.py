@@ -66,7 +66,7 @@ class Clusters:
     """The decompressed clusters of one mapping.
 
     ``decode`` turns stream bytes into exactly one cluster or raises ``ValueError``. ``filled`` is
-    told how many bytes past the end of the file were taken for zeros to decode a cluster; without
+    called with how many bytes past the end of the file were taken for zeros to decode a cluster; without
     it a stream that needs such bytes is an error.
     """
 

@@ -34,7 +34,7 @@ class Stored(NamedTuple):
 
 
 class ForeignMap(Protocol):
-    """Tells what a guest range consists of."""
+    """The allocation of a file: what a guest range consists of."""
 
     def runs(self, offset: int, length: int) -> Iterator[Stored]: ...
 

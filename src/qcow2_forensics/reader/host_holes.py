@@ -62,7 +62,7 @@ def _next_data(fd: int, offset: int, end: int) -> tuple[int, int]:
     except OSError as error:
         if error.errno == errno.ENXIO:  # no data up to the end of the file
             return end, end
-        return offset, end  # the file system cannot tell
+        return offset, end  # the file system has no such call
 
 
 def looks_preallocated(image: Image) -> bool:

@@ -285,6 +285,6 @@ class Mapping:
         return table + part * self._slice_bytes + index * self._entry_words * 8
 
     def bad_entry(self, offset: int, what: str) -> FormatError:
-        """Return the error that names the L2 entry of a guest offset and where it stands in the file."""
+        """Return the error that names the L2 entry of a guest offset and where it is in the file."""
         at = self.entry_offset(offset)
         return FormatError(f"the L2 entry of guest offset {offset:#x} {what}", offset=at, field="l2_entry")

@@ -1,4 +1,4 @@
-"""Runs: what a guest range is made of, as the mapping tells it."""
+"""Runs: what a guest range is made of, as the tables describe it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 
 def coalesced(pieces: Iterator[Run]) -> Iterator[Run]:
-    """Yield the same runs with neighbours joined that are one; what stands before a fault comes before it."""
+    """Yield the same runs with neighbours joined that are one; the runs before a fault come before its error."""
     pending: Run | None = None
     try:
         for run in pieces:

@@ -60,7 +60,7 @@ class SalvagedDisk:
             return bytes(length)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
-        """Yield extents that tile the range; what the tables do not tell is MISSING."""
+        """Yield extents that tile the range; what the tables do not say is MISSING."""
         end = self.size if length is None else min(self.size, offset + length)
         while offset < end:
             try:

@@ -54,7 +54,7 @@ class TreeHash:
         leaves, rest = divmod(length, _LEAF)
         while leaves:
             level = leaves.bit_length() - 1
-            if self._leaves:  # a subtree stands at a multiple of its size
+            if self._leaves:  # a subtree begins at a multiple of its size
                 level = min(level, (self._leaves & -self._leaves).bit_length() - 1)
             while len(self._blank) <= level:
                 self._blank.append(_combined(self._blank[-1], self._blank[-1]))
