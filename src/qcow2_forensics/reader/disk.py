@@ -35,6 +35,8 @@ __all__ = ["Disk", "EofPolicy", "Extent", "Layer", "RawDisk"]
 
 EofPolicy = Literal["strict", "zeros"]
 
+_HAS_PREAD = hasattr(os, "pread")
+
 
 class Disk:
     """The active state of an image, or one of its snapshots, as a positional source.
@@ -101,7 +103,7 @@ class Disk:
             self._count_filled if eof == "zeros" else None,
         )
         self._gatherable = None if self._encrypted else gatherable(self._host)
-        self._file = self._host if type(self._host) is FileSource and hasattr(os, "pread") else None
+        self._file = self._host if type(self._host) is FileSource and _HAS_PREAD else None
         self._window = min((self._clusters.window, *(layer._clusters.window for layer in self._images_below())))
         self._parts = Parts(header.cluster_bits, image.limits.table_cache_bytes)
         # For read(): the stored bytes found last, start, end, what to add for the offset in a file, and which.
@@ -209,14 +211,18 @@ class Disk:
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` guest bytes at ``offset``, fewer only at the end of the disk."""
+        # Files are read here, without the calls of other methods, which would take as long as all of the rest.
         start, end, shift, source = self._run
-        if start <= offset <= end:  # at its end, a longer run helps whoever reads on: read_mapped() looks for one
-            if 0 < length <= end - offset:
-                data = source.read(offset + shift, length)
-                if len(data) == length:
-                    return data
-        else:
-            try:
+        try:
+            if start <= offset <= end:  # at its end, a longer run helps whoever reads on: read_mapped() looks for one
+                if 0 < length <= end - offset:
+                    if type(source) is FileSource and _HAS_PREAD:
+                        data = os.pread(source.fd, length, offset + shift)
+                    else:
+                        data = source.read(offset + shift, length)
+                    if len(data) == length:
+                        return data
+            else:
                 entry = self._slices[offset >> self._slice_shift][(offset >> self._cluster_bits) & self._slice_mask]
                 inside = offset & self._inside_mask
                 if 0 < length <= self._cluster_size - inside and length <= self.size - offset and offset >= 0:
@@ -225,12 +231,12 @@ class Disk:
                         file = self._file
                         if file is None:
                             data = self._host.read(host + inside, length)
-                        else:  # without the call of another method, which would take as long as all of the above
+                        else:
                             data = os.pread(file.fd, length, host + inside)
                         if len(data) == length:
                             return data
-            except (LookupError, OSError):
-                pass  # no table yet, or what read_mapped() meets again and reports
+        except (LookupError, OSError):
+            pass  # no table yet, or what read_mapped() meets again and reports
         if offset < 0 or length < 0:
             raise ValueError(f"negative offset or length: {offset}, {length}")
         return self.read_mapped(offset, min(length, self.size - offset))

@@ -14,20 +14,19 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from ..errors import Qcow2Error
 from ..format.source import Source
-from ..limits import KiB
-from .cache import Fifo
 from .layers import Layer, RawDisk
 from .runs import Kind
 
 _SPAN_CLUSTER_BITS = 4  # sixteen clusters are looked at together: what the first random read of a span pays for
 _SPAN_BITS_MIN = 16
 _PARTS_KEPT = 128  # of one span: a read in one of more parts (subclusters, as a rule) finds only what it needs
-_SPAN_COST = 32 * KiB  # of memory that a span of so many parts takes at most, for the cache's budget
+_PART_COST = 256  # bytes of memory, for the cache's budget
 
 
 @runtime_checkable
@@ -70,8 +69,24 @@ class Parts:
 
     def __init__(self, cluster_bits: int, budget: int) -> None:
         self.shift = max(cluster_bits + _SPAN_CLUSTER_BITS, _SPAN_BITS_MIN)
-        self._spans: Fifo[int, list[Part]] = Fifo(max(16, budget // _SPAN_COST))
-        self.spans = self._spans.entries  # the dictionary itself: looking up must cost nothing
+        self.spans: dict[int, list[Part]] = {}  # empty where a span has a fault, or too many parts to keep
+        self._order: deque[int] = deque()
+        self._held = 0
+        self._most = max(16 * _PARTS_KEPT, budget // _PART_COST)
+
+    def _keep(self, number: int, span: list[Part]) -> None:
+        """Keep a span and let the oldest go. Without a lock: threads that race may drop more than they have to."""
+        self.spans[number] = span
+        self._order.append(number)
+        self._held += 1 + len(span)
+        while self._held > self._most or len(self._order) > self._most:
+            try:
+                oldest = self._order.popleft()
+            except IndexError:  # another thread was here, and the count is off
+                self.spans.clear()
+                self._held = 0
+                return
+            self._held -= 1 + len(self.spans.pop(oldest, ()))
 
     def around(self, offset: int) -> Part | None:
         """Return the whole part that holds an offset, None where its span is not kept."""
@@ -89,7 +104,7 @@ class Parts:
                     span = find(number << shift, 1 << shift)
                 except (Qcow2Error, OSError):
                     span = []
-                self._spans.add(number, span if len(span) <= _PARTS_KEPT else [])
+                self._keep(number, span if len(span) <= _PARTS_KEPT else [])
             if not span:
                 return find(offset, length)
             if found:
