@@ -57,10 +57,7 @@ def refused(result: tuple[int, str, str]) -> str:
 
 
 def _rows(text: str, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the map in JSON, without the field that this QEMU does not print yet (before 8.2)."""
-    rows: list[dict[str, Any]] = json.loads(text)
-    known = any("compressed" in row for row in wanted)
-    return [{key: value for key, value in row.items() if known or key != "compressed"} for row in rows]
+    return qemu.as_map_json(json.loads(text), wanted)
 
 
 @pytest.mark.parametrize("scenario", [*PLAIN[::9], Scenario(65536, encrypt=AES)], ids=lambda scenario: scenario.id)
