@@ -100,15 +100,8 @@ def test_worker_processes_find_every_banner(evidence: EvidenceCase, raw: dict[st
 
 
 def test_what_changed_between_two_memories_is_the_intruders_process(evidence: EvidenceCase, run: Run) -> None:
-    arguments = (
-        "-f",
-        evidence.image,
-        "qcow2.changes.Changes",
-        "--plugins",
-        "linux.pslist",
-        "linux.lsmod",
-        "linux.mountinfo",
-    )
+    plugins = ("linux.pslist", "linux.lsmod")
+    arguments = ("--qcow2-snapshot", DURING, "-f", evidence.image, "qcow2.changes.Changes", "--plugins", *plugins)
     (row,) = run(*arguments)
     assert (row["Change"], row["Plugin"]) == ("appeared", "linux.pslist.PsList")
     assert "COMM=.cache_helper" in row["Row"]

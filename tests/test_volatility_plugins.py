@@ -350,4 +350,14 @@ def test_loading_the_plugins_executes_only_what_volatility_has_to_see(tmp_path: 
     )
     loaded, executed = map(ast.literal_eval, done.stdout.splitlines())
     assert loaded == []
-    assert executed == ["audit", "evidence", "info", "options", "registers", "snapshots", "stackers", "vmstatedump"]
+    assert executed == [
+        "audit",
+        "changes",
+        "evidence",
+        "info",
+        "options",
+        "registers",
+        "snapshots",
+        "stackers",
+        "vmstatedump",
+    ]

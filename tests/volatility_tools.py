@@ -177,7 +177,7 @@ def vol(
         env=variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,  # plugins that load symbols take a minute where the machine is busy
         check=False,
         stdin=subprocess.DEVNULL,
     )

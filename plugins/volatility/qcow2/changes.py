@@ -247,6 +247,7 @@ class Changes(interfaces.plugins.PluginInterface):
                 state.context.config[key] = module.symbol_table_name
             elif requirement.default is not None:
                 state.context.config[key] = requirement.default
+        tables = set(state.context.symbol_space)
         plugin = kind(state.context, path, progress_callback=self._progress_callback)
         plugin.set_open_method(self.open)
         grid = plugin.run()
@@ -255,7 +256,11 @@ class Changes(interfaces.plugins.PluginInterface):
         def keep(node: interfaces.renderers.TreeNode, _: None) -> None:
             rows.append(tuple(_word(value) for value in node.values))
 
-        grid.populate(keep, None)
+        try:
+            grid.populate(keep, None)
+        finally:
+            for added in set(state.context.symbol_space) - tables:
+                state.context.symbol_space.remove(added)  # one without a producer makes other plugins fail
         return Table(tuple(column.name for column in grid.columns), rows)
 
 
