@@ -367,6 +367,22 @@ def test_a_volume_of_segments_reads_and_places_like_their_concatenation(tmp_path
         assert placed == expected[offset : offset + length]
 
 
+def test_a_logical_volume_that_claims_more_than_its_disk_holds_is_not_made_up(tmp_path: Path) -> None:
+    import pytsk3
+
+    from qcow2_forensics.files.tsk_image import ReaderImage
+
+    (tmp_path / "raw").write_bytes(b"x" * 8192)
+    below = TolerantReader(RawDisk(FileSource(tmp_path / "raw")))
+    volume = VolumeReader([(below, Segment(0, 4096, 4096)), (below, Segment(4096, 1 << 50, 6144))])
+    image = ReaderImage(volume)
+    assert image.read(0, 4096) == b"x" * 4096
+    with pytest.raises(OSError, match="the disk ends inside the volume"):
+        image.read(4096, 4096)
+    with pytest.raises((OSError, RuntimeError)):
+        pytsk3.FS_Info(image)
+
+
 # --- encryption --------------------------------------------------------------------------------------
 
 

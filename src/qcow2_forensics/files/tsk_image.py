@@ -15,6 +15,8 @@ import pytsk3
 from ..errors import Qcow2Error
 from .readers import Reader
 
+_length = len  # `read` has an argument called len, as pytsk3's has
+
 
 def as_io_error(error: Qcow2Error) -> OSError:
     """Return the error as the one class that pytsk3 scripts catch; the sentence is kept."""
@@ -61,9 +63,12 @@ class ReaderImage(pytsk3.Img_Info):
         if off >= self._size:
             raise OSError(f"read offset {off} is past the end of the disk at {self._size}")
         try:
-            return self._reader.read(off, len)
+            data = self._reader.read(off, len)
         except Qcow2Error as error:
             raise as_io_error(error) from error.__cause__
+        if _length(data) < min(len, self._size - off):  # a volume that claims more than its disk holds
+            raise OSError(f"the disk ends inside the volume, {_length(data)} bytes behind its offset {off}")
+        return data
 
     def close(self) -> None:
         """Close the image: reading afterwards raises ``IOError``; closing twice is fine."""
