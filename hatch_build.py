@@ -1,4 +1,4 @@
-"""Puts the parts into the wheel that are no packages of ours.
+"""Puts the parts into the wheel that are no packages of ours, and the README without links that would be dead.
 
 A standard wheel gets the Volatility plugin folder and the auto-load hook as files. An editable one
 gets only the two files that ``site`` must find in site-packages: they import the hook module from
@@ -7,10 +7,12 @@ the checkout, which finds the plugin folder beside itself, so no copy can go sta
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 _AUTOLOAD = Path("plugins/autoload")
 _STARTUP = ("qcow2_forensics_autoload.pth", "qcow2_forensics_autoload.start")
@@ -18,6 +20,17 @@ _MODULE = "qcow2_forensics_autoload.py"
 _VOLATILITY = Path("plugins/volatility/qcow2")
 # Not below volatility3/: a second volatility3 folder hides an editable install of Volatility.
 _VOLATILITY_IN_WHEEL = "qcow2_forensics_volatility/qcow2"
+
+
+_RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")
+
+
+class ReadmeMetadataHook(MetadataHookInterface):
+    """Gives package indexes the README; a link to a file of the repository becomes the file's name."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        text = Path(self.root, "README.md").read_text(encoding="utf-8")
+        metadata["readme"] = {"content-type": "text/markdown", "text": _RELATIVE_LINK.sub(r"\1", text)}
 
 
 class AutoloadBuildHook(BuildHookInterface):  # type: ignore[type-arg]

@@ -12,6 +12,8 @@ import pytest
 
 from tests import qemu
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 

@@ -20,6 +20,8 @@ from qcow2_forensics.memory import GuestMemory, StreamWindow, open_guest_memory
 from tests import machines
 from tests.machines import GiB, KiB, Machine, MiB, running
 
+pytestmark = pytest.mark.slow  # boots machines; test_guest_memory.py has the essentials
+
 VGA = range(0xA0000, 0xC0000)
 FIRMWARE = range(0xE0000, 0x100000)
 UNDESCRIBED = ("pc-before-footers", "pc-1.7-4G")  # machine types whose streams end without a description

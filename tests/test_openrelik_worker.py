@@ -14,6 +14,8 @@ import pytest
 
 from tests import qemu
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "examples" / "openrelik_worker"
 PACKAGE = "openrelik_worker_example"  # its own name, src, says nothing in this process
 needs_openrelik = pytest.mark.skipif(

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -26,7 +27,8 @@ from qcow2_forensics.cli.doctor import diagnose
 ROOT = Path(__file__).parent.parent
 FOLDER = "qcow2_forensics_volatility"
 STARTUP = ["qcow2_forensics_autoload.pth", "qcow2_forensics_autoload.start"]
-TEST_COMMAND = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[all,test]' && .venv/bin/python -m pytest"
+PYTEST = ".venv/bin/python -m pytest -n auto --dist loadfile"
+TEST_COMMAND = f"python3 -m venv .venv && .venv/bin/pip install -q -e '.[all,test]' && {PYTEST}"
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed"),
@@ -163,7 +165,9 @@ def test_wheel_puts_nothing_into_a_frameworks_own_folder(wheel: Path) -> None:
 
 def test_wheel_built_from_the_source_distribution_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+        if hasattr(tarfile, "data_filter"):  # Debian 12's Python is 3.11.2, which has none; the archive is ours
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(tmp_path)  # noqa: S202
     (source,) = tmp_path.iterdir()
     again = build("wheel", source, tmp_path / "dist")
     first, second = zipfile.ZipFile(wheel), zipfile.ZipFile(again)
@@ -172,10 +176,25 @@ def test_wheel_built_from_the_source_distribution_is_the_same(wheel: Path, sdist
     }
 
 
+def test_a_package_index_shows_the_readme_without_links_that_lead_nowhere(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    text = archive.read(name).decode()
+    assert "Description-Content-Type: text/markdown" in text
+    assert "docs/volatility.md" in text
+    assert not [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("http")]
+
+
+def test_every_extra_but_those_with_a_reason_is_in_all() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (named,) = re.findall(r"\[(.*)\]", extras["all"][0])
+    assert set(named.split(",")) == set(extras) - {"all", "dissect", "test", "lint", "dev"}
+
+
 def test_source_distribution_holds_tests_and_no_leftovers(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
-    assert "tests/test_packaging.py" in names
+    assert {"tests/test_packaging.py", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= set(names)
     kept = [name for name in names if not name.startswith("tests/regressions/")]
     assert not [name for name in kept if re.search(r"__pycache__|\.venv|\.git/|\.pyc$|\.qcow2$", name)]
 
@@ -304,11 +323,14 @@ def test_uninstalling_leaves_nothing_behind(tmp_path: Path, wheel: Path) -> None
     before = environment.files()
     environment.install(wheel)
     execute(sys.executable, "-m", "pip", "--python", environment.python, "uninstall", "--yes", "qcow2-forensics")
+    left = {path.relative_to(environment.site).as_posix() for path in environment.site.rglob("*")}
     assert environment.files() == before
+    assert not [name for name in left if "qcow2" in name]
 
 
 def test_readme_and_ci_carry_the_same_test_command() -> None:
     assert TEST_COMMAND in (ROOT / "README.md").read_text().splitlines()
     ci = ROOT / ".ci" / "run"
     if ci.exists():
-        assert TEST_COMMAND in ci.read_text().splitlines()
+        lines = ci.read_text().splitlines()
+        assert lines.index(TEST_COMMAND) < lines.index(f"{PYTEST} -m slow")

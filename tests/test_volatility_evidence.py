@@ -18,6 +18,8 @@ pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
 from tests.conftest import EvidenceCase
 from tests.volatility_tools import stack, vol
 
+pytestmark = pytest.mark.slow  # whole runs of vol over the case; test_volatility.py has the essentials
+
 BEFORE, DURING = "before-incident", "during-incident"
 Run = Callable[..., list[dict[str, Any]]]
 

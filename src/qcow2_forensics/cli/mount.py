@@ -89,7 +89,16 @@ def _open(args: argparse.Namespace, path: str) -> ImageFolder:
     def disk(selector: SnapshotName, keys: Disk | None) -> Disk:
         if keys is None:
             return open_from(here, selector)  # asks for the passphrase, once
-        opened = open_disk(path, selector, None, resolver_of(here), eof=args.eof, follow=not args.no_backing)
+        opened = open_disk(
+            path,
+            selector,
+            None,
+            resolver_of(here),
+            eof=args.eof,
+            follow=not args.no_backing,
+            assume=dict(args.assume),
+            virtual_size=args.virtual_size,
+        )
         opened.adopt_keys(keys)
         return opened
 
