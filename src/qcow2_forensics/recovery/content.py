@@ -10,7 +10,7 @@ from ..format.entries import COPIED
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.source import Source
-from ..limits import MiB
+from ..limits import Budget, MiB
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.opening import open_disk
@@ -37,6 +37,7 @@ class TableReader:
     """Reads what one L2 table maps, as the guest bytes from 0 on."""
 
     def __init__(self, source: Source, geometry: Geometry, image: Image | None, compression: int | None) -> None:
+        self._budget = Budget("bytes read to place L2 tables", source.size)  # crafted tables share their clusters
         self._source = source
         self._geometry = geometry
         self._image = image
@@ -73,6 +74,7 @@ class TableReader:
                 step = max(1, sum(e.length for e in stored) // _CONTENT)
                 for number, extent in enumerate(_cut(stored)):
                     if number % step == 0:
+                        self._budget.spend(extent[1])
                         yield extent[0], disk.read(*extent)
         except (Qcow2Error, OSError):
             return

@@ -8,6 +8,7 @@ tables in the file last, which is that of a disk written from start to end.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
@@ -60,16 +61,26 @@ class _Versions:
     """Finds the slot of a table through the clusters that it shares with tables of known slot."""
 
     def __init__(self, known: Mapping[int, list[U64]]) -> None:
-        self._known = [(index, _hosts(entries)) for index, versions in known.items() for entries in versions]
+        tables = [(slot, _hosts(entries)) for slot, versions in known.items() for entries in versions]
+        none = np.zeros(0, np.uint64)
+        hosts = np.concatenate([none, *(named for _, named in tables)])
+        slots = np.concatenate([none, *(np.full(len(named), slot, np.uint64) for slot, named in tables)])
+        places = np.concatenate([none, *(np.arange(len(named), dtype=np.uint64) for _, named in tables)])
+        order = np.argsort(hosts, kind="stable")
+        order = order[hosts[order] != 0]
+        # By host offset: the slot of the table that names it, and the place of its entry in that table.
+        self._hosts, self._slots, self._places = hosts[order], slots[order], places[order]
 
     def of(self, table: Unplaced) -> Placement | None:
         """Return the slot of the one table that maps some of the same host clusters at the same places."""
         hosts = _hosts(table.entries)
-        shared: dict[int, int] = {}
-        for index, others in self._known:
-            count = int(((hosts == others) & (hosts != 0)).sum())
-            if count:
-                shared[index] = max(count, shared.get(index, 0))
+        used = np.flatnonzero(hosts)
+        firsts = np.searchsorted(self._hosts, hosts[used])
+        stops = np.searchsorted(self._hosts, hosts[used], "right")
+        shared: Counter[int] = Counter()
+        for place_, first, stop in zip(used.tolist(), firsts.tolist(), stops.tolist(), strict=True):
+            same = self._places[first:stop] == place_
+            shared.update(set(self._slots[first:stop][same].tolist()))
         if len(shared) != 1:
             return None
         ((index, count),) = shared.items()

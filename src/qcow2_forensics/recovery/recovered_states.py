@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from ..format.source import PathOrSource, Source, as_source
 from ..limits import MiB
 from ..reader.chain import close_source
 from ..reader.disk import Disk
-from ..reader.mapping import Kind
 from ..reader.opening import open_disk
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
@@ -53,8 +53,10 @@ from .state import RecoveredState
 from .table_search import FoundTables, search_tables, table_words
 
 _READ = 4 * MiB
-_HINT = 64 * MiB  # from the start of a file, looked at to say whether recovery is worth a try
+_HINT = 8 * MiB  # from the start of a file, looked at to say whether recovery is worth a try
 _MAX_L1 = 4 * MiB  # entries, what QEMU accepts
+_MOST_STATES = 64  # put together for one file, of those that an L1 table or a header was found for
+_MOST_MAGICS = 4096  # places looked at for an image inside the file
 
 
 def recovered_states(origin: PathOrSource, *, virtual_size: int | None = None) -> list[RecoveredState]:
@@ -136,7 +138,7 @@ class _Recovery:
     # --- a whole image further back in the file ---------------------------------------------------
 
     def _inner_images(self) -> Iterator[RecoveredState]:
-        for at in self._magics():
+        for at in islice(self._magics(), _MOST_MAGICS):
             window = Window(self._source, at)
             try:
                 with open_disk(window, follow=False) as disk:
@@ -177,7 +179,10 @@ class _Recovery:
             compression = self._compression(tables, geometry)
         notes = (f"clusters of {geometry.cluster_size} bytes: {found.evidence}", *left_out_notes(tables))
         named = {entry.l1_table_offset: entry for entry in tables.snapshots}
-        for table in sorted(tables.l1, key=lambda table: rank(table, named, refcounts)):
+        found_l1 = sorted(tables.l1, key=lambda table: rank(table, named, refcounts))
+        if len(found_l1) > _MOST_STATES:
+            notes = (*notes, f"{len(found_l1) - _MOST_STATES} more L1 tables were found than states are put together")
+        for table in found_l1[:_MOST_STATES]:
             entry = named.get(table.offset)
             placements = tuple(placements_of(table, tables, refcounts))
             yield self._rebuilt(
@@ -243,23 +248,30 @@ class _Recovery:
             )
             return PatchedSource(self._source, [(0, header), (REBUILT_AT, padded)])
 
-        size, size_from = self._size(source_of(whole), recorded_size)
+        size, size_from = self._size(source_of(whole), geometry, placements, recorded_size)
         return RecoveredState(
             0, what, size, size_from, geometry.cluster_size, placements, True, notes, source=source_of(size)
         )
 
-    def _size(self, source: Source, recorded: int | None) -> tuple[int, str]:
+    def _size(
+        self, source: Source, geometry: Geometry, placements: tuple[Placement, ...], recorded: int | None
+    ) -> tuple[int, str]:
         """Return the virtual size and where it comes from."""
         if self._virtual_size is not None:
             return self._virtual_size, "the caller"
         if recorded is not None:
             return recorded, "its snapshot table entry"
-        with open_disk(source, follow=False) as disk:
-            mapped = max((e.offset + e.length for e in disk.extents() if e.kind != Kind.HOLE), default=0)
-            try:
+        mapped = 0
+        if placements:
+            used = np.flatnonzero(table_words(self._source, placements[-1].offset, geometry))
+            words = 2 if geometry.extended_l2 else 1
+            last = int(used[-1]) // words + 1 if len(used) else 0
+            mapped = placements[-1].slot * table_span(geometry) + last * geometry.cluster_size
+        try:
+            with open_disk(source, follow=False) as disk:
                 implied = disk_size_of(disk.read)
-            except (Qcow2Error, OSError):
-                implied = None
+        except (Qcow2Error, OSError):
+            implied = None
         if implied is not None and mapped <= implied[0] <= 1 << 60:
             return implied
         return mapped, "the end of the last mapped cluster"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +19,10 @@ from .geometry import U64, Mask
 
 _CHUNK = 8 * MiB
 _L1_SHARE = 0.5  # of the targets of an L1 table that still look like L2 tables; of a healthy one all do
+_MAX_L1_BYTES = 32 * MiB  # what QEMU accepts
 _BLOCKS = 8  # refcount blocks of a possible refcount table that are looked at
 _MOST_REFERENCES = 4096  # to one cluster: many streams share a cluster, and many snapshots do
-_MOST_TABLES = 1 << 20  # tables kept for one file: the L2 tables of 512 TiB in 64 KiB clusters
+_MOST_TABLES = 1 << 18  # tables kept for one file: the L2 tables of 128 TiB in 64 KiB clusters
 
 
 class L1Candidate(NamedTuple):
@@ -30,11 +32,6 @@ class L1Candidate(NamedTuple):
     targets: U64
     copied: int  # entries with the COPIED flag: the active state's, mostly
     sure: int  # entries from the first on that certainly are of this table, not of one behind it
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether all of it is one table."""
-        return self.sure == len(self.targets)
 
 
 class FoundTables(NamedTuple):
@@ -119,7 +116,8 @@ def _classify(
         here = targets[targets != 0].astype(np.int64)
         if not len(here) or len(np.unique(here)) != len(here):
             continue
-        are_tables = np.isin(here, found.offsets, kind="sort") & (here != offset)
+        places = np.minimum(np.searchsorted(found.offsets, here), len(found.offsets) - 1)
+        are_tables = (found.offsets[places] == here) & (here != offset)
         if are_tables.mean() >= _L1_SHARE:
             l1.append(L1Candidate(offset, targets, copied, len(targets)))
         elif copied == 0 and _are_refcount_blocks(source, here[:_BLOCKS].tolist(), geometry.cluster_size):
@@ -142,17 +140,26 @@ def _joined(found: list[L1Candidate], size: int, starts: Container[int]) -> Iter
 
     It is sure that one goes on in the next cluster where its last entry is used.
     """
-    pending: L1Candidate | None = None
+    parts: list[L1Candidate] = []
+    named: set[int] = set()
     for table in found:
-        if pending is not None and table.offset == pending.offset + len(pending.targets) * 8:
-            both = np.concatenate((pending.targets, table.targets))
-            named = both[both != 0]
-            if table.offset not in starts and len(np.unique(named)) == len(named):
-                sure = pending.sure + (size // 8 if pending.targets[-1] and pending.is_sure else 0)
-                pending = L1Candidate(pending.offset, both, pending.copied + table.copied, sure)
-                continue
-        if pending is not None:
-            yield pending
-        pending = table
-    if pending is not None:
-        yield pending
+        here = {int(at) for at in table.targets[table.targets != 0].tolist()}
+        follows = bool(parts) and table.offset == parts[-1].offset + size and len(parts) * size < _MAX_L1_BYTES
+        if parts and (not follows or table.offset in starts or not named.isdisjoint(here)):
+            yield _one(parts)
+            parts, named = [], set()
+        parts.append(table)
+        named |= here
+    if parts:
+        yield _one(parts)
+
+
+def _one(parts: list[L1Candidate]) -> L1Candidate:
+    """Return the clusters of one L1 table as one candidate."""
+    sure = len(parts[0].targets)
+    for before, after in pairwise(parts):
+        if not before.targets[-1]:
+            break
+        sure += len(after.targets)
+    targets = np.concatenate([part.targets for part in parts])
+    return L1Candidate(parts[0].offset, targets, sum(part.copied for part in parts), sure)
