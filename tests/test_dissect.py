@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics import open_image
+from qcow2_forensics.reader.states import find_snapshot
 from tests import filesystems, qemu
 
 pytest.importorskip("dissect.target", reason="dissect.target is absent")
@@ -25,7 +26,7 @@ from dissect.target.helpers.fsutil import TargetPath
 
 import dissect_qcow2
 from dissect_qcow2 import Qcow2Container
-from dissect_qcow2.loader import state_names
+from dissect_qcow2.loader import image_and_state, state_names
 
 dissect_qcow2.register()
 
@@ -178,7 +179,10 @@ def test_every_snapshot_gets_a_path_that_opens_it(make_image: Callable[..., Path
     for name in ("plain", "a/b", "same", "same", "2", "deleted:7", "active"):
         qemu.snapshot(image, name)
     with open_image(image) as opened:
-        assert list(state_names(opened)) == ["plain", "2", "3", "4", "5", "6", "7"]
+        names = list(state_names(opened))
+        assert names == ["plain", "index:1", "3", "4", "5", "6", "7"]  # "2" is the ID of one and the name of another
+        assert [find_snapshot(opened, name) for name in names] == list(opened.snapshots)
+    assert [image_and_state(image / name) for name in names] == [(image, name) for name in names]
 
 
 def test_other_files_are_left_to_dissect(tmp_path: Path) -> None:

@@ -223,7 +223,12 @@ def test_image_export_keeps_the_files_of_each_snapshot_apart(image_with_snapshot
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [("4", "no snapshot '4'; the image holds: 1: ID 1"), ("3..1", "unsupported snapshot range")]
+    ("value", "words"),
+    [
+        ("4", "no snapshot '4'; the image holds: 1 (quarter ../end)"),
+        ("1..3", "'1..3' has no meaning: positions are written #1..#3"),
+        ("#3..#1", "unsupported snapshot range"),
+    ],
 )
 def test_wrong_snapshot_options_are_one_sentence(
     value: str, words: str, image_with_snapshot: Path, tmp_path: Path
