@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,3 +95,42 @@ def test_drgn_opens_the_case_as_a_linux_kernel_and_follows_its_page_tables(
     assert program.flags & drgn.ProgramFlags.IS_LINUX_KERNEL
     with open_guest_memory(evidence.image) as memory:
         assert program.read(0xFFFFFFFF81C00080, 64) == memory.read(0x1C00080, 64)
+
+
+@pytest.fixture(scope="module")
+def vmlinux() -> Path:
+    """The case's kernel with its debug symbols, from Debian's package or from QCOW2_VMLINUX."""
+    package = "linux-image-6.1.0-56-cloud-amd64-dbg"
+    path = Path(os.environ.get("QCOW2_VMLINUX", f"/usr/lib/debug/boot/vmlinux{package[11:-4]}"))
+    if not path.is_file():
+        pytest.skip(f"debug symbols are absent: install {package}, or set QCOW2_VMLINUX to its vmlinux")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("snapshot", ["before-incident", "during-incident"])
+def test_drgn_lists_the_processes_that_volatility_lists(
+    evidence: EvidenceCase, vmlinux: Path, tmp_path: Path, snapshot: str
+) -> None:
+    drgn: Any = pytest.importorskip("drgn")
+    pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
+    from drgn.helpers.linux.pid import for_each_task
+
+    from tests.volatility_tools import vol
+
+    core = tmp_path / "core.elf"
+    assert main(["memory", str(evidence.image), str(core), "--format", "elf", "--snapshot", snapshot]) == 0
+    program = drgn.Program()
+    program.set_core_dump(str(core))
+    program.load_debug_info([str(vmlinux)])
+    found = [
+        (task.pid.value_(), task.real_parent.tgid.value_(), task.comm.string_().decode())
+        for task in for_each_task(program)
+        if task.pid.value_() == task.tgid.value_()
+    ]
+    options = ["-s", evidence.symbols, "-r", "json", "--qcow2-snapshot", snapshot, "-f", evidence.image]
+    done = vol(*options, "linux.pslist.PsList", cwd=tmp_path, every_stacker=True)
+    assert done.returncode == 0, done.stderr
+    assert found == [(row["PID"], row["PPID"], row["COMM"]) for row in json.loads(done.stdout)]
+    assert len(found) > 40
+    assert (".cache_helper" in {name for _, _, name in found}) == (snapshot == "during-incident")

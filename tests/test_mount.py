@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from qcow2_forensics import open_disk
 from qcow2_forensics.mount import filesystem
 from qcow2_forensics.mount.files import safe_name, seek_data, seek_hole, unique_name
-from tests import qemu
+from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
+from tests.guest_disks import need_mounts, run
 
 COMMAND = [sys.executable, "-m", "qcow2_forensics"]
 
@@ -150,6 +151,56 @@ def test_encrypted_and_zstd_images_read_as_qemu_reads_them(make_image: Callable[
         for image, secret in ((locked, "sesame"), (zstd, None)):
             raw = (point / image.name / "active.raw").read_bytes()
             assert raw == qemu.raw_bytes(image, secret=secret)
+
+
+def _mounted_files(raw: Path, offset: int, point: Path) -> dict[str, str]:
+    """Return the hash of each file that the kernel finds in a file system inside ``raw``."""
+    point.mkdir(exist_ok=True)
+    run("mount", "-t", "ext4", "-o", f"loop,ro,noload,offset={offset}", raw, point)
+    try:
+        return {str(item.relative_to(point)): sha256(item) for item in point.rglob("*") if item.is_file()}
+    finally:
+        run("umount", point)
+
+
+@pytest.mark.usefixtures("fuse")
+@pytest.mark.parametrize("kind", ["evidence", "luks", "zstd"])
+def test_the_kernel_sleuthkit_and_cp_find_on_the_mount_what_they_find_in_the_export(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    need_mounts()
+    filesystems.need_tools("fls")
+    options: list[str | Path] = []
+    states = {"active": None}
+    if kind == "evidence":
+        image = request.getfixturevalue("evidence").image
+        states |= {"snapshot-1-before-incident": "1", "snapshot-2-during-incident": "2"}
+    else:
+        disk, _ = filesystems.disk_of(tmp_path, [filesystems.make(tmp_path, "ext4")])
+        image = tmp_path / "disk.qcow2"
+        if kind == "luks":
+            (tmp_path / "key").write_text("sesame")
+            options += ["--passphrase-file", tmp_path / "key"]
+            secret = ("--object", f"secret,id=s,file={tmp_path / 'key'}")
+            form = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+            qemu.run("qemu-img", "convert", *secret, "-O", "qcow2", "-o", form, disk, image)
+        else:
+            qemu.run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd", disk, image)
+    before = sha256(image)
+    with mounted(tmp_path / "mnt", *options, "--no-audit", "--no-memory", image) as point:
+        for name, snapshot in states.items():
+            served = point / image.name / f"{name}.raw"
+            chosen = ("--snapshot", snapshot) if snapshot else ()
+            out = exported(image, tmp_path / f"{name}.out", *options, *chosen)
+            assert sha256(served) == sha256(out)
+            run("cp", "--sparse=always", served, tmp_path / "copy")
+            assert sha256(tmp_path / "copy") == sha256(out)
+            assert (tmp_path / "copy").stat().st_blocks <= 1.05 * out.stat().st_blocks
+            listings = [run("fls", "-o", "2048", "-r", "-p", path) for path in (served, out)]
+            assert listings[0] == listings[1] != ""
+            files = [_mounted_files(path, 1 << 20, tmp_path / "files") for path in (served, out)]
+            assert files[0] == files[1] != {}
+    assert sha256(image) == before
 
 
 def _reads_equal(work: tuple[str, str, int]) -> int:
@@ -281,6 +332,39 @@ def test_deleted_snapshots_are_served_when_asked_for(make_image: Callable[..., P
         assert names == ["deleted-1-former.raw"]
         with (point / "disk.qcow2" / names[0]).open("rb") as stream:
             assert stream.read(4096) == b"\1" * 4096
+
+
+@pytest.mark.usefixtures("fuse")
+@pytest.mark.parametrize("lost", ["header", "L1 table"])
+def test_recovered_states_are_served_when_asked_for(lost: str, make_image: Callable[..., Path], tmp_path: Path) -> None:
+    image = make_image("disk.qcow2", "1M", *(f"write -P {at} {at * 64}k 64k" for at in range(1, 9)))
+    expected = qemu.raw_bytes(image)
+    with open_disk(image) as disk:
+        table = disk.image.header.l1_table_offset
+    data = bytearray(image.read_bytes())
+    at, length = (0, 65536) if lost == "header" else (table, 8)
+    data[at : at + length] = bytes(length)
+    image.write_bytes(data)
+    here = start(tmp_path / "mnt", "--recovered", "--virtual-size", "1M", image)
+    folder = here.point / "disk.qcow2"
+    assert (folder / "recovered-1.raw").read_bytes() == expected
+    assert "recovered state 1: " in (folder / "README.txt").read_text()
+    assert (folder / "active.raw").exists() == (lost == "L1 table")
+    subprocess.run([shutil.which("fusermount3") or "fusermount", "-u", str(here.point)], check=True)
+    printed = here.ended(2 if lost == "header" else 0)
+    assert ("not served: the disk as it is now" in printed) == (lost == "header")
+
+
+def test_an_image_without_a_header_is_an_error_unless_recovery_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("mfusepy", exc_type=(ImportError, OSError))
+    image = tmp_path / "disk.qcow2"
+    image.write_bytes(bytes(1 << 20))
+    for option in ((), ("--recovered",)):
+        command = [*COMMAND, "mount", str(image), str(tmp_path / "mnt"), *option]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "mnt").exists()
 
 
 @pytest.mark.usefixtures("fuse")

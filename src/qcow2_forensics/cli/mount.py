@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from ..findings import Report
     from ..mount.files import Content
     from ..mount.folder import ImageFolder
+    from ..recovery import RecoveredState
 
 _EPILOG = """examples:
   qcow2-forensics mount disk.qcow2 /mnt/case
   qcow2-forensics mount disk.qcow2 web.qcow2 /mnt/case --deleted
+  qcow2-forensics mount damaged.qcow2 /mnt/case --recovered
   qcow2-forensics mount disk.qcow2 /mnt/case --background; fls -r /mnt/case/disk.qcow2/active.raw
   fusermount -u /mnt/case
 
@@ -45,6 +47,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("folder", metavar="DIR", help="an empty folder, or one to make")
     add_disk_arguments(parser, snapshot=False)
     parser.add_argument("--deleted", action="store_true", help="also look for deleted snapshots in free space (slow)")
+    parser.add_argument(
+        "--recovered", action="store_true", help="also put lost states together from what is left of them (slow)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave guest memory out")
     parser.add_argument("--no-audit", action="store_true", help="leave audit.json out")
     parser.add_argument("--allow-other", action="store_true", help="let other users, and root, see the files too")
@@ -113,9 +118,20 @@ def _open(args: argparse.Namespace, path: str) -> ImageFolder:
 
         return audit(path, passphrase=passphrases_of(here), resolver=resolver_of(here))
 
+    def recovered() -> list[RecoveredState]:
+        from ..recovery import recovered_states
+
+        return recovered_states(path, virtual_size=args.virtual_size)
+
     return ImageFolder(
         path,
-        Openers(disk, None if args.no_memory else memory, None if args.no_audit else report, deleted=args.deleted),
+        Openers(
+            disk,
+            None if args.no_memory else memory,
+            None if args.no_audit else report,
+            args.deleted,
+            recovered if args.recovered else None,
+        ),
     )
 
 

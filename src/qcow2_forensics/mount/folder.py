@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import Qcow2Error
 from ..findings import Report, __version__
@@ -21,6 +21,9 @@ from ..reader.states import SnapshotName
 from ..reader.vm_state import VmState
 from ..text import printable, short_date, short_time, size, snapshot_time
 from .files import Content, DiskContent, File, MemoryContent, TextContent, safe_name, unique_name
+
+if TYPE_CHECKING:
+    from ..recovery import RecoveredState
 
 _README = "README.txt"
 _AUDIT = "audit.json"
@@ -58,12 +61,14 @@ class Openers:
 
     ``disk`` opens one state, with the keys of a disk that is open already where there is one. ``memory``
     opens the guest memory of a snapshot whose disk does not open. ``report`` audits the image.
+    ``recovered`` puts states together from what is left of a damaged image, and reads the whole file for it.
     """
 
     disk: Callable[[SnapshotName, Disk | None], Disk]
     memory: Callable[[SnapshotName], Content] | None
     report: Callable[[], Report] | None
     deleted: bool = False
+    recovered: Callable[[], list[RecoveredState]] | None = None  # looks for states that no table leads to
 
 
 class ImageFolder:
@@ -87,13 +92,17 @@ class ImageFolder:
 
     def _fill(self) -> None:
         modified = Path(self._path).stat().st_mtime_ns
-        for state in _states(self._path, modified, deleted=self._openers.deleted):
+        for state in _states(self._path, modified, self._openers):
             self._add_state(state)
         if not self.files:
             raise Qcow2Error("; ".join(self.missing))
         if self._openers.report is not None:
-            report = self._openers.report()
-            self._add(_AUDIT, "", TextContent(report.to_json() + "\n"), modified, "what the auditor observed")
+            try:
+                content = TextContent(self._openers.report().to_json() + "\n")
+            except (Qcow2Error, OSError) as error:
+                self.missing.append(f"{_AUDIT}: {error}")
+            else:
+                self._add(_AUDIT, "", content, modified, "what the auditor observed")
         self._add(_README, "", TextContent(self._readme()), modified, "this page")
 
     def _add_state(self, state: State) -> None:
@@ -130,6 +139,8 @@ class ImageFolder:
         text += "".join(f"{name:<{width}}  {description}\n" for name, description in lines)
         if not self._openers.deleted:
             text += "\nDeleted snapshots were not looked for (--deleted does, and reads all free space).\n"
+        if self._openers.recovered is None:
+            text += "\nStates to be recovered were not looked for (--recovered does, and reads the whole file).\n"
         if self._gone:
             text += "\nOnly the name is left of:\n" + "".join(f"  {line}\n" for line in self._gone)
         if self.missing:
@@ -154,19 +165,35 @@ def _memory(disk: Disk) -> Content:
     return MemoryContent(open_guest_memory(VmState(disk)))
 
 
-def _states(path: str, modified: int, *, deleted: bool) -> Iterator[State]:
-    """Yield the active state, each snapshot in the order of its table, then the deleted ones that can be opened."""
-    with Image(path) as image:
-        yield State(None, "active", f"the disk as it is now, modified {short_time(modified)} UTC", modified, None)
-        for entry in image.snapshots:
-            yield _snapshot("snapshot", entry, entry, "")
-        if not deleted:
-            return
-        from ..residue import Residue
+def _states(path: str, modified: int, openers: Openers) -> Iterator[State]:
+    """Yield the active state, each snapshot in the order of its table, then what is deleted and what is recovered.
 
-        for item in Residue(image).deleted_snapshots():
-            state = _snapshot("deleted", item.entry, item.selector, f", {item.readable:.1%} of it readable")
-            yield state._replace(gone=item.is_gone)
+    An image without a usable header has no states but the recovered ones; where those are not asked for, it raises.
+    """
+    yield State(None, "active", f"the disk as it is now, modified {short_time(modified)} UTC", modified, None)
+    try:
+        with Image(path) as image:
+            yield from _listed(image, deleted=openers.deleted)
+    except Qcow2Error:
+        if openers.recovered is None:
+            raise
+    for found in openers.recovered() if openers.recovered is not None else ():
+        what = (
+            f"recovered state {found.number}: {found.what}, {found.confidence.label}; its size from {found.size_from}"
+        )
+        yield State(found.label, f"recovered-{found.number}", what, modified, None)
+
+
+def _listed(image: Image, *, deleted: bool) -> Iterator[State]:
+    for entry in image.snapshots:
+        yield _snapshot("snapshot", entry, entry, "")
+    if not deleted:
+        return
+    from ..residue import Residue
+
+    for item in Residue(image).deleted_snapshots():
+        state = _snapshot("deleted", item.entry, item.selector, f", {item.readable:.1%} of it readable")
+        yield state._replace(gone=item.is_gone)
 
 
 def _snapshot(kind: str, entry: SnapshotEntry, selector: SnapshotName, left: str) -> State:
