@@ -29,7 +29,7 @@ from .model import Piece
 from .scan import Found, unclaimed
 from .snapshot_entries import DeletedSnapshot
 
-_OFFSET = re.compile(r"0x[0-9a-fA-F]{1,16}")
+_OFFSET = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 _ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
 _DELETED = 1000  # former snapshots followed into their tables
 _BITMAPS = 1000  # former bitmaps followed into their tables

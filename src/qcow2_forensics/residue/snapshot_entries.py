@@ -165,9 +165,13 @@ def gone(entry: SnapshotEntry) -> FormatError:
 
 
 def choose(found: Iterable[DeletedSnapshot], wanted: str) -> DeletedSnapshot:
-    """Return the deleted snapshot with an ID, a name or an entry offset (``0x...``)."""
+    """Return the deleted snapshot with an ID, a name or an entry offset (``0x...``, in either case)."""
     known = list(found)
-    matches = [item for item in known if wanted in (f"{item.entry.offset:#x}", item.entry.id, item.entry.name)]
+    matches = [
+        item
+        for item in known
+        if wanted in (item.entry.id, item.entry.name) or wanted.lower() == f"{item.entry.offset:#x}"
+    ]
     if len(matches) == 1:
         return matches[0]
     raise SnapshotNotFound(f"deleted:{wanted}", _choices(matches or known), ambiguous=bool(matches))
