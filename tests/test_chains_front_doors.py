@@ -233,6 +233,18 @@ def _volatility(case: Case, tmp: Path) -> bytes:
             raise OSError(" ".join([*warnings, str(error)])) from error
 
 
+def _dissect(case: Case, tmp: Path) -> bytes:
+    pytest.importorskip("dissect.target")
+    from dissect_qcow2 import Qcow2Container
+
+    with _environment(case, tmp):
+        opened = Qcow2Container(case.path)
+        try:
+            return opened.read(512)
+        finally:
+            opened.close()
+
+
 @contextlib.contextmanager
 def _environment(case: Case, tmp: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -268,13 +280,15 @@ DOORS = {
     "pytsk3": _pytsk3,
     "dfVFS": _dfvfs,
     "Volatility": _volatility,
+    "dissect": _dissect,
 }
 CURES = {
     "Python": "Resolver(",
     "command line": "--backing-",
     "pytsk3": "Resolver(",
     "dfVFS": "QCOW2_BACKING_DIR",
-    "Volatility": "--qcow2-backing-folder",
+    "Volatility": "--qcow2-backing-",
+    "dissect": "QCOW2_BACKING_DIR",
 }
 
 
