@@ -292,6 +292,22 @@ CURES = {
 }
 
 
+def _row(situation: str, case: Case) -> str:
+    with q.open_image(case.path) as image:
+        name = image.backing_name or image.data_file_name
+    answer = "read, with a warning" if case.notes else "read"
+    return f"| {situation} | `{name}` | {answer if case.begins is not None else f'refused: {case.says[-1]}'} |"
+
+
+def test_the_page_lists_every_situation_with_its_answer(tmp_path: Path) -> None:
+    rows = []
+    for number, (situation, build) in enumerate(SITUATIONS.items()):
+        (tmp_path / str(number)).mkdir()
+        rows.append(_row(situation, build(tmp_path / str(number))))
+    page = (Path(__file__).parents[1] / "docs" / "chains.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page, "\n".join(rows)
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("door", DOORS)
 def test_every_door_gives_the_same_answer(door: str, situation: str, tmp_path: Path) -> None:

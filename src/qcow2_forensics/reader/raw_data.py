@@ -13,6 +13,7 @@ from ..format.source import FileSource
 from ..text import cut
 from .chain import close_source
 
+_HEADER = 104  # bytes of the shortest header that can have a data file
 _ENTRIES = 4096  # of the folder looked at
 _NAMED = 4  # images that the sentence lists
 
@@ -53,7 +54,7 @@ def _images(folder: str) -> Iterator[Image]:
     with os.scandir(folder) as entries:
         for entry in islice(entries, _ENTRIES):
             try:
-                if not entry.is_file(follow_symlinks=False):
+                if not entry.is_file(follow_symlinks=False) or entry.stat(follow_symlinks=False).st_size < _HEADER:
                     continue
                 with closing(FileSource(entry.path, regular_only=True)) as source:
                     image = Image(source)
