@@ -233,6 +233,18 @@ def _volatility(case: Case, tmp: Path) -> bytes:
             raise OSError(" ".join([*warnings, str(error)])) from error
 
 
+def _dissect(case: Case, tmp: Path) -> bytes:
+    pytest.importorskip("dissect.target")
+    from dissect_qcow2 import Qcow2Container
+
+    with _environment(case, tmp):
+        opened = Qcow2Container(case.path)
+        try:
+            return opened.read(512)
+        finally:
+            opened.close()
+
+
 @contextlib.contextmanager
 def _environment(case: Case, tmp: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -268,14 +280,32 @@ DOORS = {
     "pytsk3": _pytsk3,
     "dfVFS": _dfvfs,
     "Volatility": _volatility,
+    "dissect": _dissect,
 }
 CURES = {
     "Python": "Resolver(",
     "command line": "--backing-",
     "pytsk3": "Resolver(",
     "dfVFS": "QCOW2_BACKING_DIR",
-    "Volatility": "--qcow2-backing-folder",
+    "Volatility": "--qcow2-backing-",
+    "dissect": "QCOW2_BACKING_DIR",
 }
+
+
+def _row(situation: str, case: Case) -> str:
+    with q.open_image(case.path) as image:
+        name = image.backing_name or image.data_file_name
+    answer = "read, with a warning" if case.notes else "read"
+    return f"| {situation} | `{name}` | {answer if case.begins is not None else f'refused: {case.says[-1]}'} |"
+
+
+def test_the_page_lists_every_situation_with_its_answer(tmp_path: Path) -> None:
+    rows = []
+    for number, (situation, build) in enumerate(SITUATIONS.items()):
+        (tmp_path / str(number)).mkdir()
+        rows.append(_row(situation, build(tmp_path / str(number))))
+    page = (Path(__file__).parents[1] / "docs" / "chains.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page, "\n".join(rows)
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)

@@ -14,6 +14,7 @@ import pytest
 from qcow2_forensics import open_image
 from qcow2_forensics.reader.states import find_snapshot
 from tests import filesystems, qemu
+from tests.image_builder import EXT_BACKING_FORMAT, Poke
 
 pytest.importorskip("dissect.target", reason="dissect.target is absent")
 pytest.importorskip("dissect.extfs", reason="dissect.extfs is absent")
@@ -172,6 +173,51 @@ def test_an_image_inside_another_target_opens_nothing_outside_its_folder(make_im
     with pytest.raises(ContainerError) as failure:
         container.open(place)
     assert "outside the folder" in str(failure.value.__cause__)
+
+
+@pytest.mark.parametrize("name", ["/srv/vm/base.qcow2", "../images/base.qcow2", "C:\\vm\\base.qcow2"])
+def test_a_file_beside_an_image_inside_another_target_stands_in(name: str, make_image: Callable[..., Path]) -> None:
+    base = make_image("base.qcow2", "1M", "write -P 1 0 1M")
+    overlay = make_image("overlay.qcow2", "1M", "write -P 2 0 64k")
+    Poke(overlay).names([(EXT_BACKING_FORMAT, b"qcow2")], name.encode())
+    files = {"vms/overlay.qcow2": overlay, "vms/base.qcow2": base}
+    with container.open(inside(files).path("/vms/overlay.qcow2")) as opened:
+        assert contents(opened) == b"\2" * (64 << 10) + b"\1" * (960 << 10)
+        assert [note for note in opened.disk.notes if "was taken for the backing file" in note]
+
+
+def test_a_refusal_inside_another_target_names_what_helps(
+    make_image: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_image("base.qcow2", "1M", "write -P 1 0 1M")
+    overlay = make_image("overlay.qcow2", "1M", "write -P 2 0 64k")
+    Poke(overlay).names([(EXT_BACKING_FORMAT, b"qcow2")], b"/srv/vm/base.qcow2")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "case").mkdir()
+    base.rename(tmp_path / "store" / "base.qcow2")
+    overlay = overlay.rename(tmp_path / "case" / "overlay.qcow2")
+    for place in (overlay, inside({"vms/overlay.qcow2": overlay}).path("/vms/overlay.qcow2")):
+        with pytest.raises(ContainerError) as failure:
+            container.open(place)
+        assert "of overlay.qcow2" in str(failure.value.__cause__)
+        assert "QCOW2_BACKING_DIR=FOLDER" in str(failure.value.__cause__)
+        with monkeypatch.context() as patch:
+            patch.setenv("QCOW2_BACKING_DIR", str(tmp_path / "store"))
+            with container.open(place) as opened:
+                assert contents(opened) == b"\2" * (64 << 10) + b"\1" * (960 << 10)
+        with monkeypatch.context() as patch:
+            patch.setenv("QCOW2_NO_BACKING", "1")
+            with container.open(place) as opened:
+                assert contents(opened) == b"\2" * (64 << 10) + bytes(960 << 10)
+
+
+def test_an_image_inside_another_target_is_not_its_own_backing_file(make_image: Callable[..., Path]) -> None:
+    overlay = make_image("overlay.qcow2", "1M")
+    for name, words in ((b"overlay.qcow2", "already part of the chain"), (b"/srv/overlay.qcow2", "leads outside")):
+        Poke(overlay).names([(EXT_BACKING_FORMAT, b"qcow2")], name)
+        with pytest.raises(ContainerError) as failure:
+            container.open(inside({"vms/overlay.qcow2": overlay}).path("/vms/overlay.qcow2"))
+        assert words in str(failure.value.__cause__)
 
 
 def test_every_snapshot_gets_a_path_that_opens_it(make_image: Callable[..., Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +16,18 @@ from qcow2_forensics.errors import ForbiddenReference, MissingFile
 from qcow2_forensics.format.source import Source
 from qcow2_forensics.reader.opening import SnapshotName
 from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, from_environment
-from qcow2_forensics.reader.resolver import Role, parse_reference
+from qcow2_forensics.reader.resolver import (
+    ALONE_VARIABLE,
+    BACKING_VARIABLE,
+    Remedies,
+    Role,
+    base_name,
+    folders_from_environment,
+    parse_reference,
+)
 
 MAGIC = b"QFI\xfb"
+_REMEDIES = Remedies(f"{BACKING_VARIABLE}=FOLDER", "", f"{ALONE_VARIABLE}=1")
 
 
 class Qcow2Container(Container):
@@ -60,12 +70,13 @@ class Qcow2Container(Container):
 
 def open_state(origin: Any, snapshot: SnapshotName) -> Disk:
     """Open a state of an image, with the passphrases of the keychain: every member of a chain takes the one that fits."""
-    if hasattr(origin, "read"):
-        disk = open_disk(origin, snapshot)
-    elif type(origin).__module__.startswith("dissect."):  # a path inside another target
-        disk = open_disk(_PathSource(origin), snapshot, resolver=_Inside(origin))
+    resolver: Resolver
+    if type(origin).__module__.startswith("dissect.") and not hasattr(origin, "read"):  # a path inside another target
+        origin = _PathSource(origin)
+        resolver = _Inside(origin)
     else:
-        disk = open_disk(origin, snapshot)
+        resolver = Resolver(folders=folders_from_environment(), remedies=_REMEDIES)
+    disk = open_disk(origin, snapshot, resolver=resolver, follow=not os.environ.get(ALONE_VARIABLE))
     try:
         if disk.is_locked:
             _unlock(disk)
@@ -85,31 +96,59 @@ def _unlock(disk: Disk) -> None:
 
 
 class _PathSource(StreamSource):
-    """A file inside another target; it keeps its path, against which names in the image are resolved."""
+    """A file inside another target; it keeps its place, against which names in the image are resolved."""
 
-    def __init__(self, path: Any) -> None:
-        super().__init__(path.open("rb"), str(path))
-        self.place = path
+    def __init__(self, place: Any) -> None:
+        super().__init__(place.open("rb"), str(place))
+        self.place = place.resolve()
+        self.identity = ("dissect", self.place)
+        self.stands_for = ""  # the name in an image for which this file beside it was taken
 
 
 class _Inside(Resolver):
-    """The policy of :class:`Resolver` inside another target: files below the folder of the image, no others."""
+    """The policy of :class:`Resolver` inside another target: files below the folder of the image there.
 
-    def __init__(self, top: Any) -> None:
-        super().__init__()
-        self._root = top.resolve().parent
+    For a name that leads elsewhere a file of the same base name stands in: of a folder the caller named, else one beside the image.
+    """
 
-    def open(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:  # noqa: ARG002
-        reference = parse_reference(name, role)
+    def __init__(self, top: _PathSource) -> None:
+        super().__init__(folders=folders_from_environment(), remedies=_REMEDIES)
+        self._root = top.place.parent
+
+    def _follow(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         beside = getattr(parent, "place", None)
-        if beside is None:
-            raise ForbiddenReference(name, "the image was not opened by path, so it has no folder")
-        place = beside.resolve().parent.joinpath(reference.path).resolve()
-        if not place.is_relative_to(self._root):
-            raise ForbiddenReference(name, "it leads outside the folder of the image")
-        if not place.is_file():
-            raise MissingFile(role, name, [str(place)])
-        return _PathSource(place), reference.driver
+        if beside is None:  # a file that stands in from a folder of the caller's
+            return super()._follow(name, role, parent, top)
+        driver, why, place = None, "", None
+        try:
+            reference = parse_reference(name, role)
+        except ForbiddenReference as error:
+            if not base_name(name, role):
+                raise
+            why = error.why
+        else:
+            driver, place = reference.driver, beside.parent.joinpath(reference.path).resolve()
+            if not place.is_relative_to(self._root):
+                why = "it leads outside the folder of the image"
+            elif place.is_file():
+                return _PathSource(place), driver
+        found = self.stand_in(name, role, parent, top) or self._stand_in_inside(name, role, parent, top)
+        if found is not None:
+            return found, driver
+        if why:
+            raise ForbiddenReference(name, why)
+        raise MissingFile(role, name, [str(place)])
+
+    def _stand_in_inside(self, name: str, role: Role, parent: Source, top: Source) -> _PathSource | None:
+        base = base_name(name, role)
+        members = [getattr(source, "place", None) for source in (parent, top)]
+        for folder in dict.fromkeys(place.parent for place in members if place is not None) if base else ():
+            place = folder.joinpath(base).resolve()
+            if place.is_relative_to(self._root) and place.is_file() and place not in members:
+                found = _PathSource(place)
+                found.stands_for = name
+                return found
+        return None
 
 
 container.CONTAINERS.insert(0, Qcow2Container)  # before dissect's own

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qcow2_forensics import Source
     from qcow2_forensics.format.source import FileSource
+    from qcow2_forensics.reader.named_files import NamedFiles
     from qcow2_forensics.reader.resolver import Role
 
 _COMPRESSED = (".gz", ".bz2", ".xz")  # what Volatility's file layer decompresses by its name
@@ -78,13 +79,18 @@ class LayerResolver:
         config_path: str,
         known: Iterable[str] = (),
         folders: Iterable[str] = (),
+        named: NamedFiles | None = None,
     ) -> None:
         from qcow2_forensics import Resolver
-        from qcow2_forensics.reader.resolver import BACKING_VARIABLE, Remedies
+        from qcow2_forensics.reader.resolver import ALONE_VARIABLE, BACKING_VARIABLE, Remedies
 
-        self.remedies = Remedies(f"--qcow2-backing-folder FOLDER (or {BACKING_VARIABLE})")
-        self.files: dict[str, str] = {}  # as the core's: names the caller gave a file for; there is no such option here
-        self._policy = Resolver(folders=folders, remedies=self.remedies)
+        self.remedies = Remedies(
+            f"--qcow2-backing-folder FOLDER (or {BACKING_VARIABLE})",
+            "--qcow2-backing-file NAME=PATH",
+            f"--qcow2-no-backing (or {ALONE_VARIABLE}=1)",
+        )
+        self.files, formats = named if named is not None else ({}, {})
+        self._policy = Resolver(folders=folders, files=self.files, formats=formats, remedies=self.remedies)
         self._context = context
         self._config_path = config_path
         self._known = list(known)
@@ -97,11 +103,11 @@ class LayerResolver:
 
         if len(self.names) < len(self._known):
             try:
-                driver = parse_reference(name, role).driver
+                driver = self._policy.formats.get(name) if name in self.files else parse_reference(name, role).driver
             except ForbiddenReference:  # a file stands in for it
                 driver = None
             source = LayerSource(self._context.layers[self._known[len(self.names)]])
-        elif getattr(parent, "path", None) is not None or not getattr(parent, "location", ""):
+        elif name in self.files or getattr(parent, "path", None) is not None or not getattr(parent, "location", ""):
             opened, driver = self._policy.open(name, role, parent, top)
             source = self._local(opened)  # type: ignore[arg-type]  # the core's resolver opens files
         else:
@@ -115,7 +121,9 @@ class LayerResolver:
         """Return a file that the core's policy opened as a layer."""
         name = self._context.layers.free_layer_name("Qcow2ChainLayer")
         path = interfaces.configuration.path_join(self._config_path, name)
-        self._context.config[interfaces.configuration.path_join(path, "location")] = Path(opened.path).as_uri()
+        self._context.config[interfaces.configuration.path_join(path, "location")] = Path(
+            os.path.realpath(opened.path)
+        ).as_uri()
         layer = Qcow2ChainFileLayer(self._context, path, name, descriptor=os.dup(opened.fileno()))
         self._context.layers.add_layer(layer)
         source = LayerSource(layer)

@@ -9,7 +9,7 @@ from volatility3.framework import exceptions, interfaces
 from volatility3.framework.configuration import requirements
 
 from .common import LayerSource, ViewLayer, vollog
-from .options import HOW_TO_UNLOCK, backing_folders, passphrase
+from .options import HOW_TO_UNLOCK, backing_file, backing_folders, passphrase, without_backing
 
 if TYPE_CHECKING:
     from qcow2_forensics import Disk, Resolver, VmState
@@ -75,13 +75,15 @@ class Qcow2DiskLayer(ViewLayer):
 
         from .backing import LayerResolver
 
-        resolver = LayerResolver(self.context, self.config_path, self._chain(), backing_folders(self.context))
+        folders, named = backing_folders(self.context), backing_file(self.context)
+        resolver = LayerResolver(self.context, self.config_path, self._chain(), folders, named)
         disk = open_disk(
             LayerSource(self.context.layers[self._base_layer]),
             self.config.get("snapshot", None),
             passphrase(self.context),
             cast("Resolver", resolver),
             missing="raise",
+            follow=not without_backing(self.context),
         )
         self._remember(resolver.names)
         if disk.is_locked:

@@ -6,12 +6,15 @@ The options are given before the plugin's name: ``vol --qcow2-snapshot 2 -f disk
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import constants, interfaces
 from volatility3.framework.configuration import requirements
 
 from . import common
+
+if TYPE_CHECKING:
+    from qcow2_forensics.reader.named_files import NamedFiles
 
 SNAPSHOT_VARIABLE = "QCOW2_SNAPSHOT"
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable
@@ -41,14 +44,26 @@ class Qcow2Options(interfaces.automagic.AutomagicInterface):
             ),
             requirements.StringRequirement(
                 name="qcow2_key_file",
-                description=f"File with the passphrase of an encrypted QCOW2 image (or set {PASSPHRASE_VARIABLE}, "
-                f"or {KEY_FILE_VARIABLE} for one or several files)",
+                description=f"File with the passphrase of an encrypted QCOW2 image, or several separated as in PATH (or "
+                f"set {KEY_FILE_VARIABLE}, or {PASSPHRASE_VARIABLE} to the passphrase)",
                 optional=True,
             ),
             requirements.StringRequirement(
                 name="qcow2_backing_folder",
-                description="Further folder in which backing files of a QCOW2 image may lie (or set QCOW2_BACKING_DIR)",
+                description="Further folder in which backing files of a QCOW2 image may lie, or several separated as in "
+                "PATH (or set QCOW2_BACKING_DIR)",
                 optional=True,
+            ),
+            requirements.StringRequirement(
+                name="qcow2_backing_file",
+                description="File to open for a name in a QCOW2 image: NAME=PATH[,format=FORMAT]",
+                optional=True,
+            ),
+            requirements.BooleanRequirement(
+                name="qcow2_no_backing",
+                description="Read QCOW2 disks without their backing files (or set QCOW2_NO_BACKING)",
+                optional=True,
+                default=False,
             ),
             requirements.StringRequirement(
                 name="qcow2_layout",
@@ -102,24 +117,45 @@ def backing_folders(context: interfaces.context.ContextInterface) -> tuple[str, 
     """Return the folders besides the image's own in which its backing files may lie."""
     from qcow2_forensics.reader.resolver import folders_from_environment
 
-    folder = _option(context, "qcow2_backing_folder")
-    return (*((str(folder),) if folder else ()), *folders_from_environment())
+    return (*_paths(_option(context, "qcow2_backing_folder")), *folders_from_environment())
+
+
+def backing_file(context: interfaces.context.ContextInterface) -> NamedFiles:
+    """Return the file that the user names for a name in an image."""
+    from qcow2_forensics.reader.named_files import named_files
+
+    pair = _option(context, "qcow2_backing_file")
+    return named_files([str(pair)] if pair else [], "--qcow2-backing-file")
+
+
+def without_backing(context: interfaces.context.ContextInterface) -> bool:
+    """Tell whether disks are read without their backing files."""
+    from qcow2_forensics.reader.resolver import ALONE_VARIABLE
+
+    return bool(_option(context, "qcow2_no_backing") or os.environ.get(ALONE_VARIABLE))
 
 
 def passphrase(context: interfaces.context.ContextInterface) -> list[bytes] | None:
-    """Return the passphrases, from the key file or the environment; they are never kept in a configuration."""
+    """Return the passphrases, from the key files or the environment; they are never kept in a configuration."""
     from qcow2_forensics import Qcow2Error
-    from qcow2_forensics.reader.passphrases import from_environment, from_file
+    from qcow2_forensics.reader.passphrases import from_environment, from_files
 
     named = _option(context, "qcow2_key_file")
-    path = str(named)
     try:
         if named:
-            return from_file((common.local_path(path) or "") if path.startswith("file:") else path)
+            return from_files(_paths(named))
         return from_environment() or None
     except (OSError, Qcow2Error) as error:
         common.warn(f"the key file {named or os.environ.get(KEY_FILE_VARIABLE)!r} cannot be read: {error}")
         return None
+
+
+def _paths(given: Any) -> list[str]:
+    """Return the paths of an option: one, one as a URL, or several separated as in PATH."""
+    text = str(given or "")
+    if text.startswith("file:"):
+        return [common.local_path(text) or ""]
+    return [text] if os.path.exists(text) else [item for item in text.split(os.pathsep) if item]
 
 
 def _option(context: interfaces.context.ContextInterface, name: str) -> Any:

@@ -84,7 +84,7 @@ def audit(
     try:
         image = origin if isinstance(origin, Image) else Image(origin, limits=limits)
     except (Qcow2Error, OSError) as error:
-        return Report(unopened(name, path), (_unreadable(error),), depth=wanted.label)
+        return Report(unopened(name, path), (_unreadable(error, path),), depth=wanted.label)
     try:
         facts = Facts(image, path=path, depth=wanted, passphrase=passphrase, resolver=resolver, limits=limits)
         findings = explain(_findings(rules, facts))
@@ -166,7 +166,13 @@ def _failure(code: str, error: Qcow2Error | OSError) -> Evidence:
     return Evidence(code, words, offset)
 
 
-def _unreadable(error: Qcow2Error | OSError) -> Finding:
+def _unreadable(error: Qcow2Error | OSError, path: str | os.PathLike[str] | None) -> Finding:
     what = "the file is not a QCOW image" if isinstance(error, NotQcow2) else "the file could not be read"
     note = "nothing in it was examined"
-    return Finding(UNREADABLE, Severity.HIGH, what, note, (_failure("error", error),), 1)
+    evidence = [_failure("error", error)]
+    if isinstance(error, NotQcow2) and path is not None:
+        from ..reader.raw_data import to_open_instead
+
+        instead = to_open_instead(os.fspath(path))
+        evidence += [Evidence("data file", instead)] if instead else []
+    return Finding(UNREADABLE, Severity.HIGH, what, note, tuple(evidence), len(evidence))

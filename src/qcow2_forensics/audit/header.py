@@ -12,7 +12,6 @@ from ..format.header import (
     MAGIC,
     V2_HEADER_LENGTH,
     V3_HEADER_LENGTH,
-    Autoclear,
     Compatible,
     Crypt,
     Incompatible,
@@ -102,8 +101,11 @@ def external_data(facts: Facts) -> Iterator[Evidence]:
     if extension is not None:
         name = facts.image.data_file_name
         yield Evidence("data file name", name, extension.data_offset, extension.length, "header extension")
-    raw = bool(facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA)
-    yield facts.field("autoclear_features", f"raw external data: {'yes' if raw else 'no'}")
+    raw = facts.header.raw_data_file
+    yield facts.field(
+        "autoclear_features",
+        f"raw external data: {'yes, the data file is declared to be the disk itself' if raw else 'no'}",
+    )
 
 
 @rule(

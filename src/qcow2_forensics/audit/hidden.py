@@ -11,7 +11,6 @@ from ..census import IndexMap, Owner, Tables
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.entries import ZERO
-from ..format.header import Autoclear
 from ..format.image import Image
 from ..format.source import FileSource
 from ..reader.opening import leftover_vm_state
@@ -168,7 +167,7 @@ def datafile_residue(facts: Facts) -> Iterator[Graded]:
     depth=Depth.DEEP,
 )
 def raw_datafile_diverges(facts: Facts) -> Iterator[Evidence]:
-    if facts.header.external_data and facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA:
+    if facts.header.raw_data_file:
         for group in facts.once(_hidden_in_data_file):
             for piece in group.kept:
                 if piece.offset < facts.image.disk_size:

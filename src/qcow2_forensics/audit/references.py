@@ -333,6 +333,6 @@ def datafile_name(facts: Facts) -> Iterator[Evidence]:
     elif member.status == "loop" or _is_unseen(facts, member):
         yield Evidence("data_file", member.name, extension.data_offset, extension.length, "data file name")
         yield Evidence(member.status, ", ".join(member.tried) or member.why)
-    elif facts.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA and member.file_size < facts.image.disk_size:
+    elif facts.header.raw_data_file and member.file_size < facts.image.disk_size:
         yield Evidence("data_file_size", member.file_size, file=member.path)
         yield facts.field("size")

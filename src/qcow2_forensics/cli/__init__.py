@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
         return int(args.run(args))
     except NotQcow2 as error:
-        return fail(f"{error}{_tables_hint(getattr(args, 'image', None))}")
+        path = getattr(args, "image", None)
+        return fail(f"{error}{_data_file_hint(path) or _tables_hint(path)}")
     except Qcow2Error as error:
         return fail(str(error))
     except BrokenPipeError:
@@ -98,6 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qcow2-forensics: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _data_file_hint(path: object) -> str:
+    """Return which image beside a raw file names it as its data file; empty for any other file."""
+    from ..reader.raw_data import to_open_instead
+
+    sentence = to_open_instead(path) if isinstance(path, str) else ""
+    return sentence and f"; {sentence}"
 
 
 def _tables_hint(path: object) -> str:

@@ -66,6 +66,7 @@ def collect(image: Image) -> dict[str, Any]:
         "backing_file": image.backing_name,
         "backing_format": image.backing_format,
         "data_file": image.data_file_name,
+        "data_file_raw": header.raw_data_file,
         "extensions": [
             {
                 "type": f"{item.type:#010x}",
@@ -138,6 +139,8 @@ def _as_text(facts: dict[str, Any]) -> str:
     ]
     names = [key for key in ("backing_file", "backing_format", "data_file") if facts[key] is not None]
     lines += [f"{key.replace('_', ' '):16} {printable(facts[key])}" for key in names]
+    if facts["data_file_raw"]:
+        lines.append("                 declared to be the raw disk itself: it can be read alone")
     flags = [key for key in ("incompatible_features", "compatible_features", "autoclear_features") if facts[key]]
     lines += [f"{key.split('_')[0]:16} {', '.join(facts[key])}" for key in flags]
     lines.append("header")

@@ -12,13 +12,12 @@ from contextlib import ExitStack
 from ..errors import Locked, Qcow2Error
 from ..format.image import Image
 from ..reader.disk import Disk, Layer
+from ..reader.named_files import named_files
 from ..reader.opening import MissingPolicy, open_disk
 from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE, from_environment, from_files
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.states import Backing, Choice, SnapshotName, choose
 from ..text import cut, printable
-
-_FORMAT = ",format="
 
 
 def add_image_argument(parser: argparse.ArgumentParser) -> None:
@@ -162,29 +161,8 @@ def unlock_by_asking(disk: Disk) -> list[bytes]:
 
 def resolver_of(args: argparse.Namespace) -> Resolver:
     """Return the policy the options widen."""
-    files: dict[str, str] = {}
-    formats: dict[str, str] = {}
-    for pair in args.backing_file:
-        if "=" not in pair:
-            raise Qcow2Error(f"--backing-file {cut(pair)} is not NAME=PATH")
-        given, mark, kind = pair.rpartition(_FORMAT)
-        named = _name_and_path(given if mark and "=" in given and not _exists(pair) else pair)
-        files.update(named)
-        if mark and given and all(not path.endswith(mark + kind) for path in named.values()):
-            formats.update(dict.fromkeys(named, kind))
+    files, formats = named_files(args.backing_file, "--backing-file")
     return Resolver(folders=args.backing_dir, files=files, formats=formats, remedies=COMMAND_LINE)
-
-
-def _exists(pair: str) -> bool:
-    """Whether the whole text behind some "=" is a file: then ``,format=`` is a part of its name."""
-    return any(os.path.exists(path) for path in _name_and_path(pair).values())
-
-
-def _name_and_path(pair: str) -> dict[str, str]:
-    """Return the path under its name. Both may hold "=": then every split counts whose path is there."""
-    places = [at for at, character in enumerate(pair) if character == "="]
-    there = [at for at in places if os.path.exists(pair[at + 1 :])]
-    return {pair[:at]: pair[at + 1 :] for at in there or places[-1:]}
 
 
 def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:

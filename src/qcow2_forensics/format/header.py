@@ -173,6 +173,11 @@ class Header(NamedTuple):
         return bool(self.incompatible_features & Incompatible.EXTERNAL_DATA)
 
     @property
+    def raw_data_file(self) -> bool:
+        """Whether the external data file is declared to be the raw disk."""
+        return self.external_data and bool(self.autoclear_features & Autoclear.RAW_EXTERNAL_DATA)
+
+    @property
     def l2_entry_size(self) -> int:
         """Bytes per L2 entry: 8, or 16 when extended."""
         return 16 if self.extended_l2 else 8

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .references import Role
     from .resolver import Remedies, Resolver
 
+_BOTH = "it can be read alone, and a deep audit says where the two differ"
 MissingPolicy = Literal["refuse", "raise", "zeros"]
 
 
@@ -149,6 +150,8 @@ class Opener:
             )
             for sentence in notes:
                 note(disk, sentence, doubt=True)
+            if data is not None and image.header.raw_data_file:
+                note(disk, f"{cut(source_name(data))} is declared to be the raw disk itself: {_BOTH}", doubt=False)
             undo.pop_all()
             return disk
 

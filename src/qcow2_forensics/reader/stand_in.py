@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..format.header import SECTOR, Autoclear
+from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.source import Source
 from .foreign import probe
@@ -17,8 +17,7 @@ def misfit(source: Source, role: Role, recorded: str | None, image: Image) -> st
     ``recorded`` is the format the image, or the name itself, says it has.
     """
     if role == "data":
-        raw = image.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA
-        if raw and source.size < image.disk_size:
+        if image.header.raw_data_file and source.size < image.disk_size:
             return f"it has {source.size} bytes, and the disk {image.disk_size}"
         return "it is empty" if source.size == 0 else ""
     if source.size == 0:

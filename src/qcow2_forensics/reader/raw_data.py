@@ -1,0 +1,77 @@
+"""Which images beside a raw file name it as their external data file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+
+from ..errors import Qcow2Error
+from ..format.image import Image
+from ..format.source import FileSource
+from ..text import cut
+from .chain import close_source
+
+_HEADER = 104  # bytes of the shortest header that can have a data file
+_ENTRIES = 4096  # of the folder looked at
+_NAMED = 4  # images that the sentence lists
+
+
+def images_of(path: str) -> list[tuple[str, bool]]:
+    """Return the names of the images in a file's folder whose data file it is, and whether as a raw disk.
+
+    Regular files of that folder are opened, no links; nothing outside is looked at. What the image names is followed
+    as for reading it: a file of the same base name may stand in.
+    """
+    try:
+        with closing(FileSource(path, regular_only=True)) as wanted:
+            identity = wanted.identity
+        folder = os.path.dirname(os.path.abspath(path))
+        return sorted(
+            (image.name, image.header.raw_data_file) for image in _images(folder) if _leads_to(image, identity)
+        )
+    except (OSError, Qcow2Error):
+        return []
+
+
+def to_open_instead(path: str) -> str:
+    """Return what to say of a file that an image beside it needs as its data file; empty for any other file."""
+    found = images_of(path)
+    if not found:
+        return ""
+    names = ", ".join(cut(os.path.basename(name)) for name, _ in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    if all(raw for _, raw in found):
+        what = "it is the raw data file of {}, and as such declared to be the disk itself: open {} to see what the image says"
+    else:
+        what = "it is the data file of {}, which says where in it the disk's bytes are: open {}"
+    return what.format(f"{names}{more}", "that image" if len(found) == 1 else "one of them")
+
+
+def _images(folder: str) -> Iterator[Image]:
+    """Yield the images in a folder that have an external data file, each open while it is looked at."""
+    with os.scandir(folder) as entries:
+        for entry in islice(entries, _ENTRIES):
+            try:
+                if not entry.is_file(follow_symlinks=False) or entry.stat(follow_symlinks=False).st_size < _HEADER:
+                    continue
+                with closing(FileSource(entry.path, regular_only=True)) as source:
+                    image = Image(source)
+                    if image.header.external_data:
+                        yield image
+            except (OSError, Qcow2Error):  # no image, or none that can be read
+                continue
+
+
+def _leads_to(image: Image, identity: tuple[int, int]) -> bool:
+    from .resolver import Resolver
+
+    source = image.source
+    try:
+        found, _ = Resolver().open(image.data_file_name or "", "data", source, source)
+    except Qcow2Error:
+        return False
+    same = getattr(found, "identity", None) == identity
+    close_source(found)
+    return same
