@@ -27,14 +27,20 @@ class QemuRamLayer(ViewLayer):
     The layer below holds the stream: a snapshot's VM state, a bare or libvirt file, a Proxmox volume.
     """
 
+    _view_start: int | None = None  # where the stream starts in the layer below; None when decompressed from it
+
     def _make_view(self) -> GuestMemory:
         from qcow2_forensics import FormatError
+        from qcow2_forensics.format.source import as_source
         from qcow2_forensics.memory import find_stream
 
         base = self.context.layers[self._base_layer]
-        stream = find_stream(source_under(base), cache_dir=constants.CACHE_PATH)
+        source = as_source(source_under(base))
+        stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is None:
             raise FormatError(f"{self._base_layer} holds no QEMU memory stream")
+        stored_as_is = stream is source or getattr(stream, "source", None) is source
+        self._view_start = int(getattr(stream, "start", 0)) if stored_as_is else None
         key, local = identify(base)
         layout = self.config.get("layout", None)
         memory = index_memory(stream, key, layout, on_disk=local)
@@ -94,25 +100,18 @@ class QemuRamLayer(ViewLayer):
             return super()._read_padded(offset, length)
 
     def mapping(self, offset: int, length: int, ignore_errors: bool = False) -> Iterable[Mapped]:
-        start, direct = self._stream_start()
+        memory, start = self.view, self._view_start
         position, end = offset, offset + max(length, 1)
-        for run in self.view.mapping(offset, end - offset):
+        for run in memory.mapping(offset, end - offset):
             if run.address > position and not ignore_errors:
                 break
             position = run.address + run.length
-            if run.offset is None or not direct:
+            if run.offset is None or start is None:
                 yield run.address, run.length, 0, 1, self._base_layer
             else:
                 yield run.address, run.length, start + run.offset, run.length, self._base_layer
         if position < end and not ignore_errors:
             raise exceptions.InvalidAddressException(self.name, position, f"no RAM at {position:#x} in {self.name}")
-
-    def _stream_start(self) -> tuple[int, bool]:
-        """Return where the stream starts in the base layer, and whether it is stored there as it is."""
-        stream, base = self.view.source, source_under(self.context.layers[self._base_layer])
-        inner = getattr(stream, "source", stream)
-        same = inner is base or type(inner) is type(base)
-        return int(getattr(stream, "start", 0)), same
 
     def _scan_iterator(
         self,
