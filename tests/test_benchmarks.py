@@ -50,3 +50,14 @@ def test_a_group_that_cannot_be_run_is_named_and_the_others_go_on(tmp_path: Path
     cases, said = smoke("volatility,guest_memory", tmp_path)
     assert "volatility: not run, set QCOW2_EVIDENCE" in said
     assert cases
+
+
+def test_exports_take_no_more_room_than_qemus(tmp_path: Path) -> None:
+    qemu.need()
+    qemu.need("qemu-io")
+    for library in ("pyvhdi", "pyvmdk"):
+        pytest.importorskip(library, reason=f"{library} is absent")
+    command = [sys.executable, str(BENCHMARKS / "export_size.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 18

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics import open_image
+from qcow2_forensics.cli import demo
 from qcow2_forensics.reader.states import find_snapshot
-from tests import filesystems, qemu
+from tests import filesystems, guest_disks, qemu
+from tests.guest_disks import need_mounts
 from tests.image_builder import EXT_BACKING_FORMAT, Poke
 
 pytest.importorskip("dissect.target", reason="dissect.target is absent")
@@ -78,19 +80,59 @@ BY_HAND = {"QCOW2_FORENSICS_AUTOLOAD": "0", "DISSECT_PLUGINS": "plugins/dissect/
 START = "import sys, qcow2_forensics_autoload as hook; hook.install(); sys.argv[0] = 'target-query'; "
 
 
-@pytest.mark.parametrize("variables", [{}, BY_HAND], ids=["hook", "DISSECT_PLUGINS"])
-def test_target_query_lists_the_users_of_every_state(linux: Path, variables: dict[str, str]) -> None:
+def target_query(image: Path, function: str, **variables: str) -> list[tuple[str, str]]:
+    """Run ``target-query``; return the state and the user or path of each record."""
     start = START + "from dissect.target.tools.query import main; main()"
-    command = [sys.executable, "-P", "-c", start, "-q", "-j", "-f", "users", str(linux)]
+    command = [sys.executable, "-P", "-c", start, "-q", "-j", "-f", function, str(image)]
     paths = [str(ROOT / "src"), str(ROOT / "plugins/dissect"), str(ROOT / "plugins/autoload")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment, cwd=ROOT)
-    records = [record for line in done.stdout.splitlines() if (record := json.loads(line)).get("name")]
-    assert [(Path(record["_source"]).name, record["name"]) for record in records] == [
-        ("before", "alice"),
-        ("disk.qcow2", "alice"),
-        ("disk.qcow2", "mallory"),
-    ]
+    records = [record for line in done.stdout.splitlines() if "_source" in (record := json.loads(line))]
+    key = "name" if function == "users" else "path"
+    return [(Path(record["_source"]).name, record[key]) for record in records]
+
+
+USERS = [("before", "alice"), ("disk.qcow2", "alice"), ("disk.qcow2", "mallory")]
+
+
+@pytest.mark.parametrize("variables", [{}, BY_HAND], ids=["hook", "DISSECT_PLUGINS"])
+def test_target_query_lists_the_users_of_every_state(linux: Path, variables: dict[str, str]) -> None:
+    assert target_query(linux, "users", **variables) == USERS
+
+
+@pytest.mark.slow
+def test_target_query_lists_the_users_of_every_state_of_an_xfs_guest(tmp_path: Path) -> None:
+    need_mounts()
+    filesystems.need_tools("mkfs.xfs")
+    pytest.importorskip("dissect.xfs", reason="dissect.xfs is absent")
+    raws = []
+    first = guest_disks.Disk(tmp_path / "one.xfs", "xfs")
+    with first.path.open("wb") as stream:
+        stream.truncate(300 << 20)  # the least that mkfs.xfs makes
+    qemu.run("mkfs.xfs", "-q", first.path)
+    for made, names in ((first, ["alice"]), (None, ["alice", "mallory"])):
+        disk = made or first.copy("two.xfs")
+        with disk.mounted(writing=True) as folder:
+            for inside in ("etc", "var", "opt", "home", "usr", "bin", "tmp"):
+                (folder / inside).mkdir(exist_ok=True)
+            lines = [f"{name}:x:{number}:{number}::/home/{name}:/bin/sh\n" for number, name in enumerate(names, 1000)]
+            (folder / "etc/passwd").write_text("".join(lines))
+        raws.append(disk.path)
+    image = filesystems.states_of(tmp_path / "disk.qcow2", [("before", raws[0]), (None, raws[1])])
+    assert target_query(image, "users") == USERS
+
+
+def test_target_query_walks_every_state_of_the_demo(tmp_path: Path) -> None:
+    demo.write_files(tmp_path)
+    found = target_query(tmp_path / "demo.qcow2", "walkfs")
+    expected = {
+        "baseline": {"plan.txt", "secret_key.txt"},
+        "intrusion": {"plan.txt", ".cache_helper"},
+        "demo.qcow2": {"plan.txt", "readme.txt"},
+    }
+    listed = {state: {Path(path).name for at, path in found if at == state and "/alice/" in path} for state in expected}
+    assert listed == expected
+    assert {state for state, _ in found} == set(expected)
 
 
 @pytest.mark.parametrize("state", ["before", "1", "index:0"])
