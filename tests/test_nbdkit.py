@@ -1,9 +1,10 @@
-"""The nbdkit plug-in in examples/ serves every state over NBD; QEMU is the client that compares."""
+"""The nbdkit plug-in serves every state over NBD; QEMU is the client that compares."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from qcow2_forensics.cli import main
 from tests import qemu
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "nbdkit_qcow2.py"
+SCRIPT = ROOT / "src" / "qcow2_forensics" / "data" / "nbdkit_plugin.py"
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +92,27 @@ def test_encrypted_images_need_the_key_file(make_image: Callable[..., Path], tmp
     with served(tmp_path / "socket", f"image={image}", f"passphrase-file={tmp_path / 'key'}") as uri:
         qemu.img("convert", "-f", "raw", "-O", "raw", uri(""), tmp_path / "raw")
     assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image, secret="sesame")
+
+
+def test_serve_runs_the_plugin_until_it_is_ended(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    image = make_image("disk.qcow2", "1M", "write -P 1 0 64k")
+    socket = tmp_path / "case.sock"
+    run = [sys.executable, "-m", "qcow2_forensics", "serve", str(image), "--nbd", str(socket)]
+    with subprocess.Popen(run, env=environment(), stderr=subprocess.PIPE) as process:
+        end = time.monotonic() + 60
+        while not socket.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        try:
+            qemu.img("convert", "-f", "raw", "-O", "raw", f"nbd+unix:///?socket={socket}", tmp_path / "raw")
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+    assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image)
+    assert process.returncode == 0
+    assert not socket.exists()
+
+
+@pytest.mark.parametrize("where", ["0.0.0.0:10809", "192.0.2.1:10809", "example.org:10809"])
+def test_serve_listens_on_this_machine_only(where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "disk.qcow2", "--nbd", where]) == 2
+    assert "no loopback address" in capsys.readouterr().err

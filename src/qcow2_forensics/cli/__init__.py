@@ -27,6 +27,7 @@ COMMANDS = (
     "export",
     "memory",
     "mount",
+    "serve",
     "diff",
     "timeline",
     "residue",

@@ -1,9 +1,9 @@
-"""An nbdkit plug-in: every state of a QCOW2 image as a read-only NBD export.
+"""An nbdkit plug-in: every state of a QCOW2 image as a read-only NBD export. ``qcow2-forensics serve`` runs it.
 
-Run it on a Unix socket, or on the loopback address; nbdkit listens on every address otherwise:
+By hand, run it on a Unix socket, or on the loopback address; nbdkit listens on every address otherwise:
 
-    nbdkit -f -U case.sock python examples/nbdkit_qcow2.py image=disk.qcow2
-    nbdkit -f -i 127.0.0.1 python examples/nbdkit_qcow2.py image=disk.qcow2 passphrase-file=key.txt
+    nbdkit -f -U case.sock python nbdkit_plugin.py image=disk.qcow2
+    nbdkit -f -i 127.0.0.1 python nbdkit_plugin.py image=disk.qcow2 passphrase-file=key.txt
 
 The export name chooses the state: none or "active" for the disk as it is now, else an ID or a name of a snapshot:
 
@@ -65,7 +65,7 @@ def opened(name: str) -> q.Disk:
 
 def thread_model() -> int:
     """Let nbdkit answer several requests at once: a disk has no position."""
-    return nbdkit.THREAD_MODEL_PARALLEL
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
 
 
 def list_exports(readonly: bool, is_tls: bool) -> Iterator[tuple[str, str]]:  # noqa: ARG001

@@ -1,0 +1,101 @@
+"""``serve``: every state of an image over NBD, through nbdkit and its Python plug-in."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import Qcow2Error
+from ..text import cut, printable
+from .options import add_image_argument
+
+_EPILOG = """examples:
+  qcow2-forensics serve disk.qcow2 --nbd case.sock
+  qcow2-forensics serve disk.qcow2 --nbd 127.0.0.1:10809 --passphrase-file key.txt
+  qemu-img convert -O raw 'nbd+unix:///before-incident?socket=case.sock' before.raw
+
+The export name chooses the state: none or "active" for the disk as it is now, else an ID or a name of a
+snapshot. It ends with Ctrl-C. The server is nbdkit (apt install nbdkit nbdkit-plugin-python).
+"""
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_PLUGIN = Path(__file__).parent.parent / "data" / "nbdkit_plugin.py"
+_INSTALL = "serve needs nbdkit and its Python plug-in: apt install nbdkit nbdkit-plugin-python"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``serve`` to the command line."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve every state over NBD, read-only",
+        description="Serve every state of an image as a read-only NBD export, through nbdkit.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_argument(parser)
+    parser.add_argument(
+        "--nbd",
+        metavar="SOCKET|HOST:PORT",
+        required=True,
+        help="a Unix socket to make, or a loopback address with its port",
+    )
+    parser.add_argument("--passphrase-file", metavar="FILE", help="the key of an encrypted image")
+    parser.add_argument(
+        "--backing-dir",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a further folder for backing files (repeatable)",
+    )
+    parser.set_defaults(run=run)
+
+
+def listening(where: str) -> list[str]:
+    """Return nbdkit's options for a Unix socket, or for a port of the loopback interface."""
+    host, colon, port = where.rpartition(":")
+    if not colon or not port.isdecimal() or "/" in where:
+        if os.path.lexists(where):
+            raise Qcow2Error(f"{cut(where)} exists; name a new socket")
+        return ["-U", os.path.abspath(where)]
+    host = host.strip("[]")
+    if host not in _LOOPBACK:
+        raise Qcow2Error(
+            f"{cut(where)} is no loopback address; evidence is served to this machine only, on {_LOOPBACK[0]}:PORT"
+        )
+    return ["-i", host, "-p", port]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run nbdkit until it is ended."""
+    engine = shutil.which("nbdkit")
+    if engine is None:
+        raise Qcow2Error(_INSTALL)
+    known = subprocess.run([engine, "python", "--dump-plugin"], capture_output=True, text=True, check=False)
+    if known.returncode:
+        raise Qcow2Error(_INSTALL)
+    parameters = [f"image={os.path.abspath(args.image)}"]
+    if args.passphrase_file:
+        parameters.append(f"passphrase-file={os.path.abspath(args.passphrase_file)}")
+    parameters += [f"backing-dir={os.path.abspath(folder)}" for folder in args.backing_dir]
+    where = listening(args.nbd)
+    # nbdkit runs the system's Python: it is given our package, and what it needs, from where they are here.
+    path = [str(_PLUGIN.parent.parent.parent), *(item for item in sys.path if item.endswith(("-packages", ".zip")))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [engine, "--foreground", "--readonly", *where, "python", str(_PLUGIN), *parameters]
+    print(f"serving {printable(args.image)} on {printable(args.nbd)}; Ctrl-C ends it", file=sys.stderr)
+    with subprocess.Popen(command, env=environment) as server:
+        try:
+            return 2 if server.wait() else 0
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.terminate()
+            server.wait()
+            if where[0] == "-U":
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(where[1])
