@@ -72,7 +72,7 @@ def command_export(path: Path, text: str) -> Answer:
 
 def command_diff(path: Path, text: str) -> Answer:
     with q.open_image(path) as image:
-        active = states.spelled(image.snapshots, "active")
+        active = states.spelled(states.names_of(image.snapshots), "active")
         code, out, _ = run_command(["diff", str(path), f"--from={active}", f"--to={text}", "--format=json"])
         if code:
             return REFUSED
@@ -224,7 +224,7 @@ def test_hostile_ids_shadow_no_word_and_every_choice_offered_opens(names: Names,
         for entry in image.snapshots:
             assert python_disk(path, spelling(entry)) == entry.index
         assert len({label(entry) for entry in (*image.snapshots, None)}) == len(stored) + 1
-        assert python_disk(path, states.spelled(image.snapshots, "active")) == ACTIVE
+        assert python_disk(path, states.spelled(states.names_of(image.snapshots), "active")) == ACTIVE
         try:
             states.choose(image, text)
         except q.SnapshotNotFound as error:

@@ -69,7 +69,7 @@ def _is_image(path: Path) -> bool:
 def state_names(image: Image) -> Iterator[str]:
     """Yield what to call each snapshot: its name where that is one, and part of a path, else its ID, else its place."""
     ids = {entry.id for entry in image.snapshots}
-    spelling = states.spellings(image.snapshots)
+    spelling, taken = states.spellings(image.snapshots), states.names_of(image.snapshots)
     names = Counter(entry.name for entry in image.snapshots)
     for entry in image.snapshots:
         alone = names[entry.name] == 1 and entry.name not in ids and entry.name not in ("", ".", "..")
@@ -77,7 +77,7 @@ def state_names(image: Image) -> Iterator[str]:
             yield entry.name
         else:
             key = spelling(entry)
-            yield key if key.isalnum() else states.spelled(image.snapshots, f"index:{entry.index}")
+            yield key if key.isalnum() else states.spelled(taken, f"index:{entry.index}")
 
 
 loader.LOADERS.insert(0, Qcow2Loader)

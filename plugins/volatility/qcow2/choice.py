@@ -63,7 +63,7 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
         return Choice(False, entry, "" if entry is None else lasting_name(image, entry))
     chosen = states.choose(image, wanted)
     if isinstance(chosen, states.Leftover):
-        return Choice(True, None, states.spelled(image.snapshots, LEFTOVER))
+        return Choice(True, None, states.spelled(states.names_of(image.snapshots), LEFTOVER))
     entry = find_snapshot(image, chosen)
     if entry is None:
         return Choice(False, None)
@@ -84,7 +84,7 @@ def _leftover(image: Image, title: str) -> Choice | None:
         "it is of a snapshot that was applied and deleted, or of a savevm that failed. For the disk give "
         "--qcow2-snapshot disk"
     )
-    return Choice(True, None, states.spelled(image.snapshots, LEFTOVER))
+    return Choice(True, None, states.spelled(states.names_of(image.snapshots), LEFTOVER))
 
 
 def lasting_name(image: Image, entry: SnapshotEntry) -> str:

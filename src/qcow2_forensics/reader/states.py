@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 from ..errors import NotQcow2, Qcow2Error, SnapshotNotFound
@@ -97,7 +97,7 @@ def refuse_if_named(image: Image, text: str) -> None:
     """Raise when ``text``, which is one of our words, is also the ID or the name of a snapshot."""
     named = by_id_or_name(image.snapshots, text)
     if named:
-        word = f"{spelled(image.snapshots, text)} (as {_MEANINGS.get(text.lstrip('='), 'written')})"
+        word = f"{spelled(names_of(image.snapshots), text)} (as {_MEANINGS.get(text.lstrip('='), 'written')})"
         raise SnapshotNotFound(text, [word, *choices(image.snapshots, named)], ambiguous=True)
 
 
@@ -205,9 +205,13 @@ def _imported(place: str) -> object:
     return getattr(importlib.import_module(module), name)
 
 
-def spelled(entries: Sequence[SnapshotEntry], word: str) -> str:
-    """Return one of our words with as many ``=`` in front as make it no snapshot's ID and no name."""
-    taken = {name for entry in entries for name in (entry.id, entry.name)}
+def names_of(entries: Iterable[SnapshotEntry]) -> frozenset[str]:
+    """Return every ID and every name of some snapshots."""
+    return frozenset(name for entry in entries for name in (entry.id, entry.name))
+
+
+def spelled(taken: Container[str], word: str) -> str:
+    """Return one of our words with as many ``=`` in front as make it none of the names that are ``taken``."""
     while word in taken:
         word = f"={word}"
     return word
@@ -220,10 +224,10 @@ def spellings(entries: Sequence[SnapshotEntry]) -> Callable[[SnapshotEntry], str
 
     def spelling(entry: SnapshotEntry) -> str:
         if entry.index < 0:
-            return spelled(entries, f"deleted:{entry.offset:#x}")
+            return spelled(taken, f"deleted:{entry.offset:#x}")
         if ids[entry.id] == taken[entry.id] == 1 and entry.id and not is_word(entry.id) and len(entry.id) <= _SHOWN:
             return entry.id
-        return spelled(entries, f"index:{entry.index}")
+        return spelled(taken, f"index:{entry.index}")
 
     return spelling
 
