@@ -402,14 +402,16 @@ def test_the_64_bit_vm_state_size_overrides_the_32_bit_one(tmp_path: Path) -> No
         assert image.snapshots[0].vm_state_size == 5 << 30
 
 
-def test_a_snapshot_is_found_by_id_before_name(tmp_path: Path) -> None:
+def test_an_id_that_is_another_snapshots_name_is_refused_with_both_spellings(tmp_path: Path) -> None:
     path = base_s(tmp_path / "disk")
     Poke(path).write(S_SNAPSHOTS + S_SNAPSHOT_STEP + 65, b"1 ")  # the second one is now called "1 "
     Poke(path).u16(S_SNAPSHOTS + S_SNAPSHOT_STEP + 14, 1)  # and now "1"
-    with q.open_disk(path, "1") as disk:
-        assert disk.read(0, 1) == b"\x11"
-    with q.open_disk(path, "2") as disk:
-        assert disk.read(0, 1) == b"\x22"
+    with pytest.raises(SnapshotNotFound, match="ambiguous") as both:
+        q.open_disk(path, "1")
+    assert both.value.choices == ("index:0 (ID 1, s1)", "2 (1)")
+    for wanted, first in (("id:1", b"\x11"), ("index:0", b"\x11"), ("name:1", b"\x22"), ("2", b"\x22")):
+        with q.open_disk(path, wanted) as disk:
+            assert disk.read(0, 1) == first
 
 
 def test_an_ambiguous_or_unknown_snapshot_lists_the_choices(tmp_path: Path) -> None:
