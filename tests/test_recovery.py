@@ -18,7 +18,11 @@ import pytest
 from qcow2_forensics import open_disk
 from qcow2_forensics.cli import main
 from qcow2_forensics.errors import SnapshotNotFound
+from qcow2_forensics.format.source import FileSource
+from qcow2_forensics.reader.parts import gatherable
 from qcow2_forensics.recovery import Confidence, RecoveredState, open_recovered, recovered_states
+from qcow2_forensics.recovery.patched_source import PatchedSource
+from qcow2_forensics.residue.restricted_source import GuardedSource, Refusals
 from tests import qemu
 
 SIZE = 6 << 20
@@ -201,3 +205,13 @@ def test_recovered_words_mean_the_same_through_pytsk3(raw: Path, tmp_path: Path)
     path.write_bytes(data)
     image = pytsk3_qcow2.Img_Info(str(path), snapshot="recovered:1")
     assert image.read(0, 65536) == raw.read_bytes()[:65536]
+
+
+def test_a_wrapper_that_refuses_or_replaces_ranges_is_never_read_past(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4096))
+    patched = PatchedSource(FileSource(path), [(0, b"new")])
+    assert patched.read_into is not None  # passed on to the file behind it
+    assert gatherable(patched) is None
+    assert gatherable(GuardedSource(FileSource(path), Refusals(512))) is None
+    assert gatherable(FileSource(path)) is not None

@@ -132,7 +132,10 @@ class Parts:
 
 def gatherable(source: Source) -> Gatherable | None:
     """Return a source that reads into buffers, None for one that only gives bytes."""
-    return source if isinstance(source, Gatherable) and hasattr(os, "preadv") else None
+    # Of its own class: a wrapper that refuses or replaces ranges passes other names on to the source behind it.
+    if not hasattr(type(source), "read_into") or not hasattr(os, "preadv"):
+        return None
+    return source if isinstance(source, Gatherable) else None
 
 
 def layer_parts(layer: Layer, depth: int, offset: int, length: int) -> Iterator[Part]:
