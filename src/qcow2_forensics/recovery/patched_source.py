@@ -56,23 +56,3 @@ class PatchedSource:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
-
-
-class Window:
-    """The part of a source from ``offset`` on: an image that starts inside another file."""
-
-    def __init__(self, source: Source, offset: int) -> None:
-        self._source = source
-        self._offset = offset
-        self.size = max(0, source.size - offset)
-
-    def read(self, offset: int, length: int, /) -> bytes:
-        """Return bytes counted from the start of the window, fewer only at its end."""
-        length = min(length, self.size - offset)
-        return self._source.read(self._offset + offset, length) if length > 0 else b""
-
-    def close(self) -> None:
-        """Close the source behind the window."""
-        close = getattr(self._source, "close", None)
-        if close is not None:
-            close()

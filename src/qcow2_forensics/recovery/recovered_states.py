@@ -27,6 +27,7 @@ from ..limits import MiB
 from ..reader.chain import close_source
 from ..reader.disk import Disk
 from ..reader.opening import open_disk
+from ..reader.window import WindowSource
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
 from .content import TableReader, unplaced
@@ -45,7 +46,7 @@ from .l1_tables import (
     table_span,
     tables_by_slot,
 )
-from .patched_source import REBUILT_AT, PatchedSource, Window
+from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Placement, Unplaced, place
 from .positions import disk_size_of
 from .refcounts import FoundRefcounts, find_refcounts
@@ -139,7 +140,7 @@ class _Recovery:
 
     def _inner_images(self) -> Iterator[RecoveredState]:
         for at in islice(self._magics(), _MOST_MAGICS):
-            window = Window(self._source, at)
+            window = WindowSource(self._source, at, None)
             try:
                 with open_disk(window, follow=False) as disk:
                     size, cluster_size, named = disk.size, disk.image.cluster_size, disk.image.backing_name
