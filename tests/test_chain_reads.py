@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError
 from qcow2_forensics.format.source import FileSource
 from qcow2_forensics.reader import parts
+from qcow2_forensics.reader.runs import Kind
 from tests import qemu
 from tests.image_builder import Builder
 
@@ -55,7 +57,10 @@ def _write(chance: random.Random, path: Path, form: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("QCOW2_CHAINS", "8"))))
-def test_a_chain_reads_as_in_qemu_whatever_was_read_before(seed: int, tmp_path: Path) -> None:
+def test_a_chain_reads_as_in_qemu_whatever_was_read_before_or_is_in_new_memory(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_allocate", lambda length: bytes([0xEE]) * length)
     chance = random.Random(seed)
     path = random_chain(chance, tmp_path, chance.randrange(2, 7))
     wanted = qemu.raw_bytes(path)
@@ -66,6 +71,21 @@ def test_a_chain_reads_as_in_qemu_whatever_was_read_before(seed: int, tmp_path: 
         buffer = bytearray(b"\xff" * len(wanted))
         assert disk.read_into(0, memoryview(buffer)) == len(wanted)
         assert buffer == wanted == disk.read(0, disk.size)
+
+
+@pytest.mark.parametrize(("second", "length"), [(1, 3), (3, 3), (2, 2)], ids=["overlap", "gap", "end"])
+def test_parts_that_do_not_tile_the_buffer_are_never_filled(second: int, length: int) -> None:
+    first = parts.Part(0, 2, Kind.ZERO, None, 0, 0, None)
+    tiles = [first, first._replace(offset=second, length=length)]
+    with pytest.raises(AssertionError):
+        parts.fill(memoryview(bytearray(6)), tiles, lambda part: bytes(part.length), lambda _, index: index)
+
+
+def test_memory_is_had_without_ctypes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(parts._allocate(MiB)) == MiB
+    monkeypatch.setitem(sys.modules, "ctypes", None)
+    monkeypatch.setattr(parts, "_allocator", parts._allocator.__wrapped__)
+    assert parts._allocate(MiB) == bytes(MiB)
 
 
 class _Bare:
