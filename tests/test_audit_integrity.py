@@ -15,7 +15,7 @@ import pytest
 
 from qcow2_forensics.audit import audit, catalog
 from qcow2_forensics.findings import Finding, Report, Severity
-from qcow2_forensics.reader.codecs import codec_of
+from qcow2_forensics.format.codecs import codec_of
 from tests import qemu
 from tests.image_builder import (
     B_DATA,

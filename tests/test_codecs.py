@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import random
 import struct
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 
 import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError, Unsupported
+from qcow2_forensics.format import codecs
+from qcow2_forensics.format.codecs import codec_of, inflate, unzstd
 from qcow2_forensics.format.header import Compression
-from qcow2_forensics.reader import codecs
-from qcow2_forensics.reader.codecs import codec_of, inflate, unzstd
 from qcow2_forensics.residue import residue
 from tests import qemu
 from tests.image_builder import COMPRESSED, Builder, Poke, compressed_entry, deflate
@@ -242,6 +243,34 @@ def test_a_compression_type_without_a_row_is_refused_by_everything_that_decodes(
     report = q.audit(path, depth="deep")
     assert {"QCOW2-AUDIT-INCOMPLETE"} <= {finding.code for finding in report}
     assert "QCOW2-COMPRESSED-INVALID" not in {finding.code for finding in report}
+
+
+def test_a_row_is_all_that_a_new_compression_type_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(data: bytes, size: int) -> bytes:
+        return bz2.BZ2Decompressor().decompress(data, size)
+
+    def begins(data: bytes, _: int) -> bool:
+        return data.startswith(b"BZh")
+
+    def measure(data: bytes, size: int) -> tuple[bytes, int]:
+        return decode(data, size), len(stream)
+
+    stream = bz2.compress(DATA)
+    row = codecs.Codec(2, "bzip2", decode, measure, False, begins, lambda _: 1 << 20)
+    path = image(tmp_path / "disk", stream, 2)
+    with pytest.raises(Unsupported, match="compression type 2"):
+        q.open_disk(path)
+    monkeypatch.setitem(codecs._CODECS, 2, row)
+    with q.open_disk(path) as disk:
+        assert disk.read(0, CLUSTER) == DATA
+    with residue(path) as found:
+        assert [piece for piece in found.pieces() if piece.kind == "compressed-slack"] == []
+    assert not {"QCOW2-COMPRESSED-INVALID", "QCOW2-AUDIT-INCOMPLETE"} & {
+        one.code for one in q.audit(path, depth="deep")
+    }
+    path = image(tmp_path / "mistaken", stream, 1)
+    (mistaken,) = [finding for finding in q.audit(path, depth="deep") if finding.code == "QCOW2-COMPRESSED-INVALID"]
+    assert mistaken.title == "compressed clusters are bzip2, the header says zstd"
 
 
 @pytest.mark.parametrize("kind", list(Compression))

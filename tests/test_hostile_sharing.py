@@ -28,11 +28,11 @@ from qcow2_forensics.census.checked_metadata import read_layout
 from qcow2_forensics.cli import main
 from qcow2_forensics.compare import differing_tables
 from qcow2_forensics.compare.ranges import Change, Difference
+from qcow2_forensics.format.codecs import codec_of
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource, FileSource, Source
 from qcow2_forensics.reader import mapping
 from qcow2_forensics.reader.bitmaps import dirty_ranges, dirty_totals
-from qcow2_forensics.reader.codecs import codec_of
 from qcow2_forensics.residue import streams
 from qcow2_forensics.residue.streams import decode_all
 from tests import qemu

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -332,6 +333,41 @@ def test_every_module_survives_being_imported_by_volatility() -> None:
     for path in sorted((PLUGINS / "qcow2").glob("*.py")):
         if path.stem != "__init__":
             importlib.import_module(f"volatility3.plugins.qcow2.{path.stem}")
+
+
+_BITMAPS = """
+from typing import Any
+from volatility3.framework import renderers
+from .evidence import EvidencePlugin
+
+class Bitmaps(EvidencePlugin):
+    hidden = False
+
+    def _rows(self) -> Any:
+        return ((0, (entry.name, 1 << entry.granularity_bits)) for entry in self.image().bitmaps)
+
+    def run(self) -> Any:
+        return renderers.TreeGrid([("Name", str), ("Granularity", int)], self.guarded(self._rows))
+"""
+
+
+@pytest.mark.parametrize(("text", "is_listed"), [(_BITMAPS, True), ("raise ValueError('a mistake')", False)])
+def test_a_file_dropped_into_the_folder_is_a_plugin_and_stops_nobody_by_a_mistake(
+    text: str, is_listed: bool, tmp_path: Path
+) -> None:
+    shutil.copytree(PLUGINS / "qcow2", tmp_path / "qcow2")
+    (tmp_path / "qcow2" / "bitmaps.py").write_text(text)
+    code = (
+        "import volatility3.plugins as plugins; from volatility3 import framework\n"
+        f"plugins.__path__.insert(0, {str(tmp_path)!r})\n"
+        "framework.import_files(plugins, True)\n"
+        "print([name for name in framework.list_plugins() if name.startswith(('qcow2.bitmaps', 'banners'))])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "QCOW2_FORENSICS_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    wanted = ["banners.Banners", "qcow2.bitmaps.Bitmaps"] if is_listed else ["banners.Banners"]
+    assert sorted(ast.literal_eval(done.stdout)) == wanted
 
 
 def test_loading_the_plugins_executes_only_what_volatility_has_to_see(tmp_path: Path) -> None:

@@ -14,26 +14,26 @@ This folder goes on Volatility's plugin path, where its name is ``volatility3.pl
     stackers  offer the layers to Volatility
     info, snapshots, audit, registers, vmstatedump, changes: the plugins
 
-Volatility imports every file below this folder at every start, and only an ImportError is
-forgiven there. So this file imports those that Volatility has to see, whatever they raise becomes
-that, and the rest stands ready to be executed at first use: a user of another plugin pays for no more.
-Neither the core nor numpy is imported before an image needs them.
+Volatility imports every file below this folder at every start, and any error but ImportError ends it.
+So this file imports them first and turns whatever they raise into an ImportError: a plugin dropped into the
+folder needs no guard of its own. Those in ``_LATER`` are executed at first use, so that users of other plugins
+do not wait for them. Neither the core nor numpy is imported before an image needs them.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import pkgutil
 import sys
 
-_SEEN = ("audit", "changes", "info", "options", "registers", "snapshots", "stackers", "vmstatedump")
 _LATER = ("backing", "choice", "common", "content", "elision", "index_cache", "layers", "ram")
 
 _log = logging.getLogger(__name__)
 
 if importlib.util.find_spec("qcow2_forensics") is None:
-    if not getattr(_log, "told", False):
-        _log.told = True  # type: ignore[attr-defined]
+    if not getattr(_log, "has_warned", False):
+        _log.has_warned = True  # type: ignore[attr-defined]
         _log.warning("The QCOW2 plugins need the qcow2_forensics package: pip install qcow2-forensics")
     raise ImportError("qcow2_forensics is not installed")
 
@@ -52,8 +52,9 @@ def _import_later(name: str) -> None:
 try:
     for _name in _LATER:
         _import_later(_name)
-    for _name in _SEEN:
-        importlib.import_module(f".{_name}", __name__)
+    for _module in pkgutil.iter_modules(__path__):
+        if _module.name not in _LATER:
+            importlib.import_module(f".{_module.name}", __name__)
 except ImportError:
     raise
 except Exception as error:  # anything else would end every run of Volatility

@@ -10,18 +10,15 @@ from ..census import Owner
 from ..census.columns import compressed_extents
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
+from ..format.codecs import codec_of
 from ..format.entries import COPIED, compressed_descriptor
-from ..format.header import Compression
-from ..limits import KiB, MiB
-from ..reader.codecs import codec_of
+from ..limits import MiB
 from .facts import Facts
 from .overlap import evenly
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Expansion")
 
-_DEFLATE_RATIO = 1032  # bytes that deflate makes at most of one
-_ZSTD_FRAME, _ZSTD_BLOCK = 10, 4  # bytes of a frame's header, and of a block of one repeated byte, up to 128 KiB
 _SAMPLES = 64  # streams whose content is looked at
 _ARCHIVES = (
     (b"\x1f\x8b\x08", "gzip"),
@@ -93,16 +90,12 @@ def compression_bomb(facts: Facts) -> Iterator[Graded]:
     nested = _nested(facts, unique)
     if nested:
         evidence.append(Evidence("content_starts_as", nested))
-    severity = None if nested or ratio > _best_ratio(facts) else Severity.LOW
+    severity = (
+        None
+        if nested or ratio > codec_of(facts.header.compression_type).best_ratio(facts.cluster_size)
+        else Severity.LOW
+    )
     yield graded(evidence, severity=severity)
-
-
-def _best_ratio(facts: Facts) -> int:
-    """Return how many times the codec of the image can compress a cluster at most."""
-    if facts.header.compression_type == Compression.ZLIB:
-        return _DEFLATE_RATIO
-    size = facts.cluster_size
-    return size // (_ZSTD_FRAME + _ZSTD_BLOCK * -(-size // (128 * KiB)))
 
 
 def _nested(facts: Facts, entries: np.ndarray) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 from ..census import Tables
 from ..errors import Qcow2Error
 from ..findings import Evidence
+from ..format.codecs import Codec, codec_of, known_codecs
 from ..format.entries import compressed_descriptor
-from ..format.header import SECTOR, Compression
-from ..reader.codecs import Codec, codec_of
+from ..format.header import SECTOR
 from ..residue.streams import Decoded, decode_all
 from .entry_evidence import snapshot_id
 from .facts import Facts
@@ -48,27 +48,27 @@ def undecodable(facts: Facts) -> Iterator[Deferred | Graded]:
         raise decoded.stopped
 
 
-def _other_type(facts: Facts, decoded: Decoded) -> Compression | None:
-    """Return the compression type that decodes the streams which the header's own does not; None where none does."""
+def _other_type(facts: Facts, decoded: Decoded) -> Codec | None:
+    """Return the codec that decodes the streams which the header's own does not; None where none does."""
     failed = evenly(decoded.failed, _SAMPLES).tolist()
-    for kind in Compression:
-        if kind != facts.header.compression_type and failed:
+    for codec in known_codecs():
+        if codec.number != facts.header.compression_type and failed:
             streams = (compressed_descriptor(entry, facts.header.cluster_bits) for entry in failed)
-            if all(_decodes(kind, facts.read(*stream), facts.cluster_size) for stream in streams):
-                return kind
+            if all(_decodes(codec, facts.read(*stream), facts.cluster_size) for stream in streams):
+                return codec
     return None
 
 
-def _decodes(kind: Compression, stored: bytes, size: int) -> bool:
+def _decodes(codec: Codec, stored: bytes, size: int) -> bool:
     try:
-        return bool(stored) and len(codec_of(kind).decode(stored, size)) == size
+        return bool(stored) and len(codec.decode(stored, size)) == size
     except (ValueError, Qcow2Error):
         return False
 
 
-def _mistaken(facts: Facts, decoded: Decoded, other: Compression) -> Graded:
+def _mistaken(facts: Facts, decoded: Decoded, other: Codec) -> Graded:
     """Return the finding that the header names the wrong compression type."""
-    own, name = codec_of(facts.header.compression_type).name, codec_of(other).name
+    own, name = codec_of(facts.header.compression_type).name, other.name
     evidence = [facts.field("incompatible_features"), facts.field("compression_type")]
     for entry in evenly(decoded.failed, _SHOWN).tolist():
         host, length = compressed_descriptor(entry, facts.header.cluster_bits)

@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from ..format.bitmap_directory import BitmapFlag
+from ..format.codecs import known_codecs
 from ..format.extensions import ExtensionType
-from ..format.header import MAGIC, Autoclear, Compatible, Compression, Crypt, Header, Incompatible
+from ..format.header import MAGIC, Autoclear, Compatible, Crypt, Header, Incompatible
 from ..format.image import Image
 from ..text import printable, short_date, size, snapshot_date
 from .options import add_image_argument
@@ -62,7 +63,7 @@ def collect(image: Image) -> dict[str, Any]:
         "compatible_features": _flags(Compatible, header.compatible_features),
         "autoclear_features": _flags(Autoclear, header.autoclear_features),
         "encryption": _name(Crypt, header.crypt_method),
-        "compression": _name(Compression, header.compression_type),
+        "compression": _compression(header.compression_type),
         "backing_file": image.backing_name,
         "backing_format": image.backing_format,
         "data_file": image.data_file_name,
@@ -123,6 +124,10 @@ def _flags(kind: Any, value: int) -> list[str]:
     known = [flag.name.lower() for flag in kind if value & flag]
     unknown = value & ~sum(kind)
     return known + ([f"unknown ({unknown:#x})"] if unknown else [])
+
+
+def _compression(number: int) -> str:
+    return next((codec.name for codec in known_codecs() if codec.number == number), f"unknown ({number:#x})")
 
 
 def _name(kind: Any, value: int) -> str:

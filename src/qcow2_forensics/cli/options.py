@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 
 from ..errors import Locked, Qcow2Error
+from ..format.codecs import known_codecs
 from ..format.image import Image
 from ..reader.disk import Disk, Layer
 from ..reader.named_files import named_files
@@ -76,7 +77,8 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=_assumption,
         default=[],
-        help="read the image as if its header said so: compression=zlib|zstd, extended-l2=on|off, version=2|3 (repeatable)",
+        help=f"read the image as if its header said so: compression={'|'.join(codec.name for codec in known_codecs())}, "
+        "extended-l2=on|off, version=2|3 (repeatable)",
     )
     group.add_argument(
         "--virtual-size",

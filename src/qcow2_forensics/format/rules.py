@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..limits import Limits
 from ..text import cut
+from .codecs import known_codecs
 from .header import (
     KNOWN_INCOMPATIBLE,
     SECTOR,
@@ -161,7 +162,7 @@ def _version3(rules: _Rules, names: list[FeatureName]) -> Iterator[Problem]:
     elif header.header_length % 8:
         yield rules.bad("header_length", f"the header length {header.header_length} is not a multiple of 8")
     flagged = bool(header.incompatible_features & Incompatible.COMPRESSION_TYPE)
-    if header.compression_type not in tuple(Compression):
+    if header.compression_type not in {codec.number for codec in known_codecs()}:
         yield rules.bad(
             "compression_type", f"compression type {header.compression_type} is unknown", DISK, unsupported=True
         )

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import FormatError, Locked, Qcow2Error
+from ..format.codecs import codec_of
 from ..format.entries import OFFSET_MASK
 from ..format.header import SECTOR, Crypt
 from ..format.image import Image
@@ -21,7 +22,6 @@ from ..format.snapshot_table import SnapshotEntry
 from ..format.source import FileSource, Source, source_name
 from ..text import cut, printable
 from .clusters import Clusters
-from .codecs import codec_of
 from .layers import Extent, Layer, RawDisk
 from .mapping import Kind, Mapping, Run
 from .parts import Part, Parts, fill, gatherable, gathered, layer_parts

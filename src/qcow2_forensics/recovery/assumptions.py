@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import FormatError
+from ..format.codecs import known_codecs
 from ..format.header import Compression, Incompatible
 from ..format.image import Image
 from ..format.source import Source
 from .patched_source import PatchedSource
 
 ASSUMPTIONS = {
-    "compression": ("zlib", "zstd"),
+    "compression": tuple(codec.name for codec in known_codecs()),
     "extended-l2": ("on", "off"),
     "version": ("2", "3"),
 }
@@ -40,7 +41,7 @@ def assumed(source: Source, assume: Mapping[str, str]) -> Source:
     if "extended-l2" in assume:
         features = _flag(features, Incompatible.EXTENDED_L2, on=assume["extended-l2"] == "on")
     if "compression" in assume:
-        kind = Compression[assume["compression"].upper()]
+        kind = next(codec.number for codec in known_codecs() if codec.name == assume["compression"])
         features = _flag(features, Incompatible.COMPRESSION_TYPE, on=kind != Compression.ZLIB)
         if header.header_length <= _SHORT_HEADER:
             if kind != Compression.ZLIB:

@@ -7,7 +7,6 @@ clusters are compressed, it is the size that their streams decode to.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
@@ -15,11 +14,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..format.codecs import known_codecs
 from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO, compressed_descriptor
-from ..format.header import SECTOR, Compression
+from ..format.header import SECTOR
 from ..format.source import Source
 from ..limits import KiB, MiB
-from ..reader.codecs import unzstd
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -30,7 +29,6 @@ _WORDS = SECTOR // 8
 _STRONG = 8  # different host offsets in one sector: their common power of two is the cluster size
 _EXTENDED_BITS = 14  # least cluster_bits with extended L2 entries
 _STREAMS = 16  # decoded at most to find out the cluster size
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SAMPLES = 4096  # sectors of each kind kept
 
 
@@ -168,11 +166,9 @@ def _decoded_size(source: Source, entries: list[int]) -> tuple[int, int] | None:
             if offset >= source.size or length > 2 << bits:
                 continue
             data = source.read(offset, min(length, source.size - offset))
-            if _inflated(data, 1 << bits):
-                votes[bits, Compression.ZLIB] += 1
-                break
-            if _is_zstd(data, 1 << bits):
-                votes[bits, Compression.ZSTD] += 1
+            compression = _compression_of(data, 1 << bits)
+            if compression is not None:
+                votes[bits, compression] += 1
                 break
     if not votes:
         return None
@@ -180,35 +176,20 @@ def _decoded_size(source: Source, entries: list[int]) -> tuple[int, int] | None:
     return found if count >= min(2, len(entries)) else None
 
 
-def _inflated(data: bytes, size: int) -> bool:
-    """Whether ``data`` starts with a deflate stream of exactly ``size`` bytes."""
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        return len(decoder.decompress(data, size + 1)) == size and (decoder.eof or not decoder.unconsumed_tail)
-    except zlib.error:
-        return False
+def _compression_of(data: bytes, size: int) -> int | None:
+    """Return the compression type of which ``data`` starts with a stream of exactly ``size`` bytes, None for none."""
+    found = (codec for codec in known_codecs() if codec.begins(data, size) and codec.measure(data, size))
+    return next((codec.number for codec in found), None)
 
 
-def _is_zstd(data: bytes, size: int) -> bool:
-    """Whether ``data`` starts with zstd frames of ``size`` bytes, and no shorter part of them is a cluster."""
-    if data[:4] != ZSTD_MAGIC:
-        return False
-    try:
-        unzstd(data, size)
-    except ValueError:
-        return False
-    return True
-
-
-def has_deflate_or_zstd(source: Source, entries: list[int], cluster_bits: int) -> int | None:
-    """Return the compression type that decodes most of some entries of known cluster size, None where neither does."""
+def compression_type_of(source: Source, entries: list[int], cluster_bits: int) -> int | None:
+    """Return the compression type that decodes most of some entries of known cluster size, None where none does."""
     votes: Counter[int] = Counter()
     for entry in entries[:_STREAMS]:
         offset, length = compressed_descriptor(entry, cluster_bits)
         if offset < source.size:
             data = source.read(offset, min(length, source.size - offset, 4 * MiB + 64 * KiB))
-            if _inflated(data, 1 << cluster_bits):
-                votes[Compression.ZLIB] += 1
-            elif _is_zstd(data, 1 << cluster_bits):
-                votes[Compression.ZSTD] += 1
+            compression = _compression_of(data, 1 << cluster_bits)
+            if compression is not None:
+                votes[compression] += 1
     return votes.most_common(1)[0][0] if votes else None

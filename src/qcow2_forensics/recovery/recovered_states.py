@@ -31,7 +31,7 @@ from ..reader.window import WindowSource
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
 from .content import TableReader, unplaced
-from .geometry import U64, find_geometry, has_deflate_or_zstd
+from .geometry import U64, compression_type_of, find_geometry
 from .header import l1_fields, new_header
 from .l1_tables import (
     entries_of,
@@ -203,7 +203,7 @@ class _Recovery:
             words = table_words(self._source, offset, geometry)[:: 2 if geometry.extended_l2 else 1]
             packed = words[words >> np.uint64(62) == 1].tolist()
             if packed:
-                return has_deflate_or_zstd(self._source, packed, geometry.cluster_bits)
+                return compression_type_of(self._source, packed, geometry.cluster_bits)
         return None
 
     def _placed(

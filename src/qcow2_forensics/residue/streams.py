@@ -17,16 +17,14 @@ import numpy.typing as npt
 from ..census import Census
 from ..census.columns import compressed_extents
 from ..errors import LimitExceeded
+from ..format.codecs import Codec, codec_of
 from ..format.entries import compressed_descriptor
 from ..format.image import Image
 from ..limits import Budget
-from ..reader.codecs import Codec, codec_of
 from .model import Piece
 from .slack import piece_of
 
 _TRIES = 512  # places in one gap where an old stream is looked for
-_SHORT = 1 << 12  # bytes that must come of a stream before it is decoded as a whole
-_ZSTD_FRAME, _ZSTD_SKIPPABLE = b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"
 _START = 1 << 14  # bytes: what beginning a stream costs at least, however small a cluster is
 
 
@@ -145,7 +143,7 @@ def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> I
         if place >= len(data):
             break
         part = data[place:]
-        begins = _begins(codec, part, image.cluster_size)
+        begins = codec.begins(part, image.cluster_size)
         found = codec.measure(part, image.cluster_size) if begins else None
         if found is None:
             if begins:
@@ -159,17 +157,6 @@ def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> I
             yield replace(piece, offset=start + place, length=found[1], looks="stream", signature=digest)
         at = place = place + found[1]
     yield from _rest(data[at:], start + at)
-
-
-def _begins(codec: Codec, data: bytes, size: int) -> bool:
-    """Whether a stream may begin here: of most places the first bytes show that none does."""
-    if not codec.cuts:
-        return data[:4] == _ZSTD_FRAME or (data[1:4] == _ZSTD_SKIPPABLE[1:] and data[0] & 0xF0 == _ZSTD_SKIPPABLE[0])
-    try:
-        codec.decode(data, min(size, _SHORT))
-    except ValueError:
-        return False
-    return True
 
 
 def _rest(data: bytes, offset: int) -> Iterator[Piece]:

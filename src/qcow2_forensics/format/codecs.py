@@ -1,7 +1,7 @@
 """The compression types of the format, one row each: number, name, decoder, length prober.
 
 Everything that decodes a compressed cluster asks :func:`codec_of`; a type that has no row is refused
-there, whoever asks. A new compression type is one row here and its two functions.
+there, whoever asks, and is a problem of the header. A new compression type is one row here and its functions.
 
 Decoders take what QEMU takes ("Compressed Clusters Descriptor"): the input may carry anything after
 the part that is needed. They raise ``ValueError``; the caller knows which cluster it was and says so.
@@ -12,18 +12,23 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..errors import Unsupported
-from ..format.header import Compression
+from ..limits import KiB
+from .header import Compression
 
 # Of one cluster. A frame of one byte takes ten, so clusters of up to 64 KiB never have more; making a decoder
 # for each takes some 20 microseconds, which is what bounds how long one cluster can keep a reader busy.
 _MAX_FRAMES = 1 << 14
 _MAX_SKIPPABLE = 1 << 12  # of one cluster: they give nothing, and writers make none
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a skippable frame's magic; byte 0 is 0x50 to 0x5f
+_FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
+_FRAME, _BLOCK = 10, 4  # bytes of a zstd frame's header, and of a block of one repeated byte, up to 128 KiB
+_DEFLATE_RATIO = 1032  # a match of 258 bytes takes two bits
+_SHORT = 4 * KiB  # bytes that show whether a deflate stream may begin somewhere
 _WINDOW_LOG_MAX = 27  # libzstd's own default for streaming; clusters need 21 at most
 
 
@@ -33,7 +38,8 @@ class Codec(NamedTuple):
     ``decode(data, size)`` returns the first ``size`` bytes that the stream in ``data`` gives, or raises
     ``ValueError``. ``measure(data, size)`` returns them and how many bytes of ``data`` the stream takes,
     None where it does not give exactly ``size`` bytes and end there. ``cuts`` says that ``decode``
-    takes the beginning of a stream that gives more, as QEMU does.
+    takes the beginning of a stream that gives more, as QEMU does. ``begins(data, size)`` says from the first
+    bytes whether a stream may begin there. ``best_ratio(size)`` is how many times a cluster can be compressed at most.
     """
 
     number: int
@@ -41,6 +47,8 @@ class Codec(NamedTuple):
     decode: Callable[[bytes, int], bytes]
     measure: Callable[[bytes, int], tuple[bytes, int] | None]
     cuts: bool
+    begins: Callable[[bytes, int], bool]
+    best_ratio: Callable[[int], int]
 
 
 def codec_of(compression_type: int) -> Codec:
@@ -49,6 +57,11 @@ def codec_of(compression_type: int) -> Codec:
     if codec is None:
         raise Unsupported(f"compression type {compression_type}")
     return codec
+
+
+def known_codecs() -> Collection[Codec]:
+    """Return the codecs of all compression types that can be read."""
+    return _CODECS.values()
 
 
 @functools.cache
@@ -102,6 +115,18 @@ def _measure_deflate(data: bytes, size: int) -> tuple[bytes, int] | None:
     return result, len(data) - len(decoder.unused_data)
 
 
+def _begins_deflate(data: bytes, size: int) -> bool:
+    try:
+        inflate(data, min(size, _SHORT))
+    except ValueError:
+        return False
+    return True
+
+
+def _deflate_ratio(_: int) -> int:
+    return _DEFLATE_RATIO
+
+
 def unzstd(data: bytes, size: int) -> bytes:
     """Return ``size`` bytes from the zstd frames in ``data``.
 
@@ -150,10 +175,18 @@ def _unzstd(data: bytes, size: int) -> tuple[bytes, int]:
     return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), at
 
 
+def _begins_zstd(data: bytes, _: int) -> bool:
+    return data[:4] == _FRAME_MAGIC or (data[1:4] == _SKIPPABLE and data[0] & 0xF0 == 0x50)
+
+
+def _zstd_ratio(size: int) -> int:
+    return size // (_FRAME + _BLOCK * -(-size // (128 * KiB)))
+
+
 _CODECS = {
     codec.number: codec
     for codec in (
-        Codec(Compression.ZLIB, "zlib", inflate, _measure_deflate, cuts=True),
-        Codec(Compression.ZSTD, "zstd", unzstd, _measure_zstd, cuts=False),
+        Codec(Compression.ZLIB, "zlib", inflate, _measure_deflate, True, _begins_deflate, _deflate_ratio),
+        Codec(Compression.ZSTD, "zstd", unzstd, _measure_zstd, False, _begins_zstd, _zstd_ratio),
     )
 }
