@@ -150,9 +150,14 @@ def test_residue_of_a_data_file_is_what_its_runs_do_not_show(
     data = b"".join(bytes([chance.choice((0, 0, 7))]) * 512 for _ in range(clusters))
     with tempfile.TemporaryDirectory() as folder:
         image = _image(slots, len(slots) * 64 * 512, Path(folder))
+    pieces = list(data_file_residue(image, BytesSource(data), strict=False))
     found = {
-        (piece.kind, piece.offset // 512 * 512) for piece in data_file_residue(image, BytesSource(data), strict=False)
+        (piece.kind, at)
+        for piece in pieces
+        for at in range(piece.offset // 512 * 512, piece.offset + piece.length, 512)
     }
+    ends = [(piece.kind, piece.offset + piece.length) for piece in pieces]
+    assert not set(ends) & {(piece.kind, piece.offset) for piece in pieces}, "two that follow each other"
     assert found == _by_runs(image, data)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
+
+_SHORTEST_TEXT = 4  # bytes
+_LINE_BREAKS = dict.fromkeys(map(ord, "\r\n\t"))  # not printable, and in every text
+_WEAK = "boot sector"  # two bytes alone: one cluster of random bytes in 65,536 has them
 
 # (offset, magic, name), most specific first. Names are what an examiner calls the thing.
 SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -56,7 +61,7 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"-----BEGIN ", "PEM"),
     (0, b"#!/", "script"),
 )
-_LONGEST = max(offset + len(magic) for offset, magic, _ in SIGNATURES)
+LONGEST = max(offset + len(magic) for offset, magic, _ in SIGNATURES)
 
 
 class Content(NamedTuple):
@@ -106,7 +111,7 @@ def signatures(data: np.ndarray) -> dict[int, str]:
         found[_rows_with(data, offset, magic)] = number
     weak = _rows_with(data, 0, b"MZ") | _rows_with(data, 0x438, b"\x53\xef") | _rows_with(data, 510, b"\x55\xaa")
     names = {row: SIGNATURES[number][2] for row, number in enumerate(found.tolist()) if number >= 0}
-    names.update((row, signature(data[row, :_LONGEST].tobytes())) for row in np.flatnonzero(weak).tolist())
+    names.update((row, signature(data[row, :LONGEST].tobytes())) for row in np.flatnonzero(weak).tolist())
     return {row: name for row, name in names.items() if name}
 
 
@@ -122,7 +127,7 @@ def _rows_with(data: np.ndarray, offset: int, magic: bytes) -> np.ndarray:
 
 def signature(data: bytes) -> str:
     """Return the name of what ``data`` starts as, empty when nothing matches."""
-    head = data[:_LONGEST]
+    head = data[:LONGEST]
     if head[:2] == b"MZ" and (at := int.from_bytes(head[60:64], "little")) and head[at : at + 4] == b"PE\0\0":
         return "PE"
     if head[0x438:0x43A] == b"\x53\xef" and int.from_bytes(head[0x418:0x41C], "little") <= 6:
@@ -135,12 +140,17 @@ def signature(data: bytes) -> str:
     return ""
 
 
+def starts_file(data: bytes) -> bool:
+    """Whether ``data`` starts as a file of a known kind, by more than two bytes of it."""
+    return signature(data) not in ("", _WEAK)
+
+
 def _boot_sector(head: bytes) -> str:
     # Weak on its own: the four partition entries must have a legal boot flag, one of them a type.
     entries = [head[at : at + 16] for at in range(446, 510, 16)]
     if all(entry[0] in (0, 0x80) for entry in entries) and any(entry[4] for entry in entries):
         return "MBR"
-    return "boot sector"
+    return _WEAK
 
 
 def preview(data: bytes, length: int = 16) -> str:
@@ -148,13 +158,34 @@ def preview(data: bytes, length: int = 16) -> str:
     return data[:length].hex(" ")
 
 
+class TextCheck:
+    """Whether bytes, given a part at a time, are printable ASCII or UTF-8 of at least 4 bytes."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._printable = True
+        self._length = 0
+
+    def add(self, part: bytes) -> None:
+        """Take in the next bytes; once they are no text, nothing more is looked at."""
+        if self._printable:
+            self._length += len(part)
+            self._printable = self._is_printable(part, final=False)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether everything so far is text."""
+        return self._printable and self._length >= _SHORTEST_TEXT and self._is_printable(b"", final=True)
+
+    def _is_printable(self, part: bytes, *, final: bool) -> bool:
+        try:
+            return self._decoder.decode(part, final).translate(_LINE_BREAKS).isprintable()
+        except UnicodeDecodeError:
+            return False
+
+
 def is_text(data: bytes) -> bool:
-    """Whether the bytes, trailing NULs aside, are printable ASCII or UTF-8 of at least 4 characters."""
-    stripped = data.rstrip(b"\0")
-    if len(stripped) < 4:
-        return False
-    try:
-        text = stripped.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return all(c.isprintable() or c in "\r\n\t" for c in text)
+    """Whether the bytes, trailing NULs aside, are printable ASCII or UTF-8 of at least 4 bytes."""
+    check = TextCheck()
+    check.add(data.rstrip(b"\0"))
+    return check.is_text

@@ -23,7 +23,7 @@ from ..format.source import Source
 from ..reader.host_holes import host_runs
 from ..reader.mapping import L1_PAGE, Mapping
 from .model import Piece
-from .slack import piece_of
+from .runs import HostRange, pieces
 
 _SHOWN, _ZEROS, _NOTHING = range(3)
 _KINDS = {_ZEROS: "zero-flagged", _NOTHING: "unmapped"}
@@ -41,17 +41,24 @@ def data_file_residue(image: Image, data: Source, *, strict: bool = True) -> Ite
     """Yield bytes of an external data file that the image does not show.
 
     ``kind`` is ``zero-flagged`` where an entry says zeros, ``unmapped`` where the image has nothing, and
-    ``beyond-disk`` behind the disk. Each piece is one cluster at most. An entry that cannot be read raises
+    ``beyond-disk`` behind the disk. An entry that cannot be read raises
     :class:`FormatError` where its turn comes; when not ``strict`` it shows nothing.
     """
+    ranges = _hidden(image, data, strict)
+    for piece in pieces(data.read, ranges, image.cluster_size):
+        yield replace(piece, file="data")
+
+
+def _hidden(image: Image, data: Source, strict: bool) -> Iterator[HostRange]:
+    """Yield the ranges of the data file that the image does not show and that may hold bytes."""
     end = min(image.disk_size, data.size)
     mapping = Mapping(image, image.header.l1_table_offset, image.header.l1_size)
     for ranges in _unshown(mapping, end, strict):
         yield from _stored(data, ranges, image.cluster_size)
     if data.size > image.disk_size:
         behind = np.asarray([[image.disk_size], [data.size], [_NOTHING]])
-        for piece in _stored(data, _Ranges(*behind), image.cluster_size):
-            yield replace(piece, kind="beyond-disk", guest_offset=None)
+        for found in _stored(data, _Ranges(*behind), image.cluster_size):
+            yield found._replace(kind="beyond-disk", guest_offset=None)
 
 
 def _unshown(mapping: Mapping, end: int, strict: bool) -> Iterator[_Ranges]:
@@ -134,23 +141,21 @@ def _clipped(ranges: _Ranges, end: int) -> _Ranges:
     return _Ranges(ranges.starts[kept], np.minimum(ranges.stops[kept], end), ranges.kinds[kept])
 
 
-def _stored(data: Source, ranges: _Ranges, size: int) -> Iterator[Piece]:
-    """Yield the pieces of the data file in some ranges that are not zeros; holes of the file are not read."""
+def _stored(data: Source, ranges: _Ranges, size: int) -> Iterator[HostRange]:
+    """Yield the ranges of the data file, without the clusters of them that the file system keeps as holes."""
     if not len(ranges.starts):
         return
     first, last = int(ranges.starts[0]), int(ranges.stops[-1])
+    done = first
     for run in host_runs(data, first, last - first):
-        if run.is_hole:
+        # Holes may be smaller than a cluster.
+        begin, end = max(done, run.offset // size * size), -(-(run.offset + run.length) // size) * size
+        if run.is_hole or begin >= end:
             continue
-        end = run.offset + run.length
-        low = int(np.searchsorted(ranges.stops, run.offset, side="right"))
+        done = end
+        low = int(np.searchsorted(ranges.stops, begin, side="right"))
         high = int(np.searchsorted(ranges.starts, end, side="left"))
         columns = (column[low:high].tolist() for column in ranges)
         for start, stop, kind in zip(*columns, strict=True):
-            at, until = max(start, run.offset), min(stop, end)
-            while at < until:
-                count = min(size - at % size, until - at)
-                piece = piece_of(data.read(at, count), at, _KINDS[kind])
-                if piece is not None:
-                    yield replace(piece, file="data", guest_offset=piece.offset)
-                at += count
+            at, until = max(start, begin), min(stop, end)
+            yield HostRange(at, until - at, _KINDS[kind], at)

@@ -5,8 +5,10 @@ What any live state shows is not residue, so the clusters every tree reads are g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +20,13 @@ from ..format.source import Source
 from ..reader.host_holes import host_runs
 from . import live_mappings
 from .model import Piece
-from .slack import piece_of
+from .runs import HostRange, piece_of, pieces
 from .structure_detection import Words
 
 Flags = npt.NDArray[np.bool_]
-Places = npt.NDArray[np.intp]
+I64 = npt.NDArray[np.int64]
 
-
-def _snapshot(image: Image, batch: Tables, row: int) -> str:
-    tree = int(batch.tree[row])
-    return image.snapshots[tree].id if 0 <= tree < len(image.snapshots) else ""
+_TOGETHER = 1 << 14  # clusters whose subclusters are looked at at once
 
 
 class ShownClusters:
@@ -71,96 +70,101 @@ def subscribers(image: Image) -> tuple[type[Subscriber], ...]:
     return (AllocatedSubclusters,) if header.extended_l2 else (ShownClusters,)
 
 
+class Mapped(NamedTuple):
+    """Host clusters that L2 entries name, by rising host offset, an array a column."""
+
+    hosts: I64
+    guests: I64
+    trees: I64  # index of the snapshot whose table is reported as the owner, -1 for the active state
+
+    def stored(self, source: Source, size: int) -> Mapped:
+        """Return the clusters that the file system keeps any byte of; each of its runs is asked for once."""
+        kept = np.ones(len(self.hosts), np.bool_)
+        at = 0
+        while at < len(kept) and self.hosts[at] < source.size:
+            host = int(self.hosts[at])
+            run = next(host_runs(source, host, source.size - host))
+            # A cluster that ends in the next run counts as stored.
+            last = run.offset + run.length - (size if run.is_hole and run.offset + run.length < source.size else 1)
+            stop = max(at + 1, int(np.searchsorted(self.hosts, last, side="right")))
+            kept[at:stop] = not run.is_hole or host > last
+            at = stop
+        return Mapped(*(column[kept] for column in self))
+
+
+def _mapped(census: Census, wanted: Callable[[Tables], Flags], known: Flags) -> Mapped:
+    """Return the host clusters of wanted entries that are in the file and not known, by index; they become known."""
+    bits = census.image.header.cluster_bits
+    parts = [np.zeros((3, 0), np.int64)]
+    for batch in census.tables():
+        places, offsets = np.flatnonzero(wanted(batch)), batch.columns.hosts.reshape(-1)
+        numbers = offsets[places] >> np.uint64(bits)
+        inside = numbers < np.uint64(census.clusters)
+        places, numbers = places[inside], numbers[inside]
+        indices = census.index_map.of(numbers)
+        _, first = np.unique(indices, return_index=True)
+        first = first[~known[indices[first]]]
+        known[indices[first]] = True
+        places = places[first]
+        guests = batch.guest_clusters(places) << np.uint64(bits)
+        trees = batch.tree[places // batch.entries.shape[1]]
+        parts.append(np.stack((offsets[places].astype(np.int64), guests.astype(np.int64), trees)))
+    columns = np.concatenate(parts, axis=1)
+    return Mapped(*columns[:, np.argsort(columns[0], kind="stable")])
+
+
+def _ranges(image: Image, mapped: Mapped, length: int, kind: str) -> Iterator[HostRange]:
+    """Yield ranges made of places of one length that follow each other on the host and in the guest."""
+    if not len(mapped.hosts):
+        return
+    edges = np.flatnonzero((np.diff(mapped.hosts) != length) | (np.diff(mapped.guests) != length)) + 1
+    bounds = [0, *edges.tolist(), len(mapped.hosts)]
+    for first, stop in itertools.pairwise(bounds):
+        tree = int(mapped.trees[first])
+        owner = image.snapshots[tree].id if 0 <= tree < len(image.snapshots) else ""
+        yield HostRange(int(mapped.hosts[first]), (stop - first) * length, kind, int(mapped.guests[first]), owner)
+
+
 def zero_flagged(image: Image, census: Census) -> Iterator[Piece]:
-    """Yield clusters whose entry says zeros while their bytes are still there."""
+    """Yield what stands in clusters whose entry says zeros while their bytes are still there."""
     if image.header.version < 3 or image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size
     seen = census.seen(ShownClusters)
     if not seen.any_flagged:
         return
-    known = seen.shown.copy()  # by index: shown by some state, or looked at already
-    for batch in census.tables():
-        offsets = batch.columns.hosts
-        wanted = batch.columns.zero_flags & (offsets != 0) & (offsets & np.uint64(size - 1) == 0)
-        places = _fresh(np.flatnonzero(wanted), offsets.reshape(-1), census, known)
-        for place in _stored(places, offsets.reshape(-1), image.source, size).tolist():
-            row, column = divmod(place, offsets.shape[1])
-            offset = int(offsets[row, column])
-            piece = piece_of(image.read(offset, size), offset, "zero-flagged")
-            if piece is not None:
-                guest = batch.guest_offset(row, column) + piece.offset - offset
-                yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row))
-
-
-def _fresh(places: Places, offsets: Words, census: Census, known: Flags) -> Places:
-    """Return the places, flat ones of a batch, whose host clusters are in the file and not known, and know these."""
-    if not len(places):
-        return places
-    numbers = offsets[places] >> np.uint64(census.image.header.cluster_bits)
-    inside = numbers < np.uint64(census.clusters)
-    places, numbers = places[inside], numbers[inside]
-    indices = census.index_map.of(numbers)
-    _, first = np.unique(indices, return_index=True)
-    first = np.sort(first[~known[indices[first]]])
-    known[indices[first]] = True
-    kept: Places = places[first]
-    return kept
-
-
-def _stored(places: Places, offsets: Words, source: Source, size: int) -> Places:
-    """Return the places whose host clusters the file system keeps any byte of; each of its runs is asked for once."""
-    order = np.argsort(offsets[places], kind="stable")
-    rising = offsets[places[order]].astype(np.int64)  # below 2**56
-    kept = np.ones(len(places), np.bool_)
-    at = 0
-    while at < len(rising) and rising[at] < source.size:
-        run = next(host_runs(source, int(rising[at]), source.size - int(rising[at])))
-        # A cluster that ends in the next run counts as stored.
-        last = run.offset + run.length - (size if run.is_hole and run.offset + run.length < source.size else 1)
-        stop = max(at + 1, int(np.searchsorted(rising, last, side="right")))
-        kept[order[at:stop]] = not run.is_hole or rising[at] > last
-        at = stop
-    return places[kept]
+    known = seen.shown.copy()  # by index: shown by some state, or gathered already
+    mapped = _mapped(census, lambda batch: batch.columns.zero_flags & _placed(image, batch.columns.hosts), known)
+    yield from pieces(image.read, _ranges(image, mapped.stored(image.source, size), size, "zero-flagged"), size)
 
 
 def subclusters(image: Image, census: Census) -> Iterator[Piece]:
-    """Yield bytes in subclusters that no state allocates, of clusters that are mapped (extended L2)."""
+    """Yield what stands in subclusters that no state allocates, of clusters that are mapped (extended L2)."""
     if not image.header.extended_l2 or image.header.external_data:
         return
-    size = image.cluster_size
     allocated = census.seen(AllocatedSubclusters).bits
     known = allocated == np.uint32(SUBCLUSTER_MASK)
-    for batch in census.tables():
-        offsets = batch.columns.hosts.reshape(-1)
-        places = _fresh(np.flatnonzero(_placed(image, offsets)), offsets, census, known)
-        for place in _stored(places, offsets, image.source, size).tolist():
-            host = int(offsets[place])
-            row, column = divmod(place, batch.entries.shape[1])
-            bits = int(allocated[census.index_map.at(host >> batch.cluster_bits)])
-            for piece in _dead(image.read(host, size), host, bits, size // SUBCLUSTERS):
-                guest = batch.guest_offset(row, column) + piece.offset - host
-                yield replace(piece, guest_offset=guest, snapshot=_snapshot(image, batch, row))
+    mapped = _mapped(census, lambda batch: _placed(image, batch.columns.hosts), known)
+    mapped = mapped.stored(image.source, image.cluster_size)
+    yield from pieces(image.read, _dead(image, census, mapped, allocated), image.cluster_size)
+
+
+def _dead(image: Image, census: Census, mapped: Mapped, allocated: npt.NDArray[np.uint32]) -> Iterator[HostRange]:
+    """Yield the subclusters of some clusters that are not allocated, as ranges."""
+    part = image.cluster_size // SUBCLUSTERS
+    places = np.arange(SUBCLUSTERS)
+    for at in range(0, len(mapped.hosts), _TOGETHER):
+        some = Mapped(*(column[at : at + _TOGETHER] for column in mapped))
+        bits = allocated[census.index_map.of(some.hosts.astype(np.uint64) >> np.uint64(image.header.cluster_bits))]
+        row, column = np.nonzero((bits[:, None] >> places.astype(np.uint32)) & np.uint32(1) == 0)
+        dead = Mapped(some.hosts[row] + column * part, some.guests[row] + column * part, some.trees[row])
+        yield from _ranges(image, dead, part, "subcluster")
 
 
 def _placed(image: Image, offsets: Words) -> Flags:
     placed: Flags = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
     placed &= offsets < np.uint64(image.file_size)
     return placed
-
-
-def _dead(data: bytes, host: int, allocated: int, part: int) -> Iterator[Piece]:
-    """Yield what stands in each run of subclusters that are not allocated."""
-    at = 0
-    while at < SUBCLUSTERS:
-        stop = at
-        while stop < SUBCLUSTERS and not allocated >> stop & 1:
-            stop += 1
-        if stop > at:
-            piece = piece_of(data[at * part : stop * part], host + at * part, "subcluster")
-            if piece is not None:
-                yield piece
-        at = stop + 1
 
 
 def tail(image: Image) -> Iterator[Piece]:

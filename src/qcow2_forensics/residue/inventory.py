@@ -23,6 +23,7 @@ from ..reader.opening import Passphrase, open_disk
 from ..reader.resolver import Resolver
 from ..reader.stand_in import misfit
 from ..reader.stream import SourceStream
+from ..reader.window import WindowSource
 from . import hidden, readability, slack, snapshot_entries, streams, structure_detection
 from .data_file import data_file_residue
 from .model import Piece
@@ -185,7 +186,7 @@ class Residue:
 
     def open(self, piece: Piece) -> io.RawIOBase:
         """Return a seekable file object over one piece."""
-        return SourceStream(_Window(self._source(piece), piece.offset, piece.length))
+        return SourceStream(WindowSource(self._source(piece), piece.offset, piece.length))
 
     def _source(self, piece: Piece) -> Source:
         if piece.file != "data":
@@ -211,19 +212,6 @@ class Residue:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Window:
-    """A stretch of a source as a source."""
-
-    def __init__(self, source: Source, offset: int, length: int) -> None:
-        self._source = source
-        self._offset = offset
-        self.size = max(0, min(length, source.size - offset))
-
-    def read(self, offset: int, length: int, /) -> bytes:
-        length = min(length, self.size - offset)
-        return self._source.read(self._offset + offset, length) if length > 0 else b""
 
 
 def residue(

@@ -7,33 +7,12 @@ from collections.abc import Iterable, Iterator
 from ..format.extensions import BITMAPS_EXTENSION, ExtensionType, parse_bitmaps_extension
 from ..format.header import V2_HEADER_LENGTH, padded
 from ..format.image import Image
-from . import content
 from .model import Piece
+from .runs import piece_of
 
 # What old versions of QEMU left behind a version 2 header: refcount_order 4 and header_length 104,
 # as if it were version 3.
 V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))
-
-
-def piece_of(data: bytes, offset: int, kind: str, snapshot: str = "") -> Piece | None:
-    """Return the piece from the first to the last byte that is not zero; None when all are."""
-    start = len(data) - len(data.lstrip(b"\0"))
-    if start == len(data):
-        return None
-    kept = data[start:].rstrip(b"\0")
-    facts = content.describe(kept)
-    looks = "text" if content.is_text(kept) else "data"
-    return Piece(
-        offset + start,
-        len(kept),
-        kind,
-        looks,
-        facts.nonzero,
-        facts.entropy,
-        facts.signature,
-        content.preview(kept),
-        snapshot=snapshot,
-    )
 
 
 def header_slack(image: Image) -> Iterator[Piece]:

@@ -22,9 +22,9 @@ from ..format.entries import compressed_descriptor
 from ..format.image import Image
 from ..limits import Budget
 from .model import Piece
-from .slack import piece_of
+from .runs import piece_of
 
-_TRIES = 512  # places in one gap where an old stream is looked for
+_TRIES = 512  # places in one cluster of a gap where an old stream is looked for
 _START = 1 << 14  # bytes: what beginning a stream costs at least, however small a cluster is
 
 
@@ -121,13 +121,14 @@ def _gaps(image: Image, used: list[tuple[int, int]]) -> Iterator[tuple[int, int]
         if start > last_end:
             # From the end of one stream to its cluster's end, and from the cluster's start to the next.
             first_end = -(-last_end // size) * size if last_end else 0
-            if first_end and first_end <= start:
+            begin = start // size * size
+            if not last_end:
+                yield begin, start
+            elif first_end < begin:
                 yield last_end, first_end
-                yield start // size * size, start
-            elif last_end:
-                yield last_end, start
+                yield begin, start
             else:
-                yield start // size * size, start
+                yield last_end, start
         last_end = max(last_end, stop)
     yield last_end, -(-last_end // size) * size
 
@@ -137,11 +138,14 @@ def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> I
     if not any(data):
         return
     at = place = 0
+    tries, border = _TRIES, image.cluster_size - start % image.cluster_size
     # Streams follow each other: one starts where the gap starts, or where another one ends; after
-    # reuse of a part, anywhere. Every byte of a short gap is tried, the first bytes of a long one.
-    for _ in range(_TRIES):
-        if place >= len(data):
-            break
+    # reuse of a part, anywhere. Every byte of a short gap is tried, of a long one the first bytes of each cluster.
+    while place < len(data):
+        if not tries or place >= border:
+            place, tries, border = max(place, border), _TRIES, border + image.cluster_size
+            continue
+        tries -= 1
         part = data[place:]
         begins = codec.begins(part, image.cluster_size)
         found = codec.measure(part, image.cluster_size) if begins else None
