@@ -28,11 +28,28 @@ from typing import TYPE_CHECKING, Any
 import qcow2_forensics_autoload
 
 if TYPE_CHECKING:
-    from .inspection import audit, deleted_snapshots, findings, snapshot_path_specs, snapshots
+    from .inspection import (
+        audit,
+        deleted_snapshots,
+        findings,
+        recovered_path_spec,
+        recovered_states,
+        snapshot_path_specs,
+        snapshots,
+    )
 
-__all__ = ["audit", "deleted_snapshots", "findings", "is_active", "snapshot_path_specs", "snapshots"]
+__all__ = [
+    "audit",
+    "deleted_snapshots",
+    "findings",
+    "is_active",
+    "recovered_path_spec",
+    "recovered_states",
+    "snapshot_path_specs",
+    "snapshots",
+]
 
-_LAZY = frozenset(("audit", "deleted_snapshots", "findings", "snapshot_path_specs", "snapshots"))
+_LAZY = frozenset(__all__) - {"is_active"}
 
 
 def __getattr__(name: str) -> Any:

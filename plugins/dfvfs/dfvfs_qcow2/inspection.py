@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qcow2_forensics.findings import Finding, Report
+    from qcow2_forensics.recovery import RecoveredState
     from qcow2_forensics.residue import DeletedSnapshot
 
 
@@ -60,11 +61,32 @@ def deleted_snapshots(path_spec: Any, resolver_context: Any = None) -> list[Dele
         return find(open_image(path_spec, resolver_context), read_data=False)
 
 
+def recovered_states(path_spec: Any, resolver_context: Any = None) -> list[RecoveredState]:
+    """Return the disks that can be put together from what is left of a damaged image; raises OSError.
+
+    The whole file is read for it. Of an image without a header there is a QCOW path specification too.
+    """
+    from qcow2_forensics.recovery import recovered_states as find
+
+    with only_os_errors():
+        found = find(open_source(_innermost(path_spec).parent, _context(resolver_context)))
+    return [state for state in found if not state.is_memory]
+
+
+def recovered_path_spec(path_spec: Any, state: RecoveredState) -> Any:
+    """Return the path specification of a recovered state of the image."""
+    return _state_path_spec(path_spec, SnapshotKey.of_recovered(state))
+
+
 def snapshot_path_spec(path_spec: Any, entry: SnapshotEntry) -> Any:
     """Return the path specification of a snapshot of the image, also of a deleted one."""
+    return _state_path_spec(path_spec, SnapshotKey.of(entry))
+
+
+def _state_path_spec(path_spec: Any, key: SnapshotKey) -> Any:
     return factory.Factory.NewPathSpec(
         definitions.TYPE_INDICATOR_ENCODED_STREAM,
-        encoding_method=SnapshotKey.of(entry).encoding_method,
+        encoding_method=key.encoding_method,
         parent=_innermost(path_spec),
     )
 

@@ -4,10 +4,11 @@ A snapshot of an image is the official dfVFS type ENCODED_STREAM over QCOW, with
 
     qcow2-snapshot:<index>:<percent-encoded name>
     qcow2-snapshot:deleted:0x<offset>:<percent-encoded name>
+    qcow2-snapshot:recovered:<number>:<confidence>
 
 ``index`` counts from 0 in the order of the snapshot table and is the key; of a deleted snapshot it
-is the file offset of its former table entry. The name is there for people, and to notice that the
-image changed. The stock dfVFS and plaso read, print and store such a path specification, and
+is the file offset of its former table entry, of a recovered state its number from 1. The name is there
+for people, and to notice that the image changed; that of a recovered state is the word for how sure it is. The stock dfVFS and plaso read, print and store such a path specification, and
 refuse to open it: they never show the wrong state.
 
 People see positions that count from 1: ``--qcow_snapshots 2`` and ``QCOW2-SNAPSHOT2[...]`` are
@@ -19,15 +20,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
 from qcow2_forensics.text import printable
 
+if TYPE_CHECKING:
+    from qcow2_forensics.recovery import RecoveredState
+
 PREFIX = "qcow2-snapshot:"
-_DELETED = "deleted:"
-_METHOD = re.compile(r"(?:deleted:0x([0-9a-f]{1,16})|([0-9]{1,9})):(.*)", re.DOTALL)
+_DELETED, _RECOVERED = "deleted:", "recovered:"
+_METHOD = re.compile(r"(?:deleted:0x([0-9a-f]{1,16})|recovered:([0-9]{1,9})|([0-9]{1,9})):(.*)", re.DOTALL)
 _ENCODED_STREAM = "ENCODED_STREAM"  # dfVFS's type indicator
 _SHOWN_NAME = 64  # characters of a name inside a display name
 _SHOWN_IN_FOLDER = 32  # and inside a folder's name
@@ -35,11 +39,12 @@ _SHOWN_IN_FOLDER = 32  # and inside a folder's name
 
 @dataclass(frozen=True, slots=True)
 class SnapshotKey:
-    """Which snapshot a path specification means."""
+    """Which snapshot, or recovered state, a path specification means."""
 
-    place: int  # in the table, from 0; of a deleted one, the file offset of its former entry
+    place: int  # in the table, from 0; of a deleted one, the file offset of its former entry; else its number
     name: bytes
     deleted: bool = False
+    recovered: bool = False
 
     @classmethod
     def of(cls, entry: SnapshotEntry) -> SnapshotKey:
@@ -47,18 +52,27 @@ class SnapshotKey:
         deleted = entry.index < 0
         return cls(entry.offset if deleted else entry.index, entry.name_bytes, deleted)
 
+    @classmethod
+    def of_recovered(cls, state: RecoveredState) -> SnapshotKey:
+        """Return the key of a recovered state."""
+        return cls(state.number, state.confidence.label.encode(), recovered=True)
+
     @property
     def position(self) -> int | None:
-        """The number people see, from 1; None for a deleted snapshot."""
-        return None if self.deleted else self.place + 1
+        """The number people see, from 1; None for what is in no table."""
+        return None if self.deleted or self.recovered else self.place + 1
 
     @property
     def encoding_method(self) -> str:
         """The encoding method that stands for the snapshot."""
         place = f"{_DELETED}{self.place:#x}" if self.deleted else str(self.place)
+        if self.recovered:
+            place = f"{_RECOVERED}{place}"
         return f"{PREFIX}{place}:{quote_from_bytes(self.name, safe='')}"
 
     def __str__(self) -> str:
+        if self.recovered:
+            return f"recovered state {self.place} ({printable(self.name)})"
         kind = f"deleted snapshot at {self.place:#x}" if self.deleted else f"snapshot {self.position}"
         return f"{kind} ({printable(self.name, _SHOWN_NAME)})"
 
@@ -70,7 +84,9 @@ def parse_encoding_method(method: str) -> SnapshotKey | None:
     match = _METHOD.fullmatch(method[len(PREFIX) :])
     if match is None:
         return None
-    offset, index, name = match.groups()
+    offset, number, index, name = match.groups()
+    if number is not None:
+        return SnapshotKey(int(number), unquote_to_bytes(name), recovered=True)
     if offset is not None:
         return SnapshotKey(int(offset, 16), unquote_to_bytes(name), deleted=True)
     return SnapshotKey(int(index), unquote_to_bytes(name))
@@ -92,8 +108,11 @@ def snapshot_of(path_spec: Any) -> SnapshotKey | None:
 
 
 def label(key: SnapshotKey) -> str:
-    """Return what display names start with: ``QCOW2-SNAPSHOT2[during]``, ``QCOW2-DELETED-0x190000[alpha]``."""
-    kind = f"DELETED-{key.place:#x}" if key.deleted else f"SNAPSHOT{key.position}"
+    """Return what display names start with.
+
+    ``QCOW2-SNAPSHOT2[during]``, ``QCOW2-DELETED-0x190000[alpha]`` or ``QCOW2-RECOVERED1[likely]``.
+    """
+    kind = f"DELETED-{key.place:#x}" if key.deleted else _kind(key).upper()
     return f"QCOW2-{kind}[{printable(key.name, _SHOWN_NAME)}]"
 
 
@@ -101,5 +120,10 @@ def folder(key: SnapshotKey) -> str:
     """Return a folder name for files exported from a snapshot, safe on every file system."""
     name = key.name.decode("utf-8", "replace")[:_SHOWN_IN_FOLDER]
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name)
-    kind = f"deleted-{key.place:#x}" if key.deleted else f"snapshot{key.position}"
-    return f"qcow2-{kind}-{safe}"
+    return f"qcow2-{_kind(key)}-{safe}"
+
+
+def _kind(key: SnapshotKey) -> str:
+    if key.recovered:
+        return f"recovered{key.place}"
+    return f"deleted-{key.place:#x}" if key.deleted else f"snapshot{key.position}"

@@ -27,6 +27,7 @@ from qcow2_forensics.reader.disk import Disk
 from qcow2_forensics.reader.opening import open_disk
 from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, from_environment
 from qcow2_forensics.reader.resolver import ALONE_VARIABLE
+from qcow2_forensics.reader.states import SnapshotName
 from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
@@ -178,12 +179,12 @@ def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | No
 
 def _open(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None) -> OpenedDisk:
     source = open_source(path_spec.parent, resolver_context)
-    entry = None
+    wanted: SnapshotName = None
     if snapshot is not None:
-        entry = find_entry(Image(source), snapshot)
+        wanted = _recovered(source, snapshot) if snapshot.recovered else find_entry(Image(source), snapshot)
     resolver = PathSpecResolver(resolver_context)
     alone = bool(os.environ.get(ALONE_VARIABLE))
-    disk = open_disk(source, snapshot=entry, resolver=resolver, missing="raise", follow=not alone)
+    disk = open_disk(source, snapshot=wanted, resolver=resolver, missing="raise", follow=not alone)
     _announce(path_spec, source)
     if disk.unbacked is not None:
         logger.warning("%s: %s; reads that need it fail", printable(source_name(source)), disk.unbacked)
@@ -196,6 +197,16 @@ def find_entry(image: Image, snapshot: SnapshotKey) -> Any:
         if entry is not None and SnapshotKey.of(entry) == snapshot:
             return entry
     raise OSError(f"{printable(image.name)} has no {snapshot}")
+
+
+def _recovered(source: Source, key: SnapshotKey) -> SnapshotName:
+    """Return the recovered state a key means; OSError when it is no longer put together like that."""
+    from qcow2_forensics.recovery import select_recovered  # numpy: only where it is needed
+
+    state = select_recovered(source, str(key.place))
+    if SnapshotKey.of_recovered(state) != key:
+        raise OSError(f"{printable(source_name(source))} has no {key}: it is {SnapshotKey.of_recovered(state)} now")
+    return state
 
 
 def _former_entry(image: Image, snapshot: SnapshotKey) -> Any:

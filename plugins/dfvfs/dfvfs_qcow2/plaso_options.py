@@ -26,7 +26,9 @@ _HELP = (
     'A snapshot is given by its ID or its name, or by its position in the table as "#1" (the first). Multiple '
     'snapshots can be defined as: "1,3,5", a range of positions as: "#3..#5". '
     'All snapshots can be defined as: "all" and no snapshots as: "none", which is the default. Deleted snapshots of '
-    'which the tables survive can be defined as: "deleted", or one of them as: "deleted:NAME"; "all,deleted" is both.'
+    'which the tables survive can be defined as: "deleted", or one of them as: "deleted:NAME"; "all,deleted" is both. '
+    'States put together from what is left of a damaged image can be defined as: "recovered", or one of them as: '
+    '"recovered:1".'
 )
 
 

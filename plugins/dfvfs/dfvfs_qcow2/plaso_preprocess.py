@@ -18,7 +18,7 @@ from qcow2_forensics.errors import Qcow2Error, reason
 from qcow2_forensics.findings import Severity
 from qcow2_forensics.text import date_note, printable, snapshot_time
 
-from .inspection import audit, open_image, qcow_path_specs, snapshot_path_spec
+from .inspection import audit, open_image, qcow_path_specs, recovered_states, snapshot_path_spec
 from .names import SnapshotKey, label, snapshots_around
 from .opening import find_entry
 
@@ -79,16 +79,20 @@ class QCOWPlugin(_Stock):
                 seen.add(path_spec.comparable)
                 _tell_findings(mediator, path_spec)
                 _tell_snapshots(mediator, path_spec, _entries(path_spec))
-        self._tell_deleted(mediator, file_system._path_spec)
+        self._tell_states(mediator, file_system._path_spec)
 
-    def _tell_deleted(self, mediator: Any, path_spec: Any) -> None:
-        """Write the events about the deleted snapshots a file system lies in, each once."""
+    def _tell_states(self, mediator: Any, path_spec: Any) -> None:
+        """Write events about the deleted snapshots a file system lies in, and warnings about recovered states."""
         seen = self._seen[mediator]
         for key, qcow in snapshots_around(path_spec):
             name = f"{qcow.comparable}{key.encoding_method}"
             if key.deleted and name not in seen:
                 seen.add(name)
                 _tell_snapshots(mediator, qcow, [find_entry(open_image(qcow), key)])
+            elif key.recovered and name not in seen:
+                seen.add(name)
+                warnings = [state.warning for state in recovered_states(qcow) if state.number == key.place]
+                _warn(mediator, qcow, warnings)
 
 
 class _Location:
@@ -99,19 +103,21 @@ class _Location:
 
 
 def _tell_findings(mediator: Any, path_spec: Any) -> None:
+    try:
+        findings = [describe(finding) for finding in audit(path_spec).at_least(Severity.LOW)]
+    except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
+        findings = [f"the image could not be audited: {type(error).__name__}: {printable(reason(error), 500)}"]
+    more = [f"{len(findings) - _MOST} more findings"] if len(findings) > _MOST else []
+    _warn(mediator, path_spec, [*findings[:_MOST], *more])
+
+
+def _warn(mediator: Any, path_spec: Any, sentences: Sequence[str]) -> None:
+    """Write warnings about what a path specification means."""
     before = mediator._file_entry
     mediator.SetFileEntry(_Location(path_spec))
     try:
-        try:
-            findings = [describe(finding) for finding in audit(path_spec).at_least(Severity.LOW)]
-        except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
-            why = f"{type(error).__name__}: {printable(reason(error), 500)}"
-            mediator.ProducePreprocessingWarning(PLUGIN_NAME, f"the image could not be audited: {why}")
-            return
-        for finding in findings[:_MOST]:
-            mediator.ProducePreprocessingWarning(PLUGIN_NAME, finding)
-        if len(findings) > _MOST:
-            mediator.ProducePreprocessingWarning(PLUGIN_NAME, f"{len(findings) - _MOST} more findings")
+        for sentence in sentences:
+            mediator.ProducePreprocessingWarning(PLUGIN_NAME, sentence)
     finally:
         mediator.SetFileEntry(before)
 

@@ -6,7 +6,8 @@ ID, else a name, ``#N`` for the position in the table from 1, as a hint prints i
 
 ``all`` are those in the snapshot table. Deleted ones are asked for by ``deleted`` (every one whose
 entry survives) or ``deleted:`` with an ID, a name or an entry's offset, also in a list:
-``all,deleted``. A snapshot that is called ``all`` or as any other of these words makes the word
+``all,deleted``. States put together from what is left of a damaged image are asked for by ``recovered``
+(every one) or ``recovered:N``. A snapshot that is called ``all`` or as any other of these words makes the word
 ambiguous: then ``=all`` is the word, and ``name:all`` the snapshot.
 """
 
@@ -24,6 +25,7 @@ from qcow2_forensics.text import printable
 if TYPE_CHECKING:
     from qcow2_forensics import Image
     from qcow2_forensics.format.snapshot_table import SnapshotEntry
+    from qcow2_forensics.recovery import RecoveredState
     from qcow2_forensics.residue import DeletedSnapshot
 
 _RANGE = re.compile(r"(#|index:)([0-9]{1,6})\.\.(?:#|index:)?([0-9]{1,6})")
@@ -54,6 +56,22 @@ class Selection:
     def wants_deleted(self) -> bool:
         """Whether any deleted snapshot is asked for."""
         return any(map(_is_deleted, self._items()))
+
+    @property
+    def wants_recovered(self) -> bool:
+        """Whether any recovered state is asked for."""
+        return any(map(_is_recovered, self._items()))
+
+    def choose_recovered(self, found: Sequence[RecoveredState]) -> list[RecoveredState]:
+        """Return the chosen ones of the recovered states, in their order; SnapshotNotFound names the choices."""
+        items = [item.lstrip("=") for item in self._items() if _is_recovered(item)]
+        if "recovered" in items:
+            return list(found)
+        known = {state.label: state for state in found}
+        for item in items:
+            if item not in known:
+                raise SnapshotNotFound(item, [f"{state.label} ({state.what})" for state in found])
+        return [state for state in found if state.label in items]
 
     def _items(self) -> list[str]:
         if self.text == "none":
@@ -86,14 +104,19 @@ def _is_deleted(item: str) -> bool:
     return word == "deleted" or word.startswith("deleted:")
 
 
+def _is_recovered(item: str) -> bool:
+    word = item.lstrip("=")
+    return word == "recovered" or word.startswith("recovered:")
+
+
 def _choose_one(item: str, image: Image) -> Sequence[SnapshotEntry]:
     word = item.lstrip("=")
     found = _RANGE.fullmatch(word)
-    if word == "all" or found is not None or _is_deleted(item):
+    if word == "all" or found is not None or _is_deleted(item) or _is_recovered(item):
         states.refuse_if_named(image, item)
     if word == "all":
         return image.snapshots
-    if _is_deleted(item):
+    if _is_deleted(item) or _is_recovered(item):
         return ()
     if found is not None:
         first, last = (states.position(f"{found[1]}{number}") for number in found.group(2, 3))

@@ -23,13 +23,21 @@ from typing import Any
 from dfvfs.helpers import volume_scanner as stock
 from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
+from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 
 from qcow2_forensics.errors import Qcow2Error, SnapshotNotFound, reason
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
 from qcow2_forensics.text import printable, short_date
 
-from .inspection import deleted_snapshots, open_image, snapshot_path_spec, snapshots
+from .inspection import (
+    deleted_snapshots,
+    open_image,
+    recovered_path_spec,
+    recovered_states,
+    snapshot_path_spec,
+    snapshots,
+)
 from .names import SnapshotKey
 from .opening import failures_of, notes_of
 from .selection import Selection
@@ -102,6 +110,9 @@ def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) ->
 
     images = list(_images(scan_context.GetRootScanNode()))
     found = [item for qcow in images for item in _scan_image(scanner, scan_context, qcow, selection, options, request)]
+    if selection is not None and selection.wants_recovered:
+        images = images or [_without_header(scan_context)]
+        found += [item for qcow in images for item in _scan_recovered(scanner, qcow, selection, options, request)]
     _tell_failed_reads(scanner, images, request)
     if failure is not None:
         if not found:
@@ -128,7 +139,33 @@ def _scan_image(
         return []
     found: list[Any] = []
     for entry in [*_chosen(selection, qcow), *_chosen_deleted(selection, qcow, request)]:
-        found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), entry, options, request)
+        name = str(SnapshotKey.of(entry))
+        found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), name, options, request)
+    return found
+
+
+def _without_header(scan_context: Any) -> Any:
+    """Return the QCOW path specification of a file that nobody recognises as an image: its header may be lost."""
+    root = scan_context.GetRootScanNode().path_spec
+    return factory.Factory.NewPathSpec(definitions.TYPE_INDICATOR_QCOW, parent=root)
+
+
+def _scan_recovered(scanner: Any, qcow: Any, selection: Selection, options: Any, request: Request | None) -> list[Any]:
+    """Return the base path specifications in the chosen recovered states of an image."""
+    try:
+        known = recovered_states(qcow)
+        chosen = selection.choose_recovered(known)
+    except SnapshotNotFound as error:
+        raise dfvfs_errors.ScannerError(str(error)) from error
+    except OSError as error:
+        _tell(request, f"Recovered states could not be looked for: {error}", logging.WARNING)
+        return []
+    if not known:
+        _tell(request, "No state can be put together from tables in the file.", logging.WARNING)
+    found: list[Any] = []
+    for state in chosen:
+        name = str(SnapshotKey.of_recovered(state))
+        found += _scan_snapshot(scanner, recovered_path_spec(qcow, state), name, options, request)
     return found
 
 
@@ -188,11 +225,8 @@ def _chosen_deleted(selection: Selection, qcow: Any, request: Request | None) ->
     return [item.entry for item in chosen if not item.is_gone]
 
 
-def _scan_snapshot(
-    scanner: Any, path_spec: Any, entry: SnapshotEntry, options: Any, request: Request | None
-) -> list[Any]:
+def _scan_snapshot(scanner: Any, path_spec: Any, name: str, options: Any, request: Request | None) -> list[Any]:
     """Return the base path specifications in a snapshot; none, with a warning, if it cannot be read."""
-    name = str(SnapshotKey.of(entry))
     try:
         scan_context = scanner._ScanSourcePathSpec(path_spec)
         base_path_specs = scanner._GetBasePathSpecs(scan_context, options)

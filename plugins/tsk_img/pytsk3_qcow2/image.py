@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TypeGuard
 
 import pytsk3
@@ -19,7 +20,7 @@ from qcow2_forensics.format.source import PathOrSource, as_source
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.reader.disk import Disk, EofPolicy, Layer
 from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE, from_environment
-from qcow2_forensics.reader.states import labels
+from qcow2_forensics.reader.states import is_replacement, labels
 from qcow2_forensics.text import printable
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
     ``url`` is a path, a binary file object, a source of the image's bytes, or a disk that is open
     already, which then stays the caller's to close. The format of the image is found by reading it,
     whatever ``type`` says. ``snapshot`` is an ID or a name; the other options are those of
-    :func:`qcow2_forensics.open_disk`. Everything that fails raises ``IOError``. ``unreadable="zeros"``
-    gives zeros for sectors that cannot be read, and lists them in :attr:`unreadable`.
-    :attr:`read_errors` keeps the reasons either way.
+    :func:`qcow2_forensics.open_disk`. Everything that fails raises ``IOError``. ``unreadable="zeros"``,
+    which ``export`` calls ``--salvage``, gives zeros for sectors that cannot be read, and lists them in
+    :attr:`unreadable`. :attr:`read_errors` keeps the reasons either way.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
         eof: EofPolicy = "strict",
         missing: MissingPolicy = "refuse",
         unreadable: Unreadable = "raise",
+        assume: Mapping[str, str] | None = None,
+        virtual_size: int | None = None,
     ) -> None:
         if not isinstance(type, int):
             raise TypeError("the second argument is pytsk3's type; a snapshot is named with snapshot=...")
@@ -89,6 +92,8 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
                     limits,
                     eof=eof,
                     missing=missing,
+                    assume=assume,
+                    virtual_size=virtual_size,
                 )
             )
             if isinstance(disk, Disk) and disk.is_locked:
@@ -121,10 +126,12 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
 
     @property
     def state(self) -> str:
-        """What to call this state: the snapshot's name (its ID when it has none), or ``active``.
+        """What to call this state: the snapshot's name (its ID when it has none), ``active``, or ``recovered:N``.
 
         With more where that is not its alone: no two states of an image are called the same.
         """
+        if not self._label and isinstance(self._disk, Disk) and self._disk.rebuilt is not None:
+            self._label = self._disk.rebuilt.label
         if not self._label:
             named = labels(self._disk.image.snapshots) if isinstance(self._disk, Disk) else labels(())
             self._label = named(self.snapshot)
@@ -154,11 +161,16 @@ def open_image(
     snapshot: SnapshotName = None,
     passphrase: Passphrase = None,
     resolver: Resolver | None = None,
+    *,
+    unreadable: Unreadable = "raise",
 ) -> pytsk3.Img_Info:
     """Return an :class:`Img_Info` for a QCOW image and pytsk3's own for anything else.
 
-    Anything else has no snapshots: asking for one there is an ``IOError``.
+    Anything else has no snapshots: asking for one there is an ``IOError``. A recovered state needs no header.
+    ``unreadable`` is that of :class:`Img_Info`.
     """
+    if is_replacement(snapshot):
+        return Img_Info(path, snapshot=snapshot, passphrase=passphrase, resolver=resolver, unreadable=unreadable)
     try:
         open_metadata(path).close()
     except NotQcow2 as error:
@@ -167,13 +179,22 @@ def open_image(
     except OSError:
         pass  # pytsk3 says what is wrong with the path: a directory, a split raw image, nothing there
     else:
-        return Img_Info(path, snapshot=snapshot, passphrase=passphrase, resolver=resolver)
+        return Img_Info(path, snapshot=snapshot, passphrase=passphrase, resolver=resolver, unreadable=unreadable)
     return pytsk3.Img_Info(os.fspath(path))
 
 
-def states(path: PathOrSource, passphrase: Passphrase = None, resolver: Resolver | None = None) -> Iterator[Img_Info]:
+def states(
+    path: PathOrSource,
+    passphrase: Passphrase = None,
+    resolver: Resolver | None = None,
+    *,
+    unreadable: Unreadable = "raise",
+    recovered: bool = False,
+) -> Iterator[Img_Info]:
     """Yield every state of an image: each snapshot in the order of its table, then the active one.
 
+    ``recovered`` adds the states that can be put together from what is left of a damaged image, which needs no
+    header and reads the whole file. ``unreadable`` is that of :class:`Img_Info`.
     Each is open until the caller closes it or lets it go. ``state.state`` is what to call it.
     """
     # One source for all of them: states of one file object must not move its position under each other.
@@ -181,15 +202,34 @@ def states(path: PathOrSource, passphrase: Passphrase = None, resolver: Resolver
     try:
         with open_metadata(origin) as image:
             entries = image.snapshots
+            listed: tuple[SnapshotEntry | None, ...] = (*entries, None)
     except Qcow2Error as error:
-        raise as_io_error(error) from error.__cause__
+        if not recovered or not isinstance(error, NotQcow2):
+            raise as_io_error(error) from error.__cause__
+        entries, listed = (), ()
     label = labels(entries)
     base: Disk | None = None  # of which the other states are read without opening the image again
-    for wanted in (*entries, None):
+    for wanted in listed:
         try:
             base = base or open_disk(origin, wanted, passphrase, resolver)
-            image = Img_Info(base if base.snapshot is wanted else base.at(wanted))
+            image = Img_Info(base if base.snapshot is wanted else base.at(wanted), unreadable=unreadable)
         except Qcow2Error as error:
+            if recovered:  # the tables of this one are what is damaged
+                logging.getLogger("pytsk3_qcow2").warning("%s: %s", label(wanted), error)
+                continue
             raise as_io_error(error) from error.__cause__
         image._label = label(wanted)
         yield image
+    if recovered:
+        yield from _recovered(origin, passphrase, resolver, unreadable)
+
+
+def _recovered(
+    origin: PathOrSource, passphrase: Passphrase, resolver: Resolver | None, unreadable: Unreadable
+) -> Iterator[Img_Info]:
+    """Yield the recovered states that are disks."""
+    from qcow2_forensics.recovery import recovered_states
+
+    for state in recovered_states(origin):
+        if not state.is_memory:
+            yield Img_Info(origin, snapshot=state, passphrase=passphrase, resolver=resolver, unreadable=unreadable)

@@ -9,14 +9,14 @@ from .common import warn
 from .options import DISK
 
 if TYPE_CHECKING:
-    from qcow2_forensics import Image
+    from qcow2_forensics import Image, Source
     from qcow2_forensics.format.snapshot_table import SnapshotEntry
 
 
 class Choice(NamedTuple):
     """A snapshot's memory, or a disk: of a snapshot, or the active one when ``snapshot`` is None.
 
-    ``name`` finds the snapshot again, also one that was deleted or that shares its ID.
+    ``name`` finds the snapshot again, also one that was deleted or that shares its ID, or a recovered state.
     """
 
     memory: bool
@@ -25,11 +25,20 @@ class Choice(NamedTuple):
 
     @property
     def is_leftover(self) -> bool:
-        """Whether this is the VM state that no snapshot lists any more."""
+        """Whether this is a VM state that no snapshot lists any more."""
         return self.memory and self.snapshot is None
 
 
 LEFTOVER = "leftover"
+
+
+def recovered(source: Source, wanted: str | None) -> Choice | None:
+    """Return the recovered state that is named; None for any other state. The image needs no header."""
+    from qcow2_forensics.reader import states
+
+    word = wanted.removeprefix(DISK + ":") if wanted else ""
+    rebuilt = states.replaced(source, word)
+    return None if rebuilt is None else Choice(rebuilt.is_memory, None, word)
 
 
 def choose(image: Image, wanted: str | None, title: str) -> Choice | None:

@@ -66,6 +66,7 @@ class LayerSource:
         self.name = urllib.parse.unquote(self.location.rsplit("/", 1)[-1]) or str(layer.name)
         self.path = local_path(self.location) if self.location else None
         self.identity: object = _identity(self.path) or self.location or None
+        self.mtime_ns = _modified(self.path)
         self.folder: str | None = None  # as of the core's FileSource
         self.stands_for = ""
         self.size = int(layer.maximum_address) + 1
@@ -92,6 +93,14 @@ def _identity(path: str | None) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return None if status is None else (status.st_dev, status.st_ino)
+
+
+def _modified(path: str | None) -> int | None:
+    """Return when a local file was changed, None where there is none."""
+    try:
+        return os.stat(path).st_mtime_ns if path is not None else None
+    except (OSError, ValueError):
+        return None
 
 
 def source_under(layer: interfaces.layers.DataLayerInterface) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,6 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
         from qcow2_forensics import Qcow2Error, open_image, open_vm_state
         from qcow2_forensics.memory import find_stream
-        from qcow2_forensics.reader.states import Leftover
         from qcow2_forensics.text import cut, printable
 
         source = self.source()
@@ -113,12 +113,14 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
             return Stream(stream, None, key, local, layout)
-        image = open_image(source)
-        chosen = choice.choose(image, self.wanted(), printable(source.name))
+        chosen = choice.recovered(source, self.wanted())
+        if chosen is None:
+            chosen = choice.choose(open_image(source), self.wanted(), printable(source.name))
         if chosen is not None and chosen.is_leftover:
-            state = open_vm_state(source, Leftover(), passphrase(self.context))
+            state = open_vm_state(source, chosen.name, passphrase(self.context))
             state.read(0, 4)
-            return Stream(state, None, key and f"{key}_{choice.LEFTOVER}", local, layout, leftover=True)
+            place = re.sub(r"\W", "_", chosen.name)
+            return Stream(state, None, key and f"{key}_{place}", local, layout, leftover=True)
         if chosen is None or not chosen.memory or chosen.snapshot is None:
             raise Qcow2Error(f"{cut(source.name)}: no snapshot with memory")
         state = open_vm_state(source, chosen.snapshot, passphrase(self.context))

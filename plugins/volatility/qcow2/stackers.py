@@ -29,7 +29,7 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         progress_callback: constants.ProgressCallback = None,
     ) -> interfaces.layers.DataLayerInterface | None:
         """Return the layer of the state that is meant; None, with a warning, when it cannot be read."""
-        if not _starts_with(context, layer_name, (_MAGIC,)):
+        if not _starts_with(context, layer_name, (_MAGIC,)) and not _is_damaged_file(context, layer_name):
             return None
         from qcow2_forensics import Qcow2Error, open_image
         from qcow2_forensics.text import printable
@@ -37,6 +37,9 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         source = common.LayerSource(context.layers[layer_name])
         title = printable(source.name)
         try:
+            found = choice.recovered(source, snapshot_option(context))
+            if found is not None:
+                return _layer(context, layer_name, found)
             image = open_image(source)
             chosen = choice.choose(image, snapshot_option(context), title)
             if chosen is None:
@@ -96,6 +99,14 @@ def _warn_of_symbols(layer: common.ViewLayer) -> None:
             f"no symbols for the kernel in this memory, so plugins for Linux cannot run: {printable(found.identity)}. "
             f"They go into a file such as {printable(found.symbol_file)} below a folder of -s{how}"
         )
+
+
+def _is_damaged_file(context: interfaces.context.ContextInterface, layer_name: str) -> bool:
+    """Whether this is a file, of which the user wants a recovered state: it may have no header."""
+    from qcow2_forensics.reader.states import is_replacement
+
+    wanted = snapshot_option(context) or ""
+    return is_replacement(wanted.removeprefix("disk:")) and not context.layers[layer_name].dependencies
 
 
 def _starts_with(context: interfaces.context.ContextInterface, layer_name: str, magics: tuple[bytes, ...]) -> bool:

@@ -24,6 +24,7 @@ class Source(Protocol):
 
     Threads may read at the same time. A source that cannot bear that (one over a file object of
     somebody else) sets ``single_threaded = True``: then only the thread that asked reads it.
+    Our own classes set ``keeps_contract``: their answers are not checked again.
     """
 
     @property
@@ -67,6 +68,8 @@ class FileSource:
     short answer. ``regular_only`` refuses devices: names that come from evidence use it. A
     ``descriptor`` that is open already is taken over, and closed with the source.
     """
+
+    keeps_contract = True
 
     def __init__(
         self, path: str | os.PathLike[str], *, regular_only: bool = False, descriptor: int | None = None
@@ -158,6 +161,8 @@ class FileSource:
 class StreamSource:
     """A seekable binary file object, read under a lock because it has one position."""
 
+    keeps_contract = True
+
     def __init__(self, stream: BinaryIO, name: str = "") -> None:
         self._stream = stream
         self._lock = threading.Lock()
@@ -189,6 +194,8 @@ class StreamSource:
 class BytesSource:
     """Bytes in memory, for metadata already read and for tests."""
 
+    keeps_contract = True
+
     def __init__(self, data: bytes, name: str = "bytes") -> None:
         self._data = data
         self.name = name
@@ -203,6 +210,8 @@ class CheckedSource:
 
     Everything else it has (a path, a name, a layer) shows through. The owner closes it, not we.
     """
+
+    keeps_contract = True
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -236,8 +245,7 @@ def as_source(origin: PathOrSource) -> Source:
         return FileSource(origin)
     if hasattr(origin, "seek"):
         return StreamSource(origin)  # type: ignore[arg-type]
-    own = isinstance(origin, (FileSource, StreamSource, BytesSource, CheckedSource))
-    return origin if own else CheckedSource(origin)
+    return origin if getattr(type(origin), "keeps_contract", False) else CheckedSource(origin)
 
 
 def source_name(source: object) -> str:

@@ -181,7 +181,7 @@ def _states(path: str, modified: int, openers: Openers) -> Iterator[State]:
         what = (
             f"recovered state {found.number}: {found.what}, {found.confidence.label}; its size from {found.size_from}"
         )
-        yield State(found.label, f"recovered-{found.number}", what, modified, None)
+        yield State(found, f"recovered-{found.number}", what, modified, None)
 
 
 def _listed(image: Image, *, deleted: bool) -> Iterator[State]:

@@ -30,6 +30,7 @@ from .stream import SourceStream
 if TYPE_CHECKING:
     from .encryption import Decryptor
     from .passphrases import Passphrase
+    from .states import Rebuilt
 
 __all__ = ["Disk", "EofPolicy", "Extent", "Layer", "RawDisk"]
 
@@ -70,6 +71,7 @@ class Disk:
         self.image = image
         self.name = image.name
         self.snapshot = snapshot
+        self.rebuilt: Rebuilt | None = None  # the recovered state that this is
         self.backing = backing
         self.eof: EofPolicy = eof
         self.filled = {"clusters": 0, "bytes": 0}
@@ -204,6 +206,7 @@ class Disk:
             unlocker=self._unlocker,
         )
         other._notes = list(self._notes)
+        other.rebuilt = self.rebuilt if snapshot is None else None
         other._owner = self
         return other
 

@@ -11,7 +11,8 @@ from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, as_source
 from ..limits import DEFAULT_LIMITS, Limits
-from .chain import MissingPolicy, Opener, close_source, unlocked
+from ..text import cut
+from .chain import MissingPolicy, Opener, close_source, note, unlocked
 from .disk import Disk, EofPolicy
 from .passphrases import Passphrase
 from .states import LEFTOVER, Leftover, SnapshotName, assuming, choices, choose, find_snapshot, replaced
@@ -73,12 +74,17 @@ def open_disk(
             undo.callback(close_source, source)
         if assume:
             source = assuming(source, assume)
-        replacement = replaced(source, snapshot, virtual_size)
-        if replacement is not None:
-            source, snapshot = replacement, None
+        rebuilt = replaced(source, snapshot, virtual_size)
+        if rebuilt is not None:
+            if rebuilt.is_memory:
+                raise Qcow2Error(f"{rebuilt.label} is memory alone, it has no disk")
+            source, snapshot = rebuilt.over(source), None
         image = Image(source, limits=limits, owns_source=owned)
         disk = opener.disk(image, source, find_snapshot(image, snapshot))
         undo.callback(disk.close)
+        if rebuilt is not None:
+            disk.rebuilt = rebuilt
+            note(disk, f"{cut(disk.name)}: {rebuilt.warning}", doubt=True)
         if passphrase is not None:
             disk.unlock(passphrase)
         undo.pop_all()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -41,8 +42,8 @@ LEFTOVER = "leftover"
 SELECTORS = {"deleted": "qcow2_forensics.residue:select_deleted"}
 
 # States that replace the image's own header and tables: a function of a source, the rest of the text and a virtual
-# size or None, which returns the source of an image whose active state is the one meant.
-REPLACEMENTS = {"recovered": "qcow2_forensics.recovery:recovered_source"}
+# size or None, which returns a :class:`Rebuilt`.
+REPLACEMENTS = {"recovered": "qcow2_forensics.recovery:select_recovered"}
 
 _ASSUMED = "qcow2_forensics.recovery:assumed"
 _MEANINGS = {ACTIVE: "the active state", BACKING: "the disk below the image", LEFTOVER: "memory in no snapshot"}
@@ -58,8 +59,30 @@ class Leftover(NamedTuple):
     """A VM state behind the disk that no snapshot lists: memory without a disk."""
 
 
+class Rebuilt(ABC):
+    """A state whose header or tables are rebuilt in memory; what it replaces is the active state.
+
+    ``label`` is how to choose it. ``warning`` is the sentence that every front door shows when it is opened.
+    ``is_memory`` is set for a VM state, which has no disk.
+    """
+
+    is_memory: bool
+
+    @property
+    @abstractmethod
+    def label(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def warning(self) -> str: ...
+
+    @abstractmethod
+    def over(self, source: Source) -> Source:
+        """Return the bytes of an image whose active state is this one; ``source`` is the file it was found in."""
+
+
 Choice = SnapshotEntry | Backing | Leftover | None  # None is the active state
-SnapshotName = str | int | Choice
+SnapshotName = str | int | Choice | Rebuilt
 
 
 def choose(image: Image, wanted: SnapshotName) -> Choice:
@@ -69,10 +92,8 @@ def choose(image: Image, wanted: SnapshotName) -> Choice:
     """
     if wanted is None or isinstance(wanted, (Backing, Leftover)):
         return wanted
-    if isinstance(wanted, SnapshotEntry) and wanted.index >= 0:
-        return wanted
-    if isinstance(wanted, SnapshotEntry):  # of no table: what it no longer owns must be refused
-        return _selector("deleted")(image, f"{wanted.offset:#x}")
+    if isinstance(wanted, (SnapshotEntry, Rebuilt)):
+        return _itself(image, wanted)
     text = str(wanted)
     named = by_id_or_name(image.snapshots, text)
     if is_word(text):
@@ -93,6 +114,15 @@ def choose(image: Image, wanted: SnapshotName) -> Choice:
     raise SnapshotNotFound(text, choices(image.snapshots, named), ambiguous=bool(named))
 
 
+def _itself(image: Image, wanted: SnapshotEntry | Rebuilt) -> SnapshotEntry:
+    """Return the entry to open for a state that was found before."""
+    if isinstance(wanted, Rebuilt):
+        raise _not_in(image)
+    if wanted.index >= 0:
+        return wanted
+    return _selector("deleted")(image, f"{wanted.offset:#x}")  # of no table: what it no longer owns must be refused
+
+
 def refuse_if_named(image: Image, text: str) -> None:
     """Raise when ``text``, which is one of our words, is also the ID or the name of a snapshot."""
     named = by_id_or_name(image.snapshots, text)
@@ -101,19 +131,24 @@ def refuse_if_named(image: Image, text: str) -> None:
         raise SnapshotNotFound(text, [word, *choices(image.snapshots, named)], ambiguous=True)
 
 
-def replaced(source: Source, wanted: SnapshotName, virtual_size: int | None = None) -> Source | None:
-    """Return the source to open instead of ``source`` where ``wanted`` is one of :data:`REPLACEMENTS`, else None.
+def is_replacement(wanted: SnapshotName) -> bool:
+    """Whether ``wanted`` is written as a state that replaces the image's own header and tables."""
+    return isinstance(wanted, str) and ":" in wanted and wanted.lstrip("=").partition(":")[0] in REPLACEMENTS
+
+
+def replaced(source: Source, wanted: SnapshotName, virtual_size: int | None = None) -> Rebuilt | None:
+    """Return the state to open over ``source`` where ``wanted`` is one of :data:`REPLACEMENTS`, else None.
 
     The image's own header may be lost. Raises :class:`SnapshotNotFound` where there is no such state.
     """
-    if not isinstance(wanted, str):
+    if isinstance(wanted, Rebuilt):
+        return wanted
+    if not isinstance(wanted, str) or not is_replacement(wanted):
         return None
     prefix, _, rest = wanted.lstrip("=").partition(":")
-    if prefix not in REPLACEMENTS:
-        return None
     with contextlib.suppress(NotQcow2):  # without a header there is no snapshot that could have that name
         refuse_if_named(Image(source, owns_source=False), wanted)
-    replacement = cast("Callable[[Source, str, int | None], Source]", _imported(REPLACEMENTS[prefix]))
+    replacement = cast("Callable[[Source, str, int | None], Rebuilt]", _imported(REPLACEMENTS[prefix]))
     return replacement(source, rest, virtual_size)
 
 
@@ -172,7 +207,7 @@ def _word(image: Image, text: str) -> Choice:
     if prefix in SELECTORS:
         return _selector(prefix)(image, rest)
     if prefix in REPLACEMENTS:
-        raise Qcow2Error(f"{cut(image.name)}: a recovered state replaces the image; it is opened as a disk of its own")
+        raise _not_in(image)
     if prefix == "id":
         found = [entry for entry in image.snapshots if entry.id == rest]
     elif prefix == "name":
@@ -185,6 +220,10 @@ def _word(image: Image, text: str) -> Choice:
     if not found:
         image.require("snapshots")
     raise SnapshotNotFound(text, choices(image.snapshots, found), ambiguous=bool(found))
+
+
+def _not_in(image: Image) -> Qcow2Error:
+    return Qcow2Error(f"{cut(image.name)}: a recovered state replaces the image; it is opened as a disk of its own")
 
 
 def position(text: str) -> int | None:

@@ -17,6 +17,8 @@ def part_of(source: Source, reference: Reference) -> Source:
 class WindowSource:
     """``size`` bytes of a source from ``offset`` on, up to its end when None; closes it with itself."""
 
+    keeps_contract = True
+
     def __init__(self, source: Source, offset: int, size: int | None) -> None:
         if offset + (size or 0) > source.size:
             raise FormatError(

@@ -11,7 +11,7 @@
 
 from .assumptions import ASSUMPTIONS, assumed
 from .confidence import Confidence, SureRange
-from .recovered_states import has_tables, open_recovered, recovered_source, recovered_states
+from .recovered_states import has_tables, open_recovered, recovered_states, select_recovered
 from .state import RecoveredState
 
 __all__ = [
@@ -22,6 +22,6 @@ __all__ = [
     "assumed",
     "has_tables",
     "open_recovered",
-    "recovered_source",
     "recovered_states",
+    "select_recovered",
 ]

@@ -18,6 +18,8 @@ class PatchedSource:
     Everything else about the source (its path, its identity, how it is closed) is its own.
     """
 
+    keeps_contract = True
+
     def __init__(self, source: Source, patches: Iterable[tuple[int, bytes]]) -> None:
         self._source = source
         self._patches = sorted(patches)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,39 +58,56 @@ _HINT = 8 * MiB  # from the start of a file, looked at to say whether recovery i
 _MAX_L1 = 4 * MiB  # entries, what QEMU accepts
 _MOST_STATES = 64  # put together for one file, of those that an L1 table or a header was found for
 _MOST_MAGICS = 4096  # places looked at for an image inside the file
+_KEPT = 4  # files whose states are remembered
+_known: dict[object, list[RecoveredState]] = {}
 
 
 def recovered_states(origin: PathOrSource, *, virtual_size: int | None = None) -> list[RecoveredState]:
     """Return the states that can be put together from what is left in a file, the best first.
 
-    ``virtual_size`` in bytes is used where nothing in the file gives it. Reads the whole file. An
-    empty list says that no table of a QCOW2 image was found besides those in use.
+    ``virtual_size`` in bytes is used where nothing in the file gives it. Reads the whole file, once for a
+    file that does not change. An empty list says that no table of a QCOW2 image was found besides those in use.
     """
     source = as_source(origin)
-    found = list(_Recovery(source, virtual_size).states())
-    return [_numbered(state, number) for number, state in enumerate(found, 1)]
+    try:
+        found = _remembered(source, virtual_size)
+    finally:
+        if source is not origin:
+            close_source(source)
+    return [replace(state, number=number, origin=origin) for number, state in enumerate(found, 1)]
 
 
 def open_recovered(
     origin: PathOrSource, number: int = 1, *, virtual_size: int | None = None, **options: Any
 ) -> tuple[Disk, RecoveredState]:
-    """Open recovered state ``number`` and return it with what is known of it."""
-    states = recovered_states(origin, virtual_size=virtual_size)
-    if not 1 <= number <= len(states):
-        raise SnapshotNotFound(f"recovered:{number}", [state.label for state in states])
-    state = states[number - 1]
-    return state.open(**options), state
+    """Open recovered state ``number`` and return it with what is known of it.
 
-
-def recovered_source(source: Source, wanted: str, virtual_size: int | None = None) -> Source:
-    """Return the bytes of an image whose active state is recovered state ``wanted``, a number from 1.
-
-    This is what ``open_disk(snapshot="recovered:N")`` asks.
+    The disk is the caller's to close, and closes the file with itself where ``origin`` is a path.
     """
+    disk = open_disk(origin, f"recovered:{number}", virtual_size=virtual_size, **options)
+    return disk, cast("RecoveredState", disk.rebuilt)
+
+
+def select_recovered(source: Source, wanted: str, virtual_size: int | None = None) -> RecoveredState:
+    """Return recovered state ``wanted``, a number from 1: what ``open_disk(snapshot="recovered:N")`` asks."""
     states = recovered_states(source, virtual_size=virtual_size)
     if not (wanted.isascii() and wanted.isdecimal() and len(wanted) < 10 and 1 <= int(wanted) <= len(states)):
         raise SnapshotNotFound(f"recovered:{wanted}", [f"{state.label} ({state.what})" for state in states])
-    return states[int(wanted) - 1].source
+    return states[int(wanted) - 1]
+
+
+def _remembered(source: Source, virtual_size: int | None) -> list[RecoveredState]:
+    """Return the states of a file, looked for once while it does not change: frameworks open it again and again."""
+    facts = vars(source) if hasattr(source, "__dict__") else {}  # its own: wrappers show those of what they wrap
+    changed = facts.get("mtime_ns")
+    if changed is None:
+        return list(_Recovery(source, virtual_size).states())
+    key = (facts.get("identity"), changed, source.size, virtual_size)
+    if key not in _known:
+        _known[key] = list(_Recovery(source, virtual_size).states())
+        while len(_known) > _KEPT:
+            _known.pop(next(iter(_known)))
+    return _known[key]
 
 
 def has_tables(origin: PathOrSource) -> bool:
@@ -106,10 +123,6 @@ def has_tables(origin: PathOrSource) -> bool:
     finally:
         if source is not origin:
             close_source(source)
-
-
-def _numbered(state: RecoveredState, number: int) -> RecoveredState:
-    return replace(state, number=number)
 
 
 class _Recovery:
@@ -154,7 +167,7 @@ class _Recovery:
                 cluster_size,
                 placed_by_image(window),
                 backing_unknown=named is not None,
-                source=window,
+                start=at,
             )
 
     def _magics(self) -> Iterator[int]:
@@ -236,7 +249,7 @@ class _Recovery:
         l1_table = l1_of(placements)
         whole = len(l1_table) * table_span(geometry)
 
-        def source_of(size: int) -> PatchedSource:
+        def patches_of(size: int) -> tuple[tuple[int, bytes], ...]:
             header = new_header(
                 cluster_bits=geometry.cluster_bits,
                 size=size,
@@ -247,11 +260,12 @@ class _Recovery:
             padded = (
                 l1_table.astype(">u8").tobytes().ljust(8 * max(len(l1_table), -(-size // table_span(geometry))), b"\0")
             )
-            return PatchedSource(self._source, [(0, header), (REBUILT_AT, padded)])
+            return (0, header), (REBUILT_AT, padded)
 
-        size, size_from = self._size(source_of(whole), geometry, placements, recorded_size)
+        whole_disk = PatchedSource(self._source, patches_of(whole))
+        size, size_from = self._size(whole_disk, geometry, placements, recorded_size)
         return RecoveredState(
-            0, what, size, size_from, geometry.cluster_size, placements, True, notes, source=source_of(size)
+            0, what, size, size_from, geometry.cluster_size, placements, True, notes, patches=patches_of(size)
         )
 
     def _size(
@@ -329,7 +343,7 @@ class _Recovery:
         count = max(image.header.l1_size, -(-size // image.header.l2_span))
         table = l1_of(placements)
         padded = table.astype(">u8").tobytes().ljust(8 * count, b"\0")
-        patches = [l1_fields(count), (24, size.to_bytes(8, "big")), (REBUILT_AT, padded)]
+        patches = (l1_fields(count), (24, size.to_bytes(8, "big")), (REBUILT_AT, padded))
         return RecoveredState(
             0,
             what,
@@ -338,7 +352,7 @@ class _Recovery:
             image.cluster_size,
             placements,
             backing_unknown=False,
-            source=PatchedSource(self._source, patches),
+            patches=patches,
         )
 
     def _former(

@@ -1,4 +1,4 @@
-"""One recovered state: a disk over a source with rebuilt tables, and how sure each of its ranges is."""
+"""One recovered state: a disk over a file with rebuilt tables, and how sure each of its ranges is."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..format.source import Source
+from ..format.source import PathOrSource, Source
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.opening import open_disk
+from ..reader.states import Rebuilt
+from ..reader.window import WindowSource
 from .confidence import Confidence, SureRange
+from .patched_source import PatchedSource
 from .placement import Placement
 
 
 @dataclass(frozen=True)
-class RecoveredState:
+class RecoveredState(Rebuilt):
     """One state put together from what is left. ``number`` chooses it: ``recovered:1`` is the best.
 
     ``size`` is in bytes; ``size_from`` says where it comes from. ``placements`` are the L1 slots in
     use with how sure they are; ``backing_unknown`` is set where a lost header may have named a backing file.
+    ``origin`` is the file it was found in, ``start`` where in it the image begins, ``patches`` are the header
+    fields and tables that are rebuilt. States are plain data and hold no file open.
     """
 
     number: int
@@ -31,7 +36,10 @@ class RecoveredState:
     placements: tuple[Placement, ...]
     backing_unknown: bool
     notes: tuple[str, ...] = ()
-    source: Source = field(repr=False, default=None)  # type: ignore[assignment]
+    patches: tuple[tuple[int, bytes], ...] = field(repr=False, default=())
+    start: int = 0
+    is_memory: bool = False
+    origin: PathOrSource | None = field(repr=False, default=None)
 
     @property
     def label(self) -> str:
@@ -48,9 +56,23 @@ class RecoveredState:
         counts = Counter(placed.confidence for placed in self.placements)
         return {level: counts[level] for level in sorted(Confidence, reverse=True)}
 
+    @property
+    def warning(self) -> str:
+        """What it was put together from and how sure that is, for whoever opens it."""
+        counts = ", ".join(f"{count} {level.label}" for level, count in self.tables_by_confidence().items() if count)
+        return f"{self.label} was put together from what is left ({self.what}); its L2 tables: {counts or 'none'}"
+
+    def over(self, source: Source) -> Source:
+        """Return the bytes of an image whose active state is this one; ``source`` is the file it was found in."""
+        if self.start:
+            return WindowSource(source, self.start, None)
+        return PatchedSource(source, self.patches) if self.patches else source
+
     def open(self, **options: Any) -> Disk:
         """Return the state as a disk; ``options`` are those of :func:`qcow2_forensics.open_disk`."""
-        return open_disk(self.source, None, **options)
+        if self.origin is None:
+            raise ValueError(f"{self.label} is of no file that is known")
+        return open_disk(self.origin, self, **options)
 
     def ranges(self, disk: Disk) -> Iterator[SureRange]:
         """Yield guest ranges that tile ``disk``, opened from this state, with how sure each is."""
