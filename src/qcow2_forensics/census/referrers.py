@@ -27,10 +27,10 @@ def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[
     searched = {cluster for cluster in clusters if cluster < census.clusters}
     wanted = _marked(census, searched)
     for tables in census.tables():
-        if not searched:
-            break
         before = len(searched)
         for row, column in tables.where(_mapping(tables, wanted, census)):
+            if not searched:
+                return found
             entry = int(tables.entries[row, column])
             for cluster in _clusters(entry, tables.cluster_bits) & searched:
                 where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
