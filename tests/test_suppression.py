@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_forensics.audit import audit
-from qcow2_forensics.findings import Evidence, Finding, Report, Selection, Severity
+from qcow2_forensics.audit import audit, undecodable_streams
+from qcow2_forensics.census import take_census
+from qcow2_forensics.findings import EVIDENCE_LIMIT, Evidence, Finding, Report, Selection, Severity
+from qcow2_forensics.format.image import Image
 from qcow2_forensics.residue import deleted_snapshots
 from tests import qemu
-from tests.image_builder import B_L1, Poke, base_b
+from tests.image_builder import B_L1, Builder, Poke, base_b, compressed_entry
 
 pytestmark = qemu.requires_qemu
 
@@ -257,3 +259,31 @@ def test_items_without_a_place_stay_while_there_is_room() -> None:
     for number in range(100):
         chosen.add(f"more {number}")
     assert len(chosen.items) <= 4
+
+
+def test_entries_that_name_one_cluster_leave_room_for_those_that_name_another(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=16, size=4096 << 16)
+    first, last = builder.put(b"\x11" * 65536), builder.put(b"\x22" * 65536)
+    builder.entry(0, first | (1 << 63)).entry(4000 << 16, last | (1 << 63))
+    for number in range(1, 4000):
+        builder.entry(number << 16, first | (1 << 63))
+    with Image(builder.write(tmp_path / "disk.qcow2")) as image:
+        found = take_census(image).referrers({first >> 16, last >> 16})
+    assert [item.guest for item in found[last >> 16]] == [4000 << 16]
+    assert len(found[first >> 16]) == 500
+
+
+def test_many_entries_of_one_bad_stream_are_counted_and_not_made_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = Builder(cluster_bits=16, size=3 * 8192 << 16)
+    bad = compressed_entry(builder.put(b"\xff" * 512), 512, 16)
+    for number in range(3 * 8192):
+        builder.entry(number << 16, bad)
+    made = []
+    real = undecodable_streams.Deferred
+    monkeypatch.setattr(undecodable_streams, "Deferred", lambda *args: made.append(1) or real(*args))
+    (finding,) = of(audit(builder.write(tmp_path / "disk.qcow2"), depth="deep"), "COMPRESSED-INVALID")
+    assert finding.count == 3 * 8192
+    assert len(made) <= 3 * EVIDENCE_LIMIT
+    assert len({item.offset // 65536 for item in finding.evidence}) == 3

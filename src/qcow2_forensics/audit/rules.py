@@ -70,10 +70,14 @@ FINDINGS_PER_RULE = 1000  # a snapshot table may hold 65,536 entries
 
 
 class Deferred(NamedTuple):
-    """Evidence that is made only if it is kept; ``place`` is the structure it was found in."""
+    """Evidence that is made only if it is kept; ``place`` is the structure it was found in.
+
+    ``stands_for`` counts the items of which only this one is given.
+    """
 
     make: Callable[[], Evidence]
     place: int | str | None = None
+    stands_for: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +224,7 @@ def apply(entry: Rule, facts: Facts) -> Outcome:
             else:
                 place = place_of(item, facts.cluster_size) if isinstance(item, Evidence) else item.place
                 kept.add(item, place)
+                kept.count += item.stands_for - 1 if isinstance(item, Deferred) else 0
     except (Qcow2Error, OSError) as error:
         failure = error.with_traceback(None)  # what was seen before it still counts; its frames hold arrays
     listed = [finding for group in findings.values() for finding in group][:FINDINGS_PER_RULE]

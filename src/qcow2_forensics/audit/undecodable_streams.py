@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from ..census import Tables
+from ..census.issues import spread
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec, codec_of, known_codecs
@@ -42,8 +43,12 @@ def undecodable(facts: Facts) -> Iterator[Deferred | Graded]:
     bad = np.asarray([entry for entry in decoded.failed.tolist() if _fault(facts, entry)], dtype=np.uint64)
     if len(bad):
         for tables in facts.census.tables():
-            for row, column in tables.where(np.isin(tables.entries, bad)):
-                yield Deferred(partial(_evidence, facts, tables, row, column), int(tables.offsets[row]))
+            places, width = np.flatnonzero(np.isin(tables.entries, bad)), tables.entries.shape[1]
+            shown = spread(places, places // width)
+            for more, place in zip(range(len(shown) - 1, -1, -1), shown.tolist(), strict=True):
+                row, column = divmod(place, width)
+                count = 1 if more else 1 + len(places) - len(shown)
+                yield Deferred(partial(_evidence, facts, tables, row, column), int(tables.offsets[row]), count)
     if decoded.stopped is not None:
         raise decoded.stopped
 

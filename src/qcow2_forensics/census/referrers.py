@@ -16,25 +16,39 @@ if TYPE_CHECKING:
 
 
 def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[Item]]:
-    """Return the L2 entries that map each of some host clusters, at most ``limit`` in all."""
+    """Return the L2 entries that map each of some host clusters, the first ones of each.
+
+    ``limit`` is shared out evenly: a cluster that millions of entries name leaves room for those of the others.
+    """
     found: dict[int, list[Item]] = {}
     if census.image.header.external_data or not clusters:
         return found
-    wanted = np.zeros(census.index_map.length, dtype=np.bool_)
-    wanted[[census.index_map.at(cluster) for cluster in clusters if cluster < census.clusters]] = True
-    left = limit
+    share = max(1, limit // len(clusters))
+    searched = {cluster for cluster in clusters if cluster < census.clusters}
+    wanted = _marked(census, searched)
     for tables in census.tables():
+        before = len(searched)
         for row, column in tables.where(_mapping(tables, wanted, census)):
-            if not left:
+            if not searched:
                 return found
-            left -= 1
             entry = int(tables.entries[row, column])
-            for cluster in _clusters(entry, tables.cluster_bits) & clusters:
+            for cluster in _clusters(entry, tables.cluster_bits) & searched:
                 where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
                 host = cluster << tables.cluster_bits
-                item = Item("L2", where, entry, host, guest, int(tables.tree[row]))
-                found.setdefault(cluster, []).append(item)
+                items = found.setdefault(cluster, [])
+                items.append(Item("L2", where, entry, host, guest, int(tables.tree[row])))
+                if len(items) == share:
+                    searched.discard(cluster)
+        if len(searched) < before:
+            wanted = _marked(census, searched)
     return found
+
+
+def _marked(census: Census, clusters: set[int]) -> Mask:
+    """Return which indices of the census's map belong to some clusters."""
+    marked = np.zeros(census.index_map.length, dtype=np.bool_)
+    marked[census.index_map.of(np.array(sorted(clusters), dtype=np.uint64))] = True
+    return marked
 
 
 def _mapping(tables: Tables, wanted: Mask, census: Census) -> Mask:
