@@ -283,7 +283,7 @@ def test_random_entries_read_as_in_qemu_cluster_by_cluster(
 
 @pytest.mark.parametrize(
     "options",
-    [{"cluster_size": "64k"}, {"cluster_size": "2M"}, {"cluster_size": "64k", "extended_l2": "on"}],
+    every(3, [{"cluster_size": "64k"}, {"cluster_size": "2M"}, {"cluster_size": "64k", "extended_l2": "on"}]),
     ids=["64k", "2M", "extended"],
 )
 def test_reading_a_huge_disk_takes_little_memory(options: dict[str, Any], tmp_path: Path) -> None:
