@@ -17,9 +17,31 @@ from hypothesis import HealthCheck, settings
 
 from tests import qemu
 
-settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
+# How many examples a property test runs: few in the README's command, many in the slow tests.
+QUICK_EXAMPLES, THOROUGH_EXAMPLES = 12, 100
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the number of examples by the tier that runs; ``-m ""`` runs both."""
+    settings.register_profile(
+        "tier",
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        max_examples=THOROUGH_EXAMPLES if _is_thorough(config) else QUICK_EXAMPLES,
+        derandomize="CI" in os.environ,
+        print_blob="CI" in os.environ,
+    )
+    settings.load_profile("tier")
+
+
+def _is_thorough(config: pytest.Config) -> bool:
+    return config.option.markexpr != "not slow"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Put property tests into both tiers: the slow tests run them again, with more examples."""
+    if _is_thorough(item.config) and getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        item.add_marker("slow")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -31,6 +53,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     )
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"skipped {count}: {reason}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _templates(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what :mod:`tests.qemu` makes once and copies in a folder that the workers of one run share."""
+    base = tmp_path_factory.getbasetemp()
+    qemu.templates = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "templates"
+    qemu.templates.mkdir(exist_ok=True)
 
 
 @pytest.fixture

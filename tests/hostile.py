@@ -85,6 +85,38 @@ class Hostile:
 
 IMAGES: dict[str, Hostile] = {}
 
+# A few of each kind, for matrices that are large: see tests/tiers.py.
+REPRESENTATIVE = [
+    "H01",
+    "H06",
+    "H08",
+    "H11",
+    "H13",
+    "H15",
+    "H20",
+    "H24",
+    "H26",
+    "H28",
+    "H30",
+    "H33",
+    "H37",
+    "H40",
+    "H45",
+    "H47",
+    "H49",
+    "H51",
+    "H54",
+    "H55",
+    "H59",
+    "H60",
+    "H62",
+    "H66",
+    "H69",
+    "H72",
+    "H79",
+    "H84",
+]
+
 
 def build(ident: str, folder: Path) -> Path:
     """Write image ``ident`` (and what stands beside it) into ``folder`` and return its path."""

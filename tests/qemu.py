@@ -12,6 +12,7 @@ file names, and backing names such as ``file:x``, from the folder it runs in: ``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,8 @@ import pytest
 TIMEOUT = 60.0  # seconds; QEMU hangs for ever on some hostile images
 RETRIES = 50  # creating LUKS fails at random on busy machines, see _flaky
 REQUIRED = os.environ.get("QCOW2_REQUIRE_QEMU") == "1"
+
+templates = Path(tempfile.gettempdir())  # where images that are copied are kept: conftest.py sets it
 
 Name = str | os.PathLike[str]
 Options = Mapping[str, object]
@@ -208,9 +211,23 @@ def create(
     if backing_format is not None:
         args += ["-F", backing_format]
     args.append(os.fspath(path))
+    if wanted.get("encrypt.format") == "luks" and backing is None and "data_file" not in options:
+        return _copy_of_template(args[:-1], path, size)
     if size is not None:
         args.append(str(size))
     img("create", "-q", *args, cwd=cwd)
+    return path
+
+
+def _copy_of_template(args: list[str], path: Path, size: int | str | None) -> Path:
+    """Copy a LUKS image made by the same command before; QEMU takes two seconds to measure how fast it derives keys."""
+    name = hashlib.sha256(repr((args, size)).encode()).hexdigest()[:16]
+    template = templates / name
+    if not template.exists():
+        own = templates / f"{name}.{os.getpid()}"
+        img("create", "-q", *args, own, *([] if size is None else [str(size)]))
+        own.replace(template)  # other workers may be making the same one
+    shutil.copyfile(template, path)
     return path
 
 

@@ -16,6 +16,7 @@ from qcow2_forensics.findings import Report, Severity
 from qcow2_forensics.format.source import BytesSource
 from tests import hostile, qemu
 from tests.image_builder import base_b
+from tests.tiers import quick
 from tests.traps import TRAPS
 
 pytestmark = qemu.requires_qemu
@@ -25,7 +26,7 @@ def codes(report: Report) -> set[str]:
     return {finding.code for finding in report}
 
 
-@pytest.mark.parametrize("ident", hostile.IMAGES)
+@pytest.mark.parametrize("ident", quick(hostile.IMAGES, hostile.REPRESENTATIVE))
 def test_each_hostile_image_gives_the_findings_listed_for_it(ident: str, tmp_path: Path) -> None:
     report = audit(hostile.build(ident, tmp_path), "deep")
     assert hostile.IMAGES[ident].findings <= codes(report)
@@ -52,7 +53,7 @@ print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).r
 _COSTLY = [ident for ident in TRAPS if not ident.startswith("LUKS") or ident == "LUKS-TIME"]
 
 
-@pytest.mark.parametrize("ident", _COSTLY)
+@pytest.mark.parametrize("ident", quick(_COSTLY, ["SNAPSHOTS-65536", "BOMB"]))
 def test_a_trap_costs_seconds_and_little_memory(ident: str, tmp_path: Path) -> None:
     if ident.startswith("LUKS"):
         pytest.importorskip("cryptography")

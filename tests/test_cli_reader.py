@@ -21,6 +21,7 @@ from qcow2_forensics.cli import export, main
 from tests import hostile, qemu
 from tests.image_builder import EXT_BACKING_FORMAT, PASSPHRASE, Builder, Poke, base_b, base_s, empty
 from tests.matrix import AES, PLAIN, Scenario, make
+from tests.tiers import every, quick
 
 pytestmark = qemu.requires_qemu
 
@@ -60,7 +61,9 @@ def _rows(text: str, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return qemu.as_map_json(json.loads(text), wanted)
 
 
-@pytest.mark.parametrize("scenario", [*PLAIN[::9], Scenario(65536, encrypt=AES)], ids=lambda scenario: scenario.id)
+@pytest.mark.parametrize(
+    "scenario", every(3, [*PLAIN[::9], Scenario(65536, encrypt=AES)]), ids=lambda scenario: scenario.id
+)
 def test_map_json_is_that_of_qemu_img_map(
     scenario: Scenario, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +165,7 @@ def test_info_agrees_with_qemu_img_info(run: Run, make_image: Callable[..., Path
     assert "0x0068  compression_type" in text
 
 
-@pytest.mark.parametrize("ident", hostile.IMAGES)
+@pytest.mark.parametrize("ident", quick(hostile.IMAGES, hostile.REPRESENTATIVE))
 def test_info_describes_every_hostile_image(ident: str, run: Run, tmp_path: Path) -> None:
     path = hostile.build(ident, tmp_path)
     for form in ("text", "json"):
@@ -189,7 +192,7 @@ def test_names_from_the_image_are_escaped(run: Run, tmp_path: Path) -> None:
 # --- export ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scenario", PLAIN[4::17], ids=lambda scenario: scenario.id)
+@pytest.mark.parametrize("scenario", every(3, PLAIN[4::17]), ids=lambda scenario: scenario.id)
 def test_export_writes_the_bytes_of_qemu(scenario: Scenario, run: Run, tmp_path: Path) -> None:
     for index, view in enumerate(make(scenario, tmp_path)):
         out = tmp_path / f"out{index}.raw"
@@ -211,7 +214,7 @@ _MANY_PIECES = {
 
 
 @pytest.mark.parametrize("part", [MiB, 1000], ids=["whole", "in parts"])
-@pytest.mark.parametrize("kind", _MANY_PIECES)
+@pytest.mark.parametrize("kind", every(3, _MANY_PIECES))
 def test_export_in_many_pieces_writes_the_bytes_of_qemu(
     kind: str, part: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.watch import Watch, watching
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics.errors import Qcow2Error
@@ -123,7 +123,6 @@ def expected(tree: Tree, allowed: list[str], path: str) -> str:
         return errno.errorcode[error.errno or 0]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     tree=trees(),
     allowed=st.sampled_from([["case"], ["case", "extra"], ["case", "case/sub"], ["case/sub", "case"], ["case/sub"]]),
@@ -140,7 +139,6 @@ def test_random_links_are_followed_as_far_as_is_allowed(
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(tree=trees(), path=TARGETS)
 def test_without_descriptor_paths_nothing_else_is_opened(
     tree: Tree, path: str, tmp_path_factory: pytest.TempPathFactory

@@ -25,8 +25,9 @@ from fuzz.watch import Watch, watching
 
 import qcow2_forensics as q
 from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error
-from tests import hostile, qemu
+from tests import hostile, qemu, traps
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, base_b
+from tests.tiers import quick
 from tests.traps import TRAPS
 
 pytestmark = qemu.requires_qemu
@@ -94,11 +95,11 @@ def _fingerprint(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
-    """Every hostile image in a folder of its own, and the same bytes when all tests are done."""
+def gallery(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
+    """The hostile images of this run, each in a folder of its own, and the same bytes when all tests are done."""
     folder = tmp_path_factory.mktemp("gallery")
     paths = {}
-    for name in NAMES:
+    for name in sorted(_wanted(request.session)):
         own = folder / name
         own.mkdir()
         paths[name] = hostile.build(name, own) if name in hostile.IMAGES else TRAPS[name].build(own)
@@ -106,6 +107,16 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
     before = found.hashes()
     yield found
     assert found.hashes() == before
+
+
+def _wanted(session: pytest.Session) -> set[str]:
+    """Return the names of the images that the tests of this run use."""
+    calls = (
+        item.callspec.params
+        for item in session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    )
+    return {str(params["name"]) for params in calls if params.get("name") in NAMES}
 
 
 def _api(path: Path) -> None:
@@ -174,7 +185,7 @@ def _edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return EDGES[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, [*hostile.REPRESENTATIVE, *traps.REPRESENTATIVE]))
 def test_an_image_makes_nobody_open_anything_else(name: str, edge: Callable[[Path], None], gallery: Gallery) -> None:
     path = gallery.paths[name]
     with watching(Watch(readable=[path.parent])) as watch:

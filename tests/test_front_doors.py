@@ -207,7 +207,7 @@ WORDS = ["active", "backing", "index:0", "index:1", "#1", "#2", "id:1", "name:a"
 HOSTILE = st.sampled_from(["1", "2", "a", "", *WORDS, *(f"={word}" for word in WORDS[:6]), "id:index:0", "#01"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=st.lists(st.tuples(HOSTILE, HOSTILE), max_size=3), text=HOSTILE)
 def test_hostile_ids_shadow_no_word_and_every_choice_offered_opens(names: Names, text: str, tmp_path: Path) -> None:
     path = image_of(names, tmp_path / "disk.qcow2")

@@ -16,7 +16,7 @@ import time
 import zlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import qcow2_forensics
@@ -407,7 +407,6 @@ def test_a_stream_cut_anywhere_is_refused_or_read_as_far_as_it_goes() -> None:
             assert memory.read(address, length) == full.read(address, length)
 
 
-@settings(max_examples=300)
 @given(st.data())
 def test_damage_anywhere_is_an_error_of_ours_or_no_error(data: st.DataObject) -> None:
     base = bytearray(FUZZ_BASE)
@@ -436,7 +435,6 @@ FUZZ_BASE = fuzz_base()
 FUZZ_PLACES = [n for n, byte in enumerate(FUZZ_BASE) if byte or n < 300 or n > len(FUZZ_BASE) - 900]
 
 
-@settings(max_examples=200)
 @given(st.data())
 def test_a_damaged_cache_is_an_error_and_never_another_memory(data: st.DataObject) -> None:
     memory = open_bytes(FUZZ_BASE)
@@ -637,7 +635,6 @@ def scan_memory() -> GuestMemory:
 
 
 @given(st.integers(1, 3 * MiB), st.integers(0, 9000), st.booleans())
-@settings(max_examples=50)
 def test_chunks_own_every_byte_once_or_leave_out_only_zeros(size: int, overlap: int, elide: bool) -> None:
     memory = SCANNED
     size = max(size, 4096)

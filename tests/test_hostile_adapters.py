@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import hostile, qemu
+from tests import hostile, qemu, traps
 from tests.conformance import ADAPTERS, Adapter, Reader, need
 from tests.hostile import IMAGES, Answer
+from tests.tiers import quick
 from tests.traps import TRAPS
 
 pytestmark = qemu.requires_qemu
@@ -47,7 +48,7 @@ def assert_answer(adapter: Adapter, reader: Reader, wanted: Answer) -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
-@pytest.mark.parametrize("ident", ROWS)
+@pytest.mark.parametrize("ident", quick(ROWS, [*hostile.REPRESENTATIVE, *traps.REPRESENTATIVE]))
 def test_every_adapter_gives_the_stated_outcome(ident: str, adapter: Adapter, tmp_path: Path) -> None:
     need(adapter)
     wanted, build = ROWS[ident]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
@@ -139,7 +139,6 @@ def test_tables_that_map_nothing_are_told_from_those_that_map_zeros_as_qemu_does
 _ANY_TABLE = st.sampled_from([ZEROS, ZEROS_TOO, HOLES, HOLES_TOO, table(0, 1), b"", "data"])
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(_ANY_TABLE, min_size=1, max_size=12), st.integers(0, 12 * SPAN), st.integers(1, 12 * SPAN))
 def test_runs_are_what_the_clusters_say_one_by_one(contents: list[bytes | str], start: int, length: int) -> None:
     builder = Builder(cluster_bits=9, size=12 * SPAN)
@@ -227,7 +226,6 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shape", _SHAPES)
 def test_what_whole_tables_prove_equal_is_what_their_runs_prove_equal(shape: str) -> None:
-    @settings(max_examples=25, deadline=None)
     @given(st.data(), st.sampled_from([None, 0.5, 1.5, 2]))
     def hold(data: st.DataObject, backing: float | None) -> None:
         _hold_tables_against_runs(shape, data, backing)
@@ -542,7 +540,6 @@ _CLUSTER = st.sampled_from([bytes(512), b"\xff" * 512, b"\x55" * 512, b"\x80" + 
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(-2, 3), min_size=1, max_size=6),
     st.lists(_CLUSTER, min_size=1, max_size=4),
@@ -700,7 +697,6 @@ def test_the_slots_of_a_luks_header_share_one_allowance(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=80), st.integers(0, 255))
-@settings(max_examples=60, deadline=None)
 def test_refcounts_past_the_end_are_those_of_each_slot_looked_at_alone(slots: list[int], start: int) -> None:
     """A refcount table names a few blocks again and again; between them none, an unaligned and a lost one."""
     blank = BytesSource(_blank_image())
@@ -756,7 +752,6 @@ def test_a_refcount_table_that_names_one_block_a_million_times_is_counted_in_pie
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 4), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
 def test_refcount_blocks_counted_in_pieces_are_those_counted_at_once(slots: list[int], order: int, piece: int) -> None:
     first = len(_blank_image(order))
     data = _with_refcount_table([0, *(first + 512 * slot for slot in slots)], bytes(512 * 5), order)

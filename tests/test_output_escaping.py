@@ -24,6 +24,7 @@ from qcow2_forensics.errors import Qcow2Error
 from qcow2_forensics.text import printable
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_FEATURE_NAMES, Builder, Poke
+from tests.tiers import quick
 
 TEXTS = {
     "terminal": b"\x1b[2J\x1b]0;owned\x07",
@@ -56,7 +57,11 @@ TEXTS = {
 }
 
 
-@pytest.fixture(params=TEXTS)
+# One of each kind of danger; the rest is left to the slow tests.
+REPRESENTATIVE = ["terminal", "lines", "bidi", "formula", "markup", "bytes", "nul", "body", "long"]
+
+
+@pytest.fixture(params=quick(TEXTS, REPRESENTATIVE))
 def text(request: pytest.FixtureRequest) -> bytes:
     return TEXTS[request.param]
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
@@ -137,7 +137,6 @@ def _by_runs(image: Image, data: bytes) -> set[tuple[str, int]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.none() | st.lists(_ENTRY | _BAD, min_size=1, max_size=64), min_size=1, max_size=4),
     st.integers(0, 5 * 64),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics.census import take_census
@@ -173,7 +173,6 @@ KINDS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     names=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=30),
     cut=st.integers(0, SIZE - 1),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
@@ -256,7 +256,6 @@ PATTERNS = [
 ]
 
 
-@settings(max_examples=25)
 @given(
     st.dictionaries(st.integers(0, 1535), st.sampled_from([0, 1, 2048, 4094, 4095]), max_size=6),
     st.sampled_from(PATTERNS),

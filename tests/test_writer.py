@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
@@ -91,7 +91,6 @@ def _tree_hash(data: bytes) -> str:
     return level[0].hex()
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0, 0, 7]), st.integers(0, 5 * MiB)), max_size=4))
 def test_the_tree_hash_is_that_of_all_bytes_whatever_are_holes(runs: list[tuple[int, int]]) -> None:
     tree = TreeHash()

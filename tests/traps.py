@@ -51,6 +51,17 @@ class Trap:
 
 TRAPS: dict[str, Trap] = {}
 
+# For matrices that are large: see tests/tiers.py. SNAPSHOTS-65536 and BOMB are for those that measure work.
+REPRESENTATIVE = [
+    "REFCOUNT-1-SHARED",
+    "BITMAP-TABLE",
+    "LOOP",
+    "NAME-1023",
+    "EXTENSION-HIDDEN",
+    "SPARSE-15T",
+    "BACKING-FIFO",
+]
+
 
 def _trap(
     ident: str,

@@ -6,6 +6,7 @@ is meant.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.snapshot_table import SnapshotEntry
+from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
 from .opening import only_os_errors, passwords_of
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from qcow2_forensics.findings import Finding, Report
     from qcow2_forensics.recovery import RecoveredState
     from qcow2_forensics.residue import DeletedSnapshot
+
+logger = logging.getLogger("dfvfs_qcow2")
 
 
 def qcow_path_specs(path_spec: Any) -> Iterator[Any]:
@@ -45,9 +49,18 @@ def open_image(path_spec: Any, resolver_context: Any = None) -> Image:
 
 
 def snapshots(path_spec: Any, resolver_context: Any = None) -> tuple[SnapshotEntry, ...]:
-    """Return the entries of the image's snapshot table; raises OSError."""
+    """Return the entries of the image's snapshot table; raises OSError.
+
+    Where the table can be read in part, what can be read is returned, with a warning to the log.
+    """
     with only_os_errors():
-        return open_image(path_spec, resolver_context).snapshots
+        image = open_image(path_spec, resolver_context)
+        problem = image.unreadable("snapshots")
+        if problem is not None and not image.snapshots:
+            raise problem.error()
+        if problem is not None:
+            logger.warning("%s: snapshots are missing: %s", printable(image.name), problem.error())
+        return image.snapshots
 
 
 def deleted_snapshots(path_spec: Any, resolver_context: Any = None) -> list[DeletedSnapshot]:

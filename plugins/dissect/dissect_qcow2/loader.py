@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from dissect.target.loader import Loader
 
 from qcow2_forensics import Image, Qcow2Error, open_image
 from qcow2_forensics.reader import states
+from qcow2_forensics.text import printable
 
 from .container import MAGIC, Qcow2Container
 
 SCHEME = "qcow2"
+log = logging.getLogger("dissect_qcow2")
 
 
 class Qcow2Loader(Loader):
@@ -36,6 +39,9 @@ class Qcow2Loader(Loader):
             try:
                 with path.open("rb") as stream, open_image(stream) as image:
                     names = list(state_names(image))
+                    problem = image.unreadable("snapshots")
+                    if problem is not None:
+                        log.warning("%s: snapshots are missing: %s", printable(str(path)), problem.error())
             except Qcow2Error:
                 names = []  # the active state, opened below, raises what is wrong
             yield from (path / name for name in names)

@@ -195,18 +195,19 @@ def states(
 
     ``recovered`` adds the states that can be put together from what is left of a damaged image, which needs no
     header and reads the whole file. ``unreadable`` is that of :class:`Img_Info`.
-    Each is open until the caller closes it or lets it go. ``state.state`` is what to call it.
+    Each is open until the caller closes it or lets it go. ``state.state`` is what to call it. Where the
+    snapshot table cannot be read to its end, ``IOError`` follows the states that can be; with ``recovered``, a warning.
     """
     # One source for all of them: states of one file object must not move its position under each other.
     origin = as_source(path) if hasattr(path, "seek") else path
     try:
         with open_metadata(origin) as image:
-            entries = image.snapshots
+            entries, unread = image.snapshots, image.unreadable("snapshots")
             listed: tuple[SnapshotEntry | None, ...] = (*entries, None)
     except Qcow2Error as error:
         if not recovered or not isinstance(error, NotQcow2):
             raise as_io_error(error) from error.__cause__
-        entries, listed = (), ()
+        entries, listed, unread = (), (), None
     label = labels(entries)
     base: Disk | None = None  # of which the other states are read without opening the image again
     for wanted in listed:
@@ -220,6 +221,10 @@ def states(
             raise as_io_error(error) from error.__cause__
         image._label = label(wanted)
         yield image
+    if unread is not None and not recovered:
+        raise as_io_error(unread.error())
+    if unread is not None:
+        logging.getLogger("pytsk3_qcow2").warning("snapshots are missing: %s", unread.error())
     if recovered:
         yield from _recovered(origin, passphrase, resolver, unreadable)
 

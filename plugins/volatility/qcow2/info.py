@@ -66,7 +66,10 @@ def _image_facts(image: Image) -> Facts:
     yield "image", "version", str(header.version), None, None
     yield "image", "virtual disk", "", None, header.size
     yield "image", "cluster", "", None, image.cluster_size
-    yield "image", "snapshots", str(len(image.snapshots)), None, None
+    count = str(len(image.snapshots))
+    if image.unreadable("snapshots"):
+        count = f"unknown: {count} can be read"
+    yield "image", "snapshots", count, None, None
     for name, value in (("backing file", image.backing_name), ("data file", image.data_file_name)):
         if value is not None:
             yield "image", name, printable(value), None, None

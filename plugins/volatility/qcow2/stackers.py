@@ -151,6 +151,8 @@ def _disk(
             f"its {len(image.snapshots)} snapshot(s) hold no memory: QEMU keeps the memory of all of a machine's "
             "disks in one of them, usually the first writable one"
         )
+    elif image.unreadable("snapshots"):
+        memory = "its snapshot table cannot be read"
     else:
         memory = "it has no snapshot with memory"
     common.warn(

@@ -43,14 +43,20 @@ def identity(facts: Facts, name: str) -> dict[str, Value]:
     }
     if facts.has_geometry:
         known["cluster_size"] = header.cluster_size
-        known["snapshots"] = _readable(lambda: len(image.snapshots))
-        known["bitmaps"] = _readable(lambda: len(image.bitmaps))
+        known["snapshots"] = _readable(lambda: _counted(image, "snapshots"))
+        known["bitmaps"] = _readable(lambda: _counted(image, "bitmaps"))
     known["backing_file"] = _readable(lambda: image.backing_name)
     known["backing_format"] = _readable(lambda: image.backing_format)
     known["data_file"] = _readable(lambda: image.data_file_name) if header.external_data else None
     known["encryption"] = {0: None, 1: "aes", 2: "luks"}.get(header.crypt_method, str(header.crypt_method))
     known["refcount_bits"] = header.refcount_bits if header.version > 1 and header.refcount_order <= 6 else None
     return known
+
+
+def _counted(image: Image, part: str) -> int:
+    """Return how many snapshots or bitmaps there are; raises where their table cannot be read to its end."""
+    image.require(part)
+    return len(image.snapshots if part == "snapshots" else image.bitmaps)
 
 
 def _readable(question: Callable[[], Value]) -> Value:

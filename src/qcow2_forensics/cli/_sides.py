@@ -92,6 +92,7 @@ def sides_of(args: argparse.Namespace, stack: ExitStack) -> Sides:
 
 def _default(image: Image, second: Choice) -> Choice:
     """Return the earlier state where none is named."""
+    image.require("snapshots")  # which one is the last, or that there is none, is otherwise unknown
     if image.snapshots:
         return image.snapshots[-1] if second is None else None
     if image.backing_name is None:
@@ -138,6 +139,8 @@ def _bitmap(path: str, text: str) -> BitmapEntry | None:
             return None
         name = text.removeprefix(BITMAP)
         found = [bitmap for bitmap in image.bitmaps if bitmap.name == name]
+        if not found:
+            image.require("bitmaps")
         if len(found) != 1:
             held = ", ".join(cut(bitmap.name) for bitmap in image.bitmaps[:20]) or "none"
             raise Qcow2Error(

@@ -81,39 +81,53 @@ def collect(image: Image) -> dict[str, Any]:
             {"kind": row.kind, "bit": row.bit, "name": row.name.decode("utf-8", "surrogateescape")}
             for row in image.feature_names
         ],
-        "snapshots": [
-            {
-                "id": entry.id,
-                "name": entry.name,
-                "offset": entry.offset,
-                "l1_table_offset": entry.l1_table_offset,
-                "l1_size": entry.l1_size,
-                "date": snapshot_date(entry.date_sec, entry.date_nsec),
-                "date_sec": entry.date_sec,
-                "date_nsec": entry.date_nsec,
-                "vm_clock_nsec": entry.vm_clock_nsec,
-                "vm_state_size": entry.vm_state_size,
-                "disk_size": entry.disk_size,
-                "icount": entry.icount,
-            }
-            for entry in (image.snapshots if sane else ())
-        ],
-        "bitmaps": [
-            {
-                "name": entry.name,
-                "offset": entry.offset,
-                "granularity": entry.granularity,
-                "flags": _flags(BitmapFlag, entry.flags),
-                "table_offset": entry.table_offset,
-                "table_size": entry.table_size,
-            }
-            for entry in (image.bitmaps if sane else ())
-        ],
+        "snapshots": _snapshots(image) if sane else None,
+        "bitmaps": _bitmaps(image) if sane else None,
         "problems": [
             {"code": problem.code, "message": problem.message, "offset": problem.offset} for problem in image.problems
         ],
     }
     return facts
+
+
+def _snapshots(image: Image) -> list[dict[str, Any]] | None:
+    """Return the snapshots, None where nothing of their table can be read."""
+    if not image.snapshots and image.unreadable("snapshots"):
+        return None
+    return [
+        {
+            "id": entry.id,
+            "name": entry.name,
+            "offset": entry.offset,
+            "l1_table_offset": entry.l1_table_offset,
+            "l1_size": entry.l1_size,
+            "date": snapshot_date(entry.date_sec, entry.date_nsec),
+            "date_sec": entry.date_sec,
+            "date_nsec": entry.date_nsec,
+            "vm_clock_nsec": entry.vm_clock_nsec,
+            "vm_state_size": entry.vm_state_size,
+            "disk_size": entry.disk_size,
+            "icount": entry.icount,
+        }
+        for entry in image.snapshots
+    ]
+
+
+def _bitmaps(image: Image) -> list[dict[str, Any]] | None:
+    """Return the persistent bitmaps, None where nothing of their directory can be read."""
+    if not image.bitmaps and image.unreadable("bitmaps"):
+        return None
+    return [
+        {
+            "name": entry.name,
+            "offset": entry.offset,
+            "granularity": entry.granularity,
+            "flags": _flags(BitmapFlag, entry.flags),
+            "table_offset": entry.table_offset,
+            "table_size": entry.table_size,
+        }
+        for entry in image.bitmaps
+    ]
 
 
 def _field_value(header: Header, name: str) -> int | str:
@@ -155,6 +169,7 @@ def _as_text(facts: dict[str, Any]) -> str:
     if facts["extensions"]:
         lines.append("extensions")
         lines += [f"  {e['offset']:#06x}  {e['name']:24} {e['length']} bytes" for e in facts["extensions"]]
+    lines += [f"{key:16} unknown: they cannot be read" for key in ("snapshots", "bitmaps") if facts[key] is None]
     if facts["snapshots"]:
         lines.append("snapshots")
         lines += [

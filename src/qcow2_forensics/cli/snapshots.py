@@ -18,6 +18,7 @@ _EPILOG = """examples:
   qcow2-forensics snapshots damaged.qcow2 --recovered
   qcow2-forensics snapshots disk.qcow2 --format jsonl | jq -r .name
 """
+_UNKNOWN = {"text": "unknown: the snapshot table cannot be read", "json": "null"}
 _NAME_SHOWN = 40  # characters of an ID or a name in the table for people
 
 
@@ -52,9 +53,11 @@ def run(args: argparse.Namespace) -> int:
         rows = [facts_of(entry) for entry in image.snapshots]
         if args.deleted:
             rows += _deleted(image)
-        problem = next((found for found in image.problems if "snapshots" in found.blocks), None)
-    if args.format == "text" and not rows:
-        print("no snapshots")
+        problem = image.unreadable("snapshots")
+    if problem is not None and not rows and args.format in _UNKNOWN:
+        print(_UNKNOWN[args.format])
+    elif args.format == "text" and not rows:
+        print("no snapshots" if args.deleted else "no snapshots (--deleted looks for those that were deleted)")
     else:
         write_table(rows, _TABLE, args.format, sys.stdout)
     if problem is not None:

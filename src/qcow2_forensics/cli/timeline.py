@@ -90,13 +90,16 @@ def run(args: argparse.Namespace) -> int:
     with Image(args.image) as image:
         events = list(image_events(image, _modified(args.image)))
         snapshots = image.snapshots
+        unread = [problem for part in ("snapshots", "bitmaps") if (problem := image.unreadable(part)) is not None]
     for event in events:
         print(_event_body(event) if args.format == "body" else _event_json(event, args.image))
+    for problem in unread:
+        _files.complain(f"dated facts are missing: {problem.error()}")
+    code = 2 if unread else 0
     if args.no_files:
-        return 0
+        return code
     label = labels(snapshots)
     states: list[Choice] = [chosen(args.image, text) for text in args.state] or [*snapshots, None]
-    code = 0
     with ExitStack() as stack:
         base: Disk | None = None  # of which the other states are read without opening the image again
         for state in states:

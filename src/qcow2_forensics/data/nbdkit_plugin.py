@@ -17,6 +17,7 @@ be installed there, or PYTHONPATH must name where it is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,9 @@ def list_exports(readonly: bool, is_tls: bool) -> Iterator[tuple[str, str]]:  # 
     with q.open_image(settings["image"]) as image:
         for entry in image.snapshots:
             yield printable(entry.id), f"snapshot {printable(entry.name)}"
+        problem = image.unreadable("snapshots")
+        if problem is not None:
+            print(f"qcow2-forensics: snapshots are missing from the list: {problem.error()}", file=sys.stderr)
 
 
 def open(readonly: bool) -> q.Disk:  # noqa: A001, ARG001 - nbdkit's names

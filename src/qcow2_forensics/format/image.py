@@ -204,6 +204,15 @@ class Image:
 
     def require(self, *parts: str) -> None:
         """Raise the first problem that makes one of ``parts`` unsound to read."""
+        problem = self.unreadable(*parts)
+        if problem is not None:
+            raise problem.error()
+
+    def unreadable(self, *parts: str) -> Problem | None:
+        """Return the first problem that makes one of ``parts`` unsound to read, None where they can be read.
+
+        Ask it before saying that there are no ``"snapshots"`` or no ``"bitmaps"``.
+        """
         wanted = set(parts)
         known = self.header_problems
         if any(part.startswith(SNAPSHOTS[:-1]) for part in wanted):
@@ -212,7 +221,8 @@ class Image:
             known += self._bitmap_directory[1]
         for problem in known:
             if problem.blocks & wanted:
-                raise problem.error()
+                return problem
+        return None
 
     # --- life ----------------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ its reason, and no look at the folder makes anybody wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import Qcow2Error
+from ..errors import NotQcow2, Qcow2Error
 from ..findings import Report, __version__
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
@@ -94,6 +94,10 @@ class ImageFolder:
         modified = Path(self._path).stat().st_mtime_ns
         for state in _states(self._path, modified, self._openers):
             self._add_state(state)
+        with suppress(NotQcow2), Image(self._path) as image:
+            problem = image.unreadable("snapshots")
+            if problem is not None:
+                self.missing.append(f"snapshots: {problem.error()}")
         if not self.files:
             raise Qcow2Error("; ".join(self.missing))
         if self._openers.report is not None:

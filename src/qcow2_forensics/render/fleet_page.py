@@ -54,7 +54,7 @@ def _images(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             ("image", markup(image.get("path"), 4096)),
             ("file", _bytes(image.get("file_size"))),
             ("disk", _bytes(image.get("virtual_size"))),
-            ("snapshots", markup(image.get("snapshots") or "")),
+            ("snapshots", markup("unknown" if image.get("snapshots", 0) is None else image.get("snapshots") or "")),
             ("findings", markup(shown + more)),
         )
         yield (

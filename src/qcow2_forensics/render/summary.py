@@ -23,6 +23,8 @@ def heading(report: Report) -> str:
         count = image.get(key)
         if isinstance(count, int) and count:
             parts.append(f"{count} {one if count == 1 else many}")
+        elif count is None and key in image:
+            parts.append(f"an unknown number of {many}")
     if image.get("backing_file"):
         parts.append("with a backing file")
     if image.get("data_file"):
