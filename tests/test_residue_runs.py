@@ -168,6 +168,65 @@ def test_bytes_of_a_data_file_that_the_image_does_not_show_are_one_piece(tmp_pat
     ]
 
 
+# --- former states ---------------------------------------------------------------------------------
+
+KEEP = {"pass-discard-snapshot": "off", "discard": "ignore"}  # what a deletion frees keeps its bytes
+LONG_L1 = [{"cluster_size": "512"}, {"cluster_size": "4k", "size": "1200M"}]  # of more than a cluster
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("options", OPTIONS + LONG_L1[1:], ids=lambda options: "-".join(options.values()))
+def test_pieces_of_a_deleted_snapshot_have_the_guest_offsets_it_gave_them(
+    options: dict[str, str], tmp_path: Path
+) -> None:
+    size = options.get("size", "4M")
+    path = qemu.create(tmp_path / "disk.qcow2", size, **{key: options[key] for key in options if key != "size"})
+    units = int(options["cluster_size"].removesuffix("k")) * (1 if options["cluster_size"] == "512" else 1024)
+    qemu.io(path, *commands(5, 4 * MiB, units, count=20), "write -P 3 1M 300k", "write -P 4 3M 64k")
+    qemu.snapshot(path, "one")
+    before = qemu.raw_bytes(path, snapshot="one")
+    with Image(path) as image:
+        guests = {entry & HOST: guest for guest, entry, _ in _entries(image) if entry & HOST}
+    qemu.io(path, *commands(6, 4 * MiB, units, count=20), "write -P 5 900k 400k", "write -P 6 3M 16k")
+    qemu.snapshot(path, "one", action="-d", opts=KEEP)
+    known = 0
+    with residue(path) as found:
+        items = [item for item in found.unclaimed() if item.kind in ("free", "trailing") and item.looks == "data"]
+        for piece in items:
+            # Cluster by cluster, so that the whole of a piece is held against the tables.
+            for at in range(0, piece.length, units):
+                wanted = guests.get(piece.offset + at)
+                assert wanted == (None if piece.guest_offset is None else piece.guest_offset + at)
+            if piece.guest_offset is not None:
+                known += piece.length
+                if "extended_l2" not in options:  # whose unallocated subclusters the state does not show
+                    assert found.read(piece) == before[piece.guest_offset :][: piece.length]
+    assert known >= 64 * 1024
+    ends = {
+        (item.offset + item.length, None if item.guest_offset is None else item.guest_offset + item.length)
+        for item in items
+    }
+    assert not ends & {(item.offset, item.guest_offset) for item in items if not item.signature}
+
+
+@qemu.requires_qemu
+def test_a_former_l1_table_whose_snapshot_entry_is_gone_gives_guest_offsets(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", 4 * MiB)
+    qemu.io(path, "write -P 7 1M 128k")
+    qemu.snapshot(path, "one")
+    qemu.io(path, "write -P 8 1M 128k")
+    with Image(path) as image:
+        entry = image.snapshots[0].offset
+    qemu.snapshot(path, "one", action="-d", opts=KEEP)
+    data = bytearray(path.read_bytes())
+    data[entry : entry + 40] = bytes(40)  # the entry is gone, the tables are not
+    path.write_bytes(data)
+    with residue(path) as found:
+        assert not found.entries()[0]
+        known = [(item.guest_offset, item.length) for item in found.unclaimed() if item.guest_offset is not None]
+    assert known == [(MiB, 128 * 1024)]
+
+
 # --- what a piece says -----------------------------------------------------------------------------
 
 _PARTS = st.lists(

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from qcow2_forensics.census import take_census
 from qcow2_forensics.format.image import Image
+from qcow2_forensics.format.snapshot_table import SnapshotEntry
 from qcow2_forensics.format.source import BytesSource, FileSource, Source
-from qcow2_forensics.residue import content, former_clusters, former_tables, scan, structure_detection
+from qcow2_forensics.residue import Residue, content, former_clusters, former_tables, scan, structure_detection
 from qcow2_forensics.residue.model import Piece
 from tests.image_builder import COMPRESSED, COPIED, Builder
 
@@ -76,7 +77,8 @@ def _counts_are_likely(data: bytes, order: int) -> bool:
     def of(width: int) -> bool:
         counts = [int.from_bytes(data[at : at + width], "big") for at in range(0, len(data), width)]
         used = [count for count in counts if count]
-        return len(used) >= 4 and max(used) <= 64 and used.count(1) * 2 >= len(used)
+        most = max(used.count(count) for count in range(1, 2 if width == 1 else 9))
+        return len(used) >= 4 and max(used) <= 64 and most * 2 >= len(used)
 
     return any(of(width) for width in ((1, 2, 4, 8) if order == 3 else (2, 4, 8)))
 
@@ -115,7 +117,7 @@ def test_rows_are_sound_tables_exactly_when_each_entry_is(name: str, rows: list[
 
 @pytest.mark.parametrize("order", [3, 4, 6])
 @given(rows=st.lists(COUNTERS, min_size=1, max_size=5), width=st.sampled_from([1, 2, 4, 8]))
-def test_rows_are_refcount_blocks_exactly_when_their_counts_are_small_and_mostly_one(
+def test_rows_are_refcount_blocks_exactly_when_their_counts_are_small_and_mostly_the_same(
     order: int, rows: list[list[int]], width: int
 ) -> None:
     data = b"".join(b"".join(count.to_bytes(width, "big") for count in row) * (8 // width) for row in rows)
@@ -144,9 +146,15 @@ def _image(clusters: Iterable[bytes]) -> bytes:
 BLANK = _image([])
 
 
-def _found(source: Source) -> list[scan.Found]:
+def _found(source: Source) -> list[Piece]:
+    return list(Residue(Image(source)).unclaimed())
+
+
+def _entries(source: Source) -> list[SnapshotEntry]:
+    """Return the snapshot entries in free space, those of equal entries too."""
     image = Image(source)
-    return list(scan.unclaimed(image, take_census(image)))
+    each = (seen.snapshots.values() for _, seen in scan.tables(image, take_census(image)))
+    return [entry for found in each for entries in found for entry in entries]
 
 
 def _words(*words: int) -> bytes:
@@ -191,10 +199,10 @@ def test_pieces_are_the_same_however_many_clusters_are_looked_at_together(
     _tile(whole, data[: len(data) - cut])
 
 
-def _tile(found: list[scan.Found], data: bytes) -> None:
+def _tile(found: list[Piece], data: bytes) -> None:
     """Hold pieces against the bytes: they rise, none is lost that is not zero, and their facts are counted."""
     at = len(BLANK)
-    for piece, *_ in found:
+    for piece in found:
         assert not any(data[at : piece.offset])
         here = data[piece.offset : piece.offset + piece.length]
         facts = content.describe(here)
@@ -221,7 +229,7 @@ def test_each_kind_of_cluster_is_told_as_what_it_is() -> None:
         "vm state",
     ]
     found = _found(BytesSource(_image(KINDS[name] for name in order)))
-    told = [(piece.looks, (piece.offset - _AT) // SIZE, piece.length // SIZE, piece.signature) for piece, *_ in found]
+    told = [(piece.looks, (piece.offset - _AT) // SIZE, piece.length // SIZE, piece.signature) for piece in found]
     assert told == [
         ("data", 0, 2, ""),
         ("l2", 2, 1, ""),
@@ -233,30 +241,29 @@ def test_each_kind_of_cluster_is_told_as_what_it_is() -> None:
         ("data", 9, 2, "ELF"),
         ("vm-state", 11, 1, "QEMU VM state"),
     ]
-    pieces: list[Piece] = [piece for piece, *_ in found]
-    assert [(piece.entries, piece.intact, piece.zero_only) for piece in pieces[1:5]] == [
+    assert [(piece.entries, piece.intact, piece.zero_only) for piece in found[1:5]] == [
         (3, 2, False),
         (2, 0, True),
         (3, 2, False),
         (1, 1, False),
     ]
-    assert [entry.name for _, snapshots, _ in found for entry in snapshots] == ["gone"]
+    assert [entry.name for entry in _entries(BytesSource(_image(KINDS[name] for name in order)))] == ["gone"]
 
 
 def test_what_an_l2_table_names_is_not_looked_for_in_the_image_when_data_is_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = BytesSource(_image(KINDS[name] for name in ("l1", "text", "text", "text", "l2")))
-    assert [piece.intact for piece, *_ in _found(data)] == [1, 0, 2]
+    assert [(piece.looks, piece.intact) for piece in _found(data)] == [("l1", 1), ("data", 0), ("data", 0), ("l2", 2)]
     monkeypatch.setattr(
         structure_detection.Geometry, "of", lambda _image: GEOMETRY._replace(file_size=data.size, external_data=True)
     )
-    assert [piece.intact for piece, *_ in _found(data)] == [1, 0, 0]
+    assert [(piece.looks, piece.intact) for piece in _found(data)] == [("l1", 1), ("data", 0), ("l2", 0)]
 
 
 def test_an_l1_table_is_one_only_when_what_it_names_are_tables() -> None:
     names = ["l1", "text", "text", "text", "text"]
-    assert [piece.looks for piece, *_ in _found(BytesSource(_image(KINDS[name] for name in names)))] == ["l2", "data"]
+    assert [piece.looks for piece in _found(BytesSource(_image(KINDS[name] for name in names)))] == ["l2", "data"]
 
 
 class Counted:
@@ -283,9 +290,9 @@ def test_thousands_of_small_clusters_are_read_together_and_what_they_name_once(k
     source = Counted(FileSource(path))
     image = Image(source)
     census, before = take_census(image), source.reads
-    found = list(scan.unclaimed(image, census))
-    assert sum(piece.length for piece, *_ in found) == count * SIZE
-    assert len(found) == (1 if kind == "text" else count)
+    found = list(Residue(image, census=census).unclaimed())
+    assert sum(piece.length for piece in found) == count * SIZE
+    assert len(found) == (1 if kind in ("text", "boot") else count)
     assert source.reads - before < 50 + (count if kind in clusters else 0)
 
 
@@ -293,8 +300,8 @@ def test_entries_of_a_file_that_is_full_of_them_are_looked_at_up_to_a_limit(monk
     entry = _snapshot_entry().rstrip(b"\0")
     cluster = (entry.ljust(64, b"\0") * 9)[:SIZE]
     data = _image([cluster] * 20)
-    assert sum(len(snapshots) for _, snapshots, _ in _found(BytesSource(data))) == 160
+    assert len(_entries(BytesSource(data))) == 160
     monkeypatch.setattr(former_tables, "_ENTRIES", 24)
     found = _found(BytesSource(data))
-    assert [piece.entries for piece, *_ in found] == [8, 8, 8] + [1] * 17
-    assert {piece.looks for piece, *_ in found} == {"snapshot-table"}
+    assert [piece.entries for piece in found] == [8, 8, 8] + [1] * 17
+    assert {piece.looks for piece in found} == {"snapshot-table"}

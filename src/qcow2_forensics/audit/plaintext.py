@@ -9,6 +9,7 @@ import numpy as np
 from ..census import IndexMap, Tables
 from ..census.columns import Places
 from ..findings import Evidence, Selection, Severity
+from ..format.header import SECTOR
 from ..format.image import Image
 from ..limits import KiB
 from ..residue import content
@@ -22,7 +23,7 @@ rule = Chapter(__name__, "Plain text in encrypted images")
 _SAMPLE = 4 * KiB  # bytes looked at of each cluster
 _SAMPLES = 1 << 17  # clusters looked at
 _BATCH = 256  # clusters looked at together
-_LOW_ENTROPY = 7.0  # bits per byte; 4 KiB of ciphertext have 7.95
+_LOW_ENTROPY = 7.0  # bits per byte; 4 KiB of ciphertext have 7.95, a sector of it 7.6
 
 
 @rule(
@@ -70,7 +71,7 @@ class StoredClusters:
     "clusters of an encrypted image are not encrypted",
     note="consistent with an edited crypt_method, or with data older than the encryption",
     when="of up to 131,072 clusters that are not zeros, evenly chosen, the first 4 KiB of one have little entropy",
-    harmless="clusters of zeros and preallocated ones are left out",
+    harmless="sectors of zeros, as in preallocated clusters, are left out",
     depth=Depth.DEEP,
     needs="census",
 )
@@ -86,9 +87,12 @@ def plaintext_content(facts: Facts) -> Iterator[Evidence]:
         batch = chosen[first : first + _BATCH]
         data = np.frombuffer(b"".join(facts.read(host, _SAMPLE) for host in batch.tolist()), np.uint8)
         counts = content.histograms(data.reshape(len(batch), -1), np.arange(len(batch)))
+        # Sectors are encrypted one by one: those of zeros were never written.
+        blank = ~data.reshape(len(batch), -1, SECTOR).any(axis=2)
+        counts[:, 0] -= blank.sum(axis=1) * SECTOR
         entropies = content.entropies(counts)
         # A signature of two or three bytes comes up by chance among many clusters of ciphertext.
-        for row in np.flatnonzero((counts[:, 0] < _SAMPLE) & (entropies < _LOW_ENTROPY)).tolist():
+        for row in np.flatnonzero(counts.any(axis=1) & (entropies < _LOW_ENTROPY)).tolist():
             found.add((int(batch[row]), float(entropies[row])), int(batch[row]))
     mapping = facts.census.referrers({host // facts.cluster_size for host, _ in found.items})
     for host, entropy in found.items:

@@ -117,10 +117,10 @@ def survey_of(facts: Facts) -> _Survey:
 def _survey(facts: Facts) -> _Survey:
     residue = Residue(facts.image, census=facts.census)
     survey = _Survey()
-    for found in residue.unclaimed():
-        survey.groups[found.piece.kind, found.piece.looks].add(found.piece)
+    for piece in residue.unclaimed():
+        survey.groups[piece.kind, piece.looks].add(piece)
         if len(survey.ranges) < _RANGES:
-            survey.ranges.append((found.piece.offset, found.piece.length))
+            survey.ranges.append((piece.offset, piece.length))
     survey.snapshots, survey.bitmaps = residue.entries()
     facts.leave_out("former snapshot entries that were found and not looked at", residue.entries_left_out)
     survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size)

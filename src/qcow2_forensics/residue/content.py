@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 _SHORTEST_TEXT = 4  # bytes
 _LINE_BREAKS = dict.fromkeys(map(ord, "\r\n\t"))  # not printable, and in every text
 _WEAK = "boot sector"  # two bytes alone: one cluster of random bytes in 65,536 has them
+NO_START = ("", _WEAK)  # what :func:`signature` says of bytes that start no file for certain
 
 # (offset, magic, name), most specific first. Names are what an examiner calls the thing.
 SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -81,11 +82,21 @@ def describe(data: bytes) -> Content:
 
 
 def histograms(data: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Return how often each byte value occurs in each group of rows of bytes, given the group's number for each row."""
+    """Return how often each byte value occurs in each group of rows of bytes, given the number of each row's group from 0 on, rising.
+
+    Two bytes are counted at once where a group has many rows.
+    """
     import numpy as np
 
-    places = groups[:, None] * 256 + data
-    return np.bincount(places.reshape(-1), minlength=(int(groups.max()) + 1) * 256).reshape(-1, 256)
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    if len(starts) > len(data) // 8 + 1:
+        places = groups[:, None] * 256 + data
+        return np.bincount(places.reshape(-1), minlength=len(starts) * 256).reshape(-1, 256)
+    found = np.empty((len(starts), 256), np.intp)
+    for group, rows in enumerate(np.split(data, starts[1:])):
+        pairs = np.bincount(rows.reshape(-1).view(np.uint16), minlength=65536).reshape(256, 256)
+        found[group] = pairs.sum(axis=0) + pairs.sum(axis=1)
+    return found
 
 
 def entropy_of(counts: np.ndarray) -> float:
@@ -142,7 +153,7 @@ def signature(data: bytes) -> str:
 
 def starts_file(data: bytes) -> bool:
     """Whether ``data`` starts as a file of a known kind, by more than two bytes of it."""
-    return signature(data) not in ("", _WEAK)
+    return signature(data) not in NO_START
 
 
 def _boot_sector(head: bytes) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
-from ..census.columns import big_endian
 from ..format.bitmap_directory import BitmapEntry
 from ..format.entries import COPIED
 from ..format.image import Image
@@ -18,7 +17,7 @@ from . import structure_detection
 from .former_clusters import HOLDS_BYTES, IS_L2, IS_REFCOUNTS, Targets
 from .structure_detection import Bytes, Counts, Geometry, Mask, Words
 
-# What a cluster may look like, rising: the last of several that apply is told.
+# What a cluster may look like, rising: the last of several that apply is reported.
 LOOKS = ("data", "refcounts", "l2", "l1", "refcount-table", "bitmap-directory", "snapshot-table")
 _REFCOUNTS, _L2, _L1, _REFCOUNT_TABLE, _BITMAPS, _SNAPSHOTS = range(1, len(LOOKS))
 
@@ -28,22 +27,73 @@ _ENTRIES = 65_536  # places of one file looked at for snapshot or bitmap entries
 
 
 class Clusters(NamedTuple):
-    """Clusters of a file, a row each; what is missing of a cut one is zeros."""
+    """Clusters of a file that are not all zeros, a row each; what is missing of a cut one is zeros."""
 
     offsets: Counts
     data: Bytes
-    words: Words  # the same bytes
+    kinds: Counts  # why nothing refers to each, among those of pieces of residue
 
 
-class Seen(NamedTuple):
-    """What each of some clusters looks like."""
+class Looks(NamedTuple):
+    """What each of some clusters looks like, an array a column."""
 
     looks: npt.NDArray[np.int8]  # among LOOKS
     entries: Counts  # of a table
     intact: Counts  # of its first targets: nothing live uses them and they hold bytes
     zero_only: Mask  # an L2 table of zero flags alone
+
+    @classmethod
+    def data(cls, count: int) -> Looks:
+        """Return what clusters look like that are no tables."""
+        zeros = np.zeros(count, np.intp)
+        return cls(np.zeros(count, np.int8), zeros, zeros.copy(), np.zeros(count, np.bool_))
+
+    def of(self, rows: Counts | Mask) -> Looks:
+        """Return what some of them look like."""
+        return Looks(self.looks[rows], self.entries[rows], self.intact[rows], self.zero_only[rows])
+
+
+class Seen(NamedTuple):
+    """What some clusters look like, and by row the entries of those that are tables of them."""
+
+    looks: Looks
     snapshots: Mapping[int, list[SnapshotEntry]]
     bitmaps: Mapping[int, list[BitmapEntry]]
+
+
+class FormerTables:
+    """The clusters of a file that nothing refers to and that look like tables, by rising offset."""
+
+    def __init__(self, offsets: Counts, looks: Looks) -> None:
+        self.offsets = offsets
+        self.looks = looks
+
+    @classmethod
+    def joined(cls, parts: Sequence[FormerTables]) -> FormerTables:
+        """Return several, whose offsets rise from one to the next, as one."""
+        looks = [Looks.data(0), *(part.looks for part in parts)]
+        columns = Looks(
+            np.concatenate([one.looks for one in looks]),
+            np.concatenate([one.entries for one in looks]),
+            np.concatenate([one.intact for one in looks]),
+            np.concatenate([one.zero_only for one in looks]),
+        )
+        return cls(np.concatenate([np.empty(0, np.intp), *(part.offsets for part in parts)]), columns)
+
+    def at(self, offsets: Counts) -> Looks:
+        """Return what the clusters at some offsets look like."""
+        found = Looks.data(len(offsets))
+        places = np.searchsorted(self.offsets, offsets)
+        rows = np.flatnonzero(places < len(self.offsets))
+        rows = rows[self.offsets[places[rows]] == offsets[rows]]
+        for column, known in zip(found, self.looks, strict=True):
+            column[rows] = known[places[rows]]
+        return found
+
+    def l1_tables(self) -> Counts:
+        """Return the offsets of the clusters that look like L1 tables."""
+        found: Counts = self.offsets[self.looks.looks == _L1]
+        return found
 
 
 class Recogniser:
@@ -58,21 +108,23 @@ class Recogniser:
 
     def look(self, clusters: Clusters) -> Seen:
         """Return what clusters look like."""
-        count, words = len(clusters.offsets), clusters.words
-        zeros = np.zeros(count, np.intp)
-        seen = Seen(np.zeros(count, np.int8), zeros, zeros.copy(), np.zeros(count, np.bool_), {}, {})
-        seen.looks[structure_detection.refcount_rows(clusters.data, self._image.header.refcount_order)] = _REFCOUNTS
+        looks, behind = Looks.data(len(clusters.offsets)), self._behind(clusters)
+        width = clusters.data.shape[1] // 8
+        longer = np.empty((len(behind), width + behind.shape[1] // 8), np.uint64)
+        longer[:, :width], longer[:, width:] = clusters.data.view(">u8"), behind.view(">u8")
+        words = longer[:, :width]
+        looks.looks[structure_detection.refcount_rows(clusters.data, self._image.header.refcount_order)] = _REFCOUNTS
         rows = structure_detection.likely(structure_detection.l2_rows, words, self._geometry)
         found = structure_detection.l2_rows(words[rows], self._geometry)
-        self._note(seen, rows, found, found.tables & found.telling, np.full(len(rows), _L2))
+        self._note(looks, rows, found, found.tables & found.telling, np.full(len(rows), _L2))
         if self._geometry.external_data:
-            seen.intact[:] = 0  # what they name is in another file
+            looks.intact[:] = 0  # what they name is in another file
         rows = structure_detection.likely(structure_detection.l1_rows, words, self._geometry)
         found = structure_detection.l1_rows(words[rows], self._geometry)
         rows, found = rows[found.tables], found.only(found.tables)
-        looks = self._level1(words[rows], found)
-        self._note(seen, rows, found, looks != 0, looks)
-        return self._with_entries(seen, clusters)
+        level1 = self._level1(words[rows], found)
+        self._note(looks, rows, found, level1 != 0, level1)
+        return self._with_entries(looks, clusters, behind, longer)
 
     def l1_tables(self, words: Words) -> Mask:
         """Return which rows are L1 tables: the clusters they name look like L2 tables."""
@@ -82,12 +134,12 @@ class Recogniser:
         which[rows[self._level1(words[rows], found.only(found.tables)) == _L1]] = True
         return which
 
-    def _note(self, seen: Seen, rows: Counts, found: structure_detection.Rows, which: Mask, looks: Counts) -> None:
+    def _note(self, looks: Looks, rows: Counts, found: structure_detection.Rows, which: Mask, kinds: Counts) -> None:
         rows, found = rows[which], found.only(which)
-        seen.looks[rows] = looks[which]
-        seen.entries[rows] = found.entries
-        seen.zero_only[rows] = found.zero_plain == found.entries
-        seen.intact[rows] = self._intact(found.targets)
+        looks.looks[rows] = kinds[which]
+        looks.entries[rows] = found.entries
+        looks.zero_only[rows] = found.zero_plain == found.entries
+        looks.intact[rows] = self._intact(found.targets)
 
     def _level1(self, words: Words, found: structure_detection.Rows) -> Counts:
         """Return what rows that hold only sound L1 entries look like, judged by what these name; 0 for nothing."""
@@ -118,10 +170,9 @@ class Recogniser:
     def _numbers(self, offsets: Words) -> Counts:
         return (offsets >> np.uint64(self._geometry.cluster_bits)).astype(np.intp)
 
-    def _with_entries(self, seen: Seen, clusters: Clusters) -> Seen:
-        behind = self._behind(clusters)
-        words = np.concatenate((clusters.words, big_endian(behind.tobytes()).reshape(len(behind), -1)), axis=1)
-        places = structure_detection.entry_places(words, self._geometry, clusters.words.shape[1])
+    def _with_entries(self, looks: Looks, clusters: Clusters, behind: Bytes, words: Words) -> Seen:
+        """Return the looks with those of tables of entries, from clusters as words with those behind them."""
+        places = structure_detection.entry_places(words, self._geometry, clusters.data.shape[1] // 8)
         snapshots: dict[int, list[SnapshotEntry]] = {}
         bitmaps: dict[int, list[BitmapEntry]] = {}
         for row in sorted({*places[0], *places[1]}):
@@ -132,13 +183,13 @@ class Recogniser:
             snapshots[row] = structure_detection.snapshot_entries_at(data, here[0], base, self._geometry)
             bitmaps[row] = structure_detection.bitmap_entries_at(data, here[1], base, self._geometry)
             if snapshots[row] or bitmaps[row]:
-                seen.looks[row] = _SNAPSHOTS if snapshots[row] else _BITMAPS
-                seen.entries[row] = len(snapshots[row]) + len(bitmaps[row])
-                seen.intact[row], seen.zero_only[row] = 0, False
-        return seen._replace(snapshots=snapshots, bitmaps=bitmaps)
+                looks.looks[row] = _SNAPSHOTS if snapshots[row] else _BITMAPS
+                looks.entries[row] = len(snapshots[row]) + len(bitmaps[row])
+                looks.intact[row], looks.zero_only[row] = 0, False
+        return Seen(looks, snapshots, bitmaps)
 
     def _behind(self, clusters: Clusters) -> Bytes:
-        """Return the first bytes behind each cluster, zeros where something else stands there."""
+        """Return the first bytes behind each cluster, zeros where something else is there."""
         size = self._geometry.cluster_size
         behind = np.zeros((len(clusters.offsets), structure_detection.BEHIND), np.uint8)
         joined = np.flatnonzero(np.diff(clusters.offsets) == size)
@@ -151,5 +202,5 @@ class Recogniser:
 
 
 def _nth(rows: Counts) -> Counts:
-    """Return how many of the same number stand before each of some rising ones."""
+    """Return how many of the same number come before each of some rising ones."""
     return np.arange(len(rows)) - np.searchsorted(rows, rows)

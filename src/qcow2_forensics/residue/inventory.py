@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
+from typing import NamedTuple
 
 from ..census import Census, take_census
 from ..census.columns import big_endian, table_offsets
@@ -24,10 +26,11 @@ from ..reader.resolver import Resolver
 from ..reader.stand_in import misfit
 from ..reader.stream import SourceStream
 from ..reader.window import WindowSource
-from . import hidden, readability, slack, snapshot_entries, streams, structure_detection
+from . import hidden, readability, scan, slack, snapshot_entries, streams, structure_detection
 from .data_file import data_file_residue
+from .former_guests import former_guests
+from .former_tables import FormerTables
 from .model import Piece
-from .scan import Found, unclaimed
 from .snapshot_entries import DeletedSnapshot
 
 _OFFSET = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
@@ -35,6 +38,14 @@ _ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts 
 _DELETED = 1000  # former snapshots followed into their tables
 _BITMAPS = 1000  # former bitmaps followed into their tables
 _BITMAP_TABLE = 65_536  # entries of a former bitmap's table
+
+
+class _Former(NamedTuple):
+    """What is left of tables that nothing refers to."""
+
+    tables: FormerTables
+    snapshots: list[SnapshotEntry]
+    bitmaps: list[BitmapEntry]
 
 
 class Residue:
@@ -49,7 +60,6 @@ class Residue:
         self._given = census
         self._data = data
         self._files = ExitStack()
-        self._former: tuple[list[SnapshotEntry], list[BitmapEntry]] | None = None
         self.entries_left_out = 0  # former snapshot and bitmap entries found and dropped: there were too many
 
     @cached_property
@@ -63,8 +73,7 @@ class Residue:
         """Yield every piece of residue: slack first, then hidden bytes, then unclaimed clusters."""
         yield from self.slack()
         yield from self.hidden()
-        for found in self.unclaimed():
-            yield found.piece
+        yield from self.unclaimed()
 
     def slack(self) -> Iterator[Piece]:
         """Yield what stands behind the header and behind tables."""
@@ -82,22 +91,29 @@ class Residue:
         if self.image.header.external_data and self._data is not None:
             yield from data_file_residue(self.image, self._data, strict=False)
 
-    def unclaimed(self) -> Iterator[Found]:
-        """Yield what lies in clusters nothing refers to, with the table entries found there."""
+    def unclaimed(self) -> Iterator[Piece]:
+        """Yield what lies in clusters nothing refers to."""
         if self.image.header.version == 1:
             return
+        former = self._former
+        guests = former_guests(self.image, self.census, former.tables, former.snapshots)
+        yield from scan.unclaimed(self.image, self.census, former.tables, guests)
+
+    @cached_property
+    def _former(self) -> _Former:
+        """What looks like a table or like an entry of one in all free space; every cluster is looked at once."""
+        tables: list[FormerTables] = []
         snapshots: list[SnapshotEntry] = []
         bitmaps: list[BitmapEntry] = []
-        for found in unclaimed(self.image, self.census):
-            snapshots += found.snapshots
+        for found, seen in scan.tables(self.image, self.census) if self.image.header.version > 1 else ():
+            tables.append(found)
+            snapshots += itertools.chain.from_iterable(seen.snapshots.values())
+            more = list(itertools.chain.from_iterable(seen.bitmaps.values()))
             if len(snapshots) > 2 * _ENTRIES:
                 snapshots = self._thinned(snapshots)
-            self.entries_left_out += max(0, len(bitmaps) + len(found.bitmaps) - _ENTRIES)
-            bitmaps += found.bitmaps[: _ENTRIES - len(bitmaps)]
-            yield found
-        snapshots = self._thinned(snapshots)
-        # Kept, because reading all free space again for them would double the time.
-        self._former = self._with_slack(snapshots, bitmaps)
+            self.entries_left_out += max(0, len(bitmaps) + len(more) - _ENTRIES)
+            bitmaps += more[: _ENTRIES - len(bitmaps)]
+        return _Former(FormerTables.joined(tables), *self._with_slack(self._thinned(snapshots), bitmaps))
 
     def _thinned(self, snapshots: list[SnapshotEntry]) -> list[SnapshotEntry]:
         kept = snapshot_entries.most_plausible(self.image, snapshots, _ENTRIES)
@@ -108,10 +124,7 @@ class Residue:
 
     def entries(self) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
         """Return the former snapshot and bitmap entries in free space and behind the live tables."""
-        if self._former is None:
-            for _ in self.unclaimed():
-                pass  # the pass itself gathers them
-        return self._former or ([], [])
+        return self._former.snapshots, self._former.bitmaps
 
     def _with_slack(
         self, snapshots: list[SnapshotEntry], bitmaps: list[BitmapEntry]

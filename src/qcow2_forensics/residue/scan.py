@@ -1,5 +1,7 @@
 """Walks the host clusters nothing refers to and says what they hold, as runs of one kind.
 
+They are looked at twice: former tables say which place on a guest's disk the other clusters had.
+
 Clusters are looked at many at a time: small ones are many, and a crafted file is full of what looks
 like tables::
 
@@ -17,27 +19,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import Census
-from ..census.columns import big_endian
-from ..format.bitmap_directory import BitmapEntry
 from ..format.image import Image
-from ..format.snapshot_table import SnapshotEntry
 from ..limits import MiB
 from ..reader.host_holes import host_runs
 from . import content
-from .former_tables import LOOKS, Clusters, Recogniser, Seen
+from .former_guests import UNKNOWN, FormerGuests
+from .former_tables import LOOKS, Clusters, FormerTables, Looks, Recogniser, Seen
 from .model import Piece
 from .structure_detection import Counts
 
 _BATCH = 1 * MiB  # of clusters looked at together
 _KINDS = ("free", "leaked", "trailing")
-
-
-class Found(NamedTuple):
-    """One cluster of interest: the piece, and the entries it holds when it is a table of them."""
-
-    piece: Piece
-    snapshots: tuple[SnapshotEntry, ...] = ()
-    bitmaps: tuple[BitmapEntry, ...] = ()
 
 
 class _Stretch(NamedTuple):
@@ -48,12 +40,32 @@ class _Stretch(NamedTuple):
     kind: int  # among _KINDS
 
 
-def unclaimed(image: Image, census: Census) -> Iterator[Found]:
+def tables(image: Image, census: Census) -> Iterator[tuple[FormerTables, Seen]]:
+    """Look at every cluster that nothing refers to, and yield those that look like tables, in file order.
+
+    With them comes what was seen of all clusters that were looked at together: the entries in them.
+    """
+    recogniser = Recogniser(image, census)
+    for clusters in _batches(image, census):
+        seen = recogniser.look(clusters)
+        found = seen.looks.looks != 0
+        yield FormerTables(clusters.offsets[found], seen.looks.of(found)), seen
+
+
+def unclaimed(image: Image, census: Census, former: FormerTables, guests: FormerGuests) -> Iterator[Piece]:
     """Yield what lies in clusters nothing refers to, in file order, zeros left out.
 
-    Neighbouring clusters of guest-like data become one piece until a new file signature starts.
+    Neighbouring clusters of guest-like data become one piece until a new file signature starts, or until the
+    guest offsets that former tables give them do not follow each other.
     """
-    scanner = _Scanner(image, census)
+    scanner = _Scanner(image, former, guests)
+    for clusters in _batches(image, census):
+        yield from scanner.look(clusters)
+    yield from scanner.end()
+
+
+def _batches(image: Image, census: Census) -> Iterator[Clusters]:
+    """Yield the clusters nothing refers to and that are not all zeros, many at a time."""
     batch: list[_Stretch] = []
     room = most = max(1, _BATCH // image.cluster_size) * image.cluster_size
     for stretch in _stretches(image, census):
@@ -63,10 +75,26 @@ def unclaimed(image: Image, census: Census) -> Iterator[Found]:
             batch.append(_Stretch(offset, length, stretch.kind))
             offset, room = offset + length, room - length
             if room < image.cluster_size:
-                yield from scanner.look(batch)
+                yield from _read(image, batch)
                 batch, room = [], most
-    yield from scanner.look(batch)
-    yield from scanner.end()
+    yield from _read(image, batch)
+
+
+def _read(image: Image, stretches: list[_Stretch]) -> Iterator[Clusters]:
+    """Yield the clusters of some stretches that are not all zeros, if there are any."""
+    size = image.cluster_size
+    table = np.asarray(stretches, dtype=np.intp).reshape(-1, 3)
+    numbers = -(-table[:, 1] // size)
+    data = b"".join(
+        image.read(offset, length).ljust(-(-length // size) * size, b"\0") for offset, length, _ in stretches
+    )
+    rows = np.flatnonzero(np.frombuffer(data, np.uint64).reshape(-1, size // 8).any(axis=1))
+    if len(rows):
+        firsts = np.repeat(table[:, 0] - (np.cumsum(numbers) - numbers) * size, numbers)
+        offsets = firsts[rows] + rows * size
+        bytes_of = np.frombuffer(data, np.uint8).reshape(-1, size)
+        whole = len(rows) == len(bytes_of)  # nothing to leave out, nothing to copy
+        yield Clusters(offsets, bytes_of if whole else bytes_of[rows], np.repeat(table[:, 2], numbers)[rows])
 
 
 def _stretches(image: Image, census: Census) -> Iterator[_Stretch]:
@@ -93,25 +121,24 @@ def _unclaimed(census: Census) -> Iterator[_Stretch]:
 
 
 class _Scanner:
-    """Looks at batches of clusters, in file order, and gathers pieces."""
+    """Makes pieces of batches of clusters, in file order."""
 
-    def __init__(self, image: Image, census: Census) -> None:
+    def __init__(self, image: Image, former: FormerTables, guests: FormerGuests) -> None:
         self._image = image
         self._size = image.cluster_size
-        self._recogniser = Recogniser(image, census)
+        self._former = former
+        self._guests = guests
         self._open: tuple[Piece, Counts] | None = None  # data the next cluster may go on with, how often each byte came
 
-    def look(self, stretches: list[_Stretch]) -> Iterator[Found]:
+    def look(self, clusters: Clusters) -> Iterator[Piece]:
         """Yield the pieces that end in a batch."""
-        clusters, kinds = self._read(stretches)
-        if not len(kinds):
-            return
-        seen = self._recogniser.look(clusters)
-        signatures = {row: name for row, name in content.signatures(clusters.data).items() if not seen.looks[row]}
-        starts = self._starts(clusters, kinds, seen, list(signatures))
+        looks = self._former.at(clusters.offsets)
+        guests = np.where(looks.looks != 0, UNKNOWN, self._guests.at(clusters.offsets))
+        signatures = {row: name for row, name in content.signatures(clusters.data).items() if not looks.looks[row]}
+        starts = self._starts(clusters, looks, guests, signatures)
         missing = np.maximum(0, clusters.offsets + self._size - self._image.file_size)
         lengths = np.add.reduceat(self._size - missing, starts)
-        is_start = np.zeros(len(kinds), np.intp)
+        is_start = np.zeros(len(clusters.offsets), np.intp)
         is_start[starts] = 1
         counts = content.histograms(clusters.data, np.cumsum(is_start) - 1)
         counts[-1, 0] -= missing[-1]
@@ -119,16 +146,14 @@ class _Scanner:
             starts,
             clusters.offsets[starts],
             lengths,
-            kinds[starts],
-            seen.looks[starts],
+            clusters.kinds[starts],
             counts[:, 1:].sum(axis=1),
             content.entropies(counts),
-            seen.entries[starts],
-            seen.intact[starts],
-            seen.zero_only[starts],
+            guests[starts],
+            *looks.of(starts),
         )
         heads = clusters.data[starts, :16].tobytes()
-        for number, (row, offset, length, kind, looks, nonzero, entropy, entries, intact, zero_only) in enumerate(
+        for number, (row, offset, length, kind, nonzero, entropy, guest, look, entries, intact, zero_only) in enumerate(
             zip(*(column.tolist() for column in columns), strict=True)
         ):
             signature = signatures.get(row, "")
@@ -136,31 +161,32 @@ class _Scanner:
                 offset,
                 length,
                 _KINDS[kind],
-                "vm-state" if signature == "QEMU VM state" else LOOKS[looks],
+                "vm-state" if signature == "QEMU VM state" else LOOKS[look],
                 nonzero,
                 entropy,
                 signature,
                 content.preview(heads[number * 16 : number * 16 + min(16, length)]),
+                None if guest == UNKNOWN else guest,
                 entries=entries,
                 intact=intact,
                 zero_only=zero_only,
             )
-            if looks:
+            if look:
                 yield from self.end()
-                yield Found(piece, tuple(seen.snapshots.get(row, ())), tuple(seen.bitmaps.get(row, ())))
+                yield piece
             else:
                 yield from self._data(piece, counts[number])
 
-    def end(self) -> Iterator[Found]:
+    def end(self) -> Iterator[Piece]:
         """Yield the piece that is still open."""
         if self._open is not None:
-            yield Found(self._open[0])
+            yield self._open[0]
             self._open = None
 
-    def _data(self, piece: Piece, counts: Counts) -> Iterator[Found]:
+    def _data(self, piece: Piece, counts: Counts) -> Iterator[Piece]:
         if self._open is not None:
             before, so_far = self._open
-            if (piece.offset, piece.kind, piece.signature) == (before.offset + before.length, before.kind, ""):
+            if self._continues(before, piece):
                 counts = so_far + counts
                 length, nonzero = before.length + piece.length, before.nonzero + piece.nonzero
                 piece = replace(before, length=length, nonzero=nonzero, entropy=content.entropy_of(counts))
@@ -168,26 +194,18 @@ class _Scanner:
                 yield from self.end()
         self._open = piece, counts
 
-    def _read(self, stretches: list[_Stretch]) -> tuple[Clusters, Counts]:
-        """Return the clusters that are not all zeros, and the kind of each."""
-        size, image = self._size, self._image
-        table = np.asarray(stretches, dtype=np.intp).reshape(-1, 3)
-        numbers = -(-table[:, 1] // size)
-        data = b"".join(
-            image.read(offset, length).ljust(-(-length // size) * size, b"\0") for offset, length, _ in stretches
-        )
-        words = big_endian(data).reshape(-1, size // 8)
-        firsts = np.repeat(table[:, 0] - (np.cumsum(numbers) - numbers) * size, numbers)
-        rows = np.flatnonzero(words.any(axis=1))
-        offsets = (firsts + np.arange(len(words)) * size)[rows]
-        clusters = Clusters(offsets, np.frombuffer(data, np.uint8).reshape(-1, size)[rows], words[rows])
-        return clusters, np.repeat(table[:, 2], numbers)[rows]
+    def _continues(self, before: Piece, piece: Piece) -> bool:
+        guest = None if before.guest_offset is None else before.guest_offset + before.length
+        ends = before.offset + before.length, before.kind, guest
+        return (piece.offset, piece.kind, piece.guest_offset) == ends and piece.signature in content.NO_START
 
-    def _starts(self, clusters: Clusters, kinds: Counts, seen: Seen, signed: list[int]) -> Counts:
+    def _starts(self, clusters: Clusters, looks: Looks, guests: Counts, signatures: dict[int, str]) -> Counts:
         """Return the rows where a piece starts, the first among them."""
-        table = seen.looks != 0
+        table = looks.looks != 0
+        shifts = np.where(guests == UNKNOWN, UNKNOWN, guests - clusters.offsets)
         start = table.copy()
-        start[1:] |= table[:-1] | (np.diff(clusters.offsets) != self._size) | (np.diff(kinds) != 0)
-        start[signed] = True
+        start[1:] |= table[:-1] | (np.diff(clusters.offsets) != self._size)
+        start[1:] |= (np.diff(clusters.kinds) != 0) | (shifts[1:] != shifts[:-1])
+        start[[row for row, name in signatures.items() if name not in content.NO_START]] = True
         start[0] = True
         return np.flatnonzero(start)

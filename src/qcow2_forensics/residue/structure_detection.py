@@ -30,6 +30,7 @@ _MAX_L1_SIZE = 4 * 1024 * 1024  # entries QEMU accepts
 _MAX_ID_LENGTH = 10  # decimal, QEMU counts in 32 bits
 _MAX_NAME_LENGTH = 1023
 _MOST_COUNT = 64  # that a former refcount block is believed
+_MOST_STATES = 8  # that share most of what a former refcount block counts
 BEHIND = 512  # bytes of the next cluster that are looked at too: entries go on behind the border
 _FIRST_WORDS = 16  # of a cluster: what cannot be a table is mostly seen from these
 _FIRST_BYTES = 128
@@ -145,19 +146,22 @@ def _plausible(offsets: Words, geometry: Geometry) -> Mask:
 
 
 def refcount_rows(data: Bytes, refcount_order: int) -> Mask:
-    """Return which rows of bytes may be former refcount blocks: whole small numbers, mostly ones.
+    """Return which rows of bytes may be former refcount blocks: whole small numbers, at least half of them the same.
 
-    The width may be another than today's: changing it leaves blocks of the former one behind.
+    That is 1 without snapshots, and one more for each snapshot that shares what is there. The width may be
+    another than today's: changing it leaves blocks of the former one behind.
     """
     found = np.zeros(len(data), np.bool_)
-    # Counts of 8 bits look like anything, narrower ones more so; they count only where in use.
+    # Counts of 8 bits look like anything, narrower ones more so; they count only where in use, and if mostly 1.
     orders = (3, 4, 5, 6) if refcount_order == 3 else (4, 5, 6)
     narrow = data[:, :_FIRST_BYTES].view(f">u{1 << orders[0] - 3}")  # small numbers are small in halves too
     rows = np.flatnonzero(narrow.max(axis=1) <= _MOST_COUNT)
     for order in orders:
         counts = data[rows].view(f">u{1 << order - 3}")
-        used, ones = np.count_nonzero(counts, axis=1), np.count_nonzero(counts == 1, axis=1)
-        found[rows] |= (used >= 4) & (counts.max(axis=1) <= _MOST_COUNT) & (ones * 2 >= used)
+        used = np.count_nonzero(counts, axis=1)
+        usual = range(1, 2 if order == 3 else _MOST_STATES + 1)
+        most = np.max([np.count_nonzero(counts == count, axis=1) for count in usual], axis=0)
+        found[rows] |= (used >= 4) & (counts.max(axis=1) <= _MOST_COUNT) & (most * 2 >= used)
     return found
 
 
@@ -187,7 +191,9 @@ def entry_places(
     """
     table, width = words.reshape(-1), words.shape[1]
     # The first field of both is the offset of a table: rare, and found at once.
-    places = np.flatnonzero((table != 0) & _plausible(table, geometry))
+    # Below the end of the file and not 0, which less one is the largest number.
+    places = np.flatnonzero(table - np.uint64(1) < np.uint64(max(geometry.file_size, 1) - 1))
+    places = places[_plausible(table[places], geometry)]
     places = places[places % width < (starts or width)]
     room = width - places % width  # words to the end of the row
     return (
