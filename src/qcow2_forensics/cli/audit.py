@@ -16,7 +16,7 @@ from ..findings import EVIDENCE_LIMIT, Report, Severity
 from ..reader.writer import atomic_writer
 from ..render import FORMATS, render
 from ..text import printable
-from .case import add_case_arguments, run_of, wants_run
+from .case import add_case_arguments, audit_run, wants_run
 from .options import add_key_arguments, passphrases_of
 
 EXIT_DONE = 0
@@ -125,8 +125,8 @@ def _one(args: argparse.Namespace, path: str) -> int:
     if missing:
         print(f"qcow2-forensics: {missing}", file=sys.stderr)
         return EXIT_FAILED
-    if wanted == "html" or wants_run(args):
-        report = replace(report, details={**report.details, "run": run_of(args, report, path, started)})
+    if wanted == "html" or args.hash or wants_run(args):
+        report = replace(report, details={**report.details, "run": audit_run(args, report, path, started)})
     if args.output:
         with atomic_writer(args.output, force=args.force, evidence=[path]) as stream:
             stream.write(_rendered(args, report, wanted, None).encode())

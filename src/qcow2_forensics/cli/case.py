@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,10 +21,13 @@ from .output import Progress
 _PIECE = 4 * MiB
 
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a report that goes into a case."""
+def add_case_arguments(parser: argparse.ArgumentParser, *, hashes: bool = True) -> None:
+    """Add the options of a report that goes into a case; ``hashes`` also that for hashes of whole files."""
     group = parser.add_argument_group("for the case file (HTML, and JSON when one of them is given)")
-    group.add_argument("--hash", action="store_true", help="add the SHA-256 of the image and of every file it leads to")
+    if hashes:
+        group.add_argument(
+            "--hash", action="store_true", help="add the SHA-256 of the image and of every file it leads to"
+        )
     group.add_argument("--case", metavar="TEXT", help="the number or name of the case")
     group.add_argument("--examiner", metavar="TEXT", help="who examines")
     group.add_argument("--note", metavar="TEXT", help="a remark")
@@ -32,15 +35,21 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
 def wants_run(args: argparse.Namespace) -> bool:
     """Whether any of the options was given."""
-    return bool(args.hash or args.case or args.examiner or args.note)
+    return bool(args.case or args.examiner or args.note)
 
 
-def run_of(args: argparse.Namespace, report: Report, path: str, started: datetime) -> dict[str, Any]:
-    """Return the facts of one run as plain data; hashing reads every file whole."""
-    files = [{"path": os.path.abspath(name)} for name in (path, *_chain(report))]
-    if args.hash:
-        for file in files:
-            file.update(_hashed(file["path"]))
+def audit_run(args: argparse.Namespace, report: Report, path: str, started: datetime) -> dict[str, Any]:
+    """Return the facts of an audit as plain data; hashing reads every file whole."""
+    facts = run_of(args, (path, *report.details.get("files", ())), started, hashed=args.hash)
+    commands = {finding.code: next_command(finding, path, report.depth) for finding in reversed(report.findings)}
+    return {**facts, "next": commands}
+
+
+def run_of(
+    args: argparse.Namespace, paths: Iterable[str], started: datetime, *, hashed: bool = False
+) -> dict[str, Any]:
+    """Return the facts of a run over some files as plain data."""
+    files = [{"path": os.path.abspath(path), **(_hashed(path) if hashed else {})} for path in paths]
     facts = {
         "case": args.case,
         "examiner": args.examiner,
@@ -50,14 +59,8 @@ def run_of(args: argparse.Namespace, report: Report, path: str, started: datetim
         "tool": TOOL,
         "system": f"Python {platform.python_version()}, {platform.system()} {platform.release()}",
         "files": files,
-        "next": {finding.code: next_command(finding, path, report.depth) for finding in reversed(report.findings)},
     }
     return {key: value for key, value in facts.items() if value is not None}
-
-
-def _chain(report: Report) -> Iterator[str]:
-    """Yield the other files that the audit opened, each once."""
-    yield from report.details.get("files", ())
 
 
 def _hashed(path: str) -> dict[str, Any]:

@@ -1,6 +1,26 @@
 """The page's style sheet: system fonts, light and dark, and sensible pages on paper."""
 
-CSS = """
+from __future__ import annotations
+
+from ..findings import Severity
+
+_DIFFERENCES = (
+    "changed",
+    "written",
+    "zeroed",
+    "added",
+    "removed",
+    "marked",
+    "unreadable",
+    "renamed",
+    "content",
+    "metadata",
+    "deleted",
+)
+_DATED_FACTS = ("snapshot", "deleted_snapshot", "bitmap", "qcow1_mtime", "file")
+KINDS = (*_DIFFERENCES, *_DATED_FACTS)  # what a page may have a filter for, besides severities
+
+_BASE = """
 :root{--bg:#fff;--fg:#1b1f24;--quiet:#5c6570;--line:#d8dde3;--card:#f7f8fa;
 --header:#22303c;--tables:#3366aa;--refcounts:#6f86b5;--active:#6fb98f;--compressed:#3f8f6b;--shared:#b7d7a8;
 --vmstate:#a678c9;--bitmaps:#c9a13b;--leaked:#d9534f;--residue:#f0883e;--free:#e9ecef;--other:#999}
@@ -34,7 +54,6 @@ summary{cursor:pointer;overflow-wrap:anywhere;font-weight:600}section>details>su
 .filters,.filter,.filter+label{display:inline-block;margin:0 .3rem .6rem 0;font-size:.87em}.filter+label{margin-right:.8rem}
 svg text{fill:var(--fg);font:10px ui-monospace,monospace}
 svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);font-size:11px}
-#show-critical:not(:checked)~main .s-critical:not(.badge){display:none}#show-high:not(:checked)~main .s-high:not(.badge){display:none}#show-medium:not(:checked)~main .s-medium:not(.badge){display:none}#show-low:not(:checked)~main .s-low:not(.badge){display:none}#show-info:not(:checked)~main .s-info:not(.badge){display:none}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding:0;margin:.7rem 0 .2rem;font-size:.9em}
 .legend svg{width:.8em;height:.8em;margin-right:.4em}
 .edge{fill:none;stroke:var(--quiet);stroke-width:1.5}
@@ -51,3 +70,9 @@ svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);fo
 .scroll td:empty{display:none}.scroll td::before{content:attr(data-l) ": ";color:var(--quiet);font-family:system-ui,sans-serif}.facts th{padding-top:.3rem}}
 @media print{.filters,.filter,.filter+label{display:none}}
 """
+
+_HIDDEN = "".join(
+    f"#show-{name}:not(:checked)~main .s-{name}:not(.badge){{display:none}}"
+    for name in dict.fromkeys([*(severity.label.lower() for severity in Severity), *KINDS])
+)
+CSS = f"{_BASE}{_HIDDEN}\n"
