@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = argparse.Namespace()
     try:
         args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
+        args.given = given
         return int(args.run(args))
     except NotQcow2 as error:
         path = getattr(args, "image", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,16 @@ def write(
     kinds: Collection[str] | None = None,
     limit: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    origin: Callable[[], Mapping[str, Any]] = dict,
 ) -> Summary:
     """Write the pieces of some kinds (all by default) to a new folder and return what was done.
 
     The folder appears under its name only when it is complete. ``limit`` bounds the bytes in
-    files; pieces beyond it are indexed with their hash and no file.
+    files; pieces beyond it are indexed with their hash and no file. ``origin`` is asked at the end for what the index
+    says of the run.
     """
     with whole_folder(folder) as partial:
-        return _fill(residue, partial, kinds, limit, advance)
+        return _fill(residue, partial, kinds, limit, advance, origin)
 
 
 def _fill(
@@ -68,6 +70,7 @@ def _fill(
     kinds: Collection[str] | None,
     limit: int | None,
     advance: Callable[[int], None],
+    origin: Callable[[], Mapping[str, Any]],
 ) -> Summary:
     summary = Summary()
     image = {"path": residue.image.name, "file_size": residue.image.file_size, "schema": SCHEMA}
@@ -90,7 +93,9 @@ def _fill(
             advance(piece.length)
         deleted = residue.deleted_snapshots()
         summary.deleted = tuple(_told(item) for item in deleted)
-        index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}}}\n')
+        index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}')
+        index.writelines(f',\n"{key}": {json.dumps(value)}' for key, value in origin().items())
+        index.write("}\n")
     return summary
 
 
