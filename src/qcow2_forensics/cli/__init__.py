@@ -20,6 +20,7 @@ from ..errors import NotQcow2, Qcow2Error
 from ..text import printable
 
 COMMANDS = (
+    "examine",
     "info",
     "audit",
     "snapshots",
@@ -41,6 +42,7 @@ EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
 
 _EPILOG = """examples:
+  qcow2-forensics examine disk.qcow2 case-17/
   qcow2-forensics audit disk.qcow2
   qcow2-forensics snapshots disk.qcow2
   qcow2-forensics export disk.qcow2 state.raw --snapshot before-incident

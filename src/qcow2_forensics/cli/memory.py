@@ -163,13 +163,17 @@ def _origin(args: argparse.Namespace, started: str) -> dict[str, Any]:
         image.close()
 
 
-def _print_facts(args: argparse.Namespace) -> int:
-    """Print what the memory is, and write nothing."""
-    if args.device or args.sidecar:
-        raise Qcow2Error("--device and --sidecar need OUT, the file to write")
+def facts_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the memory is as plain data, and write nothing."""
     started = now()
     with open_memory(args) as memory:
-        facts = {**layout_facts(memory), **processor_facts(memory), **_origin(args, started)}
+        return {**layout_facts(memory), **processor_facts(memory), **_origin(args, started)}
+
+
+def _print_facts(args: argparse.Namespace) -> int:
+    if args.device or args.sidecar:
+        raise Qcow2Error("--device and --sidecar need OUT, the file to write")
+    facts = facts_of(args)
     if args.summary == "json":
         print(json.dumps(facts))
         return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..residue import residue
@@ -13,6 +13,9 @@ from ..text import plural, printable, size
 from .case import add_hash_source_argument, now, origin_of
 from .options import add_image_argument, bytes_of
 from .output import Progress
+
+if TYPE_CHECKING:
+    from ..residue.output import Summary
 
 _EPILOG = """examples:
   qcow2-forensics residue disk.qcow2 residue/
@@ -55,23 +58,29 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the residue of one image."""
-    from ..residue.output import write
-
-    started = now()
-    with residue(args.image, resolver=Resolver(folders=args.backing_dir, remedies=COMMAND_LINE)) as found:
-        total = found.image.file_size
-        with Progress("residue", total) as progress:
-            summary = write(
-                found,
-                args.folder,
-                kinds=args.kind,
-                limit=0 if args.index_only else args.limit,
-                advance=progress.advance,
-                origin=lambda: origin_of(args, [("image", found.image.source), ("data file", found.data)], started),
-            )
+    summary = write_folder(args)
     print(f"{plural(summary.pieces, 'piece')}, {size(summary.written)} written to {printable(args.folder)}")
     for line in summary.deleted:
         print(line)
     if summary.skipped and not args.index_only:
         print(f"qcow2-forensics: in the index only: {plural(summary.skipped, 'piece')}", file=sys.stderr)
     return 0
+
+
+def write_folder(args: argparse.Namespace) -> Summary:
+    """Write the folder that the options mean and return what is in it."""
+    from ..residue.output import write  # here: it brings numpy
+
+    started = now()
+    with (
+        residue(args.image, resolver=Resolver(folders=args.backing_dir, remedies=COMMAND_LINE)) as found,
+        Progress("residue", found.image.file_size) as progress,
+    ):
+        return write(
+            found,
+            args.folder,
+            kinds=args.kind,
+            limit=0 if args.index_only else args.limit,
+            advance=progress.advance,
+            origin=lambda: origin_of(args, [("image", found.image.source), ("data file", found.data)], started),
+        )

@@ -39,9 +39,10 @@ code{font:.82em ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;c
 table{border-collapse:collapse;font-size:.87em}th,td{text-align:left;padding:.15rem .9rem .15rem 0;vertical-align:top;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{color:var(--quiet);font-weight:500}
 td{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace}.facts{margin-top:.6rem}.facts th,.badge{white-space:nowrap}td.w{min-width:14rem}
-td.n,thead th{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
+.n,thead th{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
 article{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--quiet);border-radius:4px;
 padding:.6rem .9rem;margin:0 0 .6rem}
+.warning{border-left:4px solid #e0a030;padding:.1rem 0 .1rem .9rem;margin:1rem 0}.warning h2{margin-top:.4rem}
 article.s-critical{border-left-color:#8b1a1a}article.s-high{border-left-color:#d9534f}
 article.s-medium{border-left-color:#e0a030}article.s-low{border-left-color:#4a90c2}
 .badge{display:inline-block;border-radius:1rem;padding:.1rem .7rem;font-size:.87em;color:#fff;background:#68727d}

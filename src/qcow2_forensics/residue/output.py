@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ _COLUMNS = (
 
 @dataclass
 class Summary:
-    """What was written: pieces found, bytes in files, pieces only indexed, one line per deleted snapshot."""
+    """What was written: pieces found, bytes in files, pieces only indexed, one line per deleted snapshot.
+
+    ``by_kind`` has the number of pieces and their bytes, whether they are in files or only indexed.
+    """
 
     pieces: int = 0
     written: int = 0
     skipped: int = 0
     deleted: tuple[str, ...] = ()
+    by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def write(
@@ -88,6 +92,8 @@ def _fill(
             index.write(("," if summary.pieces else "") + "\n" + json.dumps(entry))
             table.writelines(csv_lines([[entry.get(column) for column in _COLUMNS]]))
             summary.pieces += 1
+            count, total = summary.by_kind.get(piece.kind, (0, 0))
+            summary.by_kind[piece.kind] = count + 1, total + piece.length
             summary.written += piece.length if room else 0
             summary.skipped += not room
             advance(piece.length)
