@@ -143,7 +143,20 @@ def test_a_wrong_command_line_is_exit_code_2() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["info", "audit", "snapshots", "map", "export", "memory", "diff", "timeline", "residue", "demo", "doctor"],
+    [
+        "examine",
+        "info",
+        "audit",
+        "snapshots",
+        "map",
+        "export",
+        "memory",
+        "diff",
+        "timeline",
+        "residue",
+        "demo",
+        "doctor",
+    ],
 )
 def test_every_command_has_help_with_examples(command: str) -> None:
     done = _run(command, "--help")

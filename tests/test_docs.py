@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 NEEDS = {
     "README.md": ("volatility3", "plaso", "pytsk3"),
     "docs/dfvfs.md": ("plaso",),
+    "docs/examine.md": ("pytsk3",),
     "docs/dissect.md": ("dissect.target", "dissect.extfs"),
     "docs/residue.md": (),
     "docs/tsk.md": ("pytsk3",),

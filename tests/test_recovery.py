@@ -9,6 +9,7 @@ import json
 import os
 import random
 import struct
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import pytest
 
 from qcow2_forensics import open_disk
 from qcow2_forensics.cli import main
-from qcow2_forensics.errors import SnapshotNotFound
+from qcow2_forensics.errors import LimitExceeded, SnapshotNotFound
 from qcow2_forensics.format.source import FileSource
 from qcow2_forensics.reader.parts import gatherable
 from qcow2_forensics.recovery import Confidence, RecoveredState, open_recovered, recovered_states
 from qcow2_forensics.recovery.patched_source import PatchedSource
 from qcow2_forensics.residue.restricted_source import GuardedSource, Refusals
 from tests import qemu
+from tests.image_builder import S_SNAPSHOTS, Builder, Poke, base_s
 
 SIZE = 6 << 20
 CLUSTERS = {"512": 512, "4k": 4096, "64k": 65536, "2M": 2 << 20}
@@ -215,3 +217,27 @@ def test_a_wrapper_that_refuses_or_replaces_ranges_is_never_read_past(tmp_path: 
     assert gatherable(patched) is None
     assert gatherable(GuardedSource(FileSource(path), Refusals(512))) is None
     assert gatherable(FileSource(path)) is not None
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("l1_size", [0xFFFFFFFF, 1 << 22])
+def test_snapshot_entries_that_name_more_than_a_file_can_store_cost_no_memory(l1_size: int, tmp_path: Path) -> None:
+    path = base_s(tmp_path / "disk")
+    Poke(path).u32(S_SNAPSHOTS + 8, l1_size)
+    tracemalloc.start()
+    try:
+        recovered_states(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_overlapping_l1_tables_of_snapshots_are_refused_not_read_again_and_again(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=16, size=1 << 20)
+    builder.data(0, b"\x11" * 65536)
+    table = builder.put(bytes(32 << 20))
+    for number in range(16):
+        builder.snapshot(b"%d" % number, b"s", l1_offset=table, l1_size=1 << 22)
+    path = builder.write(tmp_path / "disk")
+    with pytest.raises(LimitExceeded, match="L1 tables of snapshots"):
+        recovered_states(path)

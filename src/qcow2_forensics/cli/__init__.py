@@ -20,6 +20,7 @@ from ..errors import NotQcow2, Qcow2Error
 from ..text import printable
 
 COMMANDS = (
+    "examine",
     "info",
     "audit",
     "snapshots",
@@ -41,6 +42,7 @@ EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
 
 _EPILOG = """examples:
+  qcow2-forensics examine disk.qcow2 case-17/
   qcow2-forensics audit disk.qcow2
   qcow2-forensics snapshots disk.qcow2
   qcow2-forensics export disk.qcow2 state.raw --snapshot before-incident
@@ -84,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = argparse.Namespace()
     try:
         args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
+        args.given = given
         return int(args.run(args))
     except NotQcow2 as error:
         path = getattr(args, "image", None)

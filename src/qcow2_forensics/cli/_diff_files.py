@@ -23,9 +23,10 @@ from ..files.lines import body_line
 from ..files.protocol import NoFileSystem
 from ..files.records import Volume
 from ..files.volumes import GuestVolumes
+from ..render.difference_page import FileRow
 from ..text import Column, aligned, printable, short_time
 from ..text import size as format_size
-from ._files import LONGEST_PATH, complain, record_dict, unread_dict, volume_dict, volume_label, volumes_of
+from ._files import LONGEST_PATH, record_dict, unread_dict, volume_dict, volume_label, volumes_of
 from ._sides import Sides
 from .output import Progress
 
@@ -39,6 +40,7 @@ class Files:
     unread: list[NotCompared]
     outside: int
     is_incomplete: bool
+    notes: list[str]  # what could not be read, safe on a terminal
 
     @property
     def exit_code(self) -> int:
@@ -59,8 +61,7 @@ def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Differ
             empty.append(error)
     if len(empty) == len(states):
         raise empty[0]
-    for nothing in empty:
-        complain(str(nothing))
+    notes = [str(nothing) for nothing in empty]
     listings: list[StateFiles] = []
     for (label, _, _), each in zip(states, volumes, strict=True):
         with Progress(f"list {label}", 0, unit="names") as progress:
@@ -73,7 +74,7 @@ def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Differ
         changed = list(file_changes(old, new, ranges, hashed=args.hash))
     for (label, _, _), each, listing in zip(states, volumes, listings, strict=True):
         for problem in (*each.read_errors, *listing.problems):
-            complain(f"{label}: {problem}")
+            notes.append(f"{printable(label)}: {problem}")
     read = {system.volume.place: system.volume for each in volumes for system in each.systems}
     return Files(
         changed,
@@ -81,6 +82,7 @@ def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Differ
         not_compared(old, new, ranges),
         outside_files(old, new, ranges),
         any(each.is_incomplete for each in volumes),
+        notes,
     )
 
 
@@ -177,6 +179,13 @@ def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
             path = f"{printable(change.before.full_path, LONGEST_PATH)} -> {path}"
         shown = printable("; ".join(part for part in (what, change.note) if part))
         yield str(change.change), path, record.address, size, short_time(record.times.modified), shown
+
+
+def page_rows(files: Files) -> Iterator[FileRow]:
+    """Yield the changes as rows of the page."""
+    for change, cells in zip(files.changes, _rows(files.changes), strict=True):
+        digests = zip(("before", "after"), change.sha256, strict=True)
+        yield FileRow(cells[0], cells, tuple((state, digest) for state, digest in digests if digest is not None))
 
 
 def body_lines(files: Files, before: str, after: str) -> Iterator[str]:

@@ -24,7 +24,6 @@ from ..reader.disk import Disk, Layer, RawDisk
 from ..reader.foreign import open_foreign, probe
 from ..reader.states import Backing, Choice, by_id_or_name, choose, labels
 from ..text import cut
-from ._files import complain
 from .options import chosen, open_layer
 
 BITMAP = "bitmap:"
@@ -67,7 +66,11 @@ class Sides(NamedTuple):
 
     @property
     def warnings(self) -> Iterator[str]:
-        """What must be known of the ranges."""
+        """What must be known of the ranges, in words that are safe on a terminal."""
+        disks = (self.before.disk, self.after.disk)
+        unbacked = next((disk.unbacked for disk in disks if isinstance(disk, Disk) and disk.unbacked), None)
+        if unbacked is not None:
+            yield f"{unbacked}; what both states leave to it is equal, and the rest that needs it is not compared"
         if self.bitmap is not None:
             yield f"the bitmap marks ranges of {self.bitmap.granularity} bytes in which something was written"
         if not self.is_trusted:
@@ -102,11 +105,7 @@ def _default(image: Image, second: Choice) -> Choice:
 
 def _open(args: argparse.Namespace, state: Choice, stack: ExitStack) -> Layer:
     """Open a state; a backing file that is not there is needed only where a state is read through to it."""
-    disk = open_layer(args, state, stack, missing="refuse" if isinstance(state, Backing) else "raise")
-    if isinstance(disk, Disk) and disk.unbacked is not None and not getattr(args, "unbacked_reported", False):
-        complain(f"{disk.unbacked}; what both states leave to it is equal, and the rest that needs it is not compared")
-        args.unbacked_reported = True
-    return disk
+    return open_layer(args, state, stack, missing="refuse" if isinstance(state, Backing) else "raise")
 
 
 # --- two files ---------------------------------------------------------------------------------------

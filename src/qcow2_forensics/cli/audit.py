@@ -16,7 +16,7 @@ from ..findings import EVIDENCE_LIMIT, Report, Severity
 from ..reader.writer import atomic_writer
 from ..render import FORMATS, render
 from ..text import printable
-from .case import add_case_arguments, run_of, wants_run
+from .case import add_case_arguments, audit_run, wants_run
 from .options import add_key_arguments, passphrases_of
 
 EXIT_DONE = 0
@@ -110,35 +110,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace, path: str) -> int:
-    from ..reader.resolver import COMMAND_LINE, Resolver
-
     wanted = args.format or "text"
-    started = datetime.now(UTC)
-    report = audit(
-        path,
-        args.depth,
-        passphrases_of(args),
-        Resolver(folders=args.backing_dir, remedies=COMMAND_LINE),
-        pictures=wanted == "html",
+    report = report_of(
+        args, path, wants_facts=wanted == "html" or args.hash or wants_run(args), pictures=wanted == "html"
     )
-    missing = _missing(report)
+    missing = why_missing(report)
     if missing:
         print(f"qcow2-forensics: {missing}", file=sys.stderr)
         return EXIT_FAILED
-    if wanted == "html" or wants_run(args):
-        report = replace(report, details={**report.details, "run": run_of(args, report, path, started)})
     if args.output:
         with atomic_writer(args.output, force=args.force, evidence=[path]) as stream:
             stream.write(_rendered(args, report, wanted, None).encode())
     else:
         sys.stdout.write(_rendered(args, report, wanted, sys.stdout))
         sys.stdout.flush()
-    for line in _left_out(report):
+    for line in left_out(report):
         print(f"qcow2-forensics: {line}", file=sys.stderr)
     return exit_code(report, args.fail_on)
 
 
-def _left_out(report: Report) -> Iterator[str]:
+def report_of(args: argparse.Namespace, path: str, *, wants_facts: bool = True, pictures: bool = True) -> Report:
+    """Audit one image as the options say; ``wants_facts`` adds those of the run, ``pictures`` those of the page."""
+    from ..reader.resolver import COMMAND_LINE, Resolver
+
+    started = datetime.now(UTC)
+    resolver = Resolver(folders=args.backing_dir, remedies=COMMAND_LINE)
+    report = audit(path, args.depth, passphrases_of(args), resolver, pictures=pictures)
+    if wants_facts and not why_missing(report):
+        report = replace(report, details={**report.details, "run": audit_run(args, report, path, started)})
+    return report
+
+
+def left_out(report: Report) -> Iterator[str]:
     """Yield what the report does not list, a line each."""
     for finding in report.findings:
         if finding.code == _LIMITED:
@@ -149,7 +152,7 @@ def _left_out(report: Report) -> Iterator[str]:
         yield f"not all evidence is listed: {shown}"
 
 
-def _missing(report: Report) -> str:
+def why_missing(report: Report) -> str:
     """Return why nothing at all could be read: no such file, no permission; empty otherwise."""
     if report.image.get("version") is None and report.image.get("file_size") is None:
         finding = next((item for item in report.findings if item.code == _UNREADABLE), None)

@@ -1,79 +1,162 @@
-"""The facts of a run for a case file: who, when, with what, on which files."""
+"""The facts of a run: who, when, with what, on which files, with which hashes.
+
+They go onto pages, into JSON, and into the files beside an export, a memory or a folder of residue::
+
+    {"source": [{"role", "path", "size", "modified", "device", "inode", "sha256"}, ...],
+     "tool", "command", "started", "finished", ...}
+"""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from ..errors import Qcow2Error
 from ..findings import TOOL, Report
-from ..format.source import FileSource
+from ..format.source import FileSource, Source, source_name
 from ..limits import MiB
+from ..reader.disk import Disk
+from ..reader.writer import atomic_writer
 from ..render.next_commands import next_command
+from ..text import iso_time
 from .output import Progress
 
 _PIECE = 4 * MiB
 
+# --- options -------------------------------------------------------------------------------------
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a report that goes into a case."""
+
+def add_case_arguments(parser: argparse.ArgumentParser, *, hashes: bool = True) -> None:
+    """Add the options of a report that goes into a case; ``hashes`` also that for hashes of whole files."""
     group = parser.add_argument_group("for the case file (HTML, and JSON when one of them is given)")
-    group.add_argument("--hash", action="store_true", help="add the SHA-256 of the image and of every file it leads to")
+    if hashes:
+        group.add_argument(
+            "--hash", action="store_true", help="add the SHA-256 of the image and of every file it leads to"
+        )
     group.add_argument("--case", metavar="TEXT", help="the number or name of the case")
     group.add_argument("--examiner", metavar="TEXT", help="who examines")
     group.add_argument("--note", metavar="TEXT", help="a remark")
 
 
+def add_hash_source_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option of what writes files: their own hashes come anyway, those of the evidence take a whole read."""
+    parser.add_argument(
+        "--hash-source", action="store_true", help="also add the SHA-256 of each file of the evidence; reads them whole"
+    )
+
+
 def wants_run(args: argparse.Namespace) -> bool:
     """Whether any of the options was given."""
-    return bool(args.hash or args.case or args.examiner or args.note)
+    return bool(args.case or args.examiner or args.note)
 
 
-def run_of(args: argparse.Namespace, report: Report, path: str, started: datetime) -> dict[str, Any]:
-    """Return the facts of one run as plain data; hashing reads every file whole."""
-    files = [{"path": os.path.abspath(name)} for name in (path, *_chain(report))]
-    if args.hash:
-        for file in files:
-            file.update(_hashed(file["path"]))
+# --- of a report ---------------------------------------------------------------------------------
+
+
+def audit_run(args: argparse.Namespace, report: Report, path: str, started: datetime) -> dict[str, Any]:
+    """Return the facts of an audit as plain data; hashing reads every file whole."""
+    facts = run_of(args, (path, *report.details.get("files", ())), started, hashed=args.hash)
+    commands = {finding.code: next_command(finding, path, report.depth) for finding in reversed(report.findings)}
+    return {**facts, "next": commands}
+
+
+def run_of(
+    args: argparse.Namespace, paths: Iterable[str], started: datetime, *, hashed: bool = False
+) -> dict[str, Any]:
+    """Return the facts of a run over some files as plain data."""
+    files = [{"path": os.path.abspath(path), **(_hash_of_file(path) if hashed else {})} for path in paths]
     facts = {
         "case": args.case,
         "examiner": args.examiner,
         "note": args.note,
         "started": started.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "command": shlex.join(["qcow2-forensics", *sys.argv[1:]]),
+        "command": command_of(args),
         "tool": TOOL,
         "system": f"Python {platform.python_version()}, {platform.system()} {platform.release()}",
         "files": files,
-        "next": {finding.code: next_command(finding, path, report.depth) for finding in reversed(report.findings)},
     }
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def _chain(report: Report) -> Iterator[str]:
-    """Yield the other files that the audit opened, each once."""
-    yield from report.details.get("files", ())
+def command_of(args: argparse.Namespace) -> str:
+    """Return the command line of a run as it can be typed again."""
+    given = getattr(args, "given", None)
+    return shlex.join(["qcow2-forensics", *(sys.argv[1:] if given is None else given)])
 
 
-def _hashed(path: str) -> dict[str, Any]:
+def _hash_of_file(path: str) -> dict[str, Any]:
     """Return size and SHA-256 of a file, or why there is none."""
-    digest = hashlib.sha256()
     try:
         source = FileSource(path)
     except OSError as error:
         return {"error": error.strerror or str(error)}
     try:
+        return {"size": source.size, **_hash(source)}
+    finally:
+        source.close()
+
+
+def _hash(source: Source) -> dict[str, Any]:
+    """Return the SHA-256 of a source, or why there is none."""
+    digest = hashlib.sha256()
+    try:
         with Progress("hash", source.size) as progress:
             for offset in range(0, source.size, _PIECE):
                 digest.update(source.read(offset, min(_PIECE, source.size - offset)))
                 progress.advance(min(_PIECE, source.size - offset))
-        return {"size": source.size, "sha256": digest.hexdigest()}
-    except OSError as error:
+    except (Qcow2Error, OSError) as error:
         return {"error": str(error)}
-    finally:
-        source.close()
+    return {"sha256": digest.hexdigest()}
+
+
+# --- of an output --------------------------------------------------------------------------------
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def origin_of(args: argparse.Namespace, sources: Iterable[tuple[str, object]], started: str) -> dict[str, Any]:
+    """Return what an output is from: ``sources`` that were read by their role, the tool, the command, the times."""
+    hashed = getattr(args, "hash_source", False)
+    files = [{"role": role, **_identity(source, hashed)} for role, source in sources if isinstance(source, Source)]
+    return {"source": files, "tool": TOOL, "command": command_of(args), "started": started, "finished": now()}
+
+
+def sources_of(disk: Disk) -> Iterator[tuple[str, object]]:
+    """Yield the files that a disk is read from by their role: the image first, then what it builds on."""
+    layer: object = disk
+    role = "image"
+    while layer is not None:
+        if isinstance(layer, Disk):
+            yield role, layer.image.source
+            if layer.host is not layer.image.source:
+                yield "data file", layer.host
+        else:
+            yield role, getattr(layer, "source", None)
+        layer, role = getattr(layer, "backing", None), "backing file"
+
+
+def _identity(source: Source, hashed: bool) -> dict[str, Any]:
+    name = source_name(source)
+    identity = getattr(source, "file_identity", None) or getattr(source, "identity", None)
+    facts: dict[str, Any] = {"path": os.path.realpath(name) if identity else name, "size": source.size}
+    if identity:
+        facts["modified"] = iso_time(getattr(source, "mtime_ns", 0))
+        facts["device"], facts["inode"] = identity
+    return {**facts, **_hash(source)} if hashed else facts
+
+
+def write_sidecar(path: str, facts: Mapping[str, Any], *, force: bool) -> None:
+    """Write the facts of an output beside it, as JSON."""
+    with atomic_writer(path, force=force) as file:
+        file.write(json.dumps(facts, indent=1).encode() + b"\n")

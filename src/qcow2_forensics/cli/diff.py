@@ -6,16 +6,19 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 from ..compare.ranges import Change, Difference
 from ..files.volumes import need_back_end
+from ..render.difference_page import render_difference
 from ..text import plural, printable, size
 from . import _diff_files, _files
 from ._diff_files import Files
-from ._sides import Side, sides_of
+from ._sides import Sides, sides_of
+from .case import add_case_arguments, run_of, wants_run
 from .options import add_disk_arguments, add_image_argument
 from .output import Progress
 
@@ -23,6 +26,7 @@ _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
   qcow2-forensics diff disk.qcow2 --from 1 --to 2 --files --hash
   qcow2-forensics diff disk.qcow2 --from 1 --files --format body > changes.body
+  qcow2-forensics diff disk.qcow2 --from 1 --files --format html --case 17/26 > diff.html
   qcow2-forensics diff overlay.qcow2 --from backing
   qcow2-forensics diff disk.qcow2 --from bitmap:daily --files
   qcow2-forensics diff yesterday.qcow2 today.raw --files
@@ -63,47 +67,78 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--hash", action="store_true", help="with --files: the SHA-256 of both versions of each file")
     parser.add_argument(
         "--format",
-        choices=("text", "json", "jsonl", "body"),
+        choices=("text", "json", "jsonl", "body", "html"),
         default="text",
-        help="output format (default: text); body is for mactime and other timeline tools, and implies --files",
+        help="output format (default: text); body is for mactime and other timeline tools, and implies --files; "
+        "html is one page for a case file",
     )
     add_disk_arguments(parser, snapshot=False)
     _files.add_guest_arguments(parser)
+    add_case_arguments(parser, hashes=False)
     parser.set_defaults(run=run)
+
+
+class Compared(NamedTuple):
+    """What differs between two states: ranges, files where those were wanted, and what could not be compared."""
+
+    sides: Sides
+    found: list[Difference]
+    listed: Files | None
+    notes: list[str]  # safe on a terminal
+    code: int  # 2 when a part could not be compared
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what differs; 2 when a part could not be read and so could not be compared."""
     files = args.files or args.hash or args.format == "body"
+    started = datetime.now(UTC)
+    with ExitStack() as stack:
+        if not files and args.format in ("text", "jsonl") and not sys.stdout.isatty():
+            return _print_as_found(args, sides_of(args, stack))
+        result = compared(args, stack)
+        if not files and args.format in ("text", "jsonl"):
+            _print_ranges(args, result.sides, result.found)
+        else:
+            _PRINTERS[args.format](args, result, started)
+    for note in result.notes:
+        _files.complain(note)
+    return result.code
+
+
+def compared(args: argparse.Namespace, stack: ExitStack) -> Compared:
+    """Compare what the options mean; the states stay open until ``stack`` ends."""
+    files = args.files or args.hash or args.format == "body"
     if files:
         need_back_end()
-    with ExitStack() as stack:
-        sides = sides_of(args, stack)
-        before, after = sides.before, sides.after
-        for sentence in sides.warnings:
-            _files.complain(sentence)
-        code = 0 if sides.is_trusted else 2
-        with Progress("compare", min(before.disk.size, after.disk.size)) as progress:
-            ranges = sides.ranges(progress.advance)
-            if not files and args.format in ("text", "jsonl") and not sys.stdout.isatty():
-                return max(code, _print_ranges(args, before, after, ranges))
-            found = list(ranges)  # printed when the progress line is gone
-        if not files and args.format in ("text", "jsonl"):
-            return max(code, _print_ranges(args, before, after, found))
-        listed = _diff_files.compare_files(args, sides, found) if files else None
-        _PRINTERS[args.format](args, before, after, found, listed)
-        if listed is not None:
-            _report_unread(listed)
-        return max(code, _verdict(_unreadable(found)), listed.exit_code if listed else 0)
+    sides = sides_of(args, stack)
+    notes = list(sides.warnings)
+    with Progress("compare", min(sides.before.disk.size, sides.after.disk.size)) as progress:
+        found = list(sides.ranges(progress.advance))  # shown when the progress line is gone
+    listed = _diff_files.compare_files(args, sides, found) if files else None
+    notes += [*listed.notes, *_unread(listed)] if listed else ()
+    notes += _not_compared(_unreadable(found))
+    code = 0 if sides.is_trusted and not _unreadable(found) else 2
+    return Compared(sides, found, listed, notes, max(code, listed.exit_code if listed else 0))
 
 
 # --- ranges --------------------------------------------------------------------------------------
 
 
-def _print_ranges(args: argparse.Namespace, before: Side, after: Side, ranges: Iterable[Difference]) -> int:
+def _print_as_found(args: argparse.Namespace, sides: Sides) -> int:
     """Print ranges as they are found; return the exit code."""
+    for warning in sides.warnings:
+        _files.complain(warning)
+    with Progress("compare", min(sides.before.disk.size, sides.after.disk.size)) as progress:
+        unreadable = _print_ranges(args, sides, sides.ranges(progress.advance))
+    for note in _not_compared(unreadable):
+        _files.complain(note)
+    return 2 if unreadable or not sides.is_trusted else 0
+
+
+def _print_ranges(args: argparse.Namespace, sides: Sides, ranges: Iterable[Difference]) -> int:
+    """Print ranges one by one, as text or JSON lines; return how many could not be read."""
     text = args.format == "text"
-    print(_heading(args, before, after) if text else json.dumps(_states_dict(args, before, after)))
+    print(_heading(args, sides) if text else json.dumps(_states_dict(args, sides)))
     counts: Counter[Change] = Counter()
     total = 0
     for item in ranges:
@@ -113,7 +148,7 @@ def _print_ranges(args: argparse.Namespace, before: Side, after: Side, ranges: I
         total += item.length
         print(_range_line(item) if text else json.dumps({"record": "range", **_range_dict(item)}))
     print(_summary(counts, total) if text else json.dumps({"record": "summary", **_totals(counts, total)}))
-    return _verdict(counts[Change.UNREADABLE])
+    return counts[Change.UNREADABLE]
 
 
 def _range_line(item: Difference) -> str:
@@ -147,35 +182,33 @@ def _unreadable(found: Iterable[Difference]) -> int:
     return sum(item.change is Change.UNREADABLE for item in found)
 
 
-def _verdict(unreadable: int) -> int:
+def _not_compared(unreadable: int) -> Iterator[str]:
     if unreadable:
         were = "was" if unreadable == 1 else "were"
-        print(
-            f"qcow2-forensics: {plural(unreadable, 'range')} could not be read and {were} not compared", file=sys.stderr
-        )
-        return 2
-    return 0
+        yield f"{plural(unreadable, 'range')} could not be read and {were} not compared"
 
 
-def _report_unread(listed: Files) -> None:
+def _unread(listed: Files) -> Iterator[str]:
     for item in listed.unread:
         if item.hides_changes:
             where = _files.volume_label(item.unread.volume)
-            _files.complain(f"{size(item.changed_bytes)} differ in {where}, whose files are not listed")
+            yield f"{size(item.changed_bytes)} differ in {where}, whose files are not listed"
     if listed.is_incomplete:
-        _files.complain("parts of the file systems could not be read: files may be missing above")
+        yield "parts of the file systems could not be read: files may be missing from the list"
 
 
 # --- formats -----------------------------------------------------------------------------------------
 
 
-def _heading(args: argparse.Namespace, before: Side, after: Side) -> str:
+def _heading(args: argparse.Namespace, sides: Sides) -> str:
+    before, after = sides.before, sides.after
     if args.other is not None:
         return " -> ".join(f"{printable(side.path)} ({printable(side.label)})" for side in (before, after))
     return f"{printable(args.image)}: {printable(before.label)} -> {printable(after.label)}"
 
 
-def _states_dict(args: argparse.Namespace, before: Side, after: Side) -> dict[str, Any]:
+def _states_dict(args: argparse.Namespace, sides: Sides) -> dict[str, Any]:
+    before, after = sides.before, sides.after
     return {
         "record": "states",
         "image": args.image,
@@ -184,51 +217,68 @@ def _states_dict(args: argparse.Namespace, before: Side, after: Side) -> dict[st
     }
 
 
-def _print_text(
-    args: argparse.Namespace, before: Side, after: Side, found: list[Difference], listed: Files | None
-) -> None:
-    print(_heading(args, before, after))
-    print(_summary(*_counted(found)))
-    for item in found:
+def as_dict(args: argparse.Namespace, result: Compared, started: datetime) -> dict[str, Any]:
+    """Return what ``--format json`` prints as plain data."""
+    shown = _states_dict(args, result.sides)
+    del shown["record"]
+    if wants_run(args) or args.format == "html":
+        shown["run"] = run_of(args, dict.fromkeys((result.sides.before.path, result.sides.after.path)), started)
+    shown["summary"] = _totals(*_counted(result.found))
+    shown["ranges"] = [_range_dict(item) for item in result.found]
+    if result.listed is not None:
+        shown["summary"] |= _diff_files.totals(result.listed)
+        shown["volumes"] = _diff_files.volume_dicts(result.listed)
+        shown["files"] = [_diff_files.file_dict(change) for change in result.listed.changes]
+    return shown
+
+
+def as_page(args: argparse.Namespace, result: Compared, started: datetime) -> str:
+    """Return what ``--format html`` prints."""
+    rows = None if result.listed is None else _diff_files.page_rows(result.listed)
+    return render_difference(as_dict(args, result, started), rows, notes=result.notes)
+
+
+def _print_text(args: argparse.Namespace, result: Compared, _started: datetime) -> None:
+    print(_heading(args, result.sides))
+    print(_summary(*_counted(result.found)))
+    for item in result.found:
         if item.change is Change.UNREADABLE:
             print(_range_line(item))
-    for line in _diff_files.text_lines(listed) if listed else ():
+    for line in _diff_files.text_lines(result.listed) if result.listed else ():
         print(line)
 
 
-def _print_json(
-    args: argparse.Namespace, before: Side, after: Side, found: list[Difference], listed: Files | None
-) -> None:
-    shown = _states_dict(args, before, after)
-    del shown["record"]
-    shown["summary"] = _totals(*_counted(found))
-    shown["ranges"] = [_range_dict(item) for item in found]
-    if listed is not None:
-        shown["summary"] |= _diff_files.totals(listed)
-        shown["volumes"] = _diff_files.volume_dicts(listed)
-        shown["files"] = [_diff_files.file_dict(change) for change in listed.changes]
-    print(json.dumps(shown, indent=2))
+def _print_json(args: argparse.Namespace, result: Compared, started: datetime) -> None:
+    print(json.dumps(as_dict(args, result, started), indent=2))
 
 
-def _print_lines(
-    args: argparse.Namespace, before: Side, after: Side, found: list[Difference], listed: Files | None
-) -> None:
-    print(json.dumps(_states_dict(args, before, after)))
-    for item in found:
+def _print_html(args: argparse.Namespace, result: Compared, started: datetime) -> None:
+    print(as_page(args, result, started), end="")
+
+
+def _print_lines(args: argparse.Namespace, result: Compared, _started: datetime) -> None:
+    listed = result.listed
+    print(json.dumps(_states_dict(args, result.sides)))
+    for item in result.found:
         print(json.dumps({"record": "range", **_range_dict(item)}))
     for volume in _diff_files.volume_dicts(listed) if listed else ():
         print(json.dumps({"record": "volume", **volume}))
     for change in listed.changes if listed else ():
         print(json.dumps({"record": "file", **_diff_files.file_dict(change)}))
     outside = _diff_files.totals(listed) if listed else {}
-    print(json.dumps({"record": "summary", **_totals(*_counted(found)), **outside}))
+    print(json.dumps({"record": "summary", **_totals(*_counted(result.found)), **outside}))
 
 
-def _print_body(
-    _args: argparse.Namespace, before: Side, after: Side, _found: list[Difference], listed: Files | None
-) -> None:
-    for line in _diff_files.body_lines(listed, before.label, after.label) if listed else ():
+def _print_body(_args: argparse.Namespace, result: Compared, _started: datetime) -> None:
+    before, after = result.sides.before.label, result.sides.after.label
+    for line in _diff_files.body_lines(result.listed, before, after) if result.listed else ():
         print(line)
 
 
-_PRINTERS = {"text": _print_text, "json": _print_json, "jsonl": _print_lines, "body": _print_body}
+_PRINTERS = {
+    "text": _print_text,
+    "json": _print_json,
+    "jsonl": _print_lines,
+    "body": _print_body,
+    "html": _print_html,
+}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
 import os
-import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -17,16 +15,16 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from .. import __version__
 from ..errors import Qcow2Error
-from ..format.source import Source, source_name
+from ..findings import TOOL
 from ..limits import MiB
 from ..reader.clusters import decode_here
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.salvage import SalvagedDisk, mapfile
 from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, refuse_existing, writing
-from ..text import iso_time, printable, size
+from ..text import printable, size
+from .case import add_hash_source_argument, now, origin_of, sources_of, write_sidecar
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress
 
@@ -34,7 +32,6 @@ _PIECE = 1 * MiB  # read, written and hashed at once
 _WORKERS = min(8, os.cpu_count() or 1)
 _PIECES_AHEAD = 3 * _WORKERS  # read and written before the hash comes to them
 _MISSING_SHOWN = 10  # ranges that the summary in text lists; JSON and the map have them all
-_TOOL = f"qcow2-forensics {__version__}"
 _SCHEMA = 1
 
 _EPILOG = """examples:
@@ -81,6 +78,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--sidecar", action="store_true", help="write OUT.json beside OUT: source, state, tool, times and hashes"
     )
+    add_hash_source_argument(parser)
     parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the summary")
     parser.set_defaults(run=run)
 
@@ -92,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sidecar and is_standard_output(args.output):
         raise Qcow2Error("--sidecar needs a file to be beside; take --format json, which prints the same")
     hashes = () if args.no_hash else tuple(dict.fromkeys(args.hashes or HASHES[:1]))
-    started = _now()
+    started = now()
     with open_from(args) as disk:
         salvaged = SalvagedDisk(disk) if args.salvage else None
         sidecar = f"{args.output}.json" if args.sidecar else None
@@ -107,10 +105,9 @@ def run(args: argparse.Namespace) -> int:
     if args.mapfile:
         with atomic_writer(args.mapfile, force=args.force) as file:
             missing = salvaged.missing if salvaged is not None else []
-            file.writelines(f"{line}\n".encode() for line in mapfile(disk.size, missing, _TOOL))
+            file.writelines(f"{line}\n".encode() for line in mapfile(disk.size, missing, TOOL))
     if sidecar:
-        with atomic_writer(sidecar, force=args.force) as file:
-            file.write(json.dumps(summary, indent=1).encode() + b"\n")
+        write_sidecar(sidecar, summary, force=args.force)
     to = sys.stderr if is_standard_output(args.output) else sys.stdout
     if args.format == "json":
         print(json.dumps(summary), file=to)
@@ -139,43 +136,8 @@ def _summary(
         "state": args.snapshot or "active",
         "assumed": dict(args.assume),
         "snapshot": None if snapshot is None else {"id": snapshot.id, "name": snapshot.name},
-        "source": list(_sources(disk)),
-        "tool": _TOOL,
-        "command": shlex.join(sys.argv),
-        "started": started,
-        "finished": _now(),
+        **origin_of(args, sources_of(disk), started),
     }
-
-
-def _sources(disk: Disk) -> Iterator[dict[str, Any]]:
-    """Yield what identifies each file that was read: the image first, then what it builds on."""
-    layer: object = disk
-    role = "image"
-    while layer is not None:
-        files: list[tuple[str, object]] = [(role, getattr(layer, "source", None))]
-        if isinstance(layer, Disk):
-            files = [(role, layer.image.source)]
-            if layer.host is not layer.image.source:
-                files.append(("data file", layer.host))
-        for kind, source in files:
-            if isinstance(source, Source):
-                yield {"role": kind, **_identity(source)}
-        layer, role = getattr(layer, "backing", None), "backing file"
-
-
-def _identity(source: Source) -> dict[str, Any]:
-    name = source_name(source)
-    identity = getattr(source, "file_identity", None) or getattr(source, "identity", None)
-    facts: dict[str, Any] = {"path": os.path.realpath(name) if identity else name, "size": source.size}
-    if identity:
-        facts["modified"] = iso_time(getattr(source, "mtime_ns", 0))
-        facts["device"], facts["inode"] = identity
-    return facts
-
-
-def _now() -> str:
-    """Return the time in UTC, to the second."""
-    return f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _text(summary: dict[str, Any]) -> Iterator[str]:

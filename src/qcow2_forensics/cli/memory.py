@@ -1,23 +1,31 @@
-"""``memory``: write the guest's memory to a file that other tools read."""
+"""``memory``: write the guest's memory to a file that other tools read, or print what it is."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import Qcow2Error
-from ..reader.writer import HASHES, writing
-from ..text import cut, printable, size
+from ..errors import Locked, Qcow2Error
+from ..format.source import FileSource
+from ..reader.writer import HASHES, Writer, is_standard_output, refuse_existing, writing
+from ..text import printable, size
+from ._memory_facts import layout_facts, layout_lines, processor_facts, processor_lines
+from .case import add_hash_source_argument, now, origin_of, write_sidecar
 from .options import add_key_arguments, ask_passphrase, passphrases_of
 from .output import Progress
+
+if TYPE_CHECKING:
+    from ..memory import GuestMemory
 
 _EPILOG = """examples:
   qcow2-forensics memory disk.qcow2 memory.raw
   qcow2-forensics memory disk.qcow2 memory.lime --snapshot before-incident --format lime
   qcow2-forensics memory disk.qcow2 state.qevm --snapshot 2 --format stream
-  qcow2-forensics memory guest.save memory.raw
+  qcow2-forensics memory guest.save memory.raw --sidecar
+  qcow2-forensics memory disk.qcow2
 
 IMAGE is a QCOW2 image with a memory snapshot (the latest is taken unless one is named; "leftover" is one that
 no snapshot lists any more but that is still mapped behind the disk), a bare QEMU migration stream, a libvirt save file, or a Proxmox state volume. "raw" is RAM at its guest-physical
@@ -32,13 +40,19 @@ def add_parser(subparsers: Any) -> None:
     """Add ``memory`` to the command line."""
     parser = subparsers.add_parser(
         "memory",
-        help="write the memory of a snapshot to a file",
-        description="Write the guest-physical memory that a snapshot or a save file holds.",
+        help="write the memory of a snapshot to a file, or print what it is",
+        description="Write the guest-physical memory that a snapshot or a save file holds. Without OUT, print its layout, "
+        "the processors' registers, the kernel, and the symbols that Volatility needs for it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("image", metavar="IMAGE", help="a QCOW2 image or a memory stream; it is only read")
-    parser.add_argument("output", metavar="OUT", help="the file to write")
+    parser.add_argument(
+        "output",
+        metavar="OUT",
+        nargs="?",
+        help="the file to write; without it, the layout, the registers and the kernel are printed and nothing is written",
+    )
     parser.add_argument(
         "--snapshot", metavar="STATE", help="the snapshot to take, as in export; the latest with memory by default"
     )
@@ -49,6 +63,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--format", choices=("raw", "lime", "elf", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
+    parser.add_argument(
+        "--sidecar", action="store_true", help="write OUT.json beside OUT: source, snapshot, tool, times and hashes"
+    )
+    add_hash_source_argument(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
     parser.add_argument(
         "--layout",
@@ -61,20 +79,60 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _snapshot(memory: Any) -> str | None:
-    """Return which snapshot the memory is of, in words; None for a stream that is in none."""
-    from ..reader.states import LEFTOVER
-    from ..reader.vm_state import VmState
+def run(args: argparse.Namespace) -> int:
+    """Write the memory and print what was written; without a file, print what the memory is."""
+    if args.output is None:
+        return _print_facts(args)
+    if args.sidecar and is_standard_output(args.output):
+        raise Qcow2Error("--sidecar needs a file to be beside; take --summary json, which prints the same")
+    sidecar = f"{args.output}.json" if args.sidecar else None
+    if sidecar:
+        refuse_existing(sidecar, force=args.force)
+    started = now()
+    with open_memory(args) as memory:
+        device = _device(memory, args.device)
+        form = "device" if device is not None else args.format
+        total = len(device) if device is not None else memory.source.size if form == "stream" else memory.size
+        hashes = () if args.no_hash else HASHES[:1]
+        with (
+            Progress("memory", total) as progress,
+            writing(args.output, progress.advance, force=args.force, hashes=hashes) as writer,
+        ):
+            _write(memory, writer, form, device)
+        written = {"output": args.output, "format": form, "size": writer.size, "sha256": writer.sha256}
+        summary = {**written, **layout_facts(memory), **_origin(args, started)}
+    if sidecar:
+        write_sidecar(sidecar, summary, force=args.force)
+    to = sys.stderr if is_standard_output(args.output) else sys.stdout
+    if args.summary == "json":
+        print(json.dumps(summary), file=to)
+        return 0
+    machine = printable(summary["machine"]) or "?"
+    print(f"{printable(args.output)}: {writer.size} bytes ({size(writer.size)}), machine {machine}", file=to)
+    for line in layout_lines(summary, zeros=form == "raw"):
+        print(line, file=to)
+    if writer.sha256:
+        print(f"sha256 {writer.sha256}", file=to)
+    return 0
 
-    state = memory.source
-    if not isinstance(state, VmState):
-        return None
-    if state.snapshot is None:
-        return f"{LEFTOVER} (behind the disk, listed by no snapshot)"
-    return f"{cut(state.snapshot.id)} ({cut(state.snapshot.name)})"
+
+def open_memory(args: argparse.Namespace) -> GuestMemory:
+    """Open the memory that the options mean, asking for a passphrase when it is locked."""
+    from ..memory import open_guest_memory
+
+    wanted = partial(
+        open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
+    )
+    passphrase = passphrases_of(args)
+    try:
+        return wanted(passphrase=passphrase)
+    except Locked:
+        if passphrase is not None:
+            raise
+        return wanted(passphrase=ask_passphrase("encrypted image"))
 
 
-def _device(memory: Any, name: str | None) -> bytes | None:
+def _device(memory: GuestMemory, name: str | None) -> bytes | None:
     """Return the bytes of a device, None when no device is wanted."""
     if name is None:
         return None
@@ -85,76 +143,41 @@ def _device(memory: Any, name: str | None) -> bytes | None:
     return content
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the memory and print what was written."""
-    from ..errors import Locked
-    from ..memory import open_guest_memory
+def _write(memory: GuestMemory, writer: Writer, form: str, device: bytes | None) -> None:
     from ..memory.dump import write_lime, write_raw, write_stream
     from ..memory.elf_core import write_elf
 
-    wanted = partial(
-        open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
-    )
-    passphrase = passphrases_of(args)
+    if device is not None:
+        writer.data(device)
+    elif form == "stream":
+        write_stream(memory.source, writer)
+    else:
+        {"lime": write_lime, "elf": write_elf}.get(form, write_raw)(memory, writer)
+
+
+def _origin(args: argparse.Namespace, started: str) -> dict[str, Any]:
+    image = FileSource(args.image)
     try:
-        memory = wanted(passphrase=passphrase)
-    except Locked:
-        if passphrase is not None:
-            raise
-        memory = wanted(passphrase=ask_passphrase("encrypted image"))
-    with memory:
-        device = _device(memory, args.device)
-        form = "device" if device is not None else args.format
-        total = len(device) if device is not None else memory.source.size if form == "stream" else memory.size
-        hashes = () if args.no_hash else HASHES[:1]
-        with (
-            Progress("memory", total) as progress,
-            writing(args.output, progress.advance, force=args.force, hashes=hashes) as writer,
-        ):
-            if device is not None:
-                writer.data(device)
-            elif form == "stream":
-                write_stream(memory.source, writer)
-            else:
-                {"lime": write_lime, "elf": write_elf}.get(form, write_raw)(memory, writer)
-        summary = {
-            "output": args.output,
-            "snapshot": _snapshot(memory),
-            "format": form,
-            "size": writer.size,
-            "sha256": writer.sha256,
-            "machine": memory.machine,
-            "regions": [
-                {
-                    "address": region.address,
-                    "length": region.length,
-                    "block": region.block,
-                    "reason": reason,
-                }
-                for region, reason in zip(memory.regions, memory.layout.reasons, strict=True)
-            ],
-            "notes": list(memory.layout.notes),
-            "assumptions": list(memory.layout.assumptions),
-            "checks": list(memory.layout.checks),
-            "doubts": [{"address": address, "length": length} for address, length in memory.layout.doubts],
-            "missing_bytes": memory.missing,
-            "complete": memory.complete,
-        }
+        return origin_of(args, [("image", image)], started)
+    finally:
+        image.close()
+
+
+def facts_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the memory is as plain data, and write nothing."""
+    started = now()
+    with open_memory(args) as memory:
+        return {**layout_facts(memory), **processor_facts(memory), **_origin(args, started)}
+
+
+def _print_facts(args: argparse.Namespace) -> int:
+    if args.device or args.sidecar:
+        raise Qcow2Error("--device and --sidecar need OUT, the file to write")
+    facts = facts_of(args)
     if args.summary == "json":
-        print(json.dumps(summary))
+        print(json.dumps(facts))
         return 0
-    machine = printable(memory.machine) or "?"
-    print(f"{printable(args.output)}: {writer.size} bytes ({size(writer.size)}), machine {machine}")
-    shown = printable(str(summary["snapshot"] or "none, the file is a stream itself"))
-    print(f"snapshot: {shown}")
-    for region in memory.regions:
-        print(f"  {region.address:#014x} - {region.end - 1:#014x}  {printable(region.block)}")
-    for assumption in memory.layout.assumptions:
-        print(f"assumed: {printable(assumption)}")
-    for check in memory.layout.checks:
-        print(f"checked: {printable(check)}")
-    if memory.missing:
-        print(f"{memory.missing} bytes of RAM are not in the stream" + (": zeros" if args.format == "raw" else ""))
-    if writer.sha256:
-        print(f"sha256 {writer.sha256}")
+    print(f"{printable(args.image)}: {size(facts['ram_bytes'])} of RAM, machine {printable(facts['machine']) or '?'}")
+    for line in (*layout_lines(facts), *processor_lines(facts)):
+        print(line)
     return 0

@@ -215,12 +215,23 @@ class _Notes(logging.Handler):
         super().__init__(logging.INFO)
         self._shown: set[str] = set()
 
+    def forget(self) -> None:
+        """Take every sentence for one not shown yet."""
+        self._shown.clear()
+
     def emit(self, record: logging.LogRecord) -> None:
         sentence = record.getMessage()
         if sentence not in self._shown:
             self._shown.add(sentence)
             kind = "warning: " if record.levelno >= logging.WARNING else ""
             print(f"qcow2-forensics: {kind}{printable(sentence)}", file=sys.stderr)
+
+
+def repeat_notes() -> None:
+    """Show notes again that were shown before: what follows is about another state or image."""
+    for handler in logging.getLogger("qcow2_forensics").handlers:
+        if isinstance(handler, _Notes):
+            handler.forget()
 
 
 def _show_notes() -> None:

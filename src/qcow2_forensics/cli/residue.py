@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..residue import residue
 from ..residue.model import KINDS
 from ..text import plural, printable, size
+from .case import add_hash_source_argument, now, origin_of
 from .options import add_image_argument, bytes_of
 from .output import Progress
+
+if TYPE_CHECKING:
+    from ..residue.output import Summary
 
 _EPILOG = """examples:
   qcow2-forensics residue disk.qcow2 residue/
   qcow2-forensics residue disk.qcow2 residue/ --kind free --kind leaked
+  qcow2-forensics residue disk.qcow2 listing/ --index-only
   qcow2-forensics export disk.qcow2 old.raw --snapshot deleted:0x190000
 
 DIR must not exist; it gets its name when everything is written. It holds one file per piece,
-index.json and index.csv.
+index.json and index.csv. index.json also says which files were read, with what, and when.
 """
 
 
@@ -45,21 +50,37 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--limit", metavar="BYTES", type=bytes_of, help="stop writing files after so many bytes; index all"
     )
+    parser.add_argument("--index-only", action="store_true", help="write the index, with hashes, and no pieces")
+    add_hash_source_argument(parser)
     parser.add_argument("--backing-dir", metavar="DIR", action="append", default=[], help="where a data file may be")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the residue of one image."""
-    from ..residue.output import write
-
-    with residue(args.image, resolver=Resolver(folders=args.backing_dir, remedies=COMMAND_LINE)) as found:
-        total = found.image.file_size
-        with Progress("residue", total) as progress:
-            summary = write(found, args.folder, kinds=args.kind, limit=args.limit, advance=progress.advance)
+    summary = write_folder(args)
     print(f"{plural(summary.pieces, 'piece')}, {size(summary.written)} written to {printable(args.folder)}")
     for line in summary.deleted:
         print(line)
-    if summary.skipped:
+    if summary.skipped and not args.index_only:
         print(f"qcow2-forensics: in the index only: {plural(summary.skipped, 'piece')}", file=sys.stderr)
     return 0
+
+
+def write_folder(args: argparse.Namespace) -> Summary:
+    """Write the folder that the options mean and return what is in it."""
+    from ..residue.output import write  # here: it brings numpy
+
+    started = now()
+    with (
+        residue(args.image, resolver=Resolver(folders=args.backing_dir, remedies=COMMAND_LINE)) as found,
+        Progress("residue", found.image.file_size) as progress,
+    ):
+        return write(
+            found,
+            args.folder,
+            kinds=args.kind,
+            limit=0 if args.index_only else args.limit,
+            advance=progress.advance,
+            origin=lambda: origin_of(args, [("image", found.image.source), ("data file", found.data)], started),
+        )

@@ -6,8 +6,9 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -19,8 +20,10 @@ from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..reader.disk import Disk, Layer
 from ..reader.states import Choice, labels
+from ..render.timeline_page import render_timeline
 from ..text import cut, date_note, iso_time, printable, quoted, snapshot_time
 from . import _files
+from .case import add_case_arguments, run_of
 from .options import add_disk_arguments, add_image_argument, chosen, open_from, open_layer
 from .output import Progress
 
@@ -28,7 +31,7 @@ _EPILOG = """examples:
   qcow2-forensics timeline disk.qcow2 | mactime -b - -d -z UTC
   qcow2-forensics timeline disk.qcow2 --format jsonl > timesketch.jsonl
   qcow2-forensics timeline disk.qcow2 --state before-incident --state active
-  qcow2-forensics timeline disk.qcow2 --no-files
+  qcow2-forensics timeline disk.qcow2 --no-files --deleted --format html > timeline.html
 
 Every line names the state it is from; by default all states are listed, the active one last. Files
 need pytsk3: pip install 'qcow2-forensics[tsk]'. The JSON lines have the fields Timesketch asks for.
@@ -71,30 +74,68 @@ def add_parser(subparsers: Any) -> None:
         help='a state whose files to list: the ID or name of a snapshot, "active", "backing" or others as in "diff" '
         "(repeatable; default: all)",
     )
+    parser.add_argument(
+        "--deleted", action="store_true", help="also date the snapshots that no table lists any more (slow)"
+    )
     parser.add_argument("--no-files", action="store_true", help="only what the image itself dates")
     parser.add_argument(
         "--format",
-        choices=("body", "jsonl"),
+        choices=("body", "jsonl", "html"),
         default="body",
-        help="a body file for mactime (default), or JSON lines for Timesketch",
+        help="a body file for mactime (default), JSON lines for Timesketch, or one page for a case file",
     )
     add_disk_arguments(parser, snapshot=False)
     _files.add_guest_arguments(parser)
+    add_case_arguments(parser, hashes=False)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the timeline; a state without a file system is said on standard error."""
+    """Print the timeline; what cannot be listed is reported on standard error."""
+    started = datetime.now(UTC)
+    if args.format == "html":
+        events: list[dict[str, Any]] = []
+        notes: list[str] = []
+        code = write(args, Output(events.append, lambda _: None, notes.append))
+        print(as_page(args, events, notes, started), end="")
+        for note in notes:
+            _files.complain(note)
+        return code
+    if args.format == "body":
+        return write(args, Output(None, print, _files.complain))
+    return write(args, Output(lambda event: print(json.dumps(event)), None, _files.complain))
+
+
+class Output(NamedTuple):
+    """Who takes the dated facts: as mappings, as lines of a body file; and notes on what is not listed."""
+
+    event: Callable[[dict[str, Any]], object] | None
+    body: Callable[[str], object] | None
+    note: Callable[[str], object]
+
+
+def as_page(args: argparse.Namespace, events: Iterable[dict[str, Any]], notes: Sequence[str], started: datetime) -> str:
+    """Return what ``--format html`` prints."""
+    return render_timeline(events, args.image, run=run_of(args, [args.image], started), notes=notes)
+
+
+def write(args: argparse.Namespace, out: Output) -> int:
+    """Give every dated fact that the options mean to ``out``; return the exit code."""
     if not args.no_files:
         need_back_end()
     with Image(args.image) as image:
         events = list(image_events(image, _modified(args.image)))
+        if args.deleted:
+            events += _deleted_events(image, out)
         snapshots = image.snapshots
         unread = [problem for part in ("snapshots", "bitmaps") if (problem := image.unreadable(part)) is not None]
     for event in events:
-        print(_event_body(event) if args.format == "body" else _event_json(event, args.image))
+        if out.event is not None:
+            out.event(_event_dict(event, args.image))
+        if out.body is not None:
+            out.body(_event_body(event))
     for problem in unread:
-        _files.complain(f"dated facts are missing: {problem.error()}")
+        out.note(f"dated facts are missing: {problem.error()}")
     code = 2 if unread else 0
     if args.no_files:
         return code
@@ -109,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
                 disk = base = stack.enter_context(open_from(args, state))
             else:
                 disk = base.at(state)
-            code = max(code, _print_files(args, disk, label(state)))
+            code = max(code, _write_files(args, disk, label(state), out))
     return code
 
 
@@ -158,6 +199,25 @@ def image_events(image: Image, modified: int | None) -> Iterator[ImageEvent]:
         )
 
 
+def _deleted_events(image: Image, out: Output) -> Iterator[ImageEvent]:
+    """Yield when the snapshots were taken that no table lists any more."""
+    from ..residue import Residue
+
+    found = Residue(image)
+    entries, _ = found.entries()
+    label = labels(image.snapshots)
+    for entry in entries:
+        yield ImageEvent(
+            snapshot_time(entry.date_sec, entry.date_nsec),
+            "Snapshot Creation Time",
+            f"deleted snapshot {quoted(entry.name)} (ID {cut(entry.id)}, entry at {entry.offset:#x}) was taken{_details(entry)}",
+            label(entry),
+            "deleted_snapshot",
+        )
+    if found.entries_left_out:
+        out.note(f"{found.entries_left_out} former snapshot entries were left out: there are too many")
+
+
 def _details(entry: SnapshotEntry) -> str:
     parts = [f"guest clock {entry.vm_clock_nsec / _SECOND:.3f} s"] if entry.vm_clock_nsec else []
     if entry.vm_state_size:
@@ -179,19 +239,19 @@ def _event_body(event: ImageEvent) -> str:
     return "|".join(["0", name, "0", "-/----------", "0", "0", "0", *map(str, times)])
 
 
-def _event_json(event: ImageEvent, image: str) -> str:
-    return _line(event.time, event.message, event.description, event.state, image, data_type=f"qcow2:{event.kind}")
+def _event_dict(event: ImageEvent, image: str) -> dict[str, Any]:
+    return _shown(event.time, event.message, event.description, event.state, image, data_type=f"qcow2:{event.kind}")
 
 
 # --- files -----------------------------------------------------------------------------------------
 
 
-def _print_files(args: argparse.Namespace, disk: Layer, state: str) -> int:
-    """Print the files of one state; return the exit code."""
+def _write_files(args: argparse.Namespace, disk: Layer, state: str, out: Output) -> int:
+    """Write the files of one state; return the exit code."""
     try:
         volumes = _files.volumes_of(args, disk, f"{args.image}, state {state}")
     except NoFileSystem as error:
-        _files.complain(str(error))
+        out.note(str(error))
         return 0
     # On a terminal the lines themselves show how far it is.
     stream = io.StringIO() if sys.stdout.isatty() else sys.stderr
@@ -199,27 +259,25 @@ def _print_files(args: argparse.Namespace, disk: Layer, state: str) -> int:
         for system in volumes.systems:
             for record in system.records(names=True):
                 progress.advance(1)
-                if args.format == "body":
-                    print(body_line(record, f"[{printable(state)}] {printable(record.volume.prefix)}"))
-                else:
-                    for line in _record_lines(record, state, args.image):
-                        print(line)
+                if out.body is not None:
+                    out.body(body_line(record, f"[{printable(state)}] {printable(record.volume.prefix)}"))
+                if out.event is not None:
+                    for event in _record_events(record, state, args.image):
+                        out.event(event)
     for problem in (*volumes.read_errors, *(one for system in volumes.systems for one in system.problems)):
-        _files.complain(f"{printable(state)}: {problem}")
+        out.note(f"{printable(state)}: {problem}")
     not_listed = [item for item in volumes.unread if not item.blank]
     for item in not_listed:
-        _files.complain(
-            f"{printable(state)}: the files of {_files.volume_label(item.volume)} are not listed: {item.why}"
-        )
+        out.note(f"{printable(state)}: the files of {_files.volume_label(item.volume)} are not listed: {item.why}")
     return 2 if volumes.is_incomplete or any(item.holds_files for item in not_listed) else 0
 
 
-def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:
+def _record_events(record: FileRecord, state: str, image: str) -> Iterator[dict[str, Any]]:
     shown = f"{record.full_path} (deleted)" if not record.allocated else record.full_path
     for name, description in _FILE_TIMES:
         time = getattr(record.times, name)
         if time:
-            yield _line(
+            yield _shown(
                 time,
                 f"[{state}] {shown}",
                 f"{description} ($FILE_NAME)" if record.of_name else description,
@@ -237,9 +295,9 @@ def _record_lines(record: FileRecord, state: str, image: str) -> Iterator[str]:
             )
 
 
-def _line(time: int, message: str, description: str, state: str, image: str, **more: Any) -> str:
+def _shown(time: int, message: str, description: str, state: str, image: str, **more: Any) -> dict[str, Any]:
     # A time no calendar holds is left out of the text form only: the number says what was stored.
-    shown = {
+    return {
         "message": message,
         "datetime": iso_time(time) or "1970-01-01T00:00:00.000000+00:00",
         "timestamp": time // 1000,
@@ -248,4 +306,3 @@ def _line(time: int, message: str, description: str, state: str, image: str, **m
         "image": image,
         **more,
     }
-    return json.dumps(shown)

@@ -228,17 +228,26 @@ def atomic_writer(path: Path_, *, force: bool = False, evidence: Iterable[Path_]
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path_) -> Iterator[Path]:
-    """Yield a new folder that gets its name when the block ends well, and is gone with all in it when not."""
+def whole_folder(path: Path_, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a new folder that gets its name when the block ends well, and is gone with all in it when not.
+
+    With ``replace`` the folder that has the name goes away when the new one is whole.
+    """
     target = Path(path)
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not replace:
         raise Qcow2Error(f"{cut(str(target))} exists; name a new folder")
     partial = _partial(target)
     with ended_by_signals():
         partial.mkdir(parents=False)
         try:
             yield partial
-            partial.rename(target)
+            if replace and target.exists():
+                former = partial.with_name(f"{partial.name}.former")
+                target.rename(former)
+                partial.rename(target)
+                shutil.rmtree(former)
+            else:
+                partial.rename(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

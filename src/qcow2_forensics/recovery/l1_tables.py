@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from ..format.entries import COPIED, OFFSET_MASK
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
+from ..limits import DEFAULT_LIMITS, Budget
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
 from .geometry import U64
@@ -27,6 +28,20 @@ def read_l1(source: Source, offset: int, count: int) -> U64:
     """Return ``count`` L1 entries, zeros past the end of the file."""
     data = source.read(offset, max(0, min(count * 8, source.size - offset)))
     return np.frombuffer(data.ljust(count * 8, b"\0"), ">u8").astype(np.uint64)
+
+
+def snapshot_l1_tables(source: Source, entries: Iterable[SnapshotEntry]) -> list[U64]:
+    """Return the L1 tables of snapshots, as far as they are in the file.
+
+    Raises :class:`LimitExceeded` where entries name more bytes than a file of this size can store.
+    """
+    budget = Budget("L1 tables of snapshots", source.size)
+    tables = []
+    for entry in entries:
+        stored = max(0, min(entry.l1_size, DEFAULT_LIMITS.l1_bytes // 8, (source.size - entry.l1_table_offset) // 8))
+        budget.spend(stored * 8)
+        tables.append(read_l1(source, entry.l1_table_offset, stored))
+    return tables
 
 
 def entries_of(source: Source, offset: int, geometry: Geometry) -> U64:

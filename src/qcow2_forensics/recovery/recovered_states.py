@@ -43,6 +43,7 @@ from .l1_tables import (
     rank,
     read_l1,
     shared_with_snapshots,
+    snapshot_l1_tables,
     table_span,
     tables_by_slot,
 )
@@ -307,7 +308,7 @@ class _Recovery:
             header.refcount_order,
         )
         active = read_l1(self._source, header.l1_table_offset, header.l1_size)
-        snapshots = [read_l1(self._source, e.l1_table_offset, e.l1_size) for e in image.snapshots]
+        snapshots = snapshot_l1_tables(self._source, image.snapshots)
         named = {int(at) for table in (active, *snapshots) for at in (table & np.uint64(OFFSET_MASK)).tolist() if at}
         free = [at for at in tables.l2.tolist() if at not in named]
         lost = [at for at in free if refcounts.of(at)]

@@ -14,10 +14,15 @@ _CODES = 12  # codes named per image
 _IMAGES = 200  # images named per code
 
 
-def render_fleet(reports: Iterable[Mapping[str, Any]]) -> str:
-    """Return the page for reports as plain data, as in the lines of ``audit --format jsonl``."""
+def render_fleet(
+    reports: Iterable[Mapping[str, Any]], *, links: Mapping[str, str] | None = None, extra: Iterable[str] = ()
+) -> str:
+    """Return the page for reports as plain data, as in the lines of ``audit --format jsonl``.
+
+    ``links`` are the pages of images by their path, ``extra`` what follows the head as HTML.
+    """
     images = sorted(reports, key=lambda report: (-_worst(report), str(report["image"].get("path"))))
-    parts = [*_head(images), *_images(images), *_findings(images)]
+    parts = [*_head(images), *extra, *_images(images, links or {}), *_findings(images)]
     return page(f"{len(images)} images", parts, {Severity.parse(f["severity"]) for r in images for f in r["findings"]})
 
 
@@ -37,7 +42,7 @@ def _head(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield f"</p><p class='quiet'>{size(total)} in all</p>"
 
 
-def _images(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _images(images: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> Iterator[str]:
     yield "<h2>Images, worst first</h2><div class='scroll'><table><thead><tr>"
     yield "<th>worst</th><th>image</th><th>file</th><th>disk</th><th>snapshots</th><th>findings</th></tr></thead><tbody>"
     for number, report in enumerate(images):
@@ -51,7 +56,7 @@ def _images(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         row = f"s-{severity.label.lower()}" if severity is not None else "s-none"
         cells = (
             ("worst", badge(severity)),
-            ("image", markup(image.get("path"), 4096)),
+            ("image", _linked(links.get(str(image.get("path")), ""), markup(image.get("path"), 4096))),
             ("file", _bytes(image.get("file_size"))),
             ("disk", _bytes(image.get("virtual_size"))),
             ("snapshots", markup("unknown" if image.get("snapshots", 0) is None else image.get("snapshots") or "")),
@@ -63,6 +68,10 @@ def _images(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             + "</tr>"
         )
     yield "</tbody></table></div>"
+
+
+def _linked(page_of_image: str, shown: str) -> str:
+    return f'<a href="{page_of_image}">{shown}</a>' if page_of_image else shown
 
 
 def _class(column: str) -> str:

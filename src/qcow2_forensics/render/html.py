@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 from ..findings import Evidence, Finding, Report, Selection, Severity, place_of
 from ..text import hexadecimal, html_only, markup, sentence, shown_value
 from .allocation_map import draw_map
 from .anchors import Anchors
 from .next_commands import next_command
-from .page import badge, page
+from .page import badge, page, run_facts
 from .plain import summary
 from .state_tree import draw_tree
 from .summary import check_line, heading
@@ -49,20 +48,6 @@ def _head(report: Report) -> Iterator[str]:
         if isinstance(value, (str, int, float, bool)) and value != "":
             shown = shown_value(key, value) if isinstance(value, int) else markup(value)
             yield f"<tr><th>{markup(key.replace('_', ' '))}</th><td>{shown}</td></tr>"
-    yield "</table>"
-
-
-def run_facts(run: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the facts of a run for a case file: who, when, with what, on which files."""
-    yield "<table class='facts'>"
-    for key in ("case", "examiner", "note", "started", "command", "tool", "system"):
-        if run.get(key):
-            yield f"<tr><th>{key}</th><td>{markup(run[key], 4096)}</td></tr>"
-    for file in run.get("files", ()):
-        shown = markup(file["path"], 4096)
-        if file.get("sha256"):
-            shown += f"<br/>SHA-256 <span class='hash'>{markup(file['sha256'])}</span>"
-        yield f"<tr><th>file</th><td>{shown}</td></tr>"
     yield "</table>"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ..findings import Finding
 from ..text import printable
@@ -62,6 +63,29 @@ def _simple(words: str) -> Callable[[Finding, str], str]:
 
 def _of_snapshot(words: str) -> Callable[[Finding, str], str]:
     return lambda finding, image: f"{_TOOL} {words.format(image)}{_chosen(finding)}"
+
+
+def commands_after(path: str, parts: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return what an examiner types after an examination: each command with what it is for.
+
+    ``parts`` are those of ``examination.json``. Nothing from the evidence but numbers is part of a command.
+    """
+    image = shlex.quote(printable(path))
+    memories = [part["facts"] for part in parts if part["kind"] == "memory" and part["facts"]]
+    systems = {facts["kernel"]["system"] for facts in memories if facts.get("kernel")}
+    found = [
+        ("every state, and memory, as files for any tool", f"{_TOOL} mount {image} MOUNTPOINT"),
+        ("file times of every state", f"{_TOOL} timeline {image} | mactime -b - -d -z UTC"),
+        ("the same and more, in plaso", f"log2timeline --qcow_snapshots all --storage_file case.plaso {image}"),
+        ("the bytes of residue", f"{_TOOL} residue {image} residue"),
+    ]
+    for system in sorted(systems):
+        found.append(("processes of the latest memory", f"vol -s SYMBOLS -f {image} {system}.pslist"))
+    if memories:
+        found.append(("memory as a raw file", f"{_TOOL} memory {image} memory.raw --sidecar"))
+    if len(memories) > 1:
+        found.append(("what changed between the last two memories", f"vol -s SYMBOLS -f {image} qcow2.changes"))
+    return [{"what": what, "command": command} for what, command in found]
 
 
 _NAMES = _simple("info {}")

@@ -1,13 +1,16 @@
-"""The frame of a page: one self-contained document without scripts or requests, with filters by severity.
+"""The frame of every page: one self-contained document without scripts or requests, with filters.
 
-The filters are check boxes in front of everything they hide; the style sheet does the rest.
+The filters are check boxes in front of everything they hide; the style sheet does the rest. What a filter
+``x`` hides has the class ``s-x``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ..findings import TOOL, Severity
+from ..text import markup
 from .stylesheet import CSS
 
 _FOOTER = (
@@ -16,8 +19,15 @@ _FOOTER = (
 )
 
 
-def page(title: str, parts: Iterable[str], severities: Iterable[Severity] = ()) -> str:
-    """Return a page of parts that are HTML already; ``severities`` are those that can be hidden."""
+def page(
+    title: str, parts: Iterable[str], severities: Iterable[Severity] = (), *, kinds: Iterable[tuple[str, str]] = ()
+) -> str:
+    """Return a page of parts that are HTML already.
+
+    ``severities`` are those that can be hidden; ``kinds`` are further filters, each its key in
+    :data:`.stylesheet.KINDS` and its label as HTML.
+    """
+    filters = [(severity.label.lower(), severity.label) for severity in sorted(set(severities), reverse=True)]
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -27,7 +37,7 @@ def page(title: str, parts: Iterable[str], severities: Iterable[Severity] = ()) 
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             f"<title>{title}</title>",
             f"<style>{CSS}</style></head><body>",
-            *_filters(sorted(set(severities), reverse=True)),
+            *_filters([*filters, *kinds]),
             "<main>",
             *parts,
             "</main>",
@@ -38,13 +48,46 @@ def page(title: str, parts: Iterable[str], severities: Iterable[Severity] = ()) 
     )
 
 
-def _filters(severities: list[Severity]) -> Iterator[str]:
-    if len(severities) < 2:
+def _filters(filters: Sequence[tuple[str, str]]) -> Iterator[str]:
+    if len(filters) < 2:
         return
     yield "<div class='filters quiet' aria-hidden='true'>Show</div>"
-    for severity in severities:
-        name = severity.label.lower()
-        yield f"<input type='checkbox' class='filter' id='show-{name}' checked/><label for='show-{name}'>{severity.label}</label>"
+    for name, label in filters:
+        yield f"<input type='checkbox' class='filter' id='show-{name}' checked/><label for='show-{name}'>{label}</label>"
+
+
+def run_facts(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the facts of a run for a case file: who, when, with what, on which files."""
+    yield "<table class='facts'>"
+    for key in ("case", "examiner", "note", "started", "finished", "command", "tool", "system"):
+        if run.get(key):
+            yield f"<tr><th>{key}</th><td>{markup(run[key], 4096)}</td></tr>"
+    for file in run.get("files", ()):
+        shown = markup(file["path"], 4096)
+        if file.get("sha256"):
+            shown += f"<br/>SHA-256 <span class='hash'>{markup(file['sha256'])}</span>"
+        if file.get("error"):
+            shown += f"<br/>no SHA-256: {markup(file['error'], 500)}"
+        yield f"<tr><th>file</th><td>{shown}</td></tr>"
+    yield "</table>"
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], *, narrow: Iterable[str] = ()
+) -> Iterator[str]:
+    """Yield a table that becomes stacked rows on a narrow screen; headings and cells are HTML already.
+
+    A row is its CSS class (or none) and its cells; the columns ``narrow`` are never broken.
+    """
+    short = set(narrow)
+    classes = [" class='n'" if heading in short else "" for heading in headings]
+    yield "<div class='scroll'><table><thead><tr>"
+    yield "".join(f"<th>{heading}</th>" for heading in headings) + "</tr></thead><tbody>"
+    for name, cells in rows:
+        shown = zip(headings, classes, cells, strict=True)
+        opening = f'<tr class="{name}">' if name else "<tr>"
+        yield opening + "".join(f"<td data-l='{heading}'{kind}>{cell}</td>" for heading, kind, cell in shown) + "</tr>"
+    yield "</tbody></table></div>"
 
 
 def badge(severity: Severity | None, words: str = "") -> str:

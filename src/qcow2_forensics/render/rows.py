@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from ..findings import Evidence, Finding, Report
 from ..text import csv_lines
@@ -34,10 +35,14 @@ def render_json(report: Report) -> str:
     return report.to_json() + "\n"
 
 
+def without_pictures(report: Report) -> Report:
+    """Return the report without what only its page shows."""
+    return replace(report, details={key: value for key, value in report.details.items() if key not in PICTURES})
+
+
 def render_line(report: Report) -> str:
     """Return the report as one line of JSON, without the pictures in ``details``."""
-    data = report.to_dict()
-    data["details"] = {key: value for key, value in data["details"].items() if key not in PICTURES}
+    data = without_pictures(report).to_dict()
     return json.dumps(data, ensure_ascii=True, separators=(",", ":")) + "\n"
 
 

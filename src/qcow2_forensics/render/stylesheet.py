@@ -1,6 +1,26 @@
 """The page's style sheet: system fonts, light and dark, and sensible pages on paper."""
 
-CSS = """
+from __future__ import annotations
+
+from ..findings import Severity
+
+_DIFFERENCES = (
+    "changed",
+    "written",
+    "zeroed",
+    "added",
+    "removed",
+    "marked",
+    "unreadable",
+    "renamed",
+    "content",
+    "metadata",
+    "deleted",
+)
+_DATED_FACTS = ("snapshot", "deleted_snapshot", "bitmap", "qcow1_mtime", "file")
+KINDS = (*_DIFFERENCES, *_DATED_FACTS)  # what a page may have a filter for, besides severities
+
+_BASE = """
 :root{--bg:#fff;--fg:#1b1f24;--quiet:#5c6570;--line:#d8dde3;--card:#f7f8fa;
 --header:#22303c;--tables:#3366aa;--refcounts:#6f86b5;--active:#6fb98f;--compressed:#3f8f6b;--shared:#b7d7a8;
 --vmstate:#a678c9;--bitmaps:#c9a13b;--leaked:#d9534f;--residue:#f0883e;--free:#e9ecef;--other:#999}
@@ -19,9 +39,10 @@ code{font:.82em ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;c
 table{border-collapse:collapse;font-size:.87em}th,td{text-align:left;padding:.15rem .9rem .15rem 0;vertical-align:top;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{color:var(--quiet);font-weight:500}
 td{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace}.facts{margin-top:.6rem}.facts th,.badge{white-space:nowrap}td.w{min-width:14rem}
-td.n,thead th{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
+.n,thead th{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
 article{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--quiet);border-radius:4px;
 padding:.6rem .9rem;margin:0 0 .6rem}
+.warning{border-left:4px solid #e0a030;padding:.1rem 0 .1rem .9rem;margin:1rem 0}.warning h2{margin-top:.4rem}
 article.s-critical{border-left-color:#8b1a1a}article.s-high{border-left-color:#d9534f}
 article.s-medium{border-left-color:#e0a030}article.s-low{border-left-color:#4a90c2}
 .badge{display:inline-block;border-radius:1rem;padding:.1rem .7rem;font-size:.87em;color:#fff;background:#68727d}
@@ -34,7 +55,6 @@ summary{cursor:pointer;overflow-wrap:anywhere;font-weight:600}section>details>su
 .filters,.filter,.filter+label{display:inline-block;margin:0 .3rem .6rem 0;font-size:.87em}.filter+label{margin-right:.8rem}
 svg text{fill:var(--fg);font:10px ui-monospace,monospace}
 svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);font-size:11px}
-#show-critical:not(:checked)~main .s-critical:not(.badge){display:none}#show-high:not(:checked)~main .s-high:not(.badge){display:none}#show-medium:not(:checked)~main .s-medium:not(.badge){display:none}#show-low:not(:checked)~main .s-low:not(.badge){display:none}#show-info:not(:checked)~main .s-info:not(.badge){display:none}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding:0;margin:.7rem 0 .2rem;font-size:.9em}
 .legend svg{width:.8em;height:.8em;margin-right:.4em}
 .edge{fill:none;stroke:var(--quiet);stroke-width:1.5}
@@ -51,3 +71,9 @@ svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);fo
 .scroll td:empty{display:none}.scroll td::before{content:attr(data-l) ": ";color:var(--quiet);font-family:system-ui,sans-serif}.facts th{padding-top:.3rem}}
 @media print{.filters,.filter,.filter+label{display:none}}
 """
+
+_HIDDEN = "".join(
+    f"#show-{name}:not(:checked)~main .s-{name}:not(.badge){{display:none}}"
+    for name in dict.fromkeys([*(severity.label.lower() for severity in Severity), *KINDS])
+)
+CSS = f"{_BASE}{_HIDDEN}\n"

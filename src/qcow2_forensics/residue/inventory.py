@@ -62,6 +62,11 @@ class Residue:
         self._files = ExitStack()
         self.entries_left_out = 0  # former snapshot and bitmap entries found and dropped: there were too many
 
+    @property
+    def data(self) -> Source | None:
+        """The external data file, None where there is none or it is not opened."""
+        return self._data
+
     @cached_property
     def census(self) -> Census:
         """Who claims each host cluster; taken on first use when none was given."""

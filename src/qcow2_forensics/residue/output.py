@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ _COLUMNS = (
 
 @dataclass
 class Summary:
-    """What was written: pieces found, bytes in files, pieces only indexed, one line per deleted snapshot."""
+    """What was written: pieces found, bytes in files, pieces only indexed, one line per deleted snapshot.
+
+    ``by_kind`` has the number of pieces and their bytes, whether they are in files or only indexed.
+    """
 
     pieces: int = 0
     written: int = 0
     skipped: int = 0
     deleted: tuple[str, ...] = ()
+    by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def write(
@@ -52,14 +56,16 @@ def write(
     kinds: Collection[str] | None = None,
     limit: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    origin: Callable[[], Mapping[str, Any]] = dict,
 ) -> Summary:
     """Write the pieces of some kinds (all by default) to a new folder and return what was done.
 
     The folder appears under its name only when it is complete. ``limit`` bounds the bytes in
-    files; pieces beyond it are indexed with their hash and no file.
+    files; pieces beyond it are indexed with their hash and no file. ``origin`` is asked at the end for what the index
+    says of the run.
     """
     with whole_folder(folder) as partial:
-        return _fill(residue, partial, kinds, limit, advance)
+        return _fill(residue, partial, kinds, limit, advance, origin)
 
 
 def _fill(
@@ -68,6 +74,7 @@ def _fill(
     kinds: Collection[str] | None,
     limit: int | None,
     advance: Callable[[int], None],
+    origin: Callable[[], Mapping[str, Any]],
 ) -> Summary:
     summary = Summary()
     image = {"path": residue.image.name, "file_size": residue.image.file_size, "schema": SCHEMA}
@@ -85,12 +92,16 @@ def _fill(
             index.write(("," if summary.pieces else "") + "\n" + json.dumps(entry))
             table.writelines(csv_lines([[entry.get(column) for column in _COLUMNS]]))
             summary.pieces += 1
+            count, total = summary.by_kind.get(piece.kind, (0, 0))
+            summary.by_kind[piece.kind] = count + 1, total + piece.length
             summary.written += piece.length if room else 0
             summary.skipped += not room
             advance(piece.length)
         deleted = residue.deleted_snapshots()
         summary.deleted = tuple(_told(item) for item in deleted)
-        index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}}}\n')
+        index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}')
+        index.writelines(f',\n"{key}": {json.dumps(value)}' for key, value in origin().items())
+        index.write("}\n")
     return summary
 
 

@@ -1,0 +1,193 @@
+"""The parts of an examination: each is a single command, run for its plain data and its files.
+
+A part gets the parsed arguments of that command and the folder to write to. Nothing is computed here: what a part
+shows is what the command gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import Qcow2Error
+from ..files.protocol import NoFileSystem
+from ..findings import Report, Severity
+from ..format.image import Image
+from ..reader.opening import leftover_vm_state
+from ..reader.states import labels, spellings
+from ..render import render
+from ..render.anchors import Anchors
+from ..render.rows import without_pictures
+from ..render.summary import check_line, heading
+from . import audit, diff, memory, residue, snapshots, timeline
+
+_NOT_WHOLE = ("QCOW2-UNREADABLE", "QCOW2-AUDIT-INCOMPLETE", "QCOW2-AUDIT-LIMITED")  # the audit did not see everything
+
+
+class Outcome(NamedTuple):
+    """What a part gave: exit code, files by name, what it says of itself, and plain data for the page."""
+
+    code: int
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # safe on a terminal
+    facts: Mapping[str, Any] = {}
+
+
+Work = Callable[[argparse.Namespace, Path, str], Outcome]  # arguments, folder, stem of the names of files
+
+
+class State(NamedTuple):
+    """A state of an image: how it is called, how it is chosen, and whether it holds memory."""
+
+    label: str
+    choice: str
+    has_memory: bool
+
+
+def states_of(path: str) -> tuple[list[State], list[State]]:
+    """Return the states of the disk in the order of the snapshot table, the active one last, and those with memory."""
+    with Image(path) as image:
+        label, spelling = labels(image.snapshots), spellings(image.snapshots)
+        taken = [State(label(entry), spelling(entry), bool(entry.vm_state_size)) for entry in image.snapshots]
+        with_memory = [state for state in taken if state.has_memory]
+        if leftover_vm_state(image) is not None:
+            with_memory.append(State("leftover", "leftover", True))
+        below = [State("backing", "backing", False)] if image.backing_name is not None else []
+        return [*below, *taken, State("active", "active", False)], with_memory
+
+
+def run_audit(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+    """Audit the image: a page and JSON."""
+    report = audit.report_of(args, args.images[0])
+    missing = audit.why_missing(report)
+    if missing:
+        return Outcome(2, notes=(missing,))
+    files = (f"{stem}.html", f"{stem}.json")
+    (folder / files[0]).write_text(render(report, "html"), encoding="utf-8")
+    (folder / files[1]).write_text(render(without_pictures(report), "json"), encoding="utf-8")
+    unseen = [finding for finding in report.findings if finding.code in _NOT_WHOLE]
+    notes = [*audit.left_out(report), *(_sentence(finding.title, finding.evidence) for finding in unseen)]
+    return Outcome(2 if unseen else 0, files, tuple(notes), _audit_facts(report, files[0]))
+
+
+def _sentence(title: str, evidence: Any) -> str:
+    from ..text import printable
+
+    return printable("; ".join([title, *(f"{item.field}: {item.value}" for item in evidence[:5])]))
+
+
+def _audit_facts(report: Report, page: str) -> dict[str, Any]:
+    anchors = Anchors(report)
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for finding in report.findings:
+        row = found.setdefault(
+            (finding.code, finding.title),
+            {
+                "code": finding.code,
+                "severity": finding.severity.label,
+                "title": finding.title,
+                "note": finding.note,
+                "number": 0,
+                "link": f"{page}#{anchors.finding(finding)}",
+            },
+        )
+        row["number"] += 1
+    return {
+        "heading": heading(report),
+        "check": check_line(report),
+        "image": dict(report.image),
+        "run": report.details.get("run", {}),
+        "severities": {level.label: sum(f.severity is level for f in report.findings) for level in sorted(Severity)},
+        "findings": list(found.values()),
+        "report": without_pictures(report).to_dict(),  # for a page over many images; not in examination.json
+    }
+
+
+def run_snapshots(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+    """List snapshots, deleted ones, or recovered states as JSON."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        code = snapshots.run(args)
+    text = shown.getvalue()
+    (folder / f"{stem}.json").write_text(text, encoding="utf-8")
+    return Outcome(code, (f"{stem}.json",), facts={"rows": json.loads(text)})
+
+
+def run_diff(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+    """Compare two states: a page and JSON. Where there is no file system, ranges alone."""
+    notes: list[str] = []
+    started = datetime.now(UTC)
+    with ExitStack() as stack:
+        try:
+            result = diff.compared(args, stack)
+        except NoFileSystem as error:
+            notes.append(str(error))
+            args.files = False
+            result = diff.compared(args, stack)
+        data = diff.as_dict(args, result, started)
+        page = diff.as_page(args, result, started)
+    files = (f"{stem}.html", f"{stem}.json")
+    (folder / files[0]).write_text(page, encoding="utf-8")
+    (folder / files[1]).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    changes = Counter(item["change"] for item in data["files"]) if "files" in data else None
+    facts = {"summary": data["summary"], "files": None if changes is None else dict(changes)}
+    return Outcome(result.code, files, (*notes, *result.notes), facts)
+
+
+def run_timeline(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+    """Gather the dated facts: a page and JSON lines."""
+    started = datetime.now(UTC)
+    events: list[dict[str, Any]] = []
+    notes: list[str] = []
+    code = timeline.write(args, timeline.Output(events.append, None, notes.append))
+    files = (f"{stem}.html", f"{stem}.jsonl")
+    (folder / files[0]).write_text(timeline.as_page(args, events, notes, started), encoding="utf-8")
+    (folder / files[1]).write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    return Outcome(code, files, tuple(notes), {"events": len(events)})
+
+
+def run_memory(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+    """Say what a memory is, as JSON."""
+    facts = memory.facts_of(args)
+    (folder / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    notes = [f"{facts['missing_bytes']} bytes of RAM are not in the stream"] if facts["missing_bytes"] else []
+    return Outcome(0 if facts["complete"] else 2, (f"{stem}.json",), tuple(notes), facts)
+
+
+def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+    """Index what nothing points at, and write the pieces where that was asked for."""
+    args.folder = str(folder / stem)
+    summary = residue.write_folder(args)
+    notes = [] if args.index_only or not summary.skipped else [f"{summary.skipped} pieces are in the index only"]
+    facts = {
+        "pieces": summary.pieces,
+        "written": summary.written,
+        "kinds": {kind: {"pieces": count, "bytes": total} for kind, (count, total) in summary.by_kind.items()},
+        "deleted": list(summary.deleted),
+    }
+    return Outcome(0, (f"{stem}/index.csv", f"{stem}/index.json"), tuple(notes), facts)
+
+
+def attempt(work: Work, args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+    """Run a part; what ends it early is its note and exit code 2, and the other parts still run."""
+    from ..errors import reason
+    from ..text import printable
+
+    try:
+        return work(args, folder, stem)
+    except Qcow2Error as error:
+        return Outcome(2, notes=(str(error),))
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        return Outcome(2, notes=(printable(f"{name}{error.strerror or reason(error)}"),))
+    except ImportError as error:
+        return Outcome(2, notes=(printable(f"a package is missing: {error}"),))
+    except Exception as error:  # noqa: BLE001 - a defect in one part must not cost the others; it is reported
+        return Outcome(2, notes=(printable(f"a defect of this tool ended this part: {type(error).__name__}: {error}"),))

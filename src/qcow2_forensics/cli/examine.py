@@ -1,0 +1,385 @@
+"""``examine``: everything an examiner looks at first, as one folder with one page.
+
+Each part is one of the single commands, run with the command line that stands beside it on the page::
+
+    DIR/index.html          what was found, what was not looked at and why, and the way to everything else
+        examination.json    the same as data
+        audit.html, .json   snapshots.json   recovered.json   diff-N.html, .json   timeline.html, .jsonl
+        memory-N.json       residue/         sha256sums.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import Qcow2Error
+from ..files.volumes import need_back_end
+from ..reader.writer import whole_folder
+from ..text import cut, plural, printable
+from . import _examine_parts as parts
+from . import _files
+from ._messages import Messages
+from .case import add_case_arguments, command_of, run_of
+from .options import add_disk_arguments, bytes_of, open_from, repeat_notes
+
+_EPILOG = """examples:
+  qcow2-forensics examine disk.qcow2 case-17/
+  qcow2-forensics examine disk.qcow2 case-17/ --hash --case 17/26 --examiner "A. Lovelace"
+  qcow2-forensics examine overlay.qcow2 case-17/ --backing-dir /evidence/templates
+  qcow2-forensics examine *.qcow2 case-17/ --no-files
+  qcow2-forensics examine disk.qcow2 case-17/ --last 5 --pieces --limit 2G
+
+Open DIR/index.html. The folder gets its name when everything is written: Ctrl-C leaves nothing behind.
+
+exit codes: 0 everything was looked at, 2 something could not be: the page and standard error say what and why
+"""
+
+_SCHEMA = 1
+_DATA = "examination.json"
+_SUMS = "sha256sums.txt"
+_PIECE = 1 << 20
+_PAIRS = 500  # of neighbouring states compared without --last: an image can list 65,536 snapshots
+_MEMORIES = 50  # looked at, the latest
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class Step(NamedTuple):
+    """One part that is going to run: the command line it is, and who runs it."""
+
+    kind: str
+    title: str  # as the evidence has it
+    stem: str  # of the names of its files
+    command: tuple[str, ...]
+    work: parts.Work
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``examine`` to the command line."""
+    parser = subparsers.add_parser(
+        "examine",
+        help="look at everything first, into one folder with one page",
+        description="Run everything an examiner looks at first, into one folder with one page: a deep audit, snapshots, "
+        "deleted snapshots and recovered states, what changed from state to state, the timeline, what each memory "
+        "is, and an index of residue. Images are only read.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="QCOW2 (or QCOW) images; they are only read")
+    parser.add_argument("folder", metavar="DIR", help="the folder to create")
+    parser.add_argument(
+        "--force", action="store_true", help="replace DIR where it is the folder of an earlier examination"
+    )
+    parser.add_argument("--no-files", action="store_true", help="compare ranges of states only, not files")
+    parser.add_argument(
+        "--last",
+        metavar="N",
+        type=_count,
+        help=f"compare only the last N pairs of neighbouring states (default: {_PAIRS})",
+    )
+    parser.add_argument("--pieces", action="store_true", help="also write the pieces of residue, not only their index")
+    parser.add_argument(
+        "--limit", metavar="BYTES", type=bytes_of, help="with --pieces: stop writing files after so many bytes"
+    )
+    add_case_arguments(parser)
+    add_disk_arguments(parser, snapshot=False)
+    _files.add_guest_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text[:9]) > 0 and len(text) < 9):
+        raise argparse.ArgumentTypeError("a number from 1 up is needed")
+    return int(text)
+
+
+def run(args: Namespace) -> int:
+    """Examine one image or several; 2 when something could not be looked at."""
+    target = Path(args.folder)
+    replace = _may_replace(target, args)
+    for path in args.images:
+        _refuse_missing(path)
+    with whole_folder(target, replace=replace) as folder:
+        if len(args.images) == 1:
+            done = [_examine(args, args.images[0], folder)]
+        else:
+            done = list(_examine_each(args, folder))
+            _write_overview(args, done, folder)
+        _write_sums(folder)
+    for data in done:
+        _print_summary(data, several=len(done) > 1)
+    print(f"{printable(str(target / 'index.html'))}: open it in a browser")
+    return 2 if any(data["not_looked_at"] for data in done) else 0
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def _may_replace(target: Path, args: Namespace) -> bool:
+    """Return whether there is a folder that the new one replaces; raises where it must not."""
+    if not target.is_dir():
+        return False  # what else has the name is refused by the writer
+    if any(target.iterdir()):
+        if not args.force:
+            raise Qcow2Error(f"{cut(str(target))} is not empty; name a new folder, or use --force to replace it")
+        if not (target / _DATA).is_file():
+            raise Qcow2Error(f"{cut(str(target))} is not the folder of an examination and is not replaced")
+        resolved = target.resolve()
+        inside = next((path for path in args.images if resolved in Path(path).resolve().parents), None)
+        if inside is not None:
+            raise Qcow2Error(f"{cut(str(target))} holds {cut(inside)}, which is evidence")
+    return True
+
+
+def _refuse_missing(path: str) -> None:
+    """Raise where an image cannot be opened at all: before hours of work on the others."""
+    from ..format.source import FileSource
+
+    FileSource(path).close()
+
+
+def _examine_each(args: Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    for number, path in enumerate(args.images, 1):
+        name = f"{number:02d}-{_UNSAFE.sub('_', Path(path).name)[:60]}"
+        (folder / name).mkdir()
+        yield {**_examine(args, path, folder / name), "folder": name}
+
+
+def _write_sums(folder: Path) -> None:
+    """Write the SHA-256 of every file in the folder, as ``sha256sum -c`` reads it."""
+    lines = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while data := file.read(_PIECE):
+                digest.update(data)
+        lines.append(f"{digest.hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+    (folder / _SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _write_overview(args: Namespace, done: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    from ..render.examination_page import render_examinations
+
+    run_facts = run_of(args, args.images, datetime.now(UTC))
+    (folder / "index.html").write_text(render_examinations(done, run_facts), encoding="utf-8")
+    shown = [{key: value for key, value in data.items() if key != "report"} for data in done]
+    _write_json(folder / _DATA, {"schema": _SCHEMA, "run": run_facts, "images": shown})
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+# --- one image -----------------------------------------------------------------------------------
+
+
+def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
+    """Run every part over one image, write its page, and return what the page shows."""
+    from ..render.examination_page import render_examination
+
+    started = datetime.now(UTC)
+    before = _stamp(path)
+    asked = _unlock(args, path)
+    steps, unseen = _plan(args, path)
+    done: list[dict[str, Any]] = []
+    for number, step in enumerate(steps, 1):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r[{number}/{len(steps)}] {printable(f'{path}: {step.title}', 60)}\x1b[K")
+            sys.stderr.flush()
+        done.append(_run(step, asked, folder))
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")
+    if _stamp(path) != before:
+        unseen.append("the image was changed while it was examined: its parts may be of different contents")
+    audited = _audited(done)
+    report = audited.pop("report", None)
+    not_seen = [{"part": "examination", "why": why} for why in unseen]
+    not_seen += [
+        {"part": part["title"], "why": "; ".join(part["notes"]) or "it ended with exit code 2"}
+        for part in done
+        if part["code"]
+    ]
+    run_facts = {**run_of(args, [path], started), **_without_next(audited.get("run", {}))}
+    data = {
+        "schema": _SCHEMA,
+        "image": path,
+        "run": {**run_facts, "command": command_of(args), "finished": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S UTC}"},
+        "exit_code": 2 if not_seen else 0,
+        "not_looked_at": not_seen,
+        "left_out": _left_out(args),
+        "parts": done,
+        "next": _next_commands(path, done),
+    }
+    (folder / "index.html").write_text(render_examination(data), encoding="utf-8")
+    _write_json(folder / _DATA, data)
+    return {**data, "report": report}
+
+
+def _run(step: Step, asked: Sequence[bytes], folder: Path) -> dict[str, Any]:
+    """Run one part and return what is known of it."""
+    from . import build_parser
+
+    given = list(step.command)
+    args = build_parser(given[:1]).parse_args(given)
+    args.given = given
+    args.asked_passphrases = list(asked)
+    repeat_notes()
+    messages = Messages(sys.stderr)
+    begun = time.monotonic()
+    with contextlib.redirect_stderr(messages):
+        outcome = parts.attempt(step.work, args, folder, step.stem)
+    return {
+        "kind": step.kind,
+        "title": step.title,
+        "command": command_of(args),
+        "code": outcome.code,
+        "files": list(outcome.files),
+        "notes": list(dict.fromkeys([*outcome.notes, *messages.sentences])),
+        "seconds": round(time.monotonic() - begun, 2),
+        "facts": dict(outcome.facts),
+    }
+
+
+def _audited(done: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the audit gave, empty when it gave nothing."""
+    return next((part["facts"] for part in done if part["kind"] == "audit"), {})
+
+
+def _unlock(args: Namespace, path: str) -> list[bytes]:
+    """Ask once for the passphrases of an encrypted image; the parts get them."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return []
+    own = Namespace(**{**vars(args), "image": path, "snapshot": None})
+    with contextlib.suppress(Qcow2Error, OSError):
+        open_from(own).close()  # what is wrong with the image is a note of each part
+    asked: list[bytes] = getattr(own, "asked_passphrases", [])
+    return asked
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _without_next(run_facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run_facts.items() if key != "next"}
+
+
+# --- which parts ---------------------------------------------------------------------------------
+
+
+def _plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
+    """Return the parts to run over an image, and why some are not."""
+    typed = f"./{path}" if path.startswith("-") else path
+    keys = _options(args, "passphrase_file")
+    folders = _options(args, "backing_dir")
+    case = _options(args, "case", "examiner", "note")
+    disk = [*keys, *folders, *_options(args, "backing_file", "no_backing", "eof", "assume", "virtual_size")]
+    hashed = ["--hash"] if args.hash else []
+    unseen: list[str] = []
+    try:
+        states, memories = parts.states_of(path)
+    except Qcow2Error as error:
+        unseen.append(f"the states of the image: {error}")
+        states, memories = [], []
+    with_files = _with_files(args, unseen) if len(states) > 1 else False
+    audit = ("audit", typed, "--depth", "deep", "--format", "html", *hashed, *case, *keys, *folders)
+    size = _options(args, "virtual_size")
+    steps = [
+        Step("audit", "audit", "audit", audit, parts.run_audit),
+        _snapshots("snapshots", "snapshots, deleted ones included", typed, "--deleted"),
+        _snapshots("recovered", "recovered states", typed, "--recovered", *size),
+    ]
+    pairs = list(enumerate(pairwise(states), 1))
+    kept = pairs[-(args.last or _PAIRS) :]
+    if len(pairs) > len(kept) and not args.last:
+        unseen.append(f"what differs in the first {len(pairs) - len(kept)} pairs of states: name more with --last")
+    for number, (before, after) in kept:
+        choice = (f"--from={before.choice}", f"--to={after.choice}", *(["--files"] if with_files else []))
+        guest = _options(args, "guest_passphrase_file") if with_files else ()
+        command = ("diff", typed, *choice, "--format", "html", *case, *disk, *guest)
+        steps.append(Step("diff", f"{before.label} → {after.label}", f"diff-{number}", command, parts.run_diff))
+    command = ("timeline", typed, "--no-files", "--deleted", "--format", "html", *case, *disk)
+    steps.append(Step("timeline", "timeline of the image", "timeline", command, parts.run_timeline))
+    if len(memories) > _MEMORIES:
+        unseen.append(f"the first {len(memories) - _MEMORIES} memories: qcow2-forensics memory shows one by one")
+    for number, state in list(enumerate(memories, 1))[-_MEMORIES:]:
+        command = ("memory", typed, f"--snapshot={state.choice}", "--summary", "json", *keys)
+        steps.append(Step("memory", f"memory of {state.label}", f"memory-{number}", command, parts.run_memory))
+    what = _options(args, "limit") if args.pieces else ["--index-only"]
+    command = ("residue", typed, "residue", *what, *folders)
+    steps.append(Step("residue", "residue", "residue", command, parts.run_residue))
+    return steps, unseen
+
+
+def _snapshots(kind: str, title: str, path: str, *options: str) -> Step:
+    return Step(kind, title, kind, ("snapshots", path, *options, "--format", "json"), parts.run_snapshots)
+
+
+def _with_files(args: Namespace, unseen: list[str]) -> bool:
+    """Whether files are compared too; where that was not declined but cannot be done, say why."""
+    if args.no_files:
+        return False
+    try:
+        need_back_end()
+    except Qcow2Error as error:
+        unseen.append(f"the files of the states: {error}; --no-files leaves them out")
+        return False
+    return True
+
+
+def _options(args: Namespace, *names: str) -> list[str]:
+    """Return options of this command as they are typed for another one."""
+    typed: list[str] = []
+    for name in names:
+        value = getattr(args, name)
+        if name == "eof" and value == "strict":  # the default
+            continue
+        option = f"--{name.replace('_', '-')}"
+        values: Iterable[Any] = value if isinstance(value, list) else () if value in (None, False) else (value,)
+        for one in values:
+            text = "=".join(one) if isinstance(one, tuple) else str(one)
+            typed += [option] if one is True else [f"{option}={text}"] if text.startswith("-") else [option, text]
+    return typed
+
+
+def _left_out(args: Namespace) -> list[str]:
+    """Return what the options leave out."""
+    found = []
+    if args.no_files:
+        found.append("files of the states: --no-files")
+    if args.last:
+        found.append(f"all but the last {plural(args.last, 'pair')} of neighbouring states: --last {args.last}")
+    if not args.pieces:
+        found.append("the bytes of residue: --pieces writes them")
+    if not args.hash:
+        found.append("the SHA-256 of the image: --hash adds it")
+    return found
+
+
+def _next_commands(path: str, done: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return what is typed next, with what it is for."""
+    from ..render.next_commands import commands_after
+
+    return commands_after(path, done)
+
+
+def _print_summary(data: Mapping[str, Any], *, several: bool) -> None:
+    """Print one line about an image, and on standard error what was not looked at."""
+    counts = _audited(data["parts"]).get("severities", {})
+    found = ", ".join(f"{count} {level}" for level, count in reversed(counts.items()) if count) or "no findings"
+    print(f"{printable(data['image'])}: {found}; {plural(len(data['parts']), 'part')}")
+    name = f"{printable(data['image'])}: " if several else ""
+    for item in data["not_looked_at"]:
+        print(f"qcow2-forensics: {name}not looked at: {printable(item['part'])}: {item['why']}", file=sys.stderr)

@@ -1,0 +1,275 @@
+"""The page of an examination: what was found, what was not looked at and why, and the way to every part.
+
+Takes what ``examination.json`` holds. Files of the parts lie beside the page; their names are ours, nothing from
+evidence is part of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..findings import Severity
+from ..text import html_only, markup, plural, sentence, shown_value, size
+from .fleet_page import render_fleet
+from .page import badge, page, run_facts, table
+
+_FOLDED = 40  # rows of a table that are still shown unfolded
+_ROWS = 2000  # of a table; the files of the part have all of them
+_PARTS = 12  # shown unfolded
+_REGISTERS = ("rip", "rsp", "cr0", "cr3", "cr4", "efer", "lstar", "gs_base", "kernel_gs_base")
+
+Part = Mapping[str, Any]
+
+
+def render_examination(data: Mapping[str, Any]) -> str:
+    """Return the page of one image."""
+    parts: Sequence[Part] = data["parts"]
+    audit = next((part for part in parts if part["kind"] == "audit"), None)
+    title = markup(str(data["image"]).rpartition("/")[2] or data["image"], 200)
+    shown = [
+        f"<h1>{title}</h1>",
+        *_head(audit),
+        f"<p>{_pages(parts)}</p>",
+        *run_facts(data["run"]),
+        *_not_looked_at(data),
+        *_findings(audit),
+        *_states(parts),
+        *_changes(parts),
+        *_memories(parts),
+        *_residue(parts),
+        *_next(data["next"]),
+        *_parts(parts),
+    ]
+    found = audit["facts"].get("findings", ()) if audit is not None else ()
+    return page(f"Examination of {title}", shown, (Severity.parse(finding["severity"]) for finding in found))
+
+
+def render_examinations(images: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> str:
+    """Return the page over several images, each with its own page in a folder."""
+    links = {image["image"]: f"{image['folder']}/index.html" for image in images}
+    unseen = [(image, item) for image in images for item in image["not_looked_at"]]
+    rows = [
+        ("", (f'<a href="{links[image["image"]]}">{markup(image["image"], 4096)}</a>', *_unseen_row(item)))
+        for image, item in unseen
+    ]
+    extra = [*run_facts(run), *_warning(("image", "what", "why"), rows)]
+    return render_fleet([image["report"] or _without_report(image) for image in images], links=links, extra=extra)
+
+
+def _without_report(image: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"image": {"path": image["image"]}, "findings": []}
+
+
+# --- what was found --------------------------------------------------------------------------------
+
+
+def _head(audit: Part | None) -> Iterator[str]:
+    facts = audit["facts"] if audit is not None else {}
+    if not facts:
+        yield "<p>The audit gave nothing.</p>"
+        return
+    yield f"<p>{markup(facts['heading'])}</p>"
+    if facts["check"]:
+        yield f"<p>Check: {html_only(facts['check'])}</p>"
+    found = [(Severity.parse(name), count) for name, count in facts["severities"].items() if count]
+    badges = [badge(level, f"{count} {level.label}") for level, count in sorted(found, reverse=True)]
+    yield f"<p>{' '.join(badges) or badge(None, 'no findings')}</p>"
+
+
+def _pages(parts: Sequence[Part]) -> str:
+    """Return links to the pages of the parts that every image has, and to this page as data."""
+    kinds = (("audit", "audit"), ("timeline", "timeline"))
+    shown = [f"{label}: {_links(parts, kind)}" for kind, label in kinds]
+    return "; ".join([*shown, '<a href="examination.json">this page as data</a>'])
+
+
+def _not_looked_at(data: Mapping[str, Any]) -> Iterator[str]:
+    yield from _warning(("what", "why"), [("", _unseen_row(item)) for item in data["not_looked_at"]])
+    if not data["not_looked_at"]:
+        yield "<p>Everything that was asked for was looked at.</p>"
+    if data["left_out"]:
+        yield f"<p class='quiet'>Left out by the options: {'; '.join(markup(item) for item in data['left_out'])}.</p>"
+
+
+def _unseen_row(item: Mapping[str, Any]) -> tuple[str, str]:
+    return markup(item["part"], 300), html_only(item["why"])
+
+
+def _warning(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    if rows:
+        yield "<section class='warning'><h2>Not looked at, or not completely</h2>"
+        yield from _folded(columns, rows, "row")
+        yield "</section>"
+
+
+def _findings(audit: Part | None) -> Iterator[str]:
+    found = audit["facts"].get("findings", ()) if audit is not None else ()
+    if not found:
+        return
+    yield "<h2>Findings</h2>"
+    rows = []
+    for finding in found:
+        severity = Severity.parse(finding["severity"])
+        times = f" <span class='quiet'>×{finding['number']}</span>" if finding["number"] > 1 else ""
+        link = f'<a href="{finding["link"]}">{sentence(markup(finding["title"]))}</a>{times}'
+        cells = (badge(severity), f"{link}<br/><code>{markup(finding['code'])}</code>", markup(finding["note"]))
+        rows.append((f"s-{severity.label.lower()}", cells))
+    yield from table(("severity", "finding", "what it may mean"), rows, narrow=("severity",))
+
+
+def _states(parts: Sequence[Part]) -> Iterator[str]:
+    rows = [row for part in parts if part["kind"] == "snapshots" for row in part["facts"].get("rows", ())]
+    yield f"<h2>States</h2><p>{_counted(parts)}</p>"
+    if rows:
+        columns = ("ID", "name", "date", "disk", "memory", "what")
+        yield from _folded(columns, [("", _snapshot(row)) for row in rows], "snapshot", narrow=("ID", "date", "disk"))
+    recovered = [row for part in parts if part["kind"] == "recovered" for row in part["facts"].get("rows", ())]
+    if recovered:
+        yield "<h3>Recovered states</h3>"
+        states = [
+            ("", (markup(row["open_as"]), markup(row["confidence"]), size(row["size"]), markup(row["what"])))
+            for row in recovered
+        ]
+        yield from _folded(("open as", "confidence", "size", "what"), states, "state", narrow=("open as", "size"))
+
+
+def _counted(parts: Sequence[Part]) -> str:
+    """Return how many states there are of each kind, with the files that list them."""
+    shown = []
+    for kind, one in (("snapshots", "snapshot"), ("recovered", "recovered state")):
+        rows = [part["facts"].get("rows") for part in parts if part["kind"] == kind and part["facts"]]
+        listed = sum(len(found or ()) for found in rows)
+        deleted = sum(bool(row.get("deleted")) for found in rows for row in found or ())
+        count = plural(listed, one) + (f", {deleted} of them deleted" if deleted else "")
+        shown.append(f"{count if rows else f'{one}s: not listed'} ({_links(parts, kind)})")
+    return "; ".join(shown)
+
+
+def _snapshot(row: Mapping[str, Any]) -> Sequence[str]:
+    what = ""
+    if row.get("deleted"):
+        what = f"deleted, {markup(row['left'])}" + (f"; opens as {markup(row['open_as'])}" if row["open_as"] else "")
+    disk = "" if row["disk_size"] is None else size(row["disk_size"])
+    memory = size(row["vm_state_size"]) if row["vm_state_size"] else ""
+    return markup(row["id"], 80), markup(row["name"], 300), markup(row["date"]), disk, memory, what
+
+
+def _changes(parts: Sequence[Part]) -> Iterator[str]:
+    rows = [("", _change(part)) for part in parts if part["kind"] == "diff"]
+    if rows:
+        yield "<h2>What changed from state to state</h2>"
+        columns = ("from → to", "ranges", "bytes", "files", "pages")
+        yield from _folded(columns, rows, "pair of states", narrow=("ranges", "bytes"))
+
+
+def _change(part: Part) -> Sequence[str]:
+    summary = part["facts"].get("summary")
+    name = markup(part["title"], 300)
+    if summary is None:
+        return name, "", "", "", html_only("; ".join(part["notes"]))
+    files = part["facts"]["files"]
+    counts = (
+        "" if files is None else ", ".join(f"{count} {markup(change)}" for change, count in files.items()) or "none"
+    )
+    return name, str(summary["ranges"]), size(summary["bytes"]), counts, _links([part])
+
+
+def _memories(parts: Sequence[Part]) -> Iterator[str]:
+    memories = [part for part in parts if part["kind"] == "memory"]
+    if memories:
+        yield "<h2>Memory</h2>"
+    for part in memories:
+        yield f"<article><details open><summary>{sentence(markup(part['title'], 300))}</summary>"
+        yield from _memory(part["facts"]) if part["facts"] else (f"<p>{html_only('; '.join(part['notes']))}</p>",)
+        yield f"<p>{_links([part])}</p></details></article>"
+
+
+def _memory(facts: Mapping[str, Any]) -> Iterator[str]:
+    kernel = facts["kernel"]
+    rows = [
+        ("machine", markup(facts["machine"] or "not recorded")),
+        ("RAM", size(facts["ram_bytes"])),
+        ("stream", f"{'complete' if facts['complete'] else 'cut off'}, {size(facts['stream_bytes'])}"),
+        ("processors", f"{len(facts['processors'])}, {markup(facts['architecture'] or 'unknown architecture')}"),
+    ]
+    if kernel is None:
+        rows.append(("kernel", "neither a Linux banner nor the debug record of a Windows kernel was found"))
+    else:
+        rows.append(("kernel", f"{markup(kernel['identity'])} <span class='quiet'>at {kernel['address']:#x}</span>"))
+        rows.append(("symbols", f"{markup(kernel['symbol_file'])} below a folder of Volatility's -s"))
+        rows += [("", f"<kbd>{markup(command)}</kbd>") for command in kernel["commands"]]
+    if facts["five_level_paging"]:
+        rows.append(("paging", "five levels, which Volatility does not read"))
+    rows += [("assumed", markup(item)) for item in facts["assumptions"]]
+    rows += [("in doubt", f"{item['address']:#x}, {size(item['length'])}") for item in facts["doubts"]]
+    yield "<table class='facts'>"
+    yield from (f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in rows)
+    yield "</table>"
+    yield "<details><summary>Layout and registers</summary>"
+    regions = [
+        ("", (f"{r['address']:#x}", size(r["length"]), markup(r["block"]), markup(r["reason"])))
+        for r in facts["regions"]
+    ]
+    yield from table(("address", "length", "block", "why there"), regions[:_ROWS], narrow=("address", "length"))
+    known = [name for name in _REGISTERS if any(name in cpu["registers"] for cpu in facts["processors"])]
+    cpus = [
+        ("", (str(cpu["index"]), *(markup(cpu["registers"].get(name, "")) for name in known)))
+        for cpu in facts["processors"]
+    ]
+    yield from table(("processor", *known), cpus[:_ROWS])
+    yield "</details>"
+
+
+def _residue(parts: Sequence[Part]) -> Iterator[str]:
+    for part in parts:
+        facts = part["facts"]
+        if part["kind"] != "residue" or not facts:
+            continue
+        yield f"<h2>Residue</h2><p>{plural(facts['pieces'], 'piece')} of what nothing points at; {_links([part])}</p>"
+        if facts["kinds"]:
+            rows = [("", (markup(kind), str(c["pieces"]), size(c["bytes"]))) for kind, c in facts["kinds"].items()]
+            yield from table(("kind", "pieces", "bytes"), rows)
+
+
+def _next(commands: Iterable[Mapping[str, str]]) -> Iterator[str]:
+    yield "<h2>What to type next</h2>"
+    rows = [("", (markup(item["what"]), f"<kbd>{html_only(item['command'])}</kbd>")) for item in commands]
+    yield from table(("for", "command"), rows)
+
+
+# --- how ---------------------------------------------------------------------------------------------
+
+
+def _parts(parts: Sequence[Part]) -> Iterator[str]:
+    open_ = " open" if len(parts) <= _PARTS else ""
+    yield f"<h2>How it was made</h2><details{open_}><summary>{plural(len(parts), 'command')}</summary>"
+    yield from table(("part", "command", "result", "seconds"), map(_part, parts), narrow=("seconds",))
+    yield "</details>"
+
+
+def _part(part: Part) -> tuple[str, Sequence[str]]:
+    notes = "".join(f"<br/>{html_only(note)}" for note in part["notes"])
+    result = f"<span class='n'>{'not complete' if part['code'] else 'complete'}</span>{notes}"
+    command = f"<kbd>{markup(part['command'], 4096)}</kbd>"
+    return "", (markup(part["title"], 300), command, result, shown_value("seconds", part["seconds"]))
+
+
+def _links(parts: Iterable[Part], kind: str = "") -> str:
+    """Return links to the files of some parts."""
+    names = [name for part in parts if kind in ("", part["kind"]) for name in part["files"]]
+    return " · ".join(f'<a href="{name}">{markup(name)}</a>' for name in names) or "no files"
+
+
+def _folded(
+    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], noun: str, *, narrow: Iterable[str] = ()
+) -> Iterator[str]:
+    """Yield a table that is folded where it is long."""
+    if len(rows) > _FOLDED:
+        many = f"{noun.replace('pair', 'pairs', 1)}" if noun.startswith("pair") else ""
+        yield f"<details><summary>{plural(len(rows), noun, many)}</summary>"
+    yield from table(columns, rows[:_ROWS], narrow=narrow)
+    if len(rows) > _ROWS:
+        yield f"<p class='quiet'>and {len(rows) - _ROWS} more, which the data has</p>"
+    if len(rows) > _FOLDED:
+        yield "</details>"

@@ -1,0 +1,113 @@
+"""Dated facts of an image, and of the files in its states, as one page: by day, in order of time.
+
+Takes what ``timeline --format jsonl`` prints, a mapping a line. A fact that several states share is one row that
+names them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from ..text import html_only, markup, plural
+from .page import page, run_facts, table
+from .stylesheet import KINDS
+
+ROWS = 10_000  # facts of files on the page, the latest; the other formats have all of them
+_UNFOLDED = 300  # rows on the whole page that are shown without folding days
+_STATES = 4  # named in a row
+_DAY = 86_400_000_000  # microseconds
+_COLUMNS = ("time (UTC)", "which time", "of what", "states")
+_LABELS = {"deleted_snapshot": "deleted snapshot", "qcow1_mtime": "header"}
+
+_TIMES = {
+    "Content Modification Time": "modified",
+    "Last Access Time": "accessed",
+    "Metadata Modification Time": "changed",
+    "Creation Time": "created",
+}  # of files, in words that fit beside each other
+
+
+class Fact(NamedTuple):
+    """One dated fact; those of one kind sort by their message."""
+
+    time: int  # microseconds of the epoch
+    kind: str  # one of stylesheet.KINDS
+    message: str
+    states: tuple[str, ...]
+    date: str
+    names: tuple[str, ...]  # of the times that are equal
+
+
+_Key = tuple[int, str, str, str]  # time in microseconds, kind, message, name of the time
+
+
+def render_timeline(
+    events: Iterable[Mapping[str, Any]], image: str, *, run: Mapping[str, Any] | None = None, notes: Sequence[str] = ()
+) -> str:
+    """Return the page; ``notes`` say what could not be listed and are safe on a terminal."""
+    facts, dropped = _gathered(events)
+    title = f"Timeline of {markup(image.rpartition('/')[2] or image, 200)}"
+    parts = [f"<h1>{title}</h1>", *(run_facts(run) if run else ()), *_head(facts, dropped, notes)]
+    folded = len(facts) > _UNFOLDED
+    for _, of_day in groupby(facts, key=lambda fact: fact.time // _DAY):
+        parts += _section(list(of_day), folded)
+    known = {fact.kind for fact in facts}
+    return page(title, parts, kinds=[(kind, _LABELS.get(kind, kind)) for kind in KINDS if kind in known])
+
+
+def _gathered(events: Iterable[Mapping[str, Any]]) -> tuple[list[Fact], int]:
+    """Return facts in order of time, and how many of files were left out."""
+    found: dict[_Key, tuple[str, list[str]]] = {}  # date and states
+    dropped = 0
+    for event in events:
+        is_file = event["data_type"] == "fs:stat"
+        kind = "file" if is_file else str(event["data_type"]).partition(":")[2]
+        message = str(event["filename"] if is_file else event["message"])
+        if event.get("is_allocated") is False:
+            message += " (deleted)"
+        name = str(event["timestamp_desc"])
+        states = found.setdefault((int(event["timestamp"]), kind, message, name), (str(event["datetime"]), []))[1]
+        if event["state"] not in states:
+            states.append(event["state"])
+        if len(found) > 2 * ROWS:
+            dropped += _thin(found)
+    dropped += _thin(found)
+    joined: dict[tuple[int, str, str, tuple[str, ...], str], list[str]] = {}
+    for (time, kind, message, name), (date, states) in found.items():
+        joined.setdefault((time, kind, message, tuple(states), date), []).append(_TIMES.get(name, name))
+    return sorted(Fact(*key, tuple(names)) for key, names in joined.items()), dropped
+
+
+def _thin(facts: dict[_Key, tuple[str, list[str]]]) -> int:
+    """Drop the earliest facts of files above :data:`ROWS`; return how many."""
+    files = sorted(key for key in facts if key[1] == "file")
+    for key in files[:-ROWS]:
+        del facts[key]
+    return max(0, len(files) - ROWS)
+
+
+def _head(facts: Sequence[Fact], dropped: int, notes: Sequence[str]) -> Iterator[str]:
+    yield f"<p>{plural(len(facts), 'dated fact')}. Times of files that are equal share a row, and so do states that agree.</p>"
+    if notes or dropped:
+        yield "<section class='warning'><h2>Not on this page</h2><ul>"
+        if dropped:
+            yield f"<li>{plural(dropped, 'earlier time')} of files: timeline --format body or jsonl lists all.</li>"
+        yield from (f"<li>{html_only(note)}</li>" for note in notes)
+        yield "</ul></section>"
+
+
+def _section(facts: Sequence[Fact], folded: bool) -> Iterator[str]:
+    open_ = "" if folded and all(fact.kind == "file" for fact in facts) else " open"
+    yield f"<section><h2>{markup(facts[0].date[:10])}</h2><details{open_}><summary>{plural(len(facts), 'fact')}</summary>"
+    yield from table(_COLUMNS, map(_row, facts), narrow=_COLUMNS[:1])
+    yield "</details></section>"
+
+
+def _row(fact: Fact) -> tuple[str, Sequence[str]]:
+    time = fact.date[11:19] if fact.time % 1_000_000 == 0 else fact.date[11:26]
+    named = ", ".join(markup(state, 80) for state in fact.states[:_STATES])
+    if len(fact.states) > _STATES:
+        named += f" and {len(fact.states) - _STATES} more"
+    return f"s-{fact.kind}", (markup(time), markup(", ".join(fact.names)), markup(fact.message, 8192), named)
