@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,8 @@ class FormerTables:
         places = np.searchsorted(self.offsets, offsets)
         rows = np.flatnonzero(places < len(self.offsets))
         rows = rows[self.offsets[places[rows]] == offsets[rows]]
-        for column, known in zip(found, self.looks, strict=True):
+        columns: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = zip(found, self.looks, strict=True)
+        for column, known in columns:
             column[rows] = known[places[rows]]
         return found
 
