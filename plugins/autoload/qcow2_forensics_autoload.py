@@ -39,6 +39,8 @@ PARTS = {
     "dfvfs.helpers.volume_scanner": "dfvfs_qcow2.volume_scanner",
     "plaso.cli.storage_media_tool": "dfvfs_qcow2.plaso_options",
     "plaso.cli.image_export_tool": "dfvfs_qcow2.plaso_export",
+    "plaso.cli.pinfo_tool": "dfvfs_qcow2.plaso_pinfo",
+    "plaso.engine.worker": "dfvfs_qcow2.plaso_changed",
     "plaso.engine.path_helper": "dfvfs_qcow2.plaso_names",
     "plaso.output.mediator": "dfvfs_qcow2.plaso_output",
     "plaso.parsers.mediator": "dfvfs_qcow2.plaso_events",

@@ -2,8 +2,9 @@
 
 What is asked for is, in this order: the attribute ``qcow_snapshots`` of the scanner's options, what
 a command line tool asks for around the scan (:func:`asking`), and the environment variable
-``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``none``, ``1,#3..#5``, a name, or ``deleted``; see
-:mod:`.selection`. The default is none, with a hint when there are some.
+``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``changed``, ``none``, ``1,#3..#5``, a name, or ``deleted``; see
+:mod:`.selection`. ``changed`` scans what ``all`` does; who processes the files leaves some out, see
+:mod:`.later_states`. The default is none, with a hint when there are some.
 
 Each snapshot is scanned like an image of its own, so partitions, volume managers, shadow copies and
 encryption inside it go the normal way.
@@ -40,9 +41,8 @@ from .inspection import (
 )
 from .names import SnapshotKey
 from .opening import failures_of, notes_of
-from .selection import Selection
+from .selection import VARIABLE, Selection
 
-VARIABLE = "DFVFS_QCOW2_SNAPSHOTS"
 _FAILURES = 3  # failed reads told per image
 _LISTED = 20  # snapshots named in a hint
 

@@ -1,0 +1,25 @@
+"""pinfo lists warnings of several files: in plaso 20260720 it ends with a TypeError as soon as two files have some.
+
+It asks for the files with most warnings, and a count of warnings knows no order. Where it has none it gets
+one; docs/dfvfs.md has the patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plaso.containers import counts as stock
+
+
+def _is_fewer(count: Any, other: Any) -> bool:
+    return bool(count.number_of_events < other.number_of_events)
+
+
+def register() -> None:
+    """Give the counts an order where plaso does not."""
+    count = getattr(stock, "WarningCount", None)
+    if count is not None and count.__lt__ is object.__lt__:
+        count.__lt__ = _is_fewer
+
+
+register()
