@@ -17,8 +17,12 @@ def _is_fewer(count: Any, other: Any) -> bool:
 
 def register() -> None:
     """Give the counts an order where plaso does not."""
-    count = getattr(stock, "WarningCount", None)
-    if count is not None and count.__lt__ is object.__lt__:
+    count: Any = getattr(stock, "WarningCount", None)
+    if count is None:
+        return
+    try:
+        sorted([count(number_of_events=1), count(number_of_events=2)])
+    except TypeError:
         count.__lt__ = _is_fewer
 
 
