@@ -30,6 +30,7 @@ STAND_INS = {
     "plaso/cli/__init__.py": "",
     "plaso/cli/storage_media_tool.py": "",
     "plaso/cli/image_export_tool.py": "",
+    "plaso/cli/extraction_tool.py": "",
     "plaso/cli/pinfo_tool.py": "",
     "plaso/engine/__init__.py": "",
     "plaso/engine/path_helper.py": "",

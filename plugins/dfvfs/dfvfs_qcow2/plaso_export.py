@@ -7,7 +7,7 @@ from typing import Any
 
 from plaso.cli import image_export_tool as stock
 
-from .names import folder, snapshot_of
+from .names import folder, snapshots_around
 from .plaso_changed import repeats
 from .wrapping import wrap_method
 
@@ -20,8 +20,7 @@ def _create_destination(
     source_data_stream_name: Any,
     destination_path: str,
 ) -> Any:
-    key = snapshot_of(source_file_entry.path_spec)
-    if key is not None:
+    for key, _ in reversed(list(snapshots_around(source_file_entry.path_spec))):
         destination_path = os.path.join(destination_path, folder(key))
     return stock_method(tool, source_file_entry, file_system_path_spec, source_data_stream_name, destination_path)
 

@@ -17,6 +17,7 @@ from plaso.lib import errors
 from qcow2_forensics.reader.resolver import ALONE_VARIABLE, BACKING_VARIABLE
 from qcow2_forensics.text import printable
 
+from . import end_notes
 from .selection import VARIABLE, Selection
 from .volume_scanner import Request, asking
 from .wrapping import wrap_method
@@ -95,6 +96,7 @@ def _scan_source(stock_method: Any, tool: Any, source_path: str) -> None:
             for notice in request.notices:
                 logger.warning(notice)
                 tool._output_writer.Write(f"{notice}\n\n")
+            end_notes.notices += request.notices
 
 
 def register() -> None:

@@ -40,10 +40,6 @@ _WORDS = frozenset(("all", "changed", "deleted", "none", "recovered"))
 _CHANGED = "changed:"
 _DELETED = "deleted:"
 _RECOVERED = "recovered:"
-VARIABLE = "DFVFS_QCOW2_SNAPSHOTS"
-_WORDS = frozenset(("all", "changed", "deleted", "none", "recovered"))
-_CHANGED = "changed:"
-_DELETED = "deleted:"
 _RANGE = re.compile(r"(#|index:)([0-9]{1,6})\.\.(?:#|index:)?([0-9]{1,6})")
 _BARE_RANGE = re.compile(r"[0-9]+\.\.[0-9]+")
 
