@@ -33,6 +33,8 @@ PREFIX = "qcow2-snapshot:"
 _DELETED, _RECOVERED = "deleted:", "recovered:"
 _METHOD = re.compile(r"(?:deleted:0x([0-9a-f]{1,16})|recovered:([0-9]{1,9})|([0-9]{1,9})):(.*)", re.DOTALL)
 _ENCODED_STREAM = "ENCODED_STREAM"  # dfVFS's type indicator
+_QCOW = "QCOW"
+_SHOWN_LOCATION = 256  # characters of an inner image's location
 _SHOWN_NAME = 64  # characters of a name inside a display name
 _SHOWN_IN_FOLDER = 32  # and inside a folder's name
 
@@ -105,6 +107,33 @@ def snapshots_around(path_spec: Any) -> Iterator[tuple[SnapshotKey, Any]]:
 def snapshot_of(path_spec: Any) -> SnapshotKey | None:
     """Return the innermost snapshot that a dfVFS path specification lies in, None for none."""
     return next((key for key, _ in snapshots_around(path_spec)), None)
+
+
+def image_name(qcow: Any) -> str:
+    """Return the location of an image that is inside another file system or volume; empty for a file of the examiner's."""
+    parent = qcow.parent
+    while parent is not None and not getattr(parent, "location", None):
+        parent = parent.parent
+    return str(parent.location) if parent is not None and parent.parent is not None else ""
+
+
+def labels_of(path_spec: Any) -> str:
+    """Return what the display name of a path specification starts with: inner images and snapshots, outermost first.
+
+    ``QCOW2-SNAPSHOT2[during]:``, ``QCOW2-IMAGE[/images/web.qcow2]:QCOW2-SNAPSHOT1[before]:``
+    """
+    found: list[str] = []
+    while path_spec is not None:
+        if path_spec.type_indicator == _ENCODED_STREAM:
+            key = parse_encoding_method(path_spec.encoding_method)
+            if key is not None:
+                found.append(label(key))
+        elif path_spec.type_indicator == _QCOW:
+            inner = image_name(path_spec)
+            if inner:
+                found.append(f"QCOW2-IMAGE[{printable(inner, _SHOWN_LOCATION)}]")
+        path_spec = path_spec.parent
+    return "".join(f"{text}:" for text in reversed(found))
 
 
 def label(key: SnapshotKey) -> str:

@@ -1,4 +1,4 @@
-"""image_export puts the files of each snapshot in a folder of their own."""
+"""image_export puts the files of each snapshot in a folder of their own, and leaves out what a later state repeats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from plaso.cli import image_export_tool as stock
 
-from .names import folder, snapshot_of
+from .names import folder, snapshots_around
+from .plaso_changed import repeats
 from .wrapping import wrap_method
 
 
@@ -19,15 +20,22 @@ def _create_destination(
     source_data_stream_name: Any,
     destination_path: str,
 ) -> Any:
-    key = snapshot_of(source_file_entry.path_spec)
-    if key is not None:
+    for key, _ in reversed(list(snapshots_around(source_file_entry.path_spec))):
         destination_path = os.path.join(destination_path, folder(key))
     return stock_method(tool, source_file_entry, file_system_path_spec, source_data_stream_name, destination_path)
 
 
+def _extract_file_entry(
+    stock_method: Any, tool: Any, file_entry: Any, destination_path: str, *args: Any, **kwargs: Any
+) -> None:
+    if not repeats(file_entry, file_entry._resolver_context):
+        stock_method(tool, file_entry, destination_path, *args, **kwargs)
+
+
 def register() -> None:
-    """Wrap the method, once."""
+    """Wrap the methods, once."""
     wrap_method(stock.ImageExportTool, "_CreateSanitizedDestination", _create_destination)
+    wrap_method(stock.ImageExportTool, "_ExtractFileEntry", _extract_file_entry)
 
 
 register()

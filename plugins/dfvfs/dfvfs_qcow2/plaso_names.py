@@ -1,4 +1,4 @@
-"""Display names say which snapshot a file is in, as they do for shadow copies."""
+"""Display names say which snapshot and which inner image a file is in, as they do for shadow copies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from plaso.engine import path_helper as stock
 
-from .names import label, snapshot_of
+from .names import labels_of
 
 
 def register() -> None:
@@ -17,10 +17,9 @@ def register() -> None:
     stock_function = stock_method.__func__
 
     def get_display_name(cls: Any, path_spec: Any) -> str | None:
-        """Return the display name of a path specification, with the snapshot it lies in."""
+        """Return the display name of a path specification, with the snapshot and the inner image it is in."""
         name: str | None = stock_function(cls, path_spec)
-        key = snapshot_of(path_spec)
-        return name if key is None or name is None else f"{label(key)}:{name}"
+        return None if name is None else f"{labels_of(path_spec)}{name}"
 
     get_display_name.knows_qcow_snapshots = True  # type: ignore[attr-defined]
     stock.PathHelper.GetDisplayNameForPathSpec = classmethod(get_display_name)

@@ -17,7 +17,8 @@ from plaso.lib import errors
 from qcow2_forensics.reader.resolver import ALONE_VARIABLE, BACKING_VARIABLE
 from qcow2_forensics.text import printable
 
-from .selection import Selection
+from . import end_notes
+from .selection import VARIABLE, Selection
 from .volume_scanner import Request, asking
 from .wrapping import wrap_method
 
@@ -25,7 +26,9 @@ _HELP = (
     "Define the internal snapshots of a QCOW image that need to be processed, besides its active state. "
     'A snapshot is given by its ID or its name, or by its position in the table as "#1" (the first). Multiple '
     'snapshots can be defined as: "1,3,5", a range of positions as: "#3..#5". '
-    'All snapshots can be defined as: "all" and no snapshots as: "none", which is the default. Deleted snapshots of '
+    'All snapshots can be defined as: "all" and no snapshots as: "none", which is the default. "changed" are all '
+    "snapshots, but of each only the files that the next state and the active one have otherwise or not at all; "
+    '"changed:1,2" does so for one of two. Deleted snapshots of '
     'which the tables survive can be defined as: "deleted", or one of them as: "deleted:NAME"; "all,deleted" is both. '
     'States put together from what is left of a damaged image can be defined as: "recovered", or one of them as: '
     '"recovered:1".'
@@ -71,6 +74,8 @@ def _parse_options(stock_method: Any, tool: Any, options: Any) -> None:
         tool._qcow_selection = Selection(text) if text else None
     except ValueError as error:
         raise errors.BadConfigOption(str(error)) from error
+    if text:
+        os.environ[VARIABLE] = text
     # By the environment, because that is what worker processes have of their parent, however they are started.
     folders = getattr(options, "qcow_backing_dir", [])
     if folders:
@@ -91,6 +96,7 @@ def _scan_source(stock_method: Any, tool: Any, source_path: str) -> None:
             for notice in request.notices:
                 logger.warning(notice)
                 tool._output_writer.Write(f"{notice}\n\n")
+            end_notes.notices += request.notices
 
 
 def register() -> None:

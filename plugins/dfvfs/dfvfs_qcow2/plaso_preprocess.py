@@ -18,9 +18,11 @@ from qcow2_forensics.errors import Qcow2Error, reason
 from qcow2_forensics.findings import Severity
 from qcow2_forensics.text import date_note, printable, snapshot_time
 
+from . import end_notes
 from .inspection import audit, open_image, qcow_path_specs, recovered_states, snapshot_path_spec
 from .names import SnapshotKey, label, snapshots_around
 from .opening import find_entry
+from .sources import display_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +106,9 @@ class _Location:
 
 def _tell_findings(mediator: Any, path_spec: Any) -> None:
     try:
-        findings = [describe(finding) for finding in audit(path_spec).at_least(Severity.LOW)]
+        found = audit(path_spec).at_least(Severity.LOW)
+        findings = [describe(finding) for finding in found]
+        end_notes.note_audit(display_name(path_spec), found)
     except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
         findings = [f"the image could not be audited: {type(error).__name__}: {printable(reason(error), 500)}"]
     more = [f"{len(findings) - _MOST} more findings"] if len(findings) > _MOST else []

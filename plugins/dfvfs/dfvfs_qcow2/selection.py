@@ -1,26 +1,33 @@
-"""``all``, ``none``, ``1,#3..#5`` or a name: which snapshots the user wants.
+"""``all``, ``changed``, ``none``, ``1,#3..#5`` or a name: which snapshots the user wants.
 
 Each item of a list is a state as everywhere in this project (:mod:`qcow2_forensics.reader.states`): an
 ID, else a name, ``#N`` for the position in the table from 1, as a hint prints it, ``index:N``,
-``id:X``, ``name:X``. Positions make ranges: ``#3..#5``, ``index:2..4``.
+``id:X``, ``name:X``. Positions make ranges: ``#3..#5``, ``index:2..4``. A name may hold commas.
 
 ``all`` are those in the snapshot table. Deleted ones are asked for by ``deleted`` (every one whose
 entry survives) or ``deleted:`` with an ID, a name or an entry's offset, also in a list:
 ``all,deleted``. States put together from what is left of a damaged image are asked for by ``recovered``
-(every one) or ``recovered:N``. A snapshot that is called ``all`` or as any other of these words makes the word
-ambiguous: then ``=all`` is the word, and ``name:all`` the snapshot.
+(every one) or ``recovered:N``. ``changed:`` in front of an item asks for those files of a snapshot alone that the next
+state asked for and the active state both have otherwise or not at all; ``changed`` is ``changed:all``.
+
+The words may be in upper case. A snapshot that is called ``all`` or as any other of these words makes the
+word ambiguous: then ``=all`` is the word, and ``name:all`` the snapshot.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2_forensics.errors import SnapshotNotFound
 from qcow2_forensics.reader import states
 from qcow2_forensics.text import printable
+
+from .names import SnapshotKey
 
 if TYPE_CHECKING:
     from qcow2_forensics import Image
@@ -28,8 +35,46 @@ if TYPE_CHECKING:
     from qcow2_forensics.recovery import RecoveredState
     from qcow2_forensics.residue import DeletedSnapshot
 
+VARIABLE = "DFVFS_QCOW2_SNAPSHOTS"
+_WORDS = frozenset(("all", "changed", "deleted", "none", "recovered"))
+_CHANGED = "changed:"
+_DELETED = "deleted:"
+_RECOVERED = "recovered:"
 _RANGE = re.compile(r"(#|index:)([0-9]{1,6})\.\.(?:#|index:)?([0-9]{1,6})")
 _BARE_RANGE = re.compile(r"[0-9]+\.\.[0-9]+")
+
+
+class _Item(NamedTuple):
+    """One item of a list: what it means, and whether only changed files are asked for."""
+
+    text: str
+    written: str
+    changed: bool = False
+
+    @property
+    def word(self) -> str:
+        """The item without the marks that say it is a word, whatever snapshots are called."""
+        word = self.text.lstrip("=")
+        return word.lower() if word.lower() in _WORDS else word
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether deleted snapshots are meant."""
+        return self.word == "deleted" or self.word.startswith(_DELETED)
+
+    @property
+    def is_recovered(self) -> bool:
+        """Whether recovered states are meant."""
+        return self.word == "recovered" or self.word.startswith(_RECOVERED)
+
+    @classmethod
+    def parse(cls, text: str) -> _Item:
+        word = text.lstrip("=")
+        if word.lower() == "changed":
+            return cls("all", text, changed=True)
+        if word.startswith(_CHANGED):
+            return cls(word.removeprefix(_CHANGED), text, changed=True)
+        return cls(text, text)
 
 
 @dataclass(frozen=True)
@@ -40,88 +85,142 @@ class Selection:
 
     def __post_init__(self) -> None:
         for item in self._items():
-            if _BARE_RANGE.fullmatch(item):
-                marked = "..".join(f"#{number}" for number in item.split(".."))
-                raise ValueError(f"'{printable(item)}' has no meaning: positions are written {marked}, IDs one by one")
-            found = _RANGE.fullmatch(item.lstrip("="))
+            if _BARE_RANGE.fullmatch(item.text):
+                marked = "..".join(f"#{number}" for number in item.text.split(".."))
+                raise ValueError(
+                    f"'{printable(item.text)}' has no meaning: positions are written {marked}, IDs one by one"
+                )
+            found = _RANGE.fullmatch(item.word)
             if found is not None and (int(found[2]) > int(found[3]) or (found[1] == "#" and not int(found[2]))):
                 raise ValueError(f"unsupported snapshot range in: {printable(self.text)}")
 
     @property
     def wants_any(self) -> bool:
         """Whether any snapshot is asked for."""
-        return self.text != "none"
+        return self.text.lower() != "none"
+
+    @cached_property
+    def wants_changed(self) -> bool:
+        """Whether only the changed files of some snapshots are asked for."""
+        return any(item.changed for item in self._items())
 
     @property
     def wants_deleted(self) -> bool:
         """Whether any deleted snapshot is asked for."""
-        return any(map(_is_deleted, self._items()))
+        return any(item.is_deleted for item in self._items())
 
     @property
     def wants_recovered(self) -> bool:
         """Whether any recovered state is asked for."""
-        return any(map(_is_recovered, self._items()))
-
-    def choose_recovered(self, found: Sequence[RecoveredState]) -> list[RecoveredState]:
-        """Return the chosen ones of the recovered states, in their order; SnapshotNotFound names the choices."""
-        items = [item.lstrip("=") for item in self._items() if _is_recovered(item)]
-        if "recovered" in items:
-            return list(found)
-        known = {state.label: state for state in found}
-        for item in items:
-            if item not in known:
-                raise SnapshotNotFound(item, [f"{state.label} ({state.what})" for state in found])
-        return [state for state in found if state.label in items]
-
-    def _items(self) -> list[str]:
-        if self.text == "none":
-            return []
-        items = [item.strip() for item in self.text.split(",")]
-        if not all(items):
-            raise ValueError(f"unsupported snapshots value: '{printable(self.text)}'")
-        return items
+        return any(item.is_recovered for item in self._items())
 
     def choose(self, image: Image) -> list[SnapshotEntry]:
         """Return the chosen entries of the snapshot table in its order; SnapshotNotFound names the choices."""
-        if "," in self.text and len(states.by_id_or_name(image.snapshots, self.text)) == 1:
-            return states.by_id_or_name(image.snapshots, self.text)  # a name that holds a comma
-        chosen = {entry.index: entry for item in self._items() for entry in _choose_one(item, image)}
+        chosen = {entry.index: entry for item in self._items(image) for entry in _choose_one(item, image)}
         return [chosen[index] for index in sorted(chosen)]
 
     def choose_deleted(self, found: Sequence[DeletedSnapshot]) -> list[DeletedSnapshot]:
         """Return the chosen ones of the deleted snapshots, in their order; SnapshotNotFound names the choices."""
         from qcow2_forensics.residue.snapshot_entries import choose
 
-        items = [item.lstrip("=") for item in self._items() if _is_deleted(item)]
-        if "deleted" in items:
+        words = [item.word for item in self._items() if item.is_deleted]
+        if "deleted" in words:
             return list(found)
-        chosen = [choose(found, item.partition(":")[2]) for item in items]
+        chosen = [choose(found, word.removeprefix(_DELETED)) for word in words]
         return [item for item in found if item in chosen]
 
+    def choose_recovered(self, found: Sequence[RecoveredState]) -> list[RecoveredState]:
+        """Return the chosen ones of the recovered states, in their order; SnapshotNotFound names the choices."""
+        words = [item.word for item in self._items() if item.is_recovered]
+        if "recovered" in words:
+            return list(found)
+        known = {state.label: state for state in found}
+        for word in words:
+            if word not in known:
+                raise SnapshotNotFound(word, [f"{state.label} ({state.what})" for state in found])
+        return [state for state in found if state.label in words]
 
-def _is_deleted(item: str) -> bool:
-    word = item.lstrip("=")
-    return word == "deleted" or word.startswith("deleted:")
+    def later_states(self, image: Image) -> dict[SnapshotKey, tuple[SnapshotKey | None, ...]]:
+        """Return for each snapshot of which only changed files are asked for what they are compared with.
+
+        That is the next snapshot asked for, and the active state, which is None.
+        """
+        items = self._items(image)
+        full = {entry.index for item in items if not item.changed for entry in _choose_one(item, image)}
+        chosen = self.choose(image)
+        following = [*(SnapshotKey.of(entry) for entry in chosen[1:]), None]
+        return {
+            SnapshotKey.of(entry): (None,) if later is None else (later, None)
+            for entry, later in zip(chosen, following, strict=False)
+            if entry.index not in full
+        }
+
+    def is_reduced(self, snapshot: SnapshotKey) -> bool:
+        """Return whether of a deleted snapshot, or a recovered state, only the changed files are asked for."""
+        if snapshot.recovered:
+            return all(item.changed for item in self._items() if item.is_recovered)
+        return snapshot.deleted and all(item.changed for item in self._items() if item.is_deleted)
+
+    def _items(self, image: Image | None = None) -> list[_Item]:
+        if not self.wants_any:
+            return []
+        parts = self.text.split(",")
+        if not all(part.strip() for part in parts):
+            raise ValueError(f"unsupported snapshots value: '{printable(self.text)}'")
+        return [_Item.parse(text) for text in _joined(parts, image)]
 
 
-def _is_recovered(item: str) -> bool:
-    word = item.lstrip("=")
-    return word == "recovered" or word.startswith("recovered:")
+def _joined(parts: list[str], image: Image | None) -> Iterator[str]:
+    """Yield the items of a list, those that hold commas because the name of a snapshot does whole."""
+    while parts:
+        longest = len(parts) if image is not None and any("," in entry.name for entry in image.snapshots) else 1
+        for count in range(longest, 1, -1):
+            text = ",".join(parts[:count]).strip()
+            if image is not None and _named(text, image):
+                if all(_named(part.strip(), image) for part in parts[:count]):
+                    raise SnapshotNotFound(text, states.choices(image.snapshots), ambiguous=True)
+                break
+        else:
+            count, text = 1, parts[0].strip()
+        yield text
+        parts = parts[count:]
 
 
-def _choose_one(item: str, image: Image) -> Sequence[SnapshotEntry]:
-    word = item.lstrip("=")
-    found = _RANGE.fullmatch(word)
-    if word == "all" or found is not None or _is_deleted(item) or _is_recovered(item):
-        states.refuse_if_named(image, item)
-    if word == "all":
+def _named(text: str, image: Image) -> Sequence[SnapshotEntry]:
+    """Return the snapshots that a text names, also one with ``changed:``, ``name:`` or ``id:`` in front."""
+    for mark in ("", _CHANGED, "name:", "id:", f"{_CHANGED}name:", f"{_CHANGED}id:"):
+        found = states.by_id_or_name(image.snapshots, text.removeprefix(mark)) if text.startswith(mark) else []
+        if found:
+            return found
+    return []
+
+
+def _choose_one(item: _Item, image: Image) -> Sequence[SnapshotEntry]:
+    found = _RANGE.fullmatch(item.word)
+    named = states.by_id_or_name(image.snapshots, item.written)
+    if len(named) == 1 and item.written.lower() in _WORDS and item.written not in _WORDS:
+        return named  # "All" is a name before it is the word
+    if item.changed or item.word in _WORDS or found is not None or item.is_deleted or item.is_recovered:
+        states.refuse_if_named(image, item.written)
+    if item.word == "all":
         return image.snapshots
-    if _is_deleted(item) or _is_recovered(item):
+    if item.is_deleted or item.is_recovered:
         return ()
     if found is not None:
         first, last = (states.position(f"{found[1]}{number}") for number in found.group(2, 3))
         if first is None or last is None or last >= len(image.snapshots):
-            raise SnapshotNotFound(item, states.choices(image.snapshots))
+            raise SnapshotNotFound(item.text, states.choices(image.snapshots))
         return image.snapshots[first : last + 1]
-    entry = states.find_snapshot(image, item)
+    entry = states.find_snapshot(image, item.text)
     return () if entry is None else (entry,)  # the active state is always read
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> Selection:
+    return Selection(text)
+
+
+def from_environment() -> Selection | None:
+    """Return what ``DFVFS_QCOW2_SNAPSHOTS`` asks for, None where it is not set; raises ValueError."""
+    text = os.environ.get(VARIABLE)
+    return _parsed(text) if text else None

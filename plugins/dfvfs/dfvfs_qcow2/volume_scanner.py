@@ -2,8 +2,9 @@
 
 What is asked for is, in this order: the attribute ``qcow_snapshots`` of the scanner's options, what
 a command line tool asks for around the scan (:func:`asking`), and the environment variable
-``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``none``, ``1,#3..#5``, a name, or ``deleted``; see
-:mod:`.selection`. The default is none, with a hint when there are some.
+``DFVFS_QCOW2_SNAPSHOTS``. All take ``all``, ``changed``, ``none``, ``1,#3..#5``, a name, or ``deleted``; see
+:mod:`.selection`. ``changed`` scans what ``all`` does; who processes the files leaves some out, see
+:mod:`.later_states`. The default is none, with a hint when there are some.
 
 Each snapshot is scanned like an image of its own, so partitions, volume managers, shadow copies and
 encryption inside it go the normal way.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,11 +39,11 @@ from .inspection import (
     snapshot_path_spec,
     snapshots,
 )
-from .names import SnapshotKey
+from .names import SnapshotKey, image_name
 from .opening import failures_of, notes_of
-from .selection import Selection
+from .selection import VARIABLE, Selection
+from .state_prompts import StatePrompts
 
-VARIABLE = "DFVFS_QCOW2_SNAPSHOTS"
 _FAILURES = 3  # failed reads told per image
 _LISTED = 20  # snapshots named in a hint
 
@@ -88,60 +89,118 @@ def _wanted(options: Any, request: Request | None) -> Selection | None:
 def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) -> list[Any]:
     """Determine the base path specifications of the active state, then of the chosen snapshots."""
     options = options or stock.VolumeScannerOptions()
-    request = _request.get()
-    selection = _wanted(options, request)
-
-    try:
-        scan_context = scanner._ScanSource(source_path)
-    except RuntimeError as error:  # what pytsk3 makes of a read that fails
-        raise dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(reason(error), 500)}") from error
     scanner._source_path = source_path
-    scanner._source_type = scan_context.source_type
-
-    failure: dfvfs_errors.ScannerError | None = None
-    base_path_specs: list[Any] = []
-    try:
-        base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
-    except dfvfs_errors.ScannerError as error:
-        failure = error
-    except (dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
-        # After it was unlocked, an image is scanned again, and nobody catches what a missing base makes of that.
-        failure = dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(str(error), 500)}")
-
-    images = list(_images(scan_context.GetRootScanNode()))
-    found = [item for qcow in images for item in _scan_image(scanner, scan_context, qcow, selection, options, request)]
-    if selection is not None and selection.wants_recovered:
-        images = images or [_without_header(scan_context)]
-        found += [item for qcow in images for item in _scan_recovered(scanner, qcow, selection, options, request)]
-    _tell_failed_reads(scanner, images, request)
-    if failure is not None:
-        if not found:
-            raise failure
-        _tell(request, f"The active state could not be scanned: {failure}", logging.WARNING)
-    if found and scan_context.source_type != definitions.SOURCE_TYPE_STORAGE_MEDIA_DEVICE:
-        # The scan of an image without a file system in its active state may call it a file.
-        if scan_context.source_type == definitions.SOURCE_TYPE_FILE:
-            base_path_specs = []
-        scanner._source_type = definitions.SOURCE_TYPE_STORAGE_MEDIA_IMAGE
-    return [*base_path_specs, *found]
+    return base_path_specs(scanner, functools.partial(scanner._ScanSource, source_path), options, _request.get())
 
 
-def _scan_image(
-    scanner: Any, scan_context: Any, qcow: Any, selection: Selection | None, options: Any, request: Request | None
+def base_path_specs(
+    scanner: Any, scan: Callable[[], Any], options: Any, request: Request | None, *, is_inside: bool = False
 ) -> list[Any]:
-    """Return the base path specifications in the chosen snapshots of an image; hint at snapshots not asked for."""
-    entries = _entries(qcow, request)
-    if selection is None:
-        if entries:
-            _tell(request, _hint(entries, request), logging.INFO)
-        return []
-    if not selection.wants_any or scan_context.IsLockedScanNode(qcow):
-        return []
-    found: list[Any] = []
-    for entry in [*_chosen(selection, qcow), *_chosen_deleted(selection, qcow, request)]:
-        name = str(SnapshotKey.of(entry))
-        found += _scan_snapshot(scanner, snapshot_path_spec(qcow, entry), name, options, request)
-    return found
+    """Return the base path specifications of what ``scan`` finds, then of the chosen snapshots of each image in it.
+
+    ``is_inside`` says that the source is an image inside another one: it need not have the snapshots asked for.
+    """
+    mediator = scanner._mediator
+    prompts = scanner._mediator = StatePrompts(mediator) if mediator is not None else None
+    try:
+        return _StatesScan(scanner, options, request, prompts, is_inside=is_inside).base_path_specs(scan)
+    finally:
+        scanner._mediator = mediator
+
+
+class _StatesScan:
+    """One scan of a source: of the active state, and of the snapshots asked for in each image that it leads through."""
+
+    def __init__(
+        self, scanner: Any, options: Any, request: Request | None, prompts: StatePrompts | None, *, is_inside: bool
+    ) -> None:
+        self._scanner = scanner
+        self._options = options
+        self._request = request
+        self._prompts = prompts
+        self._is_inside = is_inside
+        self._selection = _wanted(options, request)
+
+    def base_path_specs(self, scan: Callable[[], Any]) -> list[Any]:
+        try:
+            scan_context = scan()
+        except RuntimeError as error:  # what pytsk3 makes of a read that fails
+            raise _failed(reason(error)) from error
+        scanner = self._scanner
+        scanner._source_type = scan_context.source_type
+        failure: dfvfs_errors.ScannerError | None = None
+        active: list[Any] = []
+        try:
+            active = scanner._GetBasePathSpecs(scan_context, self._options)
+        except dfvfs_errors.ScannerError as error:
+            failure = error
+        except (dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
+            # After it was unlocked, an image is scanned again, and nobody catches what a missing base makes of that.
+            failure = _failed(str(error))
+        images = list(_images(scan_context.GetRootScanNode()))
+        found = self._snapshots(scan_context, images)
+        if self._selection is not None and self._selection.wants_recovered and not self._is_inside:
+            images = images or [_without_header(scan_context)]
+            found += [item for qcow in images for item in self._recovered(qcow, self._selection)]
+        _tell_failed_reads(scanner, images, self._request)
+        if failure is not None:
+            if not found:
+                raise failure
+            _tell(self._request, f"The active state could not be scanned: {failure}", logging.WARNING)
+        if found and scan_context.source_type != definitions.SOURCE_TYPE_STORAGE_MEDIA_DEVICE:
+            # The scan of an image without a file system in its active state may call it a file.
+            if scan_context.source_type == definitions.SOURCE_TYPE_FILE:
+                active = []
+            scanner._source_type = definitions.SOURCE_TYPE_STORAGE_MEDIA_IMAGE
+        return [*active, *found]
+
+    def _snapshots(self, scan_context: Any, images: list[Any]) -> list[Any]:
+        """Return the base path specifications in the chosen snapshots; hint at snapshots not asked for."""
+        found: list[Any] = []
+        missing: list[dfvfs_errors.ScannerError] = []
+        for qcow in images:
+            entries = _entries(qcow, self._request)
+            if self._selection is None:
+                if entries:
+                    _tell(self._request, _hint(qcow, entries, self._request), logging.INFO)
+            elif self._selection.wants_any and not scan_context.IsLockedScanNode(qcow):
+                try:
+                    found += self._chosen(qcow, self._selection)
+                except dfvfs_errors.ScannerError as error:
+                    missing.append(error)
+        if missing and len(missing) == len(images) and not self._is_inside:
+            raise missing[0]
+        for failure in missing:  # another image has them
+            _tell(self._request, str(failure), logging.WARNING)
+        return found
+
+    def _chosen(self, qcow: Any, selection: Selection) -> list[Any]:
+        found: list[Any] = []
+        for entry in [*_chosen(selection, qcow), *_chosen_deleted(selection, qcow, self._request)]:
+            found += self._state(snapshot_path_spec(qcow, entry), SnapshotKey.of(entry))
+        return found
+
+    def _recovered(self, qcow: Any, selection: Selection) -> list[Any]:
+        """Return the base path specifications in the chosen recovered states of an image."""
+        try:
+            known = recovered_states(qcow)
+            chosen = selection.choose_recovered(known)
+        except SnapshotNotFound as error:
+            raise dfvfs_errors.ScannerError(str(error)) from error
+        except OSError as error:
+            _tell(self._request, f"Recovered states could not be looked for: {error}", logging.WARNING)
+            return []
+        if not known:
+            _tell(self._request, "No state can be put together from tables in the file.", logging.WARNING)
+        found: list[Any] = []
+        for state in chosen:
+            found += self._state(recovered_path_spec(qcow, state), SnapshotKey.of_recovered(state))
+        return found
+
+    def _state(self, path_spec: Any, key: SnapshotKey) -> list[Any]:
+        if self._prompts is not None:
+            self._prompts.begin(str(key))
+        return _scan_snapshot(self._scanner, path_spec, str(key), self._options, self._request)
 
 
 def _without_header(scan_context: Any) -> Any:
@@ -150,23 +209,8 @@ def _without_header(scan_context: Any) -> Any:
     return factory.Factory.NewPathSpec(definitions.TYPE_INDICATOR_QCOW, parent=root)
 
 
-def _scan_recovered(scanner: Any, qcow: Any, selection: Selection, options: Any, request: Request | None) -> list[Any]:
-    """Return the base path specifications in the chosen recovered states of an image."""
-    try:
-        known = recovered_states(qcow)
-        chosen = selection.choose_recovered(known)
-    except SnapshotNotFound as error:
-        raise dfvfs_errors.ScannerError(str(error)) from error
-    except OSError as error:
-        _tell(request, f"Recovered states could not be looked for: {error}", logging.WARNING)
-        return []
-    if not known:
-        _tell(request, "No state can be put together from tables in the file.", logging.WARNING)
-    found: list[Any] = []
-    for state in chosen:
-        name = str(SnapshotKey.of_recovered(state))
-        found += _scan_snapshot(scanner, recovered_path_spec(qcow, state), name, options, request)
-    return found
+def _failed(why: str) -> dfvfs_errors.ScannerError:
+    return dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(why, 500)}")
 
 
 def _tell_failed_reads(scanner: Any, images: list[Any], request: Request | None) -> None:
@@ -240,9 +284,12 @@ def _scan_snapshot(scanner: Any, path_spec: Any, name: str, options: Any, reques
     return base_path_specs
 
 
-def _hint(entries: tuple[SnapshotEntry, ...], request: Request | None) -> str:
+def _hint(qcow: Any, entries: tuple[SnapshotEntry, ...], request: Request | None) -> str:
     how = request.option if request is not None and request.option else f"{VARIABLE}=all"
-    lines = [f"The image holds {len(entries)} internal snapshot(s) that are not processed; {how} processes them:"]
+    inner = image_name(qcow)
+    lines = [
+        f"The image {f'{printable(inner)} ' if inner else ''}holds {len(entries)} internal snapshot(s) that are not processed; {how} processes them:"
+    ]
     lines += [f"  {describe(entry)}" for entry in entries[:_LISTED]]
     if len(entries) > _LISTED:
         lines.append(f"  ... and {len(entries) - _LISTED} more")

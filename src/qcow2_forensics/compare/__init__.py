@@ -1,5 +1,5 @@
 """Which guest ranges differ between two states."""
 
-from .ranges import Change, Difference, compare
+from .ranges import Change, Difference, compare, possible_differences
 
-__all__ = ["Change", "Difference", "compare"]
+__all__ = ["Change", "Difference", "compare", "possible_differences"]

@@ -91,9 +91,26 @@ def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | No
     reason; it never passes as equal, except where both share the table or the bytes that cannot be
     read: those are not looked at. ``progress`` is told how many further bytes are settled.
     """
+    yield from _compare(before, after, _unequal_bytes, progress)
+
+
+def possible_differences(before: Layer, after: Layer) -> Iterator[Difference]:
+    """Yield the ranges whose bytes may differ, in order, coalesced: what the mappings alone do not prove equal.
+
+    No content is read, so this costs metadata only; the ranges include those of :func:`compare`.
+    """
+    yield from _compare(before, after, _unread, None)
+
+
+_Settle = Callable[[Layer, Layer, "_Candidate"], Iterable[Difference]]
+
+
+def _compare(
+    before: Layer, after: Layer, settle: _Settle, progress: Callable[[int], None] | None
+) -> Iterator[Difference]:
     common = min(before.size, after.size)
     mapped = min([common, *(layer.mapped_end for layer in (before, after) if isinstance(layer, Disk))])
-    found = _differences(before, after, mapped, progress)
+    found = _differences(before, after, mapped, settle, progress)
     yield from _coalesced(chain(found, _past_tables(before, after, mapped, common, progress)))
     if before.size > common:
         yield Difference(common, before.size - common, Change.REMOVED)
@@ -101,7 +118,9 @@ def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | No
         yield Difference(common, after.size - common, Change.ADDED)
 
 
-def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int], None] | None) -> Iterator[Difference]:
+def _differences(
+    before: Layer, after: Layer, end: int, settle: _Settle, progress: Callable[[int], None] | None
+) -> Iterator[Difference]:
     shared_until, left_open = _proofs(before, after)
     opaque = _common_layers(before, after)
     cluster = max(_cluster_size(before), _cluster_size(after))
@@ -118,7 +137,7 @@ def _differences(before: Layer, after: Layer, end: int, progress: Callable[[int]
                     yield Difference(*candidate)
                 else:
                     window = smallest
-                    yield from _unequal_bytes(before, after, candidate)
+                    yield from settle(before, after, candidate)
         position = stop
         if progress is not None:
             progress(position - settled)
@@ -311,6 +330,11 @@ def _candidates(
 
 
 # --- what the bytes say ------------------------------------------------------------------------
+
+
+def _unread(before: Layer, after: Layer, candidate: _Candidate) -> Iterator[Difference]:  # noqa: ARG001
+    """Leave open whether the bytes differ."""
+    yield Difference(*candidate)
 
 
 def _unequal_bytes(before: Layer, after: Layer, candidate: _Candidate) -> Iterator[Difference]:

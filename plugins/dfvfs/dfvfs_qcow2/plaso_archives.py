@@ -1,0 +1,73 @@
+"""``--archives qcow``: QCOW images in a file system are processed with what is in them, as plaso does for VHD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dfvfs.lib import definitions as dfvfs_definitions
+from dfvfs.lib import errors as dfvfs_errors
+from dfvfs.path import factory
+from plaso.containers import event_sources
+from plaso.engine import worker as stock
+from plaso.lib import definitions
+
+from .volume_scanner import Request, base_path_specs
+from .wrapping import wrap_method
+
+ARCHIVE = "qcow"
+_MAGIC = b"QFI\xfb"
+
+
+def _extract_content(stock_method: Any, worker: Any, mediator: Any, file_entry: Any, stream_name: Any) -> None:
+    """Process an image in place of the parsers: they know nothing of its bytes."""
+    if ARCHIVE not in worker._archive_types or not _is_image(file_entry, stream_name):
+        stock_method(worker, mediator, file_entry, stream_name)
+        return
+    properties = factory.Factory.GetProperties(file_entry.path_spec)
+    if stream_name:
+        properties["data_stream"] = stream_name
+    path_spec = factory.Factory.NewPathSpec(file_entry.type_indicator, parent=file_entry.path_spec.parent, **properties)
+    worker.processing_status = definitions.STATUS_INDICATOR_COLLECTING
+    _process_image(worker, mediator, factory.Factory.NewPathSpec("QCOW", parent=path_spec))
+
+
+def _is_image(file_entry: Any, stream_name: Any) -> bool:
+    try:
+        file_object = file_entry.GetFileObject(data_stream_name=stream_name or "")
+        if file_object is None:
+            return False
+        file_object.seek(0)  # it is shared with whoever looked at the file before
+        return bool(file_object.read(len(_MAGIC)) == _MAGIC)
+    except (OSError, dfvfs_errors.Error):
+        return False
+
+
+def _process_image(worker: Any, mediator: Any, qcow: Any) -> None:
+    scanner = stock.EventExtractionWorkerVolumeScanner()
+    request = Request(option="--qcow_snapshots all")
+    try:
+        for path_spec in _scan(scanner, qcow, request):
+            if worker._abort:
+                return
+            mediator.ProduceEventSource(
+                event_sources.EventSource(file_entry_type=dfvfs_definitions.FILE_ENTRY_TYPE_FILE, path_spec=path_spec)
+            )
+    except (OSError, RuntimeError, dfvfs_errors.Error) as error:
+        mediator.ProduceWarning(f"unable to process storage media image with error: {error!s}", path_spec=qcow)
+    for notice in request.notices:
+        mediator.ProduceWarning(notice, path_spec=qcow)
+
+
+def _scan(scanner: Any, qcow: Any, request: Request) -> list[Any]:
+    options = stock.dfvfs_volume_scanner.VolumeScannerOptions()
+    options.partitions, options.volumes, options.snapshots = ["all"], ["all"], ["none"]
+    found = base_path_specs(scanner, lambda: scanner._ScanSourcePathSpec(qcow), options, request, is_inside=True)
+    return [item for item in found if item.comparable != qcow.comparable]
+
+
+def register() -> None:
+    """Wrap the method, once."""
+    wrap_method(stock.EventExtractionWorker, "_ExtractContentFromDataStream", _extract_content)
+
+
+register()

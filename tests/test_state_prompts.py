@@ -1,0 +1,103 @@
+"""Questions of an attended scan are asked once for all states, and say which state they are about."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("dfvfs")
+
+from dfvfs_qcow2 import end_notes
+from dfvfs_qcow2.state_prompts import StatePrompts
+from qcow2_forensics.findings import Severity
+
+
+class Mediator:
+    """Answers every question, and remembers what was asked and printed."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.printed = ""
+        self._output_writer = SimpleNamespace(Write=self._write)
+
+    def _write(self, text: str) -> None:
+        self.printed += text
+
+    def GetPartitionIdentifiers(self, _system: Any, identifiers: list[str]) -> list[str]:  # noqa: N802
+        self.asked.append("partitions")
+        return identifiers[1:]
+
+    def UnlockEncryptedVolume(self, _scanner: Any, _context: Any, node: Any, _credentials: Any) -> bool:  # noqa: N802
+        self.asked.append("password")
+        node.credential = ("password", "secret")
+        return node.unlocks
+
+
+GPT = SimpleNamespace(TYPE_INDICATOR="GPT")
+
+
+def test_a_state_with_the_same_volumes_gets_the_same_answer() -> None:
+    mediator = Mediator()
+    prompts = StatePrompts(mediator)
+    first = prompts.GetPartitionIdentifiers(GPT, ["p1", "p2", "p3"])
+    first.reverse()  # as callers do
+    prompts.begin("snapshot 1 (before)")
+    assert prompts.GetPartitionIdentifiers(GPT, ["p1", "p2", "p3"]) == ["p2", "p3"]
+    assert (mediator.asked, mediator.printed) == (["partitions"], "")
+
+
+def test_a_question_about_other_volumes_names_the_state() -> None:
+    mediator = Mediator()
+    prompts = StatePrompts(mediator)
+    prompts.GetPartitionIdentifiers(GPT, ["p1", "p2"])
+    prompts.begin("snapshot 1 (a\x1b[2J)")
+    assert prompts.GetPartitionIdentifiers(GPT, ["p1", "p2", "p3"]) == ["p2", "p3"]
+    assert mediator.asked == ["partitions"] * 2
+    assert mediator.printed == "\nSnapshot 1 (a\\x1b[2J):\n\n"
+
+
+def test_two_volumes_of_one_state_are_two_questions() -> None:
+    mediator = Mediator()
+    prompts = StatePrompts(mediator)
+    for state in ("", "snapshot 1", "snapshot 2"):
+        prompts.begin(state)
+        prompts.GetPartitionIdentifiers(GPT, ["p1", "p2"])
+        prompts.GetPartitionIdentifiers(GPT, ["p1", "p2"])
+    assert mediator.asked == ["partitions"] * 2
+
+
+@pytest.mark.parametrize(("unlocks", "asked"), [(True, 1), (False, 1)])
+def test_what_opened_a_volume_opens_it_in_other_states_too(unlocks: bool, asked: int) -> None:
+    mediator = Mediator()
+    prompts = StatePrompts(mediator)
+    tried: list[Any] = []
+
+    def unlock(_context: Any, path_spec: Any, kind: str, data: str) -> bool:
+        tried.append((path_spec, kind, data))
+        return True
+
+    scanner = SimpleNamespace(Unlock=unlock)
+    credentials = SimpleNamespace(CREDENTIALS=frozenset(["password"]))
+    for state in ("active", "snapshot 1"):
+        prompts.begin(state)
+        node = SimpleNamespace(type_indicator="LUKSDE", path_spec=state, unlocks=unlocks)
+        assert prompts.UnlockEncryptedVolume(scanner, None, node, credentials) is unlocks
+    assert mediator.asked == ["password"] * asked
+    assert tried == ([("snapshot 1", "password", "secret")] if unlocks else [])
+
+
+def test_a_run_ends_with_what_the_status_window_wiped_and_one_line_about_each_audit() -> None:
+    high, low = SimpleNamespace(severity=Severity.HIGH), SimpleNamespace(severity=Severity.LOW)
+    end_notes.notices.append("The image holds 1 internal snapshot(s)")
+    end_notes.note_audit("/cases/a.qcow2", [high, low, high])  # type: ignore[list-item]
+    end_notes.note_audit("b\x1b", [])
+    assert end_notes.take(printed=False) == [
+        "The image holds 1 internal snapshot(s)",
+        "audit: 2 High, 1 Low in /cases/a.qcow2",
+        "audit: no findings in b\\x1b",
+        "pinfo --sections warnings lists the findings.",
+    ]
+    end_notes.notices.append("seen already")
+    assert end_notes.take(printed=True) == end_notes.take(printed=False) == []
