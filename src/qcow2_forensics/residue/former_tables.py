@@ -86,8 +86,9 @@ class FormerTables:
         places = np.searchsorted(self.offsets, offsets)
         rows = np.flatnonzero(places < len(self.offsets))
         rows = rows[self.offsets[places[rows]] == offsets[rows]]
-        for column, known in zip(found, self.looks, strict=True):
-            column[rows] = known[places[rows]]
+        known = self.looks.of(places[rows])
+        found.looks[rows], found.entries[rows] = known.looks, known.entries
+        found.intact[rows], found.zero_only[rows] = known.intact, known.zero_only
         return found
 
     def l1_tables(self) -> Counts:
