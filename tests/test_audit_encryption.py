@@ -79,6 +79,12 @@ def plain_called_encrypted(path: Path) -> None:
     Poke(base_b(path)).u32(32, 1)
 
 
+def written_in_part(path: Path) -> None:
+    """Clusters of which one sector was written: the others are zeros and were never encrypted."""
+    qemu.create(path, "1M", secret="pw", preallocation="metadata")
+    qemu.io(path, "write -P 7 128k 512", "write -P 7 257k 1k", secret="pw")
+
+
 def text_called_encrypted(path: Path) -> None:
     plain_called_encrypted(path)
     Poke(path).write(0x50000, b"the quick brown fox " * 3000)
@@ -105,6 +111,7 @@ CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("PLAINTEXT-COMPRESSED", luks(), None),
     ("PLAINTEXT-CONTENT", plain_called_encrypted, T.MEDIUM),
     ("PLAINTEXT-CONTENT", text_called_encrypted, T.MEDIUM),
+    ("PLAINTEXT-CONTENT", written_in_part, None),
     ("PLAINTEXT-CONTENT", luks(), None),
     ("PLAINTEXT-CONTENT", base_b, None),
     ("CRYPTO-HEADER-INVALID", lambda path: Poke(base_b(path)).u32(32, 2), T.HIGH),

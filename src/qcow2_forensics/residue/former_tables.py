@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -86,9 +86,9 @@ class FormerTables:
         places = np.searchsorted(self.offsets, offsets)
         rows = np.flatnonzero(places < len(self.offsets))
         rows = rows[self.offsets[places[rows]] == offsets[rows]]
-        columns: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = zip(found, self.looks, strict=True)
-        for column, known in columns:
-            column[rows] = known[places[rows]]
+        known = self.looks.of(places[rows])
+        found.looks[rows], found.entries[rows] = known.looks, known.entries
+        found.intact[rows], found.zero_only[rows] = known.intact, known.zero_only
         return found
 
     def l1_tables(self) -> Counts:
