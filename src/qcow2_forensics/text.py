@@ -214,6 +214,12 @@ def plural(count: int, one: str, many: str = "") -> str:
     return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
+def listed(words: Sequence[str], limit: int) -> str:
+    """Return ``a, b, c``, after ``limit`` words with how many more there are; empty for none."""
+    more = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + more
+
+
 def sentence(shown: str) -> str:
     """Return ``shown`` with a capital first letter."""
     return shown[:1].upper() + shown[1:]

@@ -12,14 +12,13 @@ from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.codecs import codec_of
 from ..format.entries import COPIED, compressed_descriptor
-from ..limits import MiB
+from ..limits import SAMPLES, MiB
 from .facts import Facts
 from .overlap import evenly
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Expansion")
 
-_SAMPLES = 64  # streams whose content is looked at
 _ARCHIVES = (
     (b"\x1f\x8b\x08", "gzip"),
     (b"\xfd7zXZ\0", "xz"),
@@ -100,7 +99,7 @@ def compression_bomb(facts: Facts) -> Iterator[Graded]:
 
 def _nested(facts: Facts, entries: np.ndarray) -> str:
     """Return the signature of compressed files that clusters begin with, empty for none; some are looked at."""
-    for entry in evenly(entries, _SAMPLES).tolist():
+    for entry in evenly(entries, SAMPLES).tolist():
         host, length = compressed_descriptor(entry, facts.header.cluster_bits)
         try:
             data = codec_of(facts.header.compression_type).decode(facts.read(host, length), facts.cluster_size)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Selection, Severity, place_of
+from ..limits import FINDINGS_PER_RULE
 
 if TYPE_CHECKING:
     from .facts import Facts
@@ -65,8 +66,6 @@ Validated = Literal["QEMU-made", "crafted", "derived"]
 
 # What a rule needs to be sound before it runs.
 Needs = Literal["header", "geometry", "census"]
-
-FINDINGS_PER_RULE = 1000  # a snapshot table may hold 65,536 entries
 
 
 class Deferred(NamedTuple):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from ..findings import EVIDENCE_LIMIT
 from ..format.entries import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK, compressed_descriptor
 from ..format.image import Image
 from .aliases import Aliases
@@ -97,7 +98,9 @@ class Claims:
         beyond = hosts >= np.uint64(self.length)
         if beyond.any():
             self.corruptions += int(weight[beyond].sum())
-            pairs = zip(positions[beyond][:100].tolist(), hosts[beyond][:100].tolist(), strict=True)
+            pairs = zip(
+                positions[beyond][:EVIDENCE_LIMIT].tolist(), hosts[beyond][:EVIDENCE_LIMIT].tolist(), strict=True
+            )
             items = [Item(structure, at, host, host) for at, host in pairs]
             self.missing(items, int(beyond.sum()), int(hosts[beyond].max()))
             hosts, weight = hosts[~beyond], weight[~beyond]

@@ -12,8 +12,9 @@ from ..format.entries import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERV
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.rules import INT64_MAX
+from ..limits import HOST_CLUSTERS, L1_ENTRIES
 from .census import Census, Structures
-from .checked_metadata import MAX_SNAPSHOT_L1, BitmapPlace, Layout, Reason, read_layout
+from .checked_metadata import BitmapPlace, Layout, Reason, read_layout
 from .claimed_clusters import index_map_for
 from .claims import Claims
 from .columns import U64, Mask, Places
@@ -22,7 +23,6 @@ from .owners import Owner
 from .refcounts import StoredRefcounts
 from .walk import L2TableCollector, L2Tables, Subscriber, batches, l1_chunks, walkable
 
-MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
 _SLOT_CHUNK = 1 << 16  # refcount table entries counted together
 
 
@@ -40,8 +40,8 @@ def take_census(image: Image, subscribers: Iterable[type[Subscriber]] = ()) -> C
         raise FormatError("the image has no known geometry to count by", field="cluster_bits")
     length = -(-image.file_size // SECTOR) * SECTOR
     clusters = -(-length // header.cluster_size)
-    if clusters > MAX_CLUSTERS:
-        raise LimitExceeded("host clusters", clusters, MAX_CLUSTERS)
+    if clusters > HOST_CLUSTERS:
+        raise LimitExceeded("host clusters", clusters, HOST_CLUSTERS)
     layout, refcounts = read_layout(image), StoredRefcounts(image)
     claims = Claims(image, refcounts, length, index_map_for(image, layout, refcounts, length, clusters))
     seen = {kind: kind(image, claims.index_map) for kind in subscribers}
@@ -105,7 +105,7 @@ class _Survey:
     def _l1_tables(self) -> L2Tables:
         header = self.image.header
         collector = L2TableCollector()
-        count = min(header.l1_size, MAX_SNAPSHOT_L1)
+        count = min(header.l1_size, L1_ENTRIES)
         if header.l1_table_offset + count * 8 <= INT64_MAX:
             self._claim(Owner.L1, [(header.l1_table_offset, count * 8)], "L1 table")
             for chunk in l1_chunks(self.image, [header.l1_table_offset], [count], [-1]):
@@ -137,7 +137,7 @@ class _Survey:
             )
         )
         odd = (offsets & np.uint64(claims.cluster_size - 1)) != 0
-        large = ~odd & (counts > np.uint64(MAX_SNAPSHOT_L1))
+        large = ~odd & (counts > np.uint64(L1_ENTRIES))
         far = ~odd & ~large & (offsets > np.uint64(INT64_MAX) - counts * np.uint64(8))
         claims.corruptions += int(odd.sum()) + int(large.sum())
         if odd.any():

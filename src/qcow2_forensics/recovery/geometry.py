@@ -18,7 +18,7 @@ from ..format.codecs import known_codecs
 from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO, compressed_descriptor
 from ..format.header import SECTOR
 from ..format.source import Source
-from ..limits import KiB, MiB
+from ..limits import GEOMETRY_SECTORS, GEOMETRY_STREAMS, KiB, MiB
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -28,8 +28,6 @@ _CHUNK = 8 * MiB
 _WORDS = SECTOR // 8
 _STRONG = 8  # different host offsets in one sector: their common power of two is the cluster size
 _EXTENDED_BITS = 14  # least cluster_bits with extended L2 entries
-_STREAMS = 16  # decoded at most to find out the cluster size
-_SAMPLES = 4096  # sectors of each kind kept
 
 
 class FoundGeometry(NamedTuple):
@@ -66,9 +64,9 @@ def find_geometry(source: Source, *, most: int | None = None) -> FoundGeometry |
             for value in bits[count >= _STRONG].tolist():
                 votes[min(int(value), 21)] += 1
             few = bits[(count > 0) & (count < _STRONG)]
-            weak[is_extended] += [min(int(value), 21) for value in few.tolist()][:_SAMPLES]
-        if len(streams) < _STREAMS:
-            streams += _compressed_entries(sectors.words)[: _STREAMS - len(streams)]
+            weak[is_extended] += [min(int(value), 21) for value in few.tolist()][:GEOMETRY_SECTORS]
+        if len(streams) < GEOMETRY_STREAMS:
+            streams += _compressed_entries(sectors.words)[: GEOMETRY_STREAMS - len(streams)]
     decoded = _decoded_size(source, streams)
     if decoded is not None:
         bits_, kind = decoded
@@ -152,7 +150,7 @@ def _compressed_entries(words: U64) -> list[int]:
     found: list[int] = []
     for row in rows.tolist():
         found += words[row][packed[row]].tolist()[:4]
-        if len(found) >= _STREAMS:
+        if len(found) >= GEOMETRY_STREAMS:
             break
     return found
 
@@ -185,7 +183,7 @@ def _compression_of(data: bytes, size: int) -> int | None:
 def compression_type_of(source: Source, entries: list[int], cluster_bits: int) -> int | None:
     """Return the compression type that decodes most of some entries of known cluster size, None where none does."""
     votes: Counter[int] = Counter()
-    for entry in entries[:_STREAMS]:
+    for entry in entries[:GEOMETRY_STREAMS]:
         offset, length = compressed_descriptor(entry, cluster_bits)
         if offset < source.size:
             data = source.read(offset, min(length, source.size - offset, 4 * MiB + 64 * KiB))

@@ -23,7 +23,7 @@ from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.source import PathOrSource, Source, as_source
-from ..limits import MiB
+from ..limits import INNER_IMAGES_SEARCHED, L1_ENTRIES, RECOVERED_STATES, RECOVERY_HINT_BYTES, MiB
 from ..reader.chain import close_source
 from ..reader.disk import Disk
 from ..reader.opening import open_disk
@@ -55,10 +55,6 @@ from .state import RecoveredState
 from .table_search import FoundTables, search_tables, table_words
 
 _READ = 4 * MiB
-_HINT = 8 * MiB  # from the start of a file, looked at to say whether recovery is worth a try
-_MAX_L1 = 4 * MiB  # entries, what QEMU accepts
-_MOST_STATES = 64  # put together for one file, of those that an L1 table or a header was found for
-_MOST_MAGICS = 4096  # places looked at for an image inside the file
 _KEPT = 4  # files whose states are remembered
 _known: dict[object, list[RecoveredState]] = {}
 
@@ -115,11 +111,11 @@ def has_tables(origin: PathOrSource) -> bool:
     """Whether the first part of a file holds what looks like tables of a QCOW2 image; no proof either way."""
     source = as_source(origin)
     try:
-        found = find_geometry(source, most=_HINT)
+        found = find_geometry(source, most=RECOVERY_HINT_BYTES)
         if found is None:
             return False
         geometry = Geometry(3, found.cluster_bits, source.size, found.extended_l2)
-        tables = search_tables(source, geometry, most=_HINT)
+        tables = search_tables(source, geometry, most=RECOVERY_HINT_BYTES)
         return bool(tables.l1) or len(tables.l2) > 1
     finally:
         if source is not origin:
@@ -153,7 +149,7 @@ class _Recovery:
     # --- a whole image further back in the file ---------------------------------------------------
 
     def _inner_images(self) -> Iterator[RecoveredState]:
-        for at in islice(self._magics(), _MOST_MAGICS):
+        for at in islice(self._magics(), INNER_IMAGES_SEARCHED):
             window = WindowSource(self._source, at, None)
             try:
                 with open_disk(window, follow=False) as disk:
@@ -195,9 +191,12 @@ class _Recovery:
         notes = (f"clusters of {geometry.cluster_size} bytes: {found.evidence}", *left_out_notes(tables))
         named = {entry.l1_table_offset: entry for entry in tables.snapshots}
         found_l1 = sorted(tables.l1, key=lambda table: rank(table, named, refcounts))
-        if len(found_l1) > _MOST_STATES:
-            notes = (*notes, f"{len(found_l1) - _MOST_STATES} more L1 tables were found than states are put together")
-        for table in found_l1[:_MOST_STATES]:
+        if len(found_l1) > RECOVERED_STATES:
+            notes = (
+                *notes,
+                f"{len(found_l1) - RECOVERED_STATES} more L1 tables were found than states are put together",
+            )
+        for table in found_l1[:RECOVERED_STATES]:
             entry = named.get(table.offset)
             placements = tuple(placements_of(table, tables, refcounts))
             yield self._rebuilt(
@@ -235,7 +234,7 @@ class _Recovery:
         span = table_span(geometry)
         slots_ = -(-self._virtual_size // span) if self._virtual_size else len(offsets)
         opener = TableReader(self._source, geometry, None, compression)
-        placements = tuple(place(list(unplaced(opener, offsets, span, max(slots_, _MAX_L1))), {}, slots_))
+        placements = tuple(place(list(unplaced(opener, offsets, span, max(slots_, L1_ENTRIES))), {}, slots_))
         yield self._rebuilt("L2 tables without an L1 table", geometry, placements, compression, notes, None)
 
     def _rebuilt(

@@ -13,16 +13,12 @@ from ..census.columns import big_endian
 from ..format.entries import COPIED, OFFSET_MASK
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import MiB
+from ..limits import CLUSTER_REFERENCES, DEFAULT_LIMITS, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, MiB
 from ..residue.structure_detection import Geometry, find_entries, l2_rows, likely
 from .geometry import U64, Mask
 
 _CHUNK = 8 * MiB
 _L1_SHARE = 0.5  # of the targets of an L1 table that still look like L2 tables; of a healthy one all do
-_MAX_L1_BYTES = 32 * MiB  # what QEMU accepts
-_BLOCKS = 8  # refcount blocks of a possible refcount table that are looked at
-_MOST_REFERENCES = 4096  # to one cluster: many streams share a cluster, and many snapshots do
-_MOST_TABLES = 1 << 18  # tables kept for one file: the L2 tables of 128 TiB in 64 KiB clusters
 
 
 class L1Candidate(NamedTuple):
@@ -59,8 +55,8 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
         for entry in find_entries(data, at, geometry)[0]:
             snapshots.setdefault(entry.offset, entry)
         rows = _tables_of(at, data, geometry)
-        left_out += max(0, kept + len(rows.offsets) - _MOST_TABLES)
-        room = max(0, _MOST_TABLES - kept)
+        left_out += max(0, kept + len(rows.offsets) - RECOVERED_TABLES)
+        room = max(0, RECOVERED_TABLES - kept)
         rows = _Rows(rows.offsets[:room], rows.l1_form[:room], rows.copied[:room])
         kept += len(rows.offsets)
         if len(rows.offsets):
@@ -120,7 +116,9 @@ def _classify(
         are_tables = (found.offsets[places] == here) & (here != offset)
         if are_tables.mean() >= _L1_SHARE:
             l1.append(L1Candidate(offset, targets, copied, len(targets)))
-        elif copied == 0 and _are_refcount_blocks(source, here[:_BLOCKS].tolist(), geometry.cluster_size):
+        elif copied == 0 and _are_refcount_blocks(
+            source, here[:REFCOUNT_BLOCKS_LOOKED_AT].tolist(), geometry.cluster_size
+        ):
             refcount_tables.append(offset)
     # An L2 table over small numbers has the same form, but an L1 table names it.
     named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
@@ -132,7 +130,7 @@ def _are_refcount_blocks(source: Source, offsets: list[int], size: int) -> bool:
     """Whether clusters may all be refcount blocks of 16 bits: small numbers, not all of them zero."""
     blocks = [source.read(at, min(size, source.size - at)).ljust(size, b"\0") for at in offsets]
     counts = np.frombuffer(b"".join(blocks), ">u2").reshape(-1, size // 2)
-    return bool((counts.max(axis=1) <= _MOST_REFERENCES).all() and counts.any(axis=1).all())
+    return bool((counts.max(axis=1) <= CLUSTER_REFERENCES).all() and counts.any(axis=1).all())
 
 
 def _joined(found: list[L1Candidate], size: int, starts: Container[int]) -> Iterator[L1Candidate]:
@@ -144,7 +142,9 @@ def _joined(found: list[L1Candidate], size: int, starts: Container[int]) -> Iter
     named: set[int] = set()
     for table in found:
         here = {int(at) for at in table.targets[table.targets != 0].tolist()}
-        follows = bool(parts) and table.offset == parts[-1].offset + size and len(parts) * size < _MAX_L1_BYTES
+        follows = (
+            bool(parts) and table.offset == parts[-1].offset + size and len(parts) * size < DEFAULT_LIMITS.l1_bytes
+        )
         if parts and (not follows or table.offset in starts or not named.isdisjoint(here)):
             yield _one(parts)
             parts, named = [], set()
