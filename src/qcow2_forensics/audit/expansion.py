@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import Owner
-from ..census.columns import compressed_extents
+from ..census.columns import compressed_extents, without_copied
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.codecs import codec_of
-from ..format.entries import COPIED, compressed_descriptor
+from ..format.entries import compressed_descriptor
 from ..limits import SAMPLES, MiB
 from .facts import Facts
 from .overlap import evenly
@@ -49,7 +49,7 @@ def amplification(facts: Facts) -> Iterator[Evidence]:
         per_table = (batch.columns.hosts != 0) | batch.columns.compressed
         counts = per_table.sum(axis=1).astype(np.int64)
         mapped += int((counts * slots).sum())
-        unique.append(np.unique(batch.entries[per_table & (slots > 0)[:, None]] & ~np.uint64(COPIED)))
+        unique.append(np.unique(without_copied(batch.entries[per_table & (slots > 0)[:, None]])))
     stored = len(np.unique(np.concatenate(unique))) if unique else 0
     if mapped >= 1000 and mapped > 100 * stored:
         yield Evidence("clusters_mapped", mapped, structure="active state")

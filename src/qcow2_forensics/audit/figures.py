@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Owner
-from ..format.entries import COPIED
+from ..census.columns import without_copied
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import CLUSTERS_DRAWN, L1_ENTRIES_COMPARED, L2_TABLES_COMPARED, SNAPSHOTS_DRAWN, STATES_COMPARED, MiB
 from ..residue import live_mappings
@@ -239,7 +239,7 @@ def _entries(facts: Facts, offset: int, cache: dict[int, npt.NDArray[np.uint64]]
         table = live_mappings.l2_table(facts.image, offset)
         found = np.empty(0, np.uint64)
         if table is not None:
-            found = table.entries & np.uint64(~COPIED & (2**64 - 1))  # the copied flag differs between states
+            found = without_copied(table.entries)
         if len(cache) < 256:
             cache[offset] = found
     return found

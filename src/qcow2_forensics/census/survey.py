@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ..errors import FormatError, LimitExceeded
-from ..format.entries import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERVED
+from ..format.entries import named_offset
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.rules import INT64_MAX
@@ -17,7 +17,7 @@ from .census import Census, Structures
 from .checked_metadata import BitmapPlace, Layout, Reason, read_layout
 from .claimed_clusters import index_map_for
 from .claims import Claims
-from .columns import U64, Mask, Places
+from .columns import U64, Mask, Places, has_reserved_bitmap, has_reserved_refcount_table_bits
 from .issues import Item, spread
 from .owners import Owner
 from .refcounts import StoredRefcounts
@@ -168,8 +168,7 @@ class _Survey:
         for chunk in l1_chunks(self.image, offsets, counts, list(range(len(aligned)))):
             entries, weight = chunk.entries, chunk.weight
             hosts = chunk.tables
-            reserved = (entries & np.uint64(BITMAP_TABLE_RESERVED)) != 0
-            reserved |= ((entries & np.uint64(1)) != 0) & (hosts != 0)
+            reserved = has_reserved_bitmap(entries)
             odd = ~reserved & ((hosts & np.uint64(claims.cluster_size - 1)) != 0)
             good = ~reserved & ~odd & (hosts != 0)
             for kind, mask in (("reserved-bits", reserved), ("unaligned", odd)):
@@ -190,7 +189,7 @@ class _Survey:
     def _bitmap_items(self, positions: U64, entries: U64, mask: Mask) -> Iterator[Item]:
         for place in np.flatnonzero(mask).tolist():
             entry = int(entries[place])
-            yield Item("bitmap table", int(positions[place]), entry, entry & OFFSET_MASK)
+            yield Item("bitmap table", int(positions[place]), entry, named_offset(entry))
 
     def _unreadable_bitmaps(self, places: list[BitmapPlace], bad: U64) -> None:
         """QEMU loads every bitmap that is not in use when it opens the image, and fails on a bad entry."""
@@ -217,7 +216,7 @@ class _Survey:
         claims, stored = self.claims, self.claims.refcounts
         offsets = stored.offsets
         slots = np.flatnonzero(stored.table)
-        reserved = (stored.table[slots] & np.uint64(REFTABLE_RESERVED)) != 0
+        reserved = has_reserved_refcount_table_bits(stored.table[slots])
         self._reftable_issue("reftable-reserved", slots[reserved])
         slots = slots[~reserved]
         odd = (offsets[slots] & np.uint64(claims.cluster_size - 1)) != 0

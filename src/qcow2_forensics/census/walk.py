@@ -11,7 +11,7 @@ import numpy as np
 
 from ..format.image import Image
 from ..limits import UNALIGNED_TABLES_FILE, UNALIGNED_TABLES_REPEATS, UNALIGNED_TABLES_SPARE, Budget
-from .columns import I64, U64, Columns, Mask, Places, big_endian, table_offsets
+from .columns import I64, U64, Columns, Mask, Places, big_endian, has_copied, has_reserved_l1, table_offsets
 from .index_map import IndexMap
 from .reference_counts import Segments, weighted_segments
 
@@ -34,6 +34,16 @@ class L1Chunk:
     weight: U64
     tree: I64
     tables: U64  # the host offsets the entries name: of L2 tables, or of a bitmap's clusters
+
+    @property
+    def copied(self) -> Mask:
+        """Which entries have the copied flag."""
+        return has_copied(self.entries)
+
+    @property
+    def reserved(self) -> Mask:
+        """Which entries of an L1 table have reserved bits set."""
+        return has_reserved_l1(self.entries)
 
 
 def l1_chunks(

@@ -14,8 +14,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..census.columns import is_packed, named_offsets
 from ..format.codecs import known_codecs
-from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO, compressed_descriptor
+from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, ZERO, compressed_descriptor
 from ..format.header import SECTOR
 from ..format.source import Source
 from ..limits import GEOMETRY_SECTORS, GEOMETRY_STREAMS, KiB, MiB
@@ -108,7 +109,7 @@ def _table_sectors(source: Source, most: int | None) -> Iterator[_Sectors]:
 
 def _possible(words: U64, file_size: int) -> Mask:
     """Return which words may be an entry of some table: a standard or extended L2 entry, or an extended bitmap."""
-    hosts = words & np.uint64(OFFSET_MASK)
+    hosts = named_offsets(words)
     plain = ((words & np.uint64(COMPRESSED | L2_RESERVED)) == 0) & (hosts < np.uint64(file_size))
     plain &= (hosts != 0) | (words <= np.uint64(ZERO))
     stream = (words >> np.uint64(62)) == 1
@@ -122,8 +123,8 @@ def _common_bits(words: U64, file_size: int, *, extended: bool) -> tuple[npt.NDA
     bitmaps = np.zeros(1, np.uint64)
     if extended:
         words, bitmaps = words[:, 0::2], words[:, 1::2]
-    hosts = words & np.uint64(OFFSET_MASK)
-    packed = (words & np.uint64(COMPRESSED)) != 0
+    hosts = named_offsets(words)
+    packed = is_packed(words)
     sound = packed | ((words & np.uint64(L2_RESERVED)) == 0)
     sound &= packed | (hosts < np.uint64(file_size))
     if extended:

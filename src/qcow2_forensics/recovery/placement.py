@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..format.entries import COMPRESSED, OFFSET_MASK
+from ..census.columns import is_packed, named_offsets
 from .confidence import Confidence
 from .geometry import U64
 
@@ -90,8 +90,8 @@ class _Versions:
 
 def _hosts(entries: U64) -> U64:
     """Return what identifies the cluster of each entry: its host offset, or its compressed descriptor; 0 for none."""
-    packed = (entries & np.uint64(COMPRESSED)) != 0
-    hosts: U64 = np.where(packed, entries, entries & np.uint64(OFFSET_MASK))
+    packed = is_packed(entries)
+    hosts: U64 = np.where(packed, entries, named_offsets(entries))
     return hosts
 
 

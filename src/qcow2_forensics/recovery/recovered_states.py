@@ -17,8 +17,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..census.columns import named_offsets, without_copied
 from ..errors import Qcow2Error, SnapshotNotFound
-from ..format.entries import COPIED, OFFSET_MASK
 from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
 from ..format.rules import DISK
@@ -308,10 +308,10 @@ class _Recovery:
         )
         active = read_l1(self._source, header.l1_table_offset, header.l1_size)
         snapshots = snapshot_l1_tables(self._source, image.snapshots)
-        named = {int(at) for table in (active, *snapshots) for at in (table & np.uint64(OFFSET_MASK)).tolist() if at}
+        named = {int(at) for table in (active, *snapshots) for at in named_offsets(table).tolist() if at}
         free = [at for at in tables.l2.tolist() if at not in named]
         lost = [at for at in free if refcounts.of(at)]
-        if not (active & np.uint64(OFFSET_MASK)).any() or not is_l1(active, tables):
+        if not named_offsets(active).any() or not is_l1(active, tables):
             known = tables_by_slot(self._source, geometry, snapshots)
             shared = shared_with_snapshots(snapshots, refcounts, len(active))
             yield from self._with_lost_l1(image, geometry, lost, known, shared)
@@ -373,7 +373,7 @@ class _Recovery:
             return
         by_slot = {
             index: Placement(index, int(at), Confidence.LIKELY, "the table in use now")
-            for index, at in enumerate((active & np.uint64(OFFSET_MASK)).tolist())
+            for index, at in enumerate(named_offsets(active).tolist())
             if at
         }
         for p in usable:
@@ -388,6 +388,6 @@ class _Recovery:
         entries = entries_of(self._source, placed.offset, geometry)
         shared = np.zeros(len(entries), np.bool_)
         for others in known.get(placed.slot, ()):
-            shared |= entries & ~np.uint64(COPIED) == others & ~np.uint64(COPIED)
-        own = entries[~shared & (entries >> np.uint64(62) != 1)] & np.uint64(OFFSET_MASK)
+            shared |= without_copied(entries) == without_copied(others)
+        own = named_offsets(entries[~shared & (entries >> np.uint64(62) != 1)])
         return not any(refcounts.of(int(at)) for at in own[own != 0].tolist())

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..census.columns import big_endian
-from ..format.entries import COPIED, OFFSET_MASK
+from ..census.columns import big_endian, has_copied, named_offsets, without_copied
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
 from ..limits import CLUSTER_REFERENCES, DEFAULT_LIMITS, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, MiB
@@ -89,8 +88,8 @@ def _tables_of(at: int, data: bytes, geometry: Geometry) -> _Rows:
         none = np.zeros(0, np.int64)
         return _Rows(none, none.astype(np.bool_), none)
     chosen = words[rows]
-    flagged = (chosen & np.uint64(COPIED)) != 0
-    plain = (chosen & ~np.uint64(COPIED | OFFSET_MASK)) == 0
+    flagged = has_copied(chosen)
+    plain = without_copied(chosen) == named_offsets(chosen)
     return _Rows(at + rows * geometry.cluster_size, plain.all(axis=1), flagged.sum(axis=1))
 
 
@@ -108,7 +107,7 @@ def _classify(
     l1: list[L1Candidate] = []
     refcount_tables: list[int] = []
     for offset, copied in zip(found.offsets[found.l1_form].tolist(), found.copied[found.l1_form].tolist(), strict=True):
-        targets = table_words(source, offset, geometry) & np.uint64(OFFSET_MASK)
+        targets = named_offsets(table_words(source, offset, geometry))
         here = targets[targets != 0].astype(np.int64)
         if not len(here) or len(np.unique(here)) != len(here):
             continue

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
+from ..census.columns import has_copied
 from ..format.bitmap_directory import BitmapEntry
-from ..format.entries import COPIED
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import FORMER_ENTRIES, FORMER_L1_TARGETS, FORMER_TABLE_TARGETS
@@ -149,7 +149,7 @@ class Recogniser:
         seen = self.targets.look(self._numbers(found.targets.reshape(-1)[places]))
         firsts = np.flatnonzero(_nth(places // words.shape[1]) == 0)  # each row has one
         looks[np.logical_and.reduceat((seen & IS_L2) != 0, firsts)] = _L1
-        flagged = (words.reshape(-1)[places[firsts]] & np.uint64(COPIED)) != 0
+        flagged = has_copied(words.reshape(-1)[places[firsts]])
         looks[~flagged & ((seen[firsts] & IS_REFCOUNTS) != 0)] = _REFCOUNT_TABLE  # which has no flags
         return looks
 

@@ -14,9 +14,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..census.columns import Columns, big_endian, table_offsets
+from ..census.columns import Columns, big_endian, has_reserved_l1, table_offsets
 from ..format.bitmap_directory import BitmapEntry, parse_bitmap_entry
-from ..format.entries import L1_RESERVED, ZERO
+from ..format.entries import ZERO
 from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, build_snapshot_entry, parse_snapshot_head
 from ..limits import DEFAULT_LIMITS, FORMER_ENTRY_CANDIDATES, FORMER_REFCOUNT, L1_ENTRIES
@@ -128,7 +128,7 @@ def l2_rows(words: Words, geometry: Geometry) -> Rows:
 def l1_rows(words: Words, geometry: Geometry) -> Rows:
     """Judge rows of words as (parts of) L1 tables."""
     used, offsets = words != 0, table_offsets(words, geometry)
-    sound = ((words & np.uint64(L1_RESERVED)) == 0) & _plausible(offsets, geometry)
+    sound = ~has_reserved_l1(words) & _plausible(offsets, geometry)
     whole = (~used | (sound & (offsets != 0))).all(axis=1)
     ordered = np.sort(offsets[whole], axis=1)
     # QEMU never maps two ranges through one L2 table.
