@@ -69,9 +69,9 @@ def cut(name: str | bytes, limit: int = 500) -> str:
     return name if len(name) <= limit else f"{name[:limit]}…"
 
 
-def quoted(name: str | bytes, limit: int = 500) -> str:
+def quoted(name: str | bytes) -> str:
     """Return :func:`cut` of a name in quotation marks that it does not hold itself, if there are any."""
-    kept = cut(name, limit)
+    kept = cut(name)
     mark = '"' if "'" in kept and '"' not in kept else "'"
     return f"{mark}{kept}{mark}"
 

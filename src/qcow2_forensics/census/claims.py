@@ -238,10 +238,9 @@ class Claims:
         known = 0 < table < self.clusters and self.refcount_classes.of[self.index_map.at(table)] != UNREADABLE
         return bool(fine) and known and int(classes.max()) != UNREADABLE
 
-    def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64, *, counted: bool = True) -> None:
+    def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64) -> None:
         if mask.any():
-            if counted:
-                self.corruptions += int((mask.sum(axis=1).astype(np.uint64) * weight).sum())
+            self.corruptions += int((mask.sum(axis=1).astype(np.uint64) * weight).sum())
             self.l2_issue(kind, tables, np.flatnonzero(mask))
 
     def l2_issue(self, kind: str, tables: Tables, places: Places) -> None:

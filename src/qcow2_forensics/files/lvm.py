@@ -56,11 +56,6 @@ class LvmError(ValueError):
     """The label is there and what it leads to is not LVM's."""
 
 
-def has_label(head: bytes) -> bool:
-    """Whether the first sectors of a volume carry an LVM2 label."""
-    return _label_at(head) is not None
-
-
 def _label_at(head: bytes) -> int | None:
     for at in range(0, _LABEL_SECTORS * SECTOR, SECTOR):
         if head[at : at + 8] == b"LABELONE" and head[at + 24 : at + 32] == b"LVM2 001":

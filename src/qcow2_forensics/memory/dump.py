@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
 
 from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
@@ -18,8 +17,6 @@ from ..reader.writer import Writer
 from ..text import quoted
 from . import address_ranges
 from .guest_memory import GuestMemory
-
-Format = Literal["raw", "lime", "elf", "stream"]
 
 _LIME_HEADER = struct.Struct("<IIQQ8x")
 _LIME_MAGIC = 0x4C694D45

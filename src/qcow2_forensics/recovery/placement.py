@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -134,6 +134,3 @@ def _by_order(waiting: list[Unplaced], found: Mapping[int, Placement], slots: in
             taken.add(index)
             result.append(Placement(index, table.offset, Confidence.LIKELY if exact else Confidence.GUESS, reason))
     return result
-
-
-Votes = Callable[[int, U64], Mapping[int, set[str]]]

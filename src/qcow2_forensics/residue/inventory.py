@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
-from types import TracebackType
 from typing import NamedTuple
 
 from ..census import Census, take_census
@@ -18,7 +17,7 @@ from ..format.bitmap_directory import BitmapEntry
 from ..format.header import padded
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import PathOrSource, Source
+from ..format.source import Closing, PathOrSource, Source
 from ..limits import (
     DEFAULT_LIMITS,
     DELETED_SNAPSHOTS_FOLLOWED,
@@ -51,7 +50,7 @@ class _Former(NamedTuple):
     bitmaps: list[BitmapEntry]
 
 
-class Residue:
+class Residue(Closing):
     """The residue of one image: a context manager over runs that can be read.
 
     ``census`` is taken when not given. Pieces are found while :meth:`pieces` is iterated; nothing
@@ -227,14 +226,6 @@ class Residue:
     def close(self) -> None:
         """Close what was opened for this object."""
         self._files.close()
-
-    def __enter__(self) -> Residue:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def residue(
