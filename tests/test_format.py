@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -454,3 +455,19 @@ def test_the_exposed_size_is_whole_sectors(size: int, tmp_path: Path) -> None:
 
 def test_words_come_out_in_the_order_of_the_machine() -> None:
     assert list(parse_entries(bytes.fromhex("0000000000000102 8000000000050000"))) == [0x102, 0x8000000000050000]
+
+
+_DECODERS = {"format/entries.py", "census/columns.py", "reader/l2_runs.py", "reader/mapping.py", "reader/disk.py"}
+_DECODERS |= {"recovery/geometry.py"}  # asks what may be an entry, of words of any meaning
+_MASK = re.compile(r"\b(OFFSET_MASK|REFTABLE_OFFSET_MASK|COMPRESSED|[A-Z0-9_]+_RESERVED)\b")
+
+
+def test_table_entries_are_masked_by_their_decoders_only() -> None:
+    source = Path(q.__file__).parent
+    entries = {path: path.read_text(encoding="utf-8") for path in source.rglob("*.py")}
+    imports = {
+        path: re.findall(r"^from [.]+(?:format[.])?entries import (\([^)]*\)|.*)$", text, re.MULTILINE)
+        for path, text in entries.items()
+    }
+    found = {str(path.relative_to(source)) for path, names in imports.items() if any(map(_MASK.search, names))}
+    assert found <= _DECODERS

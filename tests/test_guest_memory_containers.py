@@ -201,7 +201,7 @@ def test_an_xz_file_that_announces_a_huge_dictionary_is_refused_before_it_takes_
 def test_a_file_that_decompresses_without_end_is_refused_by_its_own_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("qcow2_forensics.memory.containers._UNPACKED", 1 << 20)
+    monkeypatch.setattr("qcow2_forensics.memory.containers.UNPACKED_BYTES", 1 << 20)
     source = BytesSource(libvirt(bz2.compress(STREAM + bytes(64 << 20)), packing=2))
     with pytest.raises(LimitExceeded, match="decompressed_stream_bytes"):
         find_stream(source, cache_dir=tmp_path)

@@ -251,6 +251,42 @@ def test_every_limit_says_its_reason() -> None:
         assert len(line.partition("#")[2].strip()) > 10, name
 
 
+_SOURCES = Path(module.__file__).parent
+
+
+def _bound_names(tree: ast.Module) -> set[str]:
+    """Return the names and numbers by which a module cuts what it iterates over, and does not compute."""
+    calls = (
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("islice")
+    )
+    parts = (part for call in calls for part in ast.walk(call.args[-1]))
+    return {
+        ast.unparse(part)
+        for part in parts
+        if (isinstance(part, ast.Constant) and part.value != 1) or (isinstance(part, ast.Name) and part.id.isupper())
+    }
+
+
+def test_what_is_looked_at_of_evidence_is_cut_by_numbers_from_limits() -> None:
+    constants = {name for name in vars(module) if name.isupper()} | {"EVIDENCE_LIMIT"}
+    found = {
+        f"{path.relative_to(_SOURCES)}: {name}"
+        for path in _SOURCES.rglob("*.py")
+        for name in _bound_names(ast.parse(path.read_text(encoding="utf-8"))) - constants
+    }
+    assert found == set()
+
+
+def test_every_number_in_limits_says_its_reason_and_is_used() -> None:
+    text = inspect.getsource(module)
+    used = "".join(path.read_text(encoding="utf-8") for path in _SOURCES.rglob("*.py") if path.name != "limits.py")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) not in ("KiB", "MiB", "GiB", "DEFAULT_LIMITS"):
+            name = ast.unparse(node.targets[0])
+            assert len(text.splitlines()[node.lineno - 1].partition("#")[2].strip()) > 10, name
+            assert name in used, name
+
+
 def test_limits_cannot_be_changed_in_place() -> None:
     with pytest.raises(AttributeError):
         DEFAULT_LIMITS.snapshots = 1  # type: ignore[misc]

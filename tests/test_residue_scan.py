@@ -301,7 +301,7 @@ def test_entries_of_a_file_that_is_full_of_them_are_looked_at_up_to_a_limit(monk
     cluster = (entry.ljust(64, b"\0") * 9)[:SIZE]
     data = _image([cluster] * 20)
     assert len(_entries(BytesSource(data))) == 160
-    monkeypatch.setattr(former_tables, "_ENTRIES", 24)
+    monkeypatch.setattr(former_tables, "FORMER_ENTRIES", 24)
     found = _found(BytesSource(data))
     assert [piece.entries for piece in found] == [8, 8, 8] + [1] * 17
     assert {piece.looks for piece in found} == {"snapshot-table"}

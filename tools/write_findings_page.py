@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator
 
 from qcow2_forensics.audit import INCOMPLETE, LIMITED, UNREADABLE, catalog
-from qcow2_forensics.audit.rules import CHAPTERS, FINDINGS_PER_RULE, Rule
+from qcow2_forensics.audit.rules import CHAPTERS, Rule
 from qcow2_forensics.findings import EVIDENCE_LIMIT, SCHEMA_VERSION, Severity
+from qcow2_forensics.limits import FINDINGS_PER_RULE
 
 _VALIDATION = {
     "QEMU-made": "on images whose state QEMU itself produced",

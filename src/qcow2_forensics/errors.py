@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .text import cut, printable, quoted
+from .text import cut, listed, printable, quoted
 
 _MESSAGE_SHOWN = 8192  # characters: room for every choice that is listed
 _CHOICES_SHOWN = 20  # snapshots listed in a message: an image may hold 65536
@@ -100,13 +100,11 @@ class SnapshotNotFound(Qcow2Error, LookupError):
 
     def __init__(self, wanted: str, choices: Iterable[str], *, ambiguous: bool = False) -> None:
         self.choices = tuple(choices)
-        listed = ", ".join(self.choices[:_CHOICES_SHOWN]) or "none"
-        if len(self.choices) > _CHOICES_SHOWN:
-            listed += f" and {len(self.choices) - _CHOICES_SHOWN} more"
+        held = listed(self.choices, _CHOICES_SHOWN) or "none"
         if ambiguous:
-            message = f"{quoted(wanted)} is ambiguous; write one of: {listed}"
+            message = f"{quoted(wanted)} is ambiguous; write one of: {held}"
         else:
-            message = f"no snapshot {quoted(wanted)}; the image holds: {listed}"
+            message = f"no snapshot {quoted(wanted)}; the image holds: {held}"
         super().__init__(message)
         self.wanted = wanted
         self.ambiguous = ambiguous

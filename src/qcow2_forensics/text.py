@@ -69,9 +69,9 @@ def cut(name: str | bytes, limit: int = 500) -> str:
     return name if len(name) <= limit else f"{name[:limit]}…"
 
 
-def quoted(name: str | bytes, limit: int = 500) -> str:
+def quoted(name: str | bytes) -> str:
     """Return :func:`cut` of a name in quotation marks that it does not hold itself, if there are any."""
-    kept = cut(name, limit)
+    kept = cut(name)
     mark = '"' if "'" in kept and '"' not in kept else "'"
     return f"{mark}{kept}{mark}"
 
@@ -212,6 +212,12 @@ def short_time(nanoseconds: int) -> str:
 def plural(count: int, one: str, many: str = "") -> str:
     """Return ``1 piece``, ``2 pieces``; ``many`` where the plural does not end in s."""
     return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
+def listed(words: Sequence[str], limit: int) -> str:
+    """Return ``a, b, c``, after ``limit`` words with how many more there are; empty for none."""
+    more = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + more
 
 
 def sentence(shown: str) -> str:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from volatility3.framework import constants, exceptions, interfaces
+from volatility3.framework import exceptions, interfaces
 from volatility3.framework.configuration import requirements
 from volatility3.framework.layers import physical
 
@@ -254,8 +254,3 @@ def add_file_layer(
     layer = physical.FileLayer(context, path, name)
     context.layers.add_layer(layer)
     return layer
-
-
-def progress_of(callback: constants.ProgressCallback) -> Any:
-    """Return a callback that can always be called."""
-    return callback if callback is not None else lambda _percent, _text: None

@@ -19,12 +19,12 @@ from ..errors import FormatError, NotQcow2, Qcow2Error, ReadError, reason
 from ..findings import Evidence, Finding, Report, Severity
 from ..format.image import Image
 from ..format.source import PathOrSource, source_name
-from ..limits import DEFAULT_LIMITS, Limits
+from ..limits import DEFAULT_LIMITS, FINDINGS_PER_RULE, Limits
 from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver
 from .facts import Facts
 from .reference_names import files_followed
-from .rules import FINDINGS_PER_RULE, RULES, Depth, Rule, apply, explain
+from .rules import RULES, Depth, Rule, apply, explain
 from .subject import identity, path_of, unopened
 
 UNREADABLE = "QCOW2-UNREADABLE"

@@ -7,6 +7,7 @@ bytes prove nothing: the stream has to be sound up to the devices, and to use wh
 from __future__ import annotations
 
 from ..errors import Qcow2Error
+from ..limits import SAMPLES
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.vm_state import vm_state_offset
@@ -37,7 +38,7 @@ def applied_vm_state(facts: Facts, clusters: int) -> bool:
     offsets = sorted({vm_state_offset(size, header.l2_span) for size in sizes})
     try:
         disk = Disk(facts.image)
-        for offset in offsets[:64]:
+        for offset in offsets[:SAMPLES]:
             if offset >= header.size and disk.read_mapped(offset, len(_MAGIC)) == _MAGIC:
                 return _is_sound(facts, disk, offset, clusters * header.cluster_size)
     except (Qcow2Error, OSError):

@@ -7,19 +7,18 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import Owner
-from ..census.columns import compressed_extents
+from ..census.columns import compressed_extents, without_copied
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.codecs import codec_of
-from ..format.entries import COPIED, compressed_descriptor
-from ..limits import MiB
+from ..format.entries import compressed_descriptor
+from ..limits import SAMPLES, MiB
 from .facts import Facts
 from .overlap import evenly
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Expansion")
 
-_SAMPLES = 64  # streams whose content is looked at
 _ARCHIVES = (
     (b"\x1f\x8b\x08", "gzip"),
     (b"\xfd7zXZ\0", "xz"),
@@ -50,7 +49,7 @@ def amplification(facts: Facts) -> Iterator[Evidence]:
         per_table = (batch.columns.hosts != 0) | batch.columns.compressed
         counts = per_table.sum(axis=1).astype(np.int64)
         mapped += int((counts * slots).sum())
-        unique.append(np.unique(batch.entries[per_table & (slots > 0)[:, None]] & ~np.uint64(COPIED)))
+        unique.append(np.unique(without_copied(batch.entries[per_table & (slots > 0)[:, None]])))
     stored = len(np.unique(np.concatenate(unique))) if unique else 0
     if mapped >= 1000 and mapped > 100 * stored:
         yield Evidence("clusters_mapped", mapped, structure="active state")
@@ -100,7 +99,7 @@ def compression_bomb(facts: Facts) -> Iterator[Graded]:
 
 def _nested(facts: Facts, entries: np.ndarray) -> str:
     """Return the signature of compressed files that clusters begin with, empty for none; some are looked at."""
-    for entry in evenly(entries, _SAMPLES).tolist():
+    for entry in evenly(entries, SAMPLES).tolist():
         host, length = compressed_descriptor(entry, facts.header.cluster_bits)
         try:
             data = codec_of(facts.header.compression_type).decode(facts.read(host, length), facts.cluster_size)

@@ -12,7 +12,7 @@ from ..findings import Evidence
 from ..format.header import Header
 from ..format.image import Image
 from ..format.rules import Problem
-from ..limits import DEFAULT_LIMITS, Limits
+from ..limits import DEFAULT_LIMITS, REPORTED_CHARACTERS, Limits
 from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver
 from ..text import Value
@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-_MOST_TEXT = 1024  # characters of an ID or name that are shown; an entry has room for 65,535 bytes of each, and there may be many
-
-
 def shortened(text: str) -> str:
     """Return a text from evidence for a report: a very long one is cut and says so."""
-    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}... ({len(text)} characters)"
+    return text if len(text) <= REPORTED_CHARACTERS else f"{text[:REPORTED_CHARACTERS]}... ({len(text)} characters)"
 
 
 # What rules want to see of every L2 table while the census is taken: from which depth on, and of which images.

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Owner
-from ..format.entries import COPIED
+from ..census.columns import without_copied
 from ..format.snapshot_table import SnapshotEntry
-from ..limits import MiB
+from ..limits import CLUSTERS_DRAWN, L1_ENTRIES_COMPARED, L2_TABLES_COMPARED, SNAPSHOTS_DRAWN, STATES_COMPARED, MiB
 from ..residue import live_mappings
 from ..text import snapshot_date
 from .facts import Facts, shortened
@@ -21,11 +21,6 @@ from .residual import survey_of
 from .rules import Depth
 
 CELLS = 2048  # squares of the map
-_CLUSTERS = 1 << 26  # host clusters a map is made of at most; beyond that memory would show
-_SNAPSHOTS = 24  # with a colour of their own
-_STATES = 64  # whose shared clusters are counted
-_ENTRIES = 1 << 20  # of their L1 tables
-_TABLES = 20_000  # L2 tables compared with each other
 
 _FREE, _LEAKED, _RESIDUE, _HEADER, _REFCOUNTS, _TABLE, _BITMAPS, _CRYPTO, _ACTIVE, _COMPRESSED, _SHARED = range(11)
 _FIRST_SNAPSHOT = 11
@@ -49,7 +44,7 @@ def details(facts: Facts) -> dict[str, Any]:
     if not facts.has_census:
         return {}
     pictures: dict[str, Any] = {"lineage": lineage(facts)}
-    if facts.census.clusters <= _CLUSTERS:
+    if facts.census.clusters <= CLUSTERS_DRAWN:
         pictures["map"] = cluster_map(facts)
     return pictures
 
@@ -106,7 +101,7 @@ def _by_owner() -> npt.NDArray[np.uint8]:
 
 def _name_snapshots(facts: Facts, classes: npt.NDArray[np.uint8]) -> list[list[str]]:
     """Give clusters only snapshots use the class of the first snapshot that does; return the labels."""
-    snapshots = facts.image.snapshots[:_SNAPSHOTS]
+    snapshots = facts.image.snapshots[:SNAPSHOTS_DRAWN]
     labels = [
         [f"snapshot:{entry.index}", f"Snapshot {shortened(entry.id)} ({shortened(entry.name)})"] for entry in snapshots
     ]
@@ -203,14 +198,14 @@ def _note(entry: SnapshotEntry) -> str:
 
 def _parents(facts: Facts, states: list[live_mappings.State]) -> list[int | None]:
     """Return for each state the earlier one with most clusters at the same places, None for none."""
-    compared = states[-_STATES:]
+    compared = states[-STATES_COMPARED:]
     skipped = len(states) - len(compared)
     parents: list[int | None] = [None if index == 0 else index - 1 for index in range(skipped)]
     in_order: list[int | None] = [None if index == 0 else index - 1 for index in range(len(states))]
-    if sum(state.l1_size for state in compared) > _ENTRIES:
+    if sum(state.l1_size for state in compared) > L1_ENTRIES_COMPARED:
         return in_order
     l1_tables = [live_mappings.l1_table(facts.image, state) for state in compared]
-    if sum(int(np.count_nonzero(table)) for table in l1_tables) > _TABLES:
+    if sum(int(np.count_nonzero(table)) for table in l1_tables) > L2_TABLES_COMPARED:
         return in_order
     cache: dict[int, npt.NDArray[np.uint64]] = {}
     for index, table in enumerate(l1_tables):
@@ -244,7 +239,7 @@ def _entries(facts: Facts, offset: int, cache: dict[int, npt.NDArray[np.uint64]]
         table = live_mappings.l2_table(facts.image, offset)
         found = np.empty(0, np.uint64)
         if table is not None:
-            found = table.entries & np.uint64(~COPIED & (2**64 - 1))  # the copied flag differs between states
+            found = without_copied(table.entries)
         if len(cache) < 256:
             cache[offset] = found
     return found

@@ -18,9 +18,10 @@ from ..format.header import (
     padded,
 )
 from ..format.snapshot_table import SnapshotEntry
+from ..limits import FINDINGS_PER_RULE
 from ..text import snapshot_date
 from .facts import Facts, shortened
-from .rules import FINDINGS_PER_RULE, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded, of_fields
+from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded, of_fields
 
 rule = Chapter(__name__, "Header, extensions and the tables they name")
 

@@ -13,6 +13,7 @@ from ..findings import Evidence, Severity
 from ..format.entries import ZERO
 from ..format.image import Image
 from ..format.source import FileSource
+from ..limits import VM_STATE_CLUSTERS
 from ..reader.opening import leftover_vm_state
 from ..residue import Piece, hidden, live_mappings, streams
 from ..residue.data_file import data_file_residue
@@ -26,7 +27,6 @@ from .undecodable_streams import decoded_streams
 
 rule = Chapter(__name__, "Hidden data and old VM states")
 
-_VM_CLUSTERS = 1 << 18  # clusters behind the disk looked at for the start of a VM state
 
 # --- hidden inside clusters in use ---------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class TablesBehindDisk:
 
     def __init__(self, image: Image, _clusters: IndexMap) -> None:
         self._first = -(-image.header.size // image.header.l2_span)
-        self._room = _VM_CLUSTERS
+        self._room = VM_STATE_CLUSTERS
         self.left_out = 0  # host offsets beyond those kept
         self.found: list[_TableBehindDisk] = []
 

@@ -14,22 +14,21 @@ from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
 from ..format.rules import INT64_MAX
 from ..format.snapshot_table import SnapshotEntry
+from ..limits import BITMAP_TABLE_ENTRIES_COUNTED, BITMAPS_COUNTED, DIRTY_RANGES_LISTED, FINDINGS_PER_RULE
 from ..reader.bitmaps import ClusterBits, dirty_ranges, dirty_totals
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.vm_state import vm_state_offset
-from ..text import cut, is_plain, snapshot_date
+from ..text import cut, is_plain, listed, snapshot_date
 from .facts import Facts, shortened
 from .reference_names import mtime_of
-from .rules import FINDINGS_PER_RULE, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
+from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
 
 rule = Chapter(__name__, "Snapshots and bitmaps: history")
 
 _TABLE = "snapshot table"
+_IDS_LISTED = 50  # snapshots, and gaps between them, in one finding
 _KNOWN_EXTRA = 24  # bytes of extra data the format defines
-_RANGES = 20  # dirty ranges words per bitmap
-_BITMAPS = 20  # words with their ranges: what fits in one finding
-_BITMAP_TABLES = 1 << 16  # entries of their tables together; a table of 64 KiB clusters has 8192 at most
 _VM_STATE_MAGIC = b"QEVM"
 _VM_CONFIGURATION = 7  # section type: the machine's name follows
 
@@ -195,11 +194,11 @@ def snapshot_id_gap(facts: Facts) -> Iterator[Evidence]:
         return  # foreign or repeated IDs are SNAPSHOT-ORDER's subject
     missing = [(low + 1, high - 1) for low, high in zip([0, *ids], ids, strict=False) if high - low > 1]
     if missing:
-        shown = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in missing[:50])
+        gaps = [str(first) if first == last else f"{first} to {last}" for first, last in missing]
         start, last_entry = facts.header.snapshots_offset, entries[-1]
         length = last_entry.offset + last_entry.length - start
-        yield Evidence("missing_ids", shown, start, length, _TABLE)
-        yield Evidence("present_ids", ", ".join(map(str, ids[:50])), start, length, _TABLE)
+        yield Evidence("missing_ids", listed(gaps, _IDS_LISTED), start, length, _TABLE)
+        yield Evidence("present_ids", listed([str(one) for one in ids], _IDS_LISTED), start, length, _TABLE)
 
 
 def _decimal(entry: SnapshotEntry) -> bool:
@@ -341,13 +340,13 @@ def _bitmap(entry: BitmapEntry, field: str, value: int | str) -> Evidence:
     validated=QEMU_MADE,
 )
 def bitmaps(facts: Facts) -> Iterator[Evidence | Deferred]:
-    room = _BITMAP_TABLES
+    room = BITMAP_TABLE_ENTRIES_COUNTED
     known: dict[int, ClusterBits] = {}  # bitmaps that share their clusters cost what one does
     for number, entry in enumerate(_current(facts)):
         yield Deferred(partial(_bitmap, entry, "name", entry.name), entry.offset)
         yield Deferred(partial(_bitmap, entry, "granularity", entry.granularity), entry.offset)
         yield Deferred(partial(_flags, entry), entry.offset)
-        if number < _BITMAPS:  # those that are listed; there may be 65,535
+        if number < BITMAPS_COUNTED:  # those that are listed; there may be 65,535
             room -= entry.table_size
             yield from (
                 _dirty(facts, entry, known) if room >= 0 else [_bitmap(entry, "dirty_ranges", "too large to count")]
@@ -362,7 +361,7 @@ def _flags(entry: BitmapEntry) -> Evidence:
 def _dirty(facts: Facts, entry: BitmapEntry, known: dict[int, ClusterBits]) -> Iterator[Evidence]:
     try:
         count, total = dirty_totals(facts.image, entry, known)
-        for start, length in itertools.islice(dirty_ranges(facts.image, entry), _RANGES):
+        for start, length in itertools.islice(dirty_ranges(facts.image, entry), DIRTY_RANGES_LISTED):
             yield Evidence("dirty_bytes", length, structure=f"bitmap {cut(entry.name)}", guest_offset=start)
         yield _bitmap(entry, "dirty_bytes_total", total)
         yield _bitmap(entry, "dirty_ranges", count)

@@ -17,6 +17,7 @@ import numpy as np
 from ..census import Tables
 from ..census.columns import I64, Mask, big_endian
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
+from ..limits import LEAKED_TABLES_SEARCHED
 from ..reader.host_holes import host_runs
 from ..residue import content
 from ..residue.structure_detection import Geometry, l2_rows, refcount_rows
@@ -29,7 +30,6 @@ rule = Chapter(__name__, "Lost tables")
 
 _FEW = 4  # entries that are none: below, a table is damaged and not lost
 _LEAKS = 8  # leaked clusters behind a table of zeros: below, an interrupted write explains them
-_CANDIDATES = 4096  # leaked clusters looked at for L2 tables
 _SYMPTOMS = (
     "reserved-bits",
     "unaligned",
@@ -190,7 +190,7 @@ def l1_table_lost(facts: Facts) -> Iterator[Graded]:
 
 def _leaked_tables(facts: Facts) -> Iterator[int]:
     """Yield the host offsets of leaked clusters that hold sound L2 entries."""
-    geometry, room = Geometry.of(facts.image), _CANDIDATES
+    geometry, room = Geometry.of(facts.image), LEAKED_TABLES_SEARCHED
     for offset, length in facts.census.leaked():
         for place in range(offset, offset + length, facts.cluster_size):
             if not room:

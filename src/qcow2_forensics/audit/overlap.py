@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
-from ..format.entries import COMPRESSED, SUBCLUSTERS, ZERO, compressed_descriptor
+from ..format.entries import end_of_data, is_compressed, stored_extent
 from .applied_vm_state import applied_vm_state
 from .entry_evidence import describe_value, item_evidence, referrer_evidence, snapshot_id
 from .facts import Facts
@@ -192,9 +192,8 @@ def data_beyond_end(facts: Facts) -> Iterator[Graded]:
 
 def _stored(facts: Facts, host: int, entry: int, guest: int | None) -> Evidence:
     """Return how many bytes are not zero of what an L2 entry, mapping ``host``, stores."""
-    packed = entry & COMPRESSED
-    length = compressed_descriptor(entry, facts.header.cluster_bits)[1] if packed else facts.cluster_size
-    data = facts.read(host, length)
+    packed = is_compressed(entry)
+    data = facts.read(host, stored_extent(entry, facts.header.cluster_bits)[1])
     words, structure = ("compressed stream", "compressed cluster") if packed else ("cluster", "host cluster")
     return Evidence(f"non-zero bytes in the {words}", len(data) - data.count(0), host, len(data), structure, guest)
 
@@ -262,11 +261,8 @@ def _cut_off(facts: Facts, end: int) -> list[Evidence]:
     cluster = end // size
     found = []
     for item in facts.census.referrers({cluster}, EVIDENCE_LIMIT).get(cluster, ()):
-        if facts.header.extended_l2:
-            allocated = int.from_bytes(facts.read((item.offset or 0) + 8, 8), "big") & 0xFFFF_FFFF
-            reach = allocated.bit_length() * size // SUBCLUSTERS
-        else:
-            reach = 0 if item.value & ZERO else size
-        if not item.value & COMPRESSED and cluster * size + reach > end:
+        at = (item.offset or 0) + 8
+        bitmap = int.from_bytes(facts.read(at, 8), "big") if facts.header.extended_l2 else None
+        if not is_compressed(item.value) and cluster * size + end_of_data(item.value, size, bitmap) > end:
             found.append(referrer_evidence(facts, item))
     return found

@@ -11,7 +11,7 @@ from ..census.columns import Places
 from ..findings import Evidence, Selection, Severity
 from ..format.header import SECTOR
 from ..format.image import Image
-from ..limits import KiB
+from ..limits import ENCRYPTED_SAMPLES, KiB
 from ..residue import content
 from .entry_evidence import snapshot_id
 from .facts import Facts, subscribes
@@ -21,7 +21,6 @@ from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 rule = Chapter(__name__, "Plain text in encrypted images")
 
 _SAMPLE = 4 * KiB  # bytes looked at of each cluster
-_SAMPLES = 1 << 17  # clusters looked at
 _BATCH = 256  # clusters looked at together
 _LOW_ENTROPY = 7.0  # bits per byte; 4 KiB of ciphertext have 7.95, a sector of it 7.6
 
@@ -82,7 +81,7 @@ def plaintext_content(facts: Facts) -> Iterator[Evidence]:
         return
     hosts = facts.census.seen(StoredClusters).offsets()
     found: Selection[tuple[int, float]] = Selection()
-    chosen = evenly(hosts[hosts + _SAMPLE <= facts.image.file_size], _SAMPLES)
+    chosen = evenly(hosts[hosts + _SAMPLE <= facts.image.file_size], ENCRYPTED_SAMPLES)
     for first in range(0, len(chosen), _BATCH):
         batch = chosen[first : first + _BATCH]
         data = np.frombuffer(b"".join(facts.read(host, _SAMPLE) for host in batch.tolist()), np.uint8)

@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from ..findings import Evidence, Severity
 from ..format.extensions import Extension, ExtensionType
 from ..format.header import KNOWN_INCOMPATIBLE, V2_HEADER_LENGTH, Compatible, Compression, FeatureName
+from ..limits import SAMPLES
 from ..residue import content
 from ..residue.slack import V2_LEFTOVER
+from ..text import listed
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded, of_fields
 from .writer_layouts import counts_nothing, layout
 
 rule = Chapter(__name__, "Provenance and writer")
 
+_LENGTHS_LISTED = 20  # of extra data: writers have one or two
 _ROW = 48  # bytes of a row of the feature name table
 _KNOWN_EXTENSIONS = frozenset(ExtensionType)
-_SAMPLES = 64  # clusters looked at to call an image preallocated
 
 # (kind, bit) -> the name QEMU has given it since the bit exists.
 _QEMU_NAMES = {
@@ -94,7 +96,9 @@ def _signs(facts: Facts) -> Iterator[Evidence]:
     yield from _version3_facts(facts)
     lengths = sorted({entry.extra_length for entry in image.snapshots})
     if lengths:
-        yield Evidence("snapshot_extra_data", ", ".join(map(str, lengths[:20])), header.snapshots_offset)
+        yield Evidence(
+            "snapshot_extra_data", listed([str(length) for length in lengths], _LENGTHS_LISTED), header.snapshots_offset
+        )
 
 
 def _header_reading(facts: Facts) -> Evidence | None:
@@ -275,7 +279,7 @@ def preallocated(facts: Facts) -> Iterator[Evidence]:
         return
     size = facts.cluster_size
     count = -(-facts.image.file_size // size)
-    places = range(0, count, max(1, count // _SAMPLES))
+    places = range(0, count, max(1, count // SAMPLES))
     zeros = sum(not facts.read(place * size, min(size, 65536)).strip(b"\0") for place in places)
     if zeros >= 0.8 * len(places):
         yield Evidence("allocated_clusters", allocated)

@@ -10,6 +10,7 @@ from ..errors import ForbiddenReference
 from ..findings import Evidence, Severity
 from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
+from ..limits import JSON_MEMBERS_LISTED
 from ..reader.resolver import json_options
 from ..text import is_plain
 from .facts import Facts
@@ -107,13 +108,13 @@ def ref_json(facts: Facts) -> Iterator[Evidence]:
 
 
 def _json_members(text: str) -> list[tuple[str, str]]:
-    """Return the drivers and file names inside a json: name, at most 32 of them, and where it goes on."""
+    """Return the drivers and file names inside a json: name, some of many, and that it goes on."""
     try:
         wanted = (pair for pair in json_options(text) if pair[0].rpartition(".")[2] in _JSON_SHOWN)
-        found = [(key, str(value)) for key, value in islice(wanted, 33)]
+        found = [(key, str(value)) for key, value in islice(wanted, JSON_MEMBERS_LISTED + 1)]
     except ForbiddenReference:
         return []
-    return found if len(found) < 33 else [*found[:32], ("...", "not looked at")]
+    return found if len(found) <= JSON_MEMBERS_LISTED else [*found[:-1], ("...", "not looked at")]
 
 
 @rule(

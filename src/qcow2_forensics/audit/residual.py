@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.bitmap_directory import BitmapEntry
 from ..format.snapshot_table import SnapshotEntry
+from ..limits import DELETED_SNAPSHOTS_FOLLOWED, RESIDUE_RANGES_DRAWN
 from ..residue import DeletedSnapshot, Piece, Residue
 from ..residue.readability import examine
 from ..text import snapshot_date
@@ -18,8 +19,6 @@ from .rules import CRAFTED, QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Residual data")
 
-_DELETED = 1000  # former snapshots followed into their tables
-_RANGES = 1_000_000  # pieces kept for the map
 _METADATA = ("l1", "l2", "refcount-table", "refcounts", "snapshot-table", "bitmap-directory", "bitmap")
 
 
@@ -119,12 +118,12 @@ def _survey(facts: Facts) -> _Survey:
     survey = _Survey()
     for piece in residue.unclaimed():
         survey.groups[piece.kind, piece.looks].add(piece)
-        if len(survey.ranges) < _RANGES:
+        if len(survey.ranges) < RESIDUE_RANGES_DRAWN:
             survey.ranges.append((piece.offset, piece.length))
     survey.snapshots, survey.bitmaps = residue.entries()
     facts.leave_out("former snapshot entries that were found and not looked at", residue.entries_left_out)
     survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size)
-    survey.deleted = examine(facts.image, survey.snapshots, facts.census, most=_DELETED)
+    survey.deleted = examine(facts.image, survey.snapshots, facts.census, most=DELETED_SNAPSHOTS_FOLLOWED)
     not_followed = sum(not item.followed for item in survey.deleted)
     facts.leave_out("former snapshot entries whose tables were not followed", not_followed)
     return survey

@@ -15,18 +15,16 @@ def entries_of(piece: Piece) -> str:
     return f"{piece.entries} entr{'y' if piece.entries == 1 else 'ies'}"
 
 
-def evidence_of(piece: Piece, label: str = "") -> Evidence:
+def evidence_of(piece: Piece) -> Evidence:
     """Return a piece as evidence: what it is, how much of it is there, how it starts."""
     words = [f"{piece.nonzero} non-zero bytes", f"entropy {piece.entropy:.2f}"]
     if piece.signature and piece.looks != "stream":
         words.append(piece.signature)
-    elif label and piece.looks != "data":
-        words.append(piece.looks)
     if piece.entries:
         words.append(entries_of(piece))
     words.append(f"starts {piece.first[:23]}")  # eight bytes
     return Evidence(
-        label or piece.looks,
+        piece.looks,
         ", ".join(words),
         piece.offset,
         piece.length,

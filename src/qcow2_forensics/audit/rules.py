@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ..errors import Qcow2Error
 from ..findings import Evidence, Finding, Selection, Severity, place_of
+from ..limits import FINDINGS_PER_RULE
 
 if TYPE_CHECKING:
     from .facts import Facts
@@ -66,8 +67,6 @@ Validated = Literal["QEMU-made", "crafted", "derived"]
 # What a rule needs to be sound before it runs.
 Needs = Literal["header", "geometry", "census"]
 
-FINDINGS_PER_RULE = 1000  # a snapshot table may hold 65,536 entries
-
 
 class Deferred(NamedTuple):
     """Evidence that is made only if it is kept; ``place`` is the structure it was found in.
@@ -90,7 +89,6 @@ class Graded:
     note: str = ""
     confidence: str = "certain"
     count: int | None = None
-    explained_by: tuple[str, ...] = ()
 
 
 def graded(
@@ -101,13 +99,12 @@ def graded(
     note: str = "",
     confidence: str = "certain",
     count: int | None = None,
-    explained_by: tuple[str, ...] = (),
 ) -> Graded:
     """Return evidence for a finding of its own; what is not given is as in the rule's entry.
 
     ``count`` is for rules that saw more than they list.
     """
-    return Graded(tuple(evidence), severity, title, note, confidence, count, explained_by)
+    return Graded(tuple(evidence), severity, title, note, confidence, count)
 
 
 Observation = Evidence | Deferred | Graded
@@ -249,7 +246,6 @@ def _finding(entry: Rule, item: Graded, cluster_size: int) -> Finding:
         evidence=kept.items,
         count=kept.count if item.count is None else item.count,
         confidence=item.confidence,
-        explained_by=item.explained_by,
     )
 
 
@@ -262,7 +258,7 @@ def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         entry = RULES.get(finding.code)
         causes = entry.explained_by if entry else ()
         found = [code for code in causes if code in present and code != finding.code]
-        words = tuple(dict.fromkeys((*finding.explained_by, *found)))
+        words = tuple(dict.fromkeys(found))
         linked.append(dataclasses.replace(finding, explained_by=words))
     linked.sort(key=lambda finding: (-finding.severity, bool(finding.explained_by)))
     return tuple(linked)

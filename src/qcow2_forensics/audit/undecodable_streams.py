@@ -14,13 +14,13 @@ from ..findings import Evidence
 from ..format.codecs import Codec, codec_of, known_codecs
 from ..format.entries import compressed_descriptor
 from ..format.header import SECTOR
+from ..limits import SAMPLES
 from ..residue.streams import Decoded, decode_all
 from .entry_evidence import snapshot_id
 from .facts import Facts
 from .overlap import evenly
 from .rules import Deferred, Graded, graded
 
-_SAMPLES = 64  # streams tried with another compression type
 _SHOWN = 20  # of those, listed
 
 
@@ -55,7 +55,7 @@ def undecodable(facts: Facts) -> Iterator[Deferred | Graded]:
 
 def _other_type(facts: Facts, decoded: Decoded) -> Codec | None:
     """Return the codec that decodes the streams which the header's own does not; None where none does."""
-    failed = evenly(decoded.failed, _SAMPLES).tolist()
+    failed = evenly(decoded.failed, SAMPLES).tolist()
     for codec in known_codecs():
         if codec.number != facts.header.compression_type and failed:
             streams = (compressed_descriptor(entry, facts.header.cluster_bits) for entry in failed)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..format.entries import OFFSET_MASK
+from ..format.entries import named_offset
 from ..format.header import V2_HEADER_LENGTH
 from ..residue.slack import V2_LEFTOVER
 from .facts import Facts
@@ -74,7 +74,7 @@ class _Tables(NamedTuple):
 def _first_two(facts: Facts, offset: int, count: int) -> tuple[int, int]:
     """Return the first two pointers that a table holds, among its first 4,096 entries; 0 for none."""
     data = facts.read(offset, min(count, 4096) * 8)
-    words = (int.from_bytes(data[at : at + 8], "big") & OFFSET_MASK for at in range(0, len(data) - 7, 8))
+    words = (named_offset(int.from_bytes(data[at : at + 8], "big")) for at in range(0, len(data) - 7, 8))
     found = [word for word in words if word][:2]
     return (*found, 0, 0)[0], (*found, 0, 0)[1]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..findings import EVIDENCE_LIMIT
 from .columns import U64, Mask
 
 _STREAMS = 1 << 20  # remembered; a colliding one displaces another, which can hide an alias, never invent one
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)
 _MODULUS = 2**32 - 1  # guest clusters are remembered in 32 bits; 0 is none
-_KEPT = 100
 
 
 class Aliases:
@@ -72,4 +72,4 @@ class Aliases:
 
     def keep(self, clusters: U64) -> None:
         """Keep host clusters that have an alias."""
-        self.clusters.update(clusters[: max(0, _KEPT - len(self.clusters))].tolist())
+        self.clusters.update(clusters[: max(0, EVIDENCE_LIMIT - len(self.clusters))].tolist())

@@ -16,7 +16,6 @@ from ..format.image import Image
 from ..format.rules import DISK, INT64_MAX, REFCOUNTS
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, parse_snapshot_head
 
-MAX_SNAPSHOT_L1 = 4 * 2**20  # entries, what QEMU's check walks
 _WINDOW = 1 << 18
 
 

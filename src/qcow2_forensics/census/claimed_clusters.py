@@ -12,7 +12,8 @@ import numpy as np
 
 from ..format.image import Image
 from ..format.rules import INT64_MAX
-from .checked_metadata import MAX_SNAPSHOT_L1, Layout
+from ..limits import L1_ENTRIES
+from .checked_metadata import Layout
 from .columns import U64
 from .index_map import IndexMap
 from .refcounts import StoredRefcounts
@@ -49,8 +50,8 @@ def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: in
 
     spans = [(0, header.cluster_size), (header.snapshots_offset, layout.snapshot_table_length)]
     spans.append((header.refcount_table_offset, len(refcounts.table) * 8))
-    l1_tables = [(header.l1_table_offset, min(header.l1_size, MAX_SNAPSHOT_L1))]
-    l1_tables += [(one.l1_table_offset, one.l1_size) for one in layout.snapshots if one.l1_size <= MAX_SNAPSHOT_L1]
+    l1_tables = [(header.l1_table_offset, min(header.l1_size, L1_ENTRIES))]
+    l1_tables += [(one.l1_table_offset, one.l1_size) for one in layout.snapshots if one.l1_size <= L1_ENTRIES]
     spans += [(offset, count * 8) for offset, count in l1_tables]
     spans += [layout.crypto] if layout.crypto else []
     spans += [layout.bitmap_directory] if layout.bitmap_directory else []

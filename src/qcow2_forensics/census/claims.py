@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ..format.entries import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK, compressed_descriptor
+from ..findings import EVIDENCE_LIMIT
+from ..format.entries import is_copied, named_offset, stored_extent
 from ..format.image import Image
 from .aliases import Aliases
-from .columns import I64, U64, Mask, Places, compressed_extents
+from .columns import I64, U64, Mask, Places, compressed_extents, without_copied
 from .index_map import IndexMap
 from .issues import Issues, Item, spread
 from .owners import Owner
@@ -97,7 +98,9 @@ class Claims:
         beyond = hosts >= np.uint64(self.length)
         if beyond.any():
             self.corruptions += int(weight[beyond].sum())
-            pairs = zip(positions[beyond][:100].tolist(), hosts[beyond][:100].tolist(), strict=True)
+            pairs = zip(
+                positions[beyond][:EVIDENCE_LIMIT].tolist(), hosts[beyond][:EVIDENCE_LIMIT].tolist(), strict=True
+            )
             items = [Item(structure, at, host, host) for at, host in pairs]
             self.missing(items, int(beyond.sum()), int(hosts[beyond].max()))
             hosts, weight = hosts[~beyond], weight[~beyond]
@@ -114,7 +117,7 @@ class Claims:
 
     def l1_entries(self, chunk: L1Chunk, *, active: bool) -> None:
         """Check the entries of a piece of an L1 table; what they name is counted by :meth:`l2_tables`."""
-        reserved = (chunk.entries & np.uint64(L1_RESERVED)) != 0
+        reserved = chunk.reserved
         if reserved.any():
             self.corruptions += int(chunk.weight[reserved].sum())
             self._l1_issue("reserved-bits", chunk, reserved)
@@ -136,8 +139,7 @@ class Claims:
 
     def _l1_copied(self, chunk: L1Chunk, targets: U64) -> None:
         single, readable = self.refcount_classes.single(targets >> np.uint64(self.cluster_bits))
-        copied = (chunk.entries & np.uint64(COPIED)) != 0
-        wrong = (copied != single) & readable & (targets != 0)
+        wrong = (chunk.copied != single) & readable & (targets != 0)
         if wrong.any():
             self.corruptions += int(wrong.sum())
             self._l1_issue("copied-flag", chunk, wrong)
@@ -149,7 +151,8 @@ class Claims:
             for place in spread(places, chunk.positions[places].astype(np.int64) >> self.cluster_bits).tolist():
                 entry = int(chunk.entries[place])
                 guest = int(chunk.index[place]) * span
-                yield Item("L1", int(chunk.positions[place]), entry, entry & OFFSET_MASK, guest, int(chunk.tree[place]))
+                tree, host = int(chunk.tree[place]), named_offset(entry)
+                yield Item("L1", int(chunk.positions[place]), entry, host, guest, tree)
 
         self.issues.add(kind, items(), int(mask.sum()))
 
@@ -197,7 +200,7 @@ class Claims:
         """
         width, size = tables.entries.shape[1], np.uint64(self.cluster_size)
         first = tables.entries[:, 0]
-        hosts = first & np.uint64(~COPIED & (2**64 - 1))
+        hosts = without_copied(first)
         span = np.uint64(width - 1) * size
         likely = (tables.entries[:, -1] - first == span) & (hosts != 0) & ((hosts & (size - np.uint64(1))) == 0)
         likely &= (hosts < np.uint64(1 << 55)) & (hosts + span < np.uint64(self.length)) & ~tables.shared
@@ -230,15 +233,14 @@ class Claims:
         """Whether the copied flags of a linear table, whose clusters have these indices, are right; when in doubt, no."""
         classes = self.refcount_classes.of[start:stop]
         single = classes == ONE
-        fine = single.all() if int(tables.entries[row, 0]) & COPIED else not single.any()
+        fine = single.all() if is_copied(int(tables.entries[row, 0])) else not single.any()
         table = int(tables.offsets[row]) >> self.cluster_bits
         known = 0 < table < self.clusters and self.refcount_classes.of[self.index_map.at(table)] != UNREADABLE
         return bool(fine) and known and int(classes.max()) != UNREADABLE
 
-    def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64, *, counted: bool = True) -> None:
+    def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64) -> None:
         if mask.any():
-            if counted:
-                self.corruptions += int((mask.sum(axis=1).astype(np.uint64) * weight).sum())
+            self.corruptions += int((mask.sum(axis=1).astype(np.uint64) * weight).sum())
             self.l2_issue(kind, tables, np.flatnonzero(mask))
 
     def l2_issue(self, kind: str, tables: Tables, places: Places) -> None:
@@ -250,7 +252,7 @@ class Claims:
                 row, column = divmod(place, width)
                 entry = int(tables.entries[row, column])
                 where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
-                host = compressed_descriptor(entry, self.cluster_bits)[0] if entry & COMPRESSED else entry & OFFSET_MASK
+                host, _ = stored_extent(entry, self.cluster_bits)
                 yield Item("L2", where, entry, host, guest, int(tables.tree[row]))
 
         self.issues.add(kind, items(), len(places))

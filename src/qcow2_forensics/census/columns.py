@@ -22,7 +22,20 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, QCOW1_COMPRESSED, SUBCLUSTER_MASK, ZERO
+from ..format.entries import (
+    BITMAP_ALL_ONES,
+    BITMAP_TABLE_RESERVED,
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    QCOW1_COMPRESSED,
+    REFTABLE_OFFSET_MASK,
+    REFTABLE_RESERVED,
+    SUBCLUSTER_MASK,
+    ZERO,
+)
 from ..format.header import SECTOR
 
 U64: TypeAlias = npt.NDArray[np.uint64]
@@ -91,8 +104,7 @@ class Columns:
     @cached_property
     def copied(self) -> Mask:
         """Which entries have the copied flag: the refcount of their cluster is one."""
-        flags: Mask = (self.entries & _COPIED) != 0
-        return flags
+        return has_copied(self.entries)
 
     @cached_property
     def present(self) -> Mask:
@@ -158,6 +170,52 @@ def compressed_extents(entries: U64, entry_format: EntryFormat) -> tuple[U64, U6
     offsets = entries & np.uint64((1 << (70 - bits)) - 1)
     sectors = ((entries & np.uint64(COMPRESSED - 1)) >> split) + np.uint64(1)
     return offsets, sectors * np.uint64(SECTOR) - (offsets & np.uint64(SECTOR - 1))
+
+
+def named_offsets(entries: U64) -> U64:
+    """Return the host offsets that L1, bitmap table or plain L2 entries name, 0 for none; not those of version 1."""
+    return entries & _OFFSET
+
+
+def refcount_block_offsets(entries: U64) -> U64:
+    """Return the host offsets of the blocks that refcount table entries name, 0 for none."""
+    return entries & np.uint64(REFTABLE_OFFSET_MASK)
+
+
+def has_reserved_refcount_table_bits(entries: U64) -> Mask:
+    """Return which refcount table entries have reserved bits set."""
+    flags: Mask = (entries & np.uint64(REFTABLE_RESERVED)) != 0
+    return flags
+
+
+def has_copied(entries: U64) -> Mask:
+    """Return which L1 or L2 entries have the copied flag."""
+    flags: Mask = (entries & _COPIED) != 0
+    return flags
+
+
+def without_copied(entries: U64) -> U64:
+    """Return entries without the copied flag, which differs between states that map the same cluster."""
+    return entries & ~_COPIED
+
+
+def is_packed(entries: U64) -> Mask:
+    """Return which L2 entries are compressed cluster descriptors; not those of version 1."""
+    flags: Mask = (entries & np.uint64(COMPRESSED)) != 0
+    return flags
+
+
+def has_reserved_l1(entries: U64) -> Mask:
+    """Return which L1 entries have reserved bits set."""
+    flags: Mask = (entries & np.uint64(L1_RESERVED)) != 0
+    return flags
+
+
+def has_reserved_bitmap(entries: U64) -> Mask:
+    """Return which bitmap table entries have reserved bits set: without a cluster, bit 0 has a meaning."""
+    reserved: Mask = (entries & np.uint64(BITMAP_TABLE_RESERVED)) != 0
+    reserved |= ((entries & np.uint64(BITMAP_ALL_ONES)) != 0) & (named_offsets(entries) != 0)
+    return reserved
 
 
 def table_offsets(l1_entries: U64, entry_format: EntryFormat) -> U64:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..findings import EVIDENCE_LIMIT, Selection
+from ..limits import ISSUES_PER_BATCH
 from .columns import Places
-
-_MOST = 10 * EVIDENCE_LIMIT  # items looked at of one batch
 
 
 class Item(NamedTuple):
@@ -66,7 +65,7 @@ class Issues:
         """Note items of a kind; ``count`` when there are more than the iterable gives."""
         kept = self._found.setdefault(kind, Selection())
         seen = 0
-        for item in items if count is None else islice(items, _MOST):
+        for item in items if count is None else islice(items, ISSUES_PER_BATCH):
             seen += 1
             kept.add(item, None if item.offset is None else (item.structure, item.offset >> self._cluster_bits))
         self._counts[kind] = self._counts.get(kind, 0) + (seen if count is None else count)

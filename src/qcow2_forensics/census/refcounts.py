@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ..format.entries import REFTABLE_OFFSET_MASK
 from ..format.image import Image
 from ..format.rules import INT64_MAX, REFCOUNTS
 from ..reader.cache import Fifo
-from .columns import U64
+from .columns import U64, refcount_block_offsets
 
 Block = npt.NDArray[np.unsignedinteger]
 Window = tuple[int, int, Block | None, bool]
@@ -40,7 +39,7 @@ class StoredRefcounts:
         count = header.refcount_table_clusters * header.cluster_size // 8 if self.known else 0
         data = image.read(header.refcount_table_offset, count * 8).ljust(count * 8, b"\0")
         self.table: U64 = np.frombuffer(data, dtype=">u8").astype(np.uint64)
-        self.offsets: U64 = self.table & np.uint64(REFTABLE_OFFSET_MASK)
+        self.offsets: U64 = refcount_block_offsets(self.table)
         bad = (self.offsets & np.uint64(header.cluster_size - 1)) != 0
         self.unreadable: npt.NDArray[np.bool_] = bad | (self.offsets > np.uint64(INT64_MAX - header.cluster_size))
         room = max(4, _CACHE_BYTES // (self.per_block * max(1, self.bits // 8)))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..format.entries import COMPRESSED, OFFSET_MASK, compressed_descriptor
+from ..format.entries import stored_extent
 from .columns import U64, Mask
 from .issues import Item
 from .walk import Tables
@@ -72,8 +72,5 @@ def _mapping(tables: Tables, wanted: Mask, census: Census) -> Mask:
 
 
 def _clusters(entry: int, cluster_bits: int) -> set[int]:
-    if entry & COMPRESSED:
-        start, length = compressed_descriptor(entry, cluster_bits)
-        return set(range(start >> cluster_bits, ((start + length - 1) >> cluster_bits) + 1))
-    host = entry & OFFSET_MASK
-    return {host >> cluster_bits, (host + (1 << cluster_bits) - 1) >> cluster_bits}
+    start, length = stored_extent(entry, cluster_bits)
+    return set(range(start >> cluster_bits, ((start + length - 1) >> cluster_bits) + 1))

@@ -8,21 +8,21 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ..errors import FormatError, LimitExceeded
-from ..format.entries import BITMAP_TABLE_RESERVED, OFFSET_MASK, REFTABLE_RESERVED
+from ..format.entries import named_offset
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.rules import INT64_MAX
+from ..limits import HOST_CLUSTERS, L1_ENTRIES
 from .census import Census, Structures
-from .checked_metadata import MAX_SNAPSHOT_L1, BitmapPlace, Layout, Reason, read_layout
+from .checked_metadata import BitmapPlace, Layout, Reason, read_layout
 from .claimed_clusters import index_map_for
 from .claims import Claims
-from .columns import U64, Mask, Places
+from .columns import U64, Mask, Places, has_reserved_bitmap, has_reserved_refcount_table_bits
 from .issues import Item, spread
 from .owners import Owner
 from .refcounts import StoredRefcounts
 from .walk import L2TableCollector, L2Tables, Subscriber, batches, l1_chunks, walkable
 
-MAX_CLUSTERS = 1 << 30  # of the host file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
 _SLOT_CHUNK = 1 << 16  # refcount table entries counted together
 
 
@@ -40,8 +40,8 @@ def take_census(image: Image, subscribers: Iterable[type[Subscriber]] = ()) -> C
         raise FormatError("the image has no known geometry to count by", field="cluster_bits")
     length = -(-image.file_size // SECTOR) * SECTOR
     clusters = -(-length // header.cluster_size)
-    if clusters > MAX_CLUSTERS:
-        raise LimitExceeded("host clusters", clusters, MAX_CLUSTERS)
+    if clusters > HOST_CLUSTERS:
+        raise LimitExceeded("host clusters", clusters, HOST_CLUSTERS)
     layout, refcounts = read_layout(image), StoredRefcounts(image)
     claims = Claims(image, refcounts, length, index_map_for(image, layout, refcounts, length, clusters))
     seen = {kind: kind(image, claims.index_map) for kind in subscribers}
@@ -105,7 +105,7 @@ class _Survey:
     def _l1_tables(self) -> L2Tables:
         header = self.image.header
         collector = L2TableCollector()
-        count = min(header.l1_size, MAX_SNAPSHOT_L1)
+        count = min(header.l1_size, L1_ENTRIES)
         if header.l1_table_offset + count * 8 <= INT64_MAX:
             self._claim(Owner.L1, [(header.l1_table_offset, count * 8)], "L1 table")
             for chunk in l1_chunks(self.image, [header.l1_table_offset], [count], [-1]):
@@ -137,7 +137,7 @@ class _Survey:
             )
         )
         odd = (offsets & np.uint64(claims.cluster_size - 1)) != 0
-        large = ~odd & (counts > np.uint64(MAX_SNAPSHOT_L1))
+        large = ~odd & (counts > np.uint64(L1_ENTRIES))
         far = ~odd & ~large & (offsets > np.uint64(INT64_MAX) - counts * np.uint64(8))
         claims.corruptions += int(odd.sum()) + int(large.sum())
         if odd.any():
@@ -168,8 +168,7 @@ class _Survey:
         for chunk in l1_chunks(self.image, offsets, counts, list(range(len(aligned)))):
             entries, weight = chunk.entries, chunk.weight
             hosts = chunk.tables
-            reserved = (entries & np.uint64(BITMAP_TABLE_RESERVED)) != 0
-            reserved |= ((entries & np.uint64(1)) != 0) & (hosts != 0)
+            reserved = has_reserved_bitmap(entries)
             odd = ~reserved & ((hosts & np.uint64(claims.cluster_size - 1)) != 0)
             good = ~reserved & ~odd & (hosts != 0)
             for kind, mask in (("reserved-bits", reserved), ("unaligned", odd)):
@@ -190,7 +189,7 @@ class _Survey:
     def _bitmap_items(self, positions: U64, entries: U64, mask: Mask) -> Iterator[Item]:
         for place in np.flatnonzero(mask).tolist():
             entry = int(entries[place])
-            yield Item("bitmap table", int(positions[place]), entry, entry & OFFSET_MASK)
+            yield Item("bitmap table", int(positions[place]), entry, named_offset(entry))
 
     def _unreadable_bitmaps(self, places: list[BitmapPlace], bad: U64) -> None:
         """QEMU loads every bitmap that is not in use when it opens the image, and fails on a bad entry."""
@@ -217,7 +216,7 @@ class _Survey:
         claims, stored = self.claims, self.claims.refcounts
         offsets = stored.offsets
         slots = np.flatnonzero(stored.table)
-        reserved = (stored.table[slots] & np.uint64(REFTABLE_RESERVED)) != 0
+        reserved = has_reserved_refcount_table_bits(stored.table[slots])
         self._reftable_issue("reftable-reserved", slots[reserved])
         slots = slots[~reserved]
         odd = (offsets[slots] & np.uint64(claims.cluster_size - 1)) != 0

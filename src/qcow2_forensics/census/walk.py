@@ -10,16 +10,14 @@ from typing import Protocol
 import numpy as np
 
 from ..format.image import Image
-from ..limits import Budget, GiB, MiB
-from .columns import I64, U64, Columns, Mask, Places, big_endian, table_offsets
+from ..limits import UNALIGNED_TABLES_FILE, UNALIGNED_TABLES_REPEATS, UNALIGNED_TABLES_SPARE, Budget
+from .columns import I64, U64, Columns, Mask, Places, big_endian, has_copied, has_reserved_l1, table_offsets
 from .index_map import IndexMap
 from .reference_counts import Segments, weighted_segments
 
 _L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
 _L1_GAP = 1 << 16  # bytes between two tables that are read over
 _BATCH = 1 << 19  # bytes of L2 tables handled at once: temporaries stay in the cache
-_UNALIGNED_REPEATS, _UNALIGNED_SPARE = 1, 8 * MiB  # QEMU reads no such table: what the file has room for is enough
-_UNALIGNED_MOST = GiB  # of a sparse file
 _MERGE_ROWS = 1 << 20
 
 
@@ -36,6 +34,16 @@ class L1Chunk:
     weight: U64
     tree: I64
     tables: U64  # the host offsets the entries name: of L2 tables, or of a bitmap's clusters
+
+    @property
+    def copied(self) -> Mask:
+        """Which entries have the copied flag."""
+        return has_copied(self.entries)
+
+    @property
+    def reserved(self) -> Mask:
+        """Which entries of an L1 table have reserved bits set."""
+        return has_reserved_l1(self.entries)
 
 
 def l1_chunks(
@@ -267,8 +275,8 @@ def walkable(image: Image, named: L2Tables) -> tuple[L2Tables, bool]:
     size = image.header.cluster_size
     named = named.part(named.offsets < np.uint64(image.file_size))
     unaligned = (named.offsets & np.uint64(size - 1)) != 0
-    limits = image.limits._replace(work_repeats=_UNALIGNED_REPEATS, work_spare=_UNALIGNED_SPARE)
-    budget = Budget("bytes of unaligned L2 tables", min(image.file_size, _UNALIGNED_MOST), limits)
+    limits = image.limits._replace(work_repeats=UNALIGNED_TABLES_REPEATS, work_spare=UNALIGNED_TABLES_SPARE)
+    budget = Budget("bytes of unaligned L2 tables", min(image.file_size, UNALIGNED_TABLES_FILE), limits)
     if int(unaligned.sum()) * size > budget.left:
         return named.part(~unaligned), False
     return named, True

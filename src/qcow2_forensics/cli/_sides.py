@@ -23,9 +23,10 @@ from ..reader.bitmaps import dirty_ranges
 from ..reader.disk import Disk, Layer, RawDisk
 from ..reader.foreign import open_foreign, probe
 from ..reader.states import Backing, Choice, by_id_or_name, choose, labels
-from ..text import cut
+from ..text import cut, listed
 from .options import chosen, open_layer
 
+_BITMAPS_LISTED = 20  # in a message
 BITMAP = "bitmap:"
 
 
@@ -141,7 +142,7 @@ def _bitmap(path: str, text: str) -> BitmapEntry | None:
         if not found:
             image.require("bitmaps")
         if len(found) != 1:
-            held = ", ".join(cut(bitmap.name) for bitmap in image.bitmaps[:20]) or "none"
+            held = listed([cut(bitmap.name) for bitmap in image.bitmaps], _BITMAPS_LISTED) or "none"
             raise Qcow2Error(
                 f"{cut(path)} has {'no' if not found else 'several'} bitmaps {cut(name)!r}; it holds: {held}"
             )

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..census.columns import U64, Mask, Places
+from ..census.columns import U64, Mask, Places, without_copied
 from ..census.mapped_tables import BATCH, l2_columns, l2_offsets
 from ..errors import Qcow2Error
-from ..format.entries import COPIED
 from ..format.header import SECTOR
 from ..reader.mapping import L1_PAGE, Mapping
 
@@ -139,5 +138,5 @@ def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> 
             unsound |= zero
         plain = np.where(stored, hosts | np.uint64(_DATA), np.uint64(0))
         codes[:, :, 0] = np.where(zero, np.where(shown, np.uint64(_BLANK), np.uint64(0)), plain)
-    codes[:, :, 0] = np.where(packed, columns.entries & ~np.uint64(COPIED), codes[:, :, 0])
+    codes[:, :, 0] = np.where(packed, without_copied(columns.entries), codes[:, :, 0])
     return codes, unsound | lost[:, None], stored if mapping.data_file else nowhere

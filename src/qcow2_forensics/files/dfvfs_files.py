@@ -19,14 +19,14 @@ from dfvfs.resolver import context, resolver
 from dfvfs.resolver_helpers import manager as _helpers  # noqa: F401 - registers every kind of volume
 
 from ..errors import Qcow2Error
+from ..limits import FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
 from ..text import printable
-from .protocol import ENTRIES_LISTED, FileSystem, Visits
+from .protocol import FileSystem, Visits
 from .readers import Reader
 from .records import FileRecord, Span, Times, Volume
 from .spans import Spans
 
 _CHUNK = 1 << 20  # of file content read at a time
-_DEPTH = 512  # directories inside each other; more is a damaged file system
 _WINDOW = 64 << 10  # bytes read at once where a library asks for a few; a power of two
 _SECOND = 1_000_000_000  # nanoseconds
 _FRACTIONS = {"10ms": 10_000_000, "1ms": 1_000_000, "1us": 1000, "100ns": 100, "1ns": 1}
@@ -206,8 +206,8 @@ class DfvfsFileSystem(FileSystem):
             return
         self._visits = Visits()
         for count, record in enumerate(self._walk(root, "", ())):
-            if count >= ENTRIES_LISTED:
-                self._problem("/", RecursionError(f"more than {ENTRIES_LISTED} entries: the rest is not listed"))
+            if count >= FILE_SYSTEM_ENTRIES:
+                self._problem("/", RecursionError(f"more than {FILE_SYSTEM_ENTRIES} entries: the rest is not listed"))
                 return
             yield record
 
@@ -216,8 +216,8 @@ class DfvfsFileSystem(FileSystem):
         self.problems.append(printable(f"{self.volume.prefix}{path}: {_reason(error)}", limit=8192))
 
     def _walk(self, folder: Any, path: str, above: tuple[int, ...], *, again: bool = False) -> Iterator[FileRecord]:
-        if len(above) > _DEPTH:
-            self._problem(path, RecursionError(f"deeper than {_DEPTH} directories"))
+        if len(above) > FOLDER_DEPTH:
+            self._problem(path, RecursionError(f"deeper than {FOLDER_DEPTH} directories"))
             return
         entries: Iterator[Any] = iter(folder.sub_file_entries)
         while True:

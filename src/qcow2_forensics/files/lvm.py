@@ -20,18 +20,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
+from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES
 from .readers import Reader, Segment
 
 SECTOR = 512
 _LABEL_SECTORS = 4
-_AREAS = 64  # metadata or data areas of one physical volume; LVM writes one or two
 _MDA_HEADER = 512
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 _MDA_IGNORED = 1
-_TEXT_BYTES = 16 << 20  # of metadata text; LVM's default area holds 1 MiB
-_SEGMENTS = 100_000  # of all logical volumes
 _CRC_START = 0xF597A6CF
-_DEPTH = 16  # sections inside each other
 
 Value: TypeAlias = "str | int | list[str | int] | dict[str, Value]"
 Section: TypeAlias = "dict[str, Value]"
@@ -57,11 +54,6 @@ class LogicalVolume(NamedTuple):
 
 class LvmError(ValueError):
     """The label is there and what it leads to is not LVM's."""
-
-
-def has_label(head: bytes) -> bool:
-    """Whether the first sectors of a volume carry an LVM2 label."""
-    return _label_at(head) is not None
 
 
 def _label_at(head: bytes) -> int | None:
@@ -96,7 +88,7 @@ def physical_volume(reader: Reader) -> PhysicalVolume | None:
 
 def _metadata_areas(header: bytes) -> Iterator[tuple[int, int]]:
     lists = 0
-    for at in range(40, min(len(header) - 15, 40 + _AREAS * 16), 16):
+    for at in range(40, min(len(header) - 15, 40 + LVM_AREAS * 16), 16):
         offset, size = struct.unpack_from("<QQ", header, at)
         if offset == 0:
             lists += 1
@@ -116,7 +108,7 @@ def _texts(reader: Reader, area: int, area_size: int) -> Iterator[Section]:
     offset, length, checksum, flags = struct.unpack_from("<QQII", header, 40)
     if not offset or flags & _MDA_IGNORED:
         return
-    if not _MDA_HEADER <= offset < size or length > min(size - _MDA_HEADER, _TEXT_BYTES):
+    if not _MDA_HEADER <= offset < size or length > min(size - _MDA_HEADER, LVM_TEXT_BYTES):
         raise LvmError(f"its metadata text is {length} bytes at {offset:#x} of an area of {size} bytes")
     first = min(length, size - offset)
     text = reader.read(area + offset, first)
@@ -142,7 +134,7 @@ def parse(text: str) -> Section:
             open_sections.pop()
             continue
         follows = next(tokens, "")
-        if follows == "{" and len(open_sections) <= _DEPTH:
+        if follows == "{" and len(open_sections) <= LVM_DEPTH:
             section: Section = {}
             open_sections[-1][word] = section
             open_sections.append(section)
@@ -232,7 +224,7 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
         uuid = str(physical.get("id", ""))
         starts[alias] = readers.get(uuid.replace("-", "")), _number(physical, "pe_start") * SECTOR, uuid
     described = _sections(group, "logical_volumes")
-    budget = _SEGMENTS
+    budget = LVM_SEGMENTS
     for name, volume in described.items():
         status = volume.get("status")
         if not isinstance(status, list) or "VISIBLE" not in status:
@@ -246,7 +238,7 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
             except LvmError as error:
                 why = why or str(error)
         if not why and len(parts) > budget:
-            raise LvmError(f"it has more than {_SEGMENTS} pieces")
+            raise LvmError(f"it has more than {LVM_SEGMENTS} pieces")
         if why:
             parts = list(islice(_all_parts(name, described, extent, starts), budget))
         elif not parts:

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 
 from .records import FileRecord, Volume
 
-ENTRIES_LISTED = 20_000_000  # records of one file system; more is a damaged file system
-
 
 class NoFileSystem(OSError):
     """No file system was found in any partition, nor on the whole disk."""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytsk3
 
 from ..errors import reason
+from ..limits import FILE_BYTES, FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
 from ..text import printable
-from .protocol import ENTRIES_LISTED, FileSystem, NoFileSystem, Visits
+from .protocol import FileSystem, NoFileSystem, Visits
 from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume
 from .spans import Spans
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from .readers import Reader
 
 _CHUNK = 1 << 20  # of file content read at a time
-_LEAST_LIMIT = 1 << 30  # bytes of a file that are read however small the disk
-_DEPTH = 512  # directories inside each other; more is a damaged file system
 _SECOND = 1_000_000_000  # nanoseconds
 
 # Letters as The Sleuth Kit prints them, by its enumeration values.
@@ -55,7 +54,7 @@ class SleuthKitFileSystem(FileSystem):
         self._visits = Visits()
         self._failed = 0  # how many ranges were unreadable before the current reading
         self._block = int(handle.info.block_size)
-        self._largest = max(_LEAST_LIMIT, 4 * int(image.get_size()))
+        self._largest = max(FILE_BYTES, 4 * int(image.get_size()))
         self._ntfs = volume.kind == "ntfs"
         # Where a run's address is no place on the disk.
         self._placed = volume.kind not in ("logical", "yaffs2")
@@ -71,8 +70,8 @@ class SleuthKitFileSystem(FileSystem):
             if record.of_name and not names:
                 continue
             count += 1
-            if count > ENTRIES_LISTED:
-                self._problem("/", RecursionError(f"more than {ENTRIES_LISTED} entries: the rest is not listed"))
+            if count > FILE_SYSTEM_ENTRIES:
+                self._problem("/", RecursionError(f"more than {FILE_SYSTEM_ENTRIES} entries: the rest is not listed"))
                 return
             yield record
 
@@ -110,8 +109,8 @@ class SleuthKitFileSystem(FileSystem):
             yield from self._of_entry(name, held, here)
             if meta is None or not _is_directory(name, meta) or inode in above:
                 continue
-            if len(above) > _DEPTH:
-                self._problem(here, RecursionError(f"deeper than {_DEPTH} directories"))
+            if len(above) > FOLDER_DEPTH:
+                self._problem(here, RecursionError(f"deeper than {FOLDER_DEPTH} directories"))
                 continue
             if self._visits.is_exhausted(inode, again):
                 report = self._visits.first_report()

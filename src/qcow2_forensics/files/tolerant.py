@@ -11,13 +11,11 @@ from typing import Literal
 
 from ..errors import FormatError, Qcow2Error, ReadError
 from ..format.header import SECTOR
+from ..limits import READ_ERRORS_KEPT, UNREADABLE_RANGES_KEPT
 from ..reader.disk import Disk, Layer, RawDisk
 from .records import Span
 
 Unreadable = Literal["raise", "zeros"]
-
-_ERRORS_KEPT = 100  # of `errors`; a damaged image can fail a million reads
-_RANGES_KEPT = 100_000  # of `unreadable`; with more, reads raise
 
 
 class TolerantReader:
@@ -44,7 +42,7 @@ class TolerantReader:
             return self.disk.read(offset, length)
         except Qcow2Error as error:
             self._remember(str(error))
-            if self._policy == "raise" or len(self.unreadable) >= _RANGES_KEPT:
+            if self._policy == "raise" or len(self.unreadable) >= UNREADABLE_RANGES_KEPT:
                 raise
             return b"".join(self._with_zeros(offset, min(length, self.disk.size - offset)))
 
@@ -72,7 +70,7 @@ class TolerantReader:
         yield from self._with_zeros(middle, offset + length - middle)
 
     def _remember(self, sentence: str) -> None:
-        if sentence not in self.errors and len(self.errors) < _ERRORS_KEPT:
+        if sentence not in self.errors and len(self.errors) < READ_ERRORS_KEPT:
             self.errors.append(sentence)
 
     def _list(self, offset: int, length: int) -> None:

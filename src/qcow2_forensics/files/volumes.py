@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Qcow2Error
+from ..limits import VOLUME_DEPTH
 from ..reader.disk import Layer
 from ..text import printable
 from . import lvm
@@ -30,7 +31,6 @@ from .tolerant import TolerantReader
 if TYPE_CHECKING:
     from .dfvfs_files import Scanned
 
-_NESTED = 4  # volumes inside each other: a partition, LUKS, LVM, and LUKS again
 _DFVFS_READS = frozenset(("XFS", "APFS", "LUKS", "BitLocker", "HFS+", "HFSX", "NTFS", "ext"))
 _UNKNOWN = Signature("")
 
@@ -143,7 +143,7 @@ class _Finder:
             why = "its start is blank" if blank else "its signature is not known"
             if not signature.holds_files:
                 why = "it holds no files"
-            elif signature.name in _DFVFS_READS and depth < _NESTED:
+            elif signature.name in _DFVFS_READS and depth < VOLUME_DEPTH:
                 why = self._by_dfvfs(reader, replace(volume, kind=signature.name), depth)
             elif signature.name:
                 why = "no installed library reads it"
@@ -222,9 +222,9 @@ class _Finder:
             inside=f"{first.inside}/{logical.group}/{logical.name}",
             description=f"LVM2 logical volume {logical.name} of group {logical.group}",
         )
-        if not logical.why and depth <= _NESTED:
+        if not logical.why and depth <= VOLUME_DEPTH:
             self._look(VolumeReader(logical.parts), volume, depth)
             return
         spans = tuple(span for reader, segment in logical.parts for span in reader.place(segment.below, segment.length))
-        why = logical.why or f"it is nested more than {_NESTED} deep"
+        why = logical.why or f"it is nested more than {VOLUME_DEPTH} deep"
         self.unread.append(Unread(replace(volume, kind="LVM2"), spans, printable(why)))

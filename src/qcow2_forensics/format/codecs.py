@@ -17,13 +17,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..errors import Unsupported
-from ..limits import KiB
+from ..limits import ZSTD_FRAMES, ZSTD_SKIPPABLE_FRAMES, KiB
 from .header import Compression
 
-# Of one cluster. A frame of one byte takes ten, so clusters of up to 64 KiB never have more; making a decoder
-# for each takes some 20 microseconds, which is what bounds how long one cluster can keep a reader busy.
-_MAX_FRAMES = 1 << 14
-_MAX_SKIPPABLE = 1 << 12  # of one cluster: they give nothing, and writers make none
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a skippable frame's magic; byte 0 is 0x50 to 0x5f
 _FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
 _FRAME, _BLOCK = 10, 4  # bytes of a zstd frame's header, and of a block of one repeated byte, up to 128 KiB
@@ -152,13 +148,13 @@ def _unzstd(data: bytes, size: int) -> tuple[bytes, int]:
     while missing:
         while data[at + 1 : at + 4] == _SKIPPABLE and 0x50 <= data[at] <= 0x5F and at + 8 <= len(data):
             skipped += 1
-            if skipped > _MAX_SKIPPABLE:
-                raise ValueError(f"more than {_MAX_SKIPPABLE} skippable zstd frames")
+            if skipped > ZSTD_SKIPPABLE_FRAMES:
+                raise ValueError(f"more than {ZSTD_SKIPPABLE_FRAMES} skippable zstd frames")
             at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
         if at >= len(data):
             raise ValueError(f"the zstd frames give {size - missing} of {size} bytes")
-        if len(pieces) == _MAX_FRAMES:
-            raise ValueError(f"more than {_MAX_FRAMES} zstd frames")
+        if len(pieces) == ZSTD_FRAMES:
+            raise ValueError(f"more than {ZSTD_FRAMES} zstd frames")
         try:
             # A frame that does not end is an error for QEMU too, however many bytes it has given by then.
             end = at + zstd.get_frame_size(view[at:])

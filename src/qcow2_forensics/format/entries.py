@@ -1,6 +1,8 @@
 """Table entries: which bits of an L1, L2, refcount table or bitmap table entry mean what.
 
-Bit numbers are those of the specification; nobody else masks or shifts an entry.
+Bit numbers are those of the specification. Single entries are decoded here, whole tables in
+:mod:`qcow2_forensics.census.columns`; only the read path (``reader.l2_runs``, ``Mapping.plain_run``, ``Disk.read``) has
+the masks in its loops, where a call would cost as much as the read.
 """
 
 from __future__ import annotations
@@ -26,6 +28,53 @@ SUBCLUSTER_MASK = (
 ) - 1  # allocated ones, in the low half of the second word; zero ones in the high half
 
 QCOW1_COMPRESSED = 1 << 63
+
+
+def named_offset(entry: int) -> int:
+    """Return the host offset that an L1 entry, a bitmap table entry or an L2 entry that is not compressed names, 0 for none."""
+    return entry & OFFSET_MASK
+
+
+def refcount_block_offset(entry: int) -> int:
+    """Return the host offset of the block that a refcount table entry names, 0 for none."""
+    return entry & REFTABLE_OFFSET_MASK
+
+
+def is_compressed(entry: int) -> bool:
+    """Whether an L2 entry is a compressed cluster descriptor."""
+    return bool(entry & COMPRESSED)
+
+
+def is_copied(entry: int) -> bool:
+    """Whether an L1 or L2 entry says that the refcount of its cluster is one."""
+    return bool(entry & COPIED)
+
+
+def has_reserved_l1_bits(entry: int) -> bool:
+    """Whether an L1 entry has bits set that have no meaning."""
+    return bool(entry & L1_RESERVED)
+
+
+def has_reserved_bitmap_bits(entry: int) -> bool:
+    """Whether a bitmap table entry has bits set that have no meaning: without a cluster, bit 0 has one."""
+    return bool(entry & BITMAP_TABLE_RESERVED or (entry & OFFSET_MASK and entry & BITMAP_ALL_ONES))
+
+
+def stored_extent(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """Return (host offset, size) in bytes of what an L2 entry maps: a cluster, or a compressed one; offset 0 is none."""
+    return (
+        compressed_descriptor(entry, cluster_bits) if entry & COMPRESSED else (entry & OFFSET_MASK, 1 << cluster_bits)
+    )
+
+
+def end_of_data(entry: int, cluster_size: int, bitmap: int | None = None) -> int:
+    """Return up to where in its cluster an L2 entry that is not compressed shows stored bytes.
+
+    ``bitmap`` is the second word of an extended entry.
+    """
+    if bitmap is None:
+        return 0 if entry & ZERO else cluster_size
+    return (bitmap & SUBCLUSTER_MASK).bit_length() * cluster_size // SUBCLUSTERS
 
 
 def compressed_descriptor(entry: int, cluster_bits: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from functools import cached_property
-from types import TracebackType
 
 from ..errors import FormatError, NotQcow2
 from ..limits import DEFAULT_LIMITS, KiB, Limits
@@ -20,12 +19,12 @@ from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensi
 from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_feature_names, parse_header
 from .rules import BITMAPS, DISK, SNAPSHOTS, Problem, header_problems
 from .snapshot_table import SnapshotEntry, read_snapshot_table
-from .source import PathOrSource, Source, as_source, source_name
+from .source import Closing, PathOrSource, Source, as_source, source_name
 
 _FIRST_READ = 4 * KiB  # header, extensions and name of nearly every image
 
 
-class Image:
+class Image(Closing):
     """One QCOW version 1, 2 or 3 file as it is on disk.
 
     Raises :class:`NotQcow2` when the magic is missing; nothing else about the content raises here.
@@ -232,14 +231,6 @@ class Image:
             close = getattr(self.source, "close", None)
             if close is not None:
                 close()
-
-    def __enter__(self) -> Image:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Image {printable(self.name)} version {self.header.version}>"

@@ -11,15 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
-from ..limits import GiB, MiB
+from ..limits import ACPI_BYTES, PCI_WINDOWS, SRAT_CANDIDATES, SRAT_RANGES, GiB
 from .records import Block
 
 _TABLES: Final = "/rom@etc/acpi/tables"
-_TABLE_BYTES = 16 * MiB  # the tables looked at; QEMU's are 128 KiB
-_CANDIDATES = 8  # places that read "SRAT" and are tried
-_WINDOWS = 64  # PCI windows looked at; QEMU writes one for each host bridge
 _QWORD_MEMORY = re.compile(rb"\x8a\x2b\x00\x00", re.DOTALL)  # QWord address space descriptor, 43 bytes, of memory
-_RANGES = 512  # ranges believed; QEMU allows 128 nodes, some in two parts
 
 
 class Affinity(NamedTuple):
@@ -36,7 +32,7 @@ class Affinity(NamedTuple):
 def read_tables(blocks: Sequence[Block], read_block: Callable[[str, int, int], bytes]) -> bytes:
     """Return the block in which QEMU keeps the tables, b"" when there is none."""
     block = next((block for block in blocks if block.name == _TABLES), None)
-    return read_block(_TABLES, 0, min(block.size, _TABLE_BYTES)) if block is not None else b""
+    return read_block(_TABLES, 0, min(block.size, ACPI_BYTES)) if block is not None else b""
 
 
 def pci_windows(data: bytes) -> tuple[tuple[int, int], ...]:
@@ -45,7 +41,7 @@ def pci_windows(data: bytes) -> tuple[tuple[int, int], ...]:
     They are QWord address space descriptors (ACPI specification, 6.4.3.5.1) whose minimum, maximum and length agree.
     """
     found = set()
-    for match in islice(_QWORD_MEMORY.finditer(data), _WINDOWS):
+    for match in islice(_QWORD_MEMORY.finditer(data), PCI_WINDOWS):
         _, low, high, offset, length = struct.unpack_from(
             "<5Q", data.ljust(match.start() + 46, b"\0"), match.start() + 6
         )
@@ -56,9 +52,9 @@ def pci_windows(data: bytes) -> tuple[tuple[int, int], ...]:
 
 def memory_affinities(data: bytes) -> tuple[Affinity, ...]:
     """Return the enabled memory ranges in the order of the table, () when there is no sound one."""
-    for found in islice(re.finditer(b"SRAT", data), _CANDIDATES):
-        ranges = tuple(islice(_ranges(data, found.start()), _RANGES + 1))
-        if 0 < len(ranges) <= _RANGES:
+    for found in islice(re.finditer(b"SRAT", data), SRAT_CANDIDATES):
+        ranges = tuple(islice(_ranges(data, found.start()), SRAT_RANGES + 1))
+        if 0 < len(ranges) <= SRAT_RANGES:
             return ranges
     return ()
 

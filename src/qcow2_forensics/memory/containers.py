@@ -26,18 +26,22 @@ from typing import IO, BinaryIO, Final, cast
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, source_name
-from ..limits import DEFAULT_LIMITS, GiB, Limits, MiB
+from ..limits import (
+    DEFAULT_LIMITS,
+    LIBVIRT_DESCRIPTION_BYTES,
+    UNPACKED_BYTES,
+    UNPACKED_TIMES,
+    XZ_DECODER_BYTES,
+    Limits,
+    MiB,
+)
 from ..reader.stream import SourceStream
-from .libvirt_domain import MOST_BYTES
 from .sections import MAGIC
 
 _LIBVIRT: Final = b"LibvirtQemudSave"
 _LIBVIRT_UNFINISHED: Final = b"LibvirtQemudPart"
 _LIBVIRT_HEADER = struct.Struct("16sIIIII14I")  # magic, version, XML length, was running, format, cookie, unused
 _PIECE = 4 * MiB
-_XZ_MEMORY = 160 * MiB  # of the decoder: the largest preset takes 65, a dictionary of 128 MiB fits
-_UNPACKED = GiB  # bytes that any file may decompress to, and
-_UNPACKED_TIMES = 100  # for each byte it has
 
 Unpacker = tuple[IO[bytes], type[Exception]]  # the decompressed file, and what it raises for damage
 Opener = Callable[[BinaryIO], Unpacker]
@@ -107,7 +111,7 @@ def _libvirt(source: Source, head: bytes, cache_dir: str | os.PathLike[str] | No
     start = _LIBVIRT_HEADER.size + length
     if start >= source.size:
         raise FormatError("libvirt save file ends before its memory", offset=source.size, field="vm_state")
-    domain = source.read(_LIBVIRT_HEADER.size, min(length, MOST_BYTES))
+    domain = source.read(_LIBVIRT_HEADER.size, min(length, LIBVIRT_DESCRIPTION_BYTES))
     window = StreamWindow(source, start, source.size - start, domain)
     if window.read(0, len(MAGIC)) == MAGIC:
         return window
@@ -133,7 +137,7 @@ class _XzReader(io.RawIOBase):
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._decoder = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        self._decoder = lzma.LZMADecompressor(memlimit=XZ_DECODER_BYTES)
         self._ended = False
 
     def read(self, size: int = -1, /) -> bytes:
@@ -142,7 +146,7 @@ class _XzReader(io.RawIOBase):
                 rest = self._decoder.unused_data.lstrip(b"\0") or self._stream.read(_PIECE).lstrip(b"\0")
                 if not rest:
                     return b""
-                self._decoder = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+                self._decoder = lzma.LZMADecompressor(memlimit=XZ_DECODER_BYTES)
             else:
                 rest = self._stream.read(_PIECE // 4) if self._decoder.needs_input else b""
                 if not rest and self._decoder.needs_input:
@@ -201,7 +205,7 @@ def _fingerprint(window: StreamWindow) -> str:
 
 def _decompress(window: StreamWindow, opener: Opener, target: IO[bytes], limits: Limits) -> None:
     written = 0
-    most = min(limits.decompressed_stream_bytes, _UNPACKED + _UNPACKED_TIMES * window.stored_size)
+    most = min(limits.decompressed_stream_bytes, UNPACKED_BYTES + UNPACKED_TIMES * window.stored_size)
     packed, damage = opener(cast("BinaryIO", SourceStream(window)))
     try:
         with packed:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from ..errors import FormatError, LimitExceeded
 from ..format.source import Source
-from ..limits import Limits, MiB
+from ..limits import (
+    STREAM_BYTES_PER_ENCODED,
+    STREAM_BYTES_PER_RECORD,
+    STREAM_READ_SPARE,
+    STREAM_RECORDS_SPARE,
+    Limits,
+    MiB,
+)
 
 WINDOW = 4 * MiB  # bytes read at once: large enough to hide the cost of a read, small enough to forget
-_READ = 16 * MiB  # bytes of any stream that may be read, and ``stream_repeats`` more for each one stored
-_RECORDS = 1 << 16  # runs, and sections and what else holds no pages, of any stream
-_STORED_PER_ENCODED = 12  # bytes that the smallest encoded page takes
-_STORED_PER_RECORD = 512  # bytes for one more of each; a page has 4096
 
 
 class Truncated(FormatError):
@@ -43,11 +46,11 @@ class Cursor:
         self.base = 0
         self.index = 0
         stored = int(getattr(source, "stored_size", source.size))
-        self._most_steps = self._steps_left = _RECORDS + stored // _STORED_PER_RECORD
+        self._most_steps = self._steps_left = STREAM_RECORDS_SPARE + stored // STREAM_BYTES_PER_RECORD
         self.most_runs = min(limits.ram_runs, self._most_steps)
-        self.most_decoded = _RECORDS + stored // _STORED_PER_ENCODED
+        self.most_decoded = STREAM_RECORDS_SPARE + stored // STREAM_BYTES_PER_ENCODED
         self._repeats = limits.stream_repeats
-        self._bytes_left = _READ + limits.stream_repeats * stored
+        self._bytes_left = STREAM_READ_SPARE + limits.stream_repeats * stored
 
     @property
     def position(self) -> int:

@@ -14,14 +14,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..format.source import Source
-from ..limits import Limits
+from ..limits import ARM_REGISTERS, DESCRIPTION_BYTES_PER_STRUCTURE, DESCRIPTION_CANDIDATES, DESCRIPTION_DEPTH, Limits
 from .records import Cpu, Device
 from .sections import FOOTER, FULL
 
 _DESCRIPTION = re.compile(rb'\x7e....\x00\x06(....)\{"', re.DOTALL)
-_CANDIDATES = 64  # texts that look like the description and are tried, from the end: it follows all that a guest writes
-_TEXT_PER_STRUCTURE = 32  # bytes of the description for each object or list in it; QEMU writes 48
-_DEPTH = 64  # nested structures in the description; QEMU's own stay under 10
 
 _X86_WORDS = (
     *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
@@ -64,8 +61,6 @@ _ARM_SYSTEM = {
     (3, 0, 13, 0, 4): "tpidr_el1",
     (3, 3, 13, 0, 2): "tpidr_el0",
 }
-
-_ARM_KEYS = 4096  # system registers of one processor; some 300 are seen
 
 
 class Field(NamedTuple):
@@ -126,7 +121,7 @@ class DeviceStates:
         """Return the described devices, empty when there is no readable description; a note says why."""
         too_long = 0
         count = 0
-        candidates: deque[re.Match[bytes]] = deque(maxlen=_CANDIDATES)
+        candidates: deque[re.Match[bytes]] = deque(maxlen=DESCRIPTION_CANDIDATES)
         for match in _DESCRIPTION.finditer(self.data):
             candidates.append(match)
             count += 1
@@ -139,7 +134,7 @@ class DeviceStates:
             if length == len(text) and text[-1:] != b"}":
                 continue
             structures = text.count(b"{") + text.count(b"[")
-            if length > len(text) or structures > limits.device_description_bytes // _TEXT_PER_STRUCTURE:
+            if length > len(text) or structures > limits.device_description_bytes // DESCRIPTION_BYTES_PER_STRUCTURE:
                 too_long = length
                 continue
             try:
@@ -150,9 +145,9 @@ class DeviceStates:
                 continue
         if too_long:
             self.notes.append(f"the description of the devices, {too_long} bytes, is over the limit and was not read")
-        elif count > _CANDIDATES:
+        elif count > DESCRIPTION_CANDIDATES:
             self.notes.append(
-                f"{count} texts look like the description of the devices; the last {_CANDIDATES} are not, "
+                f"{count} texts look like the description of the devices; the last {DESCRIPTION_CANDIDATES} are not, "
                 "and the search was given up: no devices and no registers"
             )
         return []
@@ -186,7 +181,7 @@ def _length(description: Mapping[str, Any]) -> int:
 def _end(description: Mapping[str, Any], offset: int, depth: int) -> int:
     for item in description.get("fields", ()):
         offset += _count(item["size"]) * _count(item.get("array_len", 1))
-    if depth > _DEPTH:
+    if depth > DESCRIPTION_DEPTH:
         raise ValueError("nested too deep")
     for part in description.get("subsections", ()):
         offset = _end(part, offset + 2 + len(str(part["vmsd_name"]).encode()) + 4, depth + 1)
@@ -250,7 +245,7 @@ def _aarch64(fields: Mapping[str, Field], body: bytes) -> dict[str, int]:
             registers.update({f"{level}{n}": _value(item, body, n) for n in range(min(item.elements, 4))})
     keys, values = fields.get("cpreg_vmstate_indexes"), fields.get("cpreg_vmstate_values")
     if keys and values:
-        for number in range(min(keys.elements, values.elements, _ARM_KEYS)):
+        for number in range(min(keys.elements, values.elements, ARM_REGISTERS)):
             if system := _arm_name(_value(keys, body, number)):
                 registers[system] = _value(values, body, number)
     return registers

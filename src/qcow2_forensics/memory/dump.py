@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
 
 from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
-from ..limits import GiB, MiB
+from ..limits import PADDED_DUMP_BYTES, PADDED_DUMP_TIMES, MiB
 from ..reader.writer import Writer
 from ..text import quoted
 from . import address_ranges
 from .guest_memory import GuestMemory
 
-Format = Literal["raw", "lime", "elf", "stream"]
-
 _LIME_HEADER = struct.Struct("<IIQQ8x")
 _LIME_MAGIC = 0x4C694D45
 _PIECE = 4 * MiB
-_PADDED = 4 * 1024 * GiB  # bytes of a raw file, whatever it holds: RAM at 1 TiB fits
-_PADDED_TIMES = 1024  # and for each byte of memory
 
 
 def pieces(memory: GuestMemory) -> Iterator[tuple[int, int, bool]]:
@@ -48,7 +43,7 @@ def write_raw(memory: GuestMemory, writer: Writer) -> None:
     Raises :class:`LimitExceeded` where that is mostly addresses without memory.
     """
     need_regions(memory)
-    most = _PADDED + _PADDED_TIMES * sum(length for _, length in memory.valid_ranges())
+    most = PADDED_DUMP_BYTES + PADDED_DUMP_TIMES * sum(length for _, length in memory.valid_ranges())
     if memory.size > most:
         raise LimitExceeded("raw_memory_bytes", memory.size, most)
     for address, length, filled in pieces(memory):

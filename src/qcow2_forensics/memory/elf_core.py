@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ..errors import Unsupported
-from ..limits import MiB
+from ..limits import VMCOREINFO_BYTES, MiB
 from ..reader.writer import Writer
 from .dump import need_regions, write_ranges
 from .guest_memory import GuestMemory
@@ -44,7 +44,6 @@ _QEMU_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "ldt", "tr", "gdt", "idt")
 _QEMU_SIZE = 440
 
 _VMCOREINFO = b"VMCOREINFO\0"
-_LONGEST_NOTE = 1 * MiB
 
 
 def write_elf(memory: GuestMemory, writer: Writer) -> None:
@@ -90,7 +89,7 @@ def _note_at(memory: GuestMemory, address: int) -> bytes:
         return b""
     name, content, _ = _NOTE.unpack(memory.read(address, _NOTE.size))
     size = _NOTE.size + _aligned(name) + _aligned(content)
-    if name != len(_VMCOREINFO) or not 0 < content <= _LONGEST_NOTE or not memory.is_valid(address, size):
+    if name != len(_VMCOREINFO) or not 0 < content <= VMCOREINFO_BYTES or not memory.is_valid(address, size):
         return b""
     note = memory.read(address, size)
     return note if note[_NOTE.size + _aligned(name) :].startswith(b"OSRELEASE=") else b""

@@ -6,10 +6,9 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import TracebackType
 
 from ..errors import ReadError
-from ..format.source import Source
+from ..format.source import Closing, Source
 from ..limits import DEFAULT_LIMITS, Limits, MiB
 from ..text import cut, quoted
 from . import address_ranges, tpm
@@ -23,7 +22,7 @@ from .stream_analysis import Analysis, analyse
 _CACHED_PAGES = 8192  # for the scattered small reads of page-table walks: 32 MiB at most
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """Guest-physical memory of any :class:`Source` that holds a QEMU migration stream (``QEVM``).
 
     The stream is indexed once when the object is made; it is read again only where asked for, and
@@ -90,14 +89,6 @@ class GuestMemory:
         """Close what was opened for this object; a source that was handed in stays open."""
         while self._undo:
             self._undo.pop()()
-
-    def __enter__(self) -> GuestMemory:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def maximum_address(self) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
+from ..limits import SWAPPED_NODES
 from ..text import quoted
 from . import modules, system_ram
 from .acpi_tables import Affinity, memory_affinities, pci_windows, read_tables
@@ -28,7 +29,6 @@ from .system_ram import Facts, Order
 
 __all__ = ["Facts", "place"]
 
-_MOST_SWAPPED = 16  # NUMA nodes of one size whose order the page tables decide; each pair is tried
 _LEFT_OUT = 64 << 20  # of RAM at the top of the part below 4 GiB, that the firmware keeps to itself
 
 
@@ -217,7 +217,7 @@ class _Machine:
 
     def _choose_order(self, spans: Sequence[tuple[int, int]]) -> None:
         """Swap blocks of one size while the page tables fit better for it."""
-        if not self._order.unsure or len(self._blocks) > _MOST_SWAPPED:
+        if not self._order.unsure or len(self._blocks) > SWAPPED_NODES:
             return
         best = self._evidence(spans)
         if best is None:

@@ -14,7 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from ..limits import MiB
+from ..limits import PAGE_TABLES, MiB
+from ..text import listed
 from . import page_tables
 from .page_tables import DirectMap, Root, UInt64s, Walk
 from .placement import Placement, span
@@ -142,9 +143,8 @@ def _why_not(examiner: Examiner) -> str:
 def _account(evidence: Evidence) -> list[str]:
     walk = evidence.walk
     starts = sorted({(root.register, root.address) for root in evidence.starts})
-    named = ", ".join(f"{register} {address:#x}" for register, address in starts[:4])
-    named += f" and {len(starts) - 4} more" if len(starts) > 4 else ""
-    limit = "" if walk.complete else f"; only the first {page_tables.MOST_TABLES} tables were looked at"
+    named = listed([f"{register} {address:#x}" for register, address in starts], 4)
+    limit = "" if walk.complete else f"; only the first {PAGE_TABLES} tables were looked at"
     found = f"{len(walk.sound)} page tables from {named}: "
     if evidence.bad:
         found += f"{len(walk.broken)} more cannot be page tables, {len(walk.lost)} lie where no RAM is placed"
@@ -187,8 +187,7 @@ def _any_in(addresses: UInt64s, region: Region) -> bool:
 
 
 def _spans(ranges: Sequence[tuple[int, int]]) -> str:
-    named = ", ".join(span(*item) for item in ranges[:_LISTED])
-    return named + (f" and {len(ranges) - _LISTED} more" if len(ranges) > _LISTED else "")
+    return listed([span(*item) for item in ranges], _LISTED)
 
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

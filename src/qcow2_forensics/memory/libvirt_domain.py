@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import islice
-from typing import Final
 
+from ..limits import LIBVIRT_DESCRIPTION_BYTES, LIBVIRT_MEMORY_ELEMENTS
 from .records import Block
 
-MOST_BYTES: Final = 1 << 20  # of a description; libvirt's have some kilobytes
-_MODULES = 4096  # <memory> elements looked at; QEMU allows 256 slots
 _MEMORY = re.compile(rb"<memory model=['\"](?:dimm|nvdimm)['\"](?:(?!</memory>).)*</memory>", re.DOTALL)
 _ALIAS = re.compile(rb"<alias name=['\"]([A-Za-z0-9_-]{1,64})['\"]")
 _BASE = re.compile(rb"<address type=['\"]dimm['\"][^>]*\bbase=['\"](0x[0-9a-fA-F]{1,16})['\"]")
@@ -31,7 +29,7 @@ def module_addresses(domain: bytes, blocks: Sequence[Block]) -> dict[str, int]:
     found: dict[str, int] = {}
     nameless: list[tuple[int, int]] = []
     names = {block.name.rpartition("/")[2]: block for block in blocks}
-    for element in islice(_MEMORY.finditer(domain[:MOST_BYTES]), _MODULES):
+    for element in islice(_MEMORY.finditer(domain[:LIBVIRT_DESCRIPTION_BYTES]), LIBVIRT_MEMORY_ELEMENTS):
         base = _BASE.search(element[0])
         if base is None:
             continue

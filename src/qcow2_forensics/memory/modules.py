@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Final
 
-from ..limits import GiB, KiB, MiB
+from ..limits import MODULE_DEVICES, MODULE_LAYOUTS, MODULE_SECTION_BYTES, MODULES, GiB, KiB, MiB
 from ..text import cut, quoted
 from .acpi_tables import Affinity
 from .placement import FOUR_GIB, Placement, natural, span
@@ -19,12 +19,8 @@ from .system_ram import Facts, version
 
 _ALIGN = 2 * MiB  # what QEMU aligns a module to
 _SMALLEST_UNIT = 64 * KiB  # of virtio-mem: a page of the host at least
-_SEARCHED = 1 << 16  # bytes of a device section looked at; the address is near its start
-_DEVICES = 256  # virtio-mem sections looked at; a machine has a few
 _SILENT_MODULES = (2, 10)  # the last machine types that may plug modules without an SRAT
 _ENDLESS: Final = 1 << 50
-_SLOTS = 256  # modules that a machine can have
-_WAYS = 64  # ways to lay modules into ranges that are tried
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -73,12 +69,12 @@ def place_modules(waiting: Sequence[Block], windows: Ranges, shown: Ranges, whol
 
     ``shown`` are ranges of the windows in which the guest's page tables have RAM; ``whole`` says that they show all of it.
     """
-    if len(waiting) > _SLOTS:
-        made.assume(f"{len(waiting) - _SLOTS} blocks are not placed: no machine has more than {_SLOTS} modules")
-        waiting = waiting[:_SLOTS]
+    if len(waiting) > MODULES:
+        made.assume(f"{len(waiting) - MODULES} blocks are not placed: no machine has more than {MODULES} modules")
+        waiting = waiting[:MODULES]
     modules = sorted(waiting, key=natural) if len({block.size for block in waiting}) > 1 else list(waiting)
     if whole and modules and sum(block.size for block in modules) == sum(length for _, length in shown):
-        ways = list(islice(_ways(modules, list(shown)), _WAYS))
+        ways = list(islice(_ways(modules, list(shown)), MODULE_LAYOUTS))
         if ways:
             for region in ways[0]:
                 made.put(region, "the guest's page tables have RAM here, and nothing else fits")
@@ -151,12 +147,12 @@ def _virtio_mem(facts: Facts, made: Placement) -> None:
     by_path: dict[str, Block] = {}
     for block in facts.blocks:
         by_path.setdefault(block.name.rpartition("/")[0], block)
-    for name, body in islice(facts.bodies, _DEVICES):
+    for name, body in islice(facts.bodies, MODULE_DEVICES):
         path = name.rpartition("/")[0]
         block_found = by_path.get(path) if path else None
         if block_found is None or not _waits(block_found, made):
             continue
-        address = _before_size(body[:_SEARCHED], block_found.size)
+        address = _before_size(body[:MODULE_SECTION_BYTES], block_found.size)
         if address is not None:
             made.put(Region(address, block_found.size, block_found.name, 0), "its virtio-mem device states the address")
 

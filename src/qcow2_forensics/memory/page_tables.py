@@ -8,7 +8,7 @@ of entries; an entry leads to a table of the next level, or maps a range of virt
 
 Nothing here decides anything. The walk reports which tables look as the architecture defines them, which
 do not, and which lie where there is no memory; :mod:`.layout_check` draws the conclusions. The work is
-bounded: each table is visited once, and at most ``MOST_TABLES`` of them.
+bounded: each table is visited once, and at most ``limits.PAGE_TABLES`` of them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..limits import PAGE_TABLES
 from .records import Cpu
 
-MOST_TABLES: Final = 8192  # of one check, 32 MiB; a guest of 1 TiB that maps its RAM in 2 MiB pages has 1024
 _HIGHEST: Final = 1 << 46  # physical addresses above this are taken for damage: QEMU's default is 40 bits
 
 UInt64s = npt.NDArray[np.uint64]
@@ -163,7 +163,7 @@ class _Walker:
         for number, address in enumerate(tables.tolist()):
             if (address, shift) in self._seen:
                 continue
-            if len(self._seen) >= MOST_TABLES:
+            if len(self._seen) >= PAGE_TABLES:
                 self._complete = False
                 break
             self._seen.add((address, shift))

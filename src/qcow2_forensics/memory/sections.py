@@ -19,7 +19,7 @@ from typing import Final
 
 from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
-from ..limits import Limits
+from ..limits import EARLY_DEVICE_BYTES, EARLY_DEVICES, STREAM_NOTES, Limits
 from ..text import quoted
 from .cursor import Cursor, Truncated, broken
 from .pages import RamRecords
@@ -30,9 +30,6 @@ END, START, PART, LAST, FULL = 0x00, 0x01, 0x02, 0x03, 0x04
 SUBSECTION, DESCRIPTION, CONFIGURATION, COMMAND, FOOTER = 0x05, 0x06, 0x07, 0x08, 0x7E
 
 _SKIP = 1 << 16  # bytes searched at once for the end of a section nobody describes
-_EARLY_BYTES = 1 << 16  # kept of a device written before RAM; what is wanted stands at its beginning
-_EARLY_DEVICES = 64  # of those that are kept; a machine has a few virtio-mem devices
-_NOTES = 64  # sections that are told of
 _BLOCK_MIGRATION_BYTES = 1 << 20  # disk bytes in one record of the "block" section
 
 
@@ -190,8 +187,8 @@ class _Walker:
         """Keep a device that had to be known before RAM."""
         begin = self.cursor.position
         self._skip_to_footer(number, name)
-        if len(self.stream.early) < _EARLY_DEVICES:
-            length = min(self.cursor.position - 5 - begin, _EARLY_BYTES)
+        if len(self.stream.early) < EARLY_DEVICES:
+            length = min(self.cursor.position - 5 - begin, EARLY_DEVICE_BYTES)
             self.stream.early.append((name, self.cursor.read(begin, length)))
 
     def _skip_to_footer(self, number: int, name: str) -> None:
@@ -208,7 +205,7 @@ class _Walker:
                 cursor.step()
                 after = data[found + 5 : found + 6] or cursor.read(at + found + 5, 1)
                 if after and after[0] in (END, START, PART, LAST, FULL, COMMAND):
-                    if len(self.stream.notes) < _NOTES:
+                    if len(self.stream.notes) < STREAM_NOTES:
                         self.stream.notes.append(f"section {quoted(name)} was passed by its footer")
                     cursor.jump(at + found + 5)
                     return

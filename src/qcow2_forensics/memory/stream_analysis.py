@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..errors import Unsupported
 from ..format.source import Source
 from ..limits import Limits
-from ..text import cut, quoted
+from ..text import cut, listed, quoted
 from . import layout
 from .block_reader import read_pages
 from .devices import DeviceStates
@@ -41,11 +41,10 @@ def _need_bases(blocks: tuple[Block, ...], runs: tuple[RunIndex, ...], page_size
     for block, index in zip(blocks, runs, strict=True):
         lost = sorted(page for page, history in index.deltas.items() if history[0] == MISSING)
         if lost:
-            named = ", ".join(f"{page * page_size:#x}" for page in lost[:8])
-            more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+            named = listed([f"{page * page_size:#x}" for page in lost], 8)
             raise Unsupported(
                 f"pages sent as differences (xbzrle) to what another stream holds: block {quoted(block.name)}, "
-                f"offsets {named}{more}"
+                f"offsets {named}"
             )
 
 

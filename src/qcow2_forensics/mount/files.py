@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import Qcow2Error
+from ..limits import MOUNT_TABLES_COUNTED
 from ..reader.disk import Disk
 from ..reader.runs import Kind
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from ..memory import GuestMemory
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
-_COUNTED_TABLES = 256  # L2 tables walked for one look at a size; each takes a millisecond or two
 _NAME_LENGTH = 80  # of each part; with what is added it stays far below the 255 bytes of a file name
 
 
@@ -46,7 +46,7 @@ class DiskContent:
     @cached_property
     def stored_bytes(self) -> int:
         """What ``du`` shows: counted on disks of moderate size, else at most what the image's files store."""
-        if self.size > _COUNTED_TABLES * self._disk.image.header.l2_span:
+        if self.size > MOUNT_TABLES_COUNTED * self._disk.image.header.l2_span:
             return min(self.size, self._disk.stored_size)
         try:
             return sum(end - start for start, end in self.data_ranges(0))

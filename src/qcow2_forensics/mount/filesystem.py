@@ -15,6 +15,7 @@ from ctypes.util import find_library
 from typing import Any
 
 from ..errors import Qcow2Error
+from ..limits import MOUNT_MESSAGES
 from .files import File, seek_data, seek_hole
 
 Folder = Mapping[str, File]
@@ -22,7 +23,6 @@ Folder = Mapping[str, File]
 _DEVICE = "/dev/fuse"
 _BLOCK = 512  # the unit of st_blocks
 _ENDED = 7  # what libfuse returns when its loop ended otherwise than by unmounting: by a signal
-_SENTENCES_KEPT = 1000  # about unreadable ranges; a damaged image can fail a million reads
 
 
 class Unmountable(Qcow2Error):
@@ -129,7 +129,7 @@ class StateFiles:
 
     def _failed(self, file: File, error: Exception) -> OSError:
         sentence = f"{file.name}: {error}"
-        if sentence not in self._sentences and len(self._sentences) < _SENTENCES_KEPT:
+        if sentence not in self._sentences and len(self._sentences) < MOUNT_MESSAGES:
             self._sentences.add(sentence)
             self._say(sentence)
         return OSError(errno.EIO, os.strerror(errno.EIO))

@@ -16,6 +16,7 @@ from ..errors import NotQcow2, Qcow2Error
 from ..findings import Report, __version__
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
+from ..format.source import Closing
 from ..reader.disk import Disk
 from ..reader.states import SnapshotName
 from ..reader.vm_state import VmState
@@ -71,7 +72,7 @@ class Openers:
     recovered: Callable[[], list[RecoveredState]] | None = None  # looks for states that no table leads to
 
 
-class ImageFolder:
+class ImageFolder(Closing):
     """The files of one image. A context manager: closing it closes every state."""
 
     def __init__(self, path: str, openers: Openers) -> None:
@@ -154,12 +155,6 @@ class ImageFolder:
     def close(self) -> None:
         """Close every state."""
         self._undo.close()
-
-    def __enter__(self) -> ImageFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _memory(disk: Disk) -> Content:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..errors import FormatError, LimitExceeded
 from ..format.bitmap_directory import DIRTY_TRACKING_BITMAP, BitmapEntry
-from ..format.entries import BITMAP_ALL_ONES, BITMAP_TABLE_RESERVED, OFFSET_MASK
+from ..format.entries import has_reserved_bitmap_bits, named_offset
 from ..format.image import Image
 from ..text import cut
 
@@ -118,8 +118,7 @@ def _clusters(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]:
     for first in range(0, bitmap.table_size, _PAGE):
         count = min(_PAGE, bitmap.table_size - first)
         for index, entry in enumerate(image.table(bitmap.table_offset + first * 8, count, what), first):
-            offset = entry & OFFSET_MASK
-            reserved = entry & BITMAP_TABLE_RESERVED or (offset and entry & BITMAP_ALL_ONES)
+            offset, reserved = named_offset(entry), has_reserved_bitmap_bits(entry)
             if reserved or offset % cluster_size:
                 why = "has reserved bits set" if reserved else f"names the unaligned cluster {offset:#x}"
                 raise FormatError(f"{what} {why}", offset=bitmap.table_offset + index * 8)

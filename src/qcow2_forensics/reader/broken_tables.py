@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from ..errors import FormatError
+from ..limits import BROKEN_TABLES_KEPT
 from .cache import Fifo
 from .runs import L1_PAGE, Run
-
-_REMEMBERED = 1 << 17  # tables: as many as fit in a file of 64 MiB
 
 
 class Tables(Protocol):
@@ -39,7 +38,7 @@ class BrokenTables:
     """Which L2 tables of one mapping have no sound entry, by their host offset."""
 
     def __init__(self) -> None:
-        self._known: Fifo[int, bool] = Fifo(_REMEMBERED)
+        self._known: Fifo[int, bool] = Fifo(BROKEN_TABLES_KEPT)
 
     def until(self, tables: Tables, offset: int, end: int) -> int:
         """Return how far from ``offset``, and at most to ``end``, nothing can be mapped; ``offset`` where it can."""

@@ -21,8 +21,8 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-_LINKS = 40  # symbolic links followed for one path, as in Linux
-_PATH_BYTES = 4096  # with its terminating zero: what Linux takes for one path
+from ..limits import PATH_BYTES, SYMBOLIC_LINKS
+
 _FILE_FLAGS = (
     os.O_RDONLY
     | getattr(os, "O_CLOEXEC", 0)
@@ -73,7 +73,7 @@ def open_below(folders: Sequence[Folder], path: str) -> tuple[int, str]:
     Raises :class:`LeavesFolders`, :class:`NotRegular`, and OSError, of which FileNotFoundError and
     NotADirectoryError say that there is no such file.
     """
-    if len(os.fsencode(path)) >= _PATH_BYTES + max((len(os.fsencode(item.real)) for item in folders), default=0):
+    if len(os.fsencode(path)) >= PATH_BYTES + max((len(os.fsencode(item.real)) for item in folders), default=0):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     if not HAS_DESCRIPTOR_PATHS:
         return _open_by_name(folders, path)
@@ -163,7 +163,7 @@ class _Walk:
 
     def _follow(self, name: str) -> list[str]:
         self._links += 1
-        if self._links > _LINKS:
+        if self._links > SYMBOLIC_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         target = os.readlink(name, dir_fd=self._open[-1])
         return self._from_the_top(target) if os.path.isabs(target) else _components(target)[::-1]

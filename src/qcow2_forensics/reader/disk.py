@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import FormatError, Locked, Qcow2Error
@@ -19,7 +18,7 @@ from ..format.header import SECTOR, Crypt
 from ..format.image import Image
 from ..format.rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import FileSource, Source, source_name
+from ..format.source import Closing, FileSource, Source, source_name
 from ..text import cut, printable
 from .clusters import Clusters
 from .layers import Extent, Layer, RawDisk
@@ -39,7 +38,7 @@ EofPolicy = Literal["strict", "zeros"]
 _HAS_PREAD = hasattr(os, "pread")
 
 
-class Disk:
+class Disk(Closing):
     """The active state of an image, or one of its snapshots, as a positional source.
 
     ``backing`` supplies what this image does not hold; without one that reads as zeros, unless
@@ -466,14 +465,6 @@ class Disk:
         close = getattr(self._data, "close", None)
         if close is not None:
             close()
-
-    def __enter__(self) -> Disk:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = f"snapshot {printable(self.snapshot.id)}" if self.snapshot is not None else "active state"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import Qcow2Error
-from ..format.entries import REFTABLE_OFFSET_MASK
+from ..format.entries import refcount_block_offset
 from ..format.image import Image
 from ..format.source import Source
 
@@ -95,7 +95,7 @@ def _used_clusters(image: Image) -> Iterator[int]:
     per_block = header.cluster_size * 8 // header.refcount_bits
     slots = min(-(-left // per_block), header.refcount_table_clusters * header.cluster_size // 8)
     for entry in image.table(header.refcount_table_offset, slots, "refcount table"):
-        offset = entry & REFTABLE_OFFSET_MASK
+        offset = refcount_block_offset(entry)
         count = min(left, per_block)
         left -= count
         if offset:

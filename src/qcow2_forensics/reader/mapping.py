@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from ..errors import FormatError
-from ..format.entries import COPIED, OFFSET_MASK, parse_entries
+from ..format.entries import COPIED, OFFSET_MASK, named_offset, parse_entries
 from ..format.image import Image
 from ..limits import Budget, KiB
 from .broken_tables import BrokenTables
@@ -184,7 +184,7 @@ class Mapping:
 
     def table_of(self, l1_entry: int) -> int:
         """Return the host offset of the L2 table that an L1 entry names, 0 for none; not checked."""
-        return l1_entry if self.version == 1 else l1_entry & OFFSET_MASK
+        return l1_entry if self.version == 1 else named_offset(l1_entry)
 
     def is_lost(self, table: int) -> bool:
         """Whether no L2 table can be read at this host offset, whatever it holds."""
@@ -216,7 +216,6 @@ class Mapping:
         ``offset`` itself when its own L2 table differs. Both must map the same file: what they
         share is then equal byte for byte, whether it can be read or not. Costs L1 pages only.
         """
-        mask = 2**64 - 1 if self.version == 1 else OFFSET_MASK
         span = self.slice_span * self._slices_per_table
         index = offset // span
         while index < max(self.l1_size, other.l1_size):
@@ -228,7 +227,7 @@ class Mapping:
                 for at in range(first, max(len(mine), len(theirs))):
                     one = mine[at] if at < len(mine) else 0
                     two = theirs[at] if at < len(theirs) else 0
-                    if (one ^ two) & mask:
+                    if one != two and self.table_of(one) != self.table_of(two):
                         return max(offset, (index - first + at) * span)
             index += L1_PAGE - first
         return 2**64

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..errors import Locked, Qcow2Error
+from ..limits import KEY_FILE_BYTES
 from ..text import cut
 
 Secret = str | bytes
@@ -17,8 +18,6 @@ Passphrase = Secret | Sequence[Secret] | Callable[[str], "Secret | Sequence[Secr
 
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable, not a secret
 KEY_FILE_VARIABLE = "QCOW2_PASSPHRASE_FILE"  # one file, or several separated as in PATH
-
-_FILE_BYTES = 1 << 20  # key files are a few KiB; a device would never end
 
 
 def secrets(given: Passphrase, member: str) -> Iterator[bytes]:
@@ -39,8 +38,8 @@ def from_file(path: str | os.PathLike[str]) -> list[bytes]:
     The second is what QEMU takes from a file. Raises OSError, and :class:`Qcow2Error` for a file that is too long.
     """
     with open(path, "rb") as file:
-        content = file.read(_FILE_BYTES + 1)
-    if len(content) > _FILE_BYTES:
+        content = file.read(KEY_FILE_BYTES + 1)
+    if len(content) > KEY_FILE_BYTES:
         raise Qcow2Error(f"{cut(os.fspath(path))} is too long for a passphrase")
     line = content.removesuffix(b"\n")
     if line != content:

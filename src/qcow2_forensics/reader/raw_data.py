@@ -10,11 +10,11 @@ from itertools import islice
 from ..errors import Qcow2Error
 from ..format.image import Image
 from ..format.source import FileSource
-from ..text import cut
+from ..limits import FOLDER_ENTRIES_SEARCHED
+from ..text import cut, listed
 from .chain import close_source
 
 _HEADER = 104  # bytes of the shortest header that can have a data file
-_ENTRIES = 4096  # of the folder looked at
 _NAMED = 4  # images that the sentence lists
 
 
@@ -40,19 +40,18 @@ def to_open_instead(path: str) -> str:
     found = images_of(path)
     if not found:
         return ""
-    names = ", ".join(cut(os.path.basename(name)) for name, _ in found[:_NAMED])
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    names = listed([cut(os.path.basename(name)) for name, _ in found], _NAMED)
     if all(raw for _, raw in found):
         what = "it is the raw data file of {}, and as such declared to be the disk itself: open {} to see what the image says"
     else:
         what = "it is the data file of {}, which says where in it the disk's bytes are: open {}"
-    return what.format(f"{names}{more}", "that image" if len(found) == 1 else "one of them")
+    return what.format(names, "that image" if len(found) == 1 else "one of them")
 
 
 def _images(folder: str) -> Iterator[Image]:
     """Yield the images in a folder that have an external data file, each open while it is looked at."""
     with os.scandir(folder) as entries:
-        for entry in islice(entries, _ENTRIES):
+        for entry in islice(entries, FOLDER_ENTRIES_SEARCHED):
             try:
                 if not entry.is_file(follow_symlinks=False) or entry.stat(follow_symlinks=False).st_size < _HEADER:
                     continue

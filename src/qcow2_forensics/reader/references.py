@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from ..errors import ForbiddenReference
 from ..format.header import SECTOR
+from ..limits import JSON_REFERENCE_CHARACTERS, JSON_REFERENCE_DEPTH
 from ..text import cut
 
 Role = Literal["backing", "data"]
@@ -20,8 +21,6 @@ Role = Literal["backing", "data"]
 _PROTOCOL = re.compile(r"[^/]*?:")  # QEMU: a colon before the first slash
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # an absolute name written on Windows
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/]*/")
-_JSON_LENGTH = 65_536  # characters; backing file names have up to 1023 bytes
-_JSON_LIMIT = 64  # levels and members; deeper graphs are no plain file reference
 _IMAGE_DRIVERS = ("qcow2", "qcow", "raw", "vmdk", "vhdx", "vpc")
 _OFFSETS = 1 << 63  # what QEMU takes for an offset or a size
 
@@ -89,7 +88,7 @@ def base_name(name: str, role: Role) -> str:
 
 def json_options(name: str) -> Iterator[tuple[str, object]]:
     """Yield the options of a ``json:`` name, those inside others under dotted keys; one may come twice."""
-    if len(name) > _JSON_LENGTH:
+    if len(name) > JSON_REFERENCE_CHARACTERS:
         raise ForbiddenReference(name, "its json: options are too long")
     try:
         options = json.loads(name.removeprefix("json:"), object_pairs_hook=_Options)
@@ -161,7 +160,7 @@ class _Options(tuple[tuple[object, object], ...]):
 
 def _flatten(options: _Options, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
     for count, (key, value) in enumerate(options):
-        if count > _JSON_LIMIT or depth > _JSON_LIMIT:
+        if count > JSON_REFERENCE_DEPTH or depth > JSON_REFERENCE_DEPTH:
             yield f"{prefix}...", "not looked at"  # an option nobody knows: refused
             return
         if value and isinstance(value, (_Options, list)):

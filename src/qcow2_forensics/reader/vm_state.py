@@ -11,10 +11,10 @@ that failed. No snapshot lists that state; it is called ``leftover``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import TracebackType
 
 from ..errors import FormatError
 from ..format.snapshot_table import SnapshotEntry
+from ..format.source import Closing
 from ..text import cut
 from .disk import Disk
 from .mapping import Run
@@ -53,7 +53,7 @@ def vm_state_offset(disk_size: int, l2_span: int) -> int:
     return -(-disk_size // l2_span) * l2_span
 
 
-class VmState:
+class VmState(Closing):
     """The VM state of one snapshot as a source; ``disk`` must be opened at that snapshot.
 
     With ``leftover`` it is what the active state maps behind the disk, and ``snapshot`` is None.
@@ -101,11 +101,3 @@ class VmState:
 
     def close(self) -> None:
         self._disk.close()
-
-    def __enter__(self) -> VmState:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

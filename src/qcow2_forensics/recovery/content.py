@@ -10,7 +10,7 @@ from ..format.entries import COPIED
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.source import Source
-from ..limits import Budget, MiB
+from ..limits import PLACED_CONTENT_BYTES, PLACED_STRUCTURES, Budget, MiB
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.opening import open_disk
@@ -28,9 +28,6 @@ from .positions import (
     sectors_with_structures,
     slots,
 )
-
-_CONTENT = 64 * MiB  # guest data read under one L2 table to find out where it belongs
-_VOTES = 4096  # structures per table that are asked where they belong
 
 
 class TableReader:
@@ -71,7 +68,7 @@ class TableReader:
                 if disk.is_locked:
                     return
                 stored = [e for e in disk.extents() if e.kind in (Kind.DATA, Kind.COMPRESSED)]
-                step = max(1, sum(e.length for e in stored) // _CONTENT)
+                step = max(1, sum(e.length for e in stored) // PLACED_CONTENT_BYTES)
                 for number, extent in enumerate(_cut(stored)):
                     if number % step == 0:
                         self._budget.spend(extent[1])
@@ -98,7 +95,7 @@ def unplaced(reader: TableReader, offsets: list[int], span: int, slots_: int) ->
             if at == 0 and data[510:512] == b"\x55\xaa":
                 starts.update(file_system_starts(data[: 64 * 512]))
             kept += _structures(at, data)
-        found[offset] = kept[:_VOTES]
+        found[offset] = kept[:PLACED_STRUCTURES]
     for offset in offsets:
         seen = [position for at, data in found[offset] for position in positions(known, at, data)]
         yield Unplaced(offset, reader.entries(offset), slots(seen, sorted(starts), span, slots_))

@@ -14,11 +14,12 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..census.columns import is_packed, named_offsets
 from ..format.codecs import known_codecs
-from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO, compressed_descriptor
+from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, ZERO, compressed_descriptor
 from ..format.header import SECTOR
 from ..format.source import Source
-from ..limits import KiB, MiB
+from ..limits import GEOMETRY_SECTORS, GEOMETRY_STREAMS, KiB, MiB
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -28,8 +29,6 @@ _CHUNK = 8 * MiB
 _WORDS = SECTOR // 8
 _STRONG = 8  # different host offsets in one sector: their common power of two is the cluster size
 _EXTENDED_BITS = 14  # least cluster_bits with extended L2 entries
-_STREAMS = 16  # decoded at most to find out the cluster size
-_SAMPLES = 4096  # sectors of each kind kept
 
 
 class FoundGeometry(NamedTuple):
@@ -66,9 +65,9 @@ def find_geometry(source: Source, *, most: int | None = None) -> FoundGeometry |
             for value in bits[count >= _STRONG].tolist():
                 votes[min(int(value), 21)] += 1
             few = bits[(count > 0) & (count < _STRONG)]
-            weak[is_extended] += [min(int(value), 21) for value in few.tolist()][:_SAMPLES]
-        if len(streams) < _STREAMS:
-            streams += _compressed_entries(sectors.words)[: _STREAMS - len(streams)]
+            weak[is_extended] += [min(int(value), 21) for value in few.tolist()][:GEOMETRY_SECTORS]
+        if len(streams) < GEOMETRY_STREAMS:
+            streams += _compressed_entries(sectors.words)[: GEOMETRY_STREAMS - len(streams)]
     decoded = _decoded_size(source, streams)
     if decoded is not None:
         bits_, kind = decoded
@@ -110,7 +109,7 @@ def _table_sectors(source: Source, most: int | None) -> Iterator[_Sectors]:
 
 def _possible(words: U64, file_size: int) -> Mask:
     """Return which words may be an entry of some table: a standard or extended L2 entry, or an extended bitmap."""
-    hosts = words & np.uint64(OFFSET_MASK)
+    hosts = named_offsets(words)
     plain = ((words & np.uint64(COMPRESSED | L2_RESERVED)) == 0) & (hosts < np.uint64(file_size))
     plain &= (hosts != 0) | (words <= np.uint64(ZERO))
     stream = (words >> np.uint64(62)) == 1
@@ -124,8 +123,8 @@ def _common_bits(words: U64, file_size: int, *, extended: bool) -> tuple[npt.NDA
     bitmaps = np.zeros(1, np.uint64)
     if extended:
         words, bitmaps = words[:, 0::2], words[:, 1::2]
-    hosts = words & np.uint64(OFFSET_MASK)
-    packed = (words & np.uint64(COMPRESSED)) != 0
+    hosts = named_offsets(words)
+    packed = is_packed(words)
     sound = packed | ((words & np.uint64(L2_RESERVED)) == 0)
     sound &= packed | (hosts < np.uint64(file_size))
     if extended:
@@ -152,7 +151,7 @@ def _compressed_entries(words: U64) -> list[int]:
     found: list[int] = []
     for row in rows.tolist():
         found += words[row][packed[row]].tolist()[:4]
-        if len(found) >= _STREAMS:
+        if len(found) >= GEOMETRY_STREAMS:
             break
     return found
 
@@ -185,7 +184,7 @@ def _compression_of(data: bytes, size: int) -> int | None:
 def compression_type_of(source: Source, entries: list[int], cluster_bits: int) -> int | None:
     """Return the compression type that decodes most of some entries of known cluster size, None where none does."""
     votes: Counter[int] = Counter()
-    for entry in entries[:_STREAMS]:
+    for entry in entries[:GEOMETRY_STREAMS]:
         offset, length = compressed_descriptor(entry, cluster_bits)
         if offset < source.size:
             data = source.read(offset, min(length, source.size - offset, 4 * MiB + 64 * KiB))

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ..format.entries import COPIED, OFFSET_MASK
+from ..census.columns import named_offsets
+from ..format.entries import COPIED
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
@@ -59,7 +60,7 @@ def l1_of(placements: tuple[Placement, ...]) -> U64:
 
 def is_l1(table: U64, tables: FoundTables) -> bool:
     """Whether most of what an L1 table names still looks like L2 tables."""
-    targets = (table & np.uint64(OFFSET_MASK)).astype(np.int64)
+    targets = named_offsets(table).astype(np.int64)
     targets = targets[targets != 0]
     return bool(np.isin(targets, tables.l2).mean() >= 0.5) if len(targets) else False
 
@@ -90,7 +91,7 @@ def rank(
 def placed_by_image(source: Source) -> tuple[Placement, ...]:
     """Return where the L1 table of a whole image has its L2 tables."""
     with Image(source, owns_source=False) as image:
-        table = read_l1(source, image.header.l1_table_offset, image.header.l1_size) & np.uint64(OFFSET_MASK)
+        table = named_offsets(read_l1(source, image.header.l1_table_offset, image.header.l1_size))
     used = np.flatnonzero(table).tolist()
     return tuple(Placement(i, int(table[i]), Confidence.CERTAIN, "the image's own L1 table") for i in used)
 
@@ -104,7 +105,7 @@ def tables_by_slot(source: Source, geometry: Geometry, l1_tables: list[U64]) -> 
     """Return the entries of the L2 tables that L1 tables name, by slot, each table once."""
     known: dict[int, dict[int, U64]] = {}
     for table in l1_tables:
-        targets = table & np.uint64(OFFSET_MASK)
+        targets = named_offsets(table)
         for index in np.flatnonzero(targets).tolist():
             at = int(targets[index])
             if at + geometry.cluster_size <= source.size and at not in known.setdefault(index, {}):
@@ -116,7 +117,7 @@ def shared_with_snapshots(snapshots: list[U64], refcounts: FoundRefcounts, slots
     """Return the L2 tables of snapshots that the active state shares, by their refcounts."""
     uses: dict[tuple[int, int], int] = {}
     for table in snapshots:
-        targets = table & np.uint64(OFFSET_MASK)
+        targets = named_offsets(table)
         for index in np.flatnonzero(targets).tolist():
             uses[index, int(targets[index])] = uses.get((index, int(targets[index])), 0) + 1
     return [

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from ..format.entries import COMPRESSED, OFFSET_MASK
+from ..census.columns import is_packed, named_offsets
 from .confidence import Confidence
 from .geometry import U64
 
@@ -90,8 +90,8 @@ class _Versions:
 
 def _hosts(entries: U64) -> U64:
     """Return what identifies the cluster of each entry: its host offset, or its compressed descriptor; 0 for none."""
-    packed = (entries & np.uint64(COMPRESSED)) != 0
-    hosts: U64 = np.where(packed, entries, entries & np.uint64(OFFSET_MASK))
+    packed = is_packed(entries)
+    hosts: U64 = np.where(packed, entries, named_offsets(entries))
     return hosts
 
 
@@ -134,6 +134,3 @@ def _by_order(waiting: list[Unplaced], found: Mapping[int, Placement], slots: in
             taken.add(index)
             result.append(Placement(index, table.offset, Confidence.LIKELY if exact else Confidence.GUESS, reason))
     return result
-
-
-Votes = Callable[[int, U64], Mapping[int, set[str]]]

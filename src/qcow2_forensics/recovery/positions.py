@@ -24,10 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..format.header import SECTOR
-from ..limits import MiB
+from ..limits import PARTITIONS_LOOKED_AT, MiB
 
 _STARTS = (0, 63 * SECTOR, MiB)  # where file systems start besides what a partition table names
-_MAX_PARTITIONS = 256
 _MAGICS = [int.from_bytes(magic, "big") for magic in (b"EFI ", b"FILE", b"XAGF", b"XAGI", b"XFSB")]
 
 ReadGuest = Callable[[int, int], bytes]  # offset in the guest range of one table, length; fewer where nothing is
@@ -157,7 +156,7 @@ def file_system_starts(first_sectors: bytes) -> tuple[int, ...]:
     if first_sectors[SECTOR : SECTOR + 8] == b"EFI PART":
         header = first_sectors[SECTOR : 2 * SECTOR]
         size = int.from_bytes(header[84:88], "little")
-        count = min(int.from_bytes(header[80:84], "little"), _MAX_PARTITIONS)
+        count = min(int.from_bytes(header[80:84], "little"), PARTITIONS_LOOKED_AT)
         table = first_sectors[2 * SECTOR :]
         if 128 <= size <= 4096:
             for at in range(0, min(count * size, len(table) - size + 1), size):

@@ -17,13 +17,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..census.columns import named_offsets, without_copied
 from ..errors import Qcow2Error, SnapshotNotFound
-from ..format.entries import COPIED, OFFSET_MASK
 from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.source import PathOrSource, Source, as_source
-from ..limits import MiB
+from ..limits import INNER_IMAGES_SEARCHED, L1_ENTRIES, RECOVERED_STATES, RECOVERY_HINT_BYTES, MiB
 from ..reader.chain import close_source
 from ..reader.disk import Disk
 from ..reader.opening import open_disk
@@ -55,10 +55,6 @@ from .state import RecoveredState
 from .table_search import FoundTables, search_tables, table_words
 
 _READ = 4 * MiB
-_HINT = 8 * MiB  # from the start of a file, looked at to say whether recovery is worth a try
-_MAX_L1 = 4 * MiB  # entries, what QEMU accepts
-_MOST_STATES = 64  # put together for one file, of those that an L1 table or a header was found for
-_MOST_MAGICS = 4096  # places looked at for an image inside the file
 _KEPT = 4  # files whose states are remembered
 _known: dict[object, list[RecoveredState]] = {}
 
@@ -115,11 +111,11 @@ def has_tables(origin: PathOrSource) -> bool:
     """Whether the first part of a file holds what looks like tables of a QCOW2 image; no proof either way."""
     source = as_source(origin)
     try:
-        found = find_geometry(source, most=_HINT)
+        found = find_geometry(source, most=RECOVERY_HINT_BYTES)
         if found is None:
             return False
         geometry = Geometry(3, found.cluster_bits, source.size, found.extended_l2)
-        tables = search_tables(source, geometry, most=_HINT)
+        tables = search_tables(source, geometry, most=RECOVERY_HINT_BYTES)
         return bool(tables.l1) or len(tables.l2) > 1
     finally:
         if source is not origin:
@@ -153,7 +149,7 @@ class _Recovery:
     # --- a whole image further back in the file ---------------------------------------------------
 
     def _inner_images(self) -> Iterator[RecoveredState]:
-        for at in islice(self._magics(), _MOST_MAGICS):
+        for at in islice(self._magics(), INNER_IMAGES_SEARCHED):
             window = WindowSource(self._source, at, None)
             try:
                 with open_disk(window, follow=False) as disk:
@@ -195,9 +191,12 @@ class _Recovery:
         notes = (f"clusters of {geometry.cluster_size} bytes: {found.evidence}", *left_out_notes(tables))
         named = {entry.l1_table_offset: entry for entry in tables.snapshots}
         found_l1 = sorted(tables.l1, key=lambda table: rank(table, named, refcounts))
-        if len(found_l1) > _MOST_STATES:
-            notes = (*notes, f"{len(found_l1) - _MOST_STATES} more L1 tables were found than states are put together")
-        for table in found_l1[:_MOST_STATES]:
+        if len(found_l1) > RECOVERED_STATES:
+            notes = (
+                *notes,
+                f"{len(found_l1) - RECOVERED_STATES} more L1 tables were found than states are put together",
+            )
+        for table in found_l1[:RECOVERED_STATES]:
             entry = named.get(table.offset)
             placements = tuple(placements_of(table, tables, refcounts))
             yield self._rebuilt(
@@ -235,7 +234,7 @@ class _Recovery:
         span = table_span(geometry)
         slots_ = -(-self._virtual_size // span) if self._virtual_size else len(offsets)
         opener = TableReader(self._source, geometry, None, compression)
-        placements = tuple(place(list(unplaced(opener, offsets, span, max(slots_, _MAX_L1))), {}, slots_))
+        placements = tuple(place(list(unplaced(opener, offsets, span, max(slots_, L1_ENTRIES))), {}, slots_))
         yield self._rebuilt("L2 tables without an L1 table", geometry, placements, compression, notes, None)
 
     def _rebuilt(
@@ -309,10 +308,10 @@ class _Recovery:
         )
         active = read_l1(self._source, header.l1_table_offset, header.l1_size)
         snapshots = snapshot_l1_tables(self._source, image.snapshots)
-        named = {int(at) for table in (active, *snapshots) for at in (table & np.uint64(OFFSET_MASK)).tolist() if at}
+        named = {int(at) for table in (active, *snapshots) for at in named_offsets(table).tolist() if at}
         free = [at for at in tables.l2.tolist() if at not in named]
         lost = [at for at in free if refcounts.of(at)]
-        if not (active & np.uint64(OFFSET_MASK)).any() or not is_l1(active, tables):
+        if not named_offsets(active).any() or not is_l1(active, tables):
             known = tables_by_slot(self._source, geometry, snapshots)
             shared = shared_with_snapshots(snapshots, refcounts, len(active))
             yield from self._with_lost_l1(image, geometry, lost, known, shared)
@@ -374,7 +373,7 @@ class _Recovery:
             return
         by_slot = {
             index: Placement(index, int(at), Confidence.LIKELY, "the table in use now")
-            for index, at in enumerate((active & np.uint64(OFFSET_MASK)).tolist())
+            for index, at in enumerate(named_offsets(active).tolist())
             if at
         }
         for p in usable:
@@ -389,6 +388,6 @@ class _Recovery:
         entries = entries_of(self._source, placed.offset, geometry)
         shared = np.zeros(len(entries), np.bool_)
         for others in known.get(placed.slot, ()):
-            shared |= entries & ~np.uint64(COPIED) == others & ~np.uint64(COPIED)
-        own = entries[~shared & (entries >> np.uint64(62) != 1)] & np.uint64(OFFSET_MASK)
+            shared |= without_copied(entries) == without_copied(others)
+        own = named_offsets(entries[~shared & (entries >> np.uint64(62) != 1)])
         return not any(refcounts.of(int(at)) for at in own[own != 0].tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import ReadError
-from ..format.entries import REFTABLE_OFFSET_MASK
+from ..format.entries import refcount_block_offset
 from ..format.source import Source
 
 _ORDERS = (4, 3, 5, 6, 2, 1, 0)  # refcount_order, the usual one first
@@ -26,7 +26,7 @@ class FoundRefcounts:
         if index >= self._entries:
             return 0
         try:
-            entry = self._read(self._table_offset + index * 8, 8) & REFTABLE_OFFSET_MASK
+            entry = refcount_block_offset(self._read(self._table_offset + index * 8, 8))
             if not entry:
                 return 0
             if self.order >= 3:

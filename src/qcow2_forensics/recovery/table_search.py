@@ -9,20 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..census.columns import big_endian
-from ..format.entries import COPIED, OFFSET_MASK
+from ..census.columns import big_endian, has_copied, named_offsets, without_copied
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import MiB
+from ..limits import CLUSTER_REFERENCES, DEFAULT_LIMITS, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, MiB
 from ..residue.structure_detection import Geometry, find_entries, l2_rows, likely
 from .geometry import U64, Mask
 
 _CHUNK = 8 * MiB
 _L1_SHARE = 0.5  # of the targets of an L1 table that still look like L2 tables; of a healthy one all do
-_MAX_L1_BYTES = 32 * MiB  # what QEMU accepts
-_BLOCKS = 8  # refcount blocks of a possible refcount table that are looked at
-_MOST_REFERENCES = 4096  # to one cluster: many streams share a cluster, and many snapshots do
-_MOST_TABLES = 1 << 18  # tables kept for one file: the L2 tables of 128 TiB in 64 KiB clusters
 
 
 class L1Candidate(NamedTuple):
@@ -59,8 +54,8 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
         for entry in find_entries(data, at, geometry)[0]:
             snapshots.setdefault(entry.offset, entry)
         rows = _tables_of(at, data, geometry)
-        left_out += max(0, kept + len(rows.offsets) - _MOST_TABLES)
-        room = max(0, _MOST_TABLES - kept)
+        left_out += max(0, kept + len(rows.offsets) - RECOVERED_TABLES)
+        room = max(0, RECOVERED_TABLES - kept)
         rows = _Rows(rows.offsets[:room], rows.l1_form[:room], rows.copied[:room])
         kept += len(rows.offsets)
         if len(rows.offsets):
@@ -93,8 +88,8 @@ def _tables_of(at: int, data: bytes, geometry: Geometry) -> _Rows:
         none = np.zeros(0, np.int64)
         return _Rows(none, none.astype(np.bool_), none)
     chosen = words[rows]
-    flagged = (chosen & np.uint64(COPIED)) != 0
-    plain = (chosen & ~np.uint64(COPIED | OFFSET_MASK)) == 0
+    flagged = has_copied(chosen)
+    plain = without_copied(chosen) == named_offsets(chosen)
     return _Rows(at + rows * geometry.cluster_size, plain.all(axis=1), flagged.sum(axis=1))
 
 
@@ -112,7 +107,7 @@ def _classify(
     l1: list[L1Candidate] = []
     refcount_tables: list[int] = []
     for offset, copied in zip(found.offsets[found.l1_form].tolist(), found.copied[found.l1_form].tolist(), strict=True):
-        targets = table_words(source, offset, geometry) & np.uint64(OFFSET_MASK)
+        targets = named_offsets(table_words(source, offset, geometry))
         here = targets[targets != 0].astype(np.int64)
         if not len(here) or len(np.unique(here)) != len(here):
             continue
@@ -120,7 +115,9 @@ def _classify(
         are_tables = (found.offsets[places] == here) & (here != offset)
         if are_tables.mean() >= _L1_SHARE:
             l1.append(L1Candidate(offset, targets, copied, len(targets)))
-        elif copied == 0 and _are_refcount_blocks(source, here[:_BLOCKS].tolist(), geometry.cluster_size):
+        elif copied == 0 and _are_refcount_blocks(
+            source, here[:REFCOUNT_BLOCKS_LOOKED_AT].tolist(), geometry.cluster_size
+        ):
             refcount_tables.append(offset)
     # An L2 table over small numbers has the same form, but an L1 table names it.
     named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
@@ -132,7 +129,7 @@ def _are_refcount_blocks(source: Source, offsets: list[int], size: int) -> bool:
     """Whether clusters may all be refcount blocks of 16 bits: small numbers, not all of them zero."""
     blocks = [source.read(at, min(size, source.size - at)).ljust(size, b"\0") for at in offsets]
     counts = np.frombuffer(b"".join(blocks), ">u2").reshape(-1, size // 2)
-    return bool((counts.max(axis=1) <= _MOST_REFERENCES).all() and counts.any(axis=1).all())
+    return bool((counts.max(axis=1) <= CLUSTER_REFERENCES).all() and counts.any(axis=1).all())
 
 
 def _joined(found: list[L1Candidate], size: int, starts: Container[int]) -> Iterator[L1Candidate]:
@@ -144,7 +141,9 @@ def _joined(found: list[L1Candidate], size: int, starts: Container[int]) -> Iter
     named: set[int] = set()
     for table in found:
         here = {int(at) for at in table.targets[table.targets != 0].tolist()}
-        follows = bool(parts) and table.offset == parts[-1].offset + size and len(parts) * size < _MAX_L1_BYTES
+        follows = (
+            bool(parts) and table.offset == parts[-1].offset + size and len(parts) * size < DEFAULT_LIMITS.l1_bytes
+        )
         if parts and (not follows or table.offset in starts or not named.isdisjoint(here)):
             yield _one(parts)
             parts, named = [], set()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..findings import Severity
-from ..text import markup, sentence, size
+from ..text import listed, markup, sentence, size
 from .page import badge, page
 
 _CODES = 12  # codes named per image
@@ -49,10 +49,7 @@ def _images(images: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> It
         image, worst = report["image"], _worst(report)
         severity = Severity(worst) if worst >= 0 else None
         codes = Counter(finding["code"] for finding in report["findings"] if finding["severity"] != "Info")
-        shown = ", ".join(
-            f"{code.removeprefix('QCOW2-')}{f' ×{n}' if n > 1 else ''}" for code, n in [*codes.items()][:_CODES]
-        )
-        more = f" and {len(codes) - _CODES} more" if len(codes) > _CODES else ""
+        words = [f"{code.removeprefix('QCOW2-')}{f' ×{n}' if n > 1 else ''}" for code, n in codes.items()]
         row = f"s-{severity.label.lower()}" if severity is not None else "s-none"
         cells = (
             ("worst", badge(severity)),
@@ -60,7 +57,7 @@ def _images(images: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> It
             ("file", _bytes(image.get("file_size"))),
             ("disk", _bytes(image.get("virtual_size"))),
             ("snapshots", markup("unknown" if image.get("snapshots", 0) is None else image.get("snapshots") or "")),
-            ("findings", markup(shown + more)),
+            ("findings", markup(listed(words, _CODES))),
         )
         yield (
             f'<tr class="{row}" id="i{number}">'

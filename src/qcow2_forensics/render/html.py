@@ -30,7 +30,7 @@ def render_html(report: Report, *, items: int = ITEMS) -> str:
 
 def _title(report: Report) -> str:
     path = str(report.image.get("path") or "")
-    return markup(report.image.get("name") or path.rpartition("/")[2] or path or "image", 200)
+    return markup(path.rpartition("/")[2] or path or "image", 200)
 
 
 def _head(report: Report) -> Iterator[str]:

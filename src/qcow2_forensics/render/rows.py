@@ -58,7 +58,7 @@ def render_csv(reports: Iterable[Report]) -> str:
 
 
 def _rows(report: Report) -> Iterator[tuple[object, ...]]:
-    image = report.image.get("path") or report.image.get("name")
+    image = report.image.get("path")
     for finding in report.findings:
         for item in finding.evidence or (None,):
             yield image, *_finding(finding), *_item(item)

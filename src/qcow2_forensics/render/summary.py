@@ -43,7 +43,7 @@ def _format(image: Mapping[str, Any]) -> str:
 
 def name(report: Report) -> str:
     """Return what the image is called, escaped."""
-    return text(report.image.get("path") or report.image.get("name") or "image")
+    return text(report.image.get("path") or "image")
 
 
 def check_line(report: Report) -> str:

@@ -164,9 +164,9 @@ def _boot_sector(head: bytes) -> str:
     return _WEAK
 
 
-def preview(data: bytes, length: int = 16) -> str:
-    """Return the first bytes in hexadecimal, for evidence."""
-    return data[:length].hex(" ")
+def preview(data: bytes) -> str:
+    """Return the first sixteen bytes in hexadecimal, for evidence."""
+    return data[:16].hex(" ")
 
 
 class TextCheck:

@@ -18,7 +18,7 @@ from ..census.columns import U64, Columns, big_endian, table_offsets
 from ..errors import LimitExceeded
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..limits import Budget, MiB
+from ..limits import FORMER_PLACES, Budget, MiB
 from . import structure_detection
 from .former_clusters import IS_L2, Targets, read_clusters
 from .former_tables import FormerTables
@@ -27,7 +27,6 @@ from .structure_detection import Counts, Geometry, Mask, Words
 UNKNOWN = -1  # no guest offset
 _BATCH = 1 * MiB  # of L2 tables decoded together
 _TOGETHER = 1 << 20  # pairs that are sorted together at least
-_MOST = 1 << 23  # clusters whose places are remembered, 16 bytes each
 
 
 class FormerGuests:
@@ -60,7 +59,7 @@ def former_guests(
         step = max(1, _BATCH // image.cluster_size)
         for at in range(0, len(numbers), step):
             places.add(*_clusters(image, census, numbers[at : at + step], slots[at : at + step]))
-            if places.count > _MOST:
+            if places.count > FORMER_PLACES:
                 break
     return FormerGuests(*places.result())
 

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
+from ..census.columns import has_copied
 from ..format.bitmap_directory import BitmapEntry
-from ..format.entries import COPIED
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
+from ..limits import FORMER_ENTRIES, FORMER_L1_TARGETS, FORMER_TABLE_TARGETS
 from . import structure_detection
 from .former_clusters import HOLDS_BYTES, IS_L2, IS_REFCOUNTS, Targets
 from .structure_detection import Bytes, Counts, Geometry, Mask, Words
@@ -20,10 +21,6 @@ from .structure_detection import Bytes, Counts, Geometry, Mask, Words
 # What a cluster may look like, rising: the last of several that apply is reported.
 LOOKS = ("data", "refcounts", "l2", "l1", "refcount-table", "bitmap-directory", "snapshot-table")
 _REFCOUNTS, _L2, _L1, _REFCOUNT_TABLE, _BITMAPS, _SNAPSHOTS = range(1, len(LOOKS))
-
-_TARGETS = 64  # of a former table, read to see whether they still hold bytes
-_L1_TARGETS = 8  # of what may be an L1 table, read to see whether they are L2 tables
-_ENTRIES = 65_536  # places of one file looked at for snapshot or bitmap entries, as many as QEMU accepts; then one of each cluster
 
 
 class Clusters(NamedTuple):
@@ -105,7 +102,7 @@ class Recogniser:
         self._census = census
         self._geometry = Geometry.of(image)
         self.targets = Targets(image)
-        self._entries = _ENTRIES
+        self._entries = FORMER_ENTRIES
 
     def look(self, clusters: Clusters) -> Seen:
         """Return what clusters look like."""
@@ -148,11 +145,11 @@ class Recogniser:
         if not len(words):
             return looks
         places = np.flatnonzero(found.targets)
-        places = places[_nth(places // words.shape[1]) < _L1_TARGETS]
+        places = places[_nth(places // words.shape[1]) < FORMER_L1_TARGETS]
         seen = self.targets.look(self._numbers(found.targets.reshape(-1)[places]))
         firsts = np.flatnonzero(_nth(places // words.shape[1]) == 0)  # each row has one
         looks[np.logical_and.reduceat((seen & IS_L2) != 0, firsts)] = _L1
-        flagged = (words.reshape(-1)[places[firsts]] & np.uint64(COPIED)) != 0
+        flagged = has_copied(words.reshape(-1)[places[firsts]])
         looks[~flagged & ((seen[firsts] & IS_REFCOUNTS) != 0)] = _REFCOUNT_TABLE  # which has no flags
         return looks
 
@@ -164,7 +161,7 @@ class Recogniser:
         rows, numbers = rows[inside], numbers[inside]
         free = ~self._census.is_claimed(numbers)
         rows, numbers = rows[free], numbers[free]
-        sample = _nth(rows) < _TARGETS
+        sample = _nth(rows) < FORMER_TABLE_TARGETS
         holds = (self.targets.look(numbers[sample]) & HOLDS_BYTES) != 0
         return np.bincount(rows[sample][holds], minlength=len(targets))
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
-from types import TracebackType
 from typing import NamedTuple
 
 from ..census import Census, take_census
@@ -18,8 +17,15 @@ from ..format.bitmap_directory import BitmapEntry
 from ..format.header import padded
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import PathOrSource, Source
-from ..limits import DEFAULT_LIMITS, Limits
+from ..format.source import Closing, PathOrSource, Source
+from ..limits import (
+    DEFAULT_LIMITS,
+    DELETED_SNAPSHOTS_FOLLOWED,
+    FORMER_BITMAP_TABLE_ENTRIES,
+    FORMER_BITMAPS_FOLLOWED,
+    FORMER_ENTRIES,
+    Limits,
+)
 from ..reader.disk import Disk
 from ..reader.opening import Passphrase, open_disk
 from ..reader.resolver import Resolver
@@ -34,10 +40,6 @@ from .model import Piece
 from .snapshot_entries import DeletedSnapshot
 
 _OFFSET = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
-_ENTRIES = 65_536  # former snapshot and bitmap entries kept: what QEMU accepts as live ones
-_DELETED = 1000  # former snapshots followed into their tables
-_BITMAPS = 1000  # former bitmaps followed into their tables
-_BITMAP_TABLE = 65_536  # entries of a former bitmap's table
 
 
 class _Former(NamedTuple):
@@ -48,7 +50,7 @@ class _Former(NamedTuple):
     bitmaps: list[BitmapEntry]
 
 
-class Residue:
+class Residue(Closing):
     """The residue of one image: a context manager over runs that can be read.
 
     ``census`` is taken when not given. Pieces are found while :meth:`pieces` is iterated; nothing
@@ -114,14 +116,14 @@ class Residue:
             tables.append(found)
             snapshots += itertools.chain.from_iterable(seen.snapshots.values())
             more = list(itertools.chain.from_iterable(seen.bitmaps.values()))
-            if len(snapshots) > 2 * _ENTRIES:
+            if len(snapshots) > 2 * FORMER_ENTRIES:
                 snapshots = self._thinned(snapshots)
-            self.entries_left_out += max(0, len(bitmaps) + len(more) - _ENTRIES)
-            bitmaps += more[: _ENTRIES - len(bitmaps)]
+            self.entries_left_out += max(0, len(bitmaps) + len(more) - FORMER_ENTRIES)
+            bitmaps += more[: FORMER_ENTRIES - len(bitmaps)]
         return _Former(FormerTables.joined(tables), *self._with_slack(self._thinned(snapshots), bitmaps))
 
     def _thinned(self, snapshots: list[SnapshotEntry]) -> list[SnapshotEntry]:
-        kept = snapshot_entries.most_plausible(self.image, snapshots, _ENTRIES)
+        kept = snapshot_entries.most_plausible(self.image, snapshots, FORMER_ENTRIES)
         self.entries_left_out += len(snapshots) - len(kept)
         return kept
 
@@ -178,15 +180,17 @@ class Residue:
     def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""
         snapshots, _ = self.entries()
-        return readability.examine(self.image, snapshots, self.census, most=_DELETED, read_data=read_data)
+        return readability.examine(
+            self.image, snapshots, self.census, most=DELETED_SNAPSHOTS_FOLLOWED, read_data=read_data
+        )
 
     def former_bitmap_clusters(self) -> set[int]:
         """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
         found: set[int] = set()
         size = self.image.cluster_size
-        for entry in self.entries()[1][:_BITMAPS]:
+        for entry in self.entries()[1][:FORMER_BITMAPS_FOLLOWED]:
             length = entry.table_size * 8
-            if entry.table_size > _BITMAP_TABLE or entry.table_offset + length > self.image.file_size:
+            if entry.table_size > FORMER_BITMAP_TABLE_ENTRIES or entry.table_offset + length > self.image.file_size:
                 continue
             words = table_offsets(big_endian(self.image.read(entry.table_offset, length)), self.image.header)
             found.update(range(entry.table_offset, entry.table_offset + length, size))
@@ -222,14 +226,6 @@ class Residue:
     def close(self) -> None:
         """Close what was opened for this object."""
         self._files.close()
-
-    def __enter__(self) -> Residue:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def residue(

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import FormatError, SnapshotNotFound
-from ..format.entries import COPIED, OFFSET_MASK
+from ..format.entries import has_reserved_l1_bits, named_offset
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import cut
@@ -142,10 +142,9 @@ def l1_rank(image: Image, entry: SnapshotEntry) -> int:
     words = [word for (word,) in struct.iter_unpack(">Q", data[: len(data) // 8 * 8]) if word]
     if not words:
         return 2
-    reserved, size = ~(OFFSET_MASK | COPIED), image.cluster_size
     sound = all(
-        not word & reserved and not (word & OFFSET_MASK) % size and word & OFFSET_MASK < image.file_size
-        for word in words
+        not has_reserved_l1_bits(word) and not at % image.cluster_size and at < image.file_size
+        for word, at in ((word, named_offset(word)) for word in words)
     )
     return 0 if sound else BOGUS
 

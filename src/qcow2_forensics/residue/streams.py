@@ -20,11 +20,10 @@ from ..errors import LimitExceeded
 from ..format.codecs import Codec, codec_of
 from ..format.entries import compressed_descriptor
 from ..format.image import Image
-from ..limits import Budget
+from ..limits import FORMER_STREAM_PLACES, Budget
 from .model import Piece
 from .runs import piece_of
 
-_TRIES = 512  # places in one cluster of a gap where an old stream is looked for
 _START = 1 << 14  # bytes: what beginning a stream costs at least, however small a cluster is
 
 
@@ -138,12 +137,12 @@ def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> I
     if not any(data):
         return
     at = place = 0
-    tries, border = _TRIES, image.cluster_size - start % image.cluster_size
+    tries, border = FORMER_STREAM_PLACES, image.cluster_size - start % image.cluster_size
     # Streams follow each other: one starts where the gap starts, or where another one ends; after
     # reuse of a part, anywhere. Every byte of a short gap is tried, of a long one the first bytes of each cluster.
     while place < len(data):
         if not tries or place >= border:
-            place, tries, border = max(place, border), _TRIES, border + image.cluster_size
+            place, tries, border = max(place, border), FORMER_STREAM_PLACES, border + image.cluster_size
             continue
         tries -= 1
         part = data[place:]

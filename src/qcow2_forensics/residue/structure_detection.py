@@ -14,11 +14,12 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..census.columns import Columns, big_endian, table_offsets
+from ..census.columns import Columns, big_endian, has_reserved_l1, table_offsets
 from ..format.bitmap_directory import BitmapEntry, parse_bitmap_entry
-from ..format.entries import L1_RESERVED, ZERO
+from ..format.entries import ZERO
 from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, build_snapshot_entry, parse_snapshot_head
+from ..limits import DEFAULT_LIMITS, FORMER_ENTRY_CANDIDATES, FORMER_REFCOUNT, L1_ENTRIES
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -26,15 +27,11 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Counts: TypeAlias = npt.NDArray[np.intp]
 
 _EXTRA_LENGTHS = frozenset({0, 8, 16, 24})  # what QEMU has written
-_MAX_L1_SIZE = 4 * 1024 * 1024  # entries QEMU accepts
-_MAX_ID_LENGTH = 10  # decimal, QEMU counts in 32 bits
-_MAX_NAME_LENGTH = 1023
-_MOST_COUNT = 64  # that a former refcount block is believed
+_ID_LENGTH = 10  # decimal, QEMU counts in 32 bits
 _MOST_STATES = 8  # that share most of what a former refcount block counts
 BEHIND = 512  # bytes of the next cluster that are looked at too: entries go on behind the border
 _FIRST_WORDS = 16  # of a cluster: what cannot be a table is mostly seen from these
 _FIRST_BYTES = 128
-_CANDIDATES = 4096  # places per call looked at in detail: crafted bytes must not cost more
 
 
 class Geometry(NamedTuple):
@@ -131,7 +128,7 @@ def l2_rows(words: Words, geometry: Geometry) -> Rows:
 def l1_rows(words: Words, geometry: Geometry) -> Rows:
     """Judge rows of words as (parts of) L1 tables."""
     used, offsets = words != 0, table_offsets(words, geometry)
-    sound = ((words & np.uint64(L1_RESERVED)) == 0) & _plausible(offsets, geometry)
+    sound = ~has_reserved_l1(words) & _plausible(offsets, geometry)
     whole = (~used | (sound & (offsets != 0))).all(axis=1)
     ordered = np.sort(offsets[whole], axis=1)
     # QEMU never maps two ranges through one L2 table.
@@ -155,13 +152,13 @@ def refcount_rows(data: Bytes, refcount_order: int) -> Mask:
     # Counts of 8 bits look like anything, narrower ones more so; they count only where in use, and if mostly 1.
     orders = (3, 4, 5, 6) if refcount_order == 3 else (4, 5, 6)
     narrow = data[:, :_FIRST_BYTES].view(f">u{1 << orders[0] - 3}")  # small numbers are small in halves too
-    rows = np.flatnonzero(narrow.max(axis=1) <= _MOST_COUNT)
+    rows = np.flatnonzero(narrow.max(axis=1) <= FORMER_REFCOUNT)
     for order in orders:
         counts = data[rows].view(f">u{1 << order - 3}")
         used = np.count_nonzero(counts, axis=1)
         usual = range(1, 2 if order == 3 else _MOST_STATES + 1)
         most = np.max([np.count_nonzero(counts == count, axis=1) for count in usual], axis=0)
-        found[rows] |= (used >= 4) & (counts.max(axis=1) <= _MOST_COUNT) & (most * 2 >= used)
+        found[rows] |= (used >= 4) & (counts.max(axis=1) <= FORMER_REFCOUNT) & (most * 2 >= used)
     return found
 
 
@@ -204,15 +201,15 @@ def entry_places(
 
 def _by_row(places: Counts, width: int) -> dict[int, list[int]]:
     rows = groupby(places.tolist(), key=lambda place: place // width)
-    return {row: [place % width * 8 for place in islice(found, _CANDIDATES)] for row, found in rows}
+    return {row: [place % width * 8 for place in islice(found, FORMER_ENTRY_CANDIDATES)] for row, found in rows}
 
 
 def _snapshot_places(table: Words, places: Counts) -> Counts:
     """Return where the numbers of a snapshot table entry are sane: crafted bytes must not cost more than that."""
     sizes, dates, extra = table[places + 1], table[places + 2], table[places + 4] & np.uint64(0xFFFF_FFFF)
     l1_sizes, ids, names = sizes >> np.uint64(32), sizes >> np.uint64(16) & np.uint64(0xFFFF), sizes & np.uint64(0xFFFF)
-    sane = (l1_sizes - np.uint64(1) < _MAX_L1_SIZE) & (ids - np.uint64(1) < _MAX_ID_LENGTH)
-    sane &= (names - np.uint64(1) < _MAX_NAME_LENGTH) & (dates & np.uint64(0xFFFF_FFFF) < 1_000_000_000)
+    sane = (l1_sizes - np.uint64(1) < L1_ENTRIES) & (ids - np.uint64(1) < _ID_LENGTH)
+    sane &= (names - np.uint64(1) < DEFAULT_LIMITS.name_bytes) & (dates & np.uint64(0xFFFF_FFFF) < 1_000_000_000)
     sane &= (extra <= max(_EXTRA_LENGTHS)) & (extra % np.uint64(8) == 0)
     return places[sane]
 
@@ -247,9 +244,9 @@ def snapshot_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> Sn
         head.l1_table_offset
         and head.l1_table_offset % geometry.cluster_size == 0
         and head.l1_table_offset < geometry.file_size
-        and 1 <= head.l1_size <= _MAX_L1_SIZE
-        and 1 <= head.id_length <= _MAX_ID_LENGTH
-        and 1 <= head.name_length <= _MAX_NAME_LENGTH
+        and 1 <= head.l1_size <= L1_ENTRIES
+        and 1 <= head.id_length <= _ID_LENGTH
+        and 1 <= head.name_length <= DEFAULT_LIMITS.name_bytes
         and head.date_nsec < 1_000_000_000
         and head.extra_length in _EXTRA_LENGTHS
         and (geometry.version < 3 or head.extra_length >= 16)
@@ -281,7 +278,7 @@ def _sane_bitmap(entry: BitmapEntry) -> bool:
         and entry.table_size > 0
         and not entry.flags & ~7
         and 9 <= entry.granularity_bits <= 31
-        and 1 <= len(entry.name_bytes) <= _MAX_NAME_LENGTH
+        and 1 <= len(entry.name_bytes) <= DEFAULT_LIMITS.name_bytes
         and not entry.extra
         and _sane_name(entry.name_bytes)
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import Qcow2Error
 from ...format.header import SECTOR
+from ...limits import KEY_CHECK_RUNS, KEY_CHECK_SECTORS
 from ..mapping import Kind
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from . import Decryptor
 
 _RANDOM = 185  # different values in a sector from which on it counts as random: eight standard deviations below
-_RUNS = 4096  # of the map looked at
-_SECTORS = 256  # looked at
 
 
 class Sample(NamedTuple):
@@ -33,7 +32,7 @@ def sample(disk: Disk, decryptor: Decryptor) -> Sample:
     """Decrypt some of the sectors that a disk stores; those whose stored bytes are not random are passed over."""
     sectors = plain = 0
     try:
-        for run in islice(disk.mapping.runs(0, disk.size), _RUNS):
+        for run in islice(disk.mapping.runs(0, disk.size), KEY_CHECK_RUNS):
             if run.kind != Kind.DATA or run.host_offset is None:
                 continue
             step = max(SECTOR, run.length // 16 // SECTOR * SECTOR)  # over the whole run
@@ -44,7 +43,7 @@ def sample(disk: Disk, decryptor: Decryptor) -> Sample:
                 sectors += 1
                 data = decryptor.decrypt(stored, run.host_offset + at, run.offset + at)
                 plain += len(set(data)) < _RANDOM
-                if sectors == _SECTORS:
+                if sectors == KEY_CHECK_SECTORS:
                     return Sample(sectors, plain)
     except Qcow2Error:  # what cannot be read is for the reads to report
         pass
