@@ -31,11 +31,13 @@ from .errors import (
     Unsupported,
 )
 from .format.image import Image
+from .format.snapshot_table import SnapshotEntry
 from .format.source import FileSource, Source, StreamSource
 from .limits import DEFAULT_LIMITS, Limits
 from .reader.disk import Disk, Extent
 from .reader.mapping import Kind
-from .reader.opening import open_disk, open_image, open_vm_state
+from .reader.opening import latest_vm_state, leftover_vm_state, open_disk, open_image, open_vm_state
+from .reader.states import Leftover
 from .reader.stream import SourceStream
 from .reader.vm_state import VmState
 
@@ -43,24 +45,40 @@ if TYPE_CHECKING:
     from .audit import audit, audit_path
     from .compare.ranges import compare
     from .findings import Evidence, Finding, Report, Severity, __version__
-    from .memory import GuestMemory, open_guest_memory
+    from .memory import (
+        KERNEL_SYMBOLS,
+        Finder,
+        GuestMemory,
+        Match,
+        find_kernel,
+        find_stream,
+        open_guest_memory,
+        pattern_finder,
+        place_linux,
+        scan_memories,
+        uses_five_levels,
+    )
     from .reader.resolver import Resolver
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "KERNEL_SYMBOLS",
     "Disk",
     "Evidence",
     "Extent",
     "FileSource",
+    "Finder",
     "Finding",
     "ForbiddenReference",
     "FormatError",
     "GuestMemory",
     "Image",
     "Kind",
+    "Leftover",
     "LimitExceeded",
     "Limits",
     "Locked",
+    "Match",
     "MissingFile",
     "NotQcow2",
     "Qcow2Error",
@@ -68,6 +86,7 @@ __all__ = [
     "Report",
     "Resolver",
     "Severity",
+    "SnapshotEntry",
     "SnapshotNotFound",
     "Source",
     "SourceStream",
@@ -78,25 +97,42 @@ __all__ = [
     "audit",
     "audit_path",
     "compare",
+    "find_kernel",
+    "find_stream",
+    "latest_vm_state",
+    "leftover_vm_state",
     "open_disk",
     "open_guest_memory",
     "open_image",
     "open_vm_state",
+    "pattern_finder",
+    "place_linux",
+    "scan_memories",
+    "uses_five_levels",
 ]
 
 # Names whose modules take time to import and are not needed to read a disk: loaded on first use.
 _LAZY = {
-    "__version__": "findings",
     "Evidence": "findings",
+    "Finder": "memory",
     "Finding": "findings",
     "GuestMemory": "memory",
+    "KERNEL_SYMBOLS": "memory",
+    "Match": "memory",
     "Report": "findings",
     "Resolver": "reader.resolver",
     "Severity": "findings",
+    "__version__": "findings",
     "audit": "audit",
     "audit_path": "audit",
     "compare": "compare",
+    "find_kernel": "memory",
+    "find_stream": "memory",
     "open_guest_memory": "memory",
+    "pattern_finder": "memory",
+    "place_linux": "memory",
+    "scan_memories": "memory",
+    "uses_five_levels": "memory",
 }
 
 

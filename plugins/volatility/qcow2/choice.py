@@ -72,7 +72,7 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
         return Choice(False, entry, "" if entry is None else lasting_name(image, entry))
     chosen = states.choose(image, wanted)
     if isinstance(chosen, states.Leftover):
-        return Choice(True, None, states.spelled(states.names_of(image.snapshots), LEFTOVER))
+        return Choice(True, None, leftover_name(image))
     entry = find_snapshot(image, chosen)
     if entry is None:
         return Choice(False, None)
@@ -83,7 +83,6 @@ def choose(image: Image, wanted: str | None, title: str) -> Choice | None:
 
 def _leftover(image: Image, title: str) -> Choice | None:
     """Return the VM state that the active state maps behind the disk, with a warning; None when there is none."""
-    from qcow2_forensics.reader import states
     from qcow2_forensics.reader.opening import leftover_vm_state
 
     if not leftover_vm_state(image):
@@ -93,7 +92,14 @@ def _leftover(image: Image, title: str) -> Choice | None:
         "it is of a snapshot that was applied and deleted, or of a savevm that failed. For the disk give "
         "--qcow2-snapshot disk"
     )
-    return Choice(True, None, states.spelled(states.names_of(image.snapshots), LEFTOVER))
+    return Choice(True, None, leftover_name(image))
+
+
+def leftover_name(image: Image) -> str:
+    """Return what means the VM state that no snapshot lists, also where a snapshot is called the same."""
+    from qcow2_forensics.reader import states
+
+    return states.spelled(states.names_of(image.snapshots), LEFTOVER)
 
 
 def lasting_name(image: Image, entry: SnapshotEntry) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from volatility3.framework import constants, exceptions, interfaces
 
-from . import choice, common, content, info, layers, ram
+from . import choice, common, content, layers, linux_kernel, ram
 from .options import layout_option, snapshot_option
 
 if TYPE_CHECKING:
@@ -83,13 +83,13 @@ def _warn_of_symbols(layer: common.ViewLayer) -> None:
     """Say which symbols the kernel in a memory needs, when Volatility has none for it."""
     from volatility3.framework.automagic import symbol_cache
 
-    from qcow2_forensics.memory import kernel
+    from qcow2_forensics.memory import find_kernel, uses_five_levels
     from qcow2_forensics.text import printable
 
-    if kernel.uses_five_levels(layer.view):
-        common.warn(info.FIVE_LEVELS)
-    found = kernel.find_kernel(layer.view, everywhere=False)
+    found = find_kernel(layer.view, everywhere=False)
     if found is None or found.system != "linux":  # Volatility fetches Windows symbols by itself
+        if uses_five_levels(layer.view):
+            common.warn(linux_kernel.FIVE_LEVELS)
         return
     known = symbol_cache.load_cache_manager().get_identifier_dictionary(operating_system="linux")
     banner = found.identity.encode("ascii", "surrogateescape")
