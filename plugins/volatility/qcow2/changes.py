@@ -125,26 +125,12 @@ class Changes(interfaces.plugins.PluginInterface):
 
     def _earlier(self, later: State) -> State:
         """Return the earlier state: over the same file and, where the kernel is the same, with the same symbols."""
-        from qcow2_forensics import SnapshotNotFound, open_image
-        from qcow2_forensics.reader.opening import find_snapshot
+        from qcow2_forensics import memory_before, open_image
 
         state = self._vm_state_layer(later)
         image = open_image(common.LayerSource(self.context.layers[state.config["base_layer"]]))
-        chosen = state.view.snapshot
         wanted = self.config.get("against", None)
-        if wanted:
-            entry = find_snapshot(image, wanted)
-        else:
-            before = [
-                item
-                for item in image.snapshots
-                if item.vm_state_size
-                and chosen is not None
-                and (item.date_sec, item.date_nsec, item.index) < (chosen.date_sec, chosen.date_nsec, chosen.index)
-            ]
-            entry = max(before, key=lambda item: (item.date_sec, item.date_nsec, item.index), default=None)
-        if entry is None or not entry.vm_state_size:
-            raise SnapshotNotFound("earlier, with memory", [item.id for item in image.snapshots if item.vm_state_size])
+        entry = memory_before(image, state.view.snapshot, wanted)
         name = wanted or f"index:{entry.index}"
         return self._with_the_same_symbols(later, state, name) or self._anew(state, name)
 

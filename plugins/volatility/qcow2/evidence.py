@@ -14,8 +14,7 @@ from . import choice, common, index_cache
 from .options import layout_option, passphrase, snapshot_option
 
 if TYPE_CHECKING:
-    from qcow2_forensics import GuestMemory, Image, Source, VmState
-    from qcow2_forensics.format.snapshot_table import SnapshotEntry
+    from qcow2_forensics import GuestMemory, Image, SnapshotEntry, Source, VmState
 
 Row = tuple[int, tuple[Any, ...]]
 ABSENT = renderers.NotAvailableValue
@@ -103,20 +102,19 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
     def stream(self) -> Stream:
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
-        from qcow2_forensics import Qcow2Error, open_image
-        from qcow2_forensics.memory import find_stream
+        from qcow2_forensics import Qcow2Error, find_stream, open_image, recovered_memory
         from qcow2_forensics.text import cut, printable
 
         source = self.source()
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
             return Stream(stream, None, *index_cache.identify(source.layer), self._layout())
-        chosen = choice.recovered(source, self.wanted())
+        chosen = recovered_memory(source, self.wanted())
         if chosen is None:
             chosen = choice.choose(open_image(source), self.wanted(), printable(source.name))
-        if chosen is not None and chosen.is_leftover:
+        if chosen is not None and chosen.is_unlisted:
             return self._stored(source, chosen.name)
-        if chosen is None or not chosen.memory or chosen.snapshot is None:
+        if chosen is None or not chosen.is_memory or chosen.snapshot is None:
             raise Qcow2Error(f"{cut(source.name)}: no snapshot with memory")
         return self._stored(source, chosen.snapshot)
 
@@ -125,8 +123,14 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
         What cannot be opened is a warning.
         """
-        from qcow2_forensics import Qcow2Error, leftover_vm_state, open_image
-        from qcow2_forensics.memory import find_stream
+        from qcow2_forensics import (
+            Qcow2Error,
+            find_stream,
+            leftover_name,
+            leftover_vm_state,
+            memory_snapshots,
+            open_image,
+        )
         from qcow2_forensics.text import cut, printable
 
         source = self.source()
@@ -137,9 +141,9 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         image = open_image(source)
         choice.tell_problems(image, printable(source.name))
         left = leftover_vm_state(image)  # also maps what a snapshot of just now holds
-        held: list[SnapshotEntry | str] = [entry for entry in image.snapshots if entry.vm_state_size]
+        held: list[SnapshotEntry | str] = [*memory_snapshots(image)]
         if left is not None:
-            held.append(choice.leftover_name(image))
+            held.append(leftover_name(image))
         if not held:
             raise Qcow2Error(f"{cut(source.name)}: no snapshot with memory")
         places: set[int | None] = set()

@@ -68,14 +68,8 @@ def _image_facts(image: Image) -> Facts:
     for name, value in (("backing file", image.backing_name), ("data file", image.data_file_name)):
         if value is not None:
             yield "image", name, printable(value), None, None
-    if header.crypt_method:
-        yield (
-            "image",
-            "encryption",
-            {1: "AES", 2: "LUKS"}.get(header.crypt_method, str(header.crypt_method)),
-            None,
-            None,
-        )
+    if image.encryption:
+        yield "image", "encryption", image.encryption, None, None
     for problem in image.problems:
         yield "image", "problem", problem.message, problem.offset, None
 
@@ -85,7 +79,7 @@ _HINTS = ("cr3", "lstar", "gs_base", "kernel_gs_base")  # what leads to a kernel
 
 def _kernel_facts(memory: GuestMemory) -> Facts:
     """Yield which kernel is in the memory, and which symbols Volatility needs for it."""
-    from qcow2_forensics.memory import find_kernel, uses_five_levels
+    from qcow2_forensics import find_kernel, uses_five_levels
     from qcow2_forensics.text import printable
 
     for cpu in memory.cpus[:1]:

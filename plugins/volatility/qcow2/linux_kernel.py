@@ -56,7 +56,7 @@ class QemuLinuxStacker(interfaces.automagic.StackerLayerInterface):
         progress_callback: constants.ProgressCallback = None,
     ) -> interfaces.layers.DataLayerInterface | None:
         """Return the kernel's address space; None where the registers do not show it or its symbols are not known."""
-        from qcow2_forensics.memory import uses_five_levels
+        from qcow2_forensics import uses_five_levels
 
         memory = context.layers[layer_name]
         if not isinstance(memory, ram.QemuRamLayer):
@@ -82,7 +82,7 @@ class QemuLinuxStacker(interfaces.automagic.StackerLayerInterface):
 
 def identify(memory: GuestMemory) -> tuple[bytes, str] | None:
     """Return the identifier of the Linux kernel in memory and the location of its symbols; None when there are none."""
-    from qcow2_forensics.memory import find_kernel
+    from qcow2_forensics import find_kernel
 
     found = find_kernel(memory, everywhere=False)
     if found is None or found.system != "linux":
@@ -96,7 +96,7 @@ def place(
     memory: GuestMemory, identifier: bytes, symbols: dict[str, int]
 ) -> tuple[type[intel.Intel32e], dict[str, Any]] | None:
     """Return the kind of the kernel's address space and its settings; None where the registers do not show it."""
-    from qcow2_forensics.memory import place_linux
+    from qcow2_forensics import place_linux
 
     found = place_linux(memory, symbols, identifier.rstrip(b"\0"))
     if found is None:
@@ -107,7 +107,7 @@ def place(
 
 def addresses(location: str) -> dict[str, int]:
     """Return the addresses that matter here from a symbol file; it is not parsed, which is what takes the time."""
-    from qcow2_forensics.memory import KERNEL_SYMBOLS
+    from qcow2_forensics import KERNEL_SYMBOLS
 
     if location not in _addresses:
         while len(_addresses) >= _KEPT:

@@ -10,7 +10,7 @@ from volatility3.framework import interfaces, renderers
 from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
-from . import choice, common
+from . import common
 from .evidence import EvidencePlugin, Row, Stream
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _name(stream: Stream) -> tuple[str, str]:
     from qcow2_forensics.text import printable
 
     if stream.snapshot is None:
-        return "-", choice.LEFTOVER if stream.leftover else "-"
+        return "-", "leftover" if stream.leftover else "-"
     return printable(stream.snapshot.id), printable(stream.snapshot.name)
 
 
