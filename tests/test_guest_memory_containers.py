@@ -10,7 +10,10 @@ import bz2
 import gzip
 import importlib
 import lzma
+import random
+import shutil
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics import open_image
-from qcow2_forensics.errors import FormatError, LimitExceeded, SnapshotNotFound, Unsupported
+from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, SnapshotNotFound, Unsupported
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.limits import DEFAULT_LIMITS
 from qcow2_forensics.memory import GuestMemory, find_stream, open_guest_memory
@@ -90,6 +93,47 @@ def test_damaged_compression_is_a_format_error_and_leaves_no_cache(packing: int,
         assert list((tmp_path / "cache").iterdir()) == []
 
 
+def lzop(data: bytes) -> bytes:
+    pytest.importorskip("lzallright", reason="lzallright is absent")
+    if shutil.which("lzop") is None:
+        pytest.skip("lzop is not installed")
+    return subprocess.run(["lzop", "-c"], input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+def test_a_save_file_that_lzop_compressed_is_the_stream() -> None:
+    stream = simple(
+        [page(n, random.Random(n).randbytes(PAGE) if n % 3 else 0, None if n else "pc.ram") for n in range(300)],
+        {"pc.ram": 300 * PAGE},
+    )
+    found = find_stream(BytesSource(libvirt(lzop(stream), packing=4)))
+    assert found is not None
+    assert found.read(0, found.size) == stream
+
+
+def test_a_damaged_lzop_file_is_an_error_wherever_it_is_damaged() -> None:
+    whole = lzop(STREAM)
+    source = random.Random(4)
+    for _ in range(200):
+        place = source.randrange(9, len(whole))
+        bad = bytearray(whole)
+        bad[place] ^= 1 << source.randrange(8)
+        data = bytes(bad) if source.random() < 0.7 else whole[:place]
+        try:
+            found = find_stream(BytesSource(libvirt(data, packing=4)))
+            assert found is not None
+            assert found.read(0, found.size) == STREAM  # in a field that changes nothing
+        except Qcow2Error:
+            pass
+
+
+def test_a_block_of_lzop_that_announces_gigabytes_is_refused() -> None:
+    whole = bytearray(lzop(STREAM))
+    block = whole.index(len(STREAM).to_bytes(4, "big"))
+    whole[block : block + 4] = (1 << 31).to_bytes(4, "big")
+    with pytest.raises(FormatError, match="a block of 2147483648 bytes"):
+        find_stream(BytesSource(libvirt(bytes(whole), packing=4)))
+
+
 def test_decompression_has_a_limit(tmp_path: Path) -> None:
     bomb = gzip.compress(STREAM + bytes(1 << 20))
     limits = DEFAULT_LIMITS._replace(decompressed_stream_bytes=1 << 19)
@@ -101,7 +145,7 @@ def test_decompression_has_a_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "error", "words"),
     [
-        (libvirt(b"\x89LZO\0", 4), Unsupported, "lzop"),
+        (libvirt(b"\x89LZO\0".ljust(40, b"x"), 4), FormatError, "no lzop file"),
         (libvirt(b"xxxx", 99), Unsupported, "format 99"),
         (libvirt(b"xxxx", 0), Unsupported, "without a QEMU stream"),
         (libvirt(STREAM, version=9), Unsupported, "version 9"),

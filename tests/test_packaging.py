@@ -263,7 +263,7 @@ def test_doctor_finds_every_installed_framework_active(kind: str, request: pytes
 
 
 def test_doctor_finds_every_installed_library() -> None:
-    import_names = {"numpy": "numpy", "cryptography": "cryptography", "zlib-ng": "zlib_ng"}
+    import_names = {"numpy": "numpy", "cryptography": "cryptography", "zlib-ng": "zlib_ng", "lzallright": "lzallright"}
     found = {library.name: library.version for library in diagnose().libraries if library.name in import_names}
     assert found.keys() == import_names.keys()
     for name, module in import_names.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import qcow2_forensics as q
 
@@ -79,3 +82,23 @@ def test_a_disk_that_nobody_holds_closes_its_file_at_once() -> None:
         "print(count() - before)"
     )
     assert _fresh(code) == "0"
+
+
+def test_the_volatility_adapter_imports_public_names_only() -> None:
+    folder = Path(__file__).resolve().parent.parent / "plugins" / "volatility"
+    deeper = [
+        f"{path.name}: {line.strip()}"
+        for path in folder.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"^\s*(?:from|import) qcow2_forensics\.(?!text import)", line)
+    ]
+    assert deeper == []
+    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
+    named = {
+        alias.name
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "qcow2_forensics"
+        for alias in node.names
+    }
+    assert named <= set(q.__all__)

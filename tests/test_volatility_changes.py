@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
 
+from volatility3.plugins.qcow2 import linux_kernel
 from volatility3.plugins.qcow2.changes import Table, compared
 
 from tests.volatility_tools import common  # loads our plugins
@@ -37,3 +38,13 @@ def test_equal_rows_are_counted() -> None:
     row = ("1", "a", "S")
     assert list(compared(table(row, row), table(row, row), ())) == []
     assert len(list(compared(table(row), table(row, row, row), ()))) == 2
+
+
+def test_addresses_come_out_of_a_symbol_file_whatever_the_order_of_its_fields() -> None:
+    text = (
+        '{"user_types": {"x": {"fields": {"init_top_pgt": {"offset": 8}}}}, "symbols": {"linux_banner": '
+        '{"type": {"kind": "array", "subtype": {"kind": "base"}}, "address": 18446744071591428224},'
+        '"init_top_pgt" : { "address": 7 }, "entry_SYSCALL_64": {"type": {"kind": "base"'
+    )
+    found = linux_kernel._find(text, ("linux_banner", "init_top_pgt", "entry_SYSCALL_64"))
+    assert found == {"linux_banner": 18446744071591428224, "init_top_pgt": 7}

@@ -95,6 +95,16 @@ def test_a_saved_configuration_gives_the_same_processes(evidence: EvidenceCase, 
     assert run("-c", "saved.json", plugin) == found
 
 
+def test_the_registers_place_the_kernel_and_nothing_is_scanned_for(evidence: EvidenceCase, tmp_path: Path) -> None:
+    arguments = ("-vvvv", "-s", evidence.symbols, "-f", evidence.image, "linux.pslist.PsList", "--pid", "1")
+    done = vol(*arguments, cwd=tmp_path, every_stacker=True)
+    assert done.returncode == 0, done.stderr
+    assert "using QemuLinuxStacker" in done.stderr
+    assert "using LinuxIntel" not in done.stderr.partition("using QemuLinuxStacker")[0].replace(
+        "Attempting to stack", ""
+    )
+
+
 def test_worker_processes_find_every_banner(evidence: EvidenceCase, raw: dict[str, Path], run: Run) -> None:
     found = run("--parallelism", "processes", "--qcow2-snapshot", "2", "-f", evidence.image, "banners.Banners")
     assert found == run("-f", raw[DURING], "banners.Banners")
@@ -102,7 +112,7 @@ def test_worker_processes_find_every_banner(evidence: EvidenceCase, raw: dict[st
 
 
 def test_what_changed_between_two_memories_is_the_intruders_process(evidence: EvidenceCase, run: Run) -> None:
-    plugins = ("linux.pslist", "linux.lsmod")
+    plugins = ("linux.pslist", "linux.lsmod", "linux.malware.hidden_modules")
     arguments = ("--qcow2-snapshot", DURING, "-f", evidence.image, "qcow2.changes.Changes", "--plugins", *plugins)
     (row,) = run(*arguments)
     assert (row["Change"], row["Plugin"]) == ("appeared", "linux.pslist.PsList")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import http.server
 import importlib
 import json
 import os
+import pty
 import resource
 import shutil
 import subprocess
@@ -26,6 +28,7 @@ from qcow2_forensics import open_vm_state
 from tests import qemu
 from tests.image_builder import Poke
 from tests.volatility_tools import (
+    BANNER,
     BANNERS,
     LOADED,
     PLUGINS,
@@ -172,6 +175,61 @@ def test_vmstatedump_that_cannot_write_all_leaves_nothing_under_its_name(saved: 
     assert done.returncode == 1
     assert "the file cannot be written" in done.stderr
     assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("snapshot-1.raw.partial", 0)]
+
+
+def test_the_progress_line_shows_no_control_characters_of_the_image(
+    damaged: Callable[..., Path], tmp_path: Path
+) -> None:
+    image = damaged(0, 40 + 24, b"\x1b")  # the ID of the first snapshot
+    code = "import sys; from volatility3.cli import main; sys.argv[0] = 'vol'; main()"
+    arguments = ["-p", PLUGINS, "--qcow2-snapshot", "index:0", "-f", image, "qcow2.vmstatedump.VmStateDump"]
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while piece := os.read(screen, 65536):
+            shown += piece
+    os.close(screen)
+    assert process.wait(60) == 0, shown
+    assert b"Writing snapshot-" in shown
+    assert b"\x1b" not in shown
+
+
+def test_a_search_of_all_snapshots_finds_what_is_in_each(saved: Saved) -> None:
+    found = plugin_rows("scan.Scan", saved.image, pattern="Linux version 9[^\n]+")
+    assert [(row["Snapshot"], row["Address"]) for row in found] == [
+        (name, address) for address in BANNERS for name in ("first", "second")
+    ]
+    assert {row["Text"] for row in found} == {BANNER.decode().rstrip()}
+    strings = plugin_rows("scan.Scan", saved.image, strings=True, shortest=20)
+    assert {row["Address"] for row in strings if row["Text"].startswith("Linux version 9")} == set(BANNERS)
+
+
+def test_a_search_finds_what_only_one_snapshot_holds(saved: Saved) -> None:
+    counts = [
+        int.from_bytes(dump[address : address + 2], "little") for address in (0x10000,) for dump in saved.dumps.values()
+    ]
+    assert counts[0] != counts[1]
+    pattern = "(?s)" + "".join(f"\\x{byte:02x}" for byte in counts[1].to_bytes(2, "little") + bytes(6))
+    found = plugin_rows("scan.Scan", saved.image, pattern=pattern)
+    assert {row["Snapshot"] for row in found if row["Address"] == 0x10000} == {"second"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"pattern": "a", "strings": True}, {"pattern": "("}])
+def test_a_search_for_nothing_sensible_is_one_warning(
+    saved: Saved, caplog: pytest.LogCaptureFixture, settings: dict[str, object]
+) -> None:
+    with warnings_of(caplog) as told:
+        assert plugin_rows("scan.Scan", saved.image, **settings) == []
+    assert len(told) == 1
 
 
 def test_audit_lists_findings(saved: Saved, tmp_path: Path) -> None:
@@ -391,8 +449,10 @@ def test_loading_the_plugins_executes_only_what_volatility_has_to_see(tmp_path: 
         "changes",
         "evidence",
         "info",
+        "linux_kernel",
         "options",
         "registers",
+        "scan",
         "snapshots",
         "stackers",
         "vmstatedump",

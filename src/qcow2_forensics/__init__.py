@@ -31,11 +31,15 @@ from .errors import (
     Unsupported,
 )
 from .format.image import Image
-from .format.source import FileSource, Source, StreamSource
+from .format.snapshot_table import SnapshotEntry
+from .format.source import FileSource, Source, StreamSource, as_source
 from .limits import DEFAULT_LIMITS, Limits
 from .reader.disk import Disk, Extent
-from .reader.mapping import Kind
-from .reader.opening import open_disk, open_image, open_vm_state
+from .reader.mapping import Kind, Run
+from .reader.opening import leftover_vm_state, open_disk, open_image, open_vm_state
+from .reader.passphrases import from_environment as passphrases_from_environment
+from .reader.passphrases import from_files as passphrases_from_files
+from .reader.states import is_replacement as is_recovered_state
 from .reader.stream import SourceStream
 from .reader.vm_state import VmState
 
@@ -43,15 +47,48 @@ if TYPE_CHECKING:
     from .audit import audit, audit_path
     from .compare.ranges import compare
     from .findings import Evidence, Finding, Report, Severity, __version__
-    from .memory import GuestMemory, open_guest_memory
-    from .reader.resolver import Resolver
+    from .memory import (
+        KERNEL_SYMBOLS,
+        Finder,
+        GuestMemory,
+        Match,
+        find_kernel,
+        find_stream,
+        open_guest_memory,
+        pattern_finder,
+        place_linux,
+        scan_memories,
+        uses_five_levels,
+    )
+    from .reader.memory_choice import (
+        MemoryChoice,
+        choose_memory,
+        leftover_name,
+        memory_before,
+        memory_snapshots,
+        recovered_memory,
+    )
+    from .reader.named_files import NamedFiles, named_files
+    from .reader.resolver import (
+        ALONE_VARIABLE,
+        BACKING_VARIABLE,
+        Remedies,
+        Resolver,
+        Role,
+        folders_from_environment,
+        parse_reference,
+    )
 
 __all__ = [
+    "ALONE_VARIABLE",
+    "BACKING_VARIABLE",
     "DEFAULT_LIMITS",
+    "KERNEL_SYMBOLS",
     "Disk",
     "Evidence",
     "Extent",
     "FileSource",
+    "Finder",
     "Finding",
     "ForbiddenReference",
     "FormatError",
@@ -61,13 +98,20 @@ __all__ = [
     "LimitExceeded",
     "Limits",
     "Locked",
+    "Match",
+    "MemoryChoice",
     "MissingFile",
+    "NamedFiles",
     "NotQcow2",
     "Qcow2Error",
     "ReadError",
+    "Remedies",
     "Report",
     "Resolver",
+    "Role",
+    "Run",
     "Severity",
+    "SnapshotEntry",
     "SnapshotNotFound",
     "Source",
     "SourceStream",
@@ -75,28 +119,70 @@ __all__ = [
     "Unsupported",
     "VmState",
     "__version__",
+    "as_source",
     "audit",
     "audit_path",
+    "choose_memory",
     "compare",
+    "find_kernel",
+    "find_stream",
+    "folders_from_environment",
+    "is_recovered_state",
+    "leftover_name",
+    "leftover_vm_state",
+    "memory_before",
+    "memory_snapshots",
+    "named_files",
     "open_disk",
     "open_guest_memory",
     "open_image",
     "open_vm_state",
+    "parse_reference",
+    "passphrases_from_environment",
+    "passphrases_from_files",
+    "pattern_finder",
+    "place_linux",
+    "recovered_memory",
+    "scan_memories",
+    "uses_five_levels",
 ]
 
 # Names whose modules take time to import and are not needed to read a disk: loaded on first use.
 _LAZY = {
-    "__version__": "findings",
+    "ALONE_VARIABLE": "reader.resolver",
+    "BACKING_VARIABLE": "reader.resolver",
     "Evidence": "findings",
+    "Finder": "memory",
     "Finding": "findings",
     "GuestMemory": "memory",
+    "KERNEL_SYMBOLS": "memory",
+    "Match": "memory",
+    "MemoryChoice": "reader.memory_choice",
+    "NamedFiles": "reader.named_files",
+    "Remedies": "reader.resolver",
     "Report": "findings",
     "Resolver": "reader.resolver",
+    "Role": "reader.resolver",
     "Severity": "findings",
+    "__version__": "findings",
     "audit": "audit",
     "audit_path": "audit",
+    "choose_memory": "reader.memory_choice",
     "compare": "compare",
+    "find_kernel": "memory",
+    "find_stream": "memory",
+    "folders_from_environment": "reader.resolver",
+    "leftover_name": "reader.memory_choice",
+    "memory_before": "reader.memory_choice",
+    "memory_snapshots": "reader.memory_choice",
+    "named_files": "reader.named_files",
     "open_guest_memory": "memory",
+    "parse_reference": "reader.resolver",
+    "pattern_finder": "memory",
+    "place_linux": "memory",
+    "recovered_memory": "reader.memory_choice",
+    "scan_memories": "memory",
+    "uses_five_levels": "memory",
 }
 
 

@@ -12,7 +12,8 @@ This folder goes on Volatility's plugin path, where its name is ``volatility3.pl
     layers    VM state and disk;  backing: the files under a disk;  content: what a disk holds
     ram       guest-physical memory;  elision: when zeros need no scan;  index_cache
     stackers  offer the layers to Volatility
-    info, snapshots, audit, registers, vmstatedump, changes: the plugins
+    linux_kernel  the address space of a Linux guest, placed by its registers
+    info, snapshots, audit, registers, vmstatedump, changes, scan: the plugins
 
 Volatility imports every file below this folder at every start, and any error but ImportError ends it.
 So this file imports them first and turns whatever they raise into an ImportError: a plugin dropped into the

@@ -16,10 +16,7 @@ from .common import LayerSource, add_file_layer, local_path
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qcow2_forensics import Source
-    from qcow2_forensics.format.source import FileSource
-    from qcow2_forensics.reader.named_files import NamedFiles
-    from qcow2_forensics.reader.resolver import Role
+    from qcow2_forensics import FileSource, NamedFiles, Role, Source
 
 _COMPRESSED = (".gz", ".bz2", ".xz")  # what Volatility's file layer decompresses by its name
 
@@ -81,8 +78,7 @@ class LayerResolver:
         folders: Iterable[str] = (),
         named: NamedFiles | None = None,
     ) -> None:
-        from qcow2_forensics import Resolver
-        from qcow2_forensics.reader.resolver import ALONE_VARIABLE, BACKING_VARIABLE, Remedies
+        from qcow2_forensics import ALONE_VARIABLE, BACKING_VARIABLE, Remedies, Resolver
 
         self.remedies = Remedies(
             f"--qcow2-backing-folder FOLDER (or {BACKING_VARIABLE})",
@@ -98,8 +94,7 @@ class LayerResolver:
 
     def open(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         """Return the file a name in ``parent`` means, as a source over its layer."""
-        from qcow2_forensics import ForbiddenReference
-        from qcow2_forensics.reader.resolver import parse_reference
+        from qcow2_forensics import ForbiddenReference, parse_reference
 
         if len(self.names) < len(self._known):
             try:

@@ -12,7 +12,7 @@ from volatility3.framework.automagic import available, choose_automagic
 from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
-from . import common, layers, ram
+from . import common, layers, linux_kernel, ram
 from .evidence import Row
 
 # By operating system; the names are prefixes, as ``vol`` accepts them. What a Volatility lacks is passed over.
@@ -110,6 +110,8 @@ class Changes(interfaces.plugins.PluginInterface):
         except (Qcow2Error, exceptions.VolatilityException) as error:
             common.warn(f"the states cannot be compared: {printable(str(error))}")
             return
+        for state in (earlier, later):
+            _drop_working_tables(state.context)
         for name, kind in self._plugins(later):
             try:
                 before, after = self._table(earlier, kind), self._table(later, kind)
@@ -123,26 +125,12 @@ class Changes(interfaces.plugins.PluginInterface):
 
     def _earlier(self, later: State) -> State:
         """Return the earlier state: over the same file and, where the kernel is the same, with the same symbols."""
-        from qcow2_forensics import SnapshotNotFound, open_image
-        from qcow2_forensics.reader.opening import find_snapshot
+        from qcow2_forensics import memory_before, open_image
 
         state = self._vm_state_layer(later)
         image = open_image(common.LayerSource(self.context.layers[state.config["base_layer"]]))
-        chosen = state.view.snapshot
         wanted = self.config.get("against", None)
-        if wanted:
-            entry = find_snapshot(image, wanted)
-        else:
-            before = [
-                item
-                for item in image.snapshots
-                if item.vm_state_size
-                and chosen is not None
-                and (item.date_sec, item.date_nsec, item.index) < (chosen.date_sec, chosen.date_nsec, chosen.index)
-            ]
-            entry = max(before, key=lambda item: (item.date_sec, item.date_nsec, item.index), default=None)
-        if entry is None or not entry.vm_state_size:
-            raise SnapshotNotFound("earlier, with memory", [item.id for item in image.snapshots if item.vm_state_size])
+        entry = memory_before(image, state.view.snapshot, wanted)
         name = wanted or f"index:{entry.index}"
         return self._with_the_same_symbols(later, state, name) or self._anew(state, name)
 
@@ -159,36 +147,46 @@ class Changes(interfaces.plugins.PluginInterface):
 
     def _with_the_same_symbols(self, later: State, state: layers.Qcow2VmStateLayer, name: str) -> State | None:
         """Return the earlier state when it is a Linux with the kernel of the later one; None for anything else."""
-        from volatility3.framework.automagic import linux
-
-        module = self.context.modules[later.module]
-        paged = self.context.layers[module.layer_name]
-        table = module.symbol_table_name
         if _system(self.context, later.module) != "linux":
             return None
+        module = self.context.modules[later.module]
+        paged = self.context.layers[module.layer_name]
+        place = module.get_symbol("linux_banner").address
+        banner = paged.read(place + module.offset, 256, pad=True).partition(b"\0")[0]
         memory = self._memory(state.config["base_layer"], name)
-        shift, virtual_shift = linux.LinuxIntelStacker.find_aslr(self.context, table, memory.name)
+        symbols = linux_kernel.addresses(self.context.symbol_space[module.symbol_table_name].config["isf_url"])
+        found = linux_kernel.place(memory.view, banner, symbols) or self._searched(module, type(paged), memory.name)
+        if found is None:
+            return None
+        kind, settings = found
+        path = interfaces.configuration.path_join(self.config_path, "earlier", "layer_name")
+        for key, value in {"memory_layer": memory.name, **settings}.items():
+            self.context.config[interfaces.configuration.path_join(path, key)] = value
+        layer = kind(self.context, path, self.context.layers.free_layer_name("Earlier"), {"os": "Linux"})
+        self.context.layers.add_layer(layer)
+        shift = settings["kernel_virtual_offset"]
+        if not banner or layer.read(place + shift, 256, pad=True).partition(b"\0")[0] != banner:
+            return None
+        earlier = contexts.Module.create(
+            self.context,
+            "earlier",
+            layer.name,
+            shift,
+            symbol_table_name=module.symbol_table_name,
+            native_layer_name=layer.name,
+        )
+        return State(self.context, earlier.name)
+
+    def _searched(self, module: Any, kind: Any, memory: str) -> tuple[Any, dict[str, Any]] | None:
+        """Return kind and settings of the kernel's address space as Volatility's scan finds them."""
+        from volatility3.framework.automagic import linux
+
         top = next((item for item in ("init_top_pgt", "init_level4_pgt") if module.has_symbol(item)), None)
         if top is None:
             return None
+        shift, virtual_shift = linux.LinuxIntelStacker.find_aslr(self.context, module.symbol_table_name, memory)
         root = linux.LinuxIntelStacker.virtual_to_physical_address(module.get_symbol(top).address + shift)
-        path = interfaces.configuration.path_join(self.config_path, "earlier", "layer_name")
-        self.context.config[interfaces.configuration.path_join(path, "memory_layer")] = memory.name
-        self.context.config[interfaces.configuration.path_join(path, "page_map_offset")] = root
-        self.context.config[interfaces.configuration.path_join(path, "kernel_virtual_offset")] = virtual_shift
-        layer = type(paged)(self.context, path, self.context.layers.free_layer_name("Earlier"), {"os": "Linux"})
-        self.context.layers.add_layer(layer)
-        place = module.get_symbol("linux_banner").address
-        banners = [
-            self.context.layers[where].read(place + moved, 256, pad=True).partition(b"\0")[0]
-            for where, moved in ((paged.name, module.offset), (layer.name, virtual_shift))
-        ]
-        if not banners[0] or banners[0] != banners[1]:
-            return None
-        earlier = contexts.Module.create(
-            self.context, "earlier", layer.name, virtual_shift, symbol_table_name=table, native_layer_name=layer.name
-        )
-        return State(self.context, earlier.name)
+        return kind, {"page_map_offset": root, "kernel_virtual_offset": virtual_shift}
 
     def _memory(self, file_layer: str, snapshot: str) -> Any:
         made: list[Any] = []
@@ -262,6 +260,13 @@ class Changes(interfaces.plugins.PluginInterface):
             for added in set(state.context.symbol_space) - tables:
                 state.context.symbol_space.remove(added)  # one without a producer makes other plugins fail
         return Table(tuple(column.name for column in grid.columns), rows)
+
+
+def _drop_working_tables(context: interfaces.context.ContextInterface) -> None:
+    """Remove tables that automagic left and that name no producer: where there is one, hidden_modules and kmsg fail."""
+    for name in tuple(context.symbol_space):
+        if not hasattr(context.symbol_space[name], "producer"):
+            context.symbol_space.remove(name)
 
 
 def _system(context: interfaces.context.ContextInterface, module: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from volatility3.framework import constants, exceptions, interfaces, renderers
 from volatility3.framework.configuration import requirements
@@ -14,8 +14,7 @@ from . import choice, common, index_cache
 from .options import layout_option, passphrase, snapshot_option
 
 if TYPE_CHECKING:
-    from qcow2_forensics import GuestMemory, Image, Source
-    from qcow2_forensics.format.snapshot_table import SnapshotEntry
+    from qcow2_forensics import GuestMemory, Image, SnapshotEntry, Source, VmState
 
 Row = tuple[int, tuple[Any, ...]]
 ABSENT = renderers.NotAvailableValue
@@ -103,30 +102,74 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
     def stream(self) -> Stream:
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
-        from qcow2_forensics import Qcow2Error, open_image, open_vm_state
-        from qcow2_forensics.memory import find_stream
+        from qcow2_forensics import Qcow2Error, find_stream, open_image, recovered_memory
         from qcow2_forensics.text import cut, printable
 
         source = self.source()
-        key, local = index_cache.identify(source.layer)
-        layout = self._layout()
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
-            return Stream(stream, None, key, local, layout)
-        chosen = choice.recovered(source, self.wanted())
+            return Stream(stream, None, *index_cache.identify(source.layer), self._layout())
+        chosen = recovered_memory(source, self.wanted())
         if chosen is None:
             chosen = choice.choose(open_image(source), self.wanted(), printable(source.name))
-        if chosen is not None and chosen.is_leftover:
-            state = open_vm_state(source, chosen.name, passphrase(self.context))
-            state.read(0, 4)
-            place = re.sub(r"\W", "_", chosen.name)
-            return Stream(state, None, key and f"{key}_{place}", local, layout, leftover=True)
-        if chosen is None or not chosen.memory or chosen.snapshot is None:
+        if chosen is not None and chosen.is_unlisted:
+            return self._stored(source, chosen.name)
+        if chosen is None or not chosen.is_memory or chosen.snapshot is None:
             raise Qcow2Error(f"{cut(source.name)}: no snapshot with memory")
-        state = open_vm_state(source, chosen.snapshot, passphrase(self.context))
+        return self._stored(source, chosen.snapshot)
+
+    def streams(self) -> Iterator[Stream]:
+        """Yield every memory stream of the file: of each snapshot, oldest first, and one that no snapshot lists.
+
+        What cannot be opened is a warning.
+        """
+        from qcow2_forensics import (
+            Qcow2Error,
+            find_stream,
+            leftover_name,
+            leftover_vm_state,
+            memory_snapshots,
+            open_image,
+        )
+        from qcow2_forensics.text import cut, printable
+
+        source = self.source()
+        stream = find_stream(source, cache_dir=constants.CACHE_PATH)
+        if stream is not None:
+            yield Stream(stream, None, *index_cache.identify(source.layer), self._layout())
+            return
+        image = open_image(source)
+        choice.tell_problems(image, printable(source.name))
+        left = leftover_vm_state(image)  # also maps what a snapshot of just now holds
+        held: list[SnapshotEntry | str] = [*memory_snapshots(image)]
+        if left is not None:
+            held.append(leftover_name(image))
+        if not held:
+            raise Qcow2Error(f"{cut(source.name)}: no snapshot with memory")
+        places: set[int | None] = set()
+        for wanted in held:
+            if isinstance(wanted, str) and left in places:
+                continue
+            try:
+                stored = self._stored(source, wanted)
+                places.add(next(iter(cast("VmState", stored.source).runs(0, 4))).host_offset)
+                yield stored
+            except Qcow2Error as error:
+                what = wanted if isinstance(wanted, str) else choice.describe(wanted)
+                common.warn(f"{printable(source.name)}: {what} is left out: {error}")
+
+    def _stored(self, source: common.LayerSource, wanted: SnapshotEntry | str) -> Stream:
+        """Return the memory stream of a snapshot, or of a state that no snapshot lists, by its name."""
+        from qcow2_forensics import open_vm_state
+
+        key, local = index_cache.identify(source.layer)
+        state = open_vm_state(source, wanted, passphrase(self.context))
         state.read(0, 4)
-        entry = chosen.snapshot
-        return Stream(state, entry, key and f"{key}_{entry.index}_{entry.l1_table_offset}", local, layout)
+        if isinstance(wanted, str):
+            which, entry = re.sub(r"\W", "_", wanted), None
+        else:
+            which, entry = f"{wanted.index}_{wanted.l1_table_offset}", wanted
+        return Stream(state, entry, key and f"{key}_{which}", local, self._layout(), leftover=entry is None)
 
     def guarded(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """Yield rows; what goes wrong with the evidence becomes a warning, and the end of them."""

@@ -14,11 +14,6 @@ from .evidence import EvidencePlugin, Row, Stream, hexadecimal
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image
 
-FIVE_LEVELS = (
-    "the guest uses five levels of page tables (LA57), which Volatility's layers for Intel do not read (seen with 2.28): "
-    "plugins find nothing, on raw dumps too"
-)
-
 # Subject, item, value, address and size; values are escaped already, as the core's own sentences are.
 Facts = Iterator[tuple[str, str, str, int | None, int | None]]
 
@@ -73,14 +68,8 @@ def _image_facts(image: Image) -> Facts:
     for name, value in (("backing file", image.backing_name), ("data file", image.data_file_name)):
         if value is not None:
             yield "image", name, printable(value), None, None
-    if header.crypt_method:
-        yield (
-            "image",
-            "encryption",
-            {1: "AES", 2: "LUKS"}.get(header.crypt_method, str(header.crypt_method)),
-            None,
-            None,
-        )
+    if image.encryption:
+        yield "image", "encryption", image.encryption, None, None
     for problem in image.problems:
         yield "image", "problem", problem.message, problem.offset, None
 
@@ -90,17 +79,24 @@ _HINTS = ("cr3", "lstar", "gs_base", "kernel_gs_base")  # what leads to a kernel
 
 def _kernel_facts(memory: GuestMemory) -> Facts:
     """Yield which kernel is in the memory, and which symbols Volatility needs for it."""
-    from qcow2_forensics.memory import kernel
+    from qcow2_forensics import find_kernel, uses_five_levels
     from qcow2_forensics.text import printable
 
     for cpu in memory.cpus[:1]:
         for name in _HINTS:
             if value := cpu.registers.get(name):
                 yield "processor", name, "", value, None
-    if kernel.uses_five_levels(memory):
-        common.warn(FIVE_LEVELS)
-        yield "processor", "paging", "five levels", None, None
-    found = kernel.find_kernel(memory)
+    if any(cpu.runs_nested_guest for cpu in memory.cpus):
+        yield (
+            "processor",
+            "nested",
+            "a guest of this guest was running; the registers are those of the inner one",
+            None,
+            None,
+        )
+    if uses_five_levels(memory):
+        yield "processor", "paging", "five levels (LA57)", None, None
+    found = find_kernel(memory)
     if found is None:
         yield "kernel", "not found", "neither a Linux banner nor the debug record of a Windows kernel", None, None
         return

@@ -12,8 +12,7 @@ from .common import LayerSource, ViewLayer, vollog
 from .options import HOW_TO_UNLOCK, backing_file, backing_folders, passphrase, without_backing
 
 if TYPE_CHECKING:
-    from qcow2_forensics import Disk, Resolver, VmState
-    from qcow2_forensics.reader.mapping import Run
+    from qcow2_forensics import Disk, Resolver, Run, VmState
 
 Mapped = tuple[int, int, int, int, str]
 
@@ -71,7 +70,6 @@ class Qcow2DiskLayer(ViewLayer):
 
     def _make_view(self) -> Disk:
         from qcow2_forensics import Locked, open_disk
-        from qcow2_forensics.format.header import Crypt
 
         from .backing import LayerResolver
 
@@ -87,7 +85,7 @@ class Qcow2DiskLayer(ViewLayer):
         )
         self._remember(resolver.names)
         if disk.is_locked:
-            raise Locked(Crypt(disk.image.header.crypt_method).name, HOW_TO_UNLOCK, member=disk.locked_member)
+            raise Locked(disk.image.encryption, HOW_TO_UNLOCK, member=disk.locked_member)
         disk.read(0, 512)
         return disk
 

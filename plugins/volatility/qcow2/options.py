@@ -14,7 +14,7 @@ from volatility3.framework.configuration import requirements
 from . import common
 
 if TYPE_CHECKING:
-    from qcow2_forensics.reader.named_files import NamedFiles
+    from qcow2_forensics import NamedFiles
 
 SNAPSHOT_VARIABLE = "QCOW2_SNAPSHOT"
 PASSPHRASE_VARIABLE = "QCOW2_PASSPHRASE"  # noqa: S105 - the name of a variable
@@ -24,7 +24,6 @@ LAYOUT_VARIABLE = "QCOW2_LAYOUT"
 HOW_TO_UNLOCK = f"give --qcow2-key-file, or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}"
 SCAN_ZEROS_VARIABLE = "QCOW2_SCAN_ZEROS"
 
-DISK = "disk"  # in place of a snapshot: the virtual disk itself, as it is now
 _PATH = "automagic.Qcow2Options."
 
 
@@ -115,14 +114,14 @@ def scan_zeros(context: interfaces.context.ContextInterface) -> bool:
 
 def backing_folders(context: interfaces.context.ContextInterface) -> tuple[str, ...]:
     """Return the folders besides the image's own in which its backing files may lie."""
-    from qcow2_forensics.reader.resolver import folders_from_environment
+    from qcow2_forensics import folders_from_environment
 
     return (*_paths(_option(context, "qcow2_backing_folder")), *folders_from_environment())
 
 
 def backing_file(context: interfaces.context.ContextInterface) -> NamedFiles:
     """Return the file that the user names for a name in an image."""
-    from qcow2_forensics.reader.named_files import named_files
+    from qcow2_forensics import named_files
 
     pair = _option(context, "qcow2_backing_file")
     return named_files([str(pair)] if pair else [], "--qcow2-backing-file")
@@ -130,21 +129,20 @@ def backing_file(context: interfaces.context.ContextInterface) -> NamedFiles:
 
 def without_backing(context: interfaces.context.ContextInterface) -> bool:
     """Tell whether disks are read without their backing files."""
-    from qcow2_forensics.reader.resolver import ALONE_VARIABLE
+    from qcow2_forensics import ALONE_VARIABLE
 
     return bool(_option(context, "qcow2_no_backing") or os.environ.get(ALONE_VARIABLE))
 
 
 def passphrase(context: interfaces.context.ContextInterface) -> list[bytes] | None:
     """Return the passphrases, from the key files or the environment; they are never kept in a configuration."""
-    from qcow2_forensics import Qcow2Error
-    from qcow2_forensics.reader.passphrases import from_environment, from_files
+    from qcow2_forensics import Qcow2Error, passphrases_from_environment, passphrases_from_files
 
     named = _option(context, "qcow2_key_file")
     try:
         if named:
-            return from_files(_paths(named))
-        return from_environment() or None
+            return passphrases_from_files(_paths(named))
+        return passphrases_from_environment() or None
     except (OSError, Qcow2Error) as error:
         common.warn(f"the key file {named or os.environ.get(KEY_FILE_VARIABLE)!r} cannot be read: {error}")
         return None

@@ -30,9 +30,7 @@ class QemuRamLayer(ViewLayer):
     _view_start: int | None = None  # where the stream starts in the layer below; None when decompressed from it
 
     def _make_view(self) -> GuestMemory:
-        from qcow2_forensics import FormatError
-        from qcow2_forensics.format.source import as_source
-        from qcow2_forensics.memory import find_stream
+        from qcow2_forensics import FormatError, as_source, find_stream
 
         base = self.context.layers[self._base_layer]
         source = as_source(source_under(base))

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from volatility3.framework import constants, exceptions, interfaces
 
-from . import choice, common, content, info, layers, ram
+from . import choice, common, content, layers, linux_kernel, ram
 from .options import layout_option, snapshot_option
 
 if TYPE_CHECKING:
-    from qcow2_forensics import Image
+    from qcow2_forensics import Image, MemoryChoice
 
 _MAGIC = b"QFI\xfb"
 _STREAMS = (b"QEVM", b"LibvirtQemudSave", b"LibvirtQemudPart")
@@ -31,13 +31,13 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         """Return the layer of the state that is meant; None, with a warning, when it cannot be read."""
         if not _starts_with(context, layer_name, (_MAGIC,)) and not _is_damaged_file(context, layer_name):
             return None
-        from qcow2_forensics import Qcow2Error, open_image
+        from qcow2_forensics import Qcow2Error, open_image, recovered_memory
         from qcow2_forensics.text import printable
 
         source = common.LayerSource(context.layers[layer_name])
         title = printable(source.name)
         try:
-            found = choice.recovered(source, snapshot_option(context))
+            found = recovered_memory(source, snapshot_option(context))
             if found is not None:
                 return _layer(context, layer_name, found)
             image = open_image(source)
@@ -83,13 +83,13 @@ def _warn_of_symbols(layer: common.ViewLayer) -> None:
     """Say which symbols the kernel in a memory needs, when Volatility has none for it."""
     from volatility3.framework.automagic import symbol_cache
 
-    from qcow2_forensics.memory import kernel
+    from qcow2_forensics import find_kernel, uses_five_levels
     from qcow2_forensics.text import printable
 
-    if kernel.uses_five_levels(layer.view):
-        common.warn(info.FIVE_LEVELS)
-    found = kernel.find_kernel(layer.view, everywhere=False)
+    found = find_kernel(layer.view, everywhere=False)
     if found is None or found.system != "linux":  # Volatility fetches Windows symbols by itself
+        if uses_five_levels(layer.view):
+            common.warn(linux_kernel.FIVE_LEVELS)
         return
     known = symbol_cache.load_cache_manager().get_identifier_dictionary(operating_system="linux")
     banner = found.identity.encode("ascii", "surrogateescape")
@@ -103,10 +103,10 @@ def _warn_of_symbols(layer: common.ViewLayer) -> None:
 
 def _is_damaged_file(context: interfaces.context.ContextInterface, layer_name: str) -> bool:
     """Whether this is a file, of which the user wants a recovered state: it may have no header."""
-    from qcow2_forensics.reader.states import is_replacement
+    from qcow2_forensics import is_recovered_state
 
     wanted = snapshot_option(context) or ""
-    return is_replacement(wanted.removeprefix("disk:")) and not context.layers[layer_name].dependencies
+    return is_recovered_state(wanted.removeprefix("disk:")) and not context.layers[layer_name].dependencies
 
 
 def _starts_with(context: interfaces.context.ContextInterface, layer_name: str, magics: tuple[bytes, ...]) -> bool:
@@ -133,9 +133,11 @@ def _new(
     return kind(context, path, name)
 
 
-def _layer(context: interfaces.context.ContextInterface, layer_name: str, chosen: choice.Choice) -> common.ViewLayer:
+def _layer(context: interfaces.context.ContextInterface, layer_name: str, chosen: MemoryChoice) -> common.ViewLayer:
     settings = {"snapshot": chosen.name} if chosen.name else {}
-    return _new(context, layer_name, layers.Qcow2VmStateLayer if chosen.memory else layers.Qcow2DiskLayer, **settings)
+    return _new(
+        context, layer_name, layers.Qcow2VmStateLayer if chosen.is_memory else layers.Qcow2DiskLayer, **settings
+    )
 
 
 def _disk(

@@ -61,13 +61,21 @@ class VmStateDump(EvidencePlugin):
         if block:
             yield self._block(stream.memory(), block)
         elif device:
-            for name, data in _device(stream.memory(), device):
-                yield name, len(data), lambda at, count, data=data: data[at : at + count]  # type: ignore[misc]
+            for name, data in self._device(stream.memory(), device):
+                yield f"-{name}", len(data), lambda at, count, data=data: data[at : at + count]  # type: ignore[misc]
         elif self.config.get("form", "raw") == "stream":
             yield ".qevm", stream.source.size, stream.source.read
         else:
             memory = stream.memory()
             yield ".raw", memory.size, lambda at, count: memory.read(at, count, pad=True)
+
+    def _device(self, memory: GuestMemory, name: str) -> Iterator[tuple[str, bytes]]:
+        from qcow2_forensics import FormatError
+
+        try:
+            yield from memory.device_files(name).items()
+        except LookupError as error:
+            raise FormatError(str(error)) from None
 
     def _block(self, memory: GuestMemory, block: str) -> tuple[str, int, Callable[[int, int], bytes]]:
         from qcow2_forensics import FormatError
@@ -111,18 +119,3 @@ def _put(file: Any, data: bytes, offset: int, size: int) -> None:
             file.flush()
     except OSError as error:
         raise OutputError(f"the file cannot be written: {error.strerror}") from error
-
-
-def _device(memory: GuestMemory, name: str) -> Iterator[tuple[str, bytes]]:
-    """Yield file names and bytes of a device; a TPM's state once more as the files that swtpm keeps."""
-    from qcow2_forensics import FormatError
-    from qcow2_forensics.memory import tpm
-
-    try:
-        body = memory.read_device(name)
-    except LookupError as error:
-        raise FormatError(str(error)) from None
-    yield f"-{name}.bin", body
-    if name == tpm.DEVICE:
-        for part, data in tpm.split(body).items():
-            yield f"-tpm2-00.{tpm.PARTS[part]}", data

@@ -104,6 +104,7 @@ def diagnose() -> Diagnosis:
             _library("numpy", "numpy", "guest memory, the full audit", ""),
             _library("cryptography", "cryptography", "encrypted images", "luks"),
             _library("zlib_ng", "zlib-ng", "faster zlib clusters", "fast"),
+            _library("lzallright", "lzallright", "libvirt save files of lzop", "lzop"),
             _library("mfusepy", "mfusepy", "mounting states as files", "mount"),
             _zstd(),
         ),

@@ -104,6 +104,12 @@ class Image(Closing):
         extension = self.extension(ExtensionType.FEATURE_NAMES)
         return parse_feature_names(extension.data) if extension else []
 
+    @property
+    def encryption(self) -> str:
+        """The name of the encryption method, its number when it is unknown; "" when there is none."""
+        method = self.header.crypt_method
+        return "" if not method else Crypt(method).name if method in tuple(Crypt) else str(method)
+
     @cached_property
     def backing_name_bytes(self) -> bytes:
         """The backing file name as stored, cut at the first NUL; empty when there is none."""

@@ -9,6 +9,8 @@
     devices       the device sections and the registers of each processor
     layout        which RAM block lies at which guest-physical address, why, and what the page tables say of it
     guest_memory  GuestMemory: reading, scanning; index_cache: its cacheable form
+    shared_scan   a scan of several memories in which equal pieces are scanned once
+    kernel        which kernel a memory holds;  kernel_place: where it lies
 
 The package needs numpy, so nothing that reads disks imports it.
 """
@@ -25,22 +27,36 @@ from ..reader.states import Leftover, SnapshotName
 from ..text import cut
 from .containers import StreamWindow, find_stream
 from .guest_memory import GuestMemory
+from .kernel import Kernel, find_kernel, uses_five_levels
+from .kernel_place import SYMBOLS as KERNEL_SYMBOLS
+from .kernel_place import LinuxPlace, place_linux
 from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 from .sections import MAGIC
+from .shared_scan import Finder, Match, pattern_finder, scan_memories
 
 __all__ = [
+    "KERNEL_SYMBOLS",
     "Block",
     "Chunk",
     "Cpu",
     "Device",
+    "Finder",
     "GuestMemory",
+    "Kernel",
     "Layout",
+    "LinuxPlace",
+    "Match",
     "MemoryRun",
     "NotInMemory",
     "Region",
     "StreamWindow",
+    "find_kernel",
     "find_stream",
     "open_guest_memory",
+    "pattern_finder",
+    "place_linux",
+    "scan_memories",
+    "uses_five_levels",
 ]
 
 

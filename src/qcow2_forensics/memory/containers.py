@@ -36,6 +36,7 @@ from ..limits import (
     MiB,
 )
 from ..reader.stream import SourceStream
+from .lzop import DamagedError, LzopReader
 from .sections import MAGIC
 
 _LIBVIRT: Final = b"LibvirtQemudSave"
@@ -86,8 +87,8 @@ def find_stream(
 ) -> Source | None:
     """Return the migration stream in a file: bare, libvirt save file, padded state volume; None for anything else.
 
-    A compressed libvirt file (gzip, bzip2, xz, zstd) is decompressed once into ``cache_dir``, or into an
-    unnamed temporary file when it is None. lzop raises :class:`Unsupported`, damage :class:`FormatError`.
+    A compressed libvirt file (gzip, bzip2, xz, lzop, zstd) is decompressed once into ``cache_dir``, or into an
+    unnamed temporary file when it is None. Damage raises :class:`FormatError`, an absent decoder :class:`Unsupported`.
     """
     source = as_source(origin)
     head = source.read(0, _LIBVIRT_HEADER.size)
@@ -117,8 +118,8 @@ def _libvirt(source: Source, head: bytes, cache_dir: str | os.PathLike[str] | No
         return window
     opener = _OPENERS.get(packing)
     if opener is None:
-        names = {0: "libvirt save file without a QEMU stream", 4: "libvirt save file compressed with lzop"}
-        raise Unsupported(names.get(packing, f"libvirt save file of format {packing}"))
+        words = f"of format {packing}" if packing else "without a QEMU stream"
+        raise Unsupported(f"libvirt save file {words}")
     unpacked = _unpacked(window, opener, cache_dir, limits)
     kept = Path(unpacked.path) if isinstance(unpacked, FileSource) and unpacked.path else None
     return StreamWindow(unpacked, 0, unpacked.size, domain, kept)
@@ -159,6 +160,10 @@ def _xz(stream: BinaryIO) -> Unpacker:
     return cast("IO[bytes]", _XzReader(stream)), lzma.LZMAError
 
 
+def _lzop(stream: BinaryIO) -> Unpacker:
+    return cast("IO[bytes]", LzopReader(stream)), DamagedError
+
+
 def _zstd(stream: BinaryIO) -> Unpacker:
     try:
         zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
@@ -167,7 +172,7 @@ def _zstd(stream: BinaryIO) -> Unpacker:
     return zstd.open(stream, "rb"), zstd.ZstdError
 
 
-_OPENERS: dict[int, Opener] = {1: _gzip, 2: _bzip2, 3: _xz, 5: _zstd}
+_OPENERS: dict[int, Opener] = {1: _gzip, 2: _bzip2, 3: _xz, 4: _lzop, 5: _zstd}
 
 
 def _unpacked(window: StreamWindow, opener: Opener, cache_dir: str | os.PathLike[str] | None, limits: Limits) -> Source:

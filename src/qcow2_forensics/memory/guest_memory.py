@@ -164,6 +164,17 @@ class GuestMemory(Closing):
             raise LookupError(f"no part {quoted(part)} of {tpm.DEVICE}; there are: {', '.join(parts) or 'none'}")
         return parts[part]
 
+    def device_files(self, name: str) -> dict[str, bytes]:
+        """Return file names and contents for a device: its section, and for a TPM the files that swtpm keeps.
+
+        Raises what :meth:`read_device` raises.
+        """
+        body = self.read_device(name)
+        files = {f"{name}.bin": body}
+        if name == tpm.DEVICE:
+            files |= {f"tpm2-00.{tpm.PARTS[part]}": data for part, data in tpm.split(body).items()}
+        return files
+
     def mapping(self, address: int, length: int) -> Iterator[MemoryRun]:
         """Yield runs in order of address; what is not valid is left out.
 

@@ -1,7 +1,7 @@
 """Which kernel a memory holds, and which symbols its analysis needs.
 
-The kernel is looked for around the entry of system calls, whose address every x86-64 processor keeps in a
-register (LSTAR), and then, where asked for, in all of memory. Linux has its banner; a Windows kernel names its
+The kernel is looked for around its entries, whose addresses every x86-64 processor keeps in registers, and then,
+where asked for, in all of memory. Linux has its banner; a Windows kernel names its
 debug file (a CodeView record) by a GUID.
 """
 
@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from ..limits import GiB, MiB
-from . import page_tables
 from .guest_memory import GuestMemory
+from .kernel_place import entries
 
 _BANNER = re.compile(rb"Linux version (\d[^\s()]{0,127}) \([^\n\0]{1,600}?#\d[^\n\0]{1,200}(?=\n|\0)")
 _CODEVIEW = re.compile(rb"RSDS(.{16})(.{4})(nt(?:krnlmp|krnlpa|krpamp|oskrnl)\.pdb)\0", re.DOTALL)
@@ -65,31 +63,22 @@ def find_kernel(memory: GuestMemory, *, everywhere: bool = True) -> Kernel | Non
 def uses_five_levels(memory: GuestMemory) -> bool:
     """Tell whether a processor translates addresses by five levels of tables (LA57)."""
     return any(
-        cpu.registers.get("cr4", 0) & _FIVE_LEVELS and cpu.registers.get("efer", 0) >> 10 & 1 for cpu in memory.cpus
+        cpu.registers.get("cr4", 0) & _FIVE_LEVELS and cpu.registers.get("efer", 0) >> 10 & 1
+        for cpu in memory.cpus
+        if not cpu.runs_nested_guest
     )
 
 
 def _near_entry(memory: GuestMemory) -> Iterator[tuple[int, bytes]]:
-    """Yield address and bytes of memory around the entry of system calls."""
-
-    def read(address: int, length: int) -> bytes:
-        return memory.read(address, length) if memory.is_valid(address, length) else b""
-
+    """Yield address and bytes of memory around the kernel's entries."""
     seen = set()
-    for cpu in memory.cpus:
-        entry = cpu.registers.get("lstar", 0)
-        if not entry:
-            continue
-        tables = page_tables.walk(page_tables.roots(cpu), read)
-        place = np.uint64(entry)
-        inside = (tables.virtual <= place) & (tables.virtual + (tables.length - np.uint64(1)) >= place)
-        for address in (tables.physical[inside] + (place - tables.virtual[inside])).tolist():
-            start = max(0, address - _BEFORE) // _CHUNK * _CHUNK
-            for low, length in memory.valid_ranges(start, address + _AFTER - start):
-                for at in range(low, low + length, _CHUNK):
-                    if at not in seen:
-                        seen.add(at)
-                        yield at, memory.read(at, min(_CHUNK + _OVERLAP, low + length - at))
+    for entry in entries(memory):
+        start = max(0, entry.physical - _BEFORE) // _CHUNK * _CHUNK
+        for low, length in memory.valid_ranges(start, entry.physical + _AFTER - start):
+            for at in range(low, low + length, _CHUNK):
+                if at not in seen:
+                    seen.add(at)
+                    yield at, memory.read(at, min(_CHUNK + _OVERLAP, low + length - at))
 
 
 def _search(data: bytes, address: int) -> Kernel | None:

@@ -22,7 +22,6 @@ from .placement import Placement, span
 from .records import Cpu, Region
 
 _LOCAL_APIC: Final = 0xFEE00000  # never RAM: a map that holds it is of all addresses, not of RAM
-_NESTED: Final = 1 << 21  # of env.hflags: the processor runs a guest of this guest, whose tables say nothing here
 _LISTED = 8  # ranges named in a sentence
 _NOTICED = 2 * MiB  # of RAM that no block answers for; smaller pieces are tables of the firmware
 
@@ -76,7 +75,7 @@ class Examiner:
         self.starts = tuple(
             root
             for cpu in cpus
-            if not cpu.registers.get("hflags", 0) & _NESTED
+            if not cpu.runs_nested_guest
             for root in page_tables.roots(cpu)
         )  # fmt: skip
 
@@ -135,7 +134,7 @@ def _confirmed(evidence: Evidence | None, regions: Sequence[Region], item: tuple
 def _why_not(examiner: Examiner) -> str:
     if not examiner.cpus:
         return "the stream has no processor registers: the page tables cannot be checked"
-    if any(cpu.registers.get("hflags", 0) & _NESTED for cpu in examiner.cpus):
+    if any(cpu.runs_nested_guest for cpu in examiner.cpus):
         return "the processors run a nested guest: its page tables say nothing about this layout"
     return "no processor has paging enabled: there are no page tables to check the layout with"
 

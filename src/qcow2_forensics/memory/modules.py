@@ -92,11 +92,12 @@ def place_modules(waiting: Sequence[Block], windows: Ranges, shown: Ranges, whol
             placed.append(place)
         free = made.free(windows[0][0], windows[-1][0] + windows[-1][1] - windows[0][0])
     taken = [(region.address, region.length) for region in placed]
+    window = span(windows[0][0], windows[-1][0] + windows[-1][1] - windows[0][0]) if windows else ""
     for region in placed:
         name, where = cut(region.block), span(region.address, region.length)
         made.assume(
             f"module {name!r} is taken to lie at {where}, the first free place of the window; "
-            "a module plugged after another was unplugged may lie elsewhere",
+            f"a module plugged after another was unplugged may lie elsewhere in {window}",
             [(region.address, region.length)],
         )
     if len(placed) > 1:

@@ -124,6 +124,31 @@ def walk(starts: Sequence[Root], read: Reader) -> Walk:
     return walker.result()
 
 
+def translate(root: Root, read: Reader, virtual: int) -> int | None:
+    """Return the physical address that a virtual one is mapped to; None when it is not mapped.
+
+    A mapping that the architecture forbids, or that goes through a table where there is no RAM, is none.
+    """
+    decode = _decode_x86 if root.architecture == "x86" else _decode_aarch64
+    table = root.address
+    for level, shift in enumerate(root.shifts):
+        entries = root.root_entries if level == 0 else root.table_bytes // root.entry_bytes
+        index = (virtual - root.base >> shift) & (entries - 1)
+        data = read(table + index * root.entry_bytes, root.entry_bytes)
+        if len(data) < root.entry_bytes:
+            return None
+        entry = decode(root, shift, np.array([[int.from_bytes(data, "little")]], np.uint64))
+        address = int(entry.address[0, 0])
+        if entry.wrong[0, 0] or address >= _HIGHEST:
+            return None
+        if entry.maps[0, 0]:
+            return address | (virtual & ((1 << shift) - 1))
+        if not entry.leads[0, 0]:
+            return None
+        table = address
+    return None
+
+
 class _Walker:
     def __init__(self, read: Reader) -> None:
         self._read = read

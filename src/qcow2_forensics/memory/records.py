@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from ..errors import Qcow2Error, ReadError
 
+_NESTED_GUEST = 1 << 21  # of QEMU's hflags
+
 
 class NotInMemory(ReadError):
     """An address that is not RAM, or RAM that the stream does not hold; ``offset`` is the address."""
@@ -119,3 +121,8 @@ class Cpu:
     index: int
     architecture: str
     registers: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def runs_nested_guest(self) -> bool:
+        """Whether a guest of this guest was running: the registers are then those of the inner one (x86)."""
+        return self.architecture == "x86" and bool(self.registers.get("hflags", 0) & _NESTED_GUEST)

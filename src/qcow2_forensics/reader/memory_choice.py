@@ -1,0 +1,112 @@
+"""Which state of an image is meant where memory is wanted: a snapshot's memory, one that no snapshot lists, or a disk.
+
+::
+
+    nothing named       the latest snapshot with memory, or else a VM state that is still mapped behind the disk
+    a state             as :mod:`.states` reads it; a snapshot must hold memory
+    disk, disk:STATE    the virtual disk itself, as it is now or as it was
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from ..errors import SnapshotNotFound
+from ..format.image import Image
+from ..format.snapshot_table import SnapshotEntry
+from ..format.source import Source
+from . import states
+from .opening import latest_vm_state, leftover_vm_state
+
+DISK: Final = "disk"
+
+
+class MemoryChoice(NamedTuple):
+    """A memory, or a disk: of a snapshot, or else of a state that no snapshot lists, or the active one.
+
+    ``name`` means this very state again: a snapshot by its ID or else its place, a recovered state by its name, "" for
+    the active disk.
+    """
+
+    is_memory: bool
+    snapshot: SnapshotEntry | None
+    name: str = ""
+
+    @property
+    def is_unlisted(self) -> bool:
+        """Whether this is a memory that no snapshot lists."""
+        return self.is_memory and self.snapshot is None
+
+
+def memory_snapshots(image: Image) -> list[SnapshotEntry]:
+    """Return the snapshots that hold memory, in the order of the table."""
+    return [entry for entry in image.snapshots if entry.vm_state_size]
+
+
+def leftover_name(image: Image) -> str:
+    """Return what means the VM state behind the disk that no snapshot lists, also where a snapshot has its name."""
+    return states.spelled(states.names_of(image.snapshots), states.LEFTOVER)
+
+
+def recovered_memory(source: Source, wanted: str | None) -> MemoryChoice | None:
+    """Return the recovered state that is named; None for any other state. The image needs no header."""
+    word = wanted.removeprefix(f"{DISK}:") if wanted else ""
+    rebuilt = states.replaced(source, word)
+    return None if rebuilt is None else MemoryChoice(rebuilt.is_memory, None, word)
+
+
+def choose_memory(image: Image, wanted: str | None) -> MemoryChoice | None:
+    """Return the state to analyse; None when none was named and there is no memory.
+
+    Raises :class:`SnapshotNotFound`, also for a snapshot without memory that was asked for as memory.
+    """
+    held = memory_snapshots(image)
+    if wanted is None:
+        if held:
+            latest = latest_vm_state(image)
+            return MemoryChoice(True, latest, _name(image, latest))
+        return MemoryChoice(True, None, leftover_name(image)) if leftover_vm_state(image) is not None else None
+    word = wanted.lstrip("=")
+    if word == DISK or word.startswith(f"{DISK}:"):
+        states.refuse_if_named(image, wanted)
+        entry = None if word == DISK else states.find_snapshot(image, word.removeprefix(f"{DISK}:"))
+        return MemoryChoice(False, entry, "" if entry is None else _name(image, entry))
+    chosen = states.choose(image, wanted)
+    if isinstance(chosen, states.Leftover):
+        return MemoryChoice(True, None, leftover_name(image))
+    entry = states.find_snapshot(image, chosen)
+    if entry is None:
+        return MemoryChoice(False, None)
+    if not entry.vm_state_size:
+        raise SnapshotNotFound(f"{wanted} with memory", _choices(image, held))
+    return MemoryChoice(True, entry, _name(image, entry))
+
+
+def memory_before(image: Image, later: SnapshotEntry | None, wanted: str | None = None) -> SnapshotEntry:
+    """Return the snapshot with memory that is named, or else the latest one taken before ``later``.
+
+    Raises :class:`SnapshotNotFound`.
+    """
+    held = memory_snapshots(image)
+    entry: SnapshotEntry | None
+    if wanted:
+        entry = states.find_snapshot(image, wanted)
+    else:
+        before = [item for item in held if later is not None and _when(item) < _when(later)]
+        entry = max(before, key=_when, default=None)
+    if entry is None or not entry.vm_state_size:
+        raise SnapshotNotFound("earlier, with memory", _choices(image, held))
+    return entry
+
+
+def _when(entry: SnapshotEntry) -> tuple[int, int, int]:
+    return entry.date_sec, entry.date_nsec, entry.index
+
+
+def _name(image: Image, entry: SnapshotEntry) -> str:
+    return states.spellings(image.snapshots)(entry)
+
+
+def _choices(image: Image, held: Sequence[SnapshotEntry]) -> list[str]:
+    return list(states.choices(image.snapshots, held)) if held else []
