@@ -18,6 +18,7 @@ from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Severity
 from tests import qemu
 from tests.matrix import commands, pattern_file
+from tests.tiers import every
 
 pytestmark = qemu.requires_qemu
 MiB = 1 << 20
@@ -247,7 +248,7 @@ LIVES: dict[str, tuple[Callable[[Path], None], frozenset[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LIVES)
+@pytest.mark.parametrize("name", every(2, LIVES))
 def test_a_healthy_life_is_quiet(name: str, tmp_path: Path) -> None:
     live, allowed = LIVES[name]
     path = tmp_path / "x.qcow2"
