@@ -19,6 +19,7 @@ from qcow2_forensics.findings import Severity
 from tests import qemu
 from tests.healthy_lives import COMBINATIONS, Life
 from tests.matrix import commands, pattern_file
+from tests.tiers import every
 
 pytestmark = qemu.requires_qemu
 MiB = 1 << 20
@@ -259,7 +260,7 @@ LIVES: dict[str, tuple[Callable[[Path], None], frozenset[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LIVES)
+@pytest.mark.parametrize("name", every(2, LIVES))
 def test_a_healthy_life_is_quiet(name: str, tmp_path: Path) -> None:
     live, allowed = LIVES[name]
     path = tmp_path / "x.qcow2"

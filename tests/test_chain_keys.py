@@ -127,6 +127,7 @@ def test_a_key_that_holds_its_end_of_line_opens(tmp_path: Path) -> None:
     assert read_all(path, passphrase=passphrases.from_file(tmp_path / "key")) == bytes(MiB)
 
 
+@pytest.mark.slow
 def test_only_the_stripes_that_qemu_takes_are_derived(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk", "1M", secret="pw", encrypt=LUKS)
     with q.open_image(path) as image:

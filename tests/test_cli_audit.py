@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -409,9 +410,9 @@ def test_fleet_reads_names_from_standard_input(
     assert [json.loads(line)["identity"]["path"] for line in out.splitlines()] == [str(image)]
 
 
-def test_fleet_of_nothing_and_text_for_many_are_errors(run: Run, image: Path) -> None:
+def test_fleet_of_nothing_and_one_json_document_for_many_are_errors(run: Run, image: Path) -> None:
     assert run("audit", "--resume", image.with_suffix(".jsonl"))[0] == 2
-    code, _, err = run("audit", image, image.with_name("other"), "--format", "text")
+    code, _, err = run("audit", image, image.with_name("other"), "--format", "json")
     assert code == 2
     assert "jsonl" in err
 
@@ -424,6 +425,7 @@ def test_a_fleet_on_one_page(run: Run, fleet: list[Path], tmp_path: Path) -> Non
     assert "<script" not in page
 
 
+@pytest.mark.slow
 def test_dask_recipe_in_the_documentation_runs(tmp_path: Path, fleet: list[Path]) -> None:
     pytest.importorskip("dask.distributed", reason="dask is absent")
     text = (Path(__file__).parents[1] / "docs" / "fleet.md").read_text()
@@ -435,3 +437,66 @@ def test_dask_recipe_in_the_documentation_runs(tmp_path: Path, fleet: list[Path]
     found = read_lines(tmp_path / "out.jsonl")
     assert sorted(line["image"]["path"] for line in found) == sorted(map(str, fleet[:6]))
     assert {finding["code"] for line in found for finding in line["findings"]} >= {"QCOW2-UNREADABLE"}
+
+
+# --- what is printed where -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["text", "csv"])
+def test_several_images_are_reported_in_one_document(form: str, run: Run, fleet: list[Path]) -> None:
+    code, out, err = run("audit", *fleet[:2], "--format", form)
+    assert code == 0
+    assert all(str(path) in out for path in fleet[:2])
+    if form == "csv":
+        rows = list(csv.DictReader(io.StringIO(out)))
+        assert {row["image"] for row in rows} == {str(path) for path in fleet[:2]}
+    assert re.search(r"2 images, by their worst finding: \d \w+", err)
+    assert run("audit", *fleet[:2], "--format", "json")[0] == 2
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("html", "<!DOCTYPE"), ("json", "{\n"), ("csv", "image,"), ("log", "/")])
+def test_the_suffix_of_the_output_chooses_the_format(
+    suffix: str, start: str, run: Run, image: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / f"report.{suffix}"
+    assert run("audit", image, "-o", out)[0] == 0
+    assert out.read_text().startswith(start)
+
+
+def test_a_dash_as_output_is_standard_output(
+    run: Run, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert str(image) in run("audit", image, "-o", "-")[1]
+    assert str(image) in run("audit", image, image, "-o", "-")[1]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_standard_audit_says_how_much_only_a_deep_one_reads(run: Run, image: Path, deleted: Path) -> None:
+    assert "--depth deep" in run("audit", deleted)[1]
+    assert json.loads(run("audit", deleted, "--format", "json")[1])["details"]["unexamined_bytes"] > 0
+    assert "--depth deep" not in run("audit", deleted, "--depth", "deep")[1]
+    assert "--depth deep" not in run("audit", image)[1]
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"KDMV\1\0\0\0", "VMDK"),
+        (b"# Disk DescriptorFile\n", "VMDK"),
+        (b"vhdxfile", "VHDX"),
+        (b"EVF\x09\x0d\x0a\xff\0", "EWF"),
+        (bytes(510) + b"\x55\xaa", "raw disk"),
+        (b"plain text", "51 46 49 fb"),
+    ],
+)
+def test_a_file_that_is_no_image_is_called_what_it_is(head: bytes, what: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(head.ljust(4096, b"\0"))
+    for command in ("info", "audit"):
+        code, out, err = run(command, path)
+        assert code == 2
+        assert what in out + err

@@ -151,6 +151,7 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--snapshot before-incident --format lime" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evidence_snapshots_are_exported_as_qemu_saw_them(
     evidence: EvidenceCase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -316,7 +316,9 @@ def test_no_backing_still_reads_the_data_file(tmp_path: Path) -> None:
 # --- cut-off files --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cut", "told"), [(0x60000, "filled_bytes"), (0x40000, "filled_tables")])
+@pytest.mark.parametrize(
+    ("cut", "told"), [(0x60000, "filled_bytes"), pytest.param(0x40000, "filled_tables", marks=pytest.mark.slow)]
+)
 def test_eof_zeros_reads_as_qemu_and_says_what_it_filled(cut: int, told: str, tmp_path: Path) -> None:
     Poke(base_b(tmp_path / "base.qcow2")).cut(cut)
     path = empty(tmp_path / "disk")

@@ -18,6 +18,7 @@ from qcow2_forensics.format.source import FileSource
 from tests import qemu
 from tests.conftest import EvidenceCase
 from tests.image_builder import COPIED, EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder
+from tests.tiers import every
 
 SECTOR = 512
 MIB = 1 << 20
@@ -117,7 +118,7 @@ class Life:
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", every(7, range(50)))
 def test_differences_of_a_random_life_are_those_of_the_raw_exports(tmp_path: Path, seed: int) -> None:
     life = Life(tmp_path, seed)
     life.live()
@@ -279,6 +280,7 @@ def test_unequal_sectors_are_runs_of_whole_sectors() -> None:
     assert found == [(0, 512), (7 * SECTOR, 9 * SECTOR), (15 * SECTOR, 16 * SECTOR)]
 
 
+@pytest.mark.slow
 def test_differences_of_the_case_are_those_of_the_raw_exports(evidence: EvidenceCase) -> None:
     qemu.need()
     states = ["before-incident", "during-incident", None]

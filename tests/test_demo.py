@@ -37,9 +37,13 @@ def test_the_demo_image_is_sound_and_holds_two_snapshots_one_with_memory(tmp_pat
         ("audit", "qcow2_forensics", ["QCOW2-SNAPSHOT-VMSTATE", "baseline"]),
         ("diff", "pytsk3", ["readme.txt", "secret_key.txt"]),
         ("pytsk3", "pytsk3", ["intrusion: .cache_helper, plan.txt", "baseline: plan.txt, secret_key.txt"]),
-        ("volatility", "volatility3", ["intrusion", "0x10ff0\tLinux version 0.0.0"]),
-        ("dfvfs", "dfvfs", ["EXT /home/alice/readme.txt"]),
-        ("plaso", "plaso", ["QCOW2-SNAPSHOT2[intrusion]", "QCOW2-SNAPSHOT1[baseline]"]),
+        pytest.param(
+            "volatility", "volatility3", ["intrusion", "0x10ff0\tLinux version 0.0.0"], marks=pytest.mark.slow
+        ),
+        pytest.param("dfvfs", "dfvfs", ["EXT /home/alice/readme.txt"], marks=pytest.mark.slow),
+        pytest.param(
+            "plaso", "plaso", ["QCOW2-SNAPSHOT2[intrusion]", "QCOW2-SNAPSHOT1[baseline]"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_front_door_finds_what_is_in_the_demo_image(

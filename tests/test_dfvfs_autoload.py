@@ -32,6 +32,7 @@ def _modules() -> list[str]:
     return [name for index, name in enumerate(names) if ALL or name.startswith(WHOLE) or index % 6 == 0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is absent")
 def test_any_module_imported_first_leaves_the_back_end_active() -> None:
     modules = _modules()

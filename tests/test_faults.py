@@ -392,6 +392,7 @@ def die(path: str, depth: str = "standard", folders: tuple[str, ...] = ()) -> st
     return fleet.audit_line(path, depth, folders)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_its_own_image_only(tmp_path: Path) -> None:
     names = [str(base_b(tmp_path / name)) for name in ("a.qcow2", "killer.qcow2", "b.qcow2", "raiser.qcow2", "c.qcow2")]
     found = {

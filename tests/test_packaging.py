@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics.cli.doctor import diagnose
+from tests.tiers import quick
 
 ROOT = Path(__file__).parent.parent
 FOLDER = "qcow2_forensics_volatility"
@@ -132,7 +133,7 @@ def needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
 
 
-both = pytest.mark.parametrize("kind", ["installed", "editable"])
+both = pytest.mark.parametrize("kind", quick(["installed", "editable"], ["installed"]))
 
 
 def sources(folder: str) -> set[str]:
@@ -163,6 +164,7 @@ def test_wheel_puts_nothing_into_a_frameworks_own_folder(wheel: Path) -> None:
     assert not tops & {"volatility3", "dfvfs", "dissect", "plaso", "pytsk3", "plugins", "qcow2"}
 
 
+@pytest.mark.slow
 def test_wheel_built_from_the_source_distribution_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         if hasattr(tarfile, "data_filter"):  # Debian 12's Python is 3.11.2, which has none; the archive is ours
@@ -199,11 +201,13 @@ def test_source_distribution_holds_tests_and_no_leftovers(sdist: Path) -> None:
     assert not [name for name in kept if re.search(r"__pycache__|\.venv|\.git/|\.pyc$|\.qcow2$", name)]
 
 
+@pytest.mark.slow
 def test_editable_install_copies_only_the_two_startup_files(editable: Environment) -> None:
     names = {name for name in editable.files() if ".dist-info/" not in name and name != "zz_frameworks.pth"}
     assert names == {"_qcow2_forensics.pth", *STARTUP}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["qcow2_forensics", "dfvfs_qcow2", "dissect_qcow2", "pytsk3_qcow2", "qcow2_forensics_autoload"]
 )
@@ -230,6 +234,7 @@ def test_volatility_lists_our_plugins_without_options(kind: str, request: pytest
     assert where == str(environment.site / FOLDER if kind == "installed" else ROOT / "plugins" / "volatility")
 
 
+@pytest.mark.slow
 @both
 @needs("dfvfs")
 def test_dfvfs_reads_qcow_with_our_back_end(kind: str, request: pytest.FixtureRequest) -> None:
@@ -245,6 +250,7 @@ print(sys.modules[type(helper).__module__].__file__)
     assert Path(environment.run(code)).parent == folder / "dfvfs_qcow2"
 
 
+@pytest.mark.slow
 @both
 def test_doctor_finds_every_installed_framework_active(kind: str, request: pytest.FixtureRequest) -> None:
     environment: Environment = request.getfixturevalue(kind)
@@ -280,6 +286,7 @@ def test_doctor_says_what_to_type_when_the_hook_is_off(installed: Environment) -
     assert "switched off by QCOW2_FORENSICS_AUTOLOAD=0" in done.stdout
 
 
+@pytest.mark.slow
 @needs("volatility3")
 @pytest.mark.parametrize("shipped_inside", [False, True])
 def test_editable_volatility_keeps_working_beside_our_wheel(
@@ -318,6 +325,7 @@ sys.meta_path.append(Finder)
         assert environment.run(code) == str(environment.site / FOLDER)
 
 
+@pytest.mark.slow
 def test_uninstalling_leaves_nothing_behind(tmp_path: Path, wheel: Path) -> None:
     environment = Environment(tmp_path)
     before = environment.files()

@@ -224,6 +224,22 @@ class Report:
             "details": dict(self.details),
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Return the report that :meth:`to_dict` gave as data, for instance a line of a fleet run."""
+        findings = []
+        for item in data["findings"]:
+            kept = {name: item[name] for name in ("code", "title", "note", "confidence", "count")}
+            findings.append(
+                Finding(
+                    **kept,
+                    severity=Severity.parse(item["severity"]),
+                    evidence=tuple(Evidence(**evidence) for evidence in item["evidence"]),
+                    explained_by=tuple(item["explained_by"]),
+                )
+            )
+        return cls(data["image"], tuple(findings), data["check"], data["depth"], data["details"])
+
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return :meth:`to_dict` as text; ASCII only, so it is safe on any terminal."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=True)

@@ -91,6 +91,8 @@ def audit(
         counted = wanted >= Depth.STANDARD and facts.has_census and facts.census_error is None
         check = facts.census.check if counted else None
         details = _pictures(facts) if pictures and wanted >= Depth.STANDARD else {}
+        if counted and wanted < Depth.DEEP:
+            details |= _unexamined(facts)
         followed = files_followed(facts)
         if followed:
             details["files"] = followed
@@ -107,6 +109,12 @@ def audit(
 def audit_path(path: str | os.PathLike[str], depth: str = "standard") -> Report:
     """Audit one file by name: a plain function of plain values, for worker pools."""
     return audit(path, depth)
+
+
+def _unexamined(facts: Facts) -> dict[str, Any]:
+    """Return how much of the file only a deep audit reads, empty where that is nothing."""
+    free = sum(part.length for part in facts.census.free()) + sum(part.length for part in facts.census.leaked())
+    return {"unexamined_bytes": free} if free else {}
 
 
 def _pictures(facts: Facts) -> dict[str, Any]:

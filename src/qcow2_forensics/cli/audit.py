@@ -22,6 +22,7 @@ from .options import add_key_arguments, passphrases_of
 EXIT_DONE = 0
 EXIT_FINDINGS = 1
 EXIT_FAILED = 2
+_IMPLIED = {".htm": "html", ".txt": "text"} | {f".{name}": name for name in FORMATS if name != "text"}
 _UNREADABLE = "QCOW2-UNREADABLE"
 _LIMITED = "QCOW2-AUDIT-LIMITED"
 
@@ -55,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         "--format",
         choices=FORMATS,
         default=None,
-        help="output format (default: text; for many jsonl, or html for one page)",
+        help="output format (default: that of FILE's suffix, else text, for many images jsonl)",
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="write the report to FILE instead of standard output")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
@@ -102,6 +103,10 @@ def _jobs(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Audit one image or many."""
+    if args.output == "-":
+        args.output = None
+    if args.format is None and args.output is not None:
+        args.format = _IMPLIED.get(os.path.splitext(args.output)[1].lower())
     if args.files_from or args.resume or len(args.images) != 1:
         from .fleet import run_fleet
 

@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,13 +31,13 @@ from typing import Any, NamedTuple, TextIO
 
 from ..audit import audit
 from ..errors import Qcow2Error, reason
-from ..findings import SCHEMA_VERSION, TOOL, Severity
+from ..findings import SCHEMA_VERSION, TOOL, Report, Severity
 from ..format.source import FileSource
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.writer import atomic_writer, refuse_evidence
-from ..render import render_line
+from ..render import render_csv, render_line, render_text
 from ..render.fleet_page import render_fleet
-from ..text import cut
+from ..text import cut, plural
 from .output import Progress
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
@@ -48,10 +49,10 @@ _DEPTHS = ("triage", "standard", "deep")
 
 def run_fleet(args: argparse.Namespace) -> int:
     """Audit every image the arguments name; write one line for each."""
-    if args.format not in (None, "jsonl", "html"):
-        raise Qcow2Error("several images are reported as JSON lines or on one page: use --format jsonl or html")
-    if args.format == "html" and args.resume:
-        raise Qcow2Error("--resume appends JSON lines: leave --format html out")
+    if args.format == "json":
+        raise Qcow2Error("several images are no single JSON document: use --format jsonl, text, csv or html")
+    if args.format not in (None, "jsonl") and args.resume:
+        raise Qcow2Error(f"--resume appends JSON lines: leave --format {args.format} out")
     if args.passphrase_file and args.jobs > 1:
         raise Qcow2Error("--passphrase-file is for one image or one job")
     if args.resume and args.output:
@@ -72,18 +73,37 @@ def run_fleet(args: argparse.Namespace) -> int:
             if args.format == "html":
                 reports.append(report)
             else:
-                out.write(line + "\n")
+                out.write(_shown(line, report, args, is_first=not results))
                 out.flush()
             progress.advance(1)
             results.append(_result(report))
         if args.format == "html":
             out.write(render_fleet(reports))
     failed = sum(result.failed for result in results)
+    print(f"qcow2-forensics: {_summary(results)}", file=sys.stderr)
     if failed:
         print(f"qcow2-forensics: {failed} of {len(paths)} images could not be audited", file=sys.stderr)
     if args.fail_on is not None and any(result.worst >= args.fail_on for result in results):
         return EXIT_FINDINGS
     return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _shown(line: str, report: dict[str, Any], args: argparse.Namespace, *, is_first: bool) -> str:
+    """Return one image's part of the output."""
+    if args.format == "text":
+        return ("" if is_first else "\n") + render_text(Report.from_dict(report), items=100 if args.verbose else 5)
+    if args.format == "csv":
+        rows = render_csv([Report.from_dict(report)])
+        return rows if is_first else rows.partition("\r\n")[2]  # one header for all
+    return line + "\n"
+
+
+def _summary(results: list[Result]) -> str:
+    """Return one sentence: how many images, and how many have which severity as their worst."""
+    worst = Counter(result.worst for result in results)
+    parts = [f"{worst[severity]} {severity.label}" for severity in sorted(Severity, reverse=True) if worst[severity]]
+    parts += [f"{worst[-1]} without findings"] if worst[-1] else []
+    return f"{plural(len(results), 'image')}, by their worst finding: {', '.join(parts)}"
 
 
 def _paths(args: argparse.Namespace) -> list[str]:

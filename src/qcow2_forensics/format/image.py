@@ -17,6 +17,7 @@ from .bitmap_directory import BitmapEntry, read_bitmap_directory
 from .entries import parse_entries
 from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensions
 from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_feature_names, parse_header
+from .other_files import described
 from .rules import BITMAPS, DISK, SNAPSHOTS, Problem, header_problems
 from .snapshot_table import SnapshotEntry, read_snapshot_table
 from .source import Closing, PathOrSource, Source, as_source, source_name
@@ -42,11 +43,7 @@ class Image(Closing):
         try:
             self._head = self.source.read(0, _FIRST_READ)
             if len(self._head) < 8 or self._head[:4] != MAGIC:
-                what = (
-                    "is empty"
-                    if not self._head
-                    else "is not a QCOW image (it does not begin with the bytes 51 46 49 fb)"
-                )
+                what = f"is not a QCOW image ({described(self._head)})" if self._head else "is empty"
                 raise NotQcow2(f"{cut(self.name)} {what}")
             self.header: Header = parse_header(self._head)
         except BaseException:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Report, Severity
-from ..text import hexadecimal, sentence, shown_value, text, wrap
+from ..text import hexadecimal, sentence, shown_value, size, text, wrap
 from .summary import check_line, heading, name
 
 DEFAULT_WIDTH = 100
@@ -42,6 +42,10 @@ def render_text(report: Report, *, width: int = DEFAULT_WIDTH, colour: bool = Fa
                 previous = finding.note
     if items <= ITEMS and any(_unseen(finding, items) for finding in report.findings):
         lines += ["", "-v shows more of the evidence, --format json all that was kept."]
+    unexamined = report.details.get("unexamined_bytes")
+    if isinstance(unexamined, int):
+        words = f"Not read: {size(unexamined)} that nothing refers to, where deleted snapshots and old data may be. --depth deep reads it."
+        lines += ["", *wrap(words, width)]
     return "\n".join(lines) + "\n"
 
 
