@@ -68,10 +68,9 @@ class Scan(EvidencePlugin):
             except Qcow2Error as error:
                 common.warn(f"{_name(stream)[1]} is left out: {error}")
         names = [_name(stream) for stream in streams]
-        progress = common.progress_of(self._progress_callback)
 
         def advance(address: int, end: int) -> None:
-            progress(100 * address / max(end, 1), f"Searching {len(memories)} memories")
+            self._progress_callback(100 * address / max(end, 1), f"Searching {len(memories)} memories")
 
         def unreadable(number: int, error: Exception) -> None:
             common.warn(f"{names[number][1]}: not searched: {error}")
