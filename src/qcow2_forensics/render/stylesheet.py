@@ -68,7 +68,8 @@ svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);fo
 .o-snap4{fill:#a68a64}.o-snap5{fill:#9fc5e8}.o-snap6{fill:#d5a6bd}.o-snap7{fill:#7f8fa6}
 @media (max-width:600px){body{padding:.8rem}.scroll{overflow:visible}.scroll table,.scroll tbody,.scroll tr,.scroll td,.facts,.facts tbody,.facts tr,.facts th,.facts td{display:block;width:auto}
 .scroll thead{display:none}.scroll tr{padding:.3rem 0;border-bottom:1px solid var(--line)}.scroll td,.facts th,.facts td{border:0;padding:.05rem 0;white-space:normal}
-.scroll td:empty{display:none}.scroll td::before{content:attr(data-l) ": ";color:var(--quiet);font-family:system-ui,sans-serif}.facts th{padding-top:.3rem}}
+.scroll td:empty{display:none}.scroll td::before{content:attr(data-l) ": ";color:var(--quiet);font-family:system-ui,sans-serif}.facts th{padding-top:.3rem}
+svg.map{min-width:62rem}svg.tree{min-width:56rem}div.filters{display:none}.filter+label{margin-right:.3rem;font-size:.8em}}
 @media print{.filters,.filter,.filter+label{display:none}}
 """
 
