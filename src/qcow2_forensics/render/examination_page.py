@@ -133,12 +133,12 @@ def _findings(audit: Part | None) -> Iterator[str]:
 
 
 def _states(parts: Sequence[Part]) -> Iterator[str]:
-    rows = [row for part in parts if part["kind"] == "snapshots" for row in part["facts"].get("rows", ())]
+    rows = _rows_of(parts, "snapshots") or ()
     yield f"<h2>States</h2><p>{_counted(parts)}</p>"
     if rows:
         columns = ("ID", "name", "date", "disk", "memory", "what")
         yield from _folded(columns, [("", _snapshot(row)) for row in rows], "snapshot", narrow=("ID", "date", "disk"))
-    recovered = [row for part in parts if part["kind"] == "recovered" for row in part["facts"].get("rows", ())]
+    recovered = _rows_of(parts, "recovered")
     if recovered:
         yield "<h3>Recovered states</h3>"
         states = [
@@ -148,15 +148,21 @@ def _states(parts: Sequence[Part]) -> Iterator[str]:
         yield from _folded(("open as", "confidence", "size", "what"), states, "state", narrow=("open as", "size"))
 
 
+def _rows_of(parts: Sequence[Part], kind: str) -> list[Mapping[str, Any]] | None:
+    """Return what a part lists; None where nobody can tell."""
+    found = next((part for part in parts if part["kind"] == kind), None)
+    return None if found is None else found["facts"].get("rows")
+
+
 def _counted(parts: Sequence[Part]) -> str:
     """Return how many states there are of each kind, with the files that list them."""
     shown = []
     for kind, one in (("snapshots", "snapshot"), ("recovered", "recovered state")):
-        rows = [part["facts"].get("rows") for part in parts if part["kind"] == kind and part["facts"]]
-        listed = sum(len(found or ()) for found in rows)
-        deleted = sum(bool(row.get("deleted")) for found in rows for row in found or ())
-        count = plural(listed, one) + (f", {deleted} of them deleted" if deleted else "")
-        shown.append(f"{count if rows else f'{one}s: not listed'} ({_links(parts, kind)})")
+        rows = _rows_of(parts, kind)
+        deleted = sum(bool(row.get("deleted")) for row in rows or ())
+        count = "" if rows is None else plural(len(rows), one) + (f", {deleted} of them deleted" if deleted else "")
+        least = "at least " if rows and any(part["code"] for part in parts if part["kind"] == kind) else ""
+        shown.append(f"{least}{count or f'{one}s: not known'} ({_links(parts, kind)})")
     return "; ".join(shown)
 
 
