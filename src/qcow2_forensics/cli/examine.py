@@ -50,6 +50,7 @@ _SCHEMA = 1
 _DATA = "examination.json"
 _SUMS = "sha256sums.txt"
 _PIECE = 1 << 20
+_NOTES, _WHY = 3, 300  # notes of a part that are its reason, and characters of each
 _REASONS = 10  # printed for one image; the page has all
 _PAIRS = 500  # of neighbouring states compared without --last: an image can list 65,536 snapshots
 _MEMORIES = 50  # looked at, the latest
@@ -206,11 +207,7 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
     audited = _audited(done)
     report = audited.pop("report", None)
     not_seen = [{"part": "examination", "why": why} for why in unseen]
-    not_seen += [
-        {"part": part["title"], "why": "; ".join(part["notes"]) or "it ended with exit code 2"}
-        for part in done
-        if part["code"]
-    ]
+    not_seen += [{"part": part["title"], "why": _why(part["notes"])} for part in done if part["code"]]
     run_facts = {**run_of(args, [path], started), **_without_next(audited.get("run", {}))}
     data = {
         "schema": _SCHEMA,
@@ -225,6 +222,13 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
     (folder / "index.html").write_text(render_examination(data), encoding="utf-8")
     _write_json(folder / _DATA, data)
     return {**data, "report": report}
+
+
+def _why(notes: Sequence[str]) -> str:
+    """Return the first notes of a part as one sentence; the part has all of them."""
+    shown = "; ".join(cut(note, _WHY) for note in notes[:_NOTES])
+    more = len(notes) - _NOTES
+    return (f"{shown}; and {plural(more, 'more note')}" if more > 0 else shown) or "it ended with exit code 2"
 
 
 def _run(step: Step, asked: Sequence[bytes], folder: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ td{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace}.f
 .n,thead th{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
 article{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--quiet);border-radius:4px;
 padding:.6rem .9rem;margin:0 0 .6rem}
-.warning{border-left:4px solid #e0a030;padding:.1rem 0 .1rem .9rem;margin:1rem 0}.warning h2{margin-top:.4rem}
+.warning{border-left:4px solid #e0a030;padding:.1rem 0 .1rem .9rem;margin:1rem 0}.warning h2{margin-top:.4rem}.warning td:first-child{min-width:14rem}
 article.s-critical{border-left-color:#8b1a1a}article.s-high{border-left-color:#d9534f}
 article.s-medium{border-left-color:#e0a030}article.s-low{border-left-color:#4a90c2}
 .badge{display:inline-block;border-radius:1rem;padding:.1rem .7rem;font-size:.87em;color:#fff;background:#68727d}
