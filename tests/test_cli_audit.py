@@ -24,6 +24,7 @@ from qcow2_forensics.cli.fleet import audit_line, lines
 from qcow2_forensics.findings import Report
 from tests import qemu
 from tests.image_builder import Poke, base_b, base_s
+from tests.pages import check_page
 
 pytestmark = qemu.requires_qemu
 
@@ -423,6 +424,26 @@ def test_a_fleet_on_one_page(run: Run, fleet: list[Path], tmp_path: Path) -> Non
     page = target.read_text()
     assert all(path.name in page for path in fleet)
     assert "<script" not in page
+
+
+def test_a_fleet_has_the_facts_of_the_case_and_every_hash(run: Run, fleet: list[Path], tmp_path: Path) -> None:
+    options = ("--hash", "--case", "17/26 <b>", "--examiner", "Ada")
+    run("audit", *fleet, "--format", "html", *options, "-o", tmp_path / "fleet.html")
+    page = check_page((tmp_path / "fleet.html").read_text())
+    assert {"17/26 <b>", "Ada"} <= set(page.words)
+    lines_of = tmp_path / "audit.jsonl"
+    run("audit", *fleet, "--resume", lines_of)  # no hashes: these lines are not enough for the next run
+    run("audit", *fleet, "--resume", lines_of, *options)
+    found = [json.loads(line) for line in lines_of.read_text().splitlines()]
+    assert len(found) > len(fleet)
+    with_facts = [line for line in found if "run" in line["details"]]
+    assert len(with_facts) == len(fleet)
+    for line in with_facts:
+        assert line["details"]["run"]["case"] == "17/26 <b>"
+        file = line["details"]["run"]["files"][0]
+        digest = hashlib.sha256(Path(file["path"]).read_bytes()).hexdigest() if Path(file["path"]).exists() else None
+        assert file.get("sha256") == digest
+        assert digest is None or f"SHA-256 {digest}" in page.words
 
 
 @pytest.mark.slow

@@ -183,12 +183,24 @@ def test_a_missing_library_is_named_and_the_rest_is_done(
 
 
 @qemu.requires_qemu
-def test_a_cut_snapshot_table_is_not_looked_at_completely(tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("place", "known"),
+    [
+        ((S_SNAPSHOTS + 36,), "at least 1 snapshot, 1 of them deleted"),  # extra data size
+        ((S_SNAPSHOTS + 36, S_SNAPSHOTS + S_SNAPSHOT_STEP + 36), "snapshots: not known"),
+        ((S_SNAPSHOTS + S_SNAPSHOT_STEP + 12,), "at least 1 snapshot ("),  # length of the ID
+    ],
+)
+def test_a_cut_snapshot_table_is_not_looked_at_completely(
+    place: tuple[int, ...], known: str, tmp_path: Path, run: Run
+) -> None:
     path = base_s(tmp_path / "disk.qcow2")
-    Poke(path).u16(S_SNAPSHOTS + S_SNAPSHOT_STEP + 12, 0xFFFF)  # the ID of the second entry is longer than allowed
+    for offset in place:
+        Poke(path).u16(offset, 0xFFFF)
     _, err = run(path, tmp_path / "out", code=2)
     assert "snapshots, deleted ones included" in err
     check_folder(tmp_path / "out")
+    assert known in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_what_is_no_image_is_examined_as_far_as_it_goes(tmp_path: Path, run: Run) -> None:

@@ -17,7 +17,7 @@ from qcow2_forensics.reader.states import labels
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.filesystems import make, sleuthkit
-from tests.image_builder import Builder
+from tests.image_builder import S_SNAPSHOTS, Builder, Poke, base_s
 
 MIB = 1 << 20
 
@@ -214,3 +214,16 @@ def test_the_case_tells_when_the_implant_came(evidence: EvidenceCase, timeline: 
         if event.get("filename", "").endswith("/.cache_helper") and event["timestamp_desc"] == "Creation Time"
     ]
     assert [(event["state"], event["datetime"][:19]) for event in born] == [("during-incident", "2026-05-04T09:00:04")]
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("as_format", ["body", "jsonl", "html"])
+def test_a_cut_snapshot_table_is_no_empty_timeline(
+    tmp_path: Path, as_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = base_s(tmp_path / "disk.qcow2")
+    Poke(path).u32(S_SNAPSHOTS + 36, 1 << 16)  # the extra data of the first entry is longer than allowed
+    assert main(["timeline", str(path), "--no-files", "--format", as_format]) == 2
+    shown = capsys.readouterr()
+    assert "extra_data_size is 65536" in shown.err
+    assert ("extra_data_size is 65536" in shown.out) == (as_format == "html")

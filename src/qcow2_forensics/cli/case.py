@@ -72,7 +72,6 @@ def run_of(
     args: argparse.Namespace, paths: Iterable[str], started: datetime, *, hashed: bool = False
 ) -> dict[str, Any]:
     """Return the facts of a run over some files as plain data."""
-    files = [{"path": os.path.abspath(path), **(_hash_of_file(path) if hashed else {})} for path in paths]
     facts = {
         "case": args.case,
         "examiner": args.examiner,
@@ -81,9 +80,14 @@ def run_of(
         "command": command_of(args),
         "tool": TOOL,
         "system": f"Python {platform.python_version()}, {platform.system()} {platform.release()}",
-        "files": files,
+        "files": files_of(paths, hashed=hashed),
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def files_of(paths: Iterable[str], *, hashed: bool) -> list[dict[str, Any]]:
+    """Return the absolute path of each file, with its size and SHA-256 where ``hashed``, or why there is none."""
+    return [{"path": os.path.abspath(path), **(_hash_of_file(path) if hashed else {})} for path in paths]
 
 
 def command_of(args: argparse.Namespace) -> str:

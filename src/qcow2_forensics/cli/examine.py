@@ -50,6 +50,8 @@ _SCHEMA = 1
 _DATA = "examination.json"
 _SUMS = "sha256sums.txt"
 _PIECE = 1 << 20
+_NOTES, _WHY = 3, 300  # notes of a part that are its reason, and characters of each
+_REASONS = 10  # printed for one image; the page has all
 _PAIRS = 500  # of neighbouring states compared without --last: an image can list 65,536 snapshots
 _MEMORIES = 50  # looked at, the latest
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -171,7 +173,7 @@ def _write_sums(folder: Path) -> None:
 def _write_overview(args: Namespace, done: Sequence[Mapping[str, Any]], folder: Path) -> None:
     from ..render.examination_page import render_examinations
 
-    run_facts = run_of(args, args.images, datetime.now(UTC))
+    run_facts = run_of(args, (), datetime.now(UTC))  # the files are those of the table
     (folder / "index.html").write_text(render_examinations(done, run_facts), encoding="utf-8")
     shown = [{key: value for key, value in data.items() if key != "report"} for data in done]
     _write_json(folder / _DATA, {"schema": _SCHEMA, "run": run_facts, "images": shown})
@@ -205,11 +207,7 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
     audited = _audited(done)
     report = audited.pop("report", None)
     not_seen = [{"part": "examination", "why": why} for why in unseen]
-    not_seen += [
-        {"part": part["title"], "why": "; ".join(part["notes"]) or "it ended with exit code 2"}
-        for part in done
-        if part["code"]
-    ]
+    not_seen += [{"part": part["title"], "why": _why(part["notes"])} for part in done if part["code"]]
     run_facts = {**run_of(args, [path], started), **_without_next(audited.get("run", {}))}
     data = {
         "schema": _SCHEMA,
@@ -224,6 +222,13 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
     (folder / "index.html").write_text(render_examination(data), encoding="utf-8")
     _write_json(folder / _DATA, data)
     return {**data, "report": report}
+
+
+def _why(notes: Sequence[str]) -> str:
+    """Return the first notes of a part as one sentence; the part has all of them."""
+    shown = "; ".join(cut(note, _WHY) for note in notes[:_NOTES])
+    more = len(notes) - _NOTES
+    return (f"{shown}; and {plural(more, 'more note')}" if more > 0 else shown) or "it ended with exit code 2"
 
 
 def _run(step: Step, asked: Sequence[bytes], folder: Path) -> dict[str, Any]:
@@ -377,9 +382,14 @@ def _next_commands(path: str, done: Sequence[Mapping[str, Any]]) -> list[dict[st
 
 def _print_summary(data: Mapping[str, Any], *, several: bool) -> None:
     """Print one line about an image, and on standard error what was not looked at."""
+    from ..render.examination_page import by_reason
+
     counts = _audited(data["parts"]).get("severities", {})
     found = ", ".join(f"{count} {level}" for level, count in reversed(counts.items()) if count) or "no findings"
     print(f"{printable(data['image'])}: {found}; {plural(len(data['parts']), 'part')}")
     name = f"{printable(data['image'])}: " if several else ""
-    for item in data["not_looked_at"]:
-        print(f"qcow2-forensics: {name}not looked at: {printable(item['part'])}: {item['why']}", file=sys.stderr)
+    rows = by_reason(data["not_looked_at"])
+    for what, why in rows[:_REASONS]:
+        print(f"qcow2-forensics: {name}not looked at: {printable(what)}: {why}", file=sys.stderr)
+    if len(rows) > _REASONS:
+        print(f"qcow2-forensics: {name}{len(rows) - _REASONS} more reasons are on the page", file=sys.stderr)

@@ -21,10 +21,11 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TextIO
@@ -37,7 +38,9 @@ from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.writer import atomic_writer, refuse_evidence
 from ..render import render_csv, render_line, render_text
 from ..render.fleet_page import render_fleet
+from ..render.page import run_facts
 from ..text import cut, plural
+from .case import files_of, run_of, wants_run
 from .output import Progress
 
 EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
@@ -60,10 +63,17 @@ def run_fleet(args: argparse.Namespace) -> int:
     paths = _paths(args)
     if not paths:
         raise Qcow2Error("no images were named")
-    work = functools.partial(audit_line, depth=args.depth, folders=tuple(args.backing_dir))
+    facts = run_of(args, (), datetime.now(UTC))
+    work = functools.partial(
+        audit_line,
+        depth=args.depth,
+        folders=tuple(args.backing_dir),
+        hashed=args.hash,
+        run=facts if args.hash or wants_run(args) else None,
+    )
     with ExitStack() as stack:
         out, done = _output(args, paths, stack)
-        waiting = [path for path in paths if not _is_done(done.get(path), path, args.depth)]
+        waiting = [path for path in paths if not _is_done(done.get(path), path, args.depth, args.hash)]
         reports: list[dict[str, Any]] = []  # for the page, which needs all of them
         results = [done[path] for path in paths if path not in set(waiting)]
         progress = stack.enter_context(Progress("audit", len(paths), unit="images"))
@@ -78,7 +88,7 @@ def run_fleet(args: argparse.Namespace) -> int:
             progress.advance(1)
             results.append(_result(report))
         if args.format == "html":
-            out.write(render_fleet(reports))
+            out.write(render_fleet(reports, extra=run_facts(facts)))
     failed = sum(result.failed for result in results)
     print(f"qcow2-forensics: {_summary(results)}", file=sys.stderr)
     if failed:
@@ -128,18 +138,22 @@ class Result(NamedTuple):
     depth: str
     worst: int  # severity, -1 without findings
     failed: bool
+    hashed: bool  # it has the SHA-256 of the whole file
 
 
 def _result(line: dict[str, Any]) -> Result:
     identity, findings = line["identity"], line["findings"]
     worst = max((int(Severity.parse(finding["severity"])) for finding in findings), default=-1)
     failed = any(finding["code"] in ("QCOW2-UNREADABLE", _CRASHED) for finding in findings)
-    return Result(identity["size"], identity["mtime_ns"], line["depth"], worst, failed)
+    hashed = any("sha256" in file for file in line["details"].get("run", {}).get("files", ()))
+    return Result(identity["size"], identity["mtime_ns"], line["depth"], worst, failed, hashed)
 
 
-def _is_done(result: Result | None, path: str, depth: str) -> bool:
+def _is_done(result: Result | None, path: str, depth: str, hashed: bool) -> bool:
     """Whether an earlier line is about this very file, and read at least as much of it."""
     if result is None or result.size is None or result.depth not in _DEPTHS[_DEPTHS.index(depth) :]:
+        return False
+    if hashed and not result.hashed:
         return False
     return [result.size, result.mtime_ns] == _stamp(path)
 
@@ -194,11 +208,24 @@ def _stamp(path: str) -> list[int] | None:
 # --- the pool ------------------------------------------------------------------------------------
 
 
-def audit_line(path: str, depth: str = "standard", folders: tuple[str, ...] = ()) -> str:
-    """Audit one image and return its line; a plain function of plain values, for any worker pool."""
+def audit_line(
+    path: str,
+    depth: str = "standard",
+    folders: tuple[str, ...] = (),
+    *,
+    hashed: bool = False,
+    run: Mapping[str, Any] | None = None,
+) -> str:
+    """Audit one image and return its line; a plain function of plain values, for any worker pool.
+
+    ``run`` are facts of the case for the line, with the files that were read, and their SHA-256 where ``hashed``.
+    """
     identity = _identity(path)
     report = audit(path, depth, resolver=Resolver(folders=folders, remedies=COMMAND_LINE))
     data = json.loads(render_line(report))
+    if run is not None:
+        files = files_of((path, *report.details.get("files", ())), hashed=hashed)
+        data["details"]["run"] = {**run, "files": files}
     return _line(identity, data)
 
 

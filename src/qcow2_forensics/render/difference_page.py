@@ -36,7 +36,7 @@ def render_difference(
     rows = None if files is None else list(files)
     before, after = data["from"], data["to"]
     two = before["image"] != after["image"]
-    title = f"{markup(before['state'], 200)} → {markup(after['state'], 200)}"
+    title = f"{markup(before['state'], 80)} → {markup(after['state'], 80)}"
     parts = [f"<h1>{title}</h1>", *_states(data, two), *_notes(notes), *_totals(data, rows)]
     if rows is not None:
         parts += [*_volumes(data.get("volumes", ())), *_files(rows)]

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..findings import Severity
-from ..text import html_only, markup, plural, sentence, shown_value, size
+from ..text import cut, html_only, markup, plural, sentence, shown_value, size
 from .fleet_page import render_fleet
 from .page import badge, page, run_facts, table
 
 _FOLDED = 40  # rows of a table that are still shown unfolded
 _ROWS = 2000  # of a table; the files of the part have all of them
 _PARTS = 12  # shown unfolded
+_NAMED = 5  # parts that have one reason in common
 _REGISTERS = ("rip", "rsp", "cr0", "cr3", "cr4", "efer", "lstar", "gs_base", "kernel_gs_base")
 
 Part = Mapping[str, Any]
@@ -48,10 +49,10 @@ def render_examination(data: Mapping[str, Any]) -> str:
 def render_examinations(images: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> str:
     """Return the page over several images, each with its own page in a folder."""
     links = {image["image"]: f"{image['folder']}/index.html" for image in images}
-    unseen = [(image, item) for image in images for item in image["not_looked_at"]]
     rows = [
-        ("", (f'<a href="{links[image["image"]]}">{markup(image["image"], 4096)}</a>', *_unseen_row(item)))
-        for image, item in unseen
+        ("", (f'<a href="{links[image["image"]]}">{markup(image["image"], 4096)}</a>', *_unseen_row(row)))
+        for image in images
+        for row in by_reason(image["not_looked_at"])
     ]
     extra = [*run_facts(run), *_warning(("image", "what", "why"), rows)]
     return render_fleet([image["report"] or _without_report(image) for image in images], links=links, extra=extra)
@@ -59,6 +60,18 @@ def render_examinations(images: Sequence[Mapping[str, Any]], run: Mapping[str, A
 
 def _without_report(image: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"image": {"path": image["image"]}, "findings": []}
+
+
+def by_reason(items: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return what was not looked at and why, those with one reason together; the names are as the evidence has them."""
+    grouped: dict[str, list[str]] = {}
+    for item in items:
+        grouped.setdefault(item["why"], []).append(item["part"])
+    rows = []
+    for why, names in grouped.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        rows.append((", ".join(cut(name, 100) for name in names[:_NAMED]) + more, why))
+    return rows
 
 
 # --- what was found --------------------------------------------------------------------------------
@@ -85,15 +98,16 @@ def _pages(parts: Sequence[Part]) -> str:
 
 
 def _not_looked_at(data: Mapping[str, Any]) -> Iterator[str]:
-    yield from _warning(("what", "why"), [("", _unseen_row(item)) for item in data["not_looked_at"]])
+    yield from _warning(("what", "why"), [("", _unseen_row(row)) for row in by_reason(data["not_looked_at"])])
     if not data["not_looked_at"]:
         yield "<p>Everything that was asked for was looked at.</p>"
     if data["left_out"]:
         yield f"<p class='quiet'>Left out by the options: {'; '.join(markup(item) for item in data['left_out'])}.</p>"
 
 
-def _unseen_row(item: Mapping[str, Any]) -> tuple[str, str]:
-    return markup(item["part"], 300), html_only(item["why"])
+def _unseen_row(row: tuple[str, str]) -> tuple[str, str]:
+    what, why = row
+    return markup(what), html_only(why)
 
 
 def _warning(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
@@ -119,12 +133,12 @@ def _findings(audit: Part | None) -> Iterator[str]:
 
 
 def _states(parts: Sequence[Part]) -> Iterator[str]:
-    rows = [row for part in parts if part["kind"] == "snapshots" for row in part["facts"].get("rows", ())]
+    rows = _rows_of(parts, "snapshots") or ()
     yield f"<h2>States</h2><p>{_counted(parts)}</p>"
     if rows:
         columns = ("ID", "name", "date", "disk", "memory", "what")
         yield from _folded(columns, [("", _snapshot(row)) for row in rows], "snapshot", narrow=("ID", "date", "disk"))
-    recovered = [row for part in parts if part["kind"] == "recovered" for row in part["facts"].get("rows", ())]
+    recovered = _rows_of(parts, "recovered")
     if recovered:
         yield "<h3>Recovered states</h3>"
         states = [
@@ -134,15 +148,21 @@ def _states(parts: Sequence[Part]) -> Iterator[str]:
         yield from _folded(("open as", "confidence", "size", "what"), states, "state", narrow=("open as", "size"))
 
 
+def _rows_of(parts: Sequence[Part], kind: str) -> list[Mapping[str, Any]] | None:
+    """Return what a part lists; None where nobody can tell."""
+    found = next((part for part in parts if part["kind"] == kind), None)
+    return None if found is None else found["facts"].get("rows")
+
+
 def _counted(parts: Sequence[Part]) -> str:
     """Return how many states there are of each kind, with the files that list them."""
     shown = []
     for kind, one in (("snapshots", "snapshot"), ("recovered", "recovered state")):
-        rows = [part["facts"].get("rows") for part in parts if part["kind"] == kind and part["facts"]]
-        listed = sum(len(found or ()) for found in rows)
-        deleted = sum(bool(row.get("deleted")) for found in rows for row in found or ())
-        count = plural(listed, one) + (f", {deleted} of them deleted" if deleted else "")
-        shown.append(f"{count if rows else f'{one}s: not listed'} ({_links(parts, kind)})")
+        rows = _rows_of(parts, kind)
+        deleted = sum(bool(row.get("deleted")) for row in rows or ())
+        count = "" if rows is None else plural(len(rows), one) + (f", {deleted} of them deleted" if deleted else "")
+        least = "at least " if rows and any(part["code"] for part in parts if part["kind"] == kind) else ""
+        shown.append(f"{least}{count or f'{one}s: not known'} ({_links(parts, kind)})")
     return "; ".join(shown)
 
 

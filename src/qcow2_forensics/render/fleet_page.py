@@ -53,7 +53,10 @@ def _images(images: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> It
         row = f"s-{severity.label.lower()}" if severity is not None else "s-none"
         cells = (
             ("worst", badge(severity)),
-            ("image", _linked(links.get(str(image.get("path")), ""), markup(image.get("path"), 4096))),
+            (
+                "image",
+                _linked(links.get(str(image.get("path")), ""), markup(image.get("path"), 4096)) + _digest(report),
+            ),
             ("file", _bytes(image.get("file_size"))),
             ("disk", _bytes(image.get("virtual_size"))),
             ("snapshots", markup("unknown" if image.get("snapshots", 0) is None else image.get("snapshots") or "")),
@@ -65,6 +68,13 @@ def _images(images: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> It
             + "</tr>"
         )
     yield "</tbody></table></div>"
+
+
+def _digest(report: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the image where it was asked for."""
+    files: Sequence[Mapping[str, Any]] = report.get("details", {}).get("run", {}).get("files") or ({},)
+    digest = files[0].get("sha256")
+    return f"<br/><span class='quiet hash'>SHA-256 {markup(digest)}</span>" if digest else ""
 
 
 def _linked(page_of_image: str, shown: str) -> str:

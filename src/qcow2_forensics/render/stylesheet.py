@@ -42,7 +42,7 @@ td{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace}.f
 .n,thead th{white-space:nowrap}.scroll{overflow-x:auto}.scroll table{width:100%}
 article{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--quiet);border-radius:4px;
 padding:.6rem .9rem;margin:0 0 .6rem}
-.warning{border-left:4px solid #e0a030;padding:.1rem 0 .1rem .9rem;margin:1rem 0}.warning h2{margin-top:.4rem}
+.warning{border-left:4px solid #e0a030;padding:.1rem 0 .1rem .9rem;margin:1rem 0}.warning h2{margin-top:.4rem}.warning td:first-child{min-width:14rem}
 article.s-critical{border-left-color:#8b1a1a}article.s-high{border-left-color:#d9534f}
 article.s-medium{border-left-color:#e0a030}article.s-low{border-left-color:#4a90c2}
 .badge{display:inline-block;border-radius:1rem;padding:.1rem .7rem;font-size:.87em;color:#fff;background:#68727d}
@@ -68,7 +68,8 @@ svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);fo
 .o-snap4{fill:#a68a64}.o-snap5{fill:#9fc5e8}.o-snap6{fill:#d5a6bd}.o-snap7{fill:#7f8fa6}
 @media (max-width:600px){body{padding:.8rem}.scroll{overflow:visible}.scroll table,.scroll tbody,.scroll tr,.scroll td,.facts,.facts tbody,.facts tr,.facts th,.facts td{display:block;width:auto}
 .scroll thead{display:none}.scroll tr{padding:.3rem 0;border-bottom:1px solid var(--line)}.scroll td,.facts th,.facts td{border:0;padding:.05rem 0;white-space:normal}
-.scroll td:empty{display:none}.scroll td::before{content:attr(data-l) ": ";color:var(--quiet);font-family:system-ui,sans-serif}.facts th{padding-top:.3rem}}
+.scroll td:empty{display:none}.scroll td::before{content:attr(data-l) ": ";color:var(--quiet);font-family:system-ui,sans-serif}.facts th{padding-top:.3rem}
+svg.map{min-width:62rem}svg.tree{min-width:56rem}div.filters{display:none}.filter+label{margin-right:.3rem;font-size:.8em}}
 @media print{.filters,.filter,.filter+label{display:none}}
 """
 
