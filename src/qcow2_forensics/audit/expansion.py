@@ -19,7 +19,7 @@ from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Expansion")
 
-_SAMPLES = 64  # streams whose content is looked at
+_SAMPLED = 256 * MiB  # of content that is looked at
 _ARCHIVES = (
     (b"\x1f\x8b\x08", "gzip"),
     (b"\xfd7zXZ\0", "xz"),
@@ -99,8 +99,11 @@ def compression_bomb(facts: Facts) -> Iterator[Graded]:
 
 
 def _nested(facts: Facts, entries: np.ndarray) -> str:
-    """Return the signature of compressed files that clusters begin with, empty for none; some are looked at."""
-    for entry in evenly(entries, _SAMPLES).tolist():
+    """Return the signature of compressed files that clusters begin with, empty for none.
+
+    All are looked at up to a limit, of more every second, third and so on: one among many must not hide.
+    """
+    for entry in evenly(entries, _SAMPLED // facts.cluster_size).tolist():
         host, length = compressed_descriptor(entry, facts.header.cluster_bits)
         try:
             data = codec_of(facts.header.compression_type).decode(facts.read(host, length), facts.cluster_size)
