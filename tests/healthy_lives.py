@@ -99,6 +99,7 @@ class Life:
         self.size = SIZE
         self.snapshots: list[str] = []
         self.bitmaps: list[str] = []
+        self.backed = bool(combination.backing)
         options = dict(combination.options)
         if combination.data_file:
             options["data_file"] = path.with_suffix(".data")
@@ -149,7 +150,8 @@ class Life:
                 self.widen,
                 narrow >= 16 and combination.cluster <= 65536 and not (combination.encrypt or combination.version2),
             ),
-            (self.commit, bool(combination.backing) and not self.snapshots),
+            (self.commit, self.backed and not self.snapshots),
+            (self.rebase, self.backed),
         ]
 
     # --- what happens ----------------------------------------------------------------------------
@@ -219,6 +221,11 @@ class Life:
     def commit(self) -> None:
         """What is above the backing file goes into it."""
         qemu.img("commit", "-q", self.path)
+
+    def rebase(self) -> None:
+        """No backing file any more: what it showed is copied."""
+        qemu.img("rebase", "-b", "", self.path)
+        self.backed = False
 
     # --- how -------------------------------------------------------------------------------------
 

@@ -9,6 +9,9 @@ punches holes, as all common ones do.
 from __future__ import annotations
 
 import random
+import subprocess
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,6 +227,27 @@ def _repaired(path: Path) -> None:
     qemu.img("check", "-q", "-r", "all", path, check=False)
 
 
+def _daemon_killed(path: Path) -> None:
+    """A storage daemon that serves the disk with discards, killed under load, and the repair."""
+    qemu.need("qemu-storage-daemon")
+    qemu.create(path, 2 * MiB, lazy_refcounts="on", cluster_size="4k")
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
+        socket = Path(folder) / "nbd"
+        node = f"driver=qcow2,node-name=disk,discard=unmap,file.driver=file,file.discard=unmap,file.filename={path}"
+        export = "type=nbd,id=one,node-name=disk,name=disk,writable=on"
+        server = f"addr.type=unix,addr.path={socket}"
+        command = ["qemu-storage-daemon", "--blockdev", node, "--nbd-server", server, "--export", export]
+        with subprocess.Popen(command) as daemon:
+            while not socket.exists():
+                assert daemon.poll() is None
+                time.sleep(0.02)
+            try:
+                qemu.io(f"nbd+unix:///disk?socket={socket}", *_writes("served", 2 * MiB), fmt="raw")
+            finally:
+                daemon.kill()
+    qemu.img("check", "-q", "-r", "all", path, check=False)
+
+
 def _qcow1(path: Path) -> None:
     qemu.create(path, MiB, fmt="qcow")
     qemu.io(path, "write -P 1 0 256k", fmt="qcow")
@@ -255,6 +279,7 @@ LIVES: dict[str, tuple[Callable[[Path], None], frozenset[str]]] = {
     "memory applied": (_memory_applied, MEMORY),
     "memory deleted": (_memory_deleted, frozenset()),
     "repaired": (_repaired, frozenset()),
+    "daemon killed": (_daemon_killed, frozenset()),
     "version 1": (_qcow1, frozenset()),
     "huge and empty": (_huge_empty, frozenset()),
 }

@@ -216,6 +216,46 @@ def test_what_e2image_makes_is_read_as_its_own_and_healthy(tmp_path: Path) -> No
         assert audit(path, "deep").at_least(Severity.MEDIUM) == ()
 
 
+def as_mkimg(version: int, disk: bytes) -> bytes:
+    """An image of a disk with everything where FreeBSD's mkimg puts it: holes are the clusters of zeros."""
+    bits = 12 if version == 1 else 16
+    size, per_table = 1 << bits, 1 << bits - 3
+    clusters = [disk[at : at + size] for at in range(0, len(disk), size)]
+    used = [number for number, data in enumerate(clusters) if any(data)]
+    slots = sorted({number // per_table for number in used})
+    l1_size = -(-len(clusters) // per_table)
+    flag = 1 << 63 if version == 2 else 0
+    first_l2 = 2 + (version == 2)
+    block = first_l2 + len(slots)
+    data_at = block + (version == 2)
+    if version == 1:
+        head = struct.pack(">4sIQIIQBBHIQ", b"QFI\xfb", 1, 0, 0, 0, len(disk), bits, bits - 3, 0, 0, size)
+    else:
+        head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 2, 0, 0, bits, len(disk), 0, l1_size, size, 2 * size, 1, 0, 0)
+    l1 = [(first_l2 + slots.index(slot)) * size | flag if slot in slots else 0 for slot in range(l1_size)]
+    parts = [head, struct.pack(f">{len(l1)}Q", *l1)]
+    parts += [struct.pack(">Q", block * size)] if version == 2 else []
+    places = {number: (data_at + at) * size | flag for at, number in enumerate(used)}
+    for slot in slots:
+        entries = [places.get(slot * per_table + column, 0) for column in range(per_table)]
+        parts.append(struct.pack(f">{per_table}Q", *entries))
+    parts += [struct.pack(">H", 1) * (data_at + len(used))] if version == 2 else []
+    return b"".join(part.ljust(size, b"\0") for part in [*parts, *(clusters[number] for number in used)])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_mkimg_makes_is_read_as_its_own_and_healthy(version: int, tmp_path: Path) -> None:
+    disk = b"".join(bytes([number % 3]) * 65536 for number in range(80))
+    path = tmp_path / "disk"
+    path.write_bytes(as_mkimg(version, disk))
+    fmt = "qcow" if version == 1 else "qcow2"
+    assert qemu.raw_bytes(path, fmt=fmt) == disk
+    if version == 2:
+        assert qemu.check_json(path).rc == 0
+    assert f"FreeBSD's mkimg (version {version})" in profile(path)
+    assert audit(path, "deep").at_least(Severity.MEDIUM) == ()
+
+
 def test_version_1_of_mkimg_is_not_qemus(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "d.qcow", "1M", fmt="qcow")
     Poke(path).u64(40, 0x1000).append(bytes(8192))

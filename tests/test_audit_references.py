@@ -96,6 +96,17 @@ def thin_bomb(path: Path) -> None:
     qemu.img("convert", *options, "-f", "raw", raw, path)
 
 
+def nested_bomb(path: Path) -> None:
+    """The same, and one cluster of them begins as a gzip file, as a bomb in a bomb does."""
+    raw = path.with_suffix(".raw")
+    with raw.open("wb") as stream:
+        stream.truncate(65 << 20)
+        stream.seek(40 << 20)
+        stream.write(b"\x1f\x8b\x08")
+    options = ("-S", "0", "-c", "-O", "qcow2", "-o", "cluster_size=64k")
+    qemu.img("convert", *options, "-f", "raw", raw, path)
+
+
 def sharing_bomb(path: Path) -> None:
     """128 MiB in streams that begin a byte apart, in a few sectors."""
     builder = Builder(cluster_bits=21)
@@ -226,6 +237,7 @@ CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("AMPLIFICATION", compressed, None),
     ("AMPLIFICATION", base_s, None),
     ("COMPRESSION-BOMB", thin_bomb, T.LOW),
+    ("COMPRESSION-BOMB", nested_bomb, T.MEDIUM),
     ("COMPRESSION-BOMB", sharing_bomb, T.MEDIUM),
     ("COMPRESSION-BOMB", compressed, None),
     ("NESTED-IMAGE", guest(b"QFI\xfb\0\0\0\3"), T.MEDIUM),
@@ -294,6 +306,9 @@ def test_gatekeepers_refuse_what_they_refuse(tmp_path: Path) -> None:
     plain_path = base_b(tmp_path / "plain.qcow2")
     verdicts = {item.field.split()[0]: str(item.value) for item in found(plain_path, "GATEKEEPER")[0].evidence}
     assert set(verdicts.values()) == {"accepts"}
+    old = qemu.create(tmp_path / "old.qcow", "1M", fmt="qcow")
+    verdicts = {item.field: str(item.value) for item in found(old, "GATEKEEPER")[0].evidence}
+    assert verdicts["KubeVirt CDI"] == "refuses: version 1"
     extended = qemu.create(tmp_path / "e.qcow2", "1M", extended_l2="on")
     verdicts = {item.field.split()[0]: str(item.value) for item in found(extended, "GATEKEEPER")[0].evidence}
     assert "above 3" in verdicts["OpenStack"]

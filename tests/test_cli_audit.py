@@ -167,6 +167,14 @@ def test_hostile_snapshot_names_are_escaped(run: Run, tmp_path: Path) -> None:
     assert "\x1b[" in [row["name"] for row in json.loads(rows)]
 
 
+def test_residue_of_version_1_says_that_nothing_counts_its_clusters(run: Run, tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "old.qcow", "1M", fmt="qcow")
+    code, out, err = run("residue", path, tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert "has no refcounts: nothing in it says which clusters are free" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_deleted_snapshots_are_listed_with_how_to_open_them(run: Run, deleted: Path) -> None:
     assert run("snapshots", deleted)[1].startswith("no snapshots (--deleted ")
     (row,) = json.loads(run("snapshots", deleted, "--deleted", "--format", "json")[1])

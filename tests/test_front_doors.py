@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
+from qcow2_forensics.findings import Severity
 from qcow2_forensics.reader import states
 from qcow2_forensics.text import printable
 from tests import qemu
@@ -340,6 +341,40 @@ def test_dfvfs_and_plaso_show_a_fraction_out_of_range(dated: Path) -> None:
     data: Any = plaso_preprocess._event_data(entry)
     assert data.date_note == NOTE
     assert data.creation_time.timestamp == 1_700_000_000 * 10**9
+
+
+class _Mediator:
+    """What plaso's preprocessing takes warnings through."""
+
+    def __init__(self) -> None:
+        self._file_entry: Any = None
+        self.warnings: list[str] = []
+
+    def SetFileEntry(self, file_entry: Any) -> None:  # noqa: N802 - plaso's name
+        self._file_entry = file_entry
+
+    def ProducePreprocessingWarning(self, _plugin: str, message: str) -> None:  # noqa: N802 - plaso's name
+        self.warnings.append(message)
+
+
+def test_plaso_shows_findings_of_low_and_above_and_no_facts(dated: Path) -> None:
+    pytest.importorskip("plaso", reason="plaso is absent")
+    from dfvfs.lib import definitions
+    from dfvfs.path import factory
+
+    from dfvfs_qcow2 import plaso_preprocess
+
+    location = factory.Factory.NewPathSpec(definitions.TYPE_INDICATOR_OS, location=str(dated))
+    mediator = _Mediator()
+    plaso_preprocess._tell_findings(
+        mediator, factory.Factory.NewPathSpec(definitions.TYPE_INDICATOR_QCOW, parent=location)
+    )
+    severities = {finding.code: finding.severity for finding in q.audit(dated)}
+    assert Severity.INFO in severities.values()
+    shown = [code for code in severities if any(code in warning for warning in mediator.warnings)]
+    assert shown
+    assert [severities[code] for code in shown if severities[code] < Severity.LOW] == []
+    assert {code for code in severities if severities[code] >= Severity.LOW} == set(shown)
 
 
 # --- one escape ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from qcow2_forensics.residue import content, residue
 from qcow2_forensics.residue.runs import HostRange, piece_of, pieces
 from tests import qemu
 from tests.matrix import commands
+from tests.test_residue_pieces import unwritten
 
 MiB = 1 << 20
 HOST = 0x00FF_FFFF_FFFF_FE00
@@ -130,6 +131,7 @@ def test_hidden_bytes_are_joined_while_host_and_guest_go_on(seed: int, tmp_path:
         got = [(item.offset, item.length, item.guest_offset) for item in found.pieces() if item.kind in kinds]
     assert got == wanted
     assert wanted
+    assert unwritten(path) == []
 
 
 @qemu.requires_qemu
@@ -166,6 +168,25 @@ def test_bytes_of_a_data_file_that_the_image_does_not_show_are_one_piece(tmp_pat
         ("unmapped", 4 * MiB, 500_000, "text"),
         ("beyond-disk", 8 * MiB, 300_000, "text"),
     ]
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_between_streams_are_joined_across_clusters(seed: int, kind: str, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    raw, path = tmp_path / "raw", tmp_path / "disk.qcow2"
+    words = [b"%d " % seed * 4096, *(chance.randbytes(length) * 64 for length in (64, 1000, 4096))]
+    raw.write_bytes(b"".join(chance.choice(words)[:4096] for _ in range(256)))
+    options = {"compression_type": kind, "cluster_size": "4k"}
+    qemu.convert(raw, path, fmt="raw", target_format="qcow2", compressed=True, target_options=options)
+    qemu.io(path, *(f"write -P 1 {chance.randrange(256) * 4}k 4k" for _ in range(60)))
+    with residue(path) as found:
+        pieces = [piece for piece in found.pieces() if piece.kind == "compressed-slack"]
+    assert pieces
+    rest = [(piece.offset, piece.offset + piece.length) for piece in pieces if piece.looks != "stream"]
+    assert not {stop for _, stop in rest} & {start for start, _ in rest}
+    assert unwritten(path) == []
 
 
 # --- former states ---------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from qcow2_forensics.format.image import Image
 from qcow2_forensics.residue import deleted_snapshots
 from tests import qemu
 from tests.image_builder import B_L1, Builder, Poke, base_b, compressed_entry
+from tests.test_audit_residual import CASES as RESIDUAL_CASES
 
 pytestmark = qemu.requires_qemu
 
@@ -287,3 +288,21 @@ def test_many_entries_of_one_bad_stream_are_counted_and_not_made_one_by_one(
     assert finding.count == 3 * 8192
     assert len(made) <= 3 * EVIDENCE_LIMIT
     assert len({item.offset // 65536 for item in finding.evidence}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(RESIDUAL_CASES)))
+def test_former_tables_beside_it_lower_no_severity(number: int, tmp_path: Path) -> None:
+    _, make, severity = RESIDUAL_CASES[number]
+    if severity is None or severity < Severity.MEDIUM:
+        pytest.skip("nothing above Low is expected")
+    path = tmp_path / "disk.qcow2"
+    make(path)
+    before = audit(path, "deep").at_least(Severity.MEDIUM)
+    with Image(path) as image:
+        size = image.cluster_size
+    end = -(-path.stat().st_size // size) * size
+    tables = [struct.pack(">2Q", 1, 1), b"\0\1" * (size // 2), struct.pack(">2Q", 1 << 63 | end, 1)]
+    Poke(path).append(bytes(end - path.stat().st_size) + b"".join(one.ljust(size, b"\0") for one in tables * 50))
+    after = {finding.code: finding.severity for finding in audit(path, "deep").at_least(Severity.MEDIUM)}
+    assert [finding.code for finding in before if after.get(finding.code, Severity.INFO) < finding.severity] == []

@@ -135,6 +135,16 @@ def deleted_snapshots_with_one_l1_table(builder: Builder) -> None:
     builder.put(b"".join(row.ljust(-(-len(row) // 8) * 8, b"\0") for row in rows))
 
 
+def deleted_snapshots_with_long_l1_tables(builder: Builder) -> None:
+    """Entries of deleted snapshots in free space whose L1 tables are most of the file, each a cluster further on."""
+    at = builder.put(bytes(512 * 2000))
+    rows = []
+    for number in range(1500):
+        head = struct.pack(">QIHHIIQII", at + 512 * (number % 100), 120_000 - number // 100, 1, 1, 1, 1, 1, 0, 16)
+        rows.append((head + struct.pack(">QQ", 0, 1 << 20) + b"7x").ljust(64, b"\0"))
+    builder.put(b"".join(rows))
+
+
 def data_file_entries_in_turn(builder: Builder) -> None:
     """Beside a data file, entries that are data and zeros in turn."""
     builder.incompatible = 4
@@ -161,6 +171,7 @@ SHARING: list[Callable[[Builder], None]] = [
     streams_inside_each_other,
     former_streams_at_every_byte,
     deleted_snapshots_with_one_l1_table,
+    deleted_snapshots_with_long_l1_tables,
     data_file_entries_in_turn,
     compressed_entries_in_an_encrypted_image,
 ]

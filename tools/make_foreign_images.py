@@ -3,8 +3,8 @@
 
     tools/make_foreign_images.py FOLDER
 
-Needs e2fsprogs (mkfs.ext4, e2image) and Node.js with npm, which gets @xen-orchestra/qcow2 from the npm
-registry. A writer that is absent is skipped with its name. The disk of each image holds the same ext4
+Needs e2fsprogs (mkfs.ext4, e2image), Node.js with npm, which gets @xen-orchestra/qcow2 from the npm
+registry, and FreeBSD's mkimg, which no Linux distribution packages (usr.bin/mkimg of its sources). A writer that is absent is skipped with its name. The disk of each image holds the same ext4
 file system.
 """
 
@@ -83,12 +83,19 @@ def xen_orchestra(folder: Path) -> None:
     _run("node", "make.mjs", raw.resolve(), (folder / "xen-orchestra.qcow2").resolve(), cwd=work)
 
 
+def mkimg(folder: Path) -> None:
+    """Make images of both versions with FreeBSD's mkimg."""
+    raw = file_system(folder / "ext4-mkimg.raw", 4096, "64M")
+    for kind in ("qcow", "qcow2"):
+        _run("mkimg", "-s", "gpt", "-f", kind, "-p", f"freebsd-ufs:={raw}", "-o", folder / f"mkimg.{kind}")
+
+
 def main() -> int:
     """Make every image whose writer is there."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["PATH"] += ":/sbin:/usr/sbin"
-    for tool, make in (("e2image", e2image), ("npm", xen_orchestra)):
+    for tool, make in (("e2image", e2image), ("npm", xen_orchestra), ("mkimg", mkimg)):
         if shutil.which(tool):
             make(folder)
         else:

@@ -12,7 +12,7 @@ from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.codecs import codec_of
 from ..format.entries import compressed_descriptor
-from ..limits import SAMPLES, MiB
+from ..limits import SAMPLED_CONTENT, MiB
 from .facts import Facts
 from .overlap import evenly
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
@@ -98,8 +98,11 @@ def compression_bomb(facts: Facts) -> Iterator[Graded]:
 
 
 def _nested(facts: Facts, entries: np.ndarray) -> str:
-    """Return the signature of compressed files that clusters begin with, empty for none; some are looked at."""
-    for entry in evenly(entries, SAMPLES).tolist():
+    """Return the signature of compressed files that clusters begin with, empty for none.
+
+    All are looked at up to a limit, of more every second, third and so on: one among many must not hide.
+    """
+    for entry in evenly(entries, SAMPLED_CONTENT // facts.cluster_size).tolist():
         host, length = compressed_descriptor(entry, facts.header.cluster_bits)
         try:
             data = codec_of(facts.header.compression_type).decode(facts.read(host, length), facts.cluster_size)

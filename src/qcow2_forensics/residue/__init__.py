@@ -34,7 +34,7 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
 
 __all__ = ["DeletedSnapshot", "Piece", "Residue", "deleted_snapshots", "open_deleted", "residue"]
 
-# What stands on the census and numpy is loaded on first use: triage needs only header slack.
+# What needs the census and numpy is loaded on first use: triage needs only header slack.
 _LAZY = {
     "DeletedSnapshot": "snapshot_entries",
     "Residue": "inventory",

@@ -120,7 +120,7 @@ def _l2_tables(
 def _l1_tables(
     image: Image, census: Census, former: FormerTables, snapshots: Iterable[SnapshotEntry]
 ) -> Iterator[Words]:
-    """Yield the host offsets in former L1 tables that are still whole."""
+    """Yield the host offsets in former L1 tables that are still whole, of crafted ones no more than work is allowed for."""
     size, geometry = image.cluster_size, Geometry.of(image)
     budget = Budget("bytes of former L1 tables", image.file_size, image.limits)
     places = sorted({(entry.l1_table_offset, entry.l1_size * 8) for entry in snapshots})
@@ -129,14 +129,15 @@ def _l1_tables(
         found = former.l1_tables()
         alone = found[np.diff(found, prepend=-size) != size]
         places += [(offset, size) for offset in alone[~_within(alone, places)].tolist()]
-    for offset, length in places:
-        clusters = np.arange(offset // size, -(-(offset + length) // size))
-        if offset + length > image.file_size or length > image.limits.l1_bytes or census.is_claimed(clusters).any():
+    for offset, length in sorted(places, key=lambda place: place[1]):  # genuine ones are short
+        if offset + length > image.file_size or length > image.limits.l1_bytes:
             continue
         try:
             budget.spend(length)
         except LimitExceeded:
             return
+        if census.is_claimed(np.arange(offset // size, -(-(offset + length) // size))).any():
+            continue
         words = big_endian(image.read(offset, length))
         if structure_detection.l1_rows(words.reshape(1, -1), geometry).tables[0]:
             yield table_offsets(words, image.header)

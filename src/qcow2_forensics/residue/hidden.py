@@ -63,7 +63,7 @@ class AllocatedSubclusters:
 
 
 def subscribers(image: Image) -> tuple[type[Subscriber], ...]:
-    """Return what of an image has to be known of every L2 table before hidden bytes can be told from shown ones."""
+    """Return what of an image must be known of every L2 table to separate hidden bytes from shown ones."""
     header = image.header
     if header.external_data or header.version < 3:
         return ()
@@ -126,7 +126,7 @@ def _ranges(image: Image, mapped: Mapped, length: int, kind: str) -> Iterator[Ho
 
 
 def zero_flagged(image: Image, census: Census) -> Iterator[Piece]:
-    """Yield what stands in clusters whose entry says zeros while their bytes are still there."""
+    """Yield what is in clusters whose entry says zeros while their bytes are still there."""
     if image.header.version < 3 or image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size
@@ -139,7 +139,7 @@ def zero_flagged(image: Image, census: Census) -> Iterator[Piece]:
 
 
 def subclusters(image: Image, census: Census) -> Iterator[Piece]:
-    """Yield what stands in subclusters that no state allocates, of clusters that are mapped (extended L2)."""
+    """Yield what is in subclusters that no state allocates, of clusters that are mapped (extended L2)."""
     if not image.header.extended_l2 or image.header.external_data:
         return
     allocated = census.seen(AllocatedSubclusters).bits
@@ -168,7 +168,7 @@ def _placed(image: Image, offsets: Words) -> Flags:
 
 
 def tail(image: Image) -> Iterator[Piece]:
-    """Yield what stands behind the end of the disk in its last, partly visible cluster."""
+    """Yield what follows the end of the disk in its last, partly visible cluster."""
     header = image.header
     inside = image.disk_size % image.cluster_size
     if not inside or header.version == 1 or header.external_data or header.crypt_method:

@@ -83,7 +83,7 @@ class Residue(Closing):
         yield from self.unclaimed()
 
     def slack(self) -> Iterator[Piece]:
-        """Yield what stands behind the header and behind tables."""
+        """Yield what follows the header and tables in their clusters."""
         for function in (slack.header_slack, slack.header_padding, slack.l1_slack, slack.table_slack):
             yield from function(self.image)
 
@@ -153,7 +153,7 @@ class Residue(Closing):
 
     def _table_tails(self) -> Iterator[tuple[int, bytes]]:
         for offset, length in slack.table_tails(self.image):
-            start = padded(offset)  # entries stand on eight bytes of the file, wherever the last live one ends
+            start = padded(offset)  # entries start on eight bytes of the file, wherever the last live one ends
             yield start, self.image.read(start, offset + length - start)
 
     def entry_at(self, offset: int) -> SnapshotEntry | None:

@@ -1,4 +1,4 @@
-"""The live mapping trees as numpy tables: what residue is told apart from."""
+"""The live mapping trees as numpy tables: what they show is no residue."""
 
 from __future__ import annotations
 

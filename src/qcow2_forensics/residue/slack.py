@@ -16,7 +16,7 @@ V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))
 
 
 def header_slack(image: Image) -> Iterator[Piece]:
-    """Yield what stands in the header cluster where nothing belongs: behind END, behind the name."""
+    """Yield what is in the header cluster where nothing belongs: behind END, behind the name."""
     header = image.header
     if header.version == 1 or not 9 <= header.cluster_bits <= 21:
         return
@@ -64,7 +64,7 @@ def _extensions_end(image: Image) -> int | None:
 
 
 def header_padding(image: Image) -> Iterator[Piece]:
-    """Yield what stands in the header's own padding, beyond the known fields, and behind extensions."""
+    """Yield what is in the header's own padding, beyond the known fields, and behind extensions."""
     header = image.header
     if header.version < 3 or header.header_length > header.cluster_size or not 9 <= header.cluster_bits <= 21:
         return
@@ -81,7 +81,7 @@ def header_padding(image: Image) -> Iterator[Piece]:
 
 
 def l1_slack(image: Image) -> Iterator[Piece]:
-    """Yield what stands behind each L1 table in its last cluster."""
+    """Yield what follows each L1 table in its last cluster."""
     header = image.header
     if header.version == 1:
         return
@@ -94,7 +94,7 @@ def l1_slack(image: Image) -> Iterator[Piece]:
 
 
 def table_slack(image: Image) -> Iterator[Piece]:
-    """Yield what stands behind the snapshot table, the bitmap directory and the bitmap tables."""
+    """Yield what follows the snapshot table, the bitmap directory and the bitmap tables."""
     for start, length in table_tails(image):
         piece = piece_of(image.read(start, length), start, "table-slack")
         if piece is not None:
