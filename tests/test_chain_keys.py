@@ -115,10 +115,10 @@ def test_a_key_file_means_its_line_then_all_of_it(end: bytes, tmp_path: Path, mo
     assert passphrases.from_file(tmp_path / "key") == wanted
     monkeypatch.setenv("QCOW2_PASSPHRASE_FILE", str(tmp_path / "key"))
     monkeypatch.setenv("QCOW2_PASSPHRASE", "other")
-    assert passphrases.from_environment() == [*wanted, b"other"]
+    assert passphrases.passphrases_from_environment() == [*wanted, b"other"]
     (tmp_path / "second").write_bytes(b"second" + end)
     monkeypatch.setenv("QCOW2_PASSPHRASE_FILE", f"{tmp_path}/key:{tmp_path}/second")
-    assert passphrases.from_environment()[:2] == [b"secret", b"second"]
+    assert passphrases.passphrases_from_environment()[:2] == [b"secret", b"second"]
 
 
 def test_a_key_that_holds_its_end_of_line_opens(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_opening_a_deleted_snapshot_does_not_read_all_free_space(
 ) -> None:
     path, before = image_with_deleted_snapshots
     (found,) = dfvfs_qcow2.deleted_snapshots(qcow(path))
-    monkeypatch.setattr(inventory, "unclaimed", None)
+    monkeypatch.setattr(inventory, "scan", None)
     assert open_file(inspection.snapshot_path_spec(qcow(path), found.entry)).read(65536) == before[:65536]
 
 

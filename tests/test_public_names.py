@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import qcow2_forensics as q
 
@@ -84,21 +86,22 @@ def test_a_disk_that_nobody_holds_closes_its_file_at_once() -> None:
     assert _fresh(code) == "0"
 
 
-def test_the_volatility_adapter_imports_public_names_only() -> None:
-    folder = Path(__file__).resolve().parent.parent / "plugins" / "volatility"
-    deeper = [
-        f"{path.name}: {line.strip()}"
-        for path in folder.rglob("*.py")
-        for line in path.read_text().splitlines()
-        if re.search(r"^\s*(?:from|import) qcow2_forensics\.(?!text import)", line)
-    ]
+PLUGINS = Path(__file__).parent.parent / "plugins"
+# All words and the grammar of states are public as a whole, of packages what they list.
+MODULES = {"qcow2_forensics.text", "qcow2_forensics.reader.states"}
+PACKAGES = {f"qcow2_forensics{name}" for name in ("", ".compare", ".files", ".memory", ".recovery", ".residue")}
+
+
+@pytest.mark.parametrize("adapter", ["dfvfs", "dissect", "tsk_img", "volatility"])
+def test_an_adapter_imports_public_names_only(adapter: str) -> None:
+    deeper = []
+    for path in sorted((PLUGINS / adapter).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) and not node.level else None
+            if module is None or module.partition(".")[0] != "qcow2_forensics" or module in MODULES:
+                continue
+            public = set(importlib.import_module(module).__all__) if module in PACKAGES else set()
+            for name in (alias.name for alias in node.names):
+                if name not in public and f"{module}.{name}" not in MODULES | PACKAGES:
+                    deeper.append(f"{path.name}: {module}.{name}")
     assert deeper == []
-    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
-    named = {
-        alias.name
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "qcow2_forensics"
-        for alias in node.names
-    }
-    assert named <= set(q.__all__)

@@ -37,16 +37,15 @@ from .limits import DEFAULT_LIMITS, Limits
 from .reader.disk import Disk, Extent
 from .reader.mapping import Kind, Run
 from .reader.opening import leftover_vm_state, open_disk, open_image, open_vm_state
-from .reader.passphrases import from_environment as passphrases_from_environment
-from .reader.passphrases import from_files as passphrases_from_files
-from .reader.states import is_replacement as is_recovered_state
-from .reader.stream import SourceStream
-from .reader.vm_state import VmState
+from .reader.states import is_recovered_state
 
 if TYPE_CHECKING:
     from .audit import audit, audit_path
     from .compare.ranges import compare
+    from .errors import reason
     from .findings import Evidence, Finding, Report, Severity, __version__
+    from .format.header import Crypt
+    from .format.source import PathOrSource, source_name
     from .memory import (
         KERNEL_SYMBOLS,
         Finder,
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
         scan_memories,
         uses_five_levels,
     )
+    from .reader.disk import EofPolicy, Layer
     from .reader.memory_choice import (
         MemoryChoice,
         choose_memory,
@@ -69,22 +69,37 @@ if TYPE_CHECKING:
         recovered_memory,
     )
     from .reader.named_files import NamedFiles, named_files
+    from .reader.opening import MissingPolicy, Passphrase
+    from .reader.passphrases import (
+        KEY_FILE_VARIABLE,
+        PASSPHRASE_VARIABLE,
+        passphrases_from_environment,
+        passphrases_from_files,
+    )
     from .reader.resolver import (
         ALONE_VARIABLE,
         BACKING_VARIABLE,
         Remedies,
         Resolver,
         Role,
+        base_name,
         folders_from_environment,
         parse_reference,
     )
+    from .reader.states import SnapshotName
+    from .reader.stream import SourceStream
+    from .reader.vm_state import VmState
 
 __all__ = [
     "ALONE_VARIABLE",
     "BACKING_VARIABLE",
     "DEFAULT_LIMITS",
     "KERNEL_SYMBOLS",
+    "KEY_FILE_VARIABLE",
+    "PASSPHRASE_VARIABLE",
+    "Crypt",
     "Disk",
+    "EofPolicy",
     "Evidence",
     "Extent",
     "FileSource",
@@ -95,14 +110,18 @@ __all__ = [
     "GuestMemory",
     "Image",
     "Kind",
+    "Layer",
     "LimitExceeded",
     "Limits",
     "Locked",
     "Match",
     "MemoryChoice",
     "MissingFile",
+    "MissingPolicy",
     "NamedFiles",
     "NotQcow2",
+    "Passphrase",
+    "PathOrSource",
     "Qcow2Error",
     "ReadError",
     "Remedies",
@@ -112,6 +131,7 @@ __all__ = [
     "Run",
     "Severity",
     "SnapshotEntry",
+    "SnapshotName",
     "SnapshotNotFound",
     "Source",
     "SourceStream",
@@ -122,6 +142,7 @@ __all__ = [
     "as_source",
     "audit",
     "audit_path",
+    "base_name",
     "choose_memory",
     "compare",
     "find_kernel",
@@ -142,8 +163,10 @@ __all__ = [
     "passphrases_from_files",
     "pattern_finder",
     "place_linux",
+    "reason",
     "recovered_memory",
     "scan_memories",
+    "source_name",
     "uses_five_levels",
 ]
 
@@ -151,22 +174,34 @@ __all__ = [
 _LAZY = {
     "ALONE_VARIABLE": "reader.resolver",
     "BACKING_VARIABLE": "reader.resolver",
+    "Crypt": "format.header",
+    "EofPolicy": "reader.disk",
     "Evidence": "findings",
     "Finder": "memory",
     "Finding": "findings",
     "GuestMemory": "memory",
     "KERNEL_SYMBOLS": "memory",
+    "KEY_FILE_VARIABLE": "reader.passphrases",
+    "Layer": "reader.disk",
     "Match": "memory",
     "MemoryChoice": "reader.memory_choice",
+    "MissingPolicy": "reader.opening",
     "NamedFiles": "reader.named_files",
+    "PASSPHRASE_VARIABLE": "reader.passphrases",
+    "Passphrase": "reader.opening",
+    "PathOrSource": "format.source",
     "Remedies": "reader.resolver",
     "Report": "findings",
     "Resolver": "reader.resolver",
     "Role": "reader.resolver",
     "Severity": "findings",
+    "SnapshotName": "reader.states",
+    "SourceStream": "reader.stream",
+    "VmState": "reader.vm_state",
     "__version__": "findings",
     "audit": "audit",
     "audit_path": "audit",
+    "base_name": "reader.resolver",
     "choose_memory": "reader.memory_choice",
     "compare": "compare",
     "find_kernel": "memory",
@@ -178,10 +213,14 @@ _LAZY = {
     "named_files": "reader.named_files",
     "open_guest_memory": "memory",
     "parse_reference": "reader.resolver",
+    "passphrases_from_environment": "reader.passphrases",
+    "passphrases_from_files": "reader.passphrases",
     "pattern_finder": "memory",
     "place_linux": "memory",
+    "reason": "errors",
     "recovered_memory": "reader.memory_choice",
     "scan_memories": "memory",
+    "source_name": "format.source",
     "uses_five_levels": "memory",
 }
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 Value = int | str | bool | float | None
 
-_ENTRY = re.compile(r"(^|: |L2 )entry\b")  # an entry of a table, shown in hexadecimal
+_ENTRY = r"(^|: |L2 )entry\b"  # an entry of a table, shown in hexadecimal
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # what spreadsheets take for a formula or a command
 _SECOND = 1_000_000_000  # nanoseconds
 
@@ -127,7 +127,7 @@ def shown_value(field: str, value: Value) -> str:
     """Return an evidence value for people: offsets in hexadecimal, sizes with their unit."""
     if isinstance(value, bool) or not isinstance(value, int):
         return f"{value:.2f}" if isinstance(value, float) else text(value, 300)
-    if "offset" in field or field in {"host", "guest", "mask", "value", "target"} or _ENTRY.search(field):
+    if "offset" in field or field in {"host", "guest", "mask", "value", "target"} or re.search(_ENTRY, field):
         return f"{value:#x}"
     if field.endswith("_nsec"):
         return f"{value} ({value / 1_000_000_000:.3f} s)"

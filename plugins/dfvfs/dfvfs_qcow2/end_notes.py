@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qcow2_forensics.findings import Severity
+from qcow2_forensics import Severity
 from qcow2_forensics.text import printable
 
 if TYPE_CHECKING:
-    from qcow2_forensics.findings import Finding
+    from qcow2_forensics import Finding
 
 _MOST = 20  # lines about audits in one run
 

@@ -13,7 +13,7 @@ from dfvfs.file_io import file_io
 from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 
-from qcow2_forensics.errors import Locked, Qcow2Error
+from qcow2_forensics import Locked, Qcow2Error
 
 from .names import SnapshotKey, parse_encoding_method
 from .opening import OpenedDisk, open_state, passwords_of

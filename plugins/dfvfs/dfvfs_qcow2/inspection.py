@@ -14,8 +14,7 @@ from dfvfs.lib import definitions
 from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 
-from qcow2_forensics.format.image import Image
-from qcow2_forensics.format.snapshot_table import SnapshotEntry
+from qcow2_forensics import Image, SnapshotEntry
 from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
@@ -26,7 +25,7 @@ from .sources import open_source
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qcow2_forensics.findings import Finding, Report
+    from qcow2_forensics import Finding, Report
     from qcow2_forensics.recovery import RecoveredState
     from qcow2_forensics.residue import DeletedSnapshot
 

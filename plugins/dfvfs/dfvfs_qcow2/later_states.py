@@ -23,8 +23,8 @@ from dfvfs.path import factory
 from dfvfs.resolver import resolver
 from dfvfs.volume import factory as volume_system_factory
 
-from qcow2_forensics.errors import Qcow2Error
-from qcow2_forensics.files.spans import Spans
+from qcow2_forensics import Qcow2Error
+from qcow2_forensics.files import Spans
 
 from .inspection import open_image
 from .names import SnapshotKey, snapshots_around

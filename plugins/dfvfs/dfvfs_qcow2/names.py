@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from qcow2_forensics.format.snapshot_table import SnapshotEntry
+from qcow2_forensics import SnapshotEntry
 from qcow2_forensics.text import printable
 
 if TYPE_CHECKING:

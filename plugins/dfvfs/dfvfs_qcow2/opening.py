@@ -19,15 +19,21 @@ from weakref import ref
 from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.resolver import resolver as dfvfs_resolver
 
-from qcow2_forensics import __version__
-from qcow2_forensics.errors import Qcow2Error, reason
-from qcow2_forensics.format.image import Image
-from qcow2_forensics.format.source import FileSource, Source, source_name
-from qcow2_forensics.reader.disk import Disk
-from qcow2_forensics.reader.opening import open_disk
-from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, from_environment
-from qcow2_forensics.reader.resolver import ALONE_VARIABLE
-from qcow2_forensics.reader.states import SnapshotName
+from qcow2_forensics import (
+    ALONE_VARIABLE,
+    KEY_FILE_VARIABLE,
+    Disk,
+    FileSource,
+    Image,
+    Qcow2Error,
+    SnapshotName,
+    Source,
+    __version__,
+    open_disk,
+    passphrases_from_environment,
+    reason,
+    source_name,
+)
 from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
@@ -145,7 +151,7 @@ def passwords_of(path_spec: Any) -> list[str | bytes]:
     if password and password not in known:
         known.append(password)
     try:
-        return [*known, *from_environment()]
+        return [*known, *passphrases_from_environment()]
     except (OSError, Qcow2Error) as error:
         logger.warning("%s: %s", KEY_FILE_VARIABLE, error)
         return list(known)

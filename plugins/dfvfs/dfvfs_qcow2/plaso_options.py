@@ -14,7 +14,7 @@ from plaso.cli import logger
 from plaso.cli import storage_media_tool as stock
 from plaso.lib import errors
 
-from qcow2_forensics.reader.resolver import ALONE_VARIABLE, BACKING_VARIABLE
+from qcow2_forensics import ALONE_VARIABLE, BACKING_VARIABLE
 from qcow2_forensics.text import printable
 
 from . import end_notes

@@ -14,8 +14,7 @@ from dfdatetime import posix_time
 from plaso.containers import events
 from plaso.preprocessors import interface, manager
 
-from qcow2_forensics.errors import Qcow2Error, reason
-from qcow2_forensics.findings import Severity
+from qcow2_forensics import Qcow2Error, Severity, reason
 from qcow2_forensics.text import date_note, printable, snapshot_time
 
 from . import end_notes
@@ -27,8 +26,7 @@ from .sources import display_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qcow2_forensics.findings import Evidence, Finding
-    from qcow2_forensics.format.snapshot_table import SnapshotEntry
+    from qcow2_forensics import Evidence, Finding, SnapshotEntry
 
 PLUGIN_NAME = "qcow2"
 DATA_TYPE = "qcow2:snapshot"

@@ -15,17 +15,20 @@ from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 from dfvfs.vfs import root_only_file_system
 
-from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error, reason
-from qcow2_forensics.format.source import Source
-from qcow2_forensics.reader.resolver import (
+from qcow2_forensics import (
     ALONE_VARIABLE,
     BACKING_VARIABLE,
+    ForbiddenReference,
+    MissingFile,
+    Qcow2Error,
     Remedies,
     Resolver,
     Role,
+    Source,
     base_name,
     folders_from_environment,
     parse_reference,
+    reason,
 )
 
 from .sources import FileObjectSource

@@ -23,15 +23,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2_forensics.errors import SnapshotNotFound
+from qcow2_forensics import SnapshotNotFound
 from qcow2_forensics.reader import states
 from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
 
 if TYPE_CHECKING:
-    from qcow2_forensics import Image
-    from qcow2_forensics.format.snapshot_table import SnapshotEntry
+    from qcow2_forensics import Image, SnapshotEntry
     from qcow2_forensics.recovery import RecoveredState
     from qcow2_forensics.residue import DeletedSnapshot
 
@@ -121,12 +120,12 @@ class Selection:
 
     def choose_deleted(self, found: Sequence[DeletedSnapshot]) -> list[DeletedSnapshot]:
         """Return the chosen ones of the deleted snapshots, in their order; SnapshotNotFound names the choices."""
-        from qcow2_forensics.residue.snapshot_entries import choose
+        from qcow2_forensics.residue import choose_deleted
 
         words = [item.word for item in self._items() if item.is_deleted]
         if "deleted" in words:
             return list(found)
-        chosen = [choose(found, word.removeprefix(_DELETED)) for word in words]
+        chosen = [choose_deleted(found, word.removeprefix(_DELETED)) for word in words]
         return [item for item in found if item in chosen]
 
     def choose_recovered(self, found: Sequence[RecoveredState]) -> list[RecoveredState]:
@@ -220,7 +219,7 @@ def _parsed(text: str) -> Selection:
     return Selection(text)
 
 
-def from_environment() -> Selection | None:
+def passphrases_from_environment() -> Selection | None:
     """Return what ``DFVFS_QCOW2_SNAPSHOTS`` asks for, None where it is not set; raises ValueError."""
     text = os.environ.get(VARIABLE)
     return _parsed(text) if text else None

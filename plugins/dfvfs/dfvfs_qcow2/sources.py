@@ -14,8 +14,7 @@ from typing import Any
 from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 
-from qcow2_forensics.errors import Qcow2Error, ReadError, reason
-from qcow2_forensics.format.source import FileSource, Source
+from qcow2_forensics import FileSource, Qcow2Error, ReadError, Source, reason
 from qcow2_forensics.text import cut
 
 

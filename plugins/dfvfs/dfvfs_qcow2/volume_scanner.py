@@ -27,8 +27,7 @@ from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 
-from qcow2_forensics.errors import Qcow2Error, SnapshotNotFound, reason
-from qcow2_forensics.format.snapshot_table import SnapshotEntry
+from qcow2_forensics import Qcow2Error, SnapshotEntry, SnapshotNotFound, reason
 from qcow2_forensics.text import printable, short_date
 
 from .inspection import (

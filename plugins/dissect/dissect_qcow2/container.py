@@ -11,19 +11,25 @@ from dissect.target import container
 from dissect.target.container import Container
 from dissect.target.helpers import keychain
 
-from qcow2_forensics import Disk, Locked, Resolver, StreamSource, open_disk
-from qcow2_forensics.errors import ForbiddenReference, MissingFile
-from qcow2_forensics.format.source import Source
-from qcow2_forensics.reader.opening import SnapshotName
-from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, from_environment
-from qcow2_forensics.reader.resolver import (
+from qcow2_forensics import (
     ALONE_VARIABLE,
     BACKING_VARIABLE,
+    KEY_FILE_VARIABLE,
+    Disk,
+    ForbiddenReference,
+    Locked,
+    MissingFile,
     Remedies,
+    Resolver,
     Role,
+    SnapshotName,
+    Source,
+    StreamSource,
     base_name,
     folders_from_environment,
+    open_disk,
     parse_reference,
+    passphrases_from_environment,
 )
 
 MAGIC = b"QFI\xfb"
@@ -88,7 +94,7 @@ def open_state(origin: Any, snapshot: SnapshotName) -> Disk:
 
 def _unlock(disk: Disk) -> None:
     keys = [key.value for key in keychain.get_all_keys() if key.key_type == keychain.KeyType.PASSPHRASE]
-    keys += from_environment()
+    keys += passphrases_from_environment()
     if not keys:
         why = f"dissect's keychain holds no passphrase; give -K or -Kv, or set {KEY_FILE_VARIABLE}"
         raise Locked("encrypted image", why, member=disk.locked_member)

@@ -9,26 +9,32 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import pytsk3
 
-from qcow2_forensics import open_disk
+from qcow2_forensics import (
+    DEFAULT_LIMITS,
+    KEY_FILE_VARIABLE,
+    PASSPHRASE_VARIABLE,
+    Crypt,
+    Disk,
+    EofPolicy,
+    Layer,
+    Limits,
+    Locked,
+    NotQcow2,
+    PathOrSource,
+    Qcow2Error,
+    SnapshotEntry,
+    as_source,
+    open_disk,
+    passphrases_from_environment,
+)
 from qcow2_forensics import open_image as open_metadata
-from qcow2_forensics.errors import Locked, NotQcow2, Qcow2Error
-from qcow2_forensics.files.tolerant import TolerantReader
-from qcow2_forensics.files.tsk_image import ReaderImage, as_io_error
-from qcow2_forensics.format.header import Crypt
-from qcow2_forensics.format.snapshot_table import SnapshotEntry
-from qcow2_forensics.format.source import PathOrSource, as_source
-from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
-from qcow2_forensics.reader.disk import Disk, EofPolicy, Layer
-from qcow2_forensics.reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE, from_environment
-from qcow2_forensics.reader.states import is_replacement, labels
+from qcow2_forensics.files import ReaderImage, TolerantReader, as_io_error
+from qcow2_forensics.reader.states import is_recovered_state, labels
 from qcow2_forensics.text import printable
 
 if TYPE_CHECKING:
-    from qcow2_forensics.files.tolerant import Unreadable
-    from qcow2_forensics.findings import Finding
-    from qcow2_forensics.reader.opening import MissingPolicy, Passphrase
-    from qcow2_forensics.reader.resolver import Resolver
-    from qcow2_forensics.reader.states import SnapshotName
+    from qcow2_forensics import Finding, MissingPolicy, Passphrase, Resolver, SnapshotName
+    from qcow2_forensics.files import Unreadable
 
 
 def _is_disk(origin: PathOrSource | Layer) -> TypeGuard[Layer]:
@@ -87,7 +93,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
                 else open_disk(
                     url,
                     snapshot,
-                    passphrase if passphrase is not None else from_environment() or None,
+                    passphrase if passphrase is not None else passphrases_from_environment() or None,
                     resolver,
                     limits,
                     eof=eof,
@@ -169,7 +175,7 @@ def open_image(
     Anything else has no snapshots: asking for one there is an ``IOError``. A recovered state needs no header.
     ``unreadable`` is that of :class:`Img_Info`.
     """
-    if is_replacement(snapshot):
+    if is_recovered_state(snapshot):
         return Img_Info(path, snapshot=snapshot, passphrase=passphrase, resolver=resolver, unreadable=unreadable)
     try:
         open_metadata(path).close()

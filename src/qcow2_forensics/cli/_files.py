@@ -9,7 +9,7 @@ from typing import Any
 from ..files.records import FileRecord, Volume
 from ..files.volumes import GuestVolumes, Unread, open_volumes
 from ..reader.disk import Layer
-from ..reader.passphrases import from_files
+from ..reader.passphrases import passphrases_from_files
 from ..text import iso_time, printable
 
 LONGEST_PATH = 8192  # characters shown of one
@@ -28,7 +28,7 @@ def add_guest_arguments(parser: argparse.ArgumentParser) -> None:
 
 def volumes_of(args: argparse.Namespace, disk: Layer, name: str) -> GuestVolumes:
     """Return the volumes of a state, with the passphrases that the options give."""
-    return open_volumes(disk, name, from_files(args.guest_passphrase_file))
+    return open_volumes(disk, name, passphrases_from_files(args.guest_passphrase_file))
 
 
 def complain(sentence: str) -> None:

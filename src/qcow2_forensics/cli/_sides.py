@@ -22,12 +22,9 @@ from ..format.source import FileSource
 from ..reader.bitmaps import dirty_ranges
 from ..reader.disk import Disk, Layer, RawDisk
 from ..reader.foreign import open_foreign, probe
-from ..reader.states import Backing, Choice, by_id_or_name, choose, labels
-from ..text import cut, listed
+from ..reader.states import BITMAP, Backing, Choice, choose, find_bitmap, labels
+from ..text import cut
 from .options import chosen, open_layer
-
-_BITMAPS_LISTED = 20  # in a message
-BITMAP = "bitmap:"
 
 
 class Side(NamedTuple):
@@ -82,8 +79,9 @@ def sides_of(args: argparse.Namespace, stack: ExitStack) -> Sides:
     """Open what the options mean, until ``stack`` ends."""
     if args.other is not None:
         return Sides(_side(args, args.image, args.first, stack), _side(args, args.other, args.second, stack))
-    if args.first is not None and args.first.startswith(BITMAP):
-        bitmap = _bitmap(args.image, args.first)
+    if args.first is not None:
+        with Image(args.image) as image:
+            bitmap = find_bitmap(image, args.first)
         if bitmap is not None:
             return _marked(args, bitmap, stack)
     second = None if args.second is None else chosen(args.image, args.second)
@@ -130,23 +128,6 @@ def _side(args: argparse.Namespace, path: str, state: str | None, stack: ExitSta
 
 
 # --- bitmaps -----------------------------------------------------------------------------------------
-
-
-def _bitmap(path: str, text: str) -> BitmapEntry | None:
-    """Return the bitmap that is named, None where a snapshot is; raises ``Qcow2Error`` when there is no such bitmap."""
-    with Image(path) as image:
-        if by_id_or_name(image.snapshots, text):
-            return None
-        name = text.removeprefix(BITMAP)
-        found = [bitmap for bitmap in image.bitmaps if bitmap.name == name]
-        if not found:
-            image.require("bitmaps")
-        if len(found) != 1:
-            held = listed([cut(bitmap.name) for bitmap in image.bitmaps], _BITMAPS_LISTED) or "none"
-            raise Qcow2Error(
-                f"{cut(path)} has {'no' if not found else 'several'} bitmaps {cut(name)!r}; it holds: {held}"
-            )
-        return found[0]
 
 
 def _marked(args: argparse.Namespace, bitmap: BitmapEntry, stack: ExitStack) -> Sides:

@@ -15,7 +15,12 @@ from ..format.image import Image
 from ..reader.disk import Disk, Layer
 from ..reader.named_files import named_files
 from ..reader.opening import MissingPolicy, open_disk
-from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE, from_environment, from_files
+from ..reader.passphrases import (
+    KEY_FILE_VARIABLE,
+    PASSPHRASE_VARIABLE,
+    passphrases_from_environment,
+    passphrases_from_files,
+)
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.states import Backing, Choice, SnapshotName, choose
 from ..text import cut, printable
@@ -129,7 +134,10 @@ def passphrases_of(args: argparse.Namespace) -> list[bytes] | None:
     What was asked for before is not asked again.
     """
     asked: list[bytes] = getattr(args, "asked_passphrases", [])
-    return [*asked, *(from_files(args.passphrase_file) if args.passphrase_file else from_environment())] or None
+    return [
+        *asked,
+        *(passphrases_from_files(args.passphrase_file) if args.passphrase_file else passphrases_from_environment()),
+    ] or None
 
 
 def ask_passphrase(name: str, member: str = "") -> bytes:

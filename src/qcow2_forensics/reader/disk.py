@@ -24,7 +24,6 @@ from .clusters import Clusters
 from .layers import Extent, Layer, RawDisk
 from .mapping import Kind, Mapping, Run
 from .parts import Part, Parts, fill, gatherable, gathered, layer_parts
-from .stream import SourceStream
 
 if TYPE_CHECKING:
     from .encryption import Decryptor
@@ -451,6 +450,8 @@ class Disk(Closing):
 
     def open(self) -> io.RawIOBase:
         """Return a seekable file object over the disk."""
+        from .stream import SourceStream  # here: most readers ask for ranges
+
         return SourceStream(self, self.name)
 
     # --- life --------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from .chain import MissingPolicy, Opener, close_source, note, unlocked
 from .disk import Disk, EofPolicy
 from .passphrases import Passphrase
 from .states import LEFTOVER, Leftover, SnapshotName, assuming, choices, choose, find_snapshot, replaced
-from .vm_state import VmState, has_leftover, leftover_offset
 
 if TYPE_CHECKING:
     from .resolver import Resolver
+    from .vm_state import VmState
 
 __all__ = [
     "MissingPolicy",
@@ -104,6 +104,8 @@ def open_vm_state(
     ``"leftover"`` is what the active state still maps behind the disk, though no snapshot lists it.
     Neither backing nor data files are needed: QEMU stores VM state in the image itself.
     """
+    from .vm_state import VmState, has_leftover  # here: reading a disk needs none of it
+
     image = Image(origin, limits=limits)
     with ExitStack() as undo:
         undo.callback(image.close)
@@ -130,6 +132,8 @@ def leftover_vm_state(image: Image) -> int | None:
 
     None where there is none, or where the tables that lead to it cannot be read.
     """
+    from .vm_state import has_leftover, leftover_offset  # here: reading a disk needs none of it
+
     try:
         disk = Disk(image)
         return leftover_offset(disk) if has_leftover(disk) else None

@@ -47,18 +47,18 @@ def from_file(path: str | os.PathLike[str]) -> list[bytes]:
     return [line] if line == content else [line, content]
 
 
-def from_files(paths: Iterable[str | os.PathLike[str]]) -> list[bytes]:
+def passphrases_from_files(paths: Iterable[str | os.PathLike[str]]) -> list[bytes]:
     """Return what several key files hold: every file's line, then every file as it is."""
     found = [from_file(path) for path in paths]
     return [item[0] for item in found] + [item[1] for item in found if len(item) > 1]
 
 
-def from_environment() -> list[bytes]:
+def passphrases_from_environment() -> list[bytes]:
     """Return the passphrases that ``QCOW2_PASSPHRASE_FILE`` and ``QCOW2_PASSPHRASE`` give; empty without."""
     named = os.environ.get(KEY_FILE_VARIABLE, "")
     paths = [named] if os.path.exists(named) else [item for item in named.split(os.pathsep) if item]
     value = os.environ.get(PASSPHRASE_VARIABLE)
-    return [*from_files(paths), *([os.fsencode(value)] if value is not None else [])]
+    return [*passphrases_from_files(paths), *([os.fsencode(value)] if value is not None else [])]
 
 
 def none_fits(method: str, member: str, tried: int) -> Locked:

@@ -12,6 +12,8 @@
                                                   recovered:N  a state put together from what is left of
                                                                a damaged image, 1 the best
 
+Where ranges are asked for, ``bitmap:NAME`` stands for what a persistent bitmap marks: :func:`find_bitmap`.
+
 IDs and names are chosen by whoever made the image, so they may equal each other or one of these
 words. A text with two meanings is refused, with an unambiguous spelling of each. ``=`` in front
 says that one of these words follows; as many as it takes to be no ID and no name.
@@ -29,14 +31,16 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import NamedTuple, cast
 
 from ..errors import NotQcow2, Qcow2Error, SnapshotNotFound
+from ..format.bitmap_directory import BitmapEntry
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..text import cut
+from ..text import cut, listed
 
 ACTIVE = "active"
 BACKING = "backing"
 LEFTOVER = "leftover"
+BITMAP = "bitmap:"
 
 # What the layers above find, by prefix: a function of the image and the rest of the text, imported on use.
 SELECTORS = {"deleted": "qcow2_forensics.residue:select_deleted"}
@@ -47,6 +51,7 @@ REPLACEMENTS = {"recovered": "qcow2_forensics.recovery:select_recovered"}
 
 _ASSUMED = "qcow2_forensics.recovery:assumed"
 _MEANINGS = {ACTIVE: "the active state", BACKING: "the disk below the image", LEFTOVER: "memory in no snapshot"}
+_BITMAPS_LISTED = 20  # in a message
 _DIGITS = 9  # of a place in the table
 _SHOWN = 64  # characters of an ID or name in a list of choices
 
@@ -131,7 +136,7 @@ def refuse_if_named(image: Image, text: str) -> None:
         raise SnapshotNotFound(text, [word, *choices(image.snapshots, named)], ambiguous=True)
 
 
-def is_replacement(wanted: SnapshotName) -> bool:
+def is_recovered_state(wanted: SnapshotName) -> bool:
     """Whether ``wanted`` is written as a state that replaces the image's own header and tables."""
     return isinstance(wanted, str) and ":" in wanted and wanted.lstrip("=").partition(":")[0] in REPLACEMENTS
 
@@ -143,7 +148,7 @@ def replaced(source: Source, wanted: SnapshotName, virtual_size: int | None = No
     """
     if isinstance(wanted, Rebuilt):
         return wanted
-    if not isinstance(wanted, str) or not is_replacement(wanted):
+    if not isinstance(wanted, str) or not is_recovered_state(wanted):
         return None
     prefix, _, rest = wanted.lstrip("=").partition(":")
     with contextlib.suppress(NotQcow2):  # without a header there is no snapshot that could have that name
@@ -166,6 +171,25 @@ def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
     if isinstance(chosen, Backing):
         raise Qcow2Error(f"{cut(image.name)}: the backing disk is a state of another image; open that one")
     return chosen
+
+
+def find_bitmap(image: Image, text: str) -> BitmapEntry | None:
+    """Return the bitmap that ``bitmap:NAME`` means, None for a text that means a state.
+
+    Raises :class:`Qcow2Error` where no bitmap, or more than one, has that name.
+    """
+    word = text.lstrip("=")
+    if not word.startswith(BITMAP) or by_id_or_name(image.snapshots, text):
+        return None
+    name = word.removeprefix(BITMAP)
+    found = [bitmap for bitmap in image.bitmaps if bitmap.name == name]
+    if not found:
+        image.require("bitmaps")
+    if len(found) != 1:
+        held = listed([cut(bitmap.name) for bitmap in image.bitmaps], _BITMAPS_LISTED) or "none"
+        count = "no" if not found else "several"
+        raise Qcow2Error(f"{cut(image.name)} has {count} bitmaps {cut(name)!r}; it holds: {held}")
+    return found[0]
 
 
 def _is_there(image: Image, state: Choice) -> bool:

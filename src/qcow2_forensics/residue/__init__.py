@@ -22,7 +22,7 @@ from .model import Piece
 
 if TYPE_CHECKING:
     from .inventory import Residue, deleted_snapshots, open_deleted, residue
-    from .snapshot_entries import DeletedSnapshot
+    from .snapshot_entries import DeletedSnapshot, choose_deleted
 
 
 def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
@@ -32,12 +32,13 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     return inventory.select_deleted(image, wanted)
 
 
-__all__ = ["DeletedSnapshot", "Piece", "Residue", "deleted_snapshots", "open_deleted", "residue"]
+__all__ = ["DeletedSnapshot", "Piece", "Residue", "choose_deleted", "deleted_snapshots", "open_deleted", "residue"]
 
 # What needs the census and numpy is loaded on first use: triage needs only header slack.
 _LAZY = {
     "DeletedSnapshot": "snapshot_entries",
     "Residue": "inventory",
+    "choose_deleted": "snapshot_entries",
     "deleted_snapshots": "inventory",
     "open_deleted": "inventory",
     "residue": "inventory",

@@ -281,6 +281,6 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     former: list[SnapshotEntry] = []  # which one chosen by its place is not held against: that reads all free space
     if entry is None:
         former, _ = found.entries()
-        entry = snapshot_entries.choose([DeletedSnapshot(entry, False) for entry in former], wanted).entry
+        entry = snapshot_entries.choose_deleted([DeletedSnapshot(entry, False) for entry in former], wanted).entry
     readability.guard(image, entry, found.census, former)
     return entry

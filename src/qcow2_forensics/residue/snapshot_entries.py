@@ -163,7 +163,7 @@ def gone(entry: SnapshotEntry) -> FormatError:
     )
 
 
-def choose(found: Iterable[DeletedSnapshot], wanted: str) -> DeletedSnapshot:
+def choose_deleted(found: Iterable[DeletedSnapshot], wanted: str) -> DeletedSnapshot:
     """Return the deleted snapshot with an ID, a name or an entry offset (``0x...``, in either case)."""
     known = list(found)
     matches = [
