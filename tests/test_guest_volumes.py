@@ -443,6 +443,7 @@ def test_luks_volumes_are_read_with_a_passphrase_and_named_without(tmp_path: Pat
     assert result["summary"]["bytes_in_unread_volumes"] == 0
 
 
+@pytest.mark.slow
 @qemu.requires_qemu
 def test_luks_is_read_in_a_process_that_has_used_dfvfs_for_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("dfvfs", reason="dfVFS is absent")

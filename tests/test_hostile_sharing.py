@@ -100,7 +100,7 @@ def run(*arguments: object) -> tuple[int, str]:
 # --- mappings ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tables", [[ZEROS], [ZEROS, ZEROS_TOO], [ZEROS_TOO, ZEROS, ZEROS]])
+@pytest.mark.parametrize("tables", every(3, [[ZEROS], [ZEROS, ZEROS_TOO], [ZEROS_TOO, ZEROS, ZEROS]]))
 def test_a_few_tables_under_131072_slots_are_read_or_refused_as_far_as_the_file_has_room(
     tables: list[bytes], tmp_path: Path
 ) -> None:
@@ -113,12 +113,14 @@ def test_a_few_tables_under_131072_slots_are_read_or_refused_as_far_as_the_file_
         assert source.reads - before < (64 * MiB + 4 * source.size) // 2048 + 100
 
 
+@pytest.mark.slow
 def test_map_says_what_it_refuses(tmp_path: Path) -> None:
     path = repeated([ZEROS, ZEROS_TOO], slots=2 * SLOTS).write(tmp_path / "zeros.qcow2")
     code, _ = run("map", path)
     assert code == 2
 
 
+@pytest.mark.slow
 def test_a_disk_of_which_only_tables_are_left_is_mapped_in_full(tmp_path: Path) -> None:
     builder = Builder(cluster_bits=9, size=2 * SLOTS * SPAN)
     at = builder.put(table(0, 1) * SLOTS)
