@@ -17,6 +17,7 @@ from qcow2_forensics.reader.states import find_snapshot
 from tests import filesystems, guest_disks, qemu
 from tests.guest_disks import need_mounts
 from tests.image_builder import EXT_BACKING_FORMAT, Poke
+from tests.tiers import every
 
 pytest.importorskip("dissect.target", reason="dissect.target is absent")
 pytest.importorskip("dissect.extfs", reason="dissect.extfs is absent")
@@ -95,7 +96,7 @@ def target_query(image: Path, function: str, **variables: str) -> list[tuple[str
 USERS = [("before", "alice"), ("disk.qcow2", "alice"), ("disk.qcow2", "mallory")]
 
 
-@pytest.mark.parametrize("variables", [{}, BY_HAND], ids=["hook", "DISSECT_PLUGINS"])
+@pytest.mark.parametrize("variables", every(2, [{}, BY_HAND]), ids=["hook", "DISSECT_PLUGINS"])
 def test_target_query_lists_the_users_of_every_state(linux: Path, variables: dict[str, str]) -> None:
     assert target_query(linux, "users", **variables) == USERS
 

@@ -1,9 +1,9 @@
-"""Every ``console`` and ``python`` block of the pages runs, on images everybody can make.
+"""Every ``console``, ``sh`` and ``python`` block of the pages runs, on images everybody can make.
 
 A page's blocks run in order, in one folder that holds ``demo.qcow2`` (the built-in image), ``disk.qcow2`` and,
 for docs/dfvfs.md, ``case.qcow2``: made here with QEMU, each with the deleted snapshot ``alpha``. Lines after a command are what it prints, in this order; ``...`` stands for
 lines left out, and a line that ends with ``...`` is the start of one. A ``text`` block after a ``python`` block is what that prints.
-The pages in ELSEWHERE are left out.
+What ELSEWHERE lists is left out; a command that is refused prints its sentence first, and ends with 2.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import pytest
 
 from qcow2_forensics.cli import demo
 from tests import filesystems, qemu
+from tests.image_builder import Builder
 from tests.test_residue import KEEP, deleted_image
 
 ROOT = Path(__file__).parents[1]
@@ -29,13 +31,37 @@ NEEDS = {
     "docs/dfvfs.md": ("plaso",),
     "docs/examine.md": ("pytsk3",),
     "docs/dissect.md": ("dissect.target", "dissect.extfs"),
+    "docs/fleet.md": (),
+    "docs/recovery.md": (),
+    "docs/states.md": (),
     "docs/residue.md": (),
     "docs/tsk.md": ("pytsk3",),
     "docs/volatility.md": ("volatility3",),
 }
-# Their blocks need images of their own, or a cluster of machines, and do not run here.
-ELSEWHERE = {"docs/fleet.md", "docs/recovery.md", "docs/states.md"}
-_BLOCK = re.compile(r"^```(console|python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Commands that do not run here, by how their line or block begins, and why.
+ELSEWHERE = {
+    "python3 -m venv": ".ci/run runs the README's line, and lints with CONTRIBUTING's",
+    ".venv/bin/ruff": ".ci/run",
+    "pip install": "tests/test_packaging.py installs the wheel; a test fetches nothing",
+    "qcow2-forensics mount": "tests/test_mount.py: it needs /dev/fuse",
+    "fls -r -o 2048 /mnt": "tests/test_mount.py",
+    "sudo mount": "it needs root and a loop device",
+    "vol -f /mnt": "it needs a Windows guest",
+    "cp --sparse=auto /mnt": "tests/test_mount.py",
+    "qcow2-forensics serve": "tests/test_nbdkit.py: it runs until it is ended",
+    "qemu-img convert -O raw 'nbd+unix": "tests/test_nbdkit.py",
+    "python benchmarks/run.py": "tests/test_benchmarks.py runs --smoke",
+    "apt-get download": "it fetches a kernel's symbols",
+    "dpkg-deb": "the same",
+    "export QCOW2_VMLINUX": "the same",
+    ".venv/bin/python -m pytest -m slow tests/test_guest_memory_elf.py": "it is the test",
+    "qcow2-forensics memory case.qcow2": "tests/test_guest_memory_elf.py: it needs a kernel's symbols",
+    "drgn": "tests/test_guest_memory_elf.py",
+    "docker": "it needs Docker and OpenRelik",
+    "pytest tests/test_openrelik_worker.py": "it is the test",
+    "import json\nimport sys\nfrom pathlib import Path\n\nfrom dask": "tests/test_cli_audit.py runs it",
+}
+_BLOCK = re.compile(r"^```(console|python|text|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PRELUDE = "import qcow2_forensics_autoload as hook; hook.install()\n"
 
 
@@ -63,7 +89,7 @@ def check(printed: str, expected: list[str]) -> None:
         assert any(seen == line or (start is not None and seen.startswith(start)) for seen in lines), (line, printed)
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, *, refused: bool = False) -> str:
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -73,8 +99,8 @@ def run(command: list[str], folder: Path) -> str:
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout
+    assert done.returncode == (2 if refused else 0), (command, done.stdout, done.stderr)
+    return done.stderr if refused else done.stdout
 
 
 def run_console(text: str, folder: Path) -> None:
@@ -86,7 +112,15 @@ def run_console(text: str, folder: Path) -> None:
         else:
             commands[-1][1].append(line)
     for command, expected in commands:
-        check(run(["bash", "-c", command], folder), expected)
+        if command.startswith("jq ") and not shutil.which("jq"):
+            continue
+        refused = bool(expected) and expected[0].startswith("qcow2-forensics: ")
+        check(run(["bash", "-c", command], folder, refused=refused), expected)
+
+
+def is_elsewhere(text: str) -> bool:
+    """Whether a line or a block is one of those that do not run here."""
+    return text.startswith(tuple(ELSEWHERE))
 
 
 @pytest.fixture
@@ -96,6 +130,24 @@ def folder(tmp_path: Path) -> Path:
     demo.write_files(tmp_path)
     deleted_image(tmp_path)
     return tmp_path
+
+
+def demo_as_disk(folder: Path) -> None:
+    """Make ``disk.qcow2`` the demo's image."""
+    shutil.copyfile(folder / "demo.qcow2", folder / "disk.qcow2")
+
+
+def headless(folder: Path) -> None:
+    """Make ``damaged.qcow2``, the demo's image with its first cluster overwritten."""
+    (folder / "damaged.qcow2").write_bytes(bytes(65536) + (folder / "demo.qcow2").read_bytes()[65536:])
+
+
+def ambiguous(folder: Path) -> None:
+    """Make ``hostile.qcow2``, in which an ID is one of the words for a state."""
+    builder = Builder(size=1 << 20)
+    table = builder.put(bytes(65536))
+    builder.snapshot(b"index:1", b"first", l1_offset=table, l1_size=1)
+    builder.snapshot(b"2", b"second", l1_offset=table, l1_size=1).write(folder / "hostile.qcow2")
 
 
 def deleted_guest(folder: Path) -> None:
@@ -110,10 +162,37 @@ def deleted_guest(folder: Path) -> None:
     qemu.snapshot(image, "alpha", action="-d", opts=KEEP)
 
 
-def test_every_page_with_blocks_is_run_or_named() -> None:
-    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))]
-    with_blocks = {page for page in pages if any(block.kind != "text" for block in blocks(page))}
-    assert with_blocks - ELSEWHERE == set(NEEDS)
+PREPARE = {
+    "README.md": demo_as_disk,
+    "docs/dfvfs.md": deleted_guest,
+    "docs/recovery.md": headless,
+    "docs/states.md": ambiguous,
+}
+
+
+def pages() -> list[str]:
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def test_every_block_is_run_or_named_with_a_reason() -> None:
+    for page in pages():
+        for block in blocks(page):
+            if page in NEEDS or block.kind == "text":
+                continue
+            lines = [line for line in block.text.splitlines() if line.strip()]
+            assert all(map(is_elsewhere, lines)), (page, block)
+
+
+def test_every_fence_is_of_a_kind_that_is_looked_at() -> None:
+    for page in pages():
+        kinds = re.findall(r"^```(\S*)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert set(kinds) <= {"", "console", "python", "text", "sh", "json"}, page
+
+
+def test_no_reason_is_kept_for_a_command_that_is_gone() -> None:
+    text = "\n".join((ROOT / page).read_text() for page in pages())
+    assert not [start for start in ELSEWHERE if start not in text]
 
 
 @pytest.mark.slow
@@ -126,13 +205,19 @@ def test_the_blocks_of_a_page_run_and_print_what_it_says(page: str, folder: Path
             found = None
         if found is None:
             pytest.skip(f"{name} is absent")
-    if page == "docs/dfvfs.md":
-        deleted_guest(folder)
+    if page in PREPARE:
+        PREPARE[page](folder)
     script = _PRELUDE  # a block goes on where the one before ended
     printed = ""
     for block in blocks(page):
         if block.kind == "console":
             run_console(block.text, folder)
+        elif block.kind == "sh":
+            for line in block.text.splitlines():
+                if not is_elsewhere(line):
+                    run(["bash", "-c", line], folder)
+        elif is_elsewhere(block.text):
+            continue
         elif block.kind == "python":
             before = len(run([sys.executable, "-c", script], folder)) if script != _PRELUDE else 0
             script += block.text

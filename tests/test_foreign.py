@@ -25,6 +25,7 @@ from qcow2_forensics.reader.foreign import open_foreign, probe
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, PASSPHRASE, Poke, empty
 from tests.matrix import pattern_file
+from tests.tiers import every
 
 pytestmark = qemu.requires_qemu
 
@@ -137,7 +138,7 @@ def test_formats_without_a_library_are_unsupported_by_name(fmt: str, recorded: b
         q.open_disk(overlay(tmp_path, fmt if recorded else None))
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "probed"])
+@pytest.mark.parametrize("recorded", every(2, [True, False]), ids=["recorded", "probed"])
 def test_a_luks_volume_is_unsupported_by_name(recorded: bool, tmp_path: Path) -> None:
     secret = ["--object", f"secret,id=key0,data={PASSPHRASE.replace(',', ',,')}"]
     options = "key-secret=key0,iter-time=10"
@@ -326,7 +327,7 @@ def test_no_file_named_in_a_descriptor_is_opened(case: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("fmt", ["vpc", "vmdk"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", every(3, range(3)))
 def test_the_map_of_a_chain_over_it_is_that_of_qemu(
     fmt: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,7 +357,7 @@ def test_the_map_of_a_chain_over_it_is_that_of_qemu(
         assert hashlib.sha256(disk.read(0, disk.size)).digest() == hashlib.sha256(qemu.raw_bytes(top)).digest()
 
 
-@pytest.mark.parametrize("fmt", ["vpc", "vmdk", "vhdx"])
+@pytest.mark.parametrize("fmt", every(3, ["vpc", "vmdk", "vhdx"]))
 def test_an_export_over_a_sparse_base_takes_no_more_room_than_qemu_s(fmt: str, tmp_path: Path) -> None:
     pytest.importorskip(LIBRARIES[fmt], reason=f"{LIBRARIES[fmt]} is absent")
     below, top = tmp_path / "base", tmp_path / "top"

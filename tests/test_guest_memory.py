@@ -680,6 +680,7 @@ def test_a_signature_across_pages_and_beside_zeros_is_found_in_exactly_one_chunk
 # --- the evidence case, and the package ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snapshot", ["before-incident", "during-incident"])
 def test_memory_of_the_evidence_case_is_what_qemu_wrote_at_that_moment(evidence: EvidenceCase, snapshot: str) -> None:
     truth = evidence.truth["guest_memory"][snapshot]

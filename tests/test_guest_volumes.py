@@ -24,6 +24,7 @@ from qcow2_forensics.files.volumes import GuestVolumes, open_volumes
 from qcow2_forensics.reader.disk import RawDisk
 from tests import guest_disks, qemu
 from tests.guest_disks import MIB, Disk, Seen
+from tests.tiers import every
 
 pytest.importorskip("pytsk3", reason="pytsk3 is absent")
 
@@ -387,7 +388,7 @@ def test_a_logical_volume_that_claims_more_than_its_disk_holds_is_not_made_up(tm
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("nested", [False, True], ids=["ext4", "LVM2"])
+@pytest.mark.parametrize("nested", every(2, [False, True]), ids=["ext4", "LVM2"])
 def test_luks_volumes_are_read_with_a_passphrase_and_named_without(tmp_path: Path, nested: bool, diff: Diff) -> None:
     pytest.importorskip("dfvfs", reason="dfVFS is absent")
     guest_disks.need_tools("sfdisk")
@@ -442,6 +443,7 @@ def test_luks_volumes_are_read_with_a_passphrase_and_named_without(tmp_path: Pat
     assert result["summary"]["bytes_in_unread_volumes"] == 0
 
 
+@pytest.mark.slow
 @qemu.requires_qemu
 def test_luks_is_read_in_a_process_that_has_used_dfvfs_for_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("dfvfs", reason="dfVFS is absent")

@@ -48,6 +48,7 @@ from tests.image_builder import (
     deflate,
     luks,
 )
+from tests.tiers import every
 
 MiB = 1 << 20
 SLOTS = 1 << 16  # of an L1 table
@@ -99,7 +100,7 @@ def run(*arguments: object) -> tuple[int, str]:
 # --- mappings ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tables", [[ZEROS], [ZEROS, ZEROS_TOO], [ZEROS_TOO, ZEROS, ZEROS]])
+@pytest.mark.parametrize("tables", every(3, [[ZEROS], [ZEROS, ZEROS_TOO], [ZEROS_TOO, ZEROS, ZEROS]]))
 def test_a_few_tables_under_131072_slots_are_read_or_refused_as_far_as_the_file_has_room(
     tables: list[bytes], tmp_path: Path
 ) -> None:
@@ -112,12 +113,14 @@ def test_a_few_tables_under_131072_slots_are_read_or_refused_as_far_as_the_file_
         assert source.reads - before < (64 * MiB + 4 * source.size) // 2048 + 100
 
 
+@pytest.mark.slow
 def test_map_says_what_it_refuses(tmp_path: Path) -> None:
     path = repeated([ZEROS, ZEROS_TOO], slots=2 * SLOTS).write(tmp_path / "zeros.qcow2")
     code, _ = run("map", path)
     assert code == 2
 
 
+@pytest.mark.slow
 def test_a_disk_of_which_only_tables_are_left_is_mapped_in_full(tmp_path: Path) -> None:
     builder = Builder(cluster_bits=9, size=2 * SLOTS * SPAN)
     at = builder.put(table(0, 1) * SLOTS)
@@ -333,7 +336,7 @@ def test_snapshots_of_two_files_that_say_they_have_petabytes_are_compared_as_far
     assert len(pages) == 2
 
 
-@pytest.mark.parametrize("offsets", [(1 << 40,), (1 << 40, 1 << 41)], ids=["one", "alternating"])
+@pytest.mark.parametrize("offsets", every(2, [(1 << 40,), (1 << 40, 1 << 41)]), ids=["one", "alternating"])
 def test_tables_past_the_end_of_the_file_are_one_unreadable_range(offsets: tuple[int, ...], tmp_path: Path) -> None:
     builder = repeated([b""], snapshot=[HOLES])
     words = [offset.to_bytes(8, "big") for offset in offsets]
@@ -432,7 +435,7 @@ CROWDS = {
 }
 
 
-@pytest.mark.parametrize("name", CROWDS)
+@pytest.mark.parametrize("name", every(2, CROWDS))
 def test_crowds_of_tables_are_counted_together(name: str, tmp_path: Path) -> None:
     source = Counted(FileSource(CROWDS[name](tmp_path / "crowd.qcow2")))
     tracemalloc.start()

@@ -97,6 +97,7 @@ def test_a_stream_without_end_ends_in_an_error(start: bytes, period: bytes) -> N
     assert peak < 64 * MiB
 
 
+@pytest.mark.slow
 def test_a_bitmap_of_mapped_pages_without_end_ends_in_an_error() -> None:
     """The bitmap alternates, so that every page is a run, or says nothing for ever."""
     for period in (b"\x55", b"\0"):

@@ -276,6 +276,7 @@ def test_doctor_finds_every_installed_library() -> None:
         assert (found[name] is not None) == (importlib.util.find_spec(module) is not None)
 
 
+@pytest.mark.slow
 @needs("volatility3")
 def test_doctor_says_what_to_type_when_the_hook_is_off(installed: Environment) -> None:
     command = [str(installed.python.parent / "qcow2-forensics"), "doctor"]

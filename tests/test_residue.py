@@ -224,6 +224,7 @@ def test_former_tables_without_end_are_not_followed(tmp_path: Path) -> None:
         open_disk(path, snapshot="deleted:1", limits=limits)
 
 
+@pytest.mark.slow
 def test_deleted_snapshots_whose_l1_tables_stood_in_one_place_are_all_followed(tmp_path: Path) -> None:
     path, _ = deleted_image(tmp_path, size="4G", cluster_size=512)  # an L1 table of 1 MiB
     entry = deleted_snapshots(path)[0].entry
@@ -362,6 +363,7 @@ def test_an_l1_table_that_a_later_deleted_snapshot_had_in_its_place_is_gone(tmp_
             assert disk.read(0, disk.size) == before
 
 
+@pytest.mark.slow
 def test_deleted_snapshot_with_a_hole_in_its_l1_table_is_an_error(tmp_path: Path) -> None:
     path, _ = deleted_image(tmp_path, size="2G", cluster_size=4096)  # an L1 table of two clusters
     entry = deleted_snapshots(path)[0].entry
