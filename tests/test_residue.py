@@ -28,6 +28,7 @@ from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.limits import Limits
 from qcow2_forensics.reader.host_holes import host_runs
+from qcow2_forensics.recovery import Confidence, confidence_of
 from qcow2_forensics.residue import (
     content,
     deleted_snapshots,
@@ -454,6 +455,10 @@ def test_what_the_active_state_may_have_written_in_place_since_the_deletion_is_c
     qemu.io(path, "write -P 0x66 2M 64k")
     with open_disk(path, snapshot="deleted:1") as disk:
         assert disk.read(2 << 20, 65536) == b"\x66" * 65536 != before[2 << 20 : (2 << 20) + 65536]
+        newer = [piece for piece in confidence_of(disk) if piece.confidence is Confidence.LIKELY]
+        assert sum(piece.length for piece in newer) == 2 * 65536
+        assert any(piece.offset == 2 << 20 and "newer" in piece.reason for piece in newer)
+        assert any("131072 bytes of this deleted snapshot may be newer" in note for note in disk.notes)
     (item,) = deleted_snapshots(path)
     assert item.rewritable_bytes == 2 * 65536
 

@@ -165,6 +165,20 @@ GEOMETRY_STREAMS = 16  # decoded at most for that
 PLACED_CONTENT_BYTES = 64 * MiB  # of guest data read under one L2 table to find out where it belongs
 PLACED_STRUCTURES = 4096  # structures in it that are asked where they belong
 PARTITIONS_LOOKED_AT = 256  # of a partition table
+L1_GAP_BYTES = MiB  # of zeros inside an L1 table that is found by its form
+LOST_TABLES_REBUILT = 4096  # L2 tables of one image that were overwritten
+FILE_SYSTEM_STARTS = 64  # places on a disk that are tried as the start of a file system
+FILE_SYSTEM_BLOCKS = 1 << 28  # of one file system whose use is looked at: 1 TiB in blocks of 4 KiB
+FILE_SYSTEM_GROUPS = 1 << 16  # block groups or allocation groups: 8 TiB in ext groups of 128 MiB
+FILE_SYSTEM_TREE_BLOCKS = 1 << 16  # blocks of the tree of free extents of one allocation group
+INODES_LOOKED_AT = 1 << 16  # of a file system, in which directories are looked for
+FILE_RECORDS_LOOKED_AT = 1 << 17  # of a Master File Table
+FILE_RECORD_RUNS = 4096  # of one attribute; a record of 4 KiB has room for fewer
+PLACEMENT_TRIALS = 1 << 17  # reads that look for what a file system must have somewhere
+PLACEMENT_PAIRS = 1 << 24  # of L2 tables and free slots that are compared
+PLACEMENT_WORK = 1 << 34  # multiplications for that: some seconds
+PLACEMENT_CELLS = 1 << 27  # tables times slots of one arrangement, a byte each
+PLACED_BESIDE = 512  # tables without a place of which each placed one may place the next
 
 # Files of the guest, and mounts
 FILE_SYSTEM_ENTRIES = 20_000_000  # records of one file system; more is a damaged one

@@ -135,9 +135,22 @@ def _summary(
         "filled_tables": sum(layer.mapping.filled_tables for layer in _layers(disk)),
         "state": args.snapshot or "active",
         "assumed": dict(args.assume),
+        "confidence": _confidence(disk),
         "snapshot": None if snapshot is None else {"id": snapshot.id, "name": snapshot.name},
         **origin_of(args, sources_of(disk), started),
     }
+
+
+def _confidence(disk: Disk) -> dict[str, int] | None:
+    """Return how many bytes are how sure, of a recovered state or a deleted snapshot; None for any other state."""
+    if disk.rebuilt is None and (disk.snapshot is None or disk.snapshot.index >= 0):
+        return None
+    from ..recovery import Confidence, confidence_of
+
+    counts = {level.label: 0 for level in sorted(Confidence, reverse=True)}
+    for piece in confidence_of(disk):
+        counts[piece.confidence.label] += piece.length
+    return {level: length for level, length in counts.items() if length}
 
 
 def _text(summary: dict[str, Any]) -> Iterator[str]:
@@ -146,6 +159,8 @@ def _text(summary: dict[str, Any]) -> Iterator[str]:
     yield f"{printable(summary['output'])}: {summary['size']} bytes ({size(summary['size'])})"
     if summary["state"].lstrip("=").startswith("recovered:"):
         yield f"{summary['state']}: put together from what is left of the image; snapshots --recovered says how sure it is"
+    for level, length in (summary["confidence"] or {}).items():
+        yield f"{level}: {length} bytes ({size(length)})"
     for name, digest in summary["hashes"].items():
         yield f"{name}{word} {digest}"
     missing = summary["missing"]

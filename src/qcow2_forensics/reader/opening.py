@@ -85,6 +85,9 @@ def open_disk(
         if rebuilt is not None:
             disk.rebuilt = rebuilt
             note(disk, f"{cut(disk.name)}: {rebuilt.warning}", doubt=True)
+        newer = sum(length for _, length in getattr(image.source, "may_be_newer", ()))
+        if newer:  # a deleted snapshot: its clusters were the active state's to write
+            note(disk, f"{cut(disk.name)}: {newer} bytes of this deleted snapshot may be newer than it", doubt=True)
         if passphrase is not None:
             disk.unlock(passphrase)
         undo.pop_all()

@@ -5,12 +5,13 @@
     for state in recovered_states("damaged.qcow2"):
         state.label, state.what, state.size, state.confidence
     disk, state = open_recovered("damaged.qcow2", 1)
-    for piece in state.ranges(disk):        # tiles the disk: offset, length, confidence, reason
-        ...
+    for piece in confidence_of(disk):       # tiles the disk: offset, length, confidence, reason
+        ...                                 # of a deleted snapshot too
 """
 
 from .assumptions import ASSUMPTIONS, assumed
 from .confidence import Confidence, SureRange
+from .ranges import confidence_of
 from .recovered_states import has_tables, open_recovered, recovered_states, select_recovered
 from .state import RecoveredState
 
@@ -20,6 +21,7 @@ __all__ = [
     "RecoveredState",
     "SureRange",
     "assumed",
+    "confidence_of",
     "has_tables",
     "open_recovered",
     "recovered_states",

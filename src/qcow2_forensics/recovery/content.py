@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..errors import Qcow2Error
@@ -29,6 +29,9 @@ from .positions import (
     slots,
 )
 
+_STORED = (Kind.DATA, Kind.COMPRESSED)
+_HEAD = 64 * SECTOR
+
 
 class TableReader:
     """Reads what one L2 table maps, as the guest bytes from 0 on."""
@@ -39,6 +42,10 @@ class TableReader:
         self._geometry = geometry
         self._image = image
         self._compression = compression
+
+    def over(self, source: Source) -> TableReader:
+        """Return a reader of the same image over another source, as one with rebuilt tables."""
+        return TableReader(source, self._geometry, self._image, self._compression)
 
     def disk(self, offset: int) -> Disk:
         """Return the disk that the L2 table at a host offset alone maps."""
@@ -61,44 +68,73 @@ class TableReader:
         """Return the entries of the table."""
         return entries_of(self._source, offset, self._geometry)
 
+    def head(self, offset: int) -> bytes:
+        """Return the first bytes under a table, as far as a partition table goes; empty where they cannot be read."""
+        try:
+            with self.disk(offset) as disk:
+                return disk.read(0, _HEAD)
+        except (Qcow2Error, OSError):
+            return b""
+
     def pieces(self, offset: int) -> Iterator[tuple[int, bytes]]:
         """Yield (offset under the table, bytes) of what is stored, at most 64 MiB spread over it; nothing unreadable."""
         try:
             with self.disk(offset) as disk:
                 if disk.is_locked:
                     return
-                stored = [e for e in disk.extents() if e.kind in (Kind.DATA, Kind.COMPRESSED)]
-                step = max(1, sum(e.length for e in stored) // PLACED_CONTENT_BYTES)
-                for number, extent in enumerate(_cut(stored)):
+                stored = list(_joined((e.offset, e.length) for e in disk.extents() if e.kind in _STORED))
+                step = max(1, sum(length for _, length in stored) // PLACED_CONTENT_BYTES)
+                for number, (at, length) in enumerate(_cut(stored)):
                     if number % step == 0:
-                        self._budget.spend(extent[1])
-                        yield extent[0], disk.read(*extent)
+                        self._budget.spend(length)
+                        yield at, disk.read(at, length)
         except (Qcow2Error, OSError):
             return
 
 
-def _cut(extents: list[Any]) -> Iterator[tuple[int, int]]:
-    for extent in extents:
-        for at in range(extent.offset, extent.offset + extent.length, MiB):
-            yield at, min(MiB, extent.offset + extent.length - at)
+def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) with neighbours as one: compressed clusters are extents of their own."""
+    start = end = 0
+    for offset, length in ranges:
+        if offset != end:
+            if end > start:
+                yield start, end - start
+            start = offset
+        end = offset + length
+    if end > start:
+        yield start, end - start
 
 
-def unplaced(reader: TableReader, offsets: list[int], span: int, slots_: int) -> Iterator[Unplaced]:
-    """Yield L2 tables with the slots that their content agrees with."""
+def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for offset, length in ranges:
+        for at in range(offset, offset + length, MiB):
+            yield at, min(MiB, offset + length - at)
+
+
+def unplaced(
+    reader: TableReader, offsets: list[int], span: int, slots_: int, first: Iterable[int] = ()
+) -> tuple[list[Unplaced], tuple[int, ...]]:
+    """Return L2 tables with the slots that their content agrees with, and where file systems may start.
+
+    ``first`` are tables of the start of the disk that are placed already.
+    """
     known = empty()
     found: dict[int, list[Any]] = {}
-    starts: set[int] = set(file_system_starts(bytes(1024)))
+    heads: list[bytes] = [reader.head(offset) for offset in first]
     for offset in offsets:
         kept: list[tuple[int, bytes]] = []
         for at, data in reader.pieces(offset):
             note_file_systems(known, data)
-            if at == 0 and data[510:512] == b"\x55\xaa":
-                starts.update(file_system_starts(data[: 64 * 512]))
+            if at == 0:
+                heads.append(data[:_HEAD])
             kept += _structures(at, data)
         found[offset] = kept[:PLACED_STRUCTURES]
+    starts = file_system_starts(heads)
+    result: list[Unplaced] = []
     for offset in offsets:
         seen = [position for at, data in found[offset] for position in positions(known, at, data)]
-        yield Unplaced(offset, reader.entries(offset), slots(seen, sorted(starts), span, slots_))
+        result.append(Unplaced(offset, reader.entries(offset), slots(seen, starts, span, slots_)))
+    return result, starts
 
 
 def _structures(at: int, data: bytes) -> Iterator[tuple[int, bytes]]:

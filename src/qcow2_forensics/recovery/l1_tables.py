@@ -11,8 +11,8 @@ from ..format.entries import COPIED
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import DEFAULT_LIMITS, Budget
-from ..residue.structure_detection import Geometry
+from ..limits import DEFAULT_LIMITS, Budget, MiB
+from ..residue.structure_detection import Geometry, l1_rows
 from .confidence import Confidence
 from .geometry import U64
 from .placement import Placement
@@ -63,6 +63,24 @@ def is_l1(table: U64, tables: FoundTables) -> bool:
     targets = named_offsets(table).astype(np.int64)
     targets = targets[targets != 0]
     return bool(np.isin(targets, tables.l2).mean() >= 0.5) if len(targets) else False
+
+
+def own_clusters(image: Image) -> set[int]:
+    """Return the host offsets of the image's L1 tables and refcount table, which may look like L2 tables."""
+    header, size = image.header, image.cluster_size
+    ranges = [(header.l1_table_offset, header.l1_size * 8)]
+    ranges.append((header.refcount_table_offset, header.refcount_table_clusters * size))
+    ranges += [(entry.l1_table_offset, entry.l1_size * 8) for entry in image.snapshots]
+    return {at for first, length in ranges for at in range(first, first + min(length, MiB * 32), size)}
+
+
+def names_counted(table: U64, geometry: Geometry, refcounts: FoundRefcounts) -> bool:
+    """Whether an L1 table is sound by itself: its entries are well formed, and what they name is in use."""
+    used = table[table != 0]
+    if not len(used) or not l1_rows(used[np.newaxis], geometry).sound[0]:
+        return False
+    counted = [bool(refcounts.of(int(at))) for at in named_offsets(used)]
+    return sum(counted) * 2 > len(counted)
 
 
 def placements_of(table: L1Candidate, tables: FoundTables, refcounts: FoundRefcounts | None) -> Iterator[Placement]:

@@ -1,23 +1,32 @@
 """Which L1 slot each L2 table belongs in, where the L1 table is lost.
 
 In this order: a table that snapshots share keeps their slot; a table that shares clusters with one of
-known slot is a later or earlier version of it; content that records its own position; and the order of
-tables in the file last, which is that of a disk written from start to end.
+known slot is a later or earlier version of it; content that records its own position; the clusters that
+file systems use, against those that the table stores; and the order of tables in the file last, which is
+that of a disk written from start to end.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..census.columns import is_packed, named_offsets
+from ..format.entries import ZERO
+from ..limits import PLACEMENT_PAIRS
+from .alignment import Scores, beside, fits, mutual, rising
+from .allocation import Bits
 from .confidence import Confidence
 from .geometry import U64
+
+_ROUNDS = 3
+_ORDER = "the order in the file only"
 
 
 class Placement(NamedTuple):
@@ -37,13 +46,27 @@ class Unplaced(NamedTuple):
     votes: Mapping[int, set[str]]
 
 
-def place(tables: list[Unplaced], known: Mapping[int, list[U64]], slots: int) -> list[Placement]:
+Use = Callable[[list[int]], Bits]  # which clusters are in use in each of some slots
+UseOf = Callable[[Mapping[int, int]], Use | None]  # by the tables that are placed: host offset by slot
+
+
+def place(
+    tables: list[Unplaced],
+    known: Mapping[int, list[U64]],
+    slots: int,
+    use_of: UseOf | None = None,
+    *,
+    fixed: Iterable[Placement] = (),
+    ordered: bool = True,
+) -> list[Placement]:
     """Return a slot for as many tables as there is evidence for, each slot once, rising by slot.
 
     ``known`` maps slots to the entries of tables that snapshots have there; ``slots`` is the length
-    of the L1 table.
+    of the L1 table. ``use_of`` says which clusters the file systems use, given the tables placed so far.
+    ``fixed`` are tables whose slot is known already; they keep it. Tables that are not ``ordered``, as free ones,
+    get no slot by their order.
     """
-    found: dict[int, Placement] = {}
+    found = {placed.slot: placed for placed in fixed if placed.slot < slots}
     versions = _Versions(known)
     waiting: list[Unplaced] = []
     for table in sorted(tables, key=lambda table: table.offset):
@@ -52,9 +75,15 @@ def place(tables: list[Unplaced], known: Mapping[int, list[U64]], slots: int) ->
             waiting.append(table)
         elif placed.slot not in found or placed.confidence > found[placed.slot].confidence:
             found[placed.slot] = placed
-    for placed in _by_order(waiting, found, slots):
-        found[placed.slot] = placed
-    return [found[index] for index in sorted(found)]
+    rest: list[Placement] = []
+    for _ in range(_ROUNDS if waiting and ordered else 0):  # what is placed may hold the bitmap of a part that is not
+        before = rest
+        where = {placed.slot: placed.offset for placed in (*found.values(), *before)}
+        rest = _the_rest(waiting, found, slots, use_of(where) if use_of is not None else None)
+        if rest == before:
+            break
+    by_slot = found | {placed.slot: placed for placed in rest}
+    return [by_slot[index] for index in sorted(by_slot)]
 
 
 class _Versions:
@@ -78,7 +107,8 @@ class _Versions:
         firsts = np.searchsorted(self._hosts, hosts[used])
         stops = np.searchsorted(self._hosts, hosts[used], "right")
         shared: Counter[int] = Counter()
-        for place_, first, stop in zip(used.tolist(), firsts.tolist(), stops.tolist(), strict=True):
+        known = np.flatnonzero(stops > firsts)
+        for place_, first, stop in zip(*(part[known].tolist() for part in (used, firsts, stops)), strict=True):
             same = self._places[first:stop] == place_
             shared.update(set(self._slots[first:stop][same].tolist()))
         if len(shared) != 1:
@@ -106,31 +136,82 @@ def _by_content(table: Unplaced) -> Placement | None:
     return Placement(slots[0], table.offset, Confidence.LIKELY, f"content records its position: {what}")
 
 
-def _by_order(waiting: list[Unplaced], found: Mapping[int, Placement], slots: int) -> list[Placement]:
-    """Place the rest between those that are placed, in the order they have in the file.
+def _the_rest(waiting: list[Unplaced], found: Mapping[int, Placement], slots: int, use: Use | None) -> list[Placement]:
+    """Place the rest between those that are placed, by what they store and by the order they have in the file.
 
-    Between two neighbours that leave exactly as many slots as there are tables that order is likely;
-    otherwise each takes the next free slot, which is a guess.
+    Between two neighbours that leave exactly as many slots as there are tables that order is likely.
+    Where more slots are free the tables take those whose use fits best with what they store, or else the
+    next ones, which is a guess.
     """
     anchors = sorted(found.values(), key=lambda placed: placed.offset)
-    rising = all(before.slot < after.slot for before, after in pairwise(anchors))
-    if not rising:
+    rising_ = all(before.slot < after.slot for before, after in pairwise(anchors))
+    if not rising_:
         anchors = []  # the file was not written in order: nothing lies between anything
     groups: dict[int, list[Unplaced]] = {}
     offsets = [anchor.offset for anchor in anchors]
     for table in waiting:
         groups.setdefault(bisect_right(offsets, table.offset), []).append(table)
     result: list[Placement] = []
-    taken = set(found)
     for group, tables in groups.items():
         first = anchors[group - 1].slot + 1 if group else 0
         stop = anchors[group].slot if group < len(anchors) else slots
-        free = [index for index in range(first, stop) if index not in taken]
-        exact = rising and len(free) == len(tables)
-        reason = (
-            "the order of tables in the file, which leaves no other slot" if exact else "the order in the file only"
-        )
-        for index, table in zip(free, tables, strict=False):
-            taken.add(index)
-            result.append(Placement(index, table.offset, Confidence.LIKELY if exact else Confidence.GUESS, reason))
+        free = [index for index in range(first, stop) if index not in found]
+        if rising_ and len(free) == len(tables):
+            result += _in_order(
+                tables, free, Confidence.LIKELY, "the order of tables in the file, which leaves no other slot"
+            )
+        else:
+            result += _fitting(tables, free, use, None if rising_ else found)
     return result
+
+
+def _in_order(tables: list[Unplaced], free: list[int], confidence: Confidence, reason: str) -> list[Placement]:
+    return [Placement(slot, table.offset, confidence, reason) for slot, table in zip(free, tables, strict=False)]
+
+
+def _fitting(
+    tables: list[Unplaced], free: list[int], use: Use | None, found: Mapping[int, Placement] | None
+) -> list[Placement]:
+    """Place tables in the free slots whose use fits best with what they store; without that by their order.
+
+    ``found`` are the tables placed so far where their order in the file is not that of the disk, None where it is.
+    """
+    scores = None
+    if use is not None and free and len(free) * len(tables) <= PLACEMENT_PAIRS:
+        stored = np.stack([_is_stored(table.entries) for table in tables])
+        scores = fits(stored, use(free))
+    if scores is None or not scores.any():
+        return _in_order(tables, free, Confidence.GUESS, _ORDER)
+    why = "it stores the clusters that the file system uses there"
+    pairs = {}
+    if found is not None:
+        pairs = mutual(scores)
+        pairs |= _beside(tables, free, scores, pairs, found)
+    left = [at for at in range(len(tables)) if at not in pairs]
+    rest = sorted(set(range(len(free))) - set(pairs.values()))
+    chosen = rising(scores[np.ix_(left, rest)])  # those that nothing tells apart rise, as they were written
+    if chosen is None:
+        chosen = list(range(len(rest)))
+    pairs |= {at: rest[slot] for at, slot in zip(left, chosen, strict=False)}
+    return [Placement(free[slot], tables[at].offset, Confidence.GUESS, why) for at, slot in pairs.items()]
+
+
+def _beside(
+    tables: list[Unplaced], free: list[int], scores: Scores, pairs: Mapping[int, int], found: Mapping[int, Placement]
+) -> dict[int, int]:
+    """Return table to index in ``free`` of those that fit beside what is placed before or behind them in the file."""
+    left = [at for at in range(len(tables)) if at not in pairs]
+    columns = [column for column in range(len(free)) if column not in set(pairs.values())]
+    placed = {p.offset: p.slot for p in found.values()} | {tables[at].offset: free[slot] for at, slot in pairs.items()}
+    offsets = sorted({*placed, *(tables[at].offset for at in left)})
+    slots = [free[column] for column in columns]
+    fitting = beside(scores[np.ix_(left, columns)], [placed.get(offset) for offset in offsets], slots)
+    by_slot = {slot: column for column, slot in enumerate(free)}
+    return {left[number]: by_slot[slot] for number, slot in fitting.items()}
+
+
+def _is_stored(entries: U64) -> npt.NDArray[np.bool_]:
+    """Return which entries of a table have bytes in the file: not those that are unallocated or read as zeros."""
+    plain = (named_offsets(entries) != 0) & ((entries & np.uint64(ZERO)) == 0)
+    stored: npt.NDArray[np.bool_] = is_packed(entries) | plain
+    return stored

@@ -7,6 +7,7 @@
     ext superblock copy   s_block_group_nr               from the start of its file system
     XFS AGF, AGI          the number of its group        from the start of its file system
     XFS inode             its number                     from the start of its file system
+    NTFS boot sector      the size of the volume: it is the first sector, or its copy behind the volume
     NTFS file record      its number in the MFT          from the start of its file system, while the MFT is one run
     Btrfs superblock      bytenr                         from the start of its file system
 
@@ -115,6 +116,10 @@ def positions(known: FileSystems, seen: int, data: bytes) -> Iterator[Position]:
             number = int.from_bytes(head[0x2C:0x30], "little")
             for start, record in known.ntfs:
                 yield Position(place, start + number * record, False, "NTFS file record")
+        elif head[3:11] == b"NTFS    " and head[510:512] == b"\x55\xaa":
+            yield Position(place, 0, False, "NTFS boot sector")
+            last = int.from_bytes(head[40:48], "little") * int.from_bytes(head[11:13], "little")
+            yield Position(place, last, False, "NTFS boot sector")
         elif magic in (b"XAGF", b"XAGI"):
             number = int.from_bytes(head[8:12], "big")
             for block, blocks, *_ in known.xfs:
@@ -147,21 +152,45 @@ def _gpt_is_whole(head: bytes) -> bool:
     return zlib.crc32(head[:16] + bytes(4) + head[20:length]) == int.from_bytes(head[16:20], "little")
 
 
-def file_system_starts(first_sectors: bytes) -> tuple[int, ...]:
-    """Return guest offsets at which file systems may start, from the partition table in the disk's first sectors."""
-    starts = set(_STARTS)
-    if first_sectors[510:512] == b"\x55\xaa":
-        for at in range(446, 510, 16):
-            starts.add(int.from_bytes(first_sectors[at + 8 : at + 12], "little") * SECTOR)
-    if first_sectors[SECTOR : SECTOR + 8] == b"EFI PART":
-        header = first_sectors[SECTOR : 2 * SECTOR]
-        size = int.from_bytes(header[84:88], "little")
-        count = min(int.from_bytes(header[80:84], "little"), PARTITIONS_LOOKED_AT)
-        table = first_sectors[2 * SECTOR :]
+def file_system_starts(heads: Iterable[bytes]) -> tuple[int, ...]:
+    """Return guest offsets at which file systems may start, by the first sectors under each table.
+
+    One of them is the start of the disk: a partition table says it all, and without one a file system that
+    starts there is alone. Where neither is found the usual places are all possible.
+    """
+    whole = False
+    for head in heads:
+        if starts := partitions(head):
+            return starts
+        whole = whole or head[:4] == b"XFSB" or head[3:11] == b"NTFS    "
+        block = head[1024 : 1024 + SECTOR]
+        whole = whole or (block[0x38:0x3A] == b"\x53\xef" and _is_ext(block) and not any(block[0x5A:0x5C]))
+    return (0,) if whole else _STARTS
+
+
+def partitions(head: bytes) -> tuple[int, ...]:
+    """Return where the partitions of a partition table in the first sectors of a disk start."""
+    if head[510:512] != b"\x55\xaa" or head[3:11] == b"NTFS    ":
+        return ()
+    header, table = head[SECTOR : 2 * SECTOR], head[2 * SECTOR :]
+    starts: set[int] = set()
+    if header[:8] == b"EFI PART":
+        size, count = int.from_bytes(header[84:88], "little"), int.from_bytes(header[80:84], "little")
         if 128 <= size <= 4096:
-            for at in range(0, min(count * size, len(table) - size + 1), size):
+            for at in range(0, min(min(count, PARTITIONS_LOOKED_AT) * size, len(table) - size + 1), size):
                 if any(table[at : at + 16]):
                     starts.add(int.from_bytes(table[at + 32 : at + 40], "little") * SECTOR)
+        return tuple(sorted(starts))
+    for at in range(446, 510, 16):
+        status, kind, first, length = (
+            head[at],
+            head[at + 4],
+            *(int.from_bytes(head[p : p + 4], "little") for p in (at + 8, at + 12)),
+        )
+        if status not in (0, 0x80):
+            return ()
+        if kind and first and length:
+            starts.add(first * SECTOR)
     return tuple(sorted(starts))
 
 

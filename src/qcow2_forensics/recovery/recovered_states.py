@@ -19,6 +19,7 @@ import numpy as np
 
 from ..census.columns import named_offsets, without_copied
 from ..errors import Qcow2Error, SnapshotNotFound
+from ..format.entries import named_offset
 from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
 from ..format.rules import DISK
@@ -29,8 +30,9 @@ from ..reader.disk import Disk
 from ..reader.opening import open_disk
 from ..reader.window import WindowSource
 from ..residue.structure_detection import Geometry
+from .arrangement import arranged, use_by_file_systems
 from .confidence import Confidence
-from .content import TableReader, unplaced
+from .content import TableReader
 from .geometry import U64, compression_type_of, find_geometry
 from .header import l1_fields, new_header
 from .l1_tables import (
@@ -38,6 +40,8 @@ from .l1_tables import (
     is_l1,
     l1_of,
     left_out_notes,
+    names_counted,
+    own_clusters,
     placed_by_image,
     placements_of,
     rank,
@@ -47,6 +51,7 @@ from .l1_tables import (
     table_span,
     tables_by_slot,
 )
+from .lost_tables import UseOf, leaked_clusters, lost_slots, rebuild
 from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Placement, Unplaced, place
 from .positions import disk_size_of
@@ -196,6 +201,8 @@ class _Recovery:
                 *notes,
                 f"{len(found_l1) - RECOVERED_STATES} more L1 tables were found than states are put together",
             )
+        if all(table.offset in named for table in tables.l1):  # none of them is the active state's
+            yield from self._placed(geometry, tables, compression, notes, refcounts)
         for table in found_l1[:RECOVERED_STATES]:
             entry = named.get(table.offset)
             placements = tuple(placements_of(table, tables, refcounts))
@@ -208,8 +215,6 @@ class _Recovery:
                 notes,
                 entry.disk_size if entry is not None else None,
             )
-        if not tables.l1 and len(tables.l2):
-            yield from self._placed(geometry, tables, compression, notes, refcounts)
 
     def _compression(self, tables: FoundTables, geometry: Geometry) -> int | None:
         for offset in tables.l2[:16].tolist():
@@ -227,14 +232,17 @@ class _Recovery:
         notes: tuple[str, ...],
         refcounts: FoundRefcounts | None,
     ) -> Iterator[RecoveredState]:
-        """Yield the state of L2 tables without an L1 table and without a header."""
-        offsets = [at for at in tables.l2.tolist() if refcounts is None or refcounts.of(at) != 0]
-        if not offsets:
+        """Yield the state of L2 tables that no L1 table names, and that have no header either."""
+        l1_tables = [table.targets for table in tables.l1]
+        of_snapshots = {int(at) for table in l1_tables for at in table[table != 0].tolist()}
+        in_use = [at for at in tables.l2.tolist() if refcounts is None or refcounts.of(at) != 0]
+        offsets = [at for at in in_use if at not in of_snapshots]
+        shared = shared_with_snapshots(l1_tables, refcounts, L1_ENTRIES) if refcounts is not None else []
+        if not offsets and not shared:
             return
-        span = table_span(geometry)
-        slots_ = -(-self._virtual_size // span) if self._virtual_size else len(offsets)
+        known = tables_by_slot(self._source, geometry, l1_tables)
         opener = TableReader(self._source, geometry, None, compression)
-        placements = tuple(place(list(unplaced(opener, offsets, span, max(slots_, L1_ENTRIES))), {}, slots_))
+        placements = tuple(arranged(opener, offsets, geometry, known, self._virtual_size, tuple(shared)))
         yield self._rebuilt("L2 tables without an L1 table", geometry, placements, compression, notes, None)
 
     def _rebuilt(
@@ -309,16 +317,54 @@ class _Recovery:
         active = read_l1(self._source, header.l1_table_offset, header.l1_size)
         snapshots = snapshot_l1_tables(self._source, image.snapshots)
         named = {int(at) for table in (active, *snapshots) for at in named_offsets(table).tolist() if at}
-        free = [at for at in tables.l2.tolist() if at not in named]
+        own = own_clusters(image)
+        free = [at for at in tables.l2.tolist() if at not in named and at not in own]
         lost = [at for at in free if refcounts.of(at)]
-        if not named_offsets(active).any() or not is_l1(active, tables):
+        if not is_l1(active, tables) and not names_counted(active, geometry, refcounts):
             known = tables_by_slot(self._source, geometry, snapshots)
             shared = shared_with_snapshots(snapshots, refcounts, len(active))
             yield from self._with_lost_l1(image, geometry, lost, known, shared)
             return
+        yield from self._with_lost_tables(image, geometry, active, snapshots, free)
         former = [at for at in free if refcounts.of(at) == 0]
         if former:
             yield from self._former(image, geometry, former, active, snapshots, refcounts)
+
+    def _with_lost_tables(
+        self, image: Image, geometry: Geometry, active: U64, snapshots: list[U64], free: list[int]
+    ) -> Iterator[RecoveredState]:
+        """Yield the active state with other tables in place of L2 tables that were overwritten."""
+        entries = named_offsets(active).tolist()
+        targets = {slot: int(at) for slot, at in enumerate(entries) if at}
+        leaks = leaked_clusters(image)
+        lost = lost_slots(self._source, geometry, targets, leaks)
+        if not lost:
+            return
+        reader = TableReader(self._source, geometry, image, image.header.compression_type)
+        known = tables_by_slot(self._source, geometry, snapshots)
+        others = [Unplaced(at, entries_of(self._source, at, geometry), {}) for at in free]
+        older = {p.slot: p for p in place(others, known, len(active), ordered=False)}
+        for table in reversed(snapshots):
+            for slot in np.flatnonzero(named_offsets(table)).tolist():
+                at = named_offset(int(table[slot]))
+                if at != targets.get(slot):
+                    older.setdefault(slot, Placement(slot, at, Confidence.GUESS, ""))
+        older = {
+            slot: p._replace(confidence=Confidence.GUESS, reason="its table is lost: an older version of it")
+            for slot, p in older.items()
+        }
+        rebuilt = rebuild(reader, self._source, geometry, targets, lost, older, leaks, self._use(geometry))
+        whole = [
+            Placement(slot, at, Confidence.CERTAIN, "the image's own L1 table")
+            for slot, at in targets.items()
+            if slot not in lost
+        ]
+        placements = tuple(sorted((*whole, *rebuilt.placements)))
+        what = f"the active state, {len(lost)} of its L2 tables lost"
+        yield self._patched(image, what, image.disk_size, placements, rebuilt.patches)
+
+    def _use(self, geometry: Geometry) -> UseOf:
+        return lambda reader, placed: use_by_file_systems(reader, geometry, placed)
 
     def _with_lost_l1(
         self,
@@ -329,21 +375,24 @@ class _Recovery:
         shared: list[Placement],
     ) -> Iterator[RecoveredState]:
         header = image.header
-        span, size = header.l2_span, self._virtual_size or image.disk_size
-        count = -(-size // span)
+        size = self._virtual_size or image.disk_size
         opener = TableReader(self._source, geometry, image, header.compression_type)
-        own = place(list(unplaced(opener, offsets, span, count)), known, count)
-        by_slot = {placed.slot: placed for placed in shared if placed.slot < count}
-        by_slot.update({placed.slot: placed for placed in own})
-        if by_slot:
-            placements = tuple(by_slot[index] for index in sorted(by_slot))
+        placements = tuple(arranged(opener, offsets, geometry, known, size, tuple(shared)))
+        if placements:
             yield self._patched(image, "the active state, its L1 table rebuilt", size, placements)
 
-    def _patched(self, image: Image, what: str, size: int, placements: tuple[Placement, ...]) -> RecoveredState:
+    def _patched(
+        self,
+        image: Image,
+        what: str,
+        size: int,
+        placements: tuple[Placement, ...],
+        tables: tuple[tuple[int, bytes], ...] = (),
+    ) -> RecoveredState:
         count = max(image.header.l1_size, -(-size // image.header.l2_span))
         table = l1_of(placements)
         padded = table.astype(">u8").tobytes().ljust(8 * count, b"\0")
-        patches = (l1_fields(count), (24, size.to_bytes(8, "big")), (REBUILT_AT, padded))
+        patches = (l1_fields(count), (24, size.to_bytes(8, "big")), (REBUILT_AT, padded), *tables)
         return RecoveredState(
             0,
             what,
@@ -367,7 +416,7 @@ class _Recovery:
         """Yield the active state that free L2 tables belonged to, before the disk went back to a snapshot."""
         known = tables_by_slot(self._source, geometry, [*snapshots, active])
         tables = [Unplaced(at, entries_of(self._source, at, geometry), {}) for at in offsets]
-        placed = [p for p in place(tables, known, len(active)) if p.confidence != Confidence.GUESS]
+        placed = place(tables, known, len(active), ordered=False)
         usable = [p for p in placed if self._is_free(p, geometry, known, refcounts)]
         if not usable:
             return

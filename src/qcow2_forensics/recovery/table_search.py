@@ -12,12 +12,13 @@ import numpy.typing as npt
 from ..census.columns import big_endian, has_copied, named_offsets, without_copied
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import CLUSTER_REFERENCES, DEFAULT_LIMITS, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, MiB
-from ..residue.structure_detection import Geometry, find_entries, l2_rows, likely
-from .geometry import U64, Mask
+from ..limits import CLUSTER_REFERENCES, L1_GAP_BYTES, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, MiB
+from ..residue.structure_detection import Geometry, find_entries, l1_rows, l2_rows, likely
+from .geometry import U64, Mask, compression_type_of
 
 _CHUNK = 8 * MiB
 _L1_SHARE = 0.5  # of the targets of an L1 table that still look like L2 tables; of a healthy one all do
+_MAX_L1_BYTES = 32 * MiB  # what QEMU accepts
 
 
 class L1Candidate(NamedTuple):
@@ -41,8 +42,13 @@ class FoundTables(NamedTuple):
 
 class _Rows(NamedTuple):
     offsets: npt.NDArray[np.int64]
-    l1_form: Mask  # every entry may be one of an L1 table too
+    l2_form: Mask
+    l1_form: Mask  # every word may be an entry of an L1 table; a table may have both forms
     copied: npt.NDArray[np.int64]
+
+    def first(self, count: int) -> _Rows:
+        """Return the first ``count`` of them."""
+        return _Rows(self.offsets[:count], self.l2_form[:count], self.l1_form[:count], self.copied[:count])
 
 
 def search_tables(source: Source, geometry: Geometry, *, most: int | None = None) -> FoundTables:
@@ -53,10 +59,9 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
     for at, data in _chunks(source, geometry.cluster_size, source.size if most is None else min(most, source.size)):
         for entry in find_entries(data, at, geometry)[0]:
             snapshots.setdefault(entry.offset, entry)
-        rows = _tables_of(at, data, geometry)
+        rows = _tables_of(source, at, data, geometry)
         left_out += max(0, kept + len(rows.offsets) - RECOVERED_TABLES)
-        room = max(0, RECOVERED_TABLES - kept)
-        rows = _Rows(rows.offsets[:room], rows.l1_form[:room], rows.copied[:room])
+        rows = rows.first(max(0, RECOVERED_TABLES - kept))
         kept += len(rows.offsets)
         if len(rows.offsets):
             parts.append(rows)
@@ -65,7 +70,7 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
     found = _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     l1, refcount_tables = _classify(source, geometry, found, {entry.l1_table_offset for entry in snapshots.values()})
     others = {cluster for table in l1 for cluster in _clusters(table, geometry.cluster_size)} | set(refcount_tables)
-    l2 = found.offsets[~np.isin(found.offsets, np.array(sorted(others), np.int64))]
+    l2 = found.offsets[found.l2_form & ~np.isin(found.offsets, np.array(sorted(others), np.int64))]
     return FoundTables(l1, l2, refcount_tables, list(snapshots.values()), left_out)
 
 
@@ -79,18 +84,25 @@ def _chunks(source: Source, cluster_size: int, end: int) -> Iterator[tuple[int, 
         yield at, data.ljust(-(-len(data) // cluster_size) * cluster_size, b"\0")
 
 
-def _tables_of(at: int, data: bytes, geometry: Geometry) -> _Rows:
+def _tables_of(source: Source, at: int, data: bytes, geometry: Geometry) -> _Rows:
     words = big_endian(data).reshape(-1, geometry.cluster_size // 8)
     rows = likely(l2_rows, words, geometry)
     found = l2_rows(words[rows], geometry)
-    rows = rows[found.tables & found.telling]
-    if not len(rows):
-        none = np.zeros(0, np.int64)
-        return _Rows(none, none.astype(np.bool_), none)
+    whole = found.telling.copy()
+    for row in np.flatnonzero(found.tables & ~whole & (found.compressed == 1)).tolist():
+        # One compressed cluster and nothing else: a number, or an entry where a stream of that length is.
+        entries = words[rows[row]]
+        whole[row] = compression_type_of(source, entries[entries != 0].tolist(), geometry.cluster_bits) is not None
+    l2_rows_ = rows[found.tables & whole]
+    rows = l2_rows_
+    if geometry.extended_l2:  # an L1 table has no pairs of words, and need not pass for one of L2
+        others = likely(l1_rows, words, geometry)
+        rows = np.union1d(rows, others[l1_rows(words[others], geometry).tables])
     chosen = words[rows]
     flagged = has_copied(chosen)
     plain = without_copied(chosen) == named_offsets(chosen)
-    return _Rows(at + rows * geometry.cluster_size, plain.all(axis=1), flagged.sum(axis=1))
+    offsets = (at + rows * geometry.cluster_size).astype(np.int64)
+    return _Rows(offsets, np.isin(rows, l2_rows_), plain.all(axis=1), flagged.sum(axis=1))
 
 
 def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
@@ -106,13 +118,13 @@ def _classify(
     """Return the L1 tables and refcount tables among the tables: told from L2 tables by what they name."""
     l1: list[L1Candidate] = []
     refcount_tables: list[int] = []
+    l2 = found.offsets[found.l2_form]
     for offset, copied in zip(found.offsets[found.l1_form].tolist(), found.copied[found.l1_form].tolist(), strict=True):
         targets = named_offsets(table_words(source, offset, geometry))
         here = targets[targets != 0].astype(np.int64)
         if not len(here) or len(np.unique(here)) != len(here):
             continue
-        places = np.minimum(np.searchsorted(found.offsets, here), len(found.offsets) - 1)
-        are_tables = (found.offsets[places] == here) & (here != offset)
+        are_tables = np.isin(here, l2) & (here != offset)
         if are_tables.mean() >= _L1_SHARE:
             l1.append(L1Candidate(offset, targets, copied, len(targets)))
         elif copied == 0 and _are_refcount_blocks(
@@ -122,7 +134,7 @@ def _classify(
     # An L2 table over small numbers has the same form, but an L1 table names it.
     named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
     refcount_tables = [at for at in refcount_tables if at not in named]
-    return list(_joined(l1, geometry.cluster_size, snapshot_tables)), refcount_tables
+    return list(_joined(source, l1, geometry.cluster_size, snapshot_tables)), refcount_tables
 
 
 def _are_refcount_blocks(source: Source, offsets: list[int], size: int) -> bool:
@@ -132,18 +144,17 @@ def _are_refcount_blocks(source: Source, offsets: list[int], size: int) -> bool:
     return bool((counts.max(axis=1) <= CLUSTER_REFERENCES).all() and counts.any(axis=1).all())
 
 
-def _joined(found: list[L1Candidate], size: int, starts: Container[int]) -> Iterator[L1Candidate]:
+def _joined(source: Source, found: list[L1Candidate], size: int, starts: Container[int]) -> Iterator[L1Candidate]:
     """Yield L1 tables of several clusters as one: neighbours that name no L2 table twice, and start no snapshot's table.
 
-    It is sure that one goes on in the next cluster where its last entry is used.
+    Between them may be clusters of zeros, of parts of the disk that hold nothing. It is sure that a table
+    goes on in the next cluster where its last entry is used.
     """
     parts: list[L1Candidate] = []
     named: set[int] = set()
     for table in found:
         here = {int(at) for at in table.targets[table.targets != 0].tolist()}
-        follows = (
-            bool(parts) and table.offset == parts[-1].offset + size and len(parts) * size < DEFAULT_LIMITS.l1_bytes
-        )
+        follows = bool(parts) and _follows(source, parts[0].offset, parts[-1].offset + size, table.offset)
         if parts and (not follows or table.offset in starts or not named.isdisjoint(here)):
             yield _one(parts)
             parts, named = [], set()
@@ -153,12 +164,25 @@ def _joined(found: list[L1Candidate], size: int, starts: Container[int]) -> Iter
         yield _one(parts)
 
 
+def _follows(source: Source, first: int, end: int, offset: int) -> bool:
+    """Whether an L1 table that starts at ``first`` and was found up to ``end`` may go on at ``offset``."""
+    gap = offset - end
+    if gap > L1_GAP_BYTES or offset - first >= _MAX_L1_BYTES:
+        return False
+    return not gap or not any(source.read(end, gap))
+
+
 def _one(parts: list[L1Candidate]) -> L1Candidate:
     """Return the clusters of one L1 table as one candidate."""
-    sure = len(parts[0].targets)
+    per_cluster = len(parts[0].targets)
+    size = per_cluster * 8
+    sure = per_cluster
     for before, after in pairwise(parts):
-        if not before.targets[-1]:
+        if not before.targets[-1] or after.offset != before.offset + size:
             break
-        sure += len(after.targets)
-    targets = np.concatenate([part.targets for part in parts])
+        sure += per_cluster
+    targets = np.zeros((parts[-1].offset - parts[0].offset) // 8 + per_cluster, np.uint64)
+    for part in parts:
+        at = (part.offset - parts[0].offset) // 8
+        targets[at : at + per_cluster] = part.targets
     return L1Candidate(parts[0].offset, targets, sum(part.copied for part in parts), sure)

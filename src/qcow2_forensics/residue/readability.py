@@ -69,9 +69,11 @@ def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[S
     _ = image.problems, image.backing_name, image.crypto_header
     refusals = Refusals(image.cluster_size)
     examination = _Examination(_Examiner(image, census, False), entry, refusals)
+    newer: list[tuple[Counts, int]] = []
+    examination.newer = newer
     if _L1Tables.of(image, former).overwrote(entry) or not examination.result().l1_intact:
         raise gone(entry)
-    image.source = GuardedSource(image.source, refusals)
+    image.source = GuardedSource(image.source, refusals, _joined(newer))
 
 
 class _L1Tables(NamedTuple):
@@ -208,6 +210,7 @@ class _Examination:
         self._counts = dict.fromkeys(counted, 0)
         self._unreadable = 0
         self._rewritable = 0
+        self.newer: list[tuple[Counts, int]] | None = None  # where that is: guest offsets, and bytes at each
 
     def result(self) -> DeletedSnapshot:
         """Return what became of the entry; raises :class:`LimitExceeded` for crafted tables without end."""
@@ -271,13 +274,13 @@ class _Examination:
         slots, columns = slots[sound], self._columns(words[sound])
         mapped, kept = self._mapped(slots, columns.named)
         rewritten = (shared & ~unchanged)[sound]  # the active state wrote its own entries into this very table
-        self._rewritable += self._bytes(slots[rewritten] * self._span, self._span)
+        self._may_be_newer(slots[rewritten] * self._span, self._span)
         guests = self._guests(slots)
         self._packed(slots, columns, mapped, kept)
         hosts = columns.data_hosts
         used = hosts != 0
         mapped |= self._image.header.external_data
-        self._rewritable += self._bytes(guests[(used | columns.compressed) & mapped & ~kept & ~rewritten[:, None]])
+        self._may_be_newer(guests[(used | columns.compressed) & mapped & ~kept & ~rewritten[:, None]])
         self._data(guests[used], hosts[used], mapped[used])
 
     def _columns(self, words: Words) -> Columns:
@@ -374,7 +377,13 @@ class _Examination:
         lost |= holes
         self._counts["compressed"] += int((~lost).sum())
         self._unreadable += self._bytes(guests[lost])
-        self._rewritable += self._bytes(guests[newer & ~lost])
+        self._may_be_newer(guests[newer & ~lost])
+
+    def _may_be_newer(self, guests: Counts, length: int | None = None) -> None:
+        """Count guest bytes that are read and may have been written since the snapshot."""
+        self._rewritable += self._bytes(guests, length)
+        if self.newer is not None and len(guests):
+            self.newer.append((guests, length or self._cluster_size))
 
     def _guests(self, slots: Counts) -> Counts:
         """Return the guest offsets that the tables in some L1 slots map, a row each."""
@@ -390,6 +399,18 @@ class _Examination:
     def _bytes(self, guests: Counts, length: int | None = None) -> int:
         """Return how many bytes of the disk stand at guest offsets, a cluster at each if nothing else is said."""
         return int(np.clip(self._size - guests, 0, length or self._cluster_size).sum())
+
+
+def _joined(ranges: Sequence[tuple[Counts, int]]) -> tuple[tuple[int, int], ...]:
+    """Return (offset, length) of guest ranges, rising, neighbours as one."""
+    none = np.zeros(0, np.int64)
+    starts = np.concatenate([none, *(guests for guests, _ in ranges)])
+    stops = np.concatenate([none, *(guests + length for guests, length in ranges)])
+    order = np.argsort(starts, kind="stable")
+    starts, stops = starts[order], np.maximum.accumulate(stops[order])
+    first = np.flatnonzero(np.concatenate([np.ones(min(1, len(starts)), np.bool_), starts[1:] > stops[:-1]]))
+    last = np.append(first[1:] - 1, len(starts) - 1)[: len(first)]
+    return tuple(zip(starts[first].tolist(), (stops[last] - starts[first]).tolist(), strict=True))
 
 
 def _date(entry: SnapshotEntry) -> np.uint64:

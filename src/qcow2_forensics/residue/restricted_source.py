@@ -56,11 +56,13 @@ class Refusals:
 class GuardedSource:
     """``source`` with ranges whose reading raises :class:`ReadError` with the reason.
 
+    ``may_be_newer`` are guest ranges (offset, length) that are read and may be newer than the state that is shown.
     Everything else about the source (its path, its identity, how it is closed) shows through.
     """
 
-    def __init__(self, source: Source, refusals: Refusals) -> None:
+    def __init__(self, source: Source, refusals: Refusals, may_be_newer: tuple[tuple[int, int], ...] = ()) -> None:
         self._source = source
+        self.may_be_newer = may_be_newer
         starts, stops, codes = refusals.clusters()
         self._starts, self._stops, self._codes = _packed(starts), _packed(stops), codes.tobytes()
 

@@ -1,0 +1,130 @@
+"""Which clusters of a disk its file systems use, read through the L2 tables that are placed already.
+
+The table of a part of the disk stores the clusters that the file system uses there, so what a bitmap of the
+file system says about a slot tells which table fits it. What is not known (no file system, a bitmap that
+is not placed, blocks that are allocated and seldom written) has no say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import Qcow2Error
+from ..limits import FILE_SYSTEM_BLOCKS
+from ..reader.disk import Disk
+
+if TYPE_CHECKING:
+    from .content import TableReader
+
+Bits = npt.NDArray[np.int8]
+USED, FREE, UNKNOWN = 1, 0, -1
+
+_OPEN = 256  # tables kept open
+
+
+class VolumeMap(NamedTuple):
+    """Which blocks of one file system are in use: ``bits`` has USED, FREE or UNKNOWN for each block."""
+
+    start: int  # of the file system on the disk, in bytes
+    block: int  # bytes
+    bits: Bits
+
+
+class Expected(NamedTuple):
+    """What a file system has at a guest offset: ``matches`` says whether ``length`` bytes are that."""
+
+    offset: int
+    length: int
+    matches: Callable[[bytes], bool]
+    what: str
+
+
+class PlacedDisk:
+    """The guest's disk as far as L2 tables are placed; ``slots`` are their host offsets by slot."""
+
+    def __init__(self, reader: TableReader, slots: dict[int, int], span: int) -> None:
+        self._reader = reader
+        self._slots = slots
+        self._span = span
+        self._disks: dict[int, Disk] = {}
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        """Return guest bytes, None where a table is missing or something cannot be read."""
+        pieces: list[bytes] = []
+        while length > 0:
+            slot, inside = divmod(offset, self._span)
+            take = min(length, self._span - inside)
+            if slot not in self._slots:
+                return None
+            try:
+                data = self._disk(slot).read(inside, take)
+            except (Qcow2Error, OSError):
+                return None
+            if len(data) < take:
+                return None
+            pieces.append(data)
+            offset += take
+            length -= take
+        return b"".join(pieces)
+
+    def _disk(self, slot: int) -> Disk:
+        if slot not in self._disks:
+            if len(self._disks) >= _OPEN:
+                self._disks.pop(next(iter(self._disks)))
+            self._disks[slot] = self._reader.disk(self._slots[slot])
+        return self._disks[slot]
+
+
+def empty_map(start: int, block: int, blocks: int) -> VolumeMap | None:
+    """Return a map of which nothing is known yet; None for a size that nobody has."""
+    if not 0 < blocks <= FILE_SYSTEM_BLOCKS:
+        return None
+    return VolumeMap(start, block, np.full(blocks, UNKNOWN, np.int8))
+
+
+def set_bits(volume: VolumeMap, first: int, bitmap: bytes) -> None:
+    """Take what a bitmap, its lowest bit first, says about the blocks from ``first`` on."""
+    bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little").astype(np.int8)
+    room = volume.bits[first : first + len(bits)]
+    room[:] = bits[: len(room)]
+
+
+def forget(volume: VolumeMap, runs: Iterable[tuple[int, int]]) -> None:
+    """Say nothing about runs (first block, count): allocated, and seldom written."""
+    for first, count in runs:
+        volume.bits[max(0, first) : max(0, first + count)] = UNKNOWN
+
+
+def cluster_use(volumes: list[VolumeMap], slots: list[int], span: int, cluster: int) -> Bits:
+    """Return (slots, clusters of a table) which clusters hold something that is in use."""
+    per_slot = span // cluster
+    use = np.full((len(slots), per_slot), UNKNOWN, np.int8)
+    for row, slot in enumerate(slots):
+        for volume in volumes:
+            for column, value in _clusters(volume, slot * span, span, cluster):
+                part = use[row, column : column + len(value)]
+                np.maximum(part, value, out=part)
+    return use
+
+
+def _clusters(volume: VolumeMap, begin: int, span: int, cluster: int) -> Iterator[tuple[int, Bits]]:
+    """Yield the first cluster of a range that a volume says something about, and what it says of it and the next."""
+    unit = min(cluster, volume.block)
+    first, last = max(begin, volume.start), min(begin + span, volume.start + len(volume.bits) * volume.block)
+    if first >= last:
+        return
+    places = np.arange(first, last, unit)
+    bits = volume.bits[(places - volume.start) // volume.block]
+    groups = (places - begin) // cluster
+    column = int(groups[0])
+    value = np.full(int(groups[-1]) - column + 1, UNKNOWN, np.int8)
+    np.maximum.at(value, groups - column, bits)
+    # A cluster of which one block is unknown and the others are free may be stored for that one.
+    unknown = np.zeros(len(value), np.bool_)
+    np.logical_or.at(unknown, groups - column, bits == UNKNOWN)
+    value[(value == FREE) & unknown] = UNKNOWN
+    yield column, value

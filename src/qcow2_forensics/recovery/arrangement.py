@@ -1,0 +1,138 @@
+"""L2 tables without an L1 table in the order of the guest's disk: content, file systems and order together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ..census.columns import named_offsets
+from ..limits import FILE_SYSTEM_STARTS, L1_ENTRIES, PLACEMENT_TRIALS
+from ..residue.structure_detection import Geometry
+from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
+from .confidence import Confidence
+from .content import TableReader, unplaced
+from .ext_volume import ext_expected, ext_map
+from .geometry import U64
+from .l1_tables import table_span
+from .ntfs_volume import ntfs_expected, ntfs_map
+from .partition_map import partition_map
+from .placement import Placement, Unplaced, Use, place
+from .positions import disk_size_of, file_system_starts
+from .xfs_volume import xfs_map
+
+_ROUNDS = 4  # what was found in one may lead to more in the next
+
+
+def arranged(
+    reader: TableReader,
+    offsets: list[int],
+    geometry: Geometry,
+    known: Mapping[int, list[U64]],
+    size: int | None,
+    fixed: tuple[Placement, ...] = (),
+) -> list[Placement]:
+    """Return a slot for each L2 table for which there is evidence; ``size`` of the disk in bytes, None if not known.
+
+    ``fixed`` are tables of known slot, which are returned too.
+    """
+    span = table_span(geometry)
+    slots = -(-size // span) if size else L1_ENTRIES
+    offsets = _not_guest_data(reader, offsets)
+    tables, starts = unplaced(reader, offsets, span, slots, [placed.offset for placed in fixed if not placed.slot])
+    if not size:
+        slots = _slots_by_content(reader, tables, span) or len(offsets)
+
+    def use_of(placed: Mapping[int, int]) -> Use | None:
+        return _use(reader, geometry, placed, starts)
+
+    for _ in range(_ROUNDS):
+        placed = {p.slot: p.offset for p in place(tables, known, slots, fixed=fixed) if p.confidence > Confidence.GUESS}
+        more = _with_expected(reader, tables, placed, starts, span)
+        if more is None:
+            break
+        tables = more
+    return place(tables, known, slots, use_of, fixed=fixed)
+
+
+def use_by_file_systems(reader: TableReader, geometry: Geometry, placed: Mapping[int, int]) -> Use | None:
+    """Return which clusters the file systems use, by the tables that are placed; None where none is found."""
+    return _use(reader, geometry, placed, file_system_starts([reader.head(placed[0])] if 0 in placed else []))
+
+
+def _use(reader: TableReader, geometry: Geometry, placed: Mapping[int, int], starts: tuple[int, ...]) -> Use | None:
+    span = table_span(geometry)
+    volumes = _volumes(PlacedDisk(reader, dict(placed), span), starts)
+    return (lambda free: cluster_use(volumes, free, span, geometry.cluster_size)) if volumes else None
+
+
+def _with_expected(
+    reader: TableReader, tables: list[Unplaced], placed: dict[int, int], starts: tuple[int, ...], span: int
+) -> list[Unplaced] | None:
+    """Return the tables with what file systems must have at some places found in them; None where nothing was."""
+    disk = PlacedDisk(reader, placed, span)
+    taken = set(placed.values())
+    waiting = PlacedDisk(reader, {at: table.offset for at, table in enumerate(tables)}, span)
+    candidates = [at for at, table in enumerate(tables) if table.offset not in taken]
+    found: dict[int, dict[int, set[str]]] = {}
+    tried = 0
+    for expected in _expected(disk, starts):
+        slot, inside = divmod(expected.offset, span)
+        if slot in placed or inside + expected.length > span:
+            continue
+        tried += len(candidates)
+        if tried > PLACEMENT_TRIALS:
+            break
+        for at in candidates:
+            data = waiting.read(at * span + inside, expected.length)
+            if data is not None and expected.matches(data):
+                found.setdefault(at, {}).setdefault(slot, set()).add(expected.what)
+    if not found:
+        return None
+    return [
+        table._replace(votes=_joined(table.votes, found[at])) if at in found else table
+        for at, table in enumerate(tables)
+    ]
+
+
+def _joined(votes: Mapping[int, set[str]], more: Mapping[int, set[str]]) -> dict[int, set[str]]:
+    return {slot: set(votes.get(slot, ())) | set(more.get(slot, ())) for slot in (*votes, *more)}
+
+
+def _expected(disk: PlacedDisk, starts: tuple[int, ...]) -> Iterator[Expected]:
+    for start in starts[:FILE_SYSTEM_STARTS]:
+        yield from ext_expected(disk, start)
+        yield from ntfs_expected(disk, start)
+
+
+def _not_guest_data(reader: TableReader, offsets: list[int]) -> list[int]:
+    """Return the tables without those that a larger one maps: what a guest stores may look like a table."""
+    hosts = {at: named_offsets(reader.entries(at)) for at in offsets}
+    counts = {at: int(np.count_nonzero(entries)) for at, entries in hosts.items()}
+    mapped: dict[int, int] = {}  # the size of the largest table that maps it
+    every = np.array(offsets, np.uint64)
+    for at, entries in hosts.items():
+        for other in np.intersect1d(every, entries).tolist():
+            if other != at:
+                mapped[other] = max(mapped.get(other, 0), counts[at])
+    return [at for at in offsets if mapped.get(at, 0) <= counts[at]]
+
+
+def _slots_by_content(reader: TableReader, tables: list[Unplaced], span: int) -> int | None:
+    """Return how many slots the disk has by its partition table or file system, None where nothing says so."""
+    for table in tables:
+        if table.votes and 0 not in table.votes:
+            continue
+        disk = PlacedDisk(reader, {0: table.offset}, span)
+        implied = disk_size_of(lambda at, length, disk=disk: disk.read(at, length) or b"")  # type: ignore[misc]
+        if implied is not None and 0 < implied[0] <= L1_ENTRIES * span:
+            return max(-(-implied[0] // span), len(tables))
+    return None
+
+
+def _volumes(disk: PlacedDisk, starts: tuple[int, ...]) -> list[VolumeMap]:
+    """Return what is known of the file systems that start at some of the places."""
+    found = [
+        ext_map(disk, start) or ntfs_map(disk, start) or xfs_map(disk, start) for start in starts[:FILE_SYSTEM_STARTS]
+    ]
+    return [volume for volume in (*found, partition_map(disk)) if volume is not None]

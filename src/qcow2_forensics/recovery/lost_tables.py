@@ -1,0 +1,149 @@
+"""L2 tables that an L1 table names and that were overwritten: what else says where their clusters belong.
+
+An older version of the table (a snapshot's, or one in free space) comes first. Without one the
+clusters that nothing claims although they are counted, between the lost table and the next, are taken in the
+order of the file for what the file system uses there. Both are guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ..census import take_census
+from ..format.entries import COPIED
+from ..format.header import SECTOR
+from ..format.image import Image
+from ..format.source import Source
+from ..limits import LOST_TABLES_REBUILT
+from ..residue.structure_detection import Geometry, l2_rows
+from .allocation import Bits
+from .confidence import Confidence
+from .content import TableReader
+from .geometry import U64
+from .l1_tables import table_span
+from .patched_source import REBUILT_AT, PatchedSource
+from .placement import Placement, Use
+from .positions import file_system_starts, partitions
+from .table_search import table_words
+
+_TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, behind every L1 table
+_ALL_SUBCLUSTERS = 0xFFFF_FFFF
+_ROUNDS = 4  # of finding the file system in what was put together so far
+UseOf = Callable[[TableReader, Mapping[int, int]], Use | None]
+
+
+class Rebuilt(NamedTuple):
+    """L2 tables in place of lost ones: their bytes by host offset, and which slot each is for."""
+
+    patches: tuple[tuple[int, bytes], ...]
+    placements: tuple[Placement, ...]
+
+
+def lost_slots(source: Source, geometry: Geometry, targets: Mapping[int, int], leaks: U64) -> list[int]:
+    """Return the slots whose table is no L2 table any more, or zeros while clusters are without an owner."""
+    lost: list[int] = []
+    for slot, offset in targets.items():
+        words = table_words(source, offset, geometry)
+        if not words.any():
+            if len(leaks):
+                lost.append(slot)
+        elif not l2_rows(words[np.newaxis], geometry).sound[0]:
+            lost.append(slot)
+    return lost[:LOST_TABLES_REBUILT]
+
+
+def leaked_clusters(image: Image) -> U64:
+    """Return the host offsets of clusters that are counted and that nothing claims, in order."""
+    size = image.cluster_size
+    ranges = [
+        np.arange(offset, offset + length, size, dtype=np.uint64) for offset, length in take_census(image).leaked()
+    ]
+    return np.concatenate([np.zeros(0, np.uint64), *ranges])
+
+
+def rebuild(
+    reader: TableReader,
+    source: Source,
+    geometry: Geometry,
+    targets: Mapping[int, int],
+    lost: list[int],
+    older: Mapping[int, Placement],
+    leaks: U64,
+    use_of: UseOf,
+) -> Rebuilt:
+    """Return tables for the slots that lost theirs; ``targets`` are the tables that L1 names, by slot.
+
+    ``older`` are other versions of tables, by slot. ``use_of`` says what file systems use, given a reader and
+    the tables by slot.
+    """
+    placements = {slot: older[slot] for slot in lost if slot in older}
+    open_slots = [slot for slot in lost if slot not in older]
+    kept = {slot: offset for slot, offset in targets.items() if slot not in lost}
+    kept |= {slot: placed.offset for slot, placed in placements.items()}
+    clusters = table_span(geometry) // geometry.cluster_size
+    alone = len(open_slots) == 1  # then all of them are of this table, wherever they are
+    hosts = {slot: (leaks if alone else _between(leaks, targets[slot], targets))[:clusters] for slot in open_slots}
+    hosts = {slot: found for slot, found in hosts.items() if len(found)}
+    columns = {slot: _first_places(source, slot, found, geometry, clusters) for slot, found in hosts.items()}
+    patches = _patches(hosts, columns, geometry)
+    for _ in range(_ROUNDS if hosts else 0):
+        where = kept | {slot: _place(number, geometry) for number, slot in enumerate(hosts)}
+        use = use_of(reader.over(PatchedSource(source, patches)), where)
+        if use is None:
+            break
+        before = columns
+        rows = use(list(hosts))
+        columns = {slot: _used(rows[number], len(found)) for number, (slot, found) in enumerate(hosts.items())}
+        patches = _patches(hosts, columns, geometry)
+        if columns == before:
+            break
+    for number, slot in enumerate(hosts):
+        reason = "its table is lost: clusters without an owner, in the order of the file"
+        placements[slot] = Placement(slot, _place(number, geometry), Confidence.GUESS, reason)
+    return Rebuilt(tuple(patches), tuple(placements[slot] for slot in sorted(placements)))
+
+
+def _between(leaks: U64, offset: int, targets: Mapping[int, int]) -> U64:
+    """Return the leaked clusters between a table and the next that L1 names."""
+    stop = min((other for other in targets.values() if other > offset), default=1 << 62)
+    first, last = np.searchsorted(leaks, [offset + 1, stop])
+    return leaks[first:last]
+
+
+def _first_places(source: Source, slot: int, hosts: U64, geometry: Geometry, clusters: int) -> list[int]:
+    """Return the places in a table to begin with: one after the other, with the gap before a first partition."""
+    places = list(range(len(hosts)))
+    head = b"" if slot else source.read(int(hosts[0]), min(2 * SECTOR * 32, geometry.cluster_size * len(hosts)))
+    starts = file_system_starts([head]) if len(head) >= SECTOR and partitions(head) else ()
+    first = min((start for start in starts if start), default=0) // geometry.cluster_size
+    lead = -(-3 * SECTOR // geometry.cluster_size)  # the partition table itself
+    if first <= lead or first + len(hosts) > clusters:
+        return places
+    return places[:lead] + [place - lead + first for place in places[lead:]]
+
+
+def _used(use: Bits, count: int) -> list[int]:
+    """Return ``count`` places in a table: those that are in use first, then those of which nothing is known."""
+    used, unknown = np.flatnonzero(use > 0).tolist(), np.flatnonzero(use < 0).tolist()
+    free = np.flatnonzero(use == 0).tolist()
+    return sorted([*used, *unknown, *free][:count])
+
+
+def _place(number: int, geometry: Geometry) -> int:
+    return _TABLES_AT + number * geometry.cluster_size
+
+
+def _patches(hosts: Mapping[int, U64], columns: Mapping[int, list[int]], geometry: Geometry) -> list[tuple[int, bytes]]:
+    width = 2 if geometry.extended_l2 else 1
+    result: list[tuple[int, bytes]] = []
+    for number, (slot, found) in enumerate(hosts.items()):
+        words = np.zeros(geometry.cluster_size // 8, np.uint64)
+        places = np.array(columns[slot], np.int64) * width
+        words[places] = found[: len(places)] | np.uint64(COPIED)
+        if geometry.extended_l2:
+            words[places + 1] = _ALL_SUBCLUSTERS
+        result.append((_place(number, geometry), words.astype(">u8").tobytes()))
+    return result

@@ -1,0 +1,35 @@
+"""The sectors that a GUID partition table uses: the rest outside of its partitions is free."""
+
+from __future__ import annotations
+
+from .allocation import FREE, UNKNOWN, USED, PlacedDisk, VolumeMap, empty_map
+
+_SECTOR = 512
+_FIRST = 34 * _SECTOR
+_USED = 6  # sectors at the start: the protective MBR, the header, the first entries
+_ENTRIES = 32  # sectors of entries, of which the first hold something
+
+
+def partition_map(disk: PlacedDisk) -> VolumeMap | None:
+    """Return what is in use outside of the partitions; None where there is no such table."""
+    head = disk.read(0, _FIRST)
+    if head is None or head[_SECTOR : _SECTOR + 8] != b"EFI PART":
+        return None
+    last = _number(head, _SECTOR + 32, 8)
+    volume = empty_map(0, _SECTOR, last + 1)
+    if volume is None or last < 2 * _ENTRIES:
+        return None
+    volume.bits[:] = FREE
+    volume.bits[:_USED] = USED
+    volume.bits[last] = USED
+    volume.bits[last - _ENTRIES] = USED
+    size = max(128, _number(head, _SECTOR + 84, 4))
+    for at in range(2 * _SECTOR, _FIRST - size + 1, size):
+        if any(head[at : at + 16]):
+            first, end = _number(head, at + 32, 8), _number(head, at + 40, 8)
+            volume.bits[first : end + 1] = UNKNOWN
+    return volume
+
+
+def _number(data: bytes, at: int, size: int) -> int:
+    return int.from_bytes(data[at : at + size], "little")

@@ -1,0 +1,272 @@
+"""L2 tables find their places: by what file systems record and use, in disks with gaps, after every kind of loss.
+
+File systems are made by mke2fs, mkntfs and mkfs.xfs, images by qemu-img; the raw disk is the oracle. The damage is done by
+raw byte writes. ``tools/recovery_trial.py`` does the same to hundreds of images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, recovered_states
+from qcow2_forensics.recovery.alignment import beside, mutual, rising
+from qcow2_forensics.recovery.allocation import USED, cluster_use, empty_map
+from qcow2_forensics.recovery.ext_volume import crc32c, ext_map
+from tests import qemu
+
+OFFSETS = 0x00FF_FFFF_FFFF_FE00
+
+
+def tree(folder: Path) -> Path:
+    chance = random.Random(5)
+    inside = folder / "tree"
+    for number in range(24):
+        where = inside / f"dir{number % 5}"
+        where.mkdir(parents=True, exist_ok=True)
+        (where / f"file{number}.bin").write_bytes(chance.randbytes(chance.choice([300, 9000, 150_000])))
+    return inside
+
+
+def ext4(folder: Path) -> Path:
+    qemu.need("mke2fs")
+    disk = folder / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(160 << 20)
+    qemu.run("mke2fs", "-q", "-F", "-t", "ext4", "-d", tree(folder), disk)
+    return disk
+
+
+def ntfs(folder: Path) -> Path:
+    qemu.need("mkntfs")
+    disk = folder / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(48 << 20)
+    qemu.run("mkntfs", "-q", "-F", "-Q", "-s", "512", disk)
+    for file_ in sorted(tree(folder).rglob("*.bin")):
+        qemu.run("ntfscp", "-q", "-f", disk, file_, file_.name)
+    return disk
+
+
+def xfs(folder: Path) -> Path:
+    qemu.need("mkfs.xfs")
+    lines = ["/dev/null", "0 0", "d--755 0 0"]
+    lines += [f"{path.name} ---644 0 0 {path}" for path in sorted(tree(folder).rglob("*.bin"))]
+    (folder / "proto").write_text("\n".join([*lines, "$", ""]))
+    disk = folder / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(320 << 20)
+    qemu.run("mkfs.xfs", "-q", "-f", "-p", folder / "proto", disk)
+    return disk
+
+
+def image_of(disk: Path, options: str, *, compress: bool = False) -> bytearray:
+    path = disk.with_suffix(".qcow2")
+    qemu.img("convert", "-O", "qcow2", *(["-c"] if compress else []), "-o", options, disk, path)
+    return bytearray(path.read_bytes())
+
+
+def l1_of(data: bytearray) -> tuple[int, list[int]]:
+    size, offset = struct.unpack_from(">IQ", data, 36)
+    return offset, [entry & OFFSETS for entry in struct.unpack_from(f">{size}Q", data, offset)]
+
+
+def without_l1(data: bytearray) -> bytes:
+    offset, entries = l1_of(data)
+    data[offset : offset + 8 * len(entries)] = bytes(8 * len(entries))
+    return bytes(data)
+
+
+def best(data: bytes, folder: Path, **options: int) -> RecoveredState:
+    path = folder / "damaged.bin"
+    path.write_bytes(data)
+    return recovered_states(path, **options)[0]
+
+
+def wrong_bytes(state: RecoveredState, disk: Path) -> dict[str, int]:
+    """Return how many bytes differ from those of the disk, by confidence."""
+    counts = dict.fromkeys(("certain", "likely", "guess"), 0)
+    with state.open() as opened, disk.open("rb") as raw:
+        for piece in confidence_of(opened):
+            for at in range(piece.offset, piece.offset + piece.length, 16 << 20):
+                length = min(16 << 20, piece.offset + piece.length - at)
+                raw.seek(at)
+                found = np.frombuffer(opened.read(at, length), np.uint8)
+                wrong = int((found != np.frombuffer(raw.read(length), np.uint8)).sum())
+                counts[piece.confidence.label] += wrong
+    return counts
+
+
+RIGHT = {"certain": 0, "likely": 0, "guess": 0}
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("make", [ext4, ntfs, xfs])
+def test_tables_of_a_disk_with_gaps_find_their_places(
+    make: Callable[[Path], Path], compress: bool, tmp_path: Path
+) -> None:
+    disk = make(tmp_path)
+    data = image_of(disk, "cluster_size=4096", compress=compress)
+    used = [slot for slot, host in enumerate(l1_of(data)[1]) if host]
+    assert used != list(range(len(used)))  # there are gaps
+    assert wrong_bytes(best(without_l1(data), tmp_path), disk) == RIGHT
+
+
+def test_the_size_of_a_disk_without_header_and_l1_table_is_that_of_its_file_system(tmp_path: Path) -> None:
+    disk = ext4(tmp_path)
+    data = bytearray(without_l1(image_of(disk, "cluster_size=4096")))
+    data[:4096] = random.Random(2).randbytes(4096)
+    state = best(bytes(data), tmp_path)
+    assert (state.size, state.size_from) == (disk.stat().st_size, "the ext file system")
+    assert wrong_bytes(state, disk) == RIGHT
+
+
+@pytest.mark.parametrize("options", ["cluster_size=512", "cluster_size=16384,extended_l2=on"])
+def test_an_l1_table_with_gaps_is_found_without_a_header(options: str, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        for at in (0, 33 << 20, 97 << 20):  # L1 clusters between them are zeros; the second slot is odd
+            file.seek(at)
+            file.write(random.Random(at).randbytes(1 << 20))
+        file.truncate(128 << 20)
+    data = image_of(disk, options)
+    size = int(re.findall(r"\d+", options)[0])
+    data[:size] = random.Random(3).randbytes(size)
+    state = best(bytes(data), tmp_path, virtual_size=128 << 20)
+    assert wrong_bytes(state, disk) == RIGHT
+
+
+@pytest.mark.parametrize("loss", [bytes, random.Random(4).randbytes])
+def test_a_lost_l2_table_costs_no_certain_byte_and_its_clusters_are_guessed(
+    loss: Callable[[int], bytes], tmp_path: Path
+) -> None:
+    disk = ext4(tmp_path)
+    data = image_of(disk, "cluster_size=4096")
+    hosts = [host for host in l1_of(data)[1] if host]
+    data[hosts[2] : hosts[2] + 4096] = loss(4096)
+    state = best(bytes(data), tmp_path)
+    assert "1 of its L2 tables lost" in state.what
+    assert wrong_bytes(state, disk) == RIGHT
+    assert state.tables_by_confidence()[Confidence.GUESS] == 1
+    assert state.tables_by_confidence()[Confidence.CERTAIN] == len(hosts) - 1
+
+
+def test_a_table_of_zeros_is_not_called_certain_while_clusters_have_no_owner(tmp_path: Path) -> None:
+    """An aged image keeps the clusters of a table far from it: none of them follow it in the file."""
+    path = qemu.create(tmp_path / "aged.qcow2", "8M", cluster_size="4096")
+    qemu.io(path, "write -P 1 0 4k", "write -P 2 4M 1M", "write -P 3 64k 1M")
+    raw = tmp_path / "disk.raw"
+    qemu.img("convert", "-O", "raw", path, raw)
+    data = bytearray(path.read_bytes())
+    host = l1_of(data)[1][0]
+    data[host : host + 4096] = bytes(4096)
+    state = best(bytes(data), tmp_path)
+    assert wrong_bytes(state, raw)["certain"] == 0
+
+
+def test_the_active_state_comes_before_those_of_snapshots_whose_l1_tables_are_whole(tmp_path: Path) -> None:
+    disk = ext4(tmp_path)
+    image_of(disk, "cluster_size=4096")
+    path = disk.with_suffix(".qcow2")
+    qemu.snapshot(path, "before")
+    qemu.io(path, "write -P 7 1M 1M")
+    raw = tmp_path / "active.raw"
+    qemu.img("convert", "-O", "raw", path, raw)
+    data = bytearray(without_l1(bytearray(path.read_bytes())))
+    data[:4096] = bytes(4096)
+    path = tmp_path / "damaged.bin"
+    path.write_bytes(data)
+    first, second = recovered_states(path)[:2]
+    assert wrong_bytes(first, raw) == RIGHT
+    assert "snapshot 1" in second.what
+    assert wrong_bytes(second, disk) == RIGHT
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+class RawDisk:
+    """A raw file in place of a disk whose tables are all placed."""
+
+    def __init__(self, path: Path) -> None:
+        self._data = path.read_bytes()
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        data = self._data[offset : offset + length]
+        return data if len(data) == length else None
+
+
+def test_blocks_in_use_are_those_that_dumpe2fs_does_not_list_as_free(tmp_path: Path) -> None:
+    disk = ext4(tmp_path)
+    volume = ext_map(RawDisk(disk), 0)  # type: ignore[arg-type]
+    assert volume is not None
+    listed = qemu.run("dumpe2fs", disk).stdout.decode()
+    free: set[int] = set()
+    for line in re.findall(r"^  Free blocks: (.*)$", listed, re.MULTILINE):
+        for part in filter(None, line.split(", ")):
+            first, _, last = part.partition("-")
+            free.update(range(int(first), int(last or first) + 1))
+    known = np.flatnonzero(volume.bits >= 0)
+    assert len(known) > len(volume.bits) // 2
+    assert {int(block) for block in known if volume.bits[block] != USED} <= free
+    assert not free & {int(block) for block in known if volume.bits[block] == USED}
+
+
+def test_the_checksum_is_that_of_the_specification() -> None:
+    assert crc32c(0xFFFF_FFFF, b"123456789") ^ 0xFFFF_FFFF == 0xE306_9283
+
+
+@given(st.integers(1, 4), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_a_rising_arrangement_is_the_best_there_is(tables: int, more: int, chance: random.Random) -> None:
+    slots = tables + more
+    scores = np.array([[chance.randint(-9, 9) for _ in range(slots)] for _ in range(tables)], np.float64)
+    found = rising(scores)
+    assert found is not None
+    assert found == sorted(set(found))
+    total = sum(scores[at, slot] for at, slot in enumerate(found))
+    assert total == max(
+        sum(scores[at, slot] for at, slot in enumerate(chosen))
+        for chosen in itertools.combinations(range(slots), tables)
+    )
+
+
+def test_tables_beside_placed_ones_go_beside_them_and_nothing_is_placed_twice() -> None:
+    scores = np.zeros((3, 5))
+    # In the file: [slot 7] unplaced unplaced [slot 10] unplaced; free are 3, 8, 9, 11, 12.
+    found = beside(scores, [7, None, None, 10, None], [3, 8, 9, 11, 12])
+    assert found == {0: 8, 1: 9, 2: 11}
+    assert mutual(np.array([[20.0, 0.0], [0.0, 20.0]])) == {0: 0, 1: 1}
+    assert mutual(np.array([[20.0, 20.0], [20.0, 20.0]])) == {}
+
+
+def test_a_cluster_is_in_use_where_one_of_its_blocks_is_and_unknown_where_one_may_be() -> None:
+    volume = empty_map(4096, 1024, 12)
+    assert volume is not None
+    volume.bits[:] = [0, 0, 0, 0, 0, 1, 0, 0, 0, -1, 0, 0]
+    assert cluster_use([volume], [0], 5 * 4096, 4096).tolist() == [[-1, 0, 1, -1, -1]]
+
+
+def test_a_file_of_crafted_tables_ends_within_the_budget(tmp_path: Path) -> None:
+    """Every cluster is an L2 table that maps the first clusters: much to look at for few bytes."""
+    cluster = 4096
+    count = 400
+    table = b"".join((place % 64 * cluster + cluster | 1 << 63).to_bytes(8, "big") for place in range(512))
+    data = bytearray(table * count)
+    data[4096 : 4096 + 12] = b"FILE" * 3
+    path = tmp_path / "crafted.bin"
+    path.write_bytes(data)
+    started = time.process_time()
+    for state in recovered_states(path):
+        with state.open() as disk:
+            disk.read(0, 1 << 20)
+    assert time.process_time() - started < 10
