@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics.audit import audit
-from qcow2_forensics.audit.history import machine_type
+from qcow2_forensics.audit.vm_states import machine_type
 from qcow2_forensics.findings import Finding, Severity
 from qcow2_forensics.format.image import Image
 from tests import qemu

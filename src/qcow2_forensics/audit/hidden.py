@@ -18,12 +18,12 @@ from ..reader.opening import leftover_vm_state
 from ..residue import Piece, hidden, live_mappings, streams
 from ..residue.data_file import data_file_residue
 from .facts import Facts, subscribes
-from .history import machine_type
 from .reference_names import chain
 from .residual import Group, finding_of, survey_of
 from .residue_evidence import evidence_of, of_pieces
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 from .undecodable_streams import decoded_streams
+from .vm_states import machine_type
 
 rule = Chapter(__name__, "Hidden data and old VM states")
 
