@@ -213,7 +213,7 @@ def vm_state_leftover(facts: Facts) -> Iterator[Evidence]:
 
 
 def _is_unlisted_stream(facts: Facts, offset: int) -> bool:
-    """Tell whether a migration stream starts at a host offset, and no listed snapshot owns it."""
+    """Return whether a migration stream starts at a host offset, and no listed snapshot owns it."""
     applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
     return not applied and facts.read(offset, 7) == b"QEVM\0\0\0"
 
