@@ -397,7 +397,7 @@ class _Examination:
             self._refusals.add_clusters(reason, hosts)
 
     def _bytes(self, guests: Counts, length: int | None = None) -> int:
-        """Return how many bytes of the disk are at guest offsets: a cluster at each, unless ``lengths`` says otherwise."""
+        """Return how many bytes of the disk are at guest offsets: a cluster at each, unless ``length`` says otherwise."""
         return int(np.clip(self._size - guests, 0, length or self._cluster_size).sum())
 
 
