@@ -141,7 +141,7 @@ class Editor:
     def __init__(self, data: bytes, chance: random.Random) -> None:
         self.data = bytearray(data)
         self.chance = chance
-        self.told: list[str] = []
+        self.edits: list[str] = []
         self.version = self.get(4, 4)
         self.cluster = 1 << self.get(20, 4)
         self.extended = bool(self.version >= 3 and self.get(72) & 16)
@@ -153,7 +153,7 @@ class Editor:
     def put(self, what: str, at: int, value: int, length: int = 8) -> None:
         value &= (1 << 8 * length) - 1
         if 0 <= at <= len(self.data) - length:
-            self.told.append(f"{what} @{at:#x}: {self.get(at, length):#x} -> {value:#x}")
+            self.edits.append(f"{what} @{at:#x}: {self.get(at, length):#x} -> {value:#x}")
             self.data[at : at + length] = value.to_bytes(length, "big")
 
     def slots(self, at: int, count: int) -> list[int]:
@@ -316,13 +316,13 @@ def _edit_length(image: Editor) -> None:
         (size - chance.randrange(image.cluster), size - image.cluster * chance.randrange(1, 8), chance.randrange(size))
     )
     new = max(new, 512)
-    image.told.append(f"cut {size:#x} -> {new:#x}")
+    image.edits.append(f"cut {size:#x} -> {new:#x}")
     del image.data[new:]
 
 
 def _append(image: Editor) -> None:
     count = image.chance.randrange(1, 3 * image.cluster)
-    image.told.append(f"append {count}")
+    image.edits.append(f"append {count}")
     image.data += bytes([0xEE]) * count
 
 
@@ -367,7 +367,7 @@ def damaged(seed: int, bases: Bases, folder: Path) -> Damaged:
         edit(image)
     path = folder / f"seed-{seed}.qcow2"
     path.write_bytes(image.data)
-    return Damaged(path, base, image.told)
+    return Damaged(path, base, image.edits)
 
 
 # --- comparing -----------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_details_are_those_qemu_reports(tmp_path: Path) -> None:
     assert told["slot_0_iterations"] == reported["slots"][0]["iters"]
 
 
-def test_slot_that_qemu_erased_is_told(tmp_path: Path) -> None:
+def test_slot_that_qemu_erased_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     erased_slot(path)
     (finding,) = found(path, "LUKS-ERASED-SLOT", "triage")

@@ -44,7 +44,7 @@ def bytes_of(path: Path, item: Evidence) -> bytes:
     return path.read_bytes()[item.offset : item.offset + item.length]
 
 
-def test_names_in_header_extensions_are_told_with_their_own_place(tmp_path: Path) -> None:
+def test_names_in_header_extensions_are_reported_with_their_own_place(tmp_path: Path) -> None:
     base = qemu.create(tmp_path / "base.qcow2", "1M")
     overlay = qemu.create(tmp_path / "overlay.qcow2", "1M", backing=base, backing_format="qcow2")
     (item,) = (item for item in told(overlay, "QCOW2-BACKING-FILE").evidence if item.field == "backing format")
@@ -54,7 +54,7 @@ def test_names_in_header_extensions_are_told_with_their_own_place(tmp_path: Path
     assert (item.value, bytes_of(image, item).decode()) == (str(tmp_path / "x.raw"),) * 2
 
 
-def test_a_compressed_entry_past_the_end_of_the_disk_is_found_at_any_host_offset_and_told_with_its_stream(
+def test_a_compressed_entry_past_the_end_of_the_disk_is_found_at_any_host_offset_and_reported_with_its_stream(
     tmp_path: Path,
 ) -> None:
     image = Builder(size=MiB, l1_size=1)
@@ -76,7 +76,7 @@ def test_a_compressed_entry_past_the_end_of_the_disk_is_found_at_any_host_offset
         assert item.value == len(data) - data.count(0)
 
 
-def test_a_compressed_entry_that_leads_past_the_end_of_the_file_is_told_with_the_offset_it_names(
+def test_a_compressed_entry_that_leads_past_the_end_of_the_file_is_reported_with_the_offset_it_names(
     tmp_path: Path,
 ) -> None:
     path = base_b(tmp_path / "b.qcow2")
@@ -102,7 +102,7 @@ def test_corruptions_tell_how_often_an_overflowing_cluster_is_referenced(tmp_pat
     assert (item.field.partition(": ")[2], item.value) == (f"references to host cluster {host:#x}", 3)
 
 
-def test_an_l2_table_at_another_slot_of_a_snapshot_is_told_with_its_own_states_guest_offset(
+def test_an_l2_table_at_another_slot_of_a_snapshot_is_reported_with_its_own_states_guest_offset(
     tmp_path: Path,
 ) -> None:
     image = Builder(size=64 * MiB, cluster_bits=12)
@@ -114,7 +114,7 @@ def test_an_l2_table_at_another_slot_of_a_snapshot_is_told_with_its_own_states_g
     assert (item.snapshot, item.guest_offset) == ("", 8 * MiB)
 
 
-def test_a_cluster_just_past_the_end_of_the_file_is_told_with_what_refers_to_it(tmp_path: Path) -> None:
+def test_a_cluster_just_past_the_end_of_the_file_is_reported_with_what_refers_to_it(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).l2(2, (B_END - 0x8000) | COPIED)  # unaligned: its second half is in the next cluster
     found = [item.field for item in told(path, "QCOW2-ORPHAN-CLUSTERS").evidence]
@@ -137,7 +137,7 @@ def test_refcounts_the_header_rules_out_contradict_no_copied_flag(tmp_path: Path
     ("at", "length", "value"),
     [(S_SNAPSHOTS, 8, 0x1234), (S_SNAPSHOTS + 8, 4, 0x10000000), (S_SNAPSHOTS + 36, 4, 65536), (64, 8, 0)],
 )
-def test_a_snapshot_table_fault_is_told_where_the_field_stands(
+def test_a_snapshot_table_fault_is_reported_where_the_field_is(
     at: int, length: int, value: int, tmp_path: Path
 ) -> None:
     path = base_s(tmp_path / "s.qcow2")
@@ -147,7 +147,7 @@ def test_a_snapshot_table_fault_is_told_where_the_field_stands(
 
 
 @pytest.mark.parametrize("data", [b"", b"abc", bytes(range(1, 100))])
-def test_the_start_of_an_unknown_extension_is_told_as_long_as_it_is(data: bytes, tmp_path: Path) -> None:
+def test_the_start_of_an_unknown_extension_is_reported_as_long_as_it_is(data: bytes, tmp_path: Path) -> None:
     path = empty(tmp_path / "x.qcow2")
     Poke(path).names([(0x12345678, data)])
     found = [item for item in told(path, "QCOW2-UNKNOWN-EXTENSION").evidence if item.field == "starts_with"]
@@ -163,7 +163,7 @@ def test_clusters_whose_refcounts_the_header_does_not_lead_to_are_not_called_fre
     assert "may be free or not" in finding.note
 
 
-def test_an_extended_entry_with_several_reserved_bits_is_told_once(tmp_path: Path) -> None:
+def test_an_extended_entry_with_several_reserved_bits_is_reported_once(tmp_path: Path) -> None:
     image = Builder(extended_l2=True)
     image.entry(0, image.put(b"x" * 65536) | COPIED | 2 | 1, 0xFFFFFFFF)
     finding = told(image.write(tmp_path / "x.qcow2"), "QCOW2-RESERVED-BITS")
@@ -177,7 +177,7 @@ def test_a_snapshot_table_that_cannot_be_read_to_its_end_is_not_given_a_length(t
     assert (item.field, item.value) == ("readable part of the snapshot table, bytes", 67)
 
 
-def test_a_faulty_header_field_is_told_with_its_length(tmp_path: Path) -> None:
+def test_a_faulty_header_field_is_reported_with_its_length(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).u32(100, 103)
     (item,) = told(path, "QCOW2-HEADER-INVALID").evidence
@@ -201,14 +201,14 @@ def _least(path: Path) -> object:
     return item.value
 
 
-def test_plain_content_of_a_snapshot_is_told_as_its_own_and_once(tmp_path: Path) -> None:
+def test_plain_content_of_a_snapshot_is_reported_as_its_own_and_once(tmp_path: Path) -> None:
     path = base_s(tmp_path / "s.qcow2")
     Poke(path).u32(32, 1)  # an encryption method: nothing of the image is encrypted
     items = told(path, "QCOW2-PLAINTEXT-CONTENT").evidence
     assert sorted((item.snapshot, item.guest_offset) for item in items) == [("", 0), ("1", 0)]
 
 
-def test_a_compressed_cluster_of_an_encrypted_snapshot_is_told_as_its_own(tmp_path: Path) -> None:
+def test_a_compressed_cluster_of_an_encrypted_snapshot_is_reported_as_its_own(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "x.qcow2", "1M", secret="k", encrypt={"format": "aes"})
     qemu.io(path, "write -c -P 1 0 64k", secret="k")
     qemu.snapshot(path, "s", secret="k")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics.audit import audit
-from qcow2_forensics.audit.history import machine_type
+from qcow2_forensics.audit.vm_states import machine_type
 from qcow2_forensics.findings import Finding, Severity
 from qcow2_forensics.format.image import Image
 from tests import qemu
@@ -144,7 +144,7 @@ def test_missing_ids_are_named(tmp_path: Path) -> None:
     assert {item.field: item.value for item in finding.evidence} == {"missing_ids": "1 to 3", "present_ids": "4, 5"}
 
 
-def test_snapshot_newer_than_its_file_is_told(tmp_path: Path) -> None:
+def test_snapshot_newer_than_its_file_is_reported(tmp_path: Path) -> None:
     path = base_s(tmp_path / "disk.qcow2")
     os.utime(path)
     assert severity(path, "SNAPSHOT-CLOCK") is None
@@ -154,7 +154,7 @@ def test_snapshot_newer_than_its_file_is_told(tmp_path: Path) -> None:
     assert severity(path, "SNAPSHOT-CLOCK") is Severity.LOW
 
 
-def test_longer_extra_data_is_told_with_its_bytes(tmp_path: Path) -> None:
+def test_longer_extra_data_is_reported_with_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     longer_extra(path)
     (finding,) = found(path, "SNAPSHOT-UNKNOWN-EXTRA")
@@ -164,7 +164,7 @@ def test_longer_extra_data_is_told_with_its_bytes(tmp_path: Path) -> None:
     assert bytes.fromhex(str(item.value)) == b"whatever"
 
 
-def test_bitmap_tells_the_ranges_qemu_marked(tmp_path: Path) -> None:
+def test_bitmap_lists_the_ranges_qemu_marked(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     bitmap("write 1M 100k", "write 3M 1k")(path)
     (finding,) = found(path, "BITMAPS", "standard")
@@ -175,7 +175,7 @@ def test_bitmap_tells_the_ranges_qemu_marked(tmp_path: Path) -> None:
 
 
 @qemu.requires_qemu_system
-def test_memory_snapshot_tells_its_machine_and_a_changed_one_is_invalid(tmp_path: Path) -> None:
+def test_memory_snapshot_names_its_machine_and_a_changed_one_is_invalid(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk.qcow2", "1M")
     qemu.monitor(path, "savevm a")
     (finding,) = found(path, "SNAPSHOT-VMSTATE")

@@ -467,7 +467,7 @@ def test_a_fragmented_disk_is_healthy(tmp_path: Path) -> None:
     assert audit(path, "deep").at_least(Severity.LOW) == ()
 
 
-def test_header_rules_are_graded_by_whether_the_image_still_opens(tmp_path: Path) -> None:
+def test_header_rules_are_more_severe_where_the_image_does_not_open(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).u64(24, 1000)
     assert only(audit(path, "triage"), "QCOW2-HEADER-INVALID").severity is Severity.MEDIUM

@@ -281,14 +281,14 @@ def test_chains_longer_than_is_followed_are_high(tmp_path: Path) -> None:
     assert severity(path, "BACKING-DEEP", limits=Limits(chain_depth=16)) is Severity.HIGH
 
 
-def test_loop_of_two_ends_and_is_told(tmp_path: Path) -> None:
+def test_loop_of_two_ends_and_is_reported(tmp_path: Path) -> None:
     backing(b"b.qcow2")(tmp_path / "a.qcow2")
     backing(b"a.qcow2")(tmp_path / "b.qcow2")
     (finding,) = found(tmp_path / "a.qcow2", "REF-SELF")
     assert finding.evidence[0].file.endswith("a.qcow2")
 
 
-def test_link_that_leads_outside_is_told_as_refused(tmp_path: Path) -> None:
+def test_link_that_leads_outside_is_reported_as_refused(tmp_path: Path) -> None:
     (tmp_path / "case").mkdir()
     base_b(tmp_path / "secret.qcow2")
     (tmp_path / "case" / "base.qcow2").symlink_to(tmp_path / "secret.qcow2")

@@ -323,7 +323,7 @@ def test_code_fires_on_its_trigger_only(tmp_path: Path, code: str, recipe: Recip
     assert severity(path, code) == expected
 
 
-def test_evidence_of_residue_says_where_it_stands(tmp_path: Path) -> None:
+def test_evidence_of_residue_says_where_it_is(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).append(b"PK\x03\x04 an archive")
     (finding,) = found(path, "TRAILING-DATA")

@@ -102,7 +102,7 @@ def test_counters_equal_qemus_on_damaged_encrypted_images(kind: str, tmp_path: P
         theirs, mine = qemu.check_json(path, secret="pw").counters, damage.ours(path)
         assert theirs is not None
         assert mine is not None
-        assert {**mine, "filename": ""} == {**theirs, "filename": ""}, editor.told
+        assert {**mine, "filename": ""} == {**theirs, "filename": ""}, editor.edits
 
 
 # What each kind of damage to base image B counts as, checked by hand against QEMU.

@@ -193,7 +193,7 @@ def test_a_deleted_snapshot_without_tables_is_listed_without_a_name_to_open_it_b
     assert "(alpha): its tables are gone\n" in run("residue", deleted, tmp_path / "out")[1]
 
 
-def test_broken_snapshot_table_is_told_and_exits_2(run: Run, tmp_path: Path) -> None:
+def test_broken_snapshot_table_is_reported_and_exits_2(run: Run, tmp_path: Path) -> None:
     path = base_s(tmp_path / "s.qcow2")
     Poke(path).u32(60, 100)
     code, out, err = run("snapshots", path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import qemu
-from tests.conformance import ADAPTERS, Adapter, Reader, need
+from tests.conformance import ADAPTERS, NEEDS, Adapter, Reader, need
 from tests.image_builder import B_DATA, Poke, base_b
 from tests.matrix import Scenario, make
 
@@ -127,9 +127,9 @@ def test_negative_requests_are_errors_and_leave_the_reader_usable(subject: Subje
     assert subject.reader.read(0, 512) == subject.wanted[:512]
 
 
+# A file object has one position; each thread opens its own.
+@pytest.mark.parametrize("adapter", [one for one in ADAPTERS if one.positional], ids=str, indirect=True)
 def test_threads_may_share_a_positional_reader(subject: Subject) -> None:
-    if not subject.adapter.positional:
-        return  # a file object has one position; each thread opens its own
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -149,9 +149,8 @@ def test_threads_may_share_a_positional_reader(subject: Subject) -> None:
     assert not failures
 
 
+@pytest.mark.parametrize("adapter", [one for one in ADAPTERS if one.pickles], ids=str, indirect=True)
 def test_a_pickled_copy_reads_on_where_that_is_promised(subject: Subject) -> None:
-    if not subject.adapter.pickles:
-        return
     copy = pickle.loads(pickle.dumps(subject.reader.native))
     assert copy.read(0, subject.reader.size) == subject.wanted
     assert subject.reader.read(0, 512) == subject.wanted[:512]
@@ -185,3 +184,15 @@ def test_a_missing_backing_file_never_reads_as_zeros(adapter: Adapter, tmp_path:
     # Refused when it is opened, or when bytes of the backing file are asked for: both say so.
     with pytest.raises(Exception, match=r"gone|missing"), adapter.open(path) as reader:
         reader.read(0, 512)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("adapter", [one for one in ADAPTERS if one.name in NEEDS], ids=str, indirect=True)
+def test_a_key_file_opens_through_every_framework_however_its_line_ends(
+    adapter: Adapter, end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "1M", secret="pw", encrypt={"format": "luks", "iter-time": "10"})
+    (tmp_path / "key").write_bytes(b"pw" + end)
+    monkeypatch.setenv("QCOW2_PASSPHRASE_FILE", str(tmp_path / "key"))
+    with adapter.open(path) as reader:
+        assert reader.read(0, 4096) == bytes(4096)

@@ -362,7 +362,7 @@ def test_the_scanner_takes_deleted_snapshots_only_when_they_are_asked_for(
             scan(path, qcow_snapshots=text)
 
 
-def test_what_is_left_of_a_deleted_snapshot_is_told(
+def test_what_is_left_of_a_deleted_snapshot_is_reported(
     image_with_deleted_snapshots: tuple[Path, bytes], base_image: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, _ = image_with_deleted_snapshots
@@ -424,7 +424,7 @@ def test_the_environment_asks_for_snapshots_too(
 # --- findings ------------------------------------------------------------------------------------
 
 
-def test_findings_of_an_image_are_told_by_path_spec(snapshots_image: Path) -> None:
+def test_findings_of_an_image_are_listed_by_path_spec(snapshots_image: Path) -> None:
     inside = NewPathSpec("EXT", location="/", parent=qcow(snapshots_image))
     findings = dfvfs_qcow2.findings(inside)
     assert [item.code for item in findings] == [item.code for item in dfvfs_qcow2.audit(qcow(snapshots_image))]

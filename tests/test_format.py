@@ -288,7 +288,7 @@ def test_of_two_backing_formats_the_last_wins_as_in_qemu(tmp_path: Path) -> None
         assert disk.read(0, 4) == b"QFI\xfb"
 
 
-def test_no_extension_is_read_when_the_name_stands_right_behind_the_header(tmp_path: Path) -> None:
+def test_no_extension_is_read_when_the_name_follows_the_header_at_once(tmp_path: Path) -> None:
     base_b(tmp_path / "base.qcow2")
     path = empty(tmp_path / "disk")
     area = b"base.qcow2".ljust(16, b"\0") + extension(EXT_DATA_FILE, b"/etc/passwd")

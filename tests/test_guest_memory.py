@@ -86,7 +86,7 @@ records_strategy = st.lists(
 
 
 @given(records_strategy, st.sampled_from((300, 5000, 4 * MiB)))
-def test_every_page_is_what_the_last_record_said(records: list[tuple[str, int, int, int]], window: int) -> None:
+def test_every_page_is_what_its_last_record_holds(records: list[tuple[str, int, int, int]], window: int) -> None:
     """Runs of equal records, fill bytes and repeats in any order, read through windows of any size."""
     model: dict[tuple[str, int], bytes] = {}
     out = []
@@ -579,7 +579,7 @@ def test_modules_without_a_described_window_are_placed_only_on_machines_that_had
     assert (new.layout.unplaced, new.layout.assumptions) == (("shm",), ())
 
 
-def test_offsets_of_a_stream_that_tells_them_decide_the_order() -> None:
+def test_offsets_in_a_stream_that_has_them_decide_the_order() -> None:
     extra = {"n1": u64(GiB), "n0": u64(0)}
     memory = laid_out({"n1": 2 * GiB, "n0": GiB}, clock=cmos(2 * GiB, GiB), extra=extra)
     assert [region.block for region in memory.regions] == ["n0", "n1", "n1"]

@@ -383,7 +383,7 @@ def test_a_fault_in_a_backing_file_spoils_nothing_that_the_overlay_holds(tmp_pat
     ]
 
 
-def test_a_run_is_told_before_the_fault_behind_it(tmp_path: Path) -> None:
+def test_a_run_is_reported_before_the_fault_that_follows_it(tmp_path: Path) -> None:
     builder = Builder(cluster_bits=9, size=2 * SPAN).data(0, b"\x11" * 512)
     builder.raw(builder.l1 + 8, (1 << 40).to_bytes(8, "big"))
     with q.open_disk(builder.write(tmp_path / "fault.qcow2")) as disk:
@@ -495,7 +495,7 @@ def test_the_census_takes_no_more_than_a_few_steps_for_each_snapshot(inside: int
     assert steps(2000) - steps(1000) <= 4 * 1000
 
 
-def test_ids_and_names_of_64_kib_are_told_cut(tmp_path: Path) -> None:
+def test_ids_and_names_of_64_kib_are_reported_cut(tmp_path: Path) -> None:
     builder = Builder()
     for index in range(100):
         text = (b"%d" % index).rjust(60_000, b"9")
@@ -508,7 +508,7 @@ def test_ids_and_names_of_64_kib_are_told_cut(tmp_path: Path) -> None:
     assert told["name"].length == 60_000
 
 
-def test_every_finding_and_picture_tells_an_id_of_64_kib_cut(tmp_path: Path) -> None:
+def test_every_finding_and_picture_shows_an_id_of_64_kib_cut(tmp_path: Path) -> None:
     builder = Builder(cluster_bits=12)
     stream = builder.put(b"\xff" * 600)
     for index in range(3):
@@ -609,7 +609,7 @@ def test_a_deep_audit_stops_decoding_streams_that_share_bytes_and_says_so(good: 
     assert ("QCOW2-COMPRESSED-INVALID" in {finding.code for finding in report}) is not good
 
 
-def test_streams_that_a_cut_image_lost_are_all_told_and_use_up_no_allowance(tmp_path: Path) -> None:
+def test_streams_that_a_cut_image_lost_are_all_reported_and_use_up_no_allowance(tmp_path: Path) -> None:
     builder = Builder(size=4096 << 16)
     stream = deflate(b"D" * 65536)
     at = builder.put(stream + b"what an older stream left behind")

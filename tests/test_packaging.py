@@ -193,6 +193,29 @@ def test_every_extra_but_those_with_a_reason_is_in_all() -> None:
     assert set(named.split(",")) == set(extras) - {"all", "dissect", "test", "lint", "dev"}
 
 
+# What an extra installs that is not imported under its own name, or only by a tool that is started.
+_IMPORTED_AS = {
+    "cryptography": "cryptography",
+    "dissect.target": "dissect",
+    "libvhdi-python": "pyvhdi",
+    "libvmdk-python": "pyvmdk",
+    "zlib-ng": "zlib_ng",
+}
+
+
+def test_what_every_extra_installs_is_imported_by_something() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [path.read_text(encoding="utf-8") for top in ("src", "plugins") for path in (ROOT / top).rglob("*.py")]
+    code = "\n".join(sources)
+    for name in set(extras) - {"all", "test", "lint", "dev"}:
+        wanted = [re.split(r"[><=\[]", item)[0] for item in extras[name] if not item.startswith("qcow2-forensics")]
+        for package in wanted:
+            if package.startswith("dissect.") and package != "dissect.target":
+                continue  # file systems, which dissect.target imports by itself
+            module = _IMPORTED_AS.get(package, package)
+            assert re.search(rf"\b(?:import|from) {re.escape(module)}\b|[\"']{re.escape(module)}[\"']", code), package
+
+
 def test_source_distribution_holds_tests_and_no_leftovers(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]

@@ -113,7 +113,7 @@ def image_with_snapshot(disk: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_hint_tells_of_snapshots_that_nobody_asked_for(image_with_snapshot: Path, tmp_path: Path) -> None:
+def test_a_hint_lists_snapshots_that_nobody_asked_for(image_with_snapshot: Path, tmp_path: Path) -> None:
     run = log2timeline(
         Variant(image_with_snapshot), tmp_path / "out", "--parsers", "filestat", "--hashers", "none", workers=1
     )

@@ -220,7 +220,7 @@ def test_former_tables_without_end_are_not_followed(tmp_path: Path) -> None:
         with residue(path, limits=limits) as found:
             (item,) = found.deleted_snapshots()
         assert (item.l1_intact, item.followed, item.is_gone) == (intact, intact, False)
-    assert item.told == "not followed: too many tables"
+    assert item.what_is_left == "not followed: too many tables"
     with pytest.raises(LimitExceeded, match="L2 tables of deleted snapshots"):
         open_disk(path, snapshot="deleted:1", limits=limits)
 
@@ -285,7 +285,7 @@ def test_what_is_past_the_l1_table_or_in_a_table_cut_off_counts_as_unreadable(tm
         disk.read(span, 512)
 
 
-def test_what_is_readable_is_told_of_a_deleted_snapshot_whose_entry_has_no_size(tmp_path: Path) -> None:
+def test_what_is_readable_is_reported_for_a_deleted_snapshot_whose_entry_has_no_size(tmp_path: Path) -> None:
     """QEMU before 1.1 wrote none; the disk is taken to be as large as it is now."""
     path, before = deleted_image(tmp_path, compat="0.10")
     entry = deleted_snapshots(path)[0].entry
@@ -494,7 +494,7 @@ def test_a_table_only_the_active_state_still_holds_may_be_newer_as_a_whole(tmp_p
     qemu.io(path, "write -P 0x22 0 1M")
     (item,) = deleted_snapshots(path)
     assert (item.readable, item.rewritable) == (1, 1)
-    assert item.told == "100% readable, 100% perhaps newer"
+    assert item.what_is_left == "100% readable, 100% perhaps newer"
 
 
 def test_what_an_older_snapshot_still_holds_is_no_newer_than_the_deleted_one(tmp_path: Path) -> None:
@@ -507,7 +507,7 @@ def test_what_an_older_snapshot_still_holds_is_no_newer_than_the_deleted_one(tmp
     qemu.snapshot(path, "alpha", action="-d", opts=KEEP)
     qemu.io(path, "write -P 0x33 0 1M")
     (item,) = deleted_snapshots(path)
-    assert (item.readable, item.rewritable_bytes, item.told) == (1, 0, "100% readable")
+    assert (item.readable, item.rewritable_bytes, item.what_is_left) == (1, 0, "100% readable")
     with open_disk(path, snapshot="deleted:alpha") as disk:
         assert disk.read(0, disk.size) == before
 
@@ -615,7 +615,7 @@ def test_overwritten_compressed_cluster_is_found_and_inflates(tmp_path: Path, ki
     assert [piece.signature for piece in streams] == [hashlib.sha256(lines[65536:131072]).hexdigest()]
 
 
-def test_each_stream_that_is_told_decodes_by_itself(tmp_path: Path) -> None:
+def test_each_stream_that_is_reported_decodes_by_itself(tmp_path: Path) -> None:
     """Of many streams some end with zeros, which belong to them."""
     clusters = [b"%d " % number**9 * 20 for number in range(64)]
     raw = tmp_path / "raw"

@@ -213,7 +213,7 @@ def _tile(found: list[Piece], data: bytes) -> None:
     assert not any(data[at:])
 
 
-def test_each_kind_of_cluster_is_told_as_what_it_is() -> None:
+def test_each_kind_of_cluster_is_reported_as_what_it_is() -> None:
     order = [
         "text",
         "text",

@@ -121,7 +121,7 @@ def test_a_saved_configuration_of_a_plugin_gives_the_same_rows_without_its_file(
     assert rows("-c", str(config), "qcow2.registers.Registers", cwd=tmp_path) == first
 
 
-def test_info_tells_the_layout(saved: Saved, tmp_path: Path) -> None:
+def test_info_shows_the_layout(saved: Saved, tmp_path: Path) -> None:
     found = rows("-f", saved.image, "qcow2.info.Info", cwd=tmp_path)
     facts = {(row["Subject"], row["Item"]): row for row in found}
     assert facts["memory", "machine"]["Value"].startswith("pc-i440fx")
@@ -342,7 +342,7 @@ def test_a_truncated_image_is_one_warning(saved: Saved, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
-def test_absurd_sizes_are_told_and_cost_nothing(damaged: Callable[..., Path], tmp_path: Path, size: int) -> None:
+def test_absurd_sizes_are_reported_and_cost_nothing(damaged: Callable[..., Path], tmp_path: Path, size: int) -> None:
     image = damaged(1, 40, size.to_bytes(8, "big"))  # the size of the VM state
     assert stack(image).maximum_address >= 0
     for plugin in ("info.Info", "snapshots.Snapshots"):

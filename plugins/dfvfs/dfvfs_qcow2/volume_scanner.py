@@ -261,7 +261,7 @@ def _chosen_deleted(selection: Selection, qcow: Any, request: Request | None) ->
         _tell(request, "No table entry of a deleted snapshot was found in the image.", logging.WARNING)
     for item in chosen:
         if not item.followed:
-            _tell(request, f"The {SnapshotKey.of(item.entry)} was {item.told}.", logging.WARNING)
+            _tell(request, f"The {SnapshotKey.of(item.entry)} was {item.what_is_left}.", logging.WARNING)
         elif item.readable < 1:
             _tell(request, f"{item.readable:.0%} of the {SnapshotKey.of(item.entry)} can be read.", logging.WARNING)
     # Where the L1 table is gone, the place of the entry would open what another snapshot put there.

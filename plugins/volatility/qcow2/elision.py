@@ -43,7 +43,7 @@ def allowed(scanner: interfaces.layers.ScannerInterface) -> Skip:
 
 
 def finds_zeros(scanner: interfaces.layers.ScannerInterface, length: int) -> bool:
-    """Tell whether the scanner yields anything for that many zeros."""
+    """Return whether the scanner yields anything for that many zeros."""
     return next(iter(scanner(bytes(length), 0)), None) is not None
 
 

@@ -108,7 +108,7 @@ def layout_option(context: interfaces.context.ContextInterface) -> str | None:
 
 
 def scan_zeros(context: interfaces.context.ContextInterface) -> bool:
-    """Tell whether the user wants zeros scanned like everything else."""
+    """Return whether the user wants zeros scanned like everything else."""
     return bool(_option(context, "qcow2_scan_zeros")) or os.environ.get(SCAN_ZEROS_VARIABLE, "") not in ("", "0")
 
 
@@ -128,7 +128,7 @@ def backing_file(context: interfaces.context.ContextInterface) -> NamedFiles:
 
 
 def without_backing(context: interfaces.context.ContextInterface) -> bool:
-    """Tell whether disks are read without their backing files."""
+    """Return whether disks are read without their backing files."""
     from qcow2_forensics import ALONE_VARIABLE
 
     return bool(_option(context, "qcow2_no_backing") or os.environ.get(ALONE_VARIABLE))

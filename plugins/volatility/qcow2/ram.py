@@ -134,6 +134,6 @@ class QemuRamLayer(ViewLayer):
 
 
 def _inside(ranges: list[tuple[int, int]], address: int, length: int) -> bool:
-    """Tell whether one of the sorted ranges covers all of a chunk."""
+    """Return whether one of the sorted ranges covers all of a chunk."""
     number = bisect_right(ranges, (address, 1 << 64)) - 1
     return number >= 0 and address + length <= sum(ranges[number])

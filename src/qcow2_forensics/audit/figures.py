@@ -183,7 +183,7 @@ def _history(facts: Facts) -> list[tuple[SnapshotEntry, str]]:
     found = [(entry, _note(entry)) for entry in facts.image.snapshots]
     if facts.depth >= Depth.DEEP:
         for item in survey_of(facts).deleted:
-            found.append((item.entry, f"in no table, {item.told}"))
+            found.append((item.entry, f"in no table, {item.what_is_left}"))
     found.sort(key=lambda item: (item[0].date_sec, item[0].date_nsec))
     return found[-1000:]
 

@@ -18,12 +18,12 @@ from ..reader.opening import leftover_vm_state
 from ..residue import Piece, hidden, live_mappings, streams
 from ..residue.data_file import data_file_residue
 from .facts import Facts, subscribes
-from .history import machine_type
 from .reference_names import chain
 from .residual import Group, finding_of, survey_of
 from .residue_evidence import evidence_of, of_pieces
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
 from .undecodable_streams import decoded_streams
+from .vm_states import machine_type
 
 rule = Chapter(__name__, "Hidden data and old VM states")
 
@@ -213,7 +213,7 @@ def vm_state_leftover(facts: Facts) -> Iterator[Evidence]:
 
 
 def _is_unlisted_stream(facts: Facts, offset: int) -> bool:
-    """Tell whether a migration stream starts at a host offset, and no listed snapshot owns it."""
+    """Return whether a migration stream starts at a host offset, and no listed snapshot owns it."""
     applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
     return not applied and facts.read(offset, 7) == b"QEVM\0\0\0"
 

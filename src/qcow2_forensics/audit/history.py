@@ -7,30 +7,25 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from ..errors import FormatError, Qcow2Error, ReadError, reason
+from ..errors import FormatError, ReadError, reason
 from ..findings import Evidence, Severity
 from ..format.bitmap_directory import BitmapEntry, BitmapFlag
 from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
-from ..format.rules import INT64_MAX
 from ..format.snapshot_table import SnapshotEntry
-from ..limits import BITMAP_TABLE_ENTRIES_COUNTED, BITMAPS_COUNTED, DIRTY_RANGES_LISTED, FINDINGS_PER_RULE
+from ..limits import BITMAP_TABLE_ENTRIES_COUNTED, BITMAPS_COUNTED, DIRTY_RANGES_LISTED
 from ..reader.bitmaps import ClusterBits, dirty_ranges, dirty_totals
-from ..reader.disk import Disk
-from ..reader.mapping import Kind
-from ..reader.vm_state import vm_state_offset
 from ..text import cut, is_plain, listed, snapshot_date
 from .facts import Facts, shortened
 from .reference_names import mtime_of
 from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
+from .vm_states import MAGIC, machine_type, vm_state_heads
 
 rule = Chapter(__name__, "Snapshots and bitmaps: history")
 
 _TABLE = "snapshot table"
 _IDS_LISTED = 50  # snapshots, and gaps between them, in one finding
 _KNOWN_EXTRA = 24  # bytes of extra data the format defines
-_VM_STATE_MAGIC = b"QEVM"
-_VM_CONFIGURATION = 7  # section type: the machine's name follows
 
 
 # Where each fixed field of an entry is: offset in the entry, length in bytes.
@@ -67,45 +62,6 @@ def _name_field(entry: SnapshotEntry) -> Evidence:
 # --- VM state ------------------------------------------------------------------------------------
 
 
-def machine_type(data: bytes) -> str:
-    """Return the machine name in the first section of a VM state stream, empty without one."""
-    if data[:4] != _VM_STATE_MAGIC or len(data) < 13 or data[8] != _VM_CONFIGURATION:
-        return ""
-    length = int.from_bytes(data[9:13], "big")
-    return data[13 : 13 + length].decode("utf-8", "replace") if length <= 256 else ""
-
-
-class _State:
-    """The start of one snapshot's VM state, or why it cannot be read."""
-
-    def __init__(self, facts: Facts, entry: SnapshotEntry) -> None:
-        self.entry = entry
-        self.head = b""
-        self.host: int | None = None
-        self.why = ""
-        size = facts.header.size if entry.disk_size is None else entry.disk_size
-        self.offset = vm_state_offset(size, facts.header.l2_span)
-        if self.offset + entry.vm_state_size > INT64_MAX:
-            self.why = "the VM state lies beyond any disk"
-            return
-        try:
-            disk = Disk(facts.image, snapshot=entry)
-            run = next(disk.mapping.runs(self.offset, 1))
-            self.host = run.host_offset
-            if run.kind == Kind.HOLE:
-                self.why = "nothing is mapped where the VM state should start"
-            elif not facts.header.crypt_method:
-                self.head = disk.read_mapped(self.offset, min(512, entry.vm_state_size))
-        except (Qcow2Error, OSError) as error:
-            self.why = reason(error)
-
-
-def _states(facts: Facts) -> list[_State]:
-    held = [entry for entry in facts.image.snapshots if entry.vm_state_size]
-    facts.leave_out("VM states that were not looked at", len(held) - FINDINGS_PER_RULE)
-    return [_State(facts, entry) for entry in held[:FINDINGS_PER_RULE]]
-
-
 @rule(
     "QCOW2-SNAPSHOT-VMSTATE",
     Severity.MEDIUM,
@@ -115,7 +71,7 @@ def _states(facts: Facts) -> list[_State]:
     validated=QEMU_MADE,
 )
 def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
-    for state in facts.once(_states):
+    for state in facts.once(vm_state_heads):
         entry = state.entry
         place = _field(entry, "vm_state_size", entry.vm_state_size)
         if entry.extra_length < 8:
@@ -129,7 +85,7 @@ def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
             guest_offset=state.offset,
             snapshot=shortened(entry.id),
         )
-        if state.head[:4] == _VM_STATE_MAGIC:
+        if state.head[:4] == MAGIC:
             yield Evidence(
                 "version",
                 int.from_bytes(state.head[4:8], "big"),
@@ -152,14 +108,14 @@ def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
     harmless="an encrypted image cannot be checked without its key and is not",
 )
 def snapshot_vm_state_invalid(facts: Facts) -> Iterator[Evidence]:
-    for state in facts.once(_states):
+    for state in facts.once(vm_state_heads):
         entry = state.entry
         if state.why:
             yield _field(entry, "vm_state_size", entry.vm_state_size)
             yield Evidence(
                 "error", state.why, structure="VM state", guest_offset=state.offset, snapshot=shortened(entry.id)
             )
-        elif not facts.header.crypt_method and state.head[:4] != _VM_STATE_MAGIC:
+        elif not facts.header.crypt_method and state.head[:4] != MAGIC:
             shown = state.head[:16].hex(" ")
             yield Evidence("starts_with", shown, state.host, 16, "VM state", state.offset, shortened(entry.id))
     for entry in facts.image.snapshots:

@@ -102,7 +102,7 @@ def _signs(facts: Facts) -> Iterator[Evidence]:
 
 
 def _header_reading(facts: Facts) -> Evidence | None:
-    """Return what the header itself says of its writer, None where only the layout shows it."""
+    """Return what the header itself shows about its writer, None where only the layout shows it."""
     header = facts.header
     if header.version == 2:
         at, known = V2_LEFTOVER

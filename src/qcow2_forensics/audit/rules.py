@@ -13,7 +13,7 @@ yield what they saw::
             yield facts.field("incompatible_features")
 
 Everything a rule yields as :class:`Evidence` becomes one finding of the rule's code and severity. A rule
-that grades by case yields :func:`graded` evidence, one finding each. A rule never names its own code.
+whose severity or title depends on the case yields :func:`graded` evidence, one finding each. A rule never names its own code.
 Where a crafted table can make evidence come by the ten thousand, a rule yields :class:`Deferred`
 evidence: only what is kept is made.
 """
@@ -113,7 +113,7 @@ RuleFunction = Callable[["Facts"], Iterable[Observation]]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One catalog entry and the function behind it.
+    """One catalog entry and its function.
 
     ``when`` says in one sentence what triggers it, ``harmless`` which innocent cause is known;
     ``explained_by`` lists codes that, when they are in the report too, account for this one.

@@ -1,7 +1,7 @@
 """The metadata QEMU's check looks at, read as it reads it: past the end of the file come zeros.
 
 The reader proper refuses a snapshot table or a bitmap it cannot trust; the check counts with
-whatever stands there. What makes it give up instead is collected as reasons.
+whatever is there. What makes it give up instead is collected as reasons.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Reason(NamedTuple):
 class SnapshotL1(NamedTuple):
     """Where a snapshot table entry that the reader proper does not take says its L1 table is."""
 
-    index: int  # type: ignore[assignment]  # as in SnapshotEntry, which stands beside it
+    index: int  # type: ignore[assignment]  # as in SnapshotEntry
     offset: int
     l1_table_offset: int
     l1_size: int
@@ -110,7 +110,7 @@ def _snapshots(image: Image, layout: Layout) -> None:
             Reason("the snapshot table is at an impossible offset", header.offset_of("snapshots_offset"))
         )
         return
-    # What the reader proper has parsed stands; behind its first fault the check goes on by itself.
+    # What the reader has parsed is kept; after its first fault the check goes on by itself.
     whole = image.snapshots
     layout.snapshots += whole
     at = whole[-1].offset + whole[-1].length if whole else start

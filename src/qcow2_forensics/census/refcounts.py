@@ -1,4 +1,4 @@
-"""The refcounts as they stand on disk ("Host cluster management")."""
+"""The refcounts as they are on disk ("Host cluster management")."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class StoredRefcounts:
         gaps = np.flatnonzero(np.diff(blocks) > max(size, _GAP)) + 1
         for start, stop in itertools.pairwise([0, *gaps.tolist(), len(blocks)]):
             first = start
-            while first < stop:  # those that stand near one another at once
+            while first < stop:  # those that are near one another at once
                 begin = int(blocks[first])
                 last = int(np.searchsorted(blocks[first:stop], begin + max(size, _READ))) + first
                 length = int(blocks[last - 1]) - begin + size

@@ -252,7 +252,7 @@ class _Survey:
 
 
 def _firsts(one: U64, two: U64) -> Places:
-    """Return where each distinct pair of two columns stands first."""
+    """Return the first place of each distinct pair of two columns."""
     order = np.lexsort((np.arange(len(one)), two, one))
     fresh = np.append(True, (one[order][1:] != one[order][:-1]) | (two[order][1:] != two[order][:-1]))[: len(order)]
     firsts: Places = order[fresh]

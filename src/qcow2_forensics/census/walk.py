@@ -95,7 +95,7 @@ class L2Tables:
     """The L2 tables that L1 tables name, by rising offset, each once.
 
     ``low`` and ``high`` are the least and greatest L1 slot that names a table, ``index`` the least
-    one in the L1 table of ``tree``, whose owner is told.
+    one in the L1 table of ``tree``, whose owner is reported.
     """
 
     offsets: U64
@@ -134,7 +134,7 @@ class L2Tables:
         """Return the same with every table once, by rising offset."""
         if not len(self.offsets):
             return self
-        # The active state, tree -1, comes first among equals and so is the owner that is told.
+        # The active state, tree -1, comes first among equals and so is the owner that is reported.
         order = np.lexsort((self.index, self.tree, self.offsets))
         offsets = self.offsets[order]
         starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))

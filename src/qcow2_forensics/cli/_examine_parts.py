@@ -34,7 +34,7 @@ _NOT_WHOLE = ("QCOW2-UNREADABLE", "QCOW2-AUDIT-INCOMPLETE", "QCOW2-AUDIT-LIMITED
 
 
 class Outcome(NamedTuple):
-    """What a part gave: exit code, files by name, what it says of itself, and plain data for the page."""
+    """What a part gave: exit code, files by name, what it prints about itself, and plain data for the page."""
 
     code: int
     files: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ _PREFIX = "qcow2-forensics: "
 
 
 class Messages(io.TextIOBase):
-    """Stands for standard error. Lines that draw over themselves go on to ``terminal``, all others are kept."""
+    """Takes the place of standard error. Lines that draw over themselves go on to ``terminal``, all others are kept."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal

@@ -149,8 +149,8 @@ def _is_there(name: str) -> bool:
 
 def _seen(why: str, caught: list[warnings.WarningMessage]) -> str:
     # The import hook shows what went wrong as a warning that no filter hides.
-    said = [str(message.message) for message in caught if "qcow2-forensics" in str(message.message)]
-    return "; ".join([why, *said])
+    warnings_shown = [str(message.message) for message in caught if "qcow2-forensics" in str(message.message)]
+    return "; ".join([why, *warnings_shown])
 
 
 def _advice(otherwise: str) -> str:

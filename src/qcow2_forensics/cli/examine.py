@@ -1,6 +1,6 @@
 """``examine``: everything an examiner looks at first, as one folder with one page.
 
-Each part is one of the single commands, run with the command line that stands beside it on the page::
+Each part is one of the single commands, run with the command line that is beside it on the page::
 
     DIR/index.html          what was found, what was not looked at and why, and the way to everything else
         examination.json    the same as data

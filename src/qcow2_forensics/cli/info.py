@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect(image: Image) -> dict[str, Any]:
-    """Return what one image says of itself; its text as the image has it."""
+    """Return what one image records about itself; its text as the image has it."""
     header = image.header
     sane = not any(problem.field in ("version", "cluster_bits") for problem in image.header_problems)
     facts: dict[str, Any] = {

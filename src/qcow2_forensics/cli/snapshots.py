@@ -131,7 +131,7 @@ def _deleted(image: Image) -> list[dict[str, Any]]:
             "open_as": None if item.is_gone else item.selector,
             "readable": round(item.readable, 4),
             "rewritable": round(item.rewritable, 4),
-            "left": item.told,
+            "left": item.what_is_left,
         }
         rows.append({**facts_of(item.entry), "deleted": True, **left})
     return rows

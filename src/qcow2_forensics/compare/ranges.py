@@ -27,7 +27,7 @@ from ..reader.mapping import Kind
 from .differing_tables import DifferingTables
 
 _CHUNK = 1 * MiB  # read of each side at a time
-_WINDOW_CLUSTERS = 4096  # after which L1 tables are compared again, and progress is told
+_WINDOW_CLUSTERS = 4096  # after which L1 tables are compared again, and progress is reported
 _WINDOW_BYTES = 64 * MiB  # at least, so that tiny clusters do not mean tiny windows
 _BLOCK = 4096  # compared before its sectors are
 _NEVER = 2**64  # past the end of any disk
@@ -59,9 +59,9 @@ class Difference(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """``length`` guest bytes and what stands for them; equal ``content`` means equal bytes.
+    """``length`` guest bytes and where they are stored; equal ``content`` means equal bytes.
 
-    None is zeros, stored nowhere. ``stored`` tells whether there are bytes to read.
+    None is zeros, stored nowhere. ``stored`` is set where there are bytes to read.
     """
 
     offset: int
@@ -89,7 +89,7 @@ def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | No
     Takes two states of one image, an overlay and its backing disk, or any two disks. Where one disk
     is longer the rest of it is one difference. What cannot be read is yielded as such, with the
     reason; it never passes as equal, except where both share the table or the bytes that cannot be
-    read: those are not looked at. ``progress`` is told how many further bytes are settled.
+    read: those are not looked at. ``progress`` is called with the number of further bytes that are settled.
     """
     yield from _compare(before, after, _unequal_bytes, progress)
 
@@ -210,7 +210,7 @@ def _cluster_size(layer: Layer) -> int:
 def _proofs(
     before: Layer, after: Layer
 ) -> tuple[Callable[[int], int], Callable[[int, int], Iterable[tuple[int, int]]]]:
-    """Return what tells how far from an offset L1 tables alone prove equality, and which parts of a range L2 tables don't."""
+    """Return two functions: how far from an offset L1 tables alone prove equality, and which parts of a range L2 tables do not."""
     one, two = list(_keys(before)), list(_keys(after))
     for over, backing, under in ((after, two[:-1], one), (before, one[:-1], two)):
         if isinstance(over, Disk) and backing == under:
@@ -223,8 +223,8 @@ def _proofs(
         unbacked = before.unbacked is not None or after.unbacked is not None
         if _is_one_file(before, after) and one[:-1] == two[:-1]:
             blank_from = _NEVER if unbacked else before.backing.size if before.backing is not None else 0
-            unlike = DifferingTables(first, second, one_file=True, blank_from=blank_from)
-            return partial(first.shared_until, second), unlike.ranges
+            differing = DifferingTables(first, second, one_file=True, blank_from=blank_from)
+            return partial(first.shared_until, second), differing.ranges
         if alike and len(one) == len(two) == 1 and not unbacked:
             return lambda offset: offset, DifferingTables(first, second, one_file=False, blank_from=0).ranges
     return lambda offset: offset, lambda start, end: [(start, end)]
@@ -265,7 +265,7 @@ def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator
 
 
 def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, opaque: _Opaque) -> Iterator[_Candidate]:
-    """Yield the parts of a range whose pieces are not the same in both, or cannot be told."""
+    """Yield the parts of a range whose pieces are not the same in both, or may not be."""
     while start < end:
         try:
             lefts = _pieces(before, start, end - start, opaque)
@@ -385,7 +385,7 @@ def _coalesced(found: Iterable[Difference]) -> Iterator[Difference]:
     for item in found:
         if pending is None:
             pending = item
-        elif pending.end == item.offset and pending.change is item.change:  # the first reason stands for all
+        elif pending.end == item.offset and pending.change is item.change:  # the first reason is given for all
             pending = pending._replace(length=pending.length + item.length)
         else:
             yield pending

@@ -308,7 +308,7 @@ class DfvfsFileSystem(FileSystem):
         return self._system.GetFileEntryByPathSpec(spec)
 
     def _vouch(self, record: FileRecord, failed: int) -> None:
-        """Raise when what was just read may hold zeros that stand for unreadable sectors."""
+        """Raise when what was just read may hold zeros in place of unreadable sectors."""
         unreadable = self._reader.unreadable
         if unreadable and (len(unreadable) > failed or Spans(unreadable).overlap(record.spans)):
             raise OSError(f"part of the content cannot be read: {self._reader.errors[-1]}")

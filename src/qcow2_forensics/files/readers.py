@@ -31,7 +31,7 @@ class Reader(Protocol):
 
     @property
     def unreadable(self) -> list[tuple[int, int]]:
-        """Ranges (offset, length) of the disk that zeros stand for."""
+        """Ranges (offset, length) of the disk that were read as zeros."""
         ...
 
     def read(self, offset: int, length: int) -> bytes:

@@ -288,7 +288,7 @@ class SleuthKitFileSystem(FileSystem):
             raise OSError(str(error).splitlines()[0]) from error
 
     def _vouch(self, record: FileRecord) -> None:
-        """Raise when what was just read may hold zeros that stand for unreadable sectors."""
+        """Raise when what was just read may hold zeros in place of unreadable sectors."""
         unreadable = getattr(self.image, "unreadable", ())
         if unreadable and (len(unreadable) > self._failed or Spans(unreadable).overlap(record.spans)):
             raise OSError(f"part of the content cannot be read: {self.image.read_errors[-1]}")

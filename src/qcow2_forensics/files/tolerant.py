@@ -1,4 +1,4 @@
-"""Reading a disk that has unreadable places: the reasons are kept, zeros may stand in and are listed.
+"""Reading a disk that has unreadable places: the reasons are kept; on request they read as zeros and are listed.
 
 A file system is walked through many small reads, and one unreadable cluster must not end the walk.
 Whoever shows what was read checks :attr:`TolerantReader.unreadable` before vouching for it.
@@ -85,7 +85,7 @@ def _smallest_cluster(layer: Layer | None) -> int:
     unit = 1 << 21
     while isinstance(layer, Disk):
         header = layer.image.header
-        if header.version == 1:  # its clusters stand anywhere: the end of the file may cut one at any sector
+        if header.version == 1:  # its clusters may be anywhere: the end of the file may cut one at any sector
             return SECTOR
         unit = min(unit, header.cluster_size // 32 if header.extended_l2 else header.cluster_size)
         layer = layer.backing

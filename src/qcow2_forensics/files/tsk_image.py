@@ -43,7 +43,7 @@ class ReaderImage(pytsk3.Img_Info):
 
     @property
     def unreadable(self) -> list[tuple[int, int]]:
-        """Ranges (offset, length) that zeros stand for."""
+        """Ranges (offset, length) that were read as zeros."""
         return self._reader.unreadable
 
     def get_size(self) -> int:

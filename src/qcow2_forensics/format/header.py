@@ -62,7 +62,7 @@ class Compression(enum.IntEnum):
 
 
 class HeaderField(NamedTuple):
-    """Where a header field stands: byte offset, :mod:`struct` format, length in bytes."""
+    """Where a header field is: byte offset, :mod:`struct` format, length in bytes."""
 
     name: str
     offset: int

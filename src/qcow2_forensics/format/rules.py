@@ -141,10 +141,10 @@ def _version3(rules: _Rules, names: list[FeatureName]) -> Iterator[Problem]:
     if unknown:
         known = {row.bit: cut(row.name) for row in names if row.kind == 0}
         bits = [bit for bit in range(64) if unknown >> bit & 1]
-        told = ", ".join(f"{bit} ({known[bit]})" if bit in known else str(bit) for bit in bits)
+        listed = ", ".join(f"{bit} ({known[bit]})" if bit in known else str(bit) for bit in bits)
         yield rules.bad(
             "incompatible_features",
-            f"incompatible feature bit {told}",
+            f"incompatible feature bit {listed}",
             DISK,
             unsupported=True,
             code="QCOW2-UNKNOWN-INCOMPATIBLE",

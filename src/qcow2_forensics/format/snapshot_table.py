@@ -29,7 +29,7 @@ class SnapshotEntry(NamedTuple):
     seconds and nanoseconds of the epoch as the host's clock had them.
     """
 
-    index: int  # type: ignore[assignment]  # stands for a method of tuple that nobody calls on an entry
+    index: int  # type: ignore[assignment]  # hides a method of tuple that nobody calls on an entry
     offset: int  # file offset of this entry
     length: int  # bytes with extra data, ID and name, unpadded
     l1_table_offset: int

@@ -58,7 +58,7 @@ class Cursor:
         return self.base + self.index
 
     def fill(self, length: int) -> bool:
-        """Make the buffer start at the position; tell whether ``length`` bytes are there."""
+        """Make the buffer start at the position; return whether ``length`` bytes are there."""
         position = self.base + self.index
         self.buffer = self.read(position, max(length, WINDOW)) if position < self.source.size else b""
         self.base = position

@@ -107,7 +107,7 @@ class GuestMemory(Closing):
         return sum(region.length for region in self.regions) - held
 
     def is_valid(self, address: int, length: int = 1) -> bool:
-        """Tell whether every byte of the range is RAM that the stream holds."""
+        """Return whether every byte of the range is RAM that the stream holds."""
         number = bisect_right(self._valid.starts, address) - 1
         return number >= 0 and address + max(length, 1) <= self._valid.ends[number]
 

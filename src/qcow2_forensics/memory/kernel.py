@@ -61,7 +61,7 @@ def find_kernel(memory: GuestMemory, *, everywhere: bool = True) -> Kernel | Non
 
 
 def uses_five_levels(memory: GuestMemory) -> bool:
-    """Tell whether a processor translates addresses by five levels of tables (LA57)."""
+    """Return whether a processor translates addresses by five levels of tables (LA57)."""
     return any(
         cpu.registers.get("cr4", 0) & _FIVE_LEVELS and cpu.registers.get("efer", 0) >> 10 & 1
         for cpu in memory.cpus

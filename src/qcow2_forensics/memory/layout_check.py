@@ -45,12 +45,12 @@ class Evidence:
         return len(self.walk.sound) - self.bad
 
     def tables_in(self, address: int, length: int) -> bool:
-        """Tell whether a sound table was found inside a range."""
+        """Return whether a sound table was found inside a range."""
         low, high = np.searchsorted(self.walk.sound, np.array([address, address + length], np.uint64))
         return bool(high > low)
 
     def confirms(self, region: Region, *, order: bool) -> bool:
-        """Tell whether this shows that a region is RAM; with ``order`` that the right block is there."""
+        """Return whether this shows that a region is RAM; with ``order`` that the right block is there."""
         if self.tables_in(region.address, region.length):
             return True
         direct = self.direct
@@ -101,7 +101,7 @@ class Examiner:
 
 
 def conclude(examiner: Examiner, evidence: Evidence | None, made: Placement) -> tuple[list[str], list[tuple[int, int]]]:
-    """Write down what the check found; return the assumptions that stand, as sentences, and the ranges in doubt."""
+    """Write down what the check found; return the remaining assumptions, as sentences, and the ranges in doubt."""
     doubts: list[tuple[int, int]] = []
     sentences: list[str] = []
     if evidence is None:

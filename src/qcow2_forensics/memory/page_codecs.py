@@ -28,7 +28,7 @@ Deltas = Mapping[int, tuple[int, ...]]
 
 
 def is_special(value: int) -> bool:
-    """Tell whether a value is of a page that has to be decoded."""
+    """Return whether a value is of a page that has to be decoded."""
     return value < MISSING
 
 

@@ -46,7 +46,7 @@ class Placement:
         self.assumptions.append(Assumption(text, tuple(ranges), order))
 
     def put(self, region: Region, reason: str) -> bool:
-        """Place a region unless something else is there already; tell whether it was placed."""
+        """Place a region unless something else is there already; return whether it was placed."""
         if region.end > ADDRESSES or any(
             region.address < other.end and other.address < region.end for other in self.regions
         ):

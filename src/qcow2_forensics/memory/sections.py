@@ -81,7 +81,7 @@ class _Walker:
             pass
 
     def _section(self) -> bool:
-        """Read one section; tell whether RAM is complete and its devices begin here."""
+        """Read one section; return whether RAM is complete and its devices begin here."""
         cursor = self.cursor
         cursor.step()
         at = cursor.position

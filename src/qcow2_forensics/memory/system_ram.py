@@ -181,7 +181,7 @@ def _by_nodes(found: list[Block], ranges: Sequence[Affinity], facts: Facts, made
 
 
 def _holds_firmware(block: Block, facts: Facts) -> bool:
-    """Tell whether a PC's reset jump and the date after it are 16 bytes below 1 MiB of the block."""
+    """Return whether a PC's reset jump and the date after it are 16 bytes below 1 MiB of the block."""
     if block.size < _HOLE[1]:
         return False
     return _RESET_VECTOR.match(facts.read_block(block.name, _HOLE[1] - 16, 16)) is not None

@@ -47,7 +47,7 @@ def dirty_totals(image: Image, bitmap: BitmapEntry, known: dict[int, ClusterBits
     bitmaps, by host offset, and takes in what is read.
     """
     disk_size, granularity = image.disk_size, 1 << bitmap.granularity_bits
-    most = -(-disk_size // granularity)  # bits that stand for a place on the disk
+    most = -(-disk_size // granularity)  # bits that mark a place on the disk
     per_cluster = image.cluster_size * 8
     known = {} if known is None else known
     known.setdefault(0, _cluster_bits((1 << per_cluster) - 1, per_cluster))  # no cluster: all ones
@@ -103,7 +103,7 @@ def _set_bits(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]:
 
 
 def _clusters(image: Image, bitmap: BitmapEntry) -> Iterator[tuple[int, int]]:
-    """Yield (index, host offset) of the clusters that have set bits, as far as the table tells: 0 is all ones."""
+    """Yield (index, host offset) of the clusters that have set bits, as far as the table shows: 0 is all ones."""
     limits, cluster_size = image.limits, image.cluster_size
     if not 9 <= bitmap.granularity_bits <= 63:
         raise FormatError(f"bitmap granularity 2^{bitmap.granularity_bits}", offset=bitmap.offset)

@@ -2,6 +2,7 @@
 
 A :class:`Disk` refuses to guess: opening it raises the first problem that makes reading unsound,
 and a read that meets bytes it cannot vouch for raises, naming the structure and the file offset.
+Longer than other modules: one class, whose ways to read share what the last read found; a call between them would show.
 """
 
 from __future__ import annotations

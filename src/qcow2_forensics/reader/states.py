@@ -12,7 +12,7 @@
                                                   recovered:N  a state put together from what is left of
                                                                a damaged image, 1 the best
 
-Where ranges are asked for, ``bitmap:NAME`` stands for what a persistent bitmap marks: :func:`find_bitmap`.
+Where ranges are asked for, ``bitmap:NAME`` means what a persistent bitmap marks: :func:`find_bitmap`.
 
 IDs and names are chosen by whoever made the image, so they may equal each other or one of these
 words. A text with two meanings is refused, with an unambiguous spelling of each. ``=`` in front
@@ -57,7 +57,7 @@ _SHOWN = 64  # characters of an ID or name in a list of choices
 
 
 class Backing(NamedTuple):
-    """The disk below the image: a state that no entry stands for."""
+    """The disk below the image: a state that has no entry."""
 
 
 class Leftover(NamedTuple):

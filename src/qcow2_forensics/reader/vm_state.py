@@ -41,7 +41,7 @@ def leftover_offset(disk: Disk) -> int | None:
 
 
 def has_leftover(disk: Disk) -> bool:
-    """Tell whether what lies behind the disk begins as a migration stream; True where it is encrypted and locked."""
+    """Return whether what lies behind the disk begins as a migration stream; True where it is encrypted and locked."""
     header = disk.image.header
     if not leftover_size(disk):
         return False

@@ -37,7 +37,7 @@ Path_ = str | os.PathLike[str]
 
 
 class OutputExists(Qcow2Error):
-    """An output file is already there and nobody said to replace it."""
+    """An output file is already there and replacing it was not asked for."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"{cut(str(path))} exists; use --force to replace it")

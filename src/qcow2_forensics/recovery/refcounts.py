@@ -50,7 +50,7 @@ def find_refcounts(source: Source, tables: list[int], cluster_size: int, in_use:
 
     A table is believed where it counts itself and most of ``in_use``.
     """
-    for table in reversed(tables):  # a grown table is written behind the former one
+    for table in reversed(tables):  # a grown table is written after the former one
         for order in _ORDERS:
             found = FoundRefcounts(source, table, cluster_size, cluster_size, order)
             counted = sum(1 for offset in in_use if found.of(offset))

@@ -27,7 +27,7 @@ class L1Candidate(NamedTuple):
     offset: int
     targets: U64
     copied: int  # entries with the COPIED flag: the active state's, mostly
-    sure: int  # entries from the first on that certainly are of this table, not of one behind it
+    sure: int  # entries from the first on that certainly are of this table, not of the one that follows
 
 
 class FoundTables(NamedTuple):
@@ -115,7 +115,7 @@ def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
 def _classify(
     source: Source, geometry: Geometry, found: _Rows, snapshot_tables: Container[int]
 ) -> tuple[list[L1Candidate], list[int]]:
-    """Return the L1 tables and refcount tables among the tables: told from L2 tables by what they name."""
+    """Return the L1 tables and refcount tables among the tables; what they name distinguishes them from L2 tables."""
     l1: list[L1Candidate] = []
     refcount_tables: list[int] = []
     l2 = found.offsets[found.l2_form]

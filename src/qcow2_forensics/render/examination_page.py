@@ -149,7 +149,7 @@ def _states(parts: Sequence[Part]) -> Iterator[str]:
 
 
 def _rows_of(parts: Sequence[Part], kind: str) -> list[Mapping[str, Any]] | None:
-    """Return what a part lists; None where nobody can tell."""
+    """Return what a part lists; None where that is unknown."""
     found = next((part for part in parts if part["kind"] == kind), None)
     return None if found is None else found["facts"].get("rows")
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _SHORTEST_TEXT = 4  # bytes
 _LINE_BREAKS = dict.fromkeys(map(ord, "\r\n\t"))  # not printable, and in every text
 _WEAK = "boot sector"  # two bytes alone: one cluster of random bytes in 65,536 has them
-NO_START = ("", _WEAK)  # what :func:`signature` says of bytes that start no file for certain
+NO_START = ("", _WEAK)  # what :func:`signature` returns for bytes that start no file for certain
 
 # (offset, magic, name), most specific first. Names are what an examiner calls the thing.
 SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -114,7 +114,7 @@ def entropies(counts: np.ndarray) -> np.ndarray:
 
 
 def signatures(data: np.ndarray) -> dict[int, str]:
-    """Return what :func:`signature` says of rows of bytes, those left out of which it says nothing."""
+    """Return what :func:`signature` returns for rows of bytes; rows without a signature are left out."""
     import numpy as np
 
     found = np.full(len(data), -1)

@@ -160,5 +160,5 @@ def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
 
 def _told(item: DeletedSnapshot) -> str:
     entry = item.entry
-    state = item.told if item.is_gone else f"{item.told}, open as {item.selector}"
+    state = item.what_is_left if item.is_gone else f"{item.what_is_left}, open as {item.selector}"
     return f"deleted snapshot {printable(entry.id)} ({printable(entry.name)}): {state}"

@@ -65,7 +65,7 @@ def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[S
     After this the image answers for this one state only: it is for a disk of its own. Raises
     :class:`FormatError` when the L1 table is gone, also to a later one of the ``former`` snapshots.
     """
-    # What the header names is read before the guard stands, in case a crafted entry maps it.
+    # What the header names is read before the guard is in place, in case a crafted entry maps it.
     _ = image.problems, image.backing_name, image.crypto_header
     refusals = Refusals(image.cluster_size)
     examination = _Examination(_Examiner(image, census, False), entry, refusals)
@@ -109,7 +109,7 @@ class _Live(NamedTuple):
         return _Live(self.slots[places], self.offsets[places], self.dates[places])
 
     def of(self, slots: Counts) -> tuple[Counts, Counts]:
-        """Return which of some slots, rising, and which table, for every table that stands in one of them."""
+        """Return which of some slots, rising, and which table, for every table that is in one of them."""
         first = np.searchsorted(self.slots, slots)
         counts = np.searchsorted(self.slots, slots, "right") - first
         rows = np.repeat(np.arange(len(slots)), counts)
@@ -249,7 +249,7 @@ class _Examination:
             return None
         examiner.l1_bytes.spend(length)
         data = self._image.read(first, length)
-        # Of zeros nobody can tell whether the disk was empty or the table wiped: not every file system keeps
+        # Zeros do not show whether the disk was empty or the table wiped: not every file system keeps
         # a discarded table as a hole, and no copy has to.
         words = big_endian(data)
         sound = structure_detection.l1_rows(words.reshape(1, -1), examiner.geometry).tables[0]
@@ -327,7 +327,7 @@ class _Examination:
         self._refuse(PUNCHED, hosts[free[holes]], guests[free[holes]])
 
     def _packed(self, slots: Counts, columns: Columns, mapped: Mask, kept: Mask) -> None:
-        """Count the compressed clusters that a live state maps too; the others are told when all such are known."""
+        """Count the compressed clusters that a live state maps too; the others are counted when all such are known."""
         packed = columns.compressed
         self._counts["compressed"] += int((packed & mapped).sum())
         for which, mark in ((packed & mapped, _MAPPED), (packed & kept, _KEPT)):
@@ -351,9 +351,9 @@ class _Examination:
         return self._examiner.census.index_map.of(numbers.astype(np.uint64))
 
     def _streams_left(self, slots: Counts, offsets: Words) -> None:
-        """Tell the compressed clusters no live state maps: whole only in host clusters that were never let go.
+        """Count the compressed clusters no live state maps: whole only in host clusters that were never let go.
 
-        QEMU writes streams one behind the other, and never over one while its host cluster holds
+        QEMU writes streams one after the other, and never over one while its host cluster holds
         another that is in use. A stream that the entry and a live state share is one of those; yet
         the active state may have let go of all of them, and have put one of the same length there since.
         """
@@ -391,13 +391,13 @@ class _Examination:
         return guests
 
     def _refuse(self, reason: int, hosts: Words, guests: Counts, length: int | None = None) -> None:
-        """Have host clusters refused, and the guest bytes behind them counted."""
+        """Have host clusters refused, and the guest bytes they hold counted."""
         self._unreadable += self._bytes(guests, length)
         if self._refusals is not None:
             self._refusals.add_clusters(reason, hosts)
 
     def _bytes(self, guests: Counts, length: int | None = None) -> int:
-        """Return how many bytes of the disk stand at guest offsets, a cluster at each if nothing else is said."""
+        """Return how many bytes of the disk are at guest offsets: a cluster at each, unless ``length`` says otherwise."""
         return int(np.clip(self._size - guests, 0, length or self._cluster_size).sum())
 
 

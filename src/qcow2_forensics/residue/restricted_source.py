@@ -20,7 +20,7 @@ _REASONS = (
     "this cluster of the deleted snapshot has been reused by something else",
     "this cluster of the deleted snapshot is a hole in the file now",
 )
-_UNSORTED = 1 << 18  # clusters gathered before they are told apart: crafted tables name the same ones over and over
+_UNSORTED = 1 << 18  # clusters gathered before duplicates are removed: crafted tables name the same ones over and over
 
 
 class Refusals:

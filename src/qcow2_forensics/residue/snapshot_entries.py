@@ -22,7 +22,7 @@ from ..format.snapshot_table import SnapshotEntry
 from ..text import cut
 
 BOGUS = 4  # rank of an L1 table whose entries are none
-_L1_HEAD = 512  # bytes of a former L1 table that tell whether it leads anywhere
+_L1_HEAD = 512  # bytes of a former L1 table that show whether it leads anywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class DeletedSnapshot:
         return self.rewritable_bytes / self.disk_bytes if self.disk_bytes else 0.0
 
     @property
-    def told(self) -> str:
+    def what_is_left(self) -> str:
         """How much can be read, and how much of that may be newer, in words."""
         if not self.l1_intact:
             return "its tables are gone" if self.followed else "not followed: too many tables"
