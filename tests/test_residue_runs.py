@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.residue import content, residue
-from qcow2_forensics.residue.runs import HostRange, piece_of, pieces
+from qcow2_forensics.residue.host_ranges import HostRange, piece_of, pieces
 from tests import qemu
 from tests.matrix import commands
 from tests.test_residue_pieces import unwritten

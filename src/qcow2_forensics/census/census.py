@@ -144,8 +144,13 @@ class Census:
 
     def is_claimed(self, clusters: npt.NDArray[np.integer]) -> Mask:
         """Return which of some host clusters, all inside the file, anything refers to."""
-        claimed: Mask = self._claims.owners[self.index_map.of(clusters.astype(np.uint64))] != 0
+        claimed: Mask = self.owners(clusters) != 0
         return claimed
+
+    def owners(self, clusters: npt.NDArray[np.integer]) -> Values:
+        """Return the :class:`Owner` bits of some host clusters, all inside the file."""
+        found: Values = self._claims.owners[self.index_map.of(clusters.astype(np.uint64))]
+        return found
 
     def owner_parts(self) -> Iterator[tuple[int, Values]]:
         """Yield (first cluster, :class:`Owner` bits of it and those after it), tiling the host file."""

@@ -22,8 +22,8 @@ from ..format.image import Image
 from ..format.source import Source
 from ..reader.host_holes import host_runs
 from ..reader.mapping import L1_PAGE, Mapping
+from .host_ranges import HostRange, pieces
 from .model import Piece
-from .runs import HostRange, pieces
 
 _SHOWN, _ZEROS, _NOTHING = range(3)
 _KINDS = {_ZEROS: "zero-flagged", _NOTHING: "unmapped"}

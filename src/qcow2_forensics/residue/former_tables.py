@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..census import Census
+from ..census import Census, Owner
 from ..census.columns import has_copied
 from ..format.bitmap_directory import BitmapEntry
 from ..format.image import Image
@@ -21,6 +21,9 @@ from .structure_detection import Bytes, Counts, Geometry, Mask, Words
 # What a cluster may look like, rising: the last of several that apply is reported.
 LOOKS = ("data", "refcounts", "l2", "l1", "refcount-table", "bitmap-directory", "snapshot-table")
 _REFCOUNTS, _L2, _L1, _REFCOUNT_TABLE, _BITMAPS, _SNAPSHOTS = range(1, len(LOOKS))
+
+_LEVEL2 = Owner.L2 | Owner.SNAPSHOT_L2
+_TABLES = _LEVEL2 | Owner.REFCOUNT_BLOCK
 
 
 class Clusters(NamedTuple):
@@ -146,11 +149,18 @@ class Recogniser:
             return looks
         places = np.flatnonzero(found.targets)
         places = places[_nth(places // words.shape[1]) < FORMER_L1_TARGETS]
-        seen = self.targets.look(self._numbers(found.targets.reshape(-1)[places]))
+        numbers = self._numbers(found.targets.reshape(-1)[places])
+        seen, owners = self.targets.look(numbers), self._census.owners(numbers)
         firsts = np.flatnonzero(_nth(places // words.shape[1]) == 0)  # each row has one
         looks[np.logical_and.reduceat((seen & IS_L2) != 0, firsts)] = _L1
-        flagged = has_copied(words.reshape(-1)[places[firsts]])
-        looks[~flagged & ((seen[firsts] & IS_REFCOUNTS) != 0)] = _REFCOUNT_TABLE  # which has no flags
+        # A refcount table has no flags. A target that is something else by now says nothing.
+        flagged = has_copied(words.reshape(-1)[places])
+        counts = (seen & IS_REFCOUNTS) != 0
+        kept = ((seen & HOLDS_BYTES) != 0) & ((owners & ~np.uint16(_TABLES)) == 0)
+        blocks = counts & kept & ((owners & np.uint16(_LEVEL2)) == 0)
+        counted = np.logical_or.reduceat(blocks, firsts) & ~np.logical_or.reduceat(kept & ~blocks, firsts)
+        counted &= ~np.logical_or.reduceat(flagged, firsts)
+        looks[counted | (counts & ~flagged)[firsts]] = _REFCOUNT_TABLE
         return looks
 
     def _intact(self, targets: Words) -> Counts:

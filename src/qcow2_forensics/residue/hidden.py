@@ -19,8 +19,8 @@ from ..format.image import Image
 from ..format.source import Source
 from ..reader.host_holes import host_runs
 from . import live_mappings
+from .host_ranges import HostRange, piece_of, pieces
 from .model import Piece
-from .runs import HostRange, piece_of, pieces
 from .structure_detection import Words
 
 Flags = npt.NDArray[np.bool_]

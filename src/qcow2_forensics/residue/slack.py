@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from ..format.extensions import BITMAPS_EXTENSION, ExtensionType, parse_bitmaps_extension
 from ..format.header import V2_HEADER_LENGTH, padded
 from ..format.image import Image
+from .host_ranges import piece_of
 from .model import Piece
-from .runs import piece_of
 
 # What old versions of QEMU left behind a version 2 header: refcount_order 4 and header_length 104,
 # as if it were version 3.

@@ -21,8 +21,8 @@ from ..format.codecs import Codec, codec_of
 from ..format.entries import compressed_descriptor
 from ..format.image import Image
 from ..limits import FORMER_STREAM_PLACES, Budget
+from .host_ranges import piece_of
 from .model import Piece
-from .runs import piece_of
 
 _START = 1 << 14  # bytes: what beginning a stream costs at least, however small a cluster is
 
