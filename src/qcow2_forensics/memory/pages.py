@@ -59,7 +59,7 @@ class RamBlock:
 
 @dataclass(slots=True)
 class RamRecords:
-    """Everything the RAM sections said: fills up while the stream is read."""
+    """What the RAM sections hold: fills up while the stream is read."""
 
     limits: Limits
     page_size: int = 4096
