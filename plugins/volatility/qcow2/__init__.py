@@ -1,4 +1,4 @@
-"""QCOW2 images inside Volatility 3: memory of any snapshot, and what the image itself tells.
+"""QCOW2 images inside Volatility 3: memory of any snapshot, and what the image itself shows.
 
 This folder goes on Volatility's plugin path, where its name is ``volatility3.plugins.qcow2``::
 

@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a plugin said: the names of its columns, and rows of words."""
+    """What a plugin printed: the names of its columns, and rows of words."""
 
     columns: Values
     rows: list[Values]

@@ -15,7 +15,7 @@ def choose(image: Image, wanted: str | None, title: str) -> MemoryChoice | None:
     """Return the state to analyse, as the core chooses it, with warnings of what else there is."""
     from qcow2_forensics import choose_memory, memory_snapshots
 
-    tell_problems(image, title)
+    warn_of_problems(image, title)
     chosen = choose_memory(image, wanted)
     if wanted is not None or chosen is None:
         return chosen
@@ -34,7 +34,7 @@ def choose(image: Image, wanted: str | None, title: str) -> MemoryChoice | None:
     return chosen
 
 
-def tell_problems(image: Image, title: str) -> None:
+def warn_of_problems(image: Image, title: str) -> None:
     """Warn of snapshots that may be missing from the list, because their table cannot be read."""
     for problem in image.problems:
         if "snapshots" in problem.blocks:

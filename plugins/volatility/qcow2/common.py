@@ -87,7 +87,7 @@ class LayerSource:
 
 
 def _identity(path: str | None) -> tuple[int, int] | None:
-    """Return what tells a local file from any other, None where there is none."""
+    """Return what identifies a local file, None where there is none."""
     try:
         status = os.stat(path) if path is not None else None
     except (OSError, ValueError):
@@ -141,7 +141,7 @@ class ViewLayer(interfaces.layers.TranslationLayerInterface):
         try:
             self._view = self._make_view()
         except (Qcow2Error, ImportError) as error:
-            # Volatility swallows what a constructor raises, so it is said here.
+            # Volatility swallows what a constructor raises, so this warning is what the user sees.
             warn(f"{self._title()}: {error}")
             raise exceptions.LayerException(self.name, str(error)) from error
 

@@ -1,4 +1,4 @@
-"""What a virtual disk holds, told from its first bytes: an ordinary disk, or perhaps a memory dump."""
+"""What a virtual disk holds, by its first bytes: an ordinary disk, or perhaps a memory dump."""
 
 from __future__ import annotations
 

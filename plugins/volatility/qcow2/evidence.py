@@ -139,7 +139,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             yield Stream(stream, None, *index_cache.identify(source.layer), self._layout())
             return
         image = open_image(source)
-        choice.tell_problems(image, printable(source.name))
+        choice.warn_of_problems(image, printable(source.name))
         left = leftover_vm_state(image)  # also maps what a snapshot of just now holds
         held: list[SnapshotEntry | str] = [*memory_snapshots(image)]
         if left is not None:

@@ -61,7 +61,7 @@ def index_memory(stream: Source, key: str | None, layout: str | None = None, *, 
 
 
 def identify(layer: interfaces.layers.DataLayerInterface) -> tuple[str | None, bool]:
-    """Return a key for the bytes of a layer, None when nothing tells them, and whether they are local files.
+    """Return a key for the bytes of a layer, None when nothing identifies them, and whether they are local files.
 
     The key is made of the configuration of the layer and what the file system says about its files.
     """

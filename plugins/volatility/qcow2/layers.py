@@ -32,7 +32,7 @@ class Qcow2VmStateLayer(ViewLayer):
 
         source = LayerSource(self.context.layers[self._base_layer])
         state = open_vm_state(source, self.config.get("snapshot", None), passphrase(self.context))
-        state.read(0, 4)  # an encrypted image without its key is told now, not at the first page
+        state.read(0, 4)  # an encrypted image without its key fails here, not at the first page
         return state
 
     def _title(self) -> str:
@@ -125,7 +125,7 @@ class Qcow2DiskLayer(ViewLayer):
 def _mapped(layer: ViewLayer, runs: Iterable[Run], offset: int, length: int, ignore_errors: bool) -> Iterator[Mapped]:
     """Yield runs as Volatility's mappings; what the image does not store is one byte of its start.
 
-    The bytes of encrypted and compressed runs are not those of the base layer: ``read`` tells them.
+    The bytes of encrypted and compressed runs are not those of the base layer: only ``read`` gives them.
     """
     done = offset
     for run in runs:

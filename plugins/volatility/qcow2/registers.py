@@ -36,7 +36,7 @@ class Registers(EvidencePlugin):
 
         memory = self.stream().memory()
         if not memory.cpus:
-            common.warn("the memory stream tells nothing about its processors")
+            common.warn("the memory stream does not describe its processors")
         wanted = {name.lower() for name in self.config.get("register", None) or ()}
         for cpu in memory.cpus:
             for name, value in cpu.registers.items():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qcow2_forensics import Finder, GuestMemory, Match
 
 _SHOWN = 128  # bytes of a match
-_SHORTEST = 6  # characters of a string, unless said otherwise
+_SHORTEST = 6  # characters of a string, by default
 _PRINTABLE = rb"[\x20-\x7e\t]"
 
 

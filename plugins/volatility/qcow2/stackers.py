@@ -48,7 +48,7 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         except Qcow2Error as error:
             common.warn(f"{title}: {error}")
         except exceptions.LayerException:
-            pass  # the layer has said why
+            pass  # the layer has warned of the reason
         return None
 
 
@@ -76,7 +76,7 @@ class QemuRamStacker(interfaces.automagic.StackerLayerInterface):
             _warn_of_symbols(layer)
             return layer
         except exceptions.LayerException:
-            return None  # the layer has said why
+            return None  # the layer has warned of the reason
 
 
 def _warn_of_symbols(layer: common.ViewLayer) -> None:
