@@ -12,7 +12,9 @@ import pytest
 import qcow2_forensics
 from qcow2_forensics.findings import TOOL, Evidence, Finding, Report, Severity
 from qcow2_forensics.render import FORMATS, evidence_line, render
+from qcow2_forensics.render.state_tree import STATES
 from qcow2_forensics.text import cell, columns, shown_value, size, wrap
+from tests.pages import check_page
 
 HOSTILE = "\x1b[31m<script>alert(1)</script>\u202egpj\x00=cmd|'/C calc'!A0 & \"q\" \udcff"
 
@@ -78,6 +80,23 @@ def test_every_tag_of_the_page_is_closed_in_order_and_none_has_a_handler() -> No
     parser = _Tags()
     parser.feed(render(hostile_report(), "html"))
     assert parser.open == []
+
+
+def test_rows_of_folded_findings_lead_to_the_states_and_squares_that_are_drawn() -> None:
+    number = STATES + 5
+    states = [{"kind": "snapshot", "id": f"id{n}", "name": f"n{n}", "parent": None} for n in range(number)]
+    picture = {"cluster_size": 512, "per_cell": 1, "owners": [["free", "Free"]], "counts": [4], "cells": [[[0, 1]]] * 4}
+    findings = [
+        Finding("QCOW2-SNAPSHOT", Severity.LOW, "t", "n", (Evidence("id", f"id{n}", 512, 8, snapshot=f"id{n}"),))
+        for n in range(number)
+    ]
+    other = Finding("QCOW2-X", Severity.HIGH, "t", "n", (Evidence("host", 1, 1024, 8, snapshot=f"id{number - 1}"),))
+    details = {"map": picture, "lineage": {"states": states}}
+    page = check_page(render(Report({"path": "disk"}, (other, *findings), None, "deep", details), "html"))
+    assert "#s0" in page.links
+    assert f"#s{STATES - 1}" in page.links
+    assert "#c2" in page.links
+    assert "#f0" in page.links
 
 
 def test_healthy_image_fits_on_one_screen() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..findings import Evidence, Finding, Report
 from .allocation_map import starts_of_squares
+from .state_tree import STATES
 
 _SNAPSHOT = "QCOW2-SNAPSHOT"
 
@@ -27,7 +28,7 @@ class Anchors:
         self.squares = self._squares(report.findings)
         self._starts: Sequence[int] = starts_of_squares(picture["cells"], self.squares) if self._count else ()
         states = lineage.get("states", ())
-        shown = states if len(states) > 1 else ()
+        shown = states[:STATES] if len(states) > 1 else ()
         self._states = {str(state.get("id")): row for row, state in enumerate(shown) if state.get("id")}
         self.states = self._findings_of_states(report.findings)
 

@@ -134,6 +134,8 @@ def _folded(findings: Sequence[Finding], report: Report, anchors: Anchors) -> It
         for field in fields:
             item = values.get(field)
             shown = "" if item is None else html_only(shown_value(field, item.value))
+            if item is not None:  # what names a state leads to it, anything else to its place in the file
+                shown = _link((field in ("id", "name") and anchors.state(item)) or anchors.square(item), shown)
             cells.append(f"<td data-l='{markup(field)}'>{shown}</td>")
         yield f'<tr id="{anchors.finding(finding)}">{"".join(cells)}</tr>'
     yield "</tbody></table></div></details></article>"
