@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +303,19 @@ def test_ctrl_c_leaves_nothing_behind(case: Path, tmp_path: Path, run: Run, monk
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_full_disk_ends_the_examination_and_leaves_nothing_behind(
+    case: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_examine_parts.residue, "write_folder", full)
+    before = sorted(tmp_path.iterdir())
+    _, err = run(case, tmp_path / "out", "--no-files", code=2)
+    assert err == f"qcow2-forensics: {os.strerror(errno.ENOSPC)}\n"
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a signal to a process is of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -343,6 +358,24 @@ def test_the_case_names_the_kernel_of_both_memories(evidence: EvidenceCase, tmp_
     assert [facts["snapshot"] for facts in memories] == ["1 (before-incident)", "2 (during-incident)"]
     assert all("6.1.0-56-cloud-amd64" in facts["kernel"]["identity"] for facts in memories)
     assert any("qcow2.changes" in item["command"] for item in data_of(tmp_path / "out")["next"])
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_deleted_snapshot_is_looked_at_too(evidence: EvidenceCase, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "case.qcow2"
+    shutil.copyfile(evidence.image, path)
+    qemu.snapshot(path, "during-incident", action="-d", opts={"pass-discard-snapshot": "off"})
+    out, _ = run(path, tmp_path / "out", "--no-files")
+    memories = [part for part in data_of(tmp_path / "out")["parts"] if part["kind"] == "memory"]
+    assert [part["title"] for part in memories] == [
+        "memory of before-incident",
+        "memory of the deleted snapshot during-incident",
+    ]
+    deleted = memories[1]
+    assert deleted["facts"] or "cannot be opened any more" in deleted["notes"][0]
+    check_folder(tmp_path / "out")
+    assert "memory of the deleted snapshot during-incident" in (tmp_path / "out" / "index.html").read_text().lower()
+    assert out
 
 
 def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 from collections import Counter
@@ -161,6 +162,14 @@ def run_memory(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     return Outcome(0 if facts["complete"] else 2, (f"{stem}.json",), tuple(notes), facts)
 
 
+def run_deleted_memory(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+    """Say what the memory of a deleted snapshot is; that it is gone is an answer too."""
+    try:
+        return run_memory(args, folder, stem)
+    except Qcow2Error as error:
+        return Outcome(0, notes=(f"it cannot be opened any more: {error}",))
+
+
 def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     """Index what nothing points at, and write the pieces where that was asked for."""
     args.folder = str(folder / stem)
@@ -185,6 +194,8 @@ def attempt(work: Work, args: argparse.Namespace, folder: Path, stem: str) -> Ou
     except Qcow2Error as error:
         return Outcome(2, notes=(str(error),))
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # nothing that follows could be written either
         name = f"{error.filename}: " if error.filename else ""
         return Outcome(2, notes=(printable(f"{name}{error.strerror or reason(error)}"),))
     except ImportError as error:

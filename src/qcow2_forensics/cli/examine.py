@@ -200,6 +200,8 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
             sys.stderr.write(f"\r[{number}/{len(steps)}] {printable(f'{path}: {step.title}', 60)}\x1b[K")
             sys.stderr.flush()
         done.append(_run(step, asked, folder))
+        if step.kind == "snapshots":  # only now it is known which deleted ones there are
+            steps += _deleted_memories(args, path, done[-1]["facts"].get("rows") or (), unseen)
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
     if _stamp(path) != before:
@@ -286,7 +288,7 @@ def _without_next(run_facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
     """Return the parts to run over an image, and why some are not."""
-    typed = f"./{path}" if path.startswith("-") else path
+    typed = _typed(path)
     keys = _options(args, "passphrase_file")
     folders = _options(args, "backing_dir")
     case = _options(args, "case", "examiner", "note")
@@ -330,6 +332,25 @@ def _plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
 
 def _snapshots(kind: str, title: str, path: str, *options: str) -> Step:
     return Step(kind, title, kind, ("snapshots", path, *options, "--format", "json"), parts.run_snapshots)
+
+
+def _deleted_memories(args: Namespace, path: str, rows: Iterable[Mapping[str, Any]], unseen: list[str]) -> list[Step]:
+    """Return the parts for deleted snapshots that held memory."""
+    held = [row for row in rows if row.get("deleted") and row["open_as"] and row["vm_state_size"]]
+    if len(held) > _MEMORIES:
+        unseen.append(f"the memories of {len(held) - _MEMORIES} deleted snapshots: there are too many")
+    steps = []
+    for number, row in enumerate(held[:_MEMORIES], 1):
+        keys = _options(args, "passphrase_file")
+        command = ("memory", _typed(path), f"--snapshot={row['open_as']}", "--summary", "json", *keys)
+        title = f"memory of the deleted snapshot {row['name'] or row['id']}"
+        steps.append(Step("memory", title, f"memory-deleted-{number}", command, parts.run_deleted_memory))
+    return steps
+
+
+def _typed(path: str) -> str:
+    """Return a path that no command takes for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _with_files(args: Namespace, unseen: list[str]) -> bool:
