@@ -254,6 +254,15 @@ def test_pairs_and_memories_above_a_bound_are_counted(
     ]
 
 
+@pytest.mark.parametrize(("threshold", "code"), [("high", 0), ("medium", 1)])
+def test_findings_at_the_threshold_give_exit_code_1(
+    threshold: str, code: int, case: Path, tmp_path: Path, run: Run
+) -> None:
+    run(case, tmp_path / "out", "--no-files", "--fail-on", threshold, code=code)
+    assert (tmp_path / "out" / "index.html").exists()
+    assert data_of(tmp_path / "out")["exit_code"] == 0  # everything was looked at
+
+
 # --- folders ---------------------------------------------------------------------------------------
 
 

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qcow2_forensics.cli import demo, main
+from qcow2_forensics.render.allocation_map import draw_map
+from qcow2_forensics.render.difference_map import difference_map
 from qcow2_forensics.render.difference_page import FILES, RANGES, FileRow, render_difference
 from qcow2_forensics.render.timeline_page import ROWS, render_timeline
 from tests.pages import check_page
@@ -125,3 +129,22 @@ def test_case_facts_are_in_the_json_of_a_difference_when_they_are_given(case: Pa
     run_facts = json.loads(run(*options, "--case", HOSTILE.replace("\0", "")))["run"]
     assert run_facts["case"] == HOSTILE.replace("\0", "")
     assert run_facts["files"] == [{"path": str(case)}]
+
+
+@given(
+    st.integers(1, 1 << 40),
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 5000), st.sampled_from(["changed", "added"])), max_size=20),
+)
+def test_the_squares_of_a_difference_hold_every_sector_once(disk_size: int, pieces: list[tuple[int, int, str]]) -> None:
+    sectors = -(-disk_size // 512)
+    ranges, at = [], 0
+    for gap, length, change in pieces:
+        at += gap
+        ranges.append({"offset": at * 512, "length": length * 512, "change": change})
+        at += length
+    picture = difference_map(disk_size, ranges)
+    assert len(picture["cells"]) <= 1024
+    assert sum(count for cell in picture["cells"] for _, count in cell) == sectors == sum(picture["counts"])
+    inside = sum(max(0, min(r["offset"] + r["length"], sectors * 512) - r["offset"]) // 512 for r in ranges)
+    assert sum(count for cell in picture["cells"] for owner, count in cell if owner) == inside
+    check_page(draw_map(picture) + "default-src 'none'")

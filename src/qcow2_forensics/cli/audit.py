@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--fail-on",
         metavar="SEVERITY",
-        type=_severity,
+        type=severity_of,
         help="exit with 1 when a finding is at or above info, low, medium, high or critical (default: never)",
     )
     parser.add_argument(
@@ -87,7 +87,8 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _severity(text: str) -> Severity:
+def severity_of(text: str) -> Severity:
+    """Return the severity that an option names."""
     try:
         return Severity.parse(text)
     except ValueError as error:

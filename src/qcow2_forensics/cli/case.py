@@ -9,6 +9,7 @@ They go onto pages, into JSON, and into the files beside an export, a memory or 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from importlib import metadata
 from typing import Any
 
 from ..errors import Qcow2Error
@@ -30,6 +32,7 @@ from ..text import iso_time
 from .output import Progress
 
 _PIECE = 4 * MiB
+_LIBRARIES = ("numpy", "backports.zstd", "pytsk3", "dfvfs")
 
 # --- options -------------------------------------------------------------------------------------
 
@@ -80,9 +83,17 @@ def run_of(
         "command": command_of(args),
         "tool": TOOL,
         "system": f"Python {platform.python_version()}, {platform.system()} {platform.release()}",
+        "libraries": ", ".join(_libraries()),
         "files": files_of(paths, hashed=hashed),
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _libraries() -> Iterator[str]:
+    """Yield the libraries that have a part in what is found, with their versions."""
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield f"{name} {metadata.version(name)}"
 
 
 def files_of(paths: Iterable[str], *, hashed: bool) -> list[dict[str, Any]]:

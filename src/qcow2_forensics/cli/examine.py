@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 
 from ..errors import Qcow2Error
 from ..files.volumes import need_back_end
+from ..findings import Severity
 from ..reader.writer import whole_folder
 from ..text import cut, plural, printable
 from . import _examine_parts as parts
 from . import _files
 from ._messages import Messages
+from .audit import severity_of
 from .case import add_case_arguments, command_of, run_of
 from .options import add_disk_arguments, bytes_of, open_from, repeat_notes
 
@@ -43,7 +45,7 @@ _EPILOG = """examples:
 
 Open DIR/index.html. The folder gets its name when everything is written: Ctrl-C leaves nothing behind.
 
-exit codes: 0 everything was looked at, 2 something could not be: the page and standard error say what and why
+exit codes: 0 everything was looked at, 1 findings at or above --fail-on, 2 something could not be: the page and standard error say what and why
 """
 
 _SCHEMA = 1
@@ -94,6 +96,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--limit", metavar="BYTES", type=bytes_of, help="with --pieces: stop writing files after so many bytes"
     )
+    parser.add_argument(
+        "--fail-on",
+        metavar="SEVERITY",
+        type=severity_of,
+        help="exit with 1 when a finding is at or above info, low, medium, high or critical (default: never)",
+    )
     add_case_arguments(parser)
     add_disk_arguments(parser, snapshot=False)
     _files.add_guest_arguments(parser)
@@ -122,6 +130,8 @@ def run(args: Namespace) -> int:
     for data in done:
         _print_summary(data, several=len(done) > 1)
     print(f"{printable(str(target / 'index.html'))}: open it in a browser")
+    if args.fail_on is not None and any(_worst(data) >= args.fail_on for data in done):
+        return 1
     return 2 if any(data["not_looked_at"] for data in done) else 0
 
 
@@ -261,6 +271,12 @@ def _run(step: Step, asked: Sequence[bytes], folder: Path) -> dict[str, Any]:
 def _audited(done: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the audit gave, empty when it gave nothing."""
     return next((part["facts"] for part in done if part["kind"] == "audit"), {})
+
+
+def _worst(data: Mapping[str, Any]) -> int:
+    """Return the severity of the worst finding of an image, -1 without findings."""
+    counts = _audited(data["parts"]).get("severities", {})
+    return max((int(Severity.parse(name)) for name, count in counts.items() if count), default=-1)
 
 
 def _unlock(args: Namespace, path: str) -> list[bytes]:

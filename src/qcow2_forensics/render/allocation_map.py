@@ -1,10 +1,11 @@
-"""The host file as a picture: one square per group of clusters, coloured by who owns them.
+"""A file or a disk as a picture: one square per group of clusters, coloured by who owns them.
 
 Takes the ``map`` entry of a report's details::
 
     {"cluster_size": 65536, "per_cell": 1, "owners": [["header", "Header"], ...],
      "counts": [1, 12, ...],                       # clusters per owner, in the order of owners
-     "cells": [[[owner index, clusters], ...], ...]}
+     "cells": [[[owner index, clusters], ...], ...],
+     "unit": "cluster", "of": "host file"}         # in words; these are the defaults
 
 A square that several owners share is split among them; a share is never thinner than an eighth,
 so that one leaked cluster among a thousand stays visible.
@@ -45,14 +46,16 @@ def draw_map(data: Mapping[str, Any], links: Mapping[int, str] | None = None) ->
     rows = -(-len(cells) // CELLS_PER_ROW)
     width = _LEFT + CELLS_PER_ROW * _SIDE
     height = max(rows, 1) * _SIDE
+    unit, of = data.get("unit", "cluster"), data.get("of", "host file")
     parts = [
-        f'<div class="wide"><svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="Map of the host file">',
+        f'<div class="wide"><svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="Map of the {of}">',
         *_row_labels(rows, step),
-        *_squares(cells, owners, step, links or {}),
+        *_squares(cells, owners, step, links or {}, unit),
         "</svg></div>",
     ]
-    covers = "one cluster" if per_cell == 1 else f"{per_cell} clusters"
-    caption = f"<p class='quiet'>Each square is {covers} ({size(step)}); rows are labelled with file offsets.</p>"
+    covers = f"one {unit}" if per_cell == 1 else f"{per_cell} {unit}s"
+    offsets = "file offsets" if of == "host file" else f"offsets in the {of}"
+    caption = f"<p class='quiet'>Each square is {covers} ({size(step)}); rows are labelled with {offsets}.</p>"
     return "\n".join(parts) + _legend(owners, data["counts"], int(data["cluster_size"])) + caption
 
 
@@ -82,20 +85,32 @@ def starts_of_squares(cells: Sequence[Sequence[Sequence[int]]], links: Mapping[i
 
 
 def _squares(
-    cells: Sequence[Sequence[Sequence[int]]], owners: list[tuple[str, str]], step: int, links: Mapping[int, str]
+    cells: Sequence[Sequence[Sequence[int]]],
+    owners: list[tuple[str, str]],
+    step: int,
+    links: Mapping[int, str],
+    unit: str,
 ) -> Iterator[str]:
     starts = starts_of_squares(cells, links)
     for index, stop in zip(starts, [*starts[1:], len(cells)], strict=True):
         x = _LEFT + index % CELLS_PER_ROW * _SIDE
         y = index // CELLS_PER_ROW * _SIDE
-        shares = _square(cells[index], owners, x, y, (stop - index) * _SIDE - _GAP, index * step, (stop - index) * step)
+        width, length = (stop - index) * _SIDE - _GAP, (stop - index) * step
+        shares = _square(cells[index], owners, x, y, width, index * step, length, unit)
         target = links.get(index)
         opening, closing = (f'<a href="#{target}">', "</a>") if target else ("", "")
         yield f'<g id="c{index}">{opening}{"".join(shares)}{closing}</g>'
 
 
 def _square(
-    shares: Sequence[Sequence[int]], owners: list[tuple[str, str]], x: int, y: int, width: int, offset: int, length: int
+    shares: Sequence[Sequence[int]],
+    owners: list[tuple[str, str]],
+    x: int,
+    y: int,
+    width: int,
+    offset: int,
+    length: int,
+    unit: str,
 ) -> Iterator[str]:
     total = sum(count for _, count in shares) or 1
     weights = [max(count / total, _SMALLEST_SHARE) for _, count in shares]
@@ -103,7 +118,7 @@ def _square(
     top = float(y)
     for (owner, count), weight in zip(shares, weights, strict=True):
         key, label = owners[owner]
-        title = f"{label}, {hexadecimal(offset)} + {size(length)}" + (f": {count} clusters" if len(shares) > 1 else "")
+        title = f"{label}, {hexadecimal(offset)} + {size(length)}" + (f": {count} {unit}s" if len(shares) > 1 else "")
         yield (
             f'<rect class="{colour_class(key)}" x="{x}" y="{top:.2f}" width="{width}" height="{weight * scale:.2f}">'
             f"<title>{markup(title)}</title></rect>"

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..text import html_only, markup, plural, size
+from .allocation_map import draw_map
+from .difference_map import difference_map
 from .page import page, run_facts, table
 from .stylesheet import KINDS
 
@@ -38,6 +40,7 @@ def render_difference(
     two = before["image"] != after["image"]
     title = f"{markup(before['state'], 80)} → {markup(after['state'], 80)}"
     parts = [f"<h1>{title}</h1>", *_states(data, two), *_notes(notes), *_totals(data, rows)]
+    parts += _picture(data)
     if rows is not None:
         parts += [*_volumes(data.get("volumes", ())), *_files(rows)]
     parts += _ranges(data["ranges"])
@@ -88,6 +91,12 @@ def _totals(data: Mapping[str, Any], files: Sequence[FileRow] | None) -> Iterato
     ):
         if summary.get(key):
             yield f"<p>{size(summary[key])} {words}.</p>"
+
+
+def _picture(data: Mapping[str, Any]) -> Iterator[str]:
+    size_ = max(data["from"]["size"], data["to"]["size"])
+    if data["ranges"] and size_:
+        yield f"<section><h2>Where</h2>{draw_map(difference_map(size_, data['ranges']))}</section>"
 
 
 def _volumes(volumes: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -59,7 +59,7 @@ def _filters(filters: Sequence[tuple[str, str]]) -> Iterator[str]:
 def run_facts(run: Mapping[str, Any]) -> Iterator[str]:
     """Yield the facts of a run for a case file: who, when, with what, on which files."""
     yield "<table class='facts'>"
-    for key in ("case", "examiner", "note", "started", "finished", "command", "tool", "system"):
+    for key in ("case", "examiner", "note", "started", "finished", "command", "tool", "libraries", "system"):
         if run.get(key):
             yield f"<tr><th>{key}</th><td>{markup(run[key], 4096)}</td></tr>"
     for file in run.get("files", ()):
