@@ -320,7 +320,7 @@ def test_a_table_of_too_many_rows_joins_what_is_not_notable(tmp_path: Path, monk
     path = tmp_path / "disk.qcow2"
     at = feature_name(path)
     whole = plants.rows_of(q.audit(path, "deep"))
-    monkeypatch.setattr(summary, "MOST_ROWS", 20)
+    monkeypatch.setattr(summary, "ACCOUNT_ROWS", 20)
     report = q.audit(path, "deep")
     assert_tiles(report)
     file = report.details["account"]["files"][0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..format.extensions import BITMAPS_EXTENSION, CRYPTO_EXTENSION, Extension, ExtensionType
-from ..format.header import V3_HEADER_LENGTH, Crypt, padded
+from ..format.header import V3_HEADER_LENGTH, Crypt, Header, padded
 from ..format.image import Image
 from .labels import Kind, Labels, Place
 from .spans import Spans
@@ -24,8 +24,9 @@ _NAMES = {
 def claim_header(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
     """Claim the header of any version with its extensions and the backing file name."""
     header = image.header
+    unread_fields = _unread_fields(header)
     for field in header.fields:
-        unread = field.name == "mtime" or (field.name == "backing_file_size" and not header.backing_file_offset)
+        unread = field.name in unread_fields
         label = labels.number(Place.UNUSED_FIELD if unread else Kind.HEADER, field.name)
         (hints if unread else claims).add(label, field.offset, field.offset + field.length)
     if header.version == 2 and image.read(V2_LEFTOVER[0], 8) == V2_LEFTOVER[1]:
@@ -34,6 +35,16 @@ def claim_header(image: Image, labels: Labels, claims: Spans, hints: Spans) -> N
         hints.add(labels.number(Place.HEADER_PADDING), V3_HEADER_LENGTH, header.header_length)
     _claim_extensions(image, labels, claims, hints)
     _claim_backing_name(image, labels, claims, hints)
+
+
+def _unread_fields(header: Header) -> set[str]:
+    """Return the fields that no reader looks at, given the values of others."""
+    unread = {"mtime"}
+    if not header.backing_file_offset:
+        unread.add("backing_file_size")
+    if header.version == 1 and not header.backing_file_size:  # later versions have extensions up to there
+        unread.add("backing_file_offset")
+    return unread
 
 
 def claim_name(labels: Labels, claims: Spans, hints: Spans, label: int, owner: str, name: bytes, offset: int) -> None:

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..census.columns import I64
+from ..limits import ACCOUNT_REMAINDERS, ACCOUNT_ROWS
 from .labels import Label
 from .spans import Tile
-
-MOST_ROWS = 2000  # of the table; more are joined
-MOST_REMAINDERS = 1000  # listed; the totals count all of them
 
 VARIOUS = "several, joined"
 
@@ -61,14 +59,14 @@ class Summary:
         self.overlapping += int(lengths[tiled.claims > 1].sum())
         found = np.flatnonzero(tiled.nonzero > 0)
         self.remainder_count += len(found)
-        self.remainders += _rows(tiled, found[: max(0, MOST_REMAINDERS - len(self.remainders))])
-        for first in range(0, len(tiled.start), MOST_ROWS):
-            rows = _rows(tiled, np.arange(first, min(first + MOST_ROWS, len(tiled.start))))
+        self.remainders += _rows(tiled, found[: max(0, ACCOUNT_REMAINDERS - len(self.remainders))])
+        for first in range(0, len(tiled.start), ACCOUNT_ROWS):
+            rows = _rows(tiled, np.arange(first, min(first + ACCOUNT_ROWS, len(tiled.start))))
             if self.rows and self.rows[-1].goes_on_in(rows[0]):
                 last, head = self.rows[-1], rows.pop(0)
                 self.rows[-1] = last._replace(stop=head.stop, nonzero=last.nonzero + max(head.nonzero, 0))
             self.rows += rows
-            if len(self.rows) > MOST_ROWS:
+            if len(self.rows) > ACCOUNT_ROWS:
                 self._join()
 
     def _join(self) -> None:
@@ -79,7 +77,7 @@ class Summary:
                 self._absorb(kept, row)
             else:
                 kept.append(row)
-        most = MOST_ROWS // 2
+        most = ACCOUNT_ROWS // 2
         for row in kept[most:]:
             self._absorb(kept, row, most - 1)
         self.rows = kept[:most]

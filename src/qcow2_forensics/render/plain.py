@@ -6,12 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Report, Severity
-from ..text import hexadecimal
-from ..text import sentence
-from ..text import shown_value
-from ..text import size
-from ..text import text
-from ..text import wrap
+from ..text import hexadecimal, sentence, shown_value, size, text, wrap
 from .account import lines as account_lines
 from .summary import check_line, heading, name
 

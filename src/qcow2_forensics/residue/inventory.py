@@ -35,13 +35,7 @@ from ..reader.resolver import Resolver
 from ..reader.stand_in import misfit
 from ..reader.stream import SourceStream
 from ..reader.window import WindowSource
-from . import hidden
-from . import readability
-from . import scan
-from . import slack
-from . import snapshot_entries
-from . import streams
-from . import structure_detection
+from . import hidden, readability, scan, slack, snapshot_entries, streams, structure_detection
 from .accounted import accounted
 from .data_file import data_file_residue
 from .former_guests import former_guests

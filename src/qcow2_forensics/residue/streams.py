@@ -19,7 +19,6 @@ from .host_ranges import piece_of
 from .model import Piece
 
 
-
 def compressed_slack(image: Image, census: Census, decoded: Decoded | None = None) -> Iterator[Piece]:
     """Yield bytes of host clusters in use for compressed data that no live stream consumes.
 
