@@ -39,7 +39,7 @@ def main() -> int:
         kind, seed = args.kinds[images % len(args.kinds)], f"{args.seed}-{images}"
         images += 1
         with tempfile.TemporaryDirectory(prefix="plants-") as folder:
-            chance = random.Random(f"{kind}-{seed}")  # noqa: S311 - it must repeat
+            chance = random.Random(f"{kind}-{seed}")
             try:
                 made = plants.KINDS[kind](chance, Path(folder))
                 outcome = plants.try_plants(made, chance, args.remainders, args.structures)

@@ -29,8 +29,9 @@ subscribes(Depth.DEEP, lambda image: not image.header.external_data)(ShownBytes)
 
 
 class Accounted(NamedTuple):
-    """The account of the image, and the remainders that this chapter reports, by their kind."""
+    """The account of the image, what it adds up to, and the remainders that this chapter reports, by their kind."""
 
+    account: Account
     summary: Summary
     groups: dict[str, Group]
 
@@ -49,7 +50,7 @@ def accounted(facts: Facts) -> Accounted:
                 groups[piece.kind].add(piece)
     for piece in cut_streams(account):
         groups[piece.kind].add(piece)
-    return Accounted(summary, groups)
+    return Accounted(account, summary, groups)
 
 
 def _decoded(facts: Facts) -> Decoded:

@@ -19,8 +19,7 @@ from ..format.image import Image
 from ..format.source import Source
 from ..reader.host_holes import host_runs
 from ..reader.mapping import Mapping
-from .host_ranges import HostRange
-from .host_ranges import pieces
+from .host_ranges import HostRange, pieces
 from .model import Piece
 
 _KINDS = {ZEROS: "zero-flagged", NOTHING: "unmapped"}
