@@ -70,7 +70,7 @@ Each finding says how it was validated: *QEMU-made* {_VALIDATION["QEMU-made"]}; 
 | `unaccounted_bytes`, `unaccounted_runs` | remainders: their bytes that are not zero, and in how many runs; null at `standard` |
 | `overlapping_bytes` | bytes that several structures claim |
 | `totals` | list of `what`, `owner`, `remainder` (true where nothing accounts for it), `bytes`, and of remainders that were read `nonzero` |
-| `rows` | list of `offset`, `length`, `what`, `owner`, `remainder`, `nonzero`, and `claims` where several claim it; rising, without gaps, they tile the file. Above {ACCOUNT_ROWS:,} rows those between remainders that are not zeros are joined |
+| `rows` | list of `offset`, `length`, `what`, `owner`, `remainder`, `nonzero`, and `claims` where several claim it; rising, without gaps, they tile the file. Left out of JSON lines. Above {ACCOUNT_ROWS:,} rows those between remainders that are not zeros are joined |
 | `rows_joined` | how many rows are part of a joined one |
 | `remainders` | the first {ACCOUNT_REMAINDERS:,} rows of remainders that are not zeros |
 
