@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcow2_forensics.audit import catalog
 from tests import (
+    test_account,
     test_audit_encryption,
     test_audit_history,
     test_audit_integrity,
@@ -14,6 +15,7 @@ from tests import (
 
 # The tables from which these modules' tests are made: each row is run.
 TABLES = (
+    test_account.CASES,
     test_audit_encryption.CASES,
     test_audit_history.CASES,
     test_audit_provenance.CASES,

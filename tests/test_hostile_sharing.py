@@ -23,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
+from qcow2_forensics.account import streams
+from qcow2_forensics.account.streams import decode_all
 from qcow2_forensics.census import survey, take_census
 from qcow2_forensics.census.checked_metadata import read_layout
 from qcow2_forensics.cli import main
@@ -33,8 +35,6 @@ from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource, FileSource, Source
 from qcow2_forensics.reader import mapping
 from qcow2_forensics.reader.bitmaps import dirty_ranges, dirty_totals
-from qcow2_forensics.residue import streams
-from qcow2_forensics.residue.streams import decode_all
 from tests import qemu
 from tests.image_builder import (
     COPIED,

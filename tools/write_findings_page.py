@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from qcow2_forensics.audit import INCOMPLETE, LIMITED, UNREADABLE, catalog
 from qcow2_forensics.audit.rules import CHAPTERS, Rule
 from qcow2_forensics.findings import EVIDENCE_LIMIT, SCHEMA_VERSION, Severity
-from qcow2_forensics.limits import FINDINGS_PER_RULE
+from qcow2_forensics.limits import ACCOUNT_REMAINDERS, ACCOUNT_ROWS, FINDINGS_PER_RULE
 
 _VALIDATION = {
     "QEMU-made": "on images whose state QEMU itself produced",
@@ -59,7 +59,20 @@ Each finding says how it was validated: *QEMU-made* {_VALIDATION["QEMU-made"]}; 
 | `image` | what was audited: `path`, `file_size`, `version`, `virtual_size`, `cluster_size`, `snapshots`, `bitmaps`, `backing_file`, `backing_format`, `data_file`, `encryption`, `refcount_bits`; null where there is none or it cannot be read |
 | `check` | the fields of `qemu-img check --output=json`, equal to QEMU's; null at triage, for version 1, and where QEMU's check stops without counters |
 | `findings` | list, worst first: `code`, `severity`, `title`, `note`, `confidence`, `scope` (always empty), `explained_by` (codes in the same report that account for it), `count`, `evidence` |
-| `details` | further data some commands add |
+| `details` | further data: `account` (below), and what some commands add |
+
+`details.account.files` has an account for the image (`file` is empty) and, at `deep`, for its external data file (`data`):
+
+| key | value |
+|---|---|
+| `size` | bytes of the file |
+| `exact` | true at `deep`: every byte is accounted for, remainders are read. At `standard` the account is of metadata and allocation, and no data is read |
+| `unaccounted_bytes`, `unaccounted_runs` | remainders: their bytes that are not zero, and in how many runs; null at `standard` |
+| `overlapping_bytes` | bytes that several structures claim |
+| `totals` | list of `what`, `owner`, `remainder` (true where nothing accounts for it), `bytes`, and of remainders that were read `nonzero` |
+| `rows` | list of `offset`, `length`, `what`, `owner`, `remainder`, `nonzero`, and `claims` where several claim it; rising, without gaps, they tile the file. Left out of JSON lines. Above {ACCOUNT_ROWS:,} rows those between remainders that are not zeros are joined |
+| `rows_joined` | how many rows are part of a joined one |
+| `remainders` | the first {ACCOUNT_REMAINDERS:,} rows of remainders that are not zeros |
 
 An item of `evidence` has `field` and `value`, and where they apply `offset` and `length` (bytes in the file), `structure`,
 `guest_offset` (bytes in the virtual disk), `snapshot` (ID, absent for the active state) and `file` (absent for the image

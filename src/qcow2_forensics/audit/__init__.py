@@ -48,6 +48,7 @@ _MODULES = {
     "references": Depth.TRIAGE,
     "hostility": Depth.TRIAGE,
     "expansion": Depth.STANDARD,
+    "account": Depth.STANDARD,
 }
 
 
@@ -93,6 +94,8 @@ def audit(
         details = _pictures(facts) if pictures and wanted >= Depth.STANDARD else {}
         if counted and wanted < Depth.DEEP:
             details |= _unexamined(facts)
+        if wanted >= Depth.STANDARD:
+            details["account"] = _account(facts)
         followed = files_followed(facts)
         if followed:
             details["files"] = followed
@@ -124,6 +127,12 @@ def _pictures(facts: Facts) -> dict[str, Any]:
         return details(facts)
     except (Qcow2Error, OSError) as error:
         return {"pictures": f"could not be drawn: {reason(error)}"}
+
+
+def _account(facts: Facts) -> dict[str, Any]:
+    from .account import details
+
+    return details(facts)
 
 
 def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:

@@ -5,17 +5,21 @@ Both are plain data in ``Report.details``; :mod:`qcow2_forensics.render` says wh
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..account.account import Account
 from ..census import Census, Owner
 from ..census.columns import without_copied
+from ..errors import Qcow2Error
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import CLUSTERS_DRAWN, L1_ENTRIES_COMPARED, L2_TABLES_COMPARED, SNAPSHOTS_DRAWN, STATES_COMPARED, MiB
 from ..residue import live_mappings
 from ..text import snapshot_date
+from .account import accounted
 from .facts import Facts, shortened
 from .residual import survey_of
 from .rules import Depth
@@ -66,7 +70,11 @@ def cluster_map(facts: Facts) -> dict[str, Any]:
     labels = [list(label) for label in _LABELS] + _name_snapshots(facts, classes)
     if _mark_vm_states(facts, classes, len(labels)):
         labels.append(["vmstate", "VM states"])
-    return _cells(classes, labels, facts.cluster_size)
+    picture = _cells(classes, labels, facts.cluster_size)
+    if facts.depth >= Depth.DEEP:
+        with contextlib.suppress(Qcow2Error, OSError):  # the account itself says why there is none
+            picture |= _by_bytes(picture, classes, facts.once(accounted).account)
+    return picture
 
 
 def _classes(census: Census) -> npt.NDArray[np.uint8]:
@@ -153,6 +161,38 @@ def _cells(classes: npt.NDArray[np.uint8], labels: list[list[str]], cluster_size
         "owners": labels,
         "counts": sums.sum(axis=0).tolist(),
         "cells": [[[kind, int(row[kind])] for kind in np.flatnonzero(row).tolist()] for row in sums],
+    }
+
+
+def _by_bytes(picture: dict[str, Any], classes: npt.NDArray[np.uint8], account: Account) -> dict[str, Any]:
+    """Return the same cells in bytes: what nothing accounts for inside clusters in use is drawn by itself."""
+    size, per_cell, kinds = account.image.cluster_size, picture["per_cell"], len(picture["owners"])
+    sums = np.zeros((len(picture["cells"]), kinds + 2), np.int64)
+    for number, cell in enumerate(picture["cells"]):
+        for kind, count in cell:
+            sums[number, kind] = count * size
+    if len(classes):
+        sums[-1, classes[-1]] -= len(classes) * size - account.size
+    outside = np.isin(np.arange(kinds), (_FREE, _LEAKED, _RESIDUE))
+    for rows in account.tiles():
+        chosen = (rows.claims == 0) & (rows.nonzero >= 0)
+        starts, stops, nonzero = rows.start[chosen], rows.stop[chosen], rows.nonzero[chosen] > 0
+        parts = (stops - 1) // size - starts // size + 1  # clusters that each touches
+        row = np.repeat(np.arange(len(starts)), parts)
+        cluster = starts[row] // size + np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts)
+        length = np.minimum(stops[row], (cluster + 1) * size) - np.maximum(starts[row], cluster * size)
+        kept = ~outside[classes[cluster]]
+        row, cluster, length = row[kept], cluster[kept], length[kept]
+        np.add.at(sums, (cluster // per_cell, classes[cluster]), -length)
+        np.add.at(sums, (cluster // per_cell, kinds + np.where(nonzero[row], 0, 1)), length)
+    return {
+        "byte_owners": [
+            *picture["owners"],
+            ["unaccounted", "Remainders that are not zeros"],
+            ["zeros", "Remainders of zeros"],
+        ],
+        "byte_counts": sums.sum(axis=0).tolist(),
+        "byte_cells": [[[kind, int(row[kind])] for kind in np.flatnonzero(row > 0).tolist()] for row in sums],
     }
 
 

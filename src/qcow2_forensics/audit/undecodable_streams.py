@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from ..account.streams import Decoded, decode_all
 from ..census import Tables
 from ..census.issues import spread
 from ..errors import Qcow2Error
@@ -15,7 +16,6 @@ from ..format.codecs import Codec, codec_of, known_codecs
 from ..format.entries import compressed_descriptor
 from ..format.header import SECTOR
 from ..limits import SAMPLES
-from ..residue.streams import Decoded, decode_all
 from .entry_evidence import snapshot_id
 from .facts import Facts
 from .overlap import evenly

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..format.image import Image
 from .checked_metadata import Layout, Reason
 from .claims import Claims
-from .columns import U64, Mask
+from .columns import I64, U64, Mask
 from .index_map import IndexMap, Values
 from .issues import Issues, Item
 from .owners import Owner, Range
@@ -163,7 +163,12 @@ class Census:
 
     def leaked(self) -> Iterator[Range]:
         """Yield runs of clusters nobody claims although their refcount is above 0."""
-        return self._runs(counted=True)
+        yield from (Range(*run) for run in self.leaked_runs.tolist())
+
+    @cached_property
+    def leaked_runs(self) -> I64:
+        """The same as an array, rows (offset, length); several facts ask for them."""
+        return np.asarray([*self._runs(counted=True)], np.int64).reshape(-1, 2)
 
     def _runs(self, *, counted: bool) -> Iterator[Range]:
         pending: list[int] = []
@@ -186,6 +191,8 @@ class Census:
         stored = self._claims.refcount_classes.part(start, stop)
         kept = (stored == ONE) | (stored == MORE)
         wanted = (self.index_map.part(self._claims.counts.all, start, stop) == 0) & (kept if counted else ~kept)
+        if not wanted.any():
+            return []
         edges = np.flatnonzero(np.diff(wanted.view(np.int8), prepend=0, append=0)) + start
         found: list[list[int]] = edges.reshape(-1, 2).tolist()
         return found

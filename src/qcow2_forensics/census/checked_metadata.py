@@ -39,6 +39,8 @@ class SnapshotL1(NamedTuple):
     offset: int
     l1_table_offset: int
     l1_size: int
+    disk_size: int | None = None  # not known
+    vm_state_size: int = 0
 
 
 class BitmapPlace(NamedTuple):

@@ -21,6 +21,7 @@ from .columns import U64, Mask, Places, has_reserved_bitmap, has_reserved_refcou
 from .issues import Item, spread
 from .owners import Owner
 from .refcounts import StoredRefcounts
+from .state_ends import StateEnds
 from .walk import L2TableCollector, L2Tables, Subscriber, batches, l1_chunks, walkable
 
 _SLOT_CHUNK = 1 << 16  # refcount table entries counted together
@@ -105,12 +106,13 @@ class _Survey:
     def _l1_tables(self) -> L2Tables:
         header = self.image.header
         collector = L2TableCollector()
+        ends = StateEnds(self.image, self.layout.snapshots)
         count = min(header.l1_size, L1_ENTRIES)
         if header.l1_table_offset + count * 8 <= INT64_MAX:
             self._claim(Owner.L1, [(header.l1_table_offset, count * 8)], "L1 table")
             for chunk in l1_chunks(self.image, [header.l1_table_offset], [count], [-1]):
                 self.claims.l1_entries(chunk, active=True)
-                collector.add(L2Tables.of_chunk(chunk, active=True))
+                collector.add(L2Tables.of_chunk(chunk, active=True, ends=ends))
         usable = self._snapshot_tables()
         offsets, counts, trees = usable.T
         spans = np.column_stack((offsets, counts * np.uint64(8)))
@@ -122,7 +124,7 @@ class _Survey:
         self.structures.append(Structures(spans[firsts, 0], spans[firsts, 1], Owner.SNAPSHOT_L1, owners))
         for chunk in l1_chunks(self.image, offsets, counts, trees):
             self.claims.l1_entries(chunk, active=False)
-            collector.add(L2Tables.of_chunk(chunk, active=False))
+            collector.add(L2Tables.of_chunk(chunk, active=False, ends=ends))
         return collector.result()
 
     def _snapshot_tables(self) -> U64:

@@ -14,6 +14,7 @@ from ..limits import UNALIGNED_TABLES_FILE, UNALIGNED_TABLES_REPEATS, UNALIGNED_
 from .columns import I64, U64, Columns, Mask, Places, big_endian, has_copied, has_reserved_l1, table_offsets
 from .index_map import IndexMap
 from .reference_counts import Segments, weighted_segments
+from .state_ends import StateEnds
 
 _L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
 _L1_GAP = 1 << 16  # bytes between two tables that are read over
@@ -95,7 +96,8 @@ class L2Tables:
     """The L2 tables that L1 tables name, by rising offset, each once.
 
     ``low`` and ``high`` are the least and greatest L1 slot that names a table, ``index`` the least
-    one in the L1 table of ``tree``, whose owner is reported.
+    one in the L1 table of ``tree``, whose owner is reported. ``shown`` is how much of what a table maps any
+    state shows, in the columns of :mod:`.state_ends`.
     """
 
     offsets: U64
@@ -105,6 +107,7 @@ class L2Tables:
     high: U64
     index: U64
     tree: I64
+    shown: U64  # (tables, 3) bytes
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -112,23 +115,24 @@ class L2Tables:
     @classmethod
     def nothing(cls) -> L2Tables:
         empty = np.zeros(0, dtype=np.uint64)
-        return cls(empty, empty, empty, empty, empty, empty, np.zeros(0, dtype=np.int64))
+        return cls(empty, empty, empty, empty, empty, empty, np.zeros(0, dtype=np.int64), empty.reshape(0, 3))
 
     @classmethod
-    def of_chunk(cls, chunk: L1Chunk, *, active: bool) -> L2Tables:
-        """Return the tables one piece of an L1 table names."""
+    def of_chunk(cls, chunk: L1Chunk, *, active: bool, ends: StateEnds | None = None) -> L2Tables:
+        """Return the tables one piece of an L1 table names; without ``ends`` nothing of them counts as shown."""
         none = np.zeros(len(chunk.entries), dtype=np.uint64)
         targets = chunk.tables
         on, off = (chunk.weight, none) if active else (none, chunk.weight)
-        return cls(targets, on, off, chunk.index, chunk.index, chunk.index, chunk.tree).merged()
+        shown = np.zeros((len(none), 3), np.uint64) if ends is None else ends.shown(chunk.index, chunk.tree)
+        return cls(targets, on, off, chunk.index, chunk.index, chunk.index, chunk.tree, shown).merged()
 
     @classmethod
     def joined(cls, parts: list[L2Tables]) -> L2Tables:
         """Return several as one, still with duplicates."""
         if len(parts) == 1:
             return parts[0]
-        columns = zip(*((p.offsets, p.active, p.snapshots, p.low, p.high, p.index, p.tree) for p in parts), strict=True)
-        return cls(*(np.concatenate(column) for column in columns))
+        columns = ((p.offsets, p.active, p.snapshots, p.low, p.high, p.index, p.tree, p.shown) for p in parts)
+        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
     def merged(self) -> L2Tables:
         """Return the same with every table once, by rising offset."""
@@ -146,6 +150,7 @@ class L2Tables:
             np.maximum.reduceat(self.high[order], starts),
             self.index[order][starts],
             self.tree[order][starts],
+            np.maximum.reduceat(self.shown[order], starts, axis=0),
         )
 
     def part(self, chosen: slice | Mask) -> L2Tables:
@@ -158,6 +163,7 @@ class L2Tables:
             self.high[chosen],
             self.index[chosen],
             self.tree[chosen],
+            self.shown[chosen],
         )
 
 
@@ -168,7 +174,7 @@ class Tables:
     ``columns`` has a row for each. ``tree`` is who is reported as the owner: -1 the active state, else a
     snapshot's index; ``index`` the slot of its L1 table that names the table, the lowest of several. ``shared``
     says that slots of other numbers do too, ``active`` how many of the active L1 do, ``snapshots`` how many of
-    snapshots'.
+    snapshots'. ``shown`` is how many bytes of what a table maps are shown, in the columns of :mod:`.state_ends`.
     """
 
     offsets: U64
@@ -177,6 +183,7 @@ class Tables:
     active: U64
     snapshots: U64
     tree: I64
+    shown: U64
     columns: Columns
     cluster_bits: int
     entry_size: int
@@ -205,6 +212,7 @@ class Tables:
             self.active[kept],
             self.snapshots[kept],
             self.tree[kept],
+            self.shown[kept],
             self.columns.rows(kept),
             self.cluster_bits,
             self.entry_size,
@@ -297,6 +305,7 @@ def batches(image: Image, named: L2Tables) -> Iterator[Tables]:
             part.active,
             part.snapshots,
             part.tree,
+            part.shown,
             Columns.of(words, header),
             header.cluster_bits,
             header.l2_entry_size,

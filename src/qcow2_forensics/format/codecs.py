@@ -36,6 +36,8 @@ class Codec(NamedTuple):
     None where it does not give exactly ``size`` bytes and end there. ``cuts`` says that ``decode``
     takes the beginning of a stream that gives more, as QEMU does. ``begins(data, size)`` says from the first
     bytes whether a stream may begin there. ``best_ratio(size)`` is how many times a cluster can be compressed at most.
+    ``needed(data, size)`` returns the ranges of ``data`` that ``decode`` takes in, None where it fails: a stream may
+    lack its end, or be longer, or have parts that give nothing.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Codec(NamedTuple):
     cuts: bool
     begins: Callable[[bytes, int], bool]
     best_ratio: Callable[[int], int]
+    needed: Callable[[bytes, int], tuple[tuple[int, int], ...] | None] = lambda _data, _size: None
 
 
 def codec_of(compression_type: int) -> Codec:
@@ -123,6 +126,16 @@ def _deflate_ratio(_: int) -> int:
     return _DEFLATE_RATIO
 
 
+def _needed_deflate(data: bytes, size: int) -> tuple[tuple[int, int], ...] | None:
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        result = decoder.decompress(data, size)
+    except zlib.error:
+        return None
+    rest = len(decoder.unconsumed_tail) + len(decoder.unused_data)
+    return ((0, len(data) - rest),) if len(result) == size else None
+
+
 def unzstd(data: bytes, size: int) -> bytes:
     """Return ``size`` bytes from the zstd frames in ``data``.
 
@@ -134,16 +147,25 @@ def unzstd(data: bytes, size: int) -> bytes:
 
 def _measure_zstd(data: bytes, size: int) -> tuple[bytes, int] | None:
     try:
-        return _unzstd(data, size)
+        content, frames = _unzstd(data, size)
+    except ValueError:
+        return None
+    return content, frames[-1][1] if frames else 0
+
+
+def _needed_zstd(data: bytes, size: int) -> tuple[tuple[int, int], ...] | None:
+    try:
+        return tuple(_unzstd(data, size)[1])
     except ValueError:
         return None
 
 
-def _unzstd(data: bytes, size: int) -> tuple[bytes, int]:
-    """Return ``size`` bytes and how many bytes of ``data`` they took; each frame is handed over without a copy."""
+def _unzstd(data: bytes, size: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """Return ``size`` bytes and the frames of ``data`` that gave them; each is handed over without a copy."""
     zstd = _zstd()
     view = memoryview(data)
     pieces: list[bytes] = []
+    frames: list[tuple[int, int]] = []
     missing, at, skipped = size, 0, 0
     while missing:
         while data[at + 1 : at + 4] == _SKIPPABLE and 0x50 <= data[at] <= 0x5F and at + 8 <= len(data):
@@ -166,9 +188,10 @@ def _unzstd(data: bytes, size: int) -> tuple[bytes, int]:
         if len(piece) > missing or not decoder.eof:
             raise ValueError(f"a zstd frame gives more than {size} bytes")
         pieces.append(piece)
+        frames.append((at, end))
         missing -= len(piece)
         at = end
-    return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), at
+    return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), frames
 
 
 def _begins_zstd(data: bytes, _: int) -> bool:
@@ -182,7 +205,9 @@ def _zstd_ratio(size: int) -> int:
 _CODECS = {
     codec.number: codec
     for codec in (
-        Codec(Compression.ZLIB, "zlib", inflate, _measure_deflate, True, _begins_deflate, _deflate_ratio),
-        Codec(Compression.ZSTD, "zstd", unzstd, _measure_zstd, False, _begins_zstd, _zstd_ratio),
+        Codec(
+            Compression.ZLIB, "zlib", inflate, _measure_deflate, True, _begins_deflate, _deflate_ratio, _needed_deflate
+        ),
+        Codec(Compression.ZSTD, "zstd", unzstd, _measure_zstd, False, _begins_zstd, _zstd_ratio, _needed_zstd),
     )
 }

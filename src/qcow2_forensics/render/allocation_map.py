@@ -5,7 +5,8 @@ Takes the ``map`` entry of a report's details::
     {"cluster_size": 65536, "per_cell": 1, "owners": [["header", "Header"], ...],
      "counts": [1, 12, ...],                       # clusters per owner, in the order of owners
      "cells": [[[owner index, clusters], ...], ...],
-     "unit": "cluster", "of": "host file"}         # in words; these are the defaults
+     "unit": "cluster", "of": "host file",         # in words; these are the defaults
+     "byte_owners": [...], "byte_counts": [...], "byte_cells": [...]}    # the same in bytes, of a deep audit
 
 A square that several owners share is split among them; a share is never thinner than an eighth,
 so that one leaked cluster among a thousand stays visible.
@@ -22,7 +23,7 @@ CELLS_PER_ROW = 64
 _SIDE = 14  # user units per square
 _GAP = 1
 _SMALLEST_SHARE = 1 / 8
-_LAST = {"leaked": 1, "residue": 2, "free": 3}  # at the end of the legend
+_LAST = {"leaked": 1, "residue": 2, "unaccounted": 3, "zeros": 4, "free": 5}  # at the end of the legend
 _LEFT = 110  # room for the row's file offset
 
 
@@ -39,8 +40,9 @@ def draw_map(data: Mapping[str, Any], links: Mapping[int, str] | None = None) ->
 
     ``links`` are the anchors that single cells lead to; every square has the anchor ``c`` and its first cell.
     """
-    owners = [(str(key), str(label)) for key, label in data["owners"]]
-    cells: Sequence[Sequence[Sequence[int]]] = data["cells"]
+    by_bytes = "byte_cells" in data
+    owners = [(str(key), str(label)) for key, label in data["byte_owners" if by_bytes else "owners"]]
+    cells = cells_of(data)
     per_cell = int(data["per_cell"])
     step = per_cell * int(data["cluster_size"])
     rows = -(-len(cells) // CELLS_PER_ROW)
@@ -50,13 +52,14 @@ def draw_map(data: Mapping[str, Any], links: Mapping[int, str] | None = None) ->
     parts = [
         f'<div class="wide"><svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="Map of the {of}">',
         *_row_labels(rows, step),
-        *_squares(cells, owners, step, links or {}, unit),
+        *_squares(cells, owners, step, links or {}, "byte" if by_bytes else unit),
         "</svg></div>",
     ]
     covers = f"one {unit}" if per_cell == 1 else f"{per_cell} {unit}s"
     offsets = "file offsets" if of == "host file" else f"offsets in the {of}"
     caption = f"<p class='quiet'>Each square is {covers} ({size(step)}); rows are labelled with {offsets}.</p>"
-    return "\n".join(parts) + _legend(owners, data["counts"], int(data["cluster_size"])) + caption
+    counts, size_of_one = (data["byte_counts"], 1) if by_bytes else (data["counts"], int(data["cluster_size"]))
+    return "\n".join(parts) + _legend(owners, counts, size_of_one) + caption
 
 
 def _row_labels(rows: int, step: int) -> Iterator[str]:
@@ -64,6 +67,12 @@ def _row_labels(rows: int, step: int) -> Iterator[str]:
     for row in range(0, rows, every):
         at = hexadecimal(row * CELLS_PER_ROW * step)
         yield f'<text x="{_LEFT - 8}" y="{row * _SIDE + _SIDE - 3}" text-anchor="end">{at}</text>'
+
+
+def cells_of(data: Mapping[str, Any]) -> Sequence[Sequence[Sequence[int]]]:
+    """Return the cells of a picture, in bytes where it has them."""
+    cells: Sequence[Sequence[Sequence[int]]] = data.get("byte_cells") or data.get("cells", ())
+    return cells
 
 
 def starts_of_squares(cells: Sequence[Sequence[Sequence[int]]], links: Mapping[int, str]) -> list[int]:
@@ -126,12 +135,12 @@ def _square(
         top += weight * scale
 
 
-def _legend(owners: list[tuple[str, str]], counts: Sequence[int], cluster_size: int) -> str:
+def _legend(owners: list[tuple[str, str]], counts: Sequence[int], size_of_one: int) -> str:
     known = [*zip(owners, counts, strict=True)]
     known.sort(key=lambda item: _LAST.get(item[0][0], 0))
     items = [
         f'<li><svg viewBox="0 0 10 10"><rect class="{colour_class(key)}" width="10" height="10"/></svg>'
-        f"{markup(label, 80)} <span class='quiet'>{count} · {size(count * cluster_size)}</span></li>"
+        f"{markup(label, 80)} <span class='quiet'>{'' if size_of_one == 1 else f'{count} · '}{size(count * size_of_one)}</span></li>"
         for (key, label), count in known
         if count
     ]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..findings import Evidence, Finding, Report
-from .allocation_map import starts_of_squares
+from .allocation_map import cells_of, starts_of_squares
 from .state_tree import STATES
 
 _SNAPSHOT = "QCOW2-SNAPSHOT"
@@ -26,7 +26,7 @@ class Anchors:
         self._step = int(picture.get("per_cell", 0)) * int(picture.get("cluster_size", 0))
         self._count = len(picture.get("cells", ()))
         self.squares = self._squares(report.findings)
-        self._starts: Sequence[int] = starts_of_squares(picture["cells"], self.squares) if self._count else ()
+        self._starts: Sequence[int] = starts_of_squares(cells_of(picture), self.squares) if self._count else ()
         states = lineage.get("states", ())
         shown = states[:STATES] if len(states) > 1 else ()
         self._states = {str(state.get("id")): row for row, state in enumerate(shown) if state.get("id")}

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from ..findings import Evidence, Finding, Report, Selection, Severity, place_of
 from ..text import hexadecimal, html_only, markup, sentence, shown_value
+from .account import section as account_section
 from .allocation_map import draw_map
 from .anchors import Anchors
 from .next_commands import next_command
@@ -55,6 +56,7 @@ def _figures(report: Report, anchors: Anchors) -> Iterator[str]:
     picture = report.details.get("map")
     if picture and picture.get("cells"):
         yield f"<section><h2>The file</h2>{draw_map(picture, anchors.squares)}</section>"
+    yield from account_section(report.details.get("account") or {})
     lineage = report.details.get("lineage") or {}
     states = lineage.get("states", ())
     if len(states) > 1:

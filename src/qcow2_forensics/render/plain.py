@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Report, Severity
 from ..text import hexadecimal, sentence, shown_value, size, text, wrap
+from .account import lines as account_lines
 from .summary import check_line, heading, name
 
 DEFAULT_WIDTH = 100
@@ -40,6 +41,9 @@ def render_text(report: Report, *, width: int = DEFAULT_WIDTH, colour: bool = Fa
             for finding in group:
                 lines += _finding(finding, width, items, colour, note=finding.note != previous)
                 previous = finding.note
+    account = report.details.get("account")
+    if account:
+        lines += ["", *account_lines(account, width)]
     if items <= ITEMS and any(_unseen(finding, items) for finding in report.findings):
         lines += ["", "-v shows more of the evidence, --format json all that was kept."]
     unexamined = report.details.get("unexamined_bytes")

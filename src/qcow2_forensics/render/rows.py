@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..findings import Evidence, Finding, Report
 from ..text import csv_lines
@@ -36,14 +37,23 @@ def render_json(report: Report) -> str:
 
 
 def without_pictures(report: Report) -> Report:
-    """Return the report without what only its page shows."""
-    return replace(report, details={key: value for key, value in report.details.items() if key not in PICTURES})
+    """Return the report without its large parts: what only its page shows, and the rows of its account."""
+    details = {key: value for key, value in report.details.items() if key not in PICTURES}
+    if "account" in details:
+        details["account"] = without_rows(details["account"])
+    return replace(report, details=details)
 
 
 def render_line(report: Report) -> str:
     """Return the report as one line of JSON, without the pictures in ``details``."""
     data = without_pictures(report).to_dict()
     return json.dumps(data, ensure_ascii=True, separators=(",", ":")) + "\n"
+
+
+def without_rows(account: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an account without the tables that tile the files: its totals and its remainders stay."""
+    files = [{key: value for key, value in file.items() if key != "rows"} for file in account.get("files", ())]
+    return {**account, "files": files} if files else dict(account)
 
 
 PICTURES = ("map", "lineage")  # what only the page draws

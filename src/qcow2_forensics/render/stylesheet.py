@@ -23,7 +23,7 @@ KINDS = (*_DIFFERENCES, *_DATED_FACTS)  # what a page may have a filter for, bes
 _BASE = """
 :root{--bg:#fff;--fg:#1b1f24;--quiet:#5c6570;--line:#d8dde3;--card:#f7f8fa;
 --header:#22303c;--tables:#3366aa;--refcounts:#6f86b5;--active:#6fb98f;--compressed:#3f8f6b;--shared:#b7d7a8;
---vmstate:#a678c9;--bitmaps:#c9a13b;--leaked:#d9534f;--residue:#f0883e;--free:#e9ecef;--other:#999}
+--vmstate:#a678c9;--bitmaps:#c9a13b;--leaked:#d9534f;--residue:#f0883e;--free:#e9ecef;--zeros:#d5dbe1;--other:#999}
 @media (prefers-color-scheme:dark){:root{--bg:#14181c;--fg:#e4e8ec;--quiet:#97a2ad;--line:#323a42;--card:#1c2228;
 --header:#c8d3dd;--free:#2a3138;--shared:#86a878}}
 @media print{:root{--bg:#fff;--fg:#000;--quiet:#444;--line:#bbb;--card:#fff;--free:#eee;--header:#22303c}
@@ -63,7 +63,7 @@ svg.tree text{font:13px system-ui,sans-serif}svg text.quiet{fill:var(--quiet);fo
 .o-header{fill:var(--header)}.o-tables{fill:var(--tables)}.o-refcounts{fill:var(--refcounts)}
 .o-active{fill:var(--active)}.o-compressed{fill:var(--compressed)}.o-shared{fill:var(--shared)}
 .o-vmstate{fill:var(--vmstate)}.o-bitmaps{fill:var(--bitmaps)}.o-leaked{fill:var(--leaked)}
-.o-residue{fill:var(--residue)}.o-free{fill:var(--free)}.o-other{fill:var(--other)}.o-encryption{fill:#555f8a}
+.o-residue,.o-unaccounted{fill:var(--residue)}.o-zeros{fill:var(--zeros)}.o-free{fill:var(--free)}.o-other{fill:var(--other)}.o-encryption{fill:#555f8a}
 .o-snap0{fill:#8e7cc3}.o-snap1{fill:#5b9bd5}.o-snap2{fill:#c27ba0}.o-snap3{fill:#76a5af}
 .o-snap4{fill:#a68a64}.o-snap5{fill:#9fc5e8}.o-snap6{fill:#d5a6bd}.o-snap7{fill:#7f8fa6}
 @media (max-width:600px){body{padding:.8rem}.scroll{overflow:visible}.scroll table,.scroll tbody,.scroll tr,.scroll td,.facts,.facts tbody,.facts tr,.facts th,.facts td{display:block;width:auto}

@@ -10,6 +10,9 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import NamedTuple
 
+from ..account.account import Account
+from ..account.shown import ShownBytes
+from ..account.streams import Decoded, decode_all
 from ..census import Census, take_census
 from ..census.columns import big_endian, table_offsets
 from ..errors import MissingFile, Qcow2Error
@@ -33,6 +36,7 @@ from ..reader.stand_in import misfit
 from ..reader.stream import SourceStream
 from ..reader.window import WindowSource
 from . import hidden, readability, scan, slack, snapshot_entries, streams, structure_detection
+from .accounted import accounted
 from .data_file import data_file_residue
 from .former_guests import former_guests
 from .former_tables import FormerTables
@@ -72,7 +76,19 @@ class Residue(Closing):
     @cached_property
     def census(self) -> Census:
         """Who claims each host cluster; taken on first use when none was given."""
-        return self._given or take_census(self.image, hidden.subscribers(self.image))
+        return self._given or take_census(self.image, (*hidden.subscribers(self.image), ShownBytes))
+
+    @cached_property
+    def decoded(self) -> Decoded:
+        """Which bytes the compressed streams take; each is decoded once."""
+        return decode_all(self.image, self.census)
+
+    @cached_property
+    def account(self) -> Account:
+        """What each byte of the image is, byte by byte."""
+        if self.image.header.version == 1:
+            return Account(self.image, None)
+        return Account(self.image, self.census, self.decoded)
 
     # --- runs ----------------------------------------------------------------------------------
 
@@ -90,11 +106,13 @@ class Residue(Closing):
     def hidden(self) -> Iterator[Piece]:
         """Yield bytes of clusters in use that no state shows."""
         if self.image.header.version == 1:
+            yield from accounted(self.account)
             return
         yield from hidden.zero_flagged(self.image, self.census)
         yield from hidden.subclusters(self.image, self.census)
-        yield from streams.compressed_slack(self.image, self.census)
+        yield from streams.compressed_slack(self.image, self.census, self.decoded)
         yield from hidden.tail(self.image)
+        yield from accounted(self.account)
         if self.image.header.external_data and self._data is not None:
             yield from data_file_residue(self.image, self._data, strict=False)
 

@@ -17,6 +17,12 @@ KINDS = (
     "table-slack",
     "beyond-disk",
     "unmapped",
+    "name-slack",
+    "unread-field",
+    "entry-slack",
+    "luks-slack",
+    "state-tail",
+    "unaccounted",
 )  # of pieces, in the words of docs/residue.md
 
 

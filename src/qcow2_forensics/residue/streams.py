@@ -1,7 +1,7 @@
 """Compressed clusters: how many bytes each stream really takes, and what lies between them.
 
 A descriptor counts whole sectors, so its last one usually holds the next stream too. Only decoding
-shows where a stream ends; what no live stream consumes may be an overwritten one.
+shows where a stream ends (:mod:`..account.streams`); what no live stream consumes may be an overwritten one.
 """
 
 from __future__ import annotations
@@ -9,89 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from ..account.streams import START, Decoded, decode_all
 from ..census import Census
-from ..census.columns import compressed_extents
-from ..errors import LimitExceeded
 from ..format.codecs import Codec, codec_of
-from ..format.entries import compressed_descriptor
 from ..format.image import Image
 from ..limits import FORMER_STREAM_PLACES, Budget
 from .host_ranges import piece_of
 from .model import Piece
-
-_START = 1 << 14  # bytes: what beginning a stream costs at least, however small a cluster is
-
-
-class Decoded(NamedTuple):
-    """What decoding every live stream once showed.
-
-    ``used`` are the host bytes (start, end) that streams take, rising; one that does not give exactly a
-    cluster keeps all of its descriptor: its bytes are not residue. ``failed`` are the entries of those.
-    ``stopped`` says that not all were decoded.
-    """
-
-    used: list[tuple[int, int]]
-    failed: npt.NDArray[np.uint64]
-    stopped: LimitExceeded | None
-
-
-def decode_all(image: Image, census: Census) -> Decoded:
-    """Decode every live stream once, in their order in the file.
-
-    Streams that a writer made do not overlap, and however far they expand they are decoded. Of those
-    that share bytes, or do not decode, a small file could name any number: they have a budget.
-    """
-    if image.header.external_data:  # QEMU reads no streams beside a data file
-        return Decoded([], np.empty(0, np.uint64), None)
-    measure = codec_of(image.header.compression_type).measure
-    size, bits = image.cluster_size, image.header.cluster_bits
-    entries = census.compressed_entries
-    order = np.argsort(compressed_extents(entries, image.header)[0], kind="stable")
-    used: list[tuple[int, int]] = []
-    failed: list[int] = []
-    stopped: LimitExceeded | None = None
-    budget = _budget(image)
-    taken, last = 0, b""  # the end of the good streams so far, and the bytes of the one before
-    for entry in entries[order].tolist():
-        offset, length = compressed_descriptor(entry, bits)
-        data = image.read(offset, length)
-        if not data:
-            failed.append(entry)
-            used.append((offset, offset + length))
-            continue
-        cost, end = length, offset + len(last)
-        if not last or not data.startswith(last):  # else a cluster like the one before
-            found = measure(data, size)
-            cost += max(size, _START)
-            if found is None:
-                failed.append(entry)
-                used.append((offset, offset + length))
-                if (stopped := _refused(budget, cost)) is not None:
-                    break
-                continue
-            end, last = offset + found[1], data[: found[1]]
-        used.append((offset, end))
-        if offset < taken and (stopped := _refused(budget, cost)) is not None:
-            break
-        taken = max(taken, end)
-    return Decoded(used, np.asarray(failed, dtype=np.uint64), stopped)
-
-
-def _budget(image: Image) -> Budget:
-    return Budget("decoded bytes of streams that are bad or share bytes", image.file_size, image.limits)
-
-
-def _refused(budget: Budget, cost: int) -> LimitExceeded | None:
-    try:
-        budget.spend(cost)
-    except LimitExceeded as error:
-        return error
-    return None
 
 
 def compressed_slack(image: Image, census: Census, decoded: Decoded | None = None) -> Iterator[Piece]:
@@ -150,7 +75,7 @@ def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> I
         found = codec.measure(part, image.cluster_size) if begins else None
         if found is None:
             if begins:
-                budget.spend(max(image.cluster_size, _START))
+                budget.spend(max(image.cluster_size, START))
             place += 1
             continue
         yield from _rest(data[at:place], start + at)

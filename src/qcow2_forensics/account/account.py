@@ -1,0 +1,115 @@
+"""The account of a file: what each of its bytes is, so that what nothing accounts for is seen.
+
+Claims are gathered as arrays first; the file is then gone through window by window::
+
+    claims + hints (where a remainder lies) + owners of clusters  ->  tile  ->  remainders read  ->  rows, totals
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..census import Census
+from ..census.columns import I64
+from ..format.image import Image
+from .data_claims import AllocatedData, ShownData
+from .header_claims import claim_header
+from .labels import Label, Labels, Place
+from .luks_claims import claim_luks
+from .qcow1_claims import claim_qcow1
+from .remainders import looked_at
+from .spans import Spans, Tile, Windowed, joined, runs_of, tile
+from .streams import Decoded
+from .table_claims import TableClaims, places_of_owners
+
+_CLUSTERS = 1 << 20  # looked at together
+_SUBCLUSTERS = 1 << 16  # clusters of extended L2 entries, 32 elements each
+
+
+class Account:
+    """What each byte of one image file is.
+
+    With ``read`` data is accounted for byte by byte, which takes the ``decoded`` streams, and remainders are read;
+    without, data goes by allocation. ``census`` is None for version 1, and where it cannot be taken.
+    """
+
+    def __init__(
+        self, image: Image, census: Census | None, decoded: Decoded | None = None, *, read: bool = True
+    ) -> None:
+        self.image = image
+        self.census = census
+        self.is_exact = read
+        self.size = image.file_size
+        self._labels = Labels()
+        self._allocated: AllocatedData | None = None
+        self._shown: ShownData | None = None
+        claims, hints = Spans(), Spans()
+        self._places = np.zeros(1, np.int64)
+        claim_header(image, self._labels, claims, hints)
+        if census is not None:
+            TableClaims(census, self._labels, claims, hints).all()
+            claim_luks(image, self._labels, claims, hints)
+            self._unclaimed(census, hints)
+            self._places = places_of_owners(self._labels, extended=image.header.extended_l2)
+            if decoded is None or not read:
+                self._allocated = AllocatedData(self._labels)
+            else:
+                self._shown = ShownData(census, self._labels, claims, hints, decoded)
+        elif (
+            image.header.version == 1
+            and _is_sound(image)
+            and claim_qcow1(image, self._labels, claims, hints, decode=read)
+        ):
+            self._places[0] = self._labels.number(Place.FREE)
+        else:
+            self._places[0] = self._labels.number(Place.NOT_WALKED)
+        self._claims, self._hints = claims.rows(self.size), hints.rows(self.size)
+
+    @property
+    def labels(self) -> list[Label]:
+        """What the numbers in :attr:`Tile.label` mean."""
+        return self._labels.all
+
+    def _unclaimed(self, census: Census, hints: Spans) -> None:
+        leaked, trailing = self._labels.number(Place.LEAKED), self._labels.number(Place.TRAILING)
+        ranges = census.leaked_runs
+        hints.add_many(leaked, ranges[:, 0], ranges[:, 0] + ranges[:, 1])
+        hints.add(trailing, census.end, self.size)
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield what each byte of the file is, a window at a time."""
+        claims, hints = Windowed(self._claims), Windowed(self._hints)
+        for start, stop, places, data in self._windows():
+            rows = np.concatenate((claims.part(start, stop), *data))
+            rows[:, 1] = np.minimum(rows[:, 1], stop)
+            tiled = tile(start, stop, rows, hints.part(start, stop), places)
+            if self.is_exact:
+                remainder = np.asarray([label.is_remainder for label in self.labels], np.bool_)[tiled.label]
+                tiled = joined(looked_at(self.image.source, tiled, remainder))
+            yield tiled
+
+    def _windows(self) -> Iterator[tuple[int, int, I64, list[I64]]]:
+        """Yield start and stop of windows, the places that tile each, and claims on its data clusters."""
+        census = self.census
+        if census is None:
+            yield 0, self.size, np.asarray([[0, self.size, self._places[0]]]), []
+            return
+        size = census.cluster_size
+        for first, owners in census.owner_parts():
+            start, stop = first * size, min((first + len(owners)) * size, self.size)
+            starts, stops, values = runs_of(owners, start, size)
+            places = np.column_stack((starts, np.minimum(stops, stop), self._places[values]))
+            data: list[I64] = []
+            if self._allocated is not None:
+                data.append(self._allocated.rows(start, owners, size))
+            elif self._shown is not None:
+                step, last = _SUBCLUSTERS if self.image.header.extended_l2 else _CLUSTERS, first + len(owners)
+                data += (self._shown.rows(at, min(at + step, last)) for at in range(first, last, step))
+            if start < stop:
+                yield start, stop, places, data
+
+
+def _is_sound(image: Image) -> bool:
+    return not any("disk" in problem.blocks for problem in image.header_problems)

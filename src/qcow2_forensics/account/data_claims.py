@@ -1,0 +1,89 @@
+"""What the states show of the host clusters, as claims: guest data, VM states and compressed streams."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..census import Census, Owner
+from ..census.columns import I64, compressed_extents
+from ..format.entries import SUBCLUSTERS
+from .labels import Kind, Labels, Place
+from .shown import ACTIVE, SNAPSHOT, ShownBytes
+from .spans import Spans, runs_of
+from .streams import Decoded
+
+_SNAPSHOTS, _BOTH = "snapshots", "active state and snapshots"
+
+
+def labels_of_flags(labels: Labels) -> I64:
+    """Return the label of data by the flags of the states that show it; -1 where none does."""
+    table = np.full(8, labels.number(Kind.VM_STATE, _SNAPSHOTS), np.int64)
+    table[0] = -1
+    table[ACTIVE] = labels.number(Kind.DATA, "active state")
+    table[SNAPSHOT] = labels.number(Kind.DATA, _SNAPSHOTS)
+    table[ACTIVE | SNAPSHOT] = labels.number(Kind.DATA, _BOTH)
+    return table
+
+
+class AllocatedData:
+    """Guest data by allocation alone: whole clusters, as the census counts them."""
+
+    def __init__(self, labels: Labels) -> None:
+        bits = np.arange(1 << 15)
+        by_flags = labels_of_flags(labels)
+        flags = np.where(bits & int(Owner.DATA), ACTIVE, 0) | np.where(bits & int(Owner.SNAPSHOT_DATA), SNAPSHOT, 0)
+        self._table = by_flags[flags]
+        self._table[(bits & int(Owner.COMPRESSED)) != 0] = labels.number(Kind.COMPRESSED)
+
+    def rows(self, start: int, owners: npt.NDArray[np.unsignedinteger], size: int) -> I64:
+        """Return claims on clusters with these owners, from the host offset ``start`` on."""
+        starts, stops, values = runs_of(owners, start, size)
+        found = self._table[values]
+        kept: I64 = np.column_stack((starts, stops, found))[found >= 0]
+        return kept
+
+
+class ShownData:
+    """Guest data byte by byte: what the states show."""
+
+    def __init__(self, census: Census, labels: Labels, claims: Spans, hints: Spans, decoded: Decoded) -> None:
+        self._census = census
+        self._seen = census.seen(ShownBytes)
+        self._labels = labels_of_flags(labels)
+        self._size = census.cluster_size
+        parts = self._seen.parts()
+        claims.add_many(self._labels[parts[:, 2]], parts[:, 0], parts[:, 1])
+        past, state_end = self._seen.past(), labels.number(Place.PAST_STATE_END)
+        hints.add_many(state_end, past[:, 0], past[:, 1])
+        self._streams(labels, claims, hints, decoded)
+
+    def _streams(self, labels: Labels, claims: Spans, hints: Spans, decoded: Decoded) -> None:
+        header, entries = self._census.image.header, np.asarray(decoded.entries, np.uint64)
+        used = np.asarray(decoded.used, np.int64).reshape(-1, 2)
+        past = self._seen.past_streams()
+        if len(past):
+            used = used[~np.isin(entries, past)]
+            offsets, lengths = compressed_extents(past, header)
+            hints.add_many(labels.number(Place.PAST_STATE_END, "compressed"), offsets, offsets + lengths)
+        every = self._census.compressed_entries
+        unread = every[~np.isin(every, entries) & ~np.isin(every, past)]
+        if len(unread):
+            offsets, lengths = compressed_extents(unread, header)
+            used = np.concatenate((used, np.column_stack((offsets, offsets + lengths)).astype(np.int64)))
+        if len(used):  # several entries may name one stream, and a writer's streams do not overlap
+            used = np.unique(used, axis=0)
+            claims.add_many(labels.number(Kind.COMPRESSED), used[:, 0], used[:, 1])
+
+    def rows(self, first: int, last: int) -> I64:
+        """Return claims on the host clusters from ``first`` to ``last`` that are shown as a whole, or in subclusters."""
+        index_map, size = self._census.index_map, self._size
+        flags = index_map.part(self._seen.flags, first, last)
+        if self._seen.extended and flags.any():
+            size //= SUBCLUSTERS
+            words = index_map.part(self._seen.subclusters, first, last).astype("<u4")
+            bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+            flags = np.repeat(flags, SUBCLUSTERS) * bits
+        starts, stops, values = runs_of(flags, first * self._size, size)
+        kept: I64 = np.column_stack((starts, stops, self._labels[values]))[values != 0]
+        return kept

@@ -1,0 +1,108 @@
+"""What the header cluster holds: fields, extensions and names, each up to the end of what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ..format.extensions import BITMAPS_EXTENSION, CRYPTO_EXTENSION, Extension, ExtensionType
+from ..format.header import V3_HEADER_LENGTH, Crypt, Header, padded
+from ..format.image import Image
+from .labels import Kind, Labels, Place
+from .spans import Spans
+
+V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))  # what old versions of QEMU left: fields of version 3
+_ROW = 48  # bytes of a feature name: type, bit, 46 of name
+_NAMES = {
+    ExtensionType.BACKING_FORMAT: "backing format",
+    ExtensionType.FEATURE_NAMES: "feature names",
+    ExtensionType.BITMAPS: "bitmaps",
+    ExtensionType.CRYPTO: "encryption header",
+    ExtensionType.DATA_FILE: "data file name",
+}
+
+
+def claim_header(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
+    """Claim the header of any version with its extensions and the backing file name."""
+    header = image.header
+    unread_fields = _unread_fields(header)
+    for field in header.fields:
+        unread = field.name in unread_fields
+        label = labels.number(Place.UNUSED_FIELD if unread else Kind.HEADER, field.name)
+        (hints if unread else claims).add(label, field.offset, field.offset + field.length)
+    if header.version == 2 and image.read(V2_LEFTOVER[0], 8) == V2_LEFTOVER[1]:
+        claims.add(labels.number(Kind.HEADER, "left by old versions of QEMU"), V2_LEFTOVER[0], V2_LEFTOVER[0] + 8)
+    if header.version >= 3:
+        hints.add(labels.number(Place.HEADER_PADDING), V3_HEADER_LENGTH, header.header_length)
+    _claim_extensions(image, labels, claims, hints)
+    _claim_backing_name(image, labels, claims, hints)
+
+
+def _unread_fields(header: Header) -> set[str]:
+    """Return the fields that no reader looks at, given the values of others."""
+    unread = {"mtime"}
+    if not header.backing_file_offset:
+        unread.add("backing_file_size")
+    if header.version == 1 and not header.backing_file_size:  # later versions have extensions up to there
+        unread.add("backing_file_offset")
+    return unread
+
+
+def claim_name(labels: Labels, claims: Spans, hints: Spans, label: int, owner: str, name: bytes, offset: int) -> None:
+    """Claim a name at a file offset up to its NUL; what follows in its field is behind the end of a name."""
+    end = offset + (len(name) if b"\0" not in name else name.index(b"\0"))
+    claims.add(label, offset, end)
+    hints.add(labels.number(Place.NAME_SLACK, owner), end, offset + len(name))
+
+
+def _claim_backing_name(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
+    header = image.header
+    offset, length = header.backing_file_offset, header.backing_file_size
+    if offset and length <= image.limits.name_bytes:
+        label = labels.number(Kind.BACKING_NAME)
+        claim_name(labels, claims, hints, label, "backing file name", image.read(offset, length), offset)
+
+
+def _claim_extensions(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
+    header = image.header
+    at = header.header_length
+    for extension in image.extensions:
+        name = _NAMES.get(extension.type, f"{extension.type:#010x}")  # type: ignore[call-overload]
+        label = labels.number(Kind.EXTENSION, name)
+        start, end = extension.data_offset, extension.data_offset + extension.length
+        claims.add(label, extension.offset, start)
+        hints.add(labels.number(Place.HEADER_PADDING, name), end, start + padded(extension.length))
+        if not _is_read(image, extension):
+            hints.add(labels.number(Place.UNUSED_EXTENSION, name), start, end)
+        elif extension.type in (ExtensionType.BACKING_FORMAT, ExtensionType.DATA_FILE):
+            claim_name(labels, claims, hints, label, name, extension.data, start)
+        elif extension.type == ExtensionType.FEATURE_NAMES:
+            for row, offset in _rows(extension):
+                claims.add(label, offset, offset + 2)
+                claim_name(labels, claims, hints, label, name, row[2:], offset + 2)
+            hints.add(labels.number(Place.NAME_SLACK, name), end - extension.length % _ROW, end)
+        else:
+            claims.add(label, start, end)
+        at = start + padded(extension.length)
+    stop = min(header.backing_file_offset or header.cluster_size, header.cluster_size)
+    if header.version != 1 and at + 8 <= stop and image.read(at, 8) == bytes(8):
+        claims.add(labels.number(Kind.EXTENSION, "end of the extensions"), at, at + 8)
+
+
+def _rows(extension: Extension) -> Iterator[tuple[bytes, int]]:
+    for at in range(0, extension.length - _ROW + 1, _ROW):
+        yield extension.data[at : at + _ROW], extension.data_offset + at
+
+
+def _is_read(image: Image, extension: Extension) -> bool:
+    """Whether anything reads the content of an extension: of several of one type QEMU keeps the last."""
+    if image.extension(extension.type) is not extension:  # type: ignore[arg-type]
+        return False
+    header = image.header
+    conditions: dict[int, Callable[[], bool]] = {
+        ExtensionType.BACKING_FORMAT: lambda: True,
+        ExtensionType.FEATURE_NAMES: lambda: True,
+        ExtensionType.BITMAPS: lambda: image.bitmaps_current and extension.length == BITMAPS_EXTENSION.size,
+        ExtensionType.CRYPTO: lambda: header.crypt_method == Crypt.LUKS and extension.length == CRYPTO_EXTENSION.size,
+        ExtensionType.DATA_FILE: lambda: header.external_data,
+    }
+    return extension.type in conditions and conditions[extension.type]()

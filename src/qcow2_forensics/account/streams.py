@@ -1,0 +1,122 @@
+"""Compressed clusters: which host bytes their streams really take.
+
+A descriptor counts whole sectors, so its last one usually holds the next stream too. Only decoding shows where
+a stream ends.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..census import Census
+from ..census.columns import I64, compressed_extents
+from ..errors import LimitExceeded
+from ..format.codecs import Codec, codec_of
+from ..format.entries import compressed_descriptor
+from ..format.image import Image
+from ..limits import Budget
+
+START = 1 << 14  # bytes: what beginning a stream costs at least, however small a cluster is
+
+
+class Decoded(NamedTuple):
+    """What decoding every live stream once showed.
+
+    ``used`` are the host bytes (start, end) that streams take, rising, ``entries`` whose each is. One that cannot
+    be decoded keeps all of its descriptor: its bytes are not residue. ``failed`` are the entries that do not give
+    exactly a cluster. ``stopped`` says that not all were decoded.
+    """
+
+    used: list[tuple[int, int]]
+    entries: list[int]
+    failed: npt.NDArray[np.uint64]
+    stopped: LimitExceeded | None
+
+    @classmethod
+    def nothing(cls) -> Decoded:
+        """Return what no stream shows."""
+        return cls([], [], np.empty(0, np.uint64), None)
+
+
+def decode_all(image: Image, census: Census) -> Decoded:
+    """Decode every live stream once, in their order in the file.
+
+    Streams that a writer made do not overlap, and however far they expand they are decoded. Of those
+    that share bytes, or do not decode, a small file could name any number: they have a budget.
+    """
+    if image.header.external_data:  # QEMU reads no streams beside a data file
+        return Decoded.nothing()
+    codec = codec_of(image.header.compression_type)
+    size, bits = image.cluster_size, image.header.cluster_bits
+    entries = census.compressed_entries
+    order = np.argsort(compressed_extents(entries, image.header)[0], kind="stable")
+    used: list[tuple[int, int]] = []
+    whose: list[int] = []
+    failed: list[int] = []
+    stopped: LimitExceeded | None = None
+    budget = _budget(image)
+    taken, last = 0, b""  # the end of the good streams so far, and the bytes of the one before
+    for entry in entries[order].tolist():
+        offset, length = compressed_descriptor(entry, bits)
+        data = image.read(offset, length)
+        if not data:
+            failed.append(entry)
+            used.append((offset, offset + length))
+            whose.append(entry)
+            continue
+        cost, fails = length, False
+        parts: tuple[tuple[int, int], ...] = ((0, len(last)),)
+        if not last or not data.startswith(last):  # else a cluster like the one before
+            cost += max(size, START)
+            taken_in = _taken_in(codec, data, size)
+            fails = taken_in is None
+            if taken_in is None:
+                failed.append(entry)
+                parts = codec.needed(data, size) or ((0, length),)
+            else:
+                parts, last = taken_in, data[: taken_in[-1][1]]
+        used += ((offset + start, offset + stop) for start, stop in parts)
+        whose += [entry] * len(parts)
+        if (fails or offset < taken) and (stopped := _refused(budget, cost)) is not None:
+            break
+        taken = taken if fails else max(taken, offset + parts[-1][1])
+    return Decoded(used, whose, np.asarray(failed, dtype=np.uint64), stopped)
+
+
+def _taken_in(codec: Codec, data: bytes, size: int) -> tuple[tuple[int, int], ...] | None:
+    """Return the ranges of a stream that gives exactly a cluster; None for any other."""
+    parts = None if codec.cuts else codec.needed(data, size)  # what does not cut takes nothing that is longer
+    if parts is None:
+        found = codec.measure(data, size)
+        parts = None if found is None else ((0, found[1]),)
+    return parts
+
+
+def taken_by(image: Image, offsets: I64, lengths: I64) -> I64:
+    """Return the host bytes that the streams at some extents take, rows (start, stop); for version 1.
+
+    Those that cannot be decoded, or for which the budget is too small, keep all of their extents.
+    """
+    codec, budget = codec_of(image.header.compression_type), _budget(image)
+    found: list[tuple[int, int]] = []
+    for offset, length in np.unique(np.column_stack((offsets, lengths)), axis=0).tolist():
+        parts: tuple[tuple[int, int], ...] | None = None
+        if _refused(budget, length + max(image.cluster_size, START)) is None:
+            parts = codec.needed(image.read(offset, length), image.cluster_size)
+        found += ((offset + start, offset + stop) for start, stop in parts or ((0, length),))
+    return np.asarray(found, np.int64).reshape(-1, 2)
+
+
+def _budget(image: Image) -> Budget:
+    return Budget("decoded bytes of streams that are bad or share bytes", image.file_size, image.limits)
+
+
+def _refused(budget: Budget, cost: int) -> LimitExceeded | None:
+    try:
+        budget.spend(cost)
+    except LimitExceeded as error:
+        return error
+    return None

@@ -1,0 +1,196 @@
+"""What the tables hold: entries that mean something, as far as the disk or the file they are about goes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..census import Census, Owner
+from ..census.claimed_clusters import merged
+from ..census.columns import I64, U64
+from ..census.state_ends import StateEnds
+from ..census.walk import l1_chunks
+from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
+from ..format.entries import L1_RESERVED
+from ..format.header import padded
+from ..format.image import Image
+from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH
+from .header_claims import claim_name
+from .labels import Kind, Labels, Place
+from .spans import Spans
+
+_VM_SIZE_AT = 32  # in a snapshot table entry
+_KNOWN_EXTRA = 24  # bytes of a snapshot's extra data: VM state size, disk size, instruction count
+
+
+class TableClaims:
+    """Claims the tables of one image that could be walked."""
+
+    def __init__(self, census: Census, labels: Labels, claims: Spans, hints: Spans) -> None:
+        self.image: Image = census.image
+        self.census = census
+        self.labels = labels
+        self.claims = claims
+        self.hints = hints
+        self.size = census.cluster_size
+
+    def all(self) -> None:
+        """Claim all tables."""
+        self._l1_tables()
+        self._l2_tables()
+        self._refcounts()
+        self._snapshot_table()
+        self._bitmaps()
+
+    # --- L1 and L2 -------------------------------------------------------------------------------
+
+    def _l1_tables(self) -> None:
+        """Claim the entries for the disk, those for the VM state behind it, and others that name an L2 table."""
+        header, snapshots = self.image.header, self.image.snapshots
+        offsets = np.asarray([header.l1_table_offset] + [entry.l1_table_offset for entry in snapshots], np.uint64)
+        counts = np.asarray([header.l1_size] + [entry.l1_size for entry in snapshots], np.int64)
+        sound = (offsets < np.uint64(self.image.file_size)) & (offsets % np.uint64(self.size) == 0)
+        starts = np.where(sound, offsets, 0).astype(np.int64)
+        meant = starts + np.minimum(counts, StateEnds(self.image, snapshots).entries()) * 8
+        stops = starts + counts * 8
+        for owner, chosen in (("active state", slice(0, 1)), ("snapshots", slice(1, None))):
+            kept = sound[chosen]
+            label = self.labels.number(Kind.L1, owner)
+            rows = np.column_stack((starts[chosen], meant[chosen], stops[chosen]))[kept]
+            if len(rows):  # a table that several entries name is one
+                rows = np.unique(rows, axis=0)
+                self.claims.add_many(label, rows[:, 0], rows[:, 1])
+                self._past_end(label, rows[:, 1], np.minimum(rows[:, 2], self.image.file_size), owner)
+
+    def _past_end(self, label: int, starts: I64, stops: I64, owner: str) -> None:
+        """Claim the sound ones of L1 entries that no state needs, each read once."""
+        kept = stops - starts >= 8
+        if not kept.any():
+            return
+        starts, stops = (
+            column.astype(np.int64) for column in merged(starts[kept].astype(np.uint64), stops[kept].astype(np.uint64))
+        )
+        self.hints.add_many(self.labels.number(Place.ENTRIES_PAST_END, f"L1 table, {owner}"), starts, stops)
+        trees = np.zeros(len(starts), np.int64)
+        for chunk in l1_chunks(self.image, starts.astype(np.uint64), ((stops - starts) // 8).astype(np.uint64), trees):
+            clean = (chunk.tables != 0) & ((chunk.entries & np.uint64(L1_RESERVED)) == 0)
+            clean &= np.isin(chunk.tables, self.census.named.offsets)
+            if clean.any():
+                self.claims.add_many(label, *merged(chunk.positions[clean], chunk.positions[clean] + np.uint64(8)))
+
+    def _l2_tables(self) -> None:
+        named, header = self.census.named, self.image.header
+        inside = named.offsets < np.uint64(self.image.file_size)
+        starts = named.offsets[inside].astype(np.int64)
+        shown = named.shown[inside].max(axis=1).astype(np.int64)
+        stops = starts + -(-shown // self.size) * header.l2_entry_size
+        active = named.active[inside] != 0
+        for owner, chosen in (("active state", active), ("snapshots", ~active)):
+            self.claims.add_many(self.labels.number(Kind.L2, owner), starts[chosen], stops[chosen])
+            past = self.labels.number(Place.ENTRIES_PAST_END, f"L2 tables, {owner}")
+            self.hints.add_many(past, stops[chosen], starts[chosen] + self.size)
+
+    # --- refcounts -------------------------------------------------------------------------------
+
+    def _refcounts(self) -> None:
+        stored = self.census.refcounts
+        start = self.image.header.refcount_table_offset
+        self.claims.add(self.labels.number(Kind.REFCOUNT_TABLE), start, start + len(stored.table) * 8)
+        slots = np.flatnonzero((stored.offsets != 0) & ~stored.unreadable)
+        blocks = stored.offsets[slots].astype(np.int64)
+        counted = np.clip(self.census.clusters - slots * stored.per_block, 0, stored.per_block)
+        stops = blocks + -(-counted * stored.bits // 8)
+        blocks, first = np.unique(blocks, return_index=True)  # by rising slot: the first counts most
+        self.claims.add_many(self.labels.number(Kind.REFCOUNT_BLOCK), blocks, stops[first])
+        self.hints.add_many(self.labels.number(Place.REFCOUNTS_PAST_END), stops[first], blocks + self.size)
+
+    # --- snapshots and bitmaps -------------------------------------------------------------------
+
+    def _snapshot_table(self) -> None:
+        label, names = self.labels.number(Kind.SNAPSHOT_TABLE), "snapshot table"
+        padding = self.labels.number(Place.TABLE_PADDING, names)
+        extra = self.labels.number(Place.UNKNOWN_EXTRA, names)
+        unused = self.labels.number(Place.UNUSED_FIELD, "vm_state_size")
+        for entry in self.image.snapshots:
+            at = entry.offset + SNAPSHOT_ENTRY_LENGTH
+            known = min(entry.extra_length, _KNOWN_EXTRA)
+            # The 32-bit size of a VM state is read where the extra data has no 64-bit one.
+            if known >= 8 and entry.vm_state_size32 not in (0, entry.vm_state_size):
+                self.claims.add(label, entry.offset, entry.offset + _VM_SIZE_AT)
+                self.hints.add(unused, entry.offset + _VM_SIZE_AT, entry.offset + _VM_SIZE_AT + 4)
+                self.claims.add(label, entry.offset + _VM_SIZE_AT + 4, at + known)
+            else:
+                self.claims.add(label, entry.offset, at + known)
+            self.hints.add(extra, at + known, at + entry.extra_length)
+            at += entry.extra_length
+            for name in (entry.id_bytes, entry.name_bytes):
+                claim_name(self.labels, self.claims, self.hints, label, names, name, at)
+                at += len(name)
+            if entry is not self.image.snapshots[-1]:
+                self.hints.add(padding, at, padded(at))
+
+    def _bitmaps(self) -> None:
+        layout, image = self.census.layout, self.image
+        if layout.bitmap_directory is None:
+            return
+        directory, names = self.labels.number(Kind.BITMAP_DIRECTORY), "bitmap directory"
+        tables = self.labels.number(Kind.BITMAP_TABLE)
+        past = self.labels.number(Place.ENTRIES_PAST_END, "bitmap tables")
+        wanted: list[tuple[int, int, int]] = []  # offset of the table, entries that mean something, bytes of bits
+        for entry in image.bitmaps:
+            at = entry.offset + BITMAP_ENTRY_LENGTH
+            self.claims.add(directory, entry.offset, at)
+            self.hints.add(self.labels.number(Place.UNKNOWN_EXTRA, names), at, at + len(entry.extra))
+            at += len(entry.extra)
+            claim_name(self.labels, self.claims, self.hints, directory, names, entry.name_bytes, at)
+            self.hints.add(
+                self.labels.number(Place.TABLE_PADDING, names),
+                entry.offset + entry.length,
+                padded(at + len(entry.name_bytes)),
+            )
+            bits = -(-image.disk_size // (1 << min(entry.granularity_bits, 63)))
+            needed = -(-bits // 8)
+            entries = min(entry.table_size, -(-needed // self.size))
+            if entry.table_offset % self.size == 0:
+                self.claims.add(tables, entry.table_offset, entry.table_offset + entries * 8)
+                self.hints.add(past, entry.table_offset + entries * 8, entry.table_offset + entry.table_size * 8)
+                wanted.append((entry.table_offset, entries, needed))
+        self._bits(wanted)
+
+    def _bits(self, wanted: list[tuple[int, int, int]]) -> None:
+        """Claim the bits of bitmaps that stand for a place on the disk."""
+        label, past = self.labels.number(Kind.BITMAP_DATA), self.labels.number(Place.BITS_PAST_END)
+        offsets, counts = [one[0] for one in wanted], [one[1] for one in wanted]
+        needed = np.asarray([one[2] for one in wanted], np.int64)
+        found: list[U64] = []
+        for chunk in l1_chunks(self.image, offsets, counts, list(range(len(wanted)))):
+            sound = (chunk.tables != 0) & (chunk.tables % np.uint64(self.size) == 0)
+            left = np.clip(needed[chunk.tree] - chunk.index.astype(np.int64) * self.size, 0, self.size)
+            found.append(np.column_stack((chunk.tables[sound], left[sound].astype(np.uint64))))
+        rows = np.concatenate([*found, np.empty((0, 2), np.uint64)]).astype(np.int64)
+        rows = rows[np.lexsort((-rows[:, 1], rows[:, 0]))]
+        rows = rows[np.concatenate(([True], rows[1:, 0] != rows[:-1, 0]))[: len(rows)]]
+        self.claims.add_many(label, rows[:, 0], rows[:, 0] + rows[:, 1])
+        self.hints.add_many(past, rows[:, 0] + rows[:, 1], rows[:, 0] + self.size)
+
+
+_PLACES = (
+    (Owner.DATA | Owner.SNAPSHOT_DATA, Place.ZERO_FLAGGED),
+    (Owner.COMPRESSED, Place.COMPRESSED_SLACK),
+    (Owner.CRYPTO, Place.LUKS_GAP),
+    (Owner.SNAPSHOT_TABLE | Owner.REFCOUNT_TABLE, Place.TABLE_SLACK),
+    (Owner.BITMAP_DIRECTORY | Owner.BITMAP_TABLE | Owner.BITMAP_DATA, Place.TABLE_SLACK),
+    (Owner.REFCOUNT_BLOCK, Place.REFCOUNTS_PAST_END),
+    (Owner.L2 | Owner.SNAPSHOT_L2, Place.ENTRIES_PAST_END),
+    (Owner.L1 | Owner.SNAPSHOT_L1, Place.L1_SLACK),
+    (Owner.HEADER, Place.HEADER_SLACK),
+)
+
+
+def places_of_owners(labels: Labels, *, extended: bool) -> np.ndarray:
+    """Return the label of unaccounted bytes for every combination of owners of their cluster; later ones win."""
+    table = np.full(1 << 15, labels.number(Place.FREE), np.int64)
+    bits = np.arange(1 << 15)
+    for owner, place in _PLACES:
+        wanted = Place.SUBCLUSTER if extended and place is Place.ZERO_FLAGGED else place
+        table[(bits & int(owner)) != 0] = labels.number(wanted)
+    return table
