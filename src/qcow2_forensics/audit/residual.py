@@ -87,10 +87,10 @@ class _Survey:
     deleted: list[DeletedSnapshot] = field(default_factory=list)
     ranges: list[tuple[int, int]] = field(default_factory=list)  # (offset, length) of the first pieces
 
-    def mark(self, looks: str, clusters: set[int], size: int) -> None:
-        """Let the pieces kept that are wholly in some clusters look like something they were."""
+    def mark(self, looks: str, clusters: set[int], size: int, taken_for: Iterable[str]) -> None:
+        """Let the pieces kept that are wholly in some clusters look like what they were, and not what they are taken for."""
         for (kind, look), group in list(self.groups.items()) if clusters else ():
-            if look not in ("data", "l2"):
+            if look not in taken_for:
                 continue
             for piece in group.kept:
                 if clusters.issuperset(range(piece.offset, piece.offset + piece.length, size)):
@@ -122,7 +122,9 @@ def _survey(facts: Facts) -> _Survey:
             survey.ranges.append((piece.offset, piece.length))
     survey.snapshots, survey.bitmaps = residue.entries()
     facts.leave_out("former snapshot entries that were found and not looked at", residue.entries_left_out)
-    survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size)
+    survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size, ("data", "l2"))
+    # The table of one bitmap may name what became the table of another, as an L1 table names L2 tables.
+    survey.mark("bitmap", residue.former_bitmap_tables(), facts.cluster_size, ("l1",))
     survey.deleted = examine(facts.image, survey.snapshots, facts.census, most=DELETED_SNAPSHOTS_FOLLOWED)
     not_followed = sum(not item.followed for item in survey.deleted)
     facts.leave_out("former snapshot entries whose tables were not followed", not_followed)

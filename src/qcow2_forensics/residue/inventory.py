@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from typing import NamedTuple
@@ -42,6 +42,7 @@ from .former_guests import former_guests
 from .former_tables import FormerTables
 from .model import Piece
 from .snapshot_entries import DeletedSnapshot
+from .structure_detection import Words
 
 _OFFSET = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 
@@ -204,16 +205,27 @@ class Residue(Closing):
 
     def former_bitmap_clusters(self) -> set[int]:
         """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
-        found: set[int] = set()
+        bits = (words[words != 0].tolist() for _, words in self._former_bitmap_tables())
+        return self.former_bitmap_tables() | self._unclaimed(itertools.chain.from_iterable(bits))
+
+    def former_bitmap_tables(self) -> set[int]:
+        """Return the host offsets of unclaimed clusters that held the tables of removed bitmaps."""
         size = self.image.cluster_size
+        tables = (range(at, at + 8 * len(words), size) for at, words in self._former_bitmap_tables())
+        return self._unclaimed(itertools.chain.from_iterable(tables))
+
+    def _former_bitmap_tables(self) -> Iterator[tuple[int, Words]]:
+        """Yield the offset of each removed bitmap's table, and what it names now."""
         for entry in self.entries()[1][:FORMER_BITMAPS_FOLLOWED]:
             length = entry.table_size * 8
             if entry.table_size > FORMER_BITMAP_TABLE_ENTRIES or entry.table_offset + length > self.image.file_size:
                 continue
-            words = table_offsets(big_endian(self.image.read(entry.table_offset, length)), self.image.header)
-            found.update(range(entry.table_offset, entry.table_offset + length, size))
-            found.update(words[words != 0].tolist())
-        return {offset for offset in found if offset % size == 0 and not self.census.owner(offset)}
+            data = self.image.read(entry.table_offset, length)
+            yield entry.table_offset, table_offsets(big_endian(data), self.image.header)
+
+    def _unclaimed(self, offsets: Iterable[int]) -> set[int]:
+        size = self.image.cluster_size
+        return {offset for offset in set(offsets) if offset % size == 0 and not self.census.owner(offset)}
 
     # --- streams -------------------------------------------------------------------------------
 
