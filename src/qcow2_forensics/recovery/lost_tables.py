@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..census import take_census
+from ..census import Census
 from ..census.columns import is_packed
 from ..format.entries import COPIED
 from ..format.header import SECTOR
-from ..format.image import Image
 from ..format.source import Source
 from ..limits import LOST_TABLES_REBUILT
 from ..residue.structure_detection import Geometry, l2_rows
@@ -57,12 +56,10 @@ def lost_slots(source: Source, geometry: Geometry, targets: Mapping[int, int], l
     return lost[:LOST_TABLES_REBUILT]
 
 
-def leaked_clusters(image: Image) -> U64:
+def leaked_clusters(census: Census) -> U64:
     """Return the host offsets of clusters that are counted and that nothing claims, in order."""
-    size = image.cluster_size
-    ranges = [
-        np.arange(offset, offset + length, size, dtype=np.uint64) for offset, length in take_census(image).leaked()
-    ]
+    size = census.image.cluster_size
+    ranges = [np.arange(offset, offset + length, size, dtype=np.uint64) for offset, length in census.leaked()]
     return np.concatenate([np.zeros(0, np.uint64), *ranges])
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -17,8 +18,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..census import Census, take_census
 from ..census.columns import named_offsets, without_copied
-from ..errors import Qcow2Error, SnapshotNotFound
+from ..errors import LimitExceeded, Qcow2Error, SnapshotNotFound
 from ..format.entries import named_offset
 from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
@@ -58,6 +60,7 @@ from .positions import disk_size_of
 from .refcounts import FoundRefcounts, find_refcounts
 from .state import RecoveredState
 from .table_search import FoundTables, search_tables, table_words
+from .vm_states import vm_states
 
 _READ = 4 * MiB
 _KEPT = 4  # files whose states are remembered
@@ -125,6 +128,15 @@ def has_tables(origin: PathOrSource) -> bool:
     finally:
         if source is not origin:
             close_source(source)
+
+
+def _census(image: Image) -> Census | None:
+    """Return who claims each cluster; None, with a warning, where the tables are too many to say."""
+    try:
+        return take_census(image)
+    except LimitExceeded as error:
+        logging.getLogger("qcow2_forensics").warning("lost L2 tables and VM states are not looked for: %s", error)
+        return None
 
 
 class _Recovery:
@@ -325,18 +337,28 @@ class _Recovery:
             shared = shared_with_snapshots(snapshots, refcounts, len(active))
             yield from self._with_lost_l1(image, geometry, lost, known, shared)
             return
-        yield from self._with_lost_tables(image, geometry, active, snapshots, free)
+        census = _census(image)
+        if census is not None:
+            yield from self._with_lost_tables(image, geometry, active, snapshots, free, census)
         former = [at for at in free if refcounts.of(at) == 0]
         if former:
             yield from self._former(image, geometry, former, active, snapshots, refcounts)
+        if census is not None:
+            yield from vm_states(self._source, geometry, census, free)
 
     def _with_lost_tables(
-        self, image: Image, geometry: Geometry, active: U64, snapshots: list[U64], free: list[int]
+        self,
+        image: Image,
+        geometry: Geometry,
+        active: U64,
+        snapshots: list[U64],
+        free: list[int],
+        census: Census,
     ) -> Iterator[RecoveredState]:
         """Yield the active state with other tables in place of L2 tables that were overwritten."""
         entries = named_offsets(active).tolist()
         targets = {slot: int(at) for slot, at in enumerate(entries) if at}
-        leaks = leaked_clusters(image)
+        leaks = leaked_clusters(census)
         lost = lost_slots(self._source, geometry, targets, leaks)
         if not lost:
             return
