@@ -499,26 +499,29 @@ def _hashes(pytsk3: Any, image: Any) -> dict[str, str]:
             file_system = pytsk3.FS_Info(image, offset=start)
         except (OSError, RuntimeError):
             continue
-        pending = [("", file_system.open_dir("/"))]
-        while pending:
-            path, folder = pending.pop()
-            for entry in folder:
-                name = entry.info.name.name.decode("utf-8", "replace")
-                meta = entry.info.meta
-                if not name.endswith(".bin") and not name.startswith("dir"):
-                    continue
-                try:
-                    if meta is not None and meta.type == pytsk3.TSK_FS_META_TYPE_DIR:
-                        pending.append((f"{path}/{name}", entry.as_directory()))
-                    elif meta is not None and meta.type == pytsk3.TSK_FS_META_TYPE_REG:
-                        digest = hashlib.sha256()
-                        for at in range(0, meta.size, MIB):
-                            digest.update(entry.read_random(at, min(MIB, meta.size - at)))
-                        found[f"{path}/{name}"] = digest.hexdigest()
-                except (OSError, RuntimeError):
-                    continue
+        with contextlib.suppress(OSError, RuntimeError):  # what the damage, or a trial's own writes, made unreadable
+            _hash_below(pytsk3, file_system, found)
         break
     return found
+
+
+def _hash_below(pytsk3: Any, file_system: Any, found: dict[str, str]) -> None:
+    pending = [("", file_system.open_dir("/"))]
+    while pending:
+        path, folder = pending.pop()
+        for entry in folder:
+            name = entry.info.name.name.decode("utf-8", "replace")
+            meta = entry.info.meta
+            if meta is None or (not name.endswith(".bin") and not name.startswith("dir")):
+                continue
+            with contextlib.suppress(OSError, RuntimeError):
+                if meta.type == pytsk3.TSK_FS_META_TYPE_DIR:
+                    pending.append((f"{path}/{name}", entry.as_directory()))
+                elif meta.type == pytsk3.TSK_FS_META_TYPE_REG:
+                    digest = hashlib.sha256()
+                    for at in range(0, meta.size, MIB):
+                        digest.update(entry.read_random(at, min(MIB, meta.size - at)))
+                    found[f"{path}/{name}"] = digest.hexdigest()
 
 
 # --- the trial -----------------------------------------------------------------------------------

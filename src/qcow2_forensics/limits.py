@@ -167,6 +167,7 @@ GEOMETRY_STREAMS = 16  # decoded at most for that
 PLACED_CONTENT_BYTES = 64 * MiB  # of guest data read under one L2 table to find out where it belongs
 PLACED_STRUCTURES = 4096  # structures in it that are asked where they belong
 PARTITIONS_LOOKED_AT = 256  # of a partition table
+VM_STATES_RECOVERED = 16  # of one file, each of which may be read as a guest's memory
 L1_GAP_BYTES = MiB  # of zeros inside an L1 table that is found by its form
 LOST_TABLES_REBUILT = 4096  # L2 tables of one image that were overwritten
 FILE_SYSTEM_STARTS = 64  # places on a disk that are tried as the start of a file system

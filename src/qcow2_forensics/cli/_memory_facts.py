@@ -22,6 +22,8 @@ def snapshot_of(memory: GuestMemory) -> str | None:
     state = memory.source
     if not isinstance(state, VmState):
         return None
+    if state.rebuilt is not None:
+        return f"{state.rebuilt.label} (a VM state that nothing maps any more)"
     if state.snapshot is None:
         return f"{LEFTOVER} (behind the disk, listed by no snapshot)"
     return f"{cut(state.snapshot.id)} ({cut(state.snapshot.name)})"

@@ -14,7 +14,7 @@ from ..reader.writer import HASHES, Writer, is_standard_output, refuse_existing,
 from ..text import printable, size
 from ._memory_facts import layout_facts, layout_lines, processor_facts, processor_lines
 from .case import add_hash_source_argument, now, origin_of, write_sidecar
-from .options import add_key_arguments, ask_passphrase, passphrases_of
+from .options import add_key_arguments, ask_passphrase, passphrases_of, show_notes
 from .output import Progress
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def open_memory(args: argparse.Namespace) -> GuestMemory:
     """Open the memory that the options mean, asking for a passphrase when it is locked."""
     from ..memory import open_guest_memory
 
+    show_notes()
     wanted = partial(
         open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
     )

@@ -177,7 +177,7 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
 
 def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:
     """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
-    _show_notes()
+    show_notes()
     disk = open_disk(
         args.image,
         snapshot if snapshot is not None else getattr(args, "snapshot", None),
@@ -242,7 +242,8 @@ def repeat_notes() -> None:
             handler.forget()
 
 
-def _show_notes() -> None:
+def show_notes() -> None:
+    """Have the library's notes printed on standard error from now on."""
     logger = logging.getLogger("qcow2_forensics")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())

@@ -92,6 +92,7 @@ def _print_recovered(args: argparse.Namespace) -> int:
         {
             "open_as": state.label,
             "what": state.what,
+            "memory": state.is_memory,
             "confidence": state.confidence.label,
             "l2_tables": {level.label: count for level, count in state.tables_by_confidence().items()},
             "size": state.size,

@@ -18,7 +18,7 @@ from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Closing
 from ..reader.disk import Disk
-from ..reader.states import SnapshotName
+from ..reader.states import Rebuilt, SnapshotName
 from ..reader.vm_state import VmState
 from ..text import printable, short_date, short_time, size, snapshot_time
 from .files import Content, DiskContent, File, MemoryContent, TextContent, safe_name, unique_name
@@ -114,6 +114,9 @@ class ImageFolder(Closing):
         if state.gone:
             self._gone.append(state.description)
             return
+        if isinstance(state.selector, Rebuilt) and state.selector.is_memory:
+            self._add_memory(state, None)
+            return
         disk: Disk | None = None
         try:
             disk = self._openers.disk(state.selector, self._keys)
@@ -123,14 +126,20 @@ class ImageFolder(Closing):
             self._undo.callback(disk.close)
             self._keys = self._keys or disk
             self._add(state.stem, ".raw", DiskContent(disk), state.time, state.description)
-        if state.entry is not None and state.entry.vm_state_size and self._openers.memory is not None:
-            description = f"guest memory of {state.description}"
-            try:
-                content = _memory(disk) if disk is not None else self._openers.memory(state.selector)
-            except (Qcow2Error, OSError) as error:
-                self.missing.append(f"{description}: {error}")
-            else:
-                self._add(state.stem, ".memory.raw", content, state.time, description)
+        if state.entry is not None and state.entry.vm_state_size:
+            self._add_memory(state, disk)
+
+    def _add_memory(self, state: State, disk: Disk | None) -> None:
+        """Add the guest memory of a state, unless no memory is wanted; ``disk`` is that of the state where it is open."""
+        if self._openers.memory is None:
+            return
+        description = f"guest memory of {state.description}"
+        try:
+            content = _memory(disk) if disk is not None else self._openers.memory(state.selector)
+        except (Qcow2Error, OSError) as error:
+            self.missing.append(f"{description}: {error}")
+        else:
+            self._add(state.stem, ".memory.raw", content, state.time, description)
 
     def _add(self, stem: str, suffix: str, content: Content, time: int, description: str) -> None:
         name = unique_name(stem, suffix, self.files)

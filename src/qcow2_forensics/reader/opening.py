@@ -104,14 +104,23 @@ def open_vm_state(
 ) -> VmState:
     """Open the VM state of a snapshot, of the latest that holds one when None.
 
-    ``"leftover"`` is what the active state still maps behind the disk, though no snapshot lists it.
+    ``"leftover"`` is what the active state still maps behind the disk, though no snapshot lists it,
+    ``"recovered:N"`` one that nothing maps any more.
     Neither backing nor data files are needed: QEMU stores VM state in the image itself.
     """
     from .vm_state import VmState, has_leftover  # here: reading a disk needs none of it
 
-    image = Image(origin, limits=limits)
+    source = as_source(origin)
     with ExitStack() as undo:
-        undo.callback(image.close)
+        owned = source is not origin
+        if owned:
+            undo.callback(close_source, source)
+        rebuilt = replaced(source, snapshot)
+        if rebuilt is not None:
+            if not rebuilt.is_memory:
+                raise Qcow2Error(f"{rebuilt.label} is a disk, it holds no memory")
+            source, snapshot = rebuilt.over(source), Leftover()
+        image = Image(source, limits=limits, owns_source=owned)
         chosen = choose(image, snapshot)
         leftover = isinstance(chosen, Leftover)
         entry = None if leftover else latest_vm_state(image) if snapshot is None else find_snapshot(image, chosen)
@@ -121,6 +130,9 @@ def open_vm_state(
             eof=eof,
             unlocker=unlocked,
         )
+        if rebuilt is not None:
+            disk.rebuilt = rebuilt
+            note(disk, f"{cut(disk.name)}: {rebuilt.warning}", doubt=True)
         if passphrase is not None:
             disk.unlock(passphrase)
         if leftover and not has_leftover(disk):

@@ -63,10 +63,11 @@ class VmState(Closing):
 
     def __init__(self, disk: Disk, *, leftover: bool = False) -> None:
         self._disk = disk
+        self.rebuilt = disk.rebuilt  # the recovered state that it is
         self.stored_size = disk.stored_size
         if leftover:
             self.snapshot = None
-            self.name = f"{disk.name}[{LEFTOVER}]"
+            self.name = f"{disk.name}[{disk.rebuilt.label if disk.rebuilt is not None else LEFTOVER}]"
             self.size = leftover_size(disk)
             self.offset = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
             return

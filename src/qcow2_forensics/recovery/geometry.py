@@ -165,7 +165,7 @@ def _decoded_size(source: Source, entries: list[int]) -> tuple[int, int] | None:
             if offset >= source.size or length > 2 << bits:
                 continue
             data = source.read(offset, min(length, source.size - offset))
-            compression = _compression_of(data, 1 << bits)
+            compression = compression_of(data, 1 << bits)
             if compression is not None:
                 votes[bits, compression] += 1
                 break
@@ -175,7 +175,7 @@ def _decoded_size(source: Source, entries: list[int]) -> tuple[int, int] | None:
     return found if count >= min(2, len(entries)) else None
 
 
-def _compression_of(data: bytes, size: int) -> int | None:
+def compression_of(data: bytes, size: int) -> int | None:
     """Return the compression type of which ``data`` starts with a stream of exactly ``size`` bytes, None for none."""
     found = (codec for codec in known_codecs() if codec.begins(data, size) and codec.measure(data, size))
     return next((codec.number for codec in found), None)
@@ -188,7 +188,7 @@ def compression_type_of(source: Source, entries: list[int], cluster_bits: int) -
         offset, length = compressed_descriptor(entry, cluster_bits)
         if offset < source.size:
             data = source.read(offset, min(length, source.size - offset, 4 * MiB + 64 * KiB))
-            compression = _compression_of(data, 1 << cluster_bits)
+            compression = compression_of(data, 1 << cluster_bits)
             if compression is not None:
                 votes[compression] += 1
     return votes.most_common(1)[0][0] if votes else None

@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..census import take_census
+from ..census import Census
+from ..census.columns import is_packed
 from ..format.entries import COPIED
 from ..format.header import SECTOR
-from ..format.image import Image
 from ..format.source import Source
 from ..limits import LOST_TABLES_REBUILT
 from ..residue.structure_detection import Geometry, l2_rows
 from .allocation import Bits
 from .confidence import Confidence
 from .content import TableReader
-from .geometry import U64
+from .geometry import U64, compression_of
 from .l1_tables import table_span
 from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Placement, Use
@@ -31,6 +31,7 @@ from .table_search import table_words
 
 _TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, behind every L1 table
 _ALL_SUBCLUSTERS = 0xFFFF_FFFF
+_TABLES_ASKED = 16  # whether they hold compressed clusters
 _ROUNDS = 4  # of finding the file system in what was put together so far
 UseOf = Callable[[TableReader, Mapping[int, int]], Use | None]
 
@@ -55,12 +56,10 @@ def lost_slots(source: Source, geometry: Geometry, targets: Mapping[int, int], l
     return lost[:LOST_TABLES_REBUILT]
 
 
-def leaked_clusters(image: Image) -> U64:
+def leaked_clusters(census: Census) -> U64:
     """Return the host offsets of clusters that are counted and that nothing claims, in order."""
-    size = image.cluster_size
-    ranges = [
-        np.arange(offset, offset + length, size, dtype=np.uint64) for offset, length in take_census(image).leaked()
-    ]
+    size = census.image.cluster_size
+    ranges = [np.arange(offset, offset + length, size, dtype=np.uint64) for offset, length in census.leaked()]
     return np.concatenate([np.zeros(0, np.uint64), *ranges])
 
 
@@ -87,6 +86,8 @@ def rebuild(
     alone = len(open_slots) == 1  # then all of them are of this table, wherever they are
     hosts = {slot: (leaks if alone else _between(leaks, targets[slot], targets))[:clusters] for slot in open_slots}
     hosts = {slot: found for slot, found in hosts.items() if len(found)}
+    if _holds_streams(reader, source, geometry, sorted(kept.values()), leaks):
+        hosts = {}
     columns = {slot: _first_places(source, slot, found, geometry, clusters) for slot, found in hosts.items()}
     patches = _patches(hosts, columns, geometry)
     for _ in range(_ROUNDS if hosts else 0):
@@ -104,6 +105,14 @@ def rebuild(
         reason = "its table is lost: clusters without an owner, in the order of the file"
         placements[slot] = Placement(slot, _place(number, geometry), Confidence.GUESS, reason)
     return Rebuilt(tuple(patches), tuple(placements[slot] for slot in sorted(placements)))
+
+
+def _holds_streams(reader: TableReader, source: Source, geometry: Geometry, tables: list[int], leaks: U64) -> bool:
+    """Whether clusters hold compressed streams: where each belongs was in the lost table alone."""
+    if any(is_packed(reader.entries(offset)).any() for offset in tables[:_TABLES_ASKED]):
+        return True
+    size = geometry.cluster_size
+    return bool(len(leaks)) and compression_of(source.read(int(leaks[0]), 2 * size), size) is not None
 
 
 def _between(leaks: U64, offset: int, targets: Mapping[int, int]) -> U64:

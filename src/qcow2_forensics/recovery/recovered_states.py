@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -17,8 +18,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..census import Census, take_census
 from ..census.columns import named_offsets, without_copied
-from ..errors import Qcow2Error, SnapshotNotFound
+from ..errors import LimitExceeded, Qcow2Error, SnapshotNotFound
 from ..format.entries import named_offset
 from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
@@ -57,7 +59,8 @@ from .placement import Placement, Unplaced, place
 from .positions import disk_size_of
 from .refcounts import FoundRefcounts, find_refcounts
 from .state import RecoveredState
-from .table_search import FoundTables, search_tables, table_words
+from .table_search import FoundTables, L1Candidate, search_tables, table_words
+from .vm_states import vm_states
 
 _READ = 4 * MiB
 _KEPT = 4  # files whose states are remembered
@@ -127,6 +130,41 @@ def has_tables(origin: PathOrSource) -> bool:
             close_source(source)
 
 
+def _with_whole_l1_tables(source: Source, tables: FoundTables) -> FoundTables:
+    """Return the tables with the L1 tables of snapshots as long as their entries say, and no piece of one by itself."""
+    ranges = [(entry.l1_table_offset, entry.l1_size) for entry in tables.snapshots]
+    sizes = dict(ranges)
+    whole: list[L1Candidate] = []
+    for table in tables.l1:
+        if any(first < table.offset < first + size * 8 for first, size in ranges):
+            continue
+        size = sizes.get(table.offset, 0)
+        if 0 < size <= L1_ENTRIES:
+            table = table._replace(targets=named_offsets(read_l1(source, table.offset, size)), sure=size)  # noqa: PLW2901
+        whole.append(table)
+    return tables._replace(l1=whole)
+
+
+def _active_is_missing(tables: FoundTables, refcounts: FoundRefcounts | None) -> bool:
+    """Whether none of the L1 tables seems to be the active state's: most L2 tables in use are named by none that may be."""
+    of_snapshots = {entry.l1_table_offset for entry in tables.snapshots}
+    snapshots_, others = set[int](), set[int]()
+    for table in tables.l1:
+        here = table.targets[table.targets != 0].tolist()
+        (snapshots_ if table.offset in of_snapshots else others).update(map(int, here))
+    in_use = {at for at in tables.l2.tolist() if refcounts is None or refcounts.of(at) != 0}
+    return not others or len(in_use - snapshots_ - others) > len(in_use & others)
+
+
+def _census(image: Image) -> Census | None:
+    """Return who claims each cluster; None, with a warning, where the tables are too many to say."""
+    try:
+        return take_census(image)
+    except LimitExceeded as error:
+        logging.getLogger("qcow2_forensics").warning("lost L2 tables and VM states are not looked for: %s", error)
+        return None
+
+
 class _Recovery:
     """Looks at one file and puts its states together."""
 
@@ -194,6 +232,7 @@ class _Recovery:
         if compression is None:
             compression = self._compression(tables, geometry)
         notes = (f"clusters of {geometry.cluster_size} bytes: {found.evidence}", *left_out_notes(tables))
+        tables = _with_whole_l1_tables(self._source, tables)
         named = {entry.l1_table_offset: entry for entry in tables.snapshots}
         found_l1 = sorted(tables.l1, key=lambda table: rank(table, named, refcounts))
         if len(found_l1) > RECOVERED_STATES:
@@ -201,7 +240,7 @@ class _Recovery:
                 *notes,
                 f"{len(found_l1) - RECOVERED_STATES} more L1 tables were found than states are put together",
             )
-        if all(table.offset in named for table in tables.l1):  # none of them is the active state's
+        if _active_is_missing(tables, refcounts):
             yield from self._placed(geometry, tables, compression, notes, refcounts)
         for table in found_l1[:RECOVERED_STATES]:
             entry = named.get(table.offset)
@@ -325,18 +364,28 @@ class _Recovery:
             shared = shared_with_snapshots(snapshots, refcounts, len(active))
             yield from self._with_lost_l1(image, geometry, lost, known, shared)
             return
-        yield from self._with_lost_tables(image, geometry, active, snapshots, free)
+        census = _census(image)
+        if census is not None:
+            yield from self._with_lost_tables(image, geometry, active, snapshots, free, census)
         former = [at for at in free if refcounts.of(at) == 0]
         if former:
             yield from self._former(image, geometry, former, active, snapshots, refcounts)
+        if census is not None:
+            yield from vm_states(self._source, geometry, census, free)
 
     def _with_lost_tables(
-        self, image: Image, geometry: Geometry, active: U64, snapshots: list[U64], free: list[int]
+        self,
+        image: Image,
+        geometry: Geometry,
+        active: U64,
+        snapshots: list[U64],
+        free: list[int],
+        census: Census,
     ) -> Iterator[RecoveredState]:
         """Yield the active state with other tables in place of L2 tables that were overwritten."""
         entries = named_offsets(active).tolist()
         targets = {slot: int(at) for slot, at in enumerate(entries) if at}
-        leaks = leaked_clusters(image)
+        leaks = leaked_clusters(census)
         lost = lost_slots(self._source, geometry, targets, leaks)
         if not lost:
             return
@@ -420,10 +469,11 @@ class _Recovery:
         usable = [p for p in placed if self._is_free(p, geometry, known, refcounts)]
         if not usable:
             return
+        sure, now = Confidence.LIKELY, "the table in use now"
+        if len(usable) < len(tables):  # some slot had another table than it has now, and nothing says which
+            sure, now = Confidence.GUESS, f"{now}; {len(tables) - len(usable)} free tables have no known place"
         by_slot = {
-            index: Placement(index, int(at), Confidence.LIKELY, "the table in use now")
-            for index, at in enumerate(named_offsets(active).tolist())
-            if at
+            index: Placement(index, int(at), sure, now) for index, at in enumerate(named_offsets(active).tolist()) if at
         }
         for p in usable:
             by_slot[p.slot] = p._replace(confidence=Confidence.LIKELY, reason=f"a free table: {p.reason}")

@@ -94,15 +94,16 @@ def _tables_of(source: Source, at: int, data: bytes, geometry: Geometry) -> _Row
         entries = words[rows[row]]
         whole[row] = compression_type_of(source, entries[entries != 0].tolist(), geometry.cluster_bits) is not None
     l2_rows_ = rows[found.tables & whole]
-    rows = l2_rows_
+    rows = l1_rows_ = l2_rows_
     if geometry.extended_l2:  # an L1 table has no pairs of words, and need not pass for one of L2
         others = likely(l1_rows, words, geometry)
-        rows = np.union1d(rows, others[l1_rows(words[others], geometry).tables])
+        l1_rows_ = others[l1_rows(words[others], geometry).tables]
+        rows = np.union1d(rows, l1_rows_)
     chosen = words[rows]
     flagged = has_copied(chosen)
     plain = without_copied(chosen) == named_offsets(chosen)
     offsets = (at + rows * geometry.cluster_size).astype(np.int64)
-    return _Rows(offsets, np.isin(rows, l2_rows_), plain.all(axis=1), flagged.sum(axis=1))
+    return _Rows(offsets, np.isin(rows, l2_rows_), plain.all(axis=1) & np.isin(rows, l1_rows_), flagged.sum(axis=1))
 
 
 def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
@@ -139,7 +140,7 @@ def _classify(
 
 def _are_refcount_blocks(source: Source, offsets: list[int], size: int) -> bool:
     """Whether clusters may all be refcount blocks of 16 bits: small numbers, not all of them zero."""
-    blocks = [source.read(at, min(size, source.size - at)).ljust(size, b"\0") for at in offsets]
+    blocks = [source.read(at, max(0, min(size, source.size - at))).ljust(size, b"\0") for at in offsets]
     counts = np.frombuffer(b"".join(blocks), ">u2").reshape(-1, size // 2)
     return bool((counts.max(axis=1) <= CLUSTER_REFERENCES).all() and counts.any(axis=1).all())
 

@@ -1,0 +1,125 @@
+"""VM states that no snapshot owns any more, found by their first bytes in clusters that nothing claims.
+
+Their order is that of a former L2 table that maps the first cluster, and of the tables behind it. Without one
+it is that of the clusters in the file, as far as they follow each other unclaimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..census import Census
+from ..census.columns import named_offsets
+from ..format.entries import COPIED
+from ..format.source import Source
+from ..limits import VM_STATES_RECOVERED, MiB
+from ..residue.structure_detection import Geometry
+from .confidence import Confidence
+from .geometry import U64
+from .header import l1_fields
+from .l1_tables import entries_of, l1_of, table_span
+from .patched_source import REBUILT_AT
+from .placement import Placement
+from .state import RecoveredState
+
+_MAGIC = int.from_bytes(b"QEVM\0\0\0", "big")
+_CHUNK = 4 * MiB
+_TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, behind the L1 table
+_SIZE_AT = 24  # of the disk, in the header
+_ALL_SUBCLUSTERS = 0xFFFF_FFFF
+
+
+def vm_states(source: Source, geometry: Geometry, census: Census, tables: list[int]) -> Iterator[RecoveredState]:
+    """Yield VM states in clusters without an owner; ``tables`` are what looks like L2 tables that nothing names."""
+    former = [(at, named_offsets(entries_of(source, at, geometry))) for at in tables]
+    for head in _heads(source, geometry, census):
+        chain = _by_tables(head, former)
+        if chain:
+            placements = tuple(
+                Placement(slot, at, Confidence.LIKELY, "a former L2 table maps it") for slot, at in enumerate(chain)
+            )
+            last = next(hosts for at, hosts in former if at == chain[-1])
+            used = int(np.flatnonzero(last)[-1]) + 1
+            size = (len(chain) - 1) * table_span(geometry) + used * geometry.cluster_size
+            yield _state(head, "by former tables", geometry, placements, size, ())
+            continue
+        hosts = _following(head, geometry, census, set(tables))
+        patches = tuple(_tables(hosts, geometry))
+        placements = tuple(
+            Placement(slot, at, Confidence.GUESS, "the order of clusters in the file only")
+            for slot, (at, _) in enumerate(patches)
+        )
+        yield _state(head, "by their order", geometry, placements, len(hosts) * geometry.cluster_size, patches)
+
+
+def _heads(source: Source, geometry: Geometry, census: Census) -> Iterator[int]:
+    """Yield the host offsets of unclaimed clusters that begin as a migration stream does."""
+    size, found = geometry.cluster_size, 0
+    for at in range(0, source.size, max(_CHUNK, size)):
+        data = source.read(at, min(max(_CHUNK, size), source.size - at))
+        words = np.frombuffer(data, ">u8", count=len(data) // 8)[:: size // 8]
+        for row in np.flatnonzero(words >> np.uint64(8) == np.uint64(_MAGIC)).tolist():
+            offset = at + row * size
+            if found < VM_STATES_RECOVERED and not census.is_claimed(np.array([offset // size]))[0]:
+                found += 1
+                yield offset
+
+
+def _by_tables(head: int, former: list[tuple[int, U64]]) -> list[int]:
+    """Return the former tables that map a stream: the one that begins with its first cluster, and those behind it."""
+    chain = [at for at, hosts in former if int(hosts[0]) == head][:1]
+    by_first = sorted((int(hosts[0]), at, hosts) for at, hosts in former if hosts[0])
+    hosts = next((hosts for at, hosts in former if chain and at == chain[0]), None)
+    while hosts is not None and hosts[-1]:
+        following = next(((at, more) for first, at, more in by_first if first > int(hosts[-1])), None)
+        if following is None:
+            break
+        chain.append(following[0])
+        hosts = following[1]
+    return chain
+
+
+def _following(head: int, geometry: Geometry, census: Census, tables: set[int]) -> list[int]:
+    """Return the unclaimed clusters from ``head`` on that follow each other, without what looks like L2 tables."""
+    size = geometry.cluster_size
+    clusters = np.arange(head // size, -(-geometry.file_size // size))
+    claimed = census.is_claimed(clusters)
+    stop = int(np.argmax(claimed)) if claimed.any() else len(clusters)
+    return [at for at in (clusters[:stop] * size).tolist() if at not in tables]
+
+
+def _tables(hosts: list[int], geometry: Geometry) -> Iterator[tuple[int, bytes]]:
+    width = 2 if geometry.extended_l2 else 1
+    per_table = geometry.cluster_size // 8 // width
+    for number, first in enumerate(range(0, len(hosts), per_table)):
+        words = np.zeros(geometry.cluster_size // 8, np.uint64)
+        some = np.array(hosts[first : first + per_table], np.uint64)
+        words[: len(some) * width : width] = some | np.uint64(COPIED)
+        if geometry.extended_l2:
+            words[1 : len(some) * width : width] = _ALL_SUBCLUSTERS
+        yield _TABLES_AT + number * geometry.cluster_size, words.astype(">u8").tobytes()
+
+
+def _state(
+    head: int,
+    how: str,
+    geometry: Geometry,
+    placements: tuple[Placement, ...],
+    size: int,
+    tables: tuple[tuple[int, bytes], ...],
+) -> RecoveredState:
+    l1_table = l1_of(placements).astype(">u8").tobytes()
+    patches = (l1_fields(len(placements)), (_SIZE_AT, bytes(8)), (REBUILT_AT, l1_table), *tables)
+    return RecoveredState(
+        0,
+        f"a VM state that starts at host offset {head:#x}, its clusters {how}",
+        size,
+        "the clusters that follow",
+        geometry.cluster_size,
+        placements,
+        backing_unknown=False,
+        patches=patches,
+        is_memory=True,
+    )
