@@ -84,6 +84,7 @@ if TYPE_CHECKING:
         Role,
         base_name,
         folders_from_environment,
+        json_options,
         parse_reference,
     )
     from .reader.states import SnapshotName
@@ -158,6 +159,7 @@ __all__ = [
     "open_guest_memory",
     "open_image",
     "open_vm_state",
+    "json_options",
     "parse_reference",
     "passphrases_from_environment",
     "passphrases_from_files",
@@ -212,6 +214,7 @@ _LAZY = {
     "memory_snapshots": "reader.memory_choice",
     "named_files": "reader.named_files",
     "open_guest_memory": "memory",
+    "json_options": "reader.references",
     "parse_reference": "reader.resolver",
     "passphrases_from_environment": "reader.passphrases",
     "passphrases_from_files": "reader.passphrases",
