@@ -252,9 +252,8 @@ def _paths(report: dict[str, Any]) -> set[str]:
         if item["change"] == "deleted" or shown["type"] not in "rl" or "/$" in item["path"]:
             continue
         both = item["before"], item["after"] if item["change"] != "removed" else None
-        found |= {
-            record["path"].partition(":")[0] if record.get("stream") else record["path"] for record in both if record
-        }
+        # What the mounted file system does not list as a name, a stream, counts as its file.
+        found |= {record["path"].removesuffix(":hidden") for record in both if record}
     return found
 
 
