@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         passphrases_from_environment,
         passphrases_from_files,
     )
+    from .reader.references import json_options
     from .reader.resolver import (
         ALONE_VARIABLE,
         BACKING_VARIABLE,
@@ -84,7 +85,6 @@ if TYPE_CHECKING:
         Role,
         base_name,
         folders_from_environment,
-        json_options,
         parse_reference,
     )
     from .reader.states import SnapshotName
@@ -150,6 +150,7 @@ __all__ = [
     "find_stream",
     "folders_from_environment",
     "is_recovered_state",
+    "json_options",
     "leftover_name",
     "leftover_vm_state",
     "memory_before",
@@ -159,7 +160,6 @@ __all__ = [
     "open_guest_memory",
     "open_image",
     "open_vm_state",
-    "json_options",
     "parse_reference",
     "passphrases_from_environment",
     "passphrases_from_files",

@@ -26,7 +26,7 @@ from qcow2_forensics.errors import Qcow2Error
 from qcow2_forensics.text import printable
 
 from .inspection import open_image, snapshot_path_spec
-from .selection import Selection, from_environment
+from .selection import Selection, selection_from_environment
 from .sources import display_name
 from .wrapping import wrap_method
 
@@ -80,7 +80,7 @@ def without_snapshots() -> Iterator[None]:
 def _scan(stock_method: Any, scanner: Any, scan_context: Any, *args: Any, **kwargs: Any) -> None:
     stock_method(scanner, scan_context, *args, **kwargs)
     text = getattr(scanner, "qcow_snapshots", None)
-    selection = Selection(text) if text else from_environment()
+    selection = Selection(text) if text else selection_from_environment()
     if _nodes_wanted.get() and selection is not None and selection.wants_any:
         for node in list(_images(scan_context.GetRootScanNode())):
             if not scan_context.IsLockedScanNode(node.path_spec):
