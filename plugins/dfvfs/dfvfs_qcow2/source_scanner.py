@@ -22,7 +22,7 @@ from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.path import factory
 from dfvfs.resolver import resolver
 
-from qcow2_forensics.errors import Qcow2Error
+from qcow2_forensics import Qcow2Error
 from qcow2_forensics.text import printable
 
 from .inspection import open_image, snapshot_path_spec
