@@ -23,7 +23,7 @@ def check(name: str) -> None:
     importlib.import_module(name)
 
     from dfvfs.credentials import manager as credentials
-    from dfvfs.helpers import volume_scanner
+    from dfvfs.helpers import source_scanner, volume_scanner
     from dfvfs.lib import definitions
     from dfvfs.path import factory, qcow_path_spec
     from dfvfs.resolver_helpers import manager as helpers
@@ -39,6 +39,7 @@ def check(name: str) -> None:
     assert type(stream).__module__ == "dfvfs_qcow2.resolver_helper", "encoded stream helper"
     assert credentials.CredentialsManager._credentials["QCOW"], "credentials"
     assert "QCOW" in definitions.TYPE_INDICATORS_WITH_ENCRYPTION_SUPPORT, "encryption support"
+    assert source_scanner.SourceScanner.ScanForVolumeSystem.knows_qcow_snapshots, "source scanner"
     assert volume_scanner.VolumeScanner.GetBasePathSpecs.reads_qcow_snapshots, "volume scanner"
 
 

@@ -86,9 +86,13 @@ class Disk:
         folder = self.path.with_name(f"{self.path.name}-mounted")
         folder.mkdir(exist_ok=True)
         mode = "rw" if writing else "ro"
+        loop = ""
         try:
             if self.kind == "ntfs":
                 run("ntfs-3g", "-o", f"{mode},streams_interface=windows,no_def_opts", self.path, folder)
+            elif self.kind == "exfat":
+                # FUSE mounts block devices only.
+                run("mount.exfat-fuse", "-o", mode, loop := run("losetup", "--show", "-f", self.path).strip(), folder)
             elif self.kind == "xfs":
                 run(
                     "mount",
@@ -108,6 +112,8 @@ class Disk:
         finally:
             os.sync()
             run("umount", folder)
+            if loop:
+                run("losetup", "-d", loop)
 
     def change(self, work: Callable[[Path], None]) -> Disk:
         with self.mounted(writing=True) as folder:

@@ -25,6 +25,7 @@ STAND_INS = {
     "dfvfs/credentials/__init__.py": "",
     "dfvfs/resolver_helpers/__init__.py": "",
     "dfvfs/helpers/__init__.py": "",
+    "dfvfs/helpers/source_scanner.py": "",
     "dfvfs/helpers/volume_scanner.py": "",
     "plaso/__init__.py": "",
     "plaso/cli/__init__.py": "",

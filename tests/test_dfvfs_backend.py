@@ -451,3 +451,52 @@ def test_few_images_stay_open_however_many_contexts_come_and_go(base_image: Path
         open_file(qcow(base_image), context.Context()).read(16)
     gc.collect()
     assert len(list(descriptors.iterdir())) <= before + opening._KEPT
+
+
+def test_snapshots_are_nodes_of_a_source_scan_when_they_are_asked_for(
+    snapshots_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dfvfs.helpers import source_scanner
+
+    def kinds(wanted: str | None) -> list[str]:
+        context = source_scanner.SourceScannerContext()
+        context.OpenSourcePath(str(snapshots_image))
+        scanner = source_scanner.SourceScanner()
+        if wanted is not None:
+            scanner.qcow_snapshots = wanted
+        scanner.Scan(context)
+        (qcow,) = context.GetRootScanNode().sub_nodes
+        return [f"{node.type_indicator}>{[sub.type_indicator for sub in node.sub_nodes]}" for node in qcow.sub_nodes]
+
+    active = kinds(None)
+    assert not active  # only the snapshots have a file system
+    assert kinds("all") == ["ENCODED_STREAM>['EXT']"] * 2
+    assert kinds("first") == [*active, "ENCODED_STREAM>['EXT']"]
+    monkeypatch.setenv("DFVFS_QCOW2_SNAPSHOTS", "#2")
+    assert kinds(None) == [*active, "ENCODED_STREAM>['EXT']"]
+    assert kinds("none") == active
+
+
+def test_dfimagetools_keeps_the_files_of_each_state_apart(
+    snapshots_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lister = pytest.importorskip("dfimagetools.file_entry_lister", reason="dfimagetools is absent")
+    monkeypatch.setenv("DFVFS_QCOW2_SNAPSHOTS", "all")
+    made = lister.FileEntryLister()
+    specs = made.GetBasePathSpecs(str(snapshots_image))
+    paths = ["/".join(segments) for _, segments in made.ListFileEntries(specs)]
+    assert len(paths) == len(set(paths))
+    assert {path.split("/")[1] for path in paths if path.startswith("/qcow2-")} >= {"qcow2-snapshot1-first"}
+
+
+def test_an_inherited_lister_names_snapshots(snapshots_image: Path) -> None:
+    class Lister(volume_scanner.VolumeScanner):  # as dfimagetools has one
+        def _GetBasePathSegments(self, path_spec: Any) -> list[str]:  # noqa: N802
+            return [""] if path_spec is None else self._GetBasePathSegments(path_spec.parent)
+
+    options = volume_scanner.VolumeScannerOptions()
+    options.qcow_snapshots = "all"  # type: ignore[attr-defined]
+    lister = Lister()
+    found = [lister._GetBasePathSegments(spec) for spec in lister.GetBasePathSpecs(str(snapshots_image), options)]
+    assert found[0] == ["", "qcow2-snapshot1-first"]
+    assert len({str(segments) for segments in found}) == 2

@@ -565,6 +565,18 @@ def test_changes_in_swap_are_counted_and_hide_no_files(tmp_path: Path, diff: Dif
     assert (volume["type"], volume["holds_files"], volume["changed_bytes"]) == ("swap", False, 1024)
 
 
+@pytest.mark.parametrize(
+    "code", ["5256be1b81e839015ebff481668b2d837d08000f84e200", "52e82801740856be3381e84c015ebff481668b2d837d0800"]
+)
+def test_a_boot_loader_in_its_partition_holds_no_files(code: str) -> None:
+    # The first bytes and the messages of diskboot.img in Debian's grub-pc-bin 2.06, and those of an older release.
+    head = bytes.fromhex(code).ljust(0x11B, b"\0") + b"loading\0.\0\r\n\0Geom\0Read\0 Error\0\xbb\x01\0"
+    found = signature_of(head.ljust(4096, b"\0"))
+    assert found is not None
+    assert (found.name, found.holds_files) == ("GRUB core image", False)
+    assert signature_of(b"an essay about loading GRUB".ljust(4096, b"\0")) is None
+
+
 @qemu.requires_qemu
 def test_a_volume_that_one_state_cannot_read_is_not_compared(tmp_path: Path, diff: Diff) -> None:
     """Otherwise each of its files would be reported as removed."""

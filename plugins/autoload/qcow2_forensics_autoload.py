@@ -36,6 +36,7 @@ PARTS = {
     "dfvfs.path": "dfvfs_qcow2.path_spec",
     "dfvfs.credentials": "dfvfs_qcow2.credentials",
     "dfvfs.resolver_helpers": "dfvfs_qcow2.resolver_helper",
+    "dfvfs.helpers.source_scanner": "dfvfs_qcow2.source_scanner",
     "dfvfs.helpers.volume_scanner": "dfvfs_qcow2.volume_scanner",
     "plaso.cli.storage_media_tool": "dfvfs_qcow2.plaso_options",
     "plaso.cli.image_export_tool": "dfvfs_qcow2.plaso_export",

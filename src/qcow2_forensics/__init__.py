@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         passphrases_from_environment,
         passphrases_from_files,
     )
+    from .reader.references import json_options
     from .reader.resolver import (
         ALONE_VARIABLE,
         BACKING_VARIABLE,
@@ -149,6 +150,7 @@ __all__ = [
     "find_stream",
     "folders_from_environment",
     "is_recovered_state",
+    "json_options",
     "leftover_name",
     "leftover_vm_state",
     "memory_before",
@@ -212,6 +214,7 @@ _LAZY = {
     "memory_snapshots": "reader.memory_choice",
     "named_files": "reader.named_files",
     "open_guest_memory": "memory",
+    "json_options": "reader.references",
     "parse_reference": "reader.resolver",
     "passphrases_from_environment": "reader.passphrases",
     "passphrases_from_files": "reader.passphrases",

@@ -14,7 +14,7 @@ from typing import Any
 from plaso.engine import worker as stock
 
 from .later_states import FAILURES, LaterState, entry_at, later_states
-from .selection import passphrases_from_environment
+from .selection import selection_from_environment
 from .wrapping import wrap_method
 
 # Parsers read these together with other files, which may differ: a Chrome cache, OneDrive logs, a Spotlight
@@ -42,7 +42,7 @@ def repeats(entry: Any, resolver_context: Any) -> bool:
 
 
 def _states(entry: Any, resolver_context: Any) -> list[LaterState]:
-    selection = passphrases_from_environment()
+    selection = selection_from_environment()
     if selection is None or getattr(entry.path_spec, "location", None) is None:
         return []
     return later_states(entry.path_spec, selection, resolver_context)

@@ -3,6 +3,7 @@
 On the operating system's own file system names are followed as everywhere (see the core's resolver).
 Inside a container (a file system in an image, an archive) absolute names and ``..`` are what they were
 on that system, but nothing leads above the container's root, let alone to the examiner's machine.
+An image in a logical volume has its backing image in another volume of the group, by the volume's name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
@@ -27,9 +29,11 @@ from qcow2_forensics import (
     Source,
     base_name,
     folders_from_environment,
+    json_options,
     parse_reference,
     reason,
 )
+from qcow2_forensics.text import printable
 
 from .sources import FileObjectSource
 
@@ -65,8 +69,28 @@ class PathSpecResolver(Resolver):
         self.opened.append(source)
         return source, driver
 
+    def _open_volume(self, name: str, role: Role, path_spec: Any) -> tuple[Source, str | None]:
+        """Return the logical volume of the same group that a name like ``/dev/vg0/base`` means."""
+        path, driver = _device_reference(name, role)
+        device = path.rsplit("/", 1)[-1]
+        try:
+            file_system = dfvfs_resolver.Resolver.OpenFileSystem(path_spec, resolver_context=self._context)
+            volumes = list(file_system.GetRootFileEntry().sub_file_entries)
+            named = [entry for entry in volumes if entry.GetLVMLogicalVolume().name == device]
+            named = named or [entry for entry in volumes if _is_volume(entry.GetLVMLogicalVolume().name, device)]
+            if len(named) != 1:
+                known = [printable(entry.GetLVMLogicalVolume().name) for entry in volumes]
+                raise MissingFile(role, name, [f"logical volume {volume}" for volume in known])
+            return FileObjectSource(named[0].path_spec, self._context), driver
+        except Qcow2Error:
+            raise
+        except (OSError, KeyError, ValueError, dfvfs_errors.Error) as error:
+            raise ForbiddenReference(name, f"it cannot be opened: {reason(error, 200)}") from error
+
     def _open_inside(self, name: str, role: Role, parent: Any) -> tuple[Source, str | None]:
         path, driver = name, None
+        if parent.path_spec.type_indicator == definitions.TYPE_INDICATOR_LVM:
+            return self._open_volume(name, role, parent.path_spec)
         if not _DRIVE.match(name):
             reference = parse_reference(name, role)
             path, driver = reference.path, reference.driver
@@ -93,6 +117,30 @@ class PathSpecResolver(Resolver):
             raise
         except (OSError, KeyError, ValueError, NotImplementedError, dfvfs_errors.Error) as error:
             raise ForbiddenReference(name, f"it cannot be opened: {reason(error, 200)}") from error
+
+
+def _device_reference(name: str, role: Role) -> tuple[str, str | None]:
+    """Return the device a name means, and the driver it fixes: ``host_device`` is one, where there are volumes."""
+    if name.startswith("host_device:"):
+        return name.removeprefix("host_device:"), "raw"
+    if name.startswith("json:") and role == "backing":
+        options = dict(json_options(name))
+        driver, path = options.get("driver"), options.get("file.filename")
+        rest = set(options) - {"driver", "file.driver", "file.filename"}
+        if (
+            options.get("file.driver") == "host_device"
+            and not rest
+            and isinstance(path, str)
+            and isinstance(driver, str)
+        ):
+            return path, driver
+    reference = parse_reference(name, role)
+    return reference.path, reference.driver
+
+
+def _is_volume(logical: str, device: str) -> bool:
+    """Whether the last part of a device's name is that of a logical volume, as LVM or as the device mapper writes it."""
+    return device == logical or device.endswith(f"-{logical.replace('-', '--')}")
 
 
 def _join(file_system: Any, location: str, path: str) -> str:

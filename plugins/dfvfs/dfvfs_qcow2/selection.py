@@ -219,7 +219,7 @@ def _parsed(text: str) -> Selection:
     return Selection(text)
 
 
-def passphrases_from_environment() -> Selection | None:
+def selection_from_environment() -> Selection | None:
     """Return what ``DFVFS_QCOW2_SNAPSHOTS`` asks for, None where it is not set; raises ValueError."""
     text = os.environ.get(VARIABLE)
     return _parsed(text) if text else None

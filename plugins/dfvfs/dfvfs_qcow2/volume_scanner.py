@@ -40,7 +40,9 @@ from .inspection import (
 )
 from .names import SnapshotKey, image_name
 from .opening import failures_of, notes_of
+from .segments import label_segments
 from .selection import VARIABLE, Selection
+from .source_scanner import without_snapshots
 from .state_prompts import StatePrompts
 
 _FAILURES = 3  # failed reads told per image
@@ -88,6 +90,7 @@ def _wanted(options: Any, request: Request | None) -> Selection | None:
 def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) -> list[Any]:
     """Determine the base path specifications of the active state, then of the chosen snapshots."""
     options = options or stock.VolumeScannerOptions()
+    label_segments(scanner)
     scanner._source_path = source_path
     return base_path_specs(scanner, functools.partial(scanner._ScanSource, source_path), options, _request.get())
 
@@ -102,7 +105,8 @@ def base_path_specs(
     mediator = scanner._mediator
     prompts = scanner._mediator = StatePrompts(mediator) if mediator is not None else None
     try:
-        return _StatesScan(scanner, options, request, prompts, is_inside=is_inside).base_path_specs(scan)
+        with without_snapshots():
+            return _StatesScan(scanner, options, request, prompts, is_inside=is_inside).base_path_specs(scan)
     finally:
         scanner._mediator = mediator
 

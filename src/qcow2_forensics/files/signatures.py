@@ -34,6 +34,11 @@ def _zfs(head: bytes) -> bool:
     return any(head[at : at + 8] in marks for at in range(128 << 10, 256 << 10, 1024))
 
 
+def _grub(head: bytes) -> bool:
+    """Whether the first sector loads the rest of GRUB: its code differs by version, its messages do not."""
+    return b"loading\0.\0\r\n\0Geom\0Read\0 Error\0" in head[:512]
+
+
 _SIGNATURES: tuple[tuple[Signature, Callable[[bytes], bool]], ...] = (
     (Signature("LUKS"), _at(0, b"LUKS\xba\xbe")),
     (Signature("LVM2"), _lvm2),
@@ -62,7 +67,7 @@ _SIGNATURES: tuple[tuple[Signature, Callable[[bytes], bool]], ...] = (
     (Signature("HFSX"), _at(1024, b"HX\0\x05")),
     (Signature("ext"), _at(1080, b"\x53\xef")),
     (Signature("swap", holds_files=False), _swap),
-    (Signature("GRUB core image", holds_files=False), _at(0, b"\x52\xe8\x28\x01\x74\x08")),
+    (Signature("GRUB core image", holds_files=False), _grub),
 )
 
 
