@@ -145,7 +145,7 @@ class Selection(Generic[T]):
             self._drop()
 
     def remove(self, item: T) -> None:
-        """Take an item out again, and out of the count."""
+        """Remove an item, also from the count."""
         for group in self._groups.values():
             pair = next((pair for pair in group if pair[1] is item), None)
             if pair is not None:

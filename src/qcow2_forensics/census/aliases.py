@@ -66,7 +66,7 @@ class Aliases:
         return clash
 
     def forget(self) -> None:
-        """Let go of what only the counting needs."""
+        """Free what only the counting needs."""
         self._guests = np.zeros(0, dtype=np.uint32)
         self._streams = None
 

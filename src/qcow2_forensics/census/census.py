@@ -1,4 +1,4 @@
-"""The answers of a census: who claims each host cluster, against what its refcount says."""
+"""The results of a census: who claims each host cluster, and what its refcount is."""
 
 from __future__ import annotations
 

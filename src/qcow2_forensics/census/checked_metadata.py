@@ -20,7 +20,7 @@ _WINDOW = 1 << 18
 
 
 class Reason(NamedTuple):
-    """Why QEMU's check would stop without counters, and the file offset it would stumble over.
+    """Why QEMU's check would stop without counters, and the file offset of what stops it.
 
     ``header``: a rule about the header itself, so that QEMU would not even open the image;
     ``bitmap``: it is about the dirty bitmaps.
@@ -33,7 +33,7 @@ class Reason(NamedTuple):
 
 
 class SnapshotL1(NamedTuple):
-    """Where a snapshot table entry that the reader proper does not take says its L1 table is."""
+    """The L1 table that a snapshot table entry names which the reader does not accept."""
 
     index: int  # type: ignore[assignment]  # as in SnapshotEntry
     offset: int

@@ -1,4 +1,4 @@
-"""The counting itself: every claim on a host cluster, and every entry that breaks a rule.
+"""Counts every claim on a host cluster, and notes every entry that breaks a rule.
 
 Follows the order and the rules of QEMU's consistency check, so that its counters come out alike;
 what that check does not look at (aliases, references the guest cannot reach) is noted beside.
@@ -268,7 +268,7 @@ class Claims:
         self._corrupt("subcluster", tables, (allocated != 0) & ~mapped & ~columns.compressed, weight)
 
     def _odd_entries(self, tables: Tables, mapped: Mask) -> None:
-        """Note what QEMU's check passes over."""
+        """Note what QEMU's check does not look at."""
         columns = tables.columns
         if self.extended:
             # One with other reserved bits too is reported already.
@@ -440,7 +440,7 @@ class Claims:
 
 
 class DistinctEntries:
-    """Gathers table entries, each value once, in memory that follows the distinct ones."""
+    """Gathers table entries, each value once; memory grows with the number of different ones."""
 
     def __init__(self) -> None:
         self._parts: list[U64] = []

@@ -1,4 +1,4 @@
-"""Which element of the arrays of a census is that of a host cluster."""
+"""Where in the arrays of a census a host cluster has its element."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Values = npt.NDArray[np.unsignedinteger]
 
 
 class IndexMap:
-    """Gives every host cluster its index in arrays that are no longer than need be.
+    """Gives every host cluster its index in arrays that are no longer than necessary.
 
     Mostly that is the cluster's own number. Of a file that is huge and nearly all hole only the
     clusters that something may claim get one, given as runs; all others share the last one,
@@ -49,7 +49,7 @@ class IndexMap:
         return int(self.of(np.asarray([cluster], dtype=np.uint64))[0])
 
     def cluster(self, index: int) -> int:
-        """Return the cluster that sits there; not to be asked of ``nobody``."""
+        """Return the cluster with an index; ``nobody`` has none."""
         run = int(np.searchsorted(self._bases, index, side="right")) - 1
         return int(self._starts[run]) + index - int(self._bases[run])
 

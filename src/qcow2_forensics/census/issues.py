@@ -1,4 +1,4 @@
-"""What the census found wrong: counted in full, and a selection listed that is spread over the structures hit."""
+"""What the census found wrong: all of it counted, and a selection listed, spread over the structures it is in."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ class Tables:
 
 
 class Subscriber(Protocol):
-    """A fact that is gathered while L2 tables are walked: made before the walk, shown each batch once.
+    """A fact that is gathered while L2 tables are walked: made before the walk, and given each batch once.
 
     Batches come by rising host offset, every table in one of them. ``clusters`` says where the facts about a
     host cluster have their place in an array.

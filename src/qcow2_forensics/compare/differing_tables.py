@@ -1,4 +1,4 @@
-"""Where the L2 tables of two mappings leave open whether the guest sees the same, found a batch of tables at a time.
+"""Guest ranges that the L2 tables of two mappings do not prove equal, found a batch of tables at a time.
 
 A small file can hold tables in which every entry differs in kind from the one before, and two states can
 have different tables that mean the same. Run by run that is millions of steps::
@@ -24,7 +24,7 @@ _DATA, _BLANK = 2, 1  # bits of a code that no cluster offset has
 
 
 class DifferingTables:
-    """Compares two mappings of equal geometry; without a second one, the first with mapping nothing.
+    """Compares two mappings of equal geometry; without a second one, the first with one that maps nothing.
 
     Of one file, clusters at one place are equal, and so are tables; of two files only zeros are. From
     guest offset ``blank_from`` on, mapping nothing reads as zeros in both.
@@ -78,7 +78,7 @@ class DifferingTables:
                     yield start * self._size, (stop + 1) * self._size
 
     def _repeats(self, slots: Places, one: U64, two: U64) -> Mask:
-        """Return which slots hold a pair of tables that several do and that is the same throughout."""
+        """Return which slots hold a pair of tables that other slots hold too and that is equal throughout."""
         order = np.lexsort((two, one))
         fresh = np.append(True, (np.diff(one[order]) != 0) | (np.diff(two[order]) != 0))[: len(order)]
         firsts = order[fresh]
@@ -96,7 +96,7 @@ class DifferingTables:
         return found
 
     def _look(self, slots: Places, one: U64, two: U64) -> tuple[U64, Mask, Mask]:
-        """Return the guest clusters under some L1 slots, which are left open, and which are right only there."""
+        """Return the guest clusters under some L1 slots, which of them are left open, and which answers hold only there."""
         clusters = (slots[:, None] * self._width + np.arange(self._width)).astype(np.uint64)
         blank = slots * self._span >= self._blank_from
         first, unsound, placed = _codes(self._mappings[0], one, clusters, blank)
@@ -106,7 +106,7 @@ class DifferingTables:
 
 
 def _codes(mapping: Mapping | None, tables: U64, clusters: U64, blank: Mask) -> tuple[U64, Mask, Mask]:
-    """Return two words for each cluster, equal where it reads equal, and which cannot be told apart by them.
+    """Return two words for each cluster, equal where it reads equal, and which of them these words do not decide.
 
     ``(tables, entries, 2)`` and twice ``(tables, entries)``. Zeros are 0, and so is what maps nothing in the rows
     of ``blank``. The second mask says which entries are right for these clusters only: those that name a place in

@@ -43,7 +43,7 @@ class PhysicalVolume(NamedTuple):
 
 
 class LogicalVolume(NamedTuple):
-    """A logical volume. Where there is a reason ``why`` it cannot be read, ``parts`` only say where its bytes are."""
+    """A logical volume. Where there is a reason ``why`` it cannot be read, ``parts`` say only where its bytes are."""
 
     group: str
     name: str
@@ -53,7 +53,7 @@ class LogicalVolume(NamedTuple):
 
 
 class LvmError(ValueError):
-    """The label is there and what it leads to is not LVM's."""
+    """The label is there, and what it points to is not LVM metadata."""
 
 
 def _label_at(head: bytes) -> int | None:
@@ -64,7 +64,7 @@ def _label_at(head: bytes) -> int | None:
 
 
 def physical_volume(reader: Reader) -> PhysicalVolume | None:
-    """Return the physical volume that a volume is, None when it is none; raises :class:`LvmError`."""
+    """Return the physical volume in a volume, None when there is none; raises :class:`LvmError`."""
     head = reader.read(0, (_LABEL_SECTORS + 1) * SECTOR)
     label = _label_at(head)
     if label is None:

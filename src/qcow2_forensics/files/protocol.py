@@ -1,4 +1,4 @@
-"""What a back-end gives of one volume: its records, and the bytes of each.
+"""What a back-end provides for one volume: its records, and the bytes of each.
 
 Listing goes on where it can: what could not be read is a sentence in ``problems``. Reading content
 does not: it raises ``OSError`` rather than give bytes that the disk does not hold.
@@ -49,11 +49,11 @@ class Visits:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the bound was met."""
+        """Whether the bound was reached."""
         return self._is_reported
 
     def first_report(self) -> OSError | None:
-        """Return what to report where the bound is met for the first time."""
+        """Return what to report where the bound is reached for the first time."""
         if self._is_reported:
             return None
         self._is_reported = True

@@ -1,4 +1,4 @@
-"""What a volume is, by the marks that its makers put on it."""
+"""What a volume is, by its signatures."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class SleuthKitFileSystem(FileSystem):
             return []
 
     def _problem(self, path: str, error: BaseException, *, deleted: bool = False) -> None:
-        """Note what could not be listed; of what is deleted, no more than that can be expected."""
+        """Note what could not be listed; a deleted entry does not make the list incomplete."""
         self.is_incomplete |= not deleted
         why = (reason(error) or type(error).__name__).splitlines()[0]
         self.problems.append(printable(f"{self.volume.prefix}{path}: {why}", limit=8192))
@@ -129,7 +129,7 @@ class SleuthKitFileSystem(FileSystem):
             yield from self._walk(below, here, (*above, inode), orphans=made_up, again=listed_again)
 
     def _metadata(self, name: Any, path: str, orphan: bool) -> pytsk3.File | None:
-        """Return the metadata that The Sleuth Kit holds back of a name, None when it is not this file's.
+        """Return the metadata of a name that The Sleuth Kit does not give with it, None when it is not this file's.
 
         Names made up for orphans come without. So does a deleted name on NTFS whose record was freed,
         which counts its sequence number up by one: until the record is used again the file is still in it.
@@ -336,7 +336,7 @@ def partitions(image: pytsk3.Img_Info) -> Iterator[tuple[int, int, int, str]]:
 
 
 def open_file_system(image: pytsk3.Img_Info, offset: int) -> pytsk3.FS_Info | None:
-    """Return the file system at an offset, None when The Sleuth Kit knows none there."""
+    """Return the file system at an offset, None when The Sleuth Kit finds none there."""
     if offset >= image.get_size():
         return None
     try:

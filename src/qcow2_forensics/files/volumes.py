@@ -1,4 +1,4 @@
-"""The volumes of a disk, and who reads the files in each.
+"""The volumes of a disk, and the library that reads the files in each.
 
 A partition may hold a file system, or further volumes::
 

@@ -1,4 +1,4 @@
-"""Says which of many clusters are former tables, and what is left of what they name."""
+"""Recognises clusters that are former tables, and what is left of the clusters they name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TABLES = _LEVEL2 | Owner.REFCOUNT_BLOCK
 
 
 class Clusters(NamedTuple):
-    """Clusters of a file that are not all zeros, a row each; what is missing of a cut one is zeros."""
+    """Clusters of a file that are not all zeros, one to a row; one that the file cuts off is filled with zeros."""
 
     offsets: Counts
     data: Bytes
@@ -35,7 +35,7 @@ class Clusters(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """What each of some clusters looks like, an array a column."""
+    """What clusters look like: an array for each property, an element for each cluster."""
 
     looks: npt.NDArray[np.int8]  # among LOOKS
     entries: Counts  # of a table
@@ -44,17 +44,17 @@ class Looks(NamedTuple):
 
     @classmethod
     def data(cls, count: int) -> Looks:
-        """Return what clusters look like that are no tables."""
+        """Return the looks of clusters that are not tables."""
         zeros = np.zeros(count, np.intp)
         return cls(np.zeros(count, np.int8), zeros, zeros.copy(), np.zeros(count, np.bool_))
 
     def of(self, rows: Counts | Mask) -> Looks:
-        """Return what some of them look like."""
+        """Return the looks of some of the clusters."""
         return Looks(self.looks[rows], self.entries[rows], self.intact[rows], self.zero_only[rows])
 
 
 class Seen(NamedTuple):
-    """What some clusters look like, and by row the entries of those that are tables of them."""
+    """What clusters look like, and by row the snapshot and bitmap entries they hold."""
 
     looks: Looks
     snapshots: Mapping[int, list[SnapshotEntry]]
@@ -70,7 +70,7 @@ class FormerTables:
 
     @classmethod
     def joined(cls, parts: Sequence[FormerTables]) -> FormerTables:
-        """Return several, whose offsets rise from one to the next, as one."""
+        """Join several, whose offsets rise from one to the next."""
         looks = [Looks.data(0), *(part.looks for part in parts)]
         columns = Looks(
             np.concatenate([one.looks for one in looks]),
@@ -98,7 +98,7 @@ class FormerTables:
 
 
 class Recogniser:
-    """Knows the tables of one image."""
+    """Recognises former tables of one image."""
 
     def __init__(self, image: Image, census: Census) -> None:
         self._image = image
@@ -143,7 +143,7 @@ class Recogniser:
         looks.intact[rows] = self._intact(found.targets)
 
     def _level1(self, words: Words, found: structure_detection.Rows) -> Counts:
-        """Return what rows that hold only sound L1 entries look like, judged by what these name; 0 for nothing."""
+        """Return the looks of rows that hold sound L1 entries only, judged by the clusters these name; 0 for no table."""
         looks = np.zeros(len(words), np.intp)
         if not len(words):
             return looks
@@ -164,7 +164,7 @@ class Recogniser:
         return looks
 
     def _intact(self, targets: Words) -> Counts:
-        """Return how many targets nothing live uses and that still hold bytes; a sample's worth of each row."""
+        """Return how many of the first targets of each row still hold bytes and are used by nothing live."""
         places = np.flatnonzero(targets)
         rows, numbers = places // targets.shape[1], self._numbers(targets.reshape(-1)[places])
         inside = numbers < self._census.clusters
@@ -179,7 +179,7 @@ class Recogniser:
         return (offsets >> np.uint64(self._geometry.cluster_bits)).astype(np.intp)
 
     def _with_entries(self, looks: Looks, clusters: Clusters, behind: Bytes, words: Words) -> Seen:
-        """Return the looks with those of tables of entries, from clusters as words with those behind them."""
+        """Add the clusters that hold snapshot or bitmap entries; ``words`` are those of each cluster and of the bytes after it."""
         places = structure_detection.entry_places(words, self._geometry, clusters.data.shape[1] // 8)
         snapshots: dict[int, list[SnapshotEntry]] = {}
         bitmaps: dict[int, list[BitmapEntry]] = {}
@@ -197,7 +197,7 @@ class Recogniser:
         return Seen(looks, snapshots, bitmaps)
 
     def _behind(self, clusters: Clusters) -> Bytes:
-        """Return the first bytes behind each cluster, zeros where something else is there."""
+        """Return the first bytes after each cluster; zeros where the next cluster is not one of these."""
         size = self._geometry.cluster_size
         behind = np.zeros((len(clusters.offsets), structure_detection.BEHIND), np.uint8)
         joined = np.flatnonzero(np.diff(clusters.offsets) == size)
@@ -210,5 +210,5 @@ class Recogniser:
 
 
 def _nth(rows: Counts) -> Counts:
-    """Return how many of the same number come before each of some rising ones."""
+    """Return, for each of some rising numbers, how many equal ones come before it."""
     return np.arange(len(rows)) - np.searchsorted(rows, rows)

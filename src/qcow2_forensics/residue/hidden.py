@@ -63,7 +63,7 @@ class AllocatedSubclusters:
 
 
 def subscribers(image: Image) -> tuple[type[Subscriber], ...]:
-    """Return what of an image must be known of every L2 table to separate hidden bytes from shown ones."""
+    """Return the subscribers to the walk over L2 tables that hidden bytes are found with."""
     header = image.header
     if header.external_data or header.version < 3:
         return ()
@@ -78,7 +78,7 @@ class Mapped(NamedTuple):
     trees: I64  # index of the snapshot whose table is reported as the owner, -1 for the active state
 
     def stored(self, source: Source, size: int) -> Mapped:
-        """Return the clusters that the file system keeps any byte of; each of its runs is asked for once."""
+        """Return the clusters of which the file system stores any byte; each of its runs is asked for once."""
         kept = np.ones(len(self.hosts), np.bool_)
         at = 0
         while at < len(kept) and self.hosts[at] < source.size:
@@ -93,7 +93,7 @@ class Mapped(NamedTuple):
 
 
 def _mapped(census: Census, wanted: Callable[[Tables], Flags], known: Flags) -> Mapped:
-    """Return the host clusters of wanted entries that are in the file and not known, by index; they become known."""
+    """Return the host clusters of wanted entries that are in the file and not known yet, and note them as known."""
     bits = census.image.header.cluster_bits
     parts = [np.zeros((3, 0), np.int64)]
     for batch in census.tables():
@@ -114,7 +114,7 @@ def _mapped(census: Census, wanted: Callable[[Tables], Flags], known: Flags) -> 
 
 
 def _ranges(image: Image, mapped: Mapped, length: int, kind: str) -> Iterator[HostRange]:
-    """Yield ranges made of places of one length that follow each other on the host and in the guest."""
+    """Join places of one length that follow each other on the host and in the guest, and yield the ranges."""
     if not len(mapped.hosts):
         return
     edges = np.flatnonzero((np.diff(mapped.hosts) != length) | (np.diff(mapped.guests) != length)) + 1
@@ -126,7 +126,7 @@ def _ranges(image: Image, mapped: Mapped, length: int, kind: str) -> Iterator[Ho
 
 
 def zero_flagged(image: Image, census: Census) -> Iterator[Piece]:
-    """Yield what is in clusters whose entry says zeros while their bytes are still there."""
+    """Yield what is in clusters that read as zeros while their bytes are still there."""
     if image.header.version < 3 or image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size

@@ -24,7 +24,7 @@ Read = Callable[[int, int], bytes]
 
 
 class HostRange(NamedTuple):
-    """A range of a file, where its first byte has its place in the guest's disk, and in whose state."""
+    """A range of a file, the guest offset of its first byte, and the state that has it there."""
 
     offset: int
     length: int

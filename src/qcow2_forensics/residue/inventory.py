@@ -250,7 +250,7 @@ class Residue(Closing):
     # --- life ----------------------------------------------------------------------------------
 
     def closing(self, close: Callable[[], object]) -> None:
-        """Have ``close`` called with this object's own close."""
+        """Call ``close`` too when this object is closed."""
         self._files.callback(close)
 
     def close(self) -> None:
@@ -261,7 +261,7 @@ class Residue(Closing):
 def residue(
     origin: PathOrSource | Image, *, resolver: Resolver | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> Residue:
-    """Open the residue of an image: what nothing points at, as runs and as streams.
+    """Open the residue of an image: what nothing points at, as pieces and as file objects.
 
     An external data file is looked at when ``resolver`` finds it. Raises the first problem that
     keeps the tables from being walked.
@@ -303,12 +303,14 @@ def open_deleted(origin: PathOrSource, wanted: str, passphrase: Passphrase = Non
 def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     """Return the entry of a deleted snapshot and make ``image`` refuse what it no longer owns.
 
-    This is what ``open_disk(snapshot="deleted:...")`` asks; ``image`` is for that disk alone then.
+    ``open_disk(snapshot="deleted:...")`` calls this; ``image`` must then be used for that disk only.
     """
     image.require("disk")
     found = Residue(image)
     entry = found.entry_at(int(wanted, 16)) if _OFFSET.fullmatch(wanted) else None
-    former: list[SnapshotEntry] = []  # which one chosen by its place is not held against: that reads all free space
+    former: list[
+        SnapshotEntry
+    ] = []  # an entry chosen by its offset is not compared with the others: finding those reads all free space
     if entry is None:
         former, _ = found.entries()
         entry = snapshot_entries.choose_deleted([DeletedSnapshot(entry, False) for entry in former], wanted).entry

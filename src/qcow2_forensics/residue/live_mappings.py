@@ -1,4 +1,4 @@
-"""The live mapping trees as numpy tables: what they show is no residue."""
+"""The L1 and L2 tables in use as arrays: what they map is not residue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 def states(image: Image) -> Iterator[State]:
-    """Yield the active state, then every snapshot whose L1 table is named soundly.
+    """Yield the active state, then every snapshot whose L1 table can be read.
 
     Snapshots that share one L1 table count once: a crafted table of 65,536 entries costs no more
     than one.

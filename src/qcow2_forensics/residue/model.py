@@ -28,7 +28,7 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of bytes nothing points at, of one kind and looking like one thing.
+    """A run of bytes nothing points at, of one kind and one appearance.
 
     ``kind`` says why it is residue (one of :data:`KINDS`), ``looks``
     what it looks like: ``data``, ``l1``, ``l2``, ``refcount-table``,

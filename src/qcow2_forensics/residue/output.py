@@ -1,4 +1,4 @@
-"""Residue as files: one per piece, an index in JSON and CSV, all under one name when it is whole."""
+"""Residue as files in a folder: one per piece, and an index in JSON and CSV; the folder gets its name when it is complete."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _write_piece(residue: Residue, piece: Piece, folder: Path, room: bool) -> di
 
 
 def _free_name(folder: Path, stem: str) -> str:
-    """Return a file name nobody has yet; the same bytes may be slack of two tables."""
+    """Return a file name that is not in use; the same bytes may be slack of two tables."""
     name, number = f"{stem}.bin", 1
     while (folder / name).exists():
         number += 1

@@ -16,7 +16,7 @@ V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))
 
 
 def header_slack(image: Image) -> Iterator[Piece]:
-    """Yield what is in the header cluster where nothing belongs: behind END, behind the name."""
+    """Yield what is in the header cluster where nothing belongs: after the END extension, after the backing file name."""
     header = image.header
     if header.version == 1 or not 9 <= header.cluster_bits <= 21:
         return
@@ -64,7 +64,7 @@ def _extensions_end(image: Image) -> int | None:
 
 
 def header_padding(image: Image) -> Iterator[Piece]:
-    """Yield what is in the header's own padding, beyond the known fields, and behind extensions."""
+    """Yield what is in the header's own padding, after the known fields, and after extensions."""
     header = image.header
     if header.version < 3 or header.header_length > header.cluster_size or not 9 <= header.cluster_bits <= 21:
         return
