@@ -191,6 +191,7 @@ def test_an_image_without_memory_lists_what_it_holds(base_image: Path) -> None:
         open_guest_memory(base_image, "disk-only")
 
 
+@pytest.mark.slow
 @qemu.requires_qemu
 def test_memory_of_an_encrypted_image_is_read_with_its_passphrase(tmp_path: Path) -> None:
     """QEMU 7.2 aborts in savevm on an encrypted image, so qemu-io writes the state and we its size."""

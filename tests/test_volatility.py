@@ -564,6 +564,7 @@ def test_locked_memory_is_one_warning_without_the_key(encrypted: Path, caplog: p
     assert "encrypted" in messages[0]
 
 
+@pytest.mark.slow
 def test_locked_memory_opens_with_a_key_file_or_the_environment(
     encrypted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
