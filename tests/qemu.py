@@ -92,9 +92,10 @@ def need(tool: str = "qemu-img") -> None:
     """Skip the running test by the tool's name when it is absent; fail it where tools are required."""
     if shutil.which(tool) and (tool != "qemu-img" or available()):
         return
+    name = "qemu-img or qemu-io" if tool in ("qemu-img", "qemu-io") else tool  # they come in one package
     if REQUIRED:
-        pytest.fail(f"{tool} is required and absent")
-    pytest.skip(f"{tool} is absent")
+        pytest.fail(f"{name} is required and absent")
+    pytest.skip(f"{name} is absent")
 
 
 requires_qemu = pytest.mark.skipif(not available() and not REQUIRED, reason="qemu-img or qemu-io is absent")
@@ -106,7 +107,11 @@ requires_qemu_system = pytest.mark.skipif(
 def run(
     tool: str, *args: Name, check: bool = True, timeout: float = TIMEOUT, stdin: bytes = b"", cwd: Name | None = None
 ) -> Outcome:
-    """Run a tool to its end or the time limit; raise :class:`QemuError` on failure when ``check``."""
+    """Run a tool to its end or the time limit; raise :class:`QemuError` on failure when ``check``.
+
+    Where the tool is absent the running test is skipped, see :func:`need`.
+    """
+    need(tool)
     command = [tool, *(os.fspath(arg) for arg in args)]
     environment = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
     process = subprocess.Popen(

@@ -14,6 +14,7 @@ import pytest
 import qcow2_forensics as q
 from tests import qemu
 from tests.image_builder import EXT_CRYPTO, Builder, Poke, empty
+from tests.tiers import every
 
 COMMANDS = ["info", "map", "snapshots", "audit"]
 
@@ -42,7 +43,7 @@ def overlay(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["info", "map", "snapshots"])
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text"])
+@pytest.mark.parametrize("kind", every(3, ["missing", "folder", "empty", "text"]))
 def test_what_is_no_image_is_one_sentence_and_exit_code_2(tmp_path: Path, command: str, kind: str) -> None:
     path = tmp_path / kind
     if kind == "folder":

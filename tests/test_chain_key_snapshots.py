@@ -52,7 +52,7 @@ def _wanted(state: str | None) -> bytes:
         pytest.param(
             "luks", "luks", id="LUKS on LUKS", marks=pytest.mark.slow
         ),  # QEMU derives keys in each of its runs
-        pytest.param("luks", None, id="plain on LUKS"),
+        pytest.param("luks", None, id="plain on LUKS", marks=pytest.mark.slow),
         pytest.param("aes", "aes", id="AES on AES"),
         pytest.param("aes", "luks", id="LUKS on AES", marks=pytest.mark.slow),
     ],

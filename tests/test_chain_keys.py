@@ -121,6 +121,7 @@ def test_a_key_file_means_its_line_then_all_of_it(end: bytes, tmp_path: Path, mo
     assert passphrases.passphrases_from_environment()[:2] == [b"secret", b"second"]
 
 
+@pytest.mark.slow
 def test_a_key_that_holds_its_end_of_line_opens(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk", "1M", secret="secret\n", encrypt=LUKS)
     (tmp_path / "key").write_bytes(b"secret\n")

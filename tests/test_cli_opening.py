@@ -127,6 +127,7 @@ def test_the_file_and_the_environment_give_the_passphrase(end: bytes, encrypted:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_file_wins_over_the_environment(encrypted: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(PASSPHRASE)
     key = ["--passphrase-file", tmp_path / "key"]

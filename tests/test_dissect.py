@@ -96,6 +96,7 @@ def target_query(image: Path, function: str, **variables: str) -> list[tuple[str
 USERS = [("before", "alice"), ("disk.qcow2", "alice"), ("disk.qcow2", "mallory")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", every(2, [{}, BY_HAND]), ids=["hook", "DISSECT_PLUGINS"])
 def test_target_query_lists_the_users_of_every_state(linux: Path, variables: dict[str, str]) -> None:
     assert target_query(linux, "users", **variables) == USERS
@@ -173,6 +174,7 @@ def test_a_grown_overlay_keeps_its_size(make_image: Callable[..., Path]) -> None
         assert contents(opened) == qemu.raw_bytes(overlay)
 
 
+@pytest.mark.slow
 def test_an_encrypted_image_takes_its_passphrase_from_the_keychain(
     make_image: Callable[..., Path], keys: list[keychain.Key]
 ) -> None:

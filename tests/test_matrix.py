@@ -45,7 +45,7 @@ def compare(scenario: Scenario, folder: Path) -> None:
                 assert qemu.as_map_json(got, expected) == expected
 
 
-@pytest.mark.parametrize("scenario", every(7, PLAIN), ids=lambda scenario: scenario.id)
+@pytest.mark.parametrize("scenario", every(13, PLAIN), ids=lambda scenario: scenario.id)
 def test_plain_images_read_and_map_as_in_qemu(scenario: Scenario, tmp_path: Path) -> None:
     compare(scenario, tmp_path)
 

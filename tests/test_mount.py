@@ -104,6 +104,7 @@ def exported(image: Path, out: Path, *options: str | Path, command: str = "expor
 # --- with FUSE --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fuse")
 def test_each_state_of_the_case_is_a_file_equal_to_its_export(evidence: EvidenceCase, tmp_path: Path) -> None:
     before = sha256(evidence.image)
@@ -138,6 +139,7 @@ def test_each_state_of_the_case_is_a_file_equal_to_its_export(evidence: Evidence
     assert sha256(evidence.image) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fuse")
 def test_encrypted_and_zstd_images_read_as_qemu_reads_them(make_image: Callable[..., Path], tmp_path: Path) -> None:
     key = tmp_path / "key"
@@ -163,6 +165,7 @@ def _mounted_files(raw: Path, offset: int, point: Path) -> dict[str, str]:
         run("umount", point)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fuse")
 @pytest.mark.parametrize("kind", ["evidence", "luks", "zstd"])
 def test_the_kernel_sleuthkit_and_cp_find_on_the_mount_what_they_find_in_the_export(

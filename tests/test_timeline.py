@@ -205,6 +205,7 @@ def test_the_cost_of_a_state_does_not_grow_with_their_number(
     assert len(tables) <= 3
 
 
+@pytest.mark.slow
 def test_the_case_tells_when_the_implant_came(evidence: EvidenceCase, timeline: Callable[..., list[str]]) -> None:
     pytest.importorskip("pytsk3", reason="pytsk3 is absent")
     events = [json.loads(line) for line in timeline(evidence.image, "--format", "jsonl")]

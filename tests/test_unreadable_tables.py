@@ -111,7 +111,7 @@ def test_an_audit_does_not_count_what_it_cannot_read(form: str, damaged: Damaged
         assert "an unknown number of snapshots" in out
 
 
-def test_memory_is_not_said_to_be_absent(damaged: Damaged, tmp_path: Path) -> None:
+def test_memory_is_not_reported_absent(damaged: Damaged, tmp_path: Path) -> None:
     code, _, err = run_command(["memory", str(damaged.path), str(tmp_path / "memory.raw")])
     assert code == 2
     assert "file offset 0x" in err

@@ -29,6 +29,7 @@ from qcow2_forensics.format.source import BytesSource
 from tests import machines, qemu, stream_builder
 from tests.image_builder import Poke
 from tests.machines import MiB
+from tests.tiers import quick
 from tests.volatility_tools import (
     LENGTH,
     LOADED,
@@ -508,7 +509,7 @@ def test_a_stream_that_makes_no_sense_is_one_warning(
 # --- encryption ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["luks", "aes"])
+@pytest.fixture(scope="module", params=quick(["luks", "aes"], ["aes"]))
 def sealed(request: pytest.FixtureRequest, stream: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encrypted image with the machine's memory in a snapshot, put there by qemu-io.
 
@@ -564,6 +565,7 @@ def test_locked_memory_is_one_warning_without_the_key(encrypted: Path, caplog: p
     assert "encrypted" in messages[0]
 
 
+@pytest.mark.slow
 def test_locked_memory_opens_with_a_key_file_or_the_environment(
     encrypted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

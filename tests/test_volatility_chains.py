@@ -39,6 +39,7 @@ def moved(folder: Path, name: str = "/srv/vm/gone.qcow2") -> tuple[Path, Path]:
     return overlay, base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AES, {"format": "luks"}], ids=["legacy AES", "LUKS"])
 def test_each_member_takes_its_own_of_several_key_files(
     kind: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -113,6 +113,7 @@ def test_snapshots_are_in_the_timeline_when_that_is_asked_for(saved: Saved, tmp_
     assert sorted(times) == sorted(str(item["date-sec"]) for item in listed)
 
 
+@pytest.mark.slow
 def test_a_saved_configuration_of_a_plugin_gives_the_same_rows_without_its_file(saved: Saved, tmp_path: Path) -> None:
     config = tmp_path / "saved.json"
     options = ("--qcow2-snapshot", "1", "-f", saved.image, "--save-config", str(config))
@@ -252,6 +253,7 @@ def test_text_from_evidence_is_escaped(damaged: Callable[..., Path], tmp_path: P
 # --- choosing ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_saved_configuration_pins_the_snapshot_and_gives_the_same(saved: Saved, tmp_path: Path) -> None:
     name = ("layerwriter.LayerWriter", "--layers", "primary")
     vol("--qcow2-snapshot", "first", "-f", saved.image, "--save-config", "saved.json", "-o", ".", *name, cwd=tmp_path)
@@ -263,6 +265,7 @@ def test_a_saved_configuration_pins_the_snapshot_and_gives_the_same(saved: Saved
         assert without_vga((tmp_path / written).read_bytes()) == without_vga(saved.dumps["first"])
 
 
+@pytest.mark.slow
 def test_worker_processes_give_all_rows(saved: Saved, tmp_path: Path) -> None:
     found = rows("-f", saved.image, *SCAN, cwd=tmp_path)
     assert [row["Offset"] for row in found] == list(BANNERS)
@@ -297,6 +300,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_other_locations_than_files_work(saved: Saved, tmp_path: Path, served: str) -> None:
     expected = rows("-f", saved.image, "qcow2.registers.Registers", cwd=tmp_path)
     image = tmp_path / "disk.qcow2"

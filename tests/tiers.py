@@ -27,10 +27,11 @@ def quick(rows: Iterable[T], chosen: Collection[T]) -> list[ParameterSet]:
     return [_row(row, slow=row not in chosen) for row in rows]
 
 
-def every(step: int, rows: Iterable[T]) -> list[ParameterSet]:
-    """Return all rows, all but each ``step``-th, from the first on, marked slow."""
-    return [_row(row, slow=number % step != 0) for number, row in enumerate(rows)]
+def every(step: int, rows: Iterable[T], *, unpack: bool = False) -> list[ParameterSet]:
+    """Return all rows, all but each ``step``-th, from the first on, marked slow; ``unpack`` rows of several values."""
+    return [_row(row, slow=number % step != 0, unpack=unpack) for number, row in enumerate(rows)]
 
 
-def _row(row: T, *, slow: bool) -> ParameterSet:
-    return pytest.param(row, marks=[pytest.mark.slow] if slow else [])
+def _row(row: T, *, slow: bool, unpack: bool = False) -> ParameterSet:
+    values = row if unpack and isinstance(row, tuple) else (row,)
+    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
