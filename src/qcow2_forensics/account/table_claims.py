@@ -10,7 +10,6 @@ from ..census.columns import I64, U64
 from ..census.state_ends import StateEnds
 from ..census.walk import l1_chunks
 from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
-from ..format.entries import L1_RESERVED
 from ..format.header import padded
 from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH
@@ -72,7 +71,7 @@ class TableClaims:
         self.hints.add_many(self.labels.number(Place.ENTRIES_PAST_END, f"L1 table, {owner}"), starts, stops)
         trees = np.zeros(len(starts), np.int64)
         for chunk in l1_chunks(self.image, starts.astype(np.uint64), ((stops - starts) // 8).astype(np.uint64), trees):
-            clean = (chunk.tables != 0) & ((chunk.entries & np.uint64(L1_RESERVED)) == 0)
+            clean = (chunk.tables != 0) & ~chunk.reserved
             clean &= np.isin(chunk.tables, self.census.named.offsets)
             if clean.any():
                 self.claims.add_many(label, *merged(chunk.positions[clean], chunk.positions[clean] + np.uint64(8)))

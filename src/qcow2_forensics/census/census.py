@@ -20,7 +20,7 @@ from .refcount_check import Comparison, compare_refcounts
 from .refcount_classes import MORE, ONE
 from .walk import L2Tables, Subscriber, Tables, batches
 
-_RUN_CHUNK = 1 << 20  # clusters looked at together
+_RUN_CHUNK = 1 << 17  # clusters looked at together: temporaries stay in the cache
 
 S = TypeVar("S", bound=Subscriber)
 

@@ -18,7 +18,6 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 from ..errors import Qcow2Error
@@ -91,6 +90,8 @@ def run_of(
 
 def _libraries() -> Iterator[str]:
     """Yield the libraries that have a part in what is found, with their versions."""
+    from importlib import metadata  # here: it brings the parsers of mail, which most audits need none of
+
     for name in _LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             yield f"{name} {metadata.version(name)}"
