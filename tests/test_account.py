@@ -6,6 +6,7 @@ Crafted places are written by :mod:`tests.image_builder`.
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 import sys
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz import corpus
 
 import qcow2_forensics as q
 from qcow2_forensics.account import summary
+from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Severity
+from qcow2_forensics.render import render
 from qcow2_forensics.residue import residue
 from tests import hostile, plants, qemu
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, Poke, base_b, base_s, deflate, luks
@@ -331,6 +335,50 @@ def test_a_table_of_too_many_rows_joins_what_is_not_notable(tmp_path: Path, monk
     ]
     assert file["unaccounted_bytes"] == sum(row.get("nonzero", 0) for row in whole) > 0
     assert any(row["offset"] <= at < row["offset"] + row["length"] for row in file["remainders"])
+
+
+@pytest.mark.slow
+@qemu.requires_qemu
+def test_the_accounts_of_the_fuzzing_corpus_tile_their_files(tmp_path: Path) -> None:
+    for path in corpus.make(tmp_path / "corpus"):
+        assert_tiles(q.audit(path, "deep", passphrase="fuzz", resolver=q.Resolver(folders=[path.parent])))
+
+
+@qemu.requires_qemu
+def test_a_standard_audit_accounts_by_allocation_and_says_so(tmp_path: Path) -> None:
+    report = q.audit(base_b(tmp_path / "disk.qcow2"))
+    assert_tiles(report)
+    file = report.details["account"]["files"][0]
+    assert (file["exact"], file["unaccounted_bytes"]) == (False, None)
+    assert not any("nonzero" in row for row in file["rows"])
+    assert "metadata and allocation, no data was read" in render(report)
+
+
+@qemu.requires_qemu
+def test_a_report_ends_with_how_many_bytes_nothing_accounts_for(tmp_path: Path) -> None:
+    path = base_b(tmp_path / "disk.qcow2")
+    assert f"0 bytes unaccounted for, of {0x80000:,}" in render(q.audit(path, "deep"))
+    feature_name(path)
+    shown = render(q.audit(path, "deep"))
+    assert "20 bytes unaccounted for" in shown
+    assert "20 behind the end of a name" in shown
+    line = json.loads(render(q.audit(path, "deep"), "jsonl"))
+    assert [sorted(file) for file in line["details"]["account"]["files"] if "rows" in file] == []
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("make", [feature_name, tail_of_a_snapshot, base_b], ids=lambda make: make.__name__)
+def test_the_picture_of_a_deep_audit_has_every_byte(make: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    make(path)
+    Poke(path).append(b"no whole cluster")
+    report = audit(path, "deep", pictures=True)
+    picture = report.details["map"]
+    assert sum(picture["byte_counts"]) == path.stat().st_size
+    assert sum(count for cell in picture["byte_cells"] for _, count in cell) == path.stat().st_size
+    named = {key: count for (key, _), count in zip(picture["byte_owners"], picture["byte_counts"], strict=True)}
+    assert (named["unaccounted"] > 0) == (make is not base_b)
+    assert "Remainders of zeros" in render(report, "html")
 
 
 # --- plants --------------------------------------------------------------------------------------
