@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_the_page_says_how_many_rows_it_leaves_out() -> None:
     assert "and 2 more files" in page
 
 
-def test_the_timeline_keeps_every_fact_of_the_image_and_the_latest_of_files() -> None:
+def test_the_timeline_keeps_the_facts_of_the_image_and_the_latest_of_files() -> None:
     def event(number: int, kind: str) -> dict[str, object]:
         date = f"2026-05-04T09:00:00.{number:06d}+00:00"
         shared = {"datetime": date, "timestamp": number, "timestamp_desc": "Creation Time", "state": "active"}
@@ -87,6 +88,20 @@ def test_the_timeline_keeps_every_fact_of_the_image_and_the_latest_of_files() ->
     assert "n1." in page
     assert f"f{2 * ROWS}." in page
     assert f"f{2 * ROWS - 1}." not in page
+
+
+def test_very_many_facts_of_an_image_cost_what_they_are() -> None:
+    shared = {
+        "datetime": "2026-05-04T09:00:00+00:00",
+        "timestamp_desc": "t",
+        "state": "active",
+        "data_type": "qcow2:snapshot",
+    }
+    events = [{**shared, "timestamp": number, "message": f"n{number}."} for number in range(65_536)]
+    started = time.process_time()
+    page = render_timeline(events, "disk.qcow2")
+    assert time.process_time() - started < 10
+    assert f"{65_536 - ROWS} earlier times of the image" in page
 
 
 def test_states_and_times_that_agree_share_a_row() -> None:

@@ -20,17 +20,16 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import Qcow2Error
-from ..files.volumes import need_back_end
 from ..findings import Severity
 from ..reader.writer import whole_folder
 from ..text import cut, plural, printable
 from . import _examine_parts as parts
 from . import _files
+from ._examine_plan import PAIRS, Step, deleted_memories, left_out, plan
 from ._messages import Messages
 from .audit import severity_of
 from .case import add_case_arguments, command_of, run_of
@@ -54,19 +53,7 @@ _SUMS = "sha256sums.txt"
 _PIECE = 1 << 20
 _NOTES, _WHY = 3, 300  # notes of a part that are its reason, and characters of each
 _REASONS = 10  # printed for one image; the page has all
-_PAIRS = 500  # of neighbouring states compared without --last: an image can list 65,536 snapshots
-_MEMORIES = 50  # looked at, the latest
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
-
-
-class Step(NamedTuple):
-    """One part that is going to run: the command line it is, and who runs it."""
-
-    kind: str
-    title: str  # as the evidence has it
-    stem: str  # of the names of its files
-    command: tuple[str, ...]
-    work: parts.Work
 
 
 def add_parser(subparsers: Any) -> None:
@@ -90,7 +77,7 @@ def add_parser(subparsers: Any) -> None:
         "--last",
         metavar="N",
         type=_count,
-        help=f"compare only the last N pairs of neighbouring states (default: {_PAIRS})",
+        help=f"compare only the last N pairs of neighbouring states (default: {PAIRS}, fewer where there are very many snapshots)",
     )
     parser.add_argument("--pieces", action="store_true", help="also write the pieces of residue, not only their index")
     parser.add_argument(
@@ -203,7 +190,7 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
     started = datetime.now(UTC)
     before = _stamp(path)
     asked = _unlock(args, path)
-    steps, unseen = _plan(args, path)
+    steps, unseen = plan(args, path)
     done: list[dict[str, Any]] = []
     for number, step in enumerate(steps, 1):
         if sys.stderr.isatty():
@@ -211,7 +198,7 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
             sys.stderr.flush()
         done.append(_run(step, asked, folder))
         if step.kind == "snapshots":  # only now it is known which deleted ones there are
-            steps += _deleted_memories(args, path, done[-1]["facts"].get("rows") or (), unseen)
+            steps += deleted_memories(args, path, done[-1]["facts"].get("rows") or (), unseen)
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
     if _stamp(path) != before:
@@ -227,7 +214,7 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
         "run": {**run_facts, "command": command_of(args), "finished": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S UTC}"},
         "exit_code": 2 if not_seen else 0,
         "not_looked_at": not_seen,
-        "left_out": _left_out(args),
+        "left_out": left_out(args),
         "parts": done,
         "next": _next_commands(path, done),
     }
@@ -297,117 +284,6 @@ def _stamp(path: str) -> tuple[int, int]:
 
 def _without_next(run_facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in run_facts.items() if key != "next"}
-
-
-# --- which parts ---------------------------------------------------------------------------------
-
-
-def _plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
-    """Return the parts to run over an image, and why some are not."""
-    typed = _typed(path)
-    keys = _options(args, "passphrase_file")
-    folders = _options(args, "backing_dir")
-    case = _options(args, "case", "examiner", "note")
-    disk = [*keys, *folders, *_options(args, "backing_file", "no_backing", "eof", "assume", "virtual_size")]
-    hashed = ["--hash"] if args.hash else []
-    unseen: list[str] = []
-    try:
-        states, memories = parts.states_of(path)
-    except Qcow2Error as error:
-        unseen.append(f"the states of the image: {error}")
-        states, memories = [], []
-    with_files = _with_files(args, unseen) if len(states) > 1 else False
-    audit = ("audit", typed, "--depth", "deep", "--format", "html", *hashed, *case, *keys, *folders)
-    size = _options(args, "virtual_size")
-    steps = [
-        Step("audit", "audit", "audit", audit, parts.run_audit),
-        _snapshots("snapshots", "snapshots, deleted ones included", typed, "--deleted"),
-        _snapshots("recovered", "recovered states", typed, "--recovered", *size),
-    ]
-    pairs = list(enumerate(pairwise(states), 1))
-    kept = pairs[-(args.last or _PAIRS) :]
-    if len(pairs) > len(kept) and not args.last:
-        unseen.append(f"what differs in the first {len(pairs) - len(kept)} pairs of states: name more with --last")
-    for number, (before, after) in kept:
-        choice = (f"--from={before.choice}", f"--to={after.choice}", *(["--files"] if with_files else []))
-        guest = _options(args, "guest_passphrase_file") if with_files else ()
-        command = ("diff", typed, *choice, "--format", "html", *case, *disk, *guest)
-        steps.append(Step("diff", f"{before.label} → {after.label}", f"diff-{number}", command, parts.run_diff))
-    command = ("timeline", typed, "--no-files", "--deleted", "--format", "html", *case, *disk)
-    steps.append(Step("timeline", "timeline of the image", "timeline", command, parts.run_timeline))
-    if len(memories) > _MEMORIES:
-        unseen.append(f"the first {len(memories) - _MEMORIES} memories: qcow2-forensics memory shows one by one")
-    for number, state in list(enumerate(memories, 1))[-_MEMORIES:]:
-        command = ("memory", typed, f"--snapshot={state.choice}", "--summary", "json", *keys)
-        steps.append(Step("memory", f"memory of {state.label}", f"memory-{number}", command, parts.run_memory))
-    what = _options(args, "limit") if args.pieces else ["--index-only"]
-    command = ("residue", typed, "residue", *what, *folders)
-    steps.append(Step("residue", "residue", "residue", command, parts.run_residue))
-    return steps, unseen
-
-
-def _snapshots(kind: str, title: str, path: str, *options: str) -> Step:
-    return Step(kind, title, kind, ("snapshots", path, *options, "--format", "json"), parts.run_snapshots)
-
-
-def _deleted_memories(args: Namespace, path: str, rows: Iterable[Mapping[str, Any]], unseen: list[str]) -> list[Step]:
-    """Return the parts for deleted snapshots that held memory."""
-    held = [row for row in rows if row.get("deleted") and row["open_as"] and row["vm_state_size"]]
-    if len(held) > _MEMORIES:
-        unseen.append(f"the memories of {len(held) - _MEMORIES} deleted snapshots: there are too many")
-    steps = []
-    for number, row in enumerate(held[:_MEMORIES], 1):
-        keys = _options(args, "passphrase_file")
-        command = ("memory", _typed(path), f"--snapshot={row['open_as']}", "--summary", "json", *keys)
-        title = f"memory of the deleted snapshot {row['name'] or row['id']}"
-        steps.append(Step("memory", title, f"memory-deleted-{number}", command, parts.run_deleted_memory))
-    return steps
-
-
-def _typed(path: str) -> str:
-    """Return a path that no command takes for an option."""
-    return f"./{path}" if path.startswith("-") else path
-
-
-def _with_files(args: Namespace, unseen: list[str]) -> bool:
-    """Whether files are compared too; where that was not declined but cannot be done, say why."""
-    if args.no_files:
-        return False
-    try:
-        need_back_end()
-    except Qcow2Error as error:
-        unseen.append(f"the files of the states: {error}; --no-files leaves them out")
-        return False
-    return True
-
-
-def _options(args: Namespace, *names: str) -> list[str]:
-    """Return options of this command as they are typed for another one."""
-    typed: list[str] = []
-    for name in names:
-        value = getattr(args, name)
-        if name == "eof" and value == "strict":  # the default
-            continue
-        option = f"--{name.replace('_', '-')}"
-        values: Iterable[Any] = value if isinstance(value, list) else () if value in (None, False) else (value,)
-        for one in values:
-            text = "=".join(one) if isinstance(one, tuple) else str(one)
-            typed += [option] if one is True else [f"{option}={text}"] if text.startswith("-") else [option, text]
-    return typed
-
-
-def _left_out(args: Namespace) -> list[str]:
-    """Return what the options leave out."""
-    found = []
-    if args.no_files:
-        found.append("files of the states: --no-files")
-    if args.last:
-        found.append(f"all but the last {plural(args.last, 'pair')} of neighbouring states: --last {args.last}")
-    if not args.pieces:
-        found.append("the bytes of residue: --pieces writes them")
-    if not args.hash:
-        found.append("the SHA-256 of the image: --hash adds it")
-    return found
 
 
 def _next_commands(path: str, done: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from ..text import html_only, markup, plural
 from .page import page, run_facts, table
 from .stylesheet import KINDS
 
-ROWS = 10_000  # facts of files on the page, the latest; the other formats have all of them
+ROWS = 10_000  # facts of the image on the page, and as many of files, the latest; the other formats have all of them
 _UNFOLDED = 300  # rows on the whole page that are shown without folding days
 _STATES = 4  # named in a row
 _DAY = 86_400_000_000  # microseconds
@@ -41,6 +41,7 @@ class Fact(NamedTuple):
 
 
 _Key = tuple[int, str, str, str]  # time in microseconds, kind, message, name of the time
+_Stated = tuple[str, list[str]]  # date, and the states that have it
 
 
 def render_timeline(
@@ -57,43 +58,46 @@ def render_timeline(
     return page(title, parts, kinds=[(kind, _LABELS.get(kind, kind)) for kind in KINDS if kind in known])
 
 
-def _gathered(events: Iterable[Mapping[str, Any]]) -> tuple[list[Fact], int]:
-    """Return facts in order of time, and how many of files were left out."""
-    found: dict[_Key, tuple[str, list[str]]] = {}  # date and states
-    dropped = 0
+def _gathered(events: Iterable[Mapping[str, Any]]) -> tuple[list[Fact], dict[str, int]]:
+    """Return facts in order of time, and how many were left out of the image and of files."""
+    found: dict[str, dict[_Key, _Stated]] = {"the image": {}, "files": {}}
+    dropped = dict.fromkeys(found, 0)
     for event in events:
         is_file = event["data_type"] == "fs:stat"
+        origin = "files" if is_file else "the image"
         kind = "file" if is_file else str(event["data_type"]).partition(":")[2]
         message = str(event["filename"] if is_file else event["message"])
         if event.get("is_allocated") is False:
             message += " (deleted)"
-        name = str(event["timestamp_desc"])
-        states = found.setdefault((int(event["timestamp"]), kind, message, name), (str(event["datetime"]), []))[1]
+        key = int(event["timestamp"]), kind, message, str(event["timestamp_desc"])
+        states = found[origin].setdefault(key, (str(event["datetime"]), []))[1]
         if event["state"] not in states:
             states.append(event["state"])
-        if len(found) > 2 * ROWS:
-            dropped += _thin(found)
-    dropped += _thin(found)
+        if len(found[origin]) > 2 * ROWS:
+            dropped[origin] += _thin(found[origin])
     joined: dict[tuple[int, str, str, tuple[str, ...], str], list[str]] = {}
-    for (time, kind, message, name), (date, states) in found.items():
-        joined.setdefault((time, kind, message, tuple(states), date), []).append(_TIMES.get(name, name))
+    for origin, facts in found.items():
+        dropped[origin] += _thin(facts)
+        for (time, kind, message, name), (date, states) in facts.items():
+            joined.setdefault((time, kind, message, tuple(states), date), []).append(_TIMES.get(name, name))
     return sorted(Fact(*key, tuple(names)) for key, names in joined.items()), dropped
 
 
-def _thin(facts: dict[_Key, tuple[str, list[str]]]) -> int:
-    """Drop the earliest facts of files above :data:`ROWS`; return how many."""
-    files = sorted(key for key in facts if key[1] == "file")
-    for key in files[:-ROWS]:
+def _thin(facts: dict[_Key, _Stated]) -> int:
+    """Drop the earliest facts above :data:`ROWS`; return how many."""
+    earliest = sorted(facts)[:-ROWS]
+    for key in earliest:
         del facts[key]
-    return max(0, len(files) - ROWS)
+    return len(earliest)
 
 
-def _head(facts: Sequence[Fact], dropped: int, notes: Sequence[str]) -> Iterator[str]:
+def _head(facts: Sequence[Fact], dropped: Mapping[str, int], notes: Sequence[str]) -> Iterator[str]:
     yield f"<p>{plural(len(facts), 'dated fact')}. Times of files that are equal share a row, and so do states that agree.</p>"
-    if notes or dropped:
+    if notes or any(dropped.values()):
         yield "<section class='warning'><h2>Not on this page</h2><ul>"
-        if dropped:
-            yield f"<li>{plural(dropped, 'earlier time')} of files: timeline --format body or jsonl lists all.</li>"
+        for origin, count in dropped.items():
+            if count:
+                yield f"<li>{plural(count, 'earlier time')} of {origin}: timeline --format body or jsonl lists all.</li>"
         yield from (f"<li>{html_only(note)}</li>" for note in notes)
         yield "</ul></section>"
 
