@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ QUICK_EXAMPLES, THOROUGH_EXAMPLES = 12, 100
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the number of examples by the tier that runs; ``-m ""`` runs both."""
+    """Choose the number of examples by the tier that runs; ``-m ""`` runs both. Let what tests start be interrupted."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs; programs inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile(
         "tier",
         deadline=None,
