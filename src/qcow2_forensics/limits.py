@@ -120,7 +120,7 @@ PADDED_DUMP_BYTES = 4 * 1024 * GiB  # of a raw dump of any memory: RAM at 1 TiB 
 PADDED_DUMP_TIMES = 1024  # bytes more for each one of memory
 
 # The census and the audit
-HOST_CLUSTERS = 1 << 30  # of a file; 64 TiB of 64 KiB clusters, 2 GiB of counters if all are in use
+HOST_CLUSTERS = 1 << 30  # of a file; 64 TiB of 64 KiB clusters, 2 to 7 GiB of counters if all are in use
 UNALIGNED_TABLES_REPEATS = 1  # unaligned L2 tables, which QEMU does not read, may take as many bytes as the file has
 UNALIGNED_TABLES_SPARE = 8 * MiB  # and so many more
 UNALIGNED_TABLES_FILE = GiB  # bytes of a sparse file that count for that

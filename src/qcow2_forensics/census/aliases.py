@@ -10,6 +10,7 @@ import numpy as np
 
 from ..findings import EVIDENCE_LIMIT
 from .columns import U64, Mask
+from .guest_tags import GuestTags
 
 _STREAMS = 1 << 20  # remembered; a colliding one displaces another, which can hide an alias, never invent one
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)
@@ -24,7 +25,7 @@ class Aliases:
 
     def __init__(self, length: int) -> None:
         self.clusters: set[int] = set()  # host clusters with an alias, the first met
-        self._guests = np.zeros(length, dtype=np.uint32)
+        self._guests = GuestTags(length)
         self._streams: U64 | None = None
         self._stream_guests = np.zeros(0, dtype=np.uint64)
 
@@ -36,21 +37,12 @@ class Aliases:
         first = guest % _MODULUS + 1
         if first + count > _MODULUS:
             return False
-        tags = np.arange(first, first + count, dtype=np.uint32)
-        known = self._guests[start : start + count]
-        if known.any() and not ((known == 0) | (known == tags)).all():
-            return False
-        self._guests[start : start + count] = tags
-        return True
+        return self._guests.set_run(start, count, first)
 
     def plain(self, indices: U64, guests: U64) -> Mask:
         """Remember which guest clusters map host clusters; return which of these have another one too."""
         tags = (guests % np.uint64(_MODULUS) + np.uint64(1)).astype(np.uint32)
-        known = self._guests[indices]
-        self._guests[indices] = tags
-        # The second test sees pairs within these: the last writer won.
-        clash: Mask = ((known != 0) & (known != tags)) | (self._guests[indices] != tags)
-        return clash
+        return self._guests.exchange(indices, tags)
 
     def streams(self, offsets: U64, guests: U64) -> Mask:
         """Do the same for compressed streams at host byte offsets."""
@@ -67,7 +59,7 @@ class Aliases:
 
     def forget(self) -> None:
         """Free what only the counting needs."""
-        self._guests = np.zeros(0, dtype=np.uint32)
+        self._guests = GuestTags(0)
         self._streams = None
 
     def keep(self, clusters: U64) -> None:

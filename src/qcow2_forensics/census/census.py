@@ -130,7 +130,7 @@ class Census:
         """Return who claims the cluster at a host offset."""
         cluster = offset // self.cluster_size
         # The last claim may reach into the cluster just past the end of the file.
-        return Owner(int(self._claims.owners[self.index_map.at(cluster)])) if cluster <= self.clusters else Owner(0)
+        return self._claims.owners.at(self.index_map.at(cluster)) if cluster <= self.clusters else Owner(0)
 
     def references(self, offset: int) -> int:
         """Return how often the cluster at a host offset is claimed."""
@@ -155,7 +155,7 @@ class Census:
     def owner_parts(self) -> Iterator[tuple[int, Values]]:
         """Yield (first cluster, :class:`Owner` bits of it and those after it), tiling the host file."""
         for start in range(0, self.clusters, _RUN_CHUNK):
-            yield start, self.index_map.part(self._claims.owners, start, min(start + _RUN_CHUNK, self.clusters))
+            yield start, self._claims.owners.part(self.index_map, start, min(start + _RUN_CHUNK, self.clusters))
 
     def free(self) -> Iterator[Range]:
         """Yield runs of clusters nobody claims and whose refcount is 0 or cannot be read."""

@@ -1,6 +1,6 @@
 """Which host clusters anything may claim: looked for before the census of a huge file is taken.
 
-The arrays of a census take nine bytes a cluster. A sparse file can have a thousand million clusters
+The arrays of a census take two to seven bytes a cluster. A sparse file can have a thousand million clusters
 and claim three of them, so for large files the claims are gathered first, as runs.
 """
 
@@ -19,7 +19,7 @@ from .index_map import IndexMap
 from .refcounts import StoredRefcounts
 from .walk import L1Chunk, L2TableCollector, L2Tables, batches, l1_chunks, walkable
 
-_ALWAYS = 1 << 22  # clusters whose arrays, 36 MiB, are not worth a second look
+_ALWAYS = 1 << 22  # clusters whose arrays, at most 28 MiB, are not worth a second look
 _SHARE = 16  # a file of which a larger part is claimed has a index for every cluster
 _ROWS = 1 << 20  # runs gathered before they are merged
 

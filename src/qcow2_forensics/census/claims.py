@@ -18,6 +18,7 @@ from .aliases import Aliases
 from .columns import I64, U64, Mask, Places, compressed_extents, without_copied
 from .index_map import IndexMap
 from .issues import Issues, Item, spread
+from .owner_codes import OwnerCodes
 from .owners import Owner
 from .refcount_classes import ONE, UNREADABLE, RefcountClasses
 from .refcounts import StoredRefcounts
@@ -56,7 +57,7 @@ class Claims:
         self.mapped_clusters = 0  # guest clusters with host bytes, every reference counted
         # These have an element for each host cluster that the index map knows.
         self.counts = Counters(index_map.length)
-        self.owners = np.zeros(index_map.length, dtype=np.uint16)
+        self.owners = OwnerCodes(index_map.length)
         self.aliases = Aliases(index_map.length)
         self.refcount_classes = RefcountClasses(refcounts, index_map)
         self.highest_missing = -1  # the furthest host offset pointed at beyond the end of the file
@@ -89,10 +90,10 @@ class Claims:
         for start, stop, weight in np.column_stack(segments[:3])[~short].tolist():
             first_index = self.index_map.at(start)
             self.counts.add_range(first_index, stop - start, weight)
-            self.owners[first_index : first_index + stop - start] |= np.uint16(kind)
+            self.owners.add(slice(first_index, first_index + stop - start), kind)
         indices = self.index_map.of(_ranges(segments.start[short], lengths[short]))
         self.counts.add(indices, np.repeat(segments.weight[short], lengths[short]).astype(np.uint64))
-        self.owners[indices] |= np.uint16(kind)
+        self.owners.add(indices, kind)
 
     def claim_clusters(self, kind: Owner, hosts: U64, weight: U64, structure: str, positions: U64) -> None:
         """Count whole clusters, named by the entries at file offsets ``positions``, ``weight`` times each."""
@@ -107,7 +108,7 @@ class Claims:
             hosts, weight = hosts[~beyond], weight[~beyond]
         indices = self.index_map.of(hosts >> np.uint64(self.cluster_bits))
         self.counts.add(indices, weight)
-        self.owners[indices] |= np.uint16(kind)
+        self.owners.add(indices, kind)
 
     def missing(self, items: Iterable[Item], count: int, host: int) -> None:
         """Note references beyond the end of the file."""
@@ -166,8 +167,8 @@ class Claims:
         odd = (inside.offsets & np.uint64(self.cluster_size - 1)) != 0
         indices, second = self.index_map.of(clusters), self.index_map.of(clusters[odd] + one)
         for owner, mask in ((Owner.L2, inside.active != 0), (Owner.SNAPSHOT_L2, inside.snapshots != 0)):
-            self.owners[indices[mask]] |= np.uint16(owner)
-            self.owners[second[mask[odd]]] |= np.uint16(owner)
+            self.owners.add(indices[mask], owner)
+            self.owners.add(second[mask[odd]], owner)
         self.counts.add(indices, weights)
         self.counts.add(second, weights[odd])
 
@@ -225,19 +226,20 @@ class Claims:
             return False
         self.counts.add_range(start, width, weight)
         owner = (Owner.DATA if active else Owner(0)) | (Owner.SNAPSHOT_DATA if tables.snapshots[row] else Owner(0))
-        self.owners[start:stop] |= np.uint16(owner)
+        self.owners.add(slice(start, stop), owner)
         self.allocated += active * width
         self.mapped_clusters += weight * width
         return True
 
     def _copied_as_a_whole(self, tables: Tables, row: int, start: int, stop: int) -> bool:
         """Whether the copied flags of a linear table, whose clusters have these indices, are right; when in doubt, no."""
-        classes = self.refcount_classes.of[start:stop]
-        single = classes == ONE
-        fine = single.all() if is_copied(int(tables.entries[row, 0])) else not single.any()
         table = int(tables.offsets[row]) >> self.cluster_bits
-        known = 0 < table < self.clusters and self.refcount_classes.of[self.index_map.at(table)] != UNREADABLE
-        return bool(fine) and known and int(classes.max()) != UNREADABLE
+        if not 0 < table < self.clusters or self.refcount_classes.at(self.index_map.at(table)) == UNREADABLE:
+            return False
+        if is_copied(int(tables.entries[row, 0])):
+            return self.refcount_classes.all_one(start, stop)
+        classes = self.refcount_classes.of(start, stop)
+        return not bool(((classes == ONE) | (classes == UNREADABLE)).any())
 
     def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64) -> None:
         if mask.any():
@@ -344,9 +346,9 @@ class Claims:
     def _own(self, tables: Tables, rows: Places, indices: U64, active: Owner, snapshot: Owner) -> None:
         for owner, shares in ((active, tables.active), (snapshot, tables.snapshots)):
             if shares.all():
-                self.owners[indices] |= np.uint16(owner)
+                self.owners.add(indices, owner)
             elif shares.any():
-                self.owners[indices[shares[rows] != 0]] |= np.uint16(owner)
+                self.owners.add(indices[shares[rows] != 0], owner)
 
     def _copied(self, tables: Tables, places: Places, rows: Places, hosts: U64) -> None:
         """Compare the copied flags of the active state with the refcounts on disk."""

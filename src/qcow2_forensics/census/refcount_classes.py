@@ -1,6 +1,8 @@
-"""The class of each refcount on disk, in one byte a cluster: 0, 1, more, or unreadable."""
+"""The class of each refcount on disk, in two bits a cluster: 0, 1, more, or unreadable."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,9 @@ from .refcounts import StoredRefcounts
 Bytes = npt.NDArray[np.uint8]
 
 ZERO, ONE, MORE, UNREADABLE = range(4)
-_CHUNK = 1 << 20  # clusters looked up together
+_CHUNK = 1 << 20  # clusters looked up together, a multiple of four
+_ALL_ONE = 0b01010101
+_SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
 
 
 class RefcountClasses:
@@ -21,14 +25,48 @@ class RefcountClasses:
     def __init__(self, refcounts: StoredRefcounts, index_map: IndexMap) -> None:
         self._refcounts = refcounts
         self._index_map = index_map
+        self._packed = np.zeros(-(-index_map.length // 4), dtype=np.uint8)  # four classes a byte, the lowest bits first
         if index_map.compact:
-            self.of = np.zeros(index_map.length, dtype=np.uint8)  # class by index
-            for first in range(0, index_map.elsewhere, _CHUNK):
-                last = min(first + _CHUNK, index_map.elsewhere)
-                values, readable = refcounts.lookup(index_map.clusters_at(first, last))
-                self.of[first:last] = np.where(readable, np.minimum(values, np.uint64(MORE)), np.uint64(UNREADABLE))
+            self._pack(index_map.elsewhere, self._looked_up)
         else:
-            self.of = self._window(0, index_map.clusters)
+            self._pack(index_map.clusters, self._window)
+
+    def _pack(self, count: int, classes: Callable[[int, int], Bytes]) -> None:
+        for first in range(0, count, _CHUNK):
+            last = min(first + _CHUNK, count)
+            part = classes(first, last)
+            quads = np.append(part, np.zeros(-len(part) % 4, dtype=np.uint8)).reshape(-1, 4)
+            packed = quads[:, 0] | quads[:, 1] << 2 | quads[:, 2] << 4 | quads[:, 3] << 6
+            self._packed[first // 4 : first // 4 + len(packed)] = packed
+
+    def _looked_up(self, first: int, last: int) -> Bytes:
+        values, readable = self._refcounts.lookup(self._index_map.clusters_at(first, last))
+        classes = np.where(readable, np.minimum(values, np.uint64(MORE)), np.uint64(UNREADABLE))
+        return classes.astype(np.uint8)
+
+    def of(self, first: int, last: int) -> Bytes:
+        """Return the classes by index, from ``first`` to ``last``."""
+        packed = self._packed[first // 4 : -(-last // 4)]
+        classes: Bytes = ((packed[:, None] >> _SHIFTS) & np.uint8(3)).reshape(-1)
+        return classes[first % 4 : first % 4 + last - first]
+
+    def all_one(self, first: int, last: int) -> bool:
+        """Whether all refcounts by index, from ``first`` to ``last``, are 1."""
+        start, stop = -(-first // 4), last // 4
+        if start >= stop:
+            return bool((self.of(first, last) == ONE).all())
+        whole = bool((self._packed[start:stop] == _ALL_ONE).all())
+        return whole and bool((self.of(first, start * 4) == ONE).all() and (self.of(stop * 4, last) == ONE).all())
+
+    def at(self, index: int) -> int:
+        """Return the class of one index."""
+        return int(self._packed[index // 4]) >> index % 4 * 2 & 3
+
+    def _of_clusters(self, clusters: U64) -> Bytes:
+        indices = self._index_map.of(clusters)
+        shifts = (indices.astype(np.uint8) & np.uint8(3)) << np.uint8(1)
+        classes: Bytes = (self._packed[indices >> np.uint64(2)] >> shifts) & np.uint8(3)
+        return classes
 
     def _window(self, start: int, stop: int) -> Bytes:
         classes = np.zeros(stop - start, dtype=np.uint8)
@@ -42,17 +80,17 @@ class RefcountClasses:
 
     def part(self, start: int, stop: int) -> Bytes:
         """Return the classes of the clusters of the file from ``start`` to ``stop``, known to the map or not."""
-        return self._window(start, stop) if self._index_map.compact else self.of[start:stop]
+        return self._window(start, stop) if self._index_map.compact else self.of(start, stop)
 
     def single(self, clusters: U64) -> tuple[Mask, Mask]:
         """Return which clusters, anywhere, have the refcount 1, and for which it can be read."""
         inside = clusters < np.uint64(self._index_map.clusters)
         if inside.all():
-            classes = self.of[self._index_map.of(clusters)]
+            classes = self._of_clusters(clusters)
             return classes == ONE, classes != UNREADABLE
         one = np.zeros(len(clusters), dtype=np.bool_)
         readable = np.ones(len(clusters), dtype=np.bool_)
-        classes = self.of[self._index_map.of(clusters[inside])]
+        classes = self._of_clusters(clusters[inside])
         one[inside], readable[inside] = classes == ONE, classes != UNREADABLE
         values, known = self._refcounts.lookup(clusters[~inside])
         one[~inside], readable[~inside] = values == 1, known

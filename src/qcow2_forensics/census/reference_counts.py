@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 from .columns import I64, U64
 
-_WIDTHS = (np.uint16, np.uint32, np.uint64)
+_WIDTHS = (np.uint8, np.uint16, np.uint32, np.uint64)
 _MOST = {np.dtype(width).itemsize: int(np.iinfo(width).max) for width in _WIDTHS}
 
 
 class Counters:
     """One count per host cluster, by its index.
 
-    Starts with 16 bits each, and widens as a whole when a crafted image counts further: sharing a
+    Starts with 8 bits each, and widens as a whole when a crafted image counts further: sharing a
     table a million times makes numbers large, not arrays long. Untouched parts cost no memory.
     """
 

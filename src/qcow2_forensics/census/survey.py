@@ -238,7 +238,7 @@ class _Survey:
             claims.corruptions += int((after > np.uint64(most)).sum())  # a counter at its end cannot take one more
             self._reftable_issue("reftable-shared", part[np.minimum(after, np.uint64(most)) != 1])
             claims.counts.add(indices, 1)
-            claims.owners[indices] |= np.uint16(Owner.REFCOUNT_BLOCK)
+            claims.owners.add(indices, Owner.REFCOUNT_BLOCK)
             blocks.append(np.unique(clusters))
         self._structures(np.unique(np.concatenate(blocks)) << np.uint64(claims.cluster_bits), Owner.REFCOUNT_BLOCK)
 

@@ -1,6 +1,6 @@
 """Bytes of mapped clusters that no state shows: under zero flags, in dead subclusters, past the end.
 
-What any live state shows is not residue, so the clusters every tree reads are gathered first.
+What any live state shows is not residue, so where there are zero flags the clusters every tree reads are gathered too.
 """
 
 from __future__ import annotations
@@ -29,20 +29,15 @@ I64 = npt.NDArray[np.int64]
 _TOGETHER = 1 << 14  # clusters whose subclusters are looked at at once
 
 
-class ShownClusters:
-    """Which host clusters some state reads as data, and whether any L2 entry puts a zero flag over a cluster."""
+class ZeroFlags:
+    """Whether any L2 entry puts a zero flag over a cluster."""
 
-    def __init__(self, _image: Image, clusters: IndexMap) -> None:
-        self._clusters = clusters
-        self.shown = np.zeros(clusters.length, np.bool_)  # by index
-        self.any_flagged = False
+    def __init__(self, _image: Image, _clusters: IndexMap) -> None:
+        self.any = False
 
     def tables(self, batch: Tables) -> None:
         """Take in a batch of tables."""
-        hosts = batch.columns.data_hosts
-        numbers = hosts[hosts != 0] >> np.uint64(batch.cluster_bits)
-        self.shown[self._clusters.of(np.minimum(numbers, np.uint64(self._clusters.clusters)))] = True
-        self.any_flagged = self.any_flagged or bool((batch.columns.zero_flags & (batch.columns.hosts != 0)).any())
+        self.any = self.any or bool((batch.columns.zero_flags & (batch.columns.hosts != 0)).any())
 
 
 class AllocatedSubclusters:
@@ -67,7 +62,7 @@ def subscribers(image: Image) -> tuple[type[Subscriber], ...]:
     header = image.header
     if header.external_data or header.version < 3:
         return ()
-    return (AllocatedSubclusters,) if header.extended_l2 else (ShownClusters,)
+    return (AllocatedSubclusters,) if header.extended_l2 else (ZeroFlags,)
 
 
 class Mapped(NamedTuple):
@@ -130,11 +125,19 @@ def zero_flagged(image: Image, census: Census) -> Iterator[Piece]:
     if image.header.version < 3 or image.header.extended_l2 or image.header.external_data:
         return
     size = image.cluster_size
-    seen = census.seen(ShownClusters)
-    if not seen.any_flagged:
+    if not census.seen(ZeroFlags).any:
         return
-    known = seen.shown.copy()  # by index: shown by some state, or gathered already
-    mapped = _mapped(census, lambda batch: batch.columns.zero_flags & _placed(image, batch.columns.hosts), known)
+    clusters, bits = census.index_map, np.uint64(image.header.cluster_bits)
+    shown = np.zeros(clusters.length, np.bool_)  # by index: read as data by some state
+
+    def flagged(batch: Tables) -> Flags:
+        hosts = batch.columns.data_hosts
+        shown[clusters.of(np.minimum(hosts[hosts != 0] >> bits, np.uint64(clusters.clusters)))] = True
+        return batch.columns.zero_flags & _placed(image, batch.columns.hosts)
+
+    mapped = _mapped(census, flagged, np.zeros(clusters.length, np.bool_))
+    hidden = ~shown[clusters.of(mapped.hosts.astype(np.uint64) >> bits)]
+    mapped = Mapped(*(column[hidden] for column in mapped))
     yield from pieces(image.read, _ranges(image, mapped.stored(image.source, size), size, "zero-flagged"), size)
 
 

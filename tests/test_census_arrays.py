@@ -1,0 +1,144 @@
+"""The arrays of a census against plain ones: few bytes a cluster, and the same answers."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qcow2_forensics import open_image
+from qcow2_forensics.census.guest_tags import GuestTags
+from qcow2_forensics.census.index_map import IndexMap
+from qcow2_forensics.census.owner_codes import OwnerCodes
+from qcow2_forensics.census.owners import Owner
+from qcow2_forensics.census.refcount_classes import MORE, ONE, RefcountClasses
+from qcow2_forensics.census.refcounts import StoredRefcounts
+from qcow2_forensics.limits import GiB, MiB
+
+from . import qemu
+
+_LENGTH = 5000
+
+
+class _Dense:
+    """What :class:`GuestTags` means, with a tag for every element."""
+
+    def __init__(self) -> None:
+        self.tags = np.zeros(_LENGTH, np.uint32)
+
+    def set_run(self, start: int, count: int, tag: int) -> bool:
+        tags, known = np.arange(tag, tag + count, dtype=np.uint32), self.tags[start : start + count]
+        if not ((known == 0) | (known == tags)).all():
+            return False
+        self.tags[start : start + count] = tags
+        return True
+
+    def exchange(self, indices: np.ndarray, tags: np.ndarray) -> np.ndarray:
+        known = self.tags[indices]
+        self.tags[indices] = tags
+        return ((known != 0) & (known != tags)) | (self.tags[indices] != tags)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tags_are_those_of_a_plain_array(seed: int) -> None:
+    rng, dense, tags = random.Random(seed), _Dense(), GuestTags(_LENGTH)
+    for _ in range(300):
+        start = rng.randrange(_LENGTH - 1)
+        count = rng.randint(1, min(_LENGTH - start, rng.choice((3, 300, 3000))))
+        tag = start + rng.choice((1, 1, 1, 7, 2**31, 2**32 - 1 - _LENGTH - start))
+        if rng.random() < 0.4:
+            assert tags.set_run(start, count, tag) == dense.set_run(start, count, tag)
+        else:
+            indices = np.arange(start, start + count, dtype=np.uint64)
+            if rng.random() < 0.3:
+                indices = np.concatenate(
+                    (indices, rng.choice((indices, indices[::-1], indices[:1], (indices + 9) % _LENGTH)))
+                )
+            wanted = (indices.astype(np.int64) - start + tag).astype(np.uint32)
+            if rng.random() < 0.2:
+                wanted[rng.randrange(len(wanted))] = rng.randint(1, 2**32 - 1)
+            assert np.array_equal(tags.exchange(indices, wanted), dense.exchange(indices, wanted))
+    everything = np.arange(_LENGTH, dtype=np.uint64)
+    probe = np.full(_LENGTH, 3, np.uint32)
+    assert np.array_equal(tags.exchange(everything, probe), dense.exchange(everything, probe))
+
+
+def test_tags_that_rise_take_next_to_no_memory() -> None:
+    tags, at = GuestTags(1 << 20), 0
+    while at + 8192 < 1 << 20:
+        assert tags.set_run(at, 8192, at + 1)
+        at += 8193
+    held = sum(value.nbytes for value in vars(tags).values() if isinstance(value, np.ndarray))
+    assert held < (1 << 20) // 4
+
+
+def test_owners_are_those_of_a_plain_array() -> None:
+    rng, codes, dense = np.random.default_rng(4), OwnerCodes(3000), np.zeros(3000, np.uint16)
+    for step in range(400):  # far more combinations than fit a byte
+        owner = Owner(1 << int(rng.integers(15)))
+        where = rng.integers(0, 3000, 50).astype(np.uint64)
+        if step % 3:
+            codes.add(where, owner)
+            dense[where] |= np.uint16(owner)
+        else:
+            start = int(where[0])
+            codes.add(slice(start, start + 40), owner)
+            dense[start : start + 40] |= np.uint16(owner)
+        if step % 20 == 0:
+            assert np.array_equal(codes.part(IndexMap(2999), 0, 3000), dense)
+    assert np.array_equal(codes.part(IndexMap(2999), 0, 3000), dense)
+    assert len(np.unique(dense)) > 256
+    assert np.array_equal(codes[where], dense[where])
+    assert codes.at(7) == Owner(int(dense[7]))
+
+
+def test_classes_are_those_of_the_refcounts(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    qemu.img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, str(40 * MiB))
+    with open_image(path) as image:
+        stored = StoredRefcounts(image)
+        clusters = -(-image.file_size // image.cluster_size)
+        with path.open("r+b") as file:
+            for cluster, value in ((13, 2), (20, 0), (41, 7)):
+                file.seek(stored.entry_offset(cluster) or 0)
+                file.write(value.to_bytes(2, "big"))
+    with open_image(path) as image:
+        stored = StoredRefcounts(image)
+        classes = RefcountClasses(stored, IndexMap(clusters))
+        values, _ = stored.lookup(np.arange(clusters, dtype=np.uint64))
+        wanted = np.minimum(values, MORE)
+        for first in range(48):
+            for last in range(first, 50):
+                assert np.array_equal(classes.of(first, last), wanted[first:last])
+                assert classes.all_one(first, last) == (wanted[first:last] == ONE).all()
+        assert [classes.at(place) for place in range(clusters)] == wanted.tolist()
+        everything = np.arange(clusters, dtype=np.uint64)
+        assert np.array_equal(classes.single(everything)[0], wanted == ONE)
+
+
+_PEAK = """
+import resource, sys
+import qcow2_forensics as q
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+q.audit(sys.argv[1], sys.argv[3])
+before = peak()
+q.audit(sys.argv[2], sys.argv[3])
+print(before, peak())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", ["standard", "deep"])
+def test_memory_follows_a_few_bytes_a_cluster(tmp_path: Path, depth: str) -> None:
+    """A sixteenth of 16 TiB takes less than a sixteenth of what 1 GiB has room for."""
+    small, large = tmp_path / "small.qcow2", tmp_path / "large.qcow2"
+    for path, size in ((small, GiB), (large, 1024 * GiB)):
+        qemu.img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, str(size))
+    command = [sys.executable, "-c", _PEAK, str(small), str(large), depth]
+    before, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert before + 16 * (peak - before) < 1024
