@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -73,6 +74,30 @@ def test_each_state_reads_as_qemu_reads_it_from_the_image(make_image: Callable[.
         ]
         refused = qemu.run("qemu-io", "-f", "raw", "-c", "write 0 512", uri(""), check=False)
         assert not refused.ok
+
+
+@pytest.mark.parametrize("damage", ["header", "L1 table"])
+def test_a_recovered_state_is_served_of_a_damaged_image(
+    make_image: Callable[..., Path], tmp_path: Path, damage: str
+) -> None:
+    image = make_image("disk.qcow2", "4M", *(f"write -P {n + 1} {n * 64}k 64k" for n in range(64)))
+    expected = qemu.raw_bytes(image)
+    data = bytearray(image.read_bytes())
+    size, at = struct.unpack_from(">IQ", data, 36)
+    start, length = (0, 65536) if damage == "header" else (at, 8 * size)
+    data[start : start + length] = bytes(length)
+    image.write_bytes(data)
+    with served(tmp_path / "socket", f"image={image}") as uri:
+        qemu.img("convert", "-f", "raw", "-O", "raw", uri("recovered:1"), tmp_path / "raw")
+    assert (tmp_path / "raw").read_bytes() == expected
+
+
+def test_a_file_in_which_no_state_is_left_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "noise").write_bytes(bytes(1 << 20))
+    run = command(tmp_path / "socket", f"image={tmp_path / 'noise'}")
+    done = subprocess.run(run, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode
+    assert "QCOW" in done.stderr
 
 
 def test_encrypted_images_need_the_key_file(make_image: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,19 +10,21 @@ import os
 import random
 import struct
 import tracemalloc
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qcow2_forensics import open_disk
+from qcow2_forensics import audit, open_disk
 from qcow2_forensics.cli import main
 from qcow2_forensics.errors import LimitExceeded, SnapshotNotFound
 from qcow2_forensics.format.source import FileSource
 from qcow2_forensics.reader.parts import gatherable
 from qcow2_forensics.recovery import Confidence, RecoveredState, open_recovered, recovered_states
 from qcow2_forensics.recovery.patched_source import PatchedSource
+from qcow2_forensics.render.next_commands import next_command
 from qcow2_forensics.residue.restricted_source import GuardedSource, Refusals
 from tests import qemu
 from tests.image_builder import S_SNAPSHOTS, Builder, Poke, base_s
@@ -242,3 +244,64 @@ def test_overlapping_l1_tables_of_snapshots_are_refused_not_read_again_and_again
     path = builder.write(tmp_path / "disk")
     with pytest.raises(LimitExceeded, match="L1 tables of snapshots"):
         recovered_states(path)
+
+
+def _compression_cleared(data: bytearray) -> None:
+    data[79] &= ~8
+    data[104] = 0
+
+
+def _extended_l2_cleared(data: bytearray) -> None:
+    data[79] &= ~16
+
+
+def _version_lowered(data: bytearray) -> None:
+    data[7] = 2
+
+
+@pytest.mark.parametrize(
+    ("options", "compress", "rewrite", "code", "proposed"),
+    [
+        ("compression_type=zstd", True, _compression_cleared, "QCOW2-COMPRESSED-INVALID", "compression=zstd"),
+        ("compression_type=zstd", True, _version_lowered, "QCOW2-COMPRESSED-INVALID", "version=3"),
+        ("extended_l2=on", False, _extended_l2_cleared, "QCOW2-L2-TABLE-LOST", "extended-l2=on"),
+        ("compat=1.1", False, _version_lowered, "QCOW2-ZERO-FLAG-V2", "version=3"),
+    ],
+)
+def test_a_finding_proposes_the_assumption_with_which_the_export_is_right(
+    options: str, compress: bool, rewrite: Any, code: str, proposed: str, raw: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.qcow2"
+    converted(raw, path, "-o", options, compress=compress)
+    if code == "QCOW2-ZERO-FLAG-V2":
+        qemu.io(path, "write -z 1M 1M")
+    expected = qemu.raw_bytes(path)
+    data = bytearray(path.read_bytes())
+    rewrite(data)
+    path.write_bytes(data)
+    (finding,) = [found for found in audit(path, depth="deep") if found.code == code]
+    command = next_command(finding, str(path))
+    assert command == f"qcow2-forensics export {path} OUT.raw --assume {proposed}"
+    words = [str(tmp_path / "out.raw") if word == "OUT.raw" else word for word in command.split()[1:]]
+    assert main(words) == 0
+    assert (tmp_path / "out.raw").read_bytes() == expected
+
+
+def test_no_assumption_is_proposed_where_streams_of_the_headers_own_type_would_be_lost(
+    raw: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.qcow2"
+    data = converted(raw, path, "-o", "compression_type=zstd", compress=True)
+    path.write_bytes(data)
+    assert not [found for found in audit(path, depth="deep") if "--assume" in next_command(found, str(path))]
+    size, _, l1_offset = header_of(data)
+    l2 = int.from_bytes(data[l1_offset : l1_offset + 8], "big") & 0x00FF_FFFF_FFFF_FE00
+    descriptor = int.from_bytes(data[l2 : l2 + 8], "big") & ((1 << 54) - 1)  # 64 KiB clusters: 54 bits of offset
+    stream = zlib.compressobj(9, zlib.DEFLATED, -12)
+    packed = stream.compress(b"x" * size) + stream.flush()
+    data[descriptor : descriptor + len(packed)] = packed
+    _compression_cleared(data)
+    path.write_bytes(data)
+    (finding,) = [found for found in audit(path, depth="deep") if found.code == "QCOW2-COMPRESSED-INVALID"]
+    assert finding.title == "compressed clusters are zstd, the header says zlib"
+    assert "--assume" not in next_command(finding, str(path))

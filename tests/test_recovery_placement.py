@@ -240,6 +240,17 @@ def test_a_rising_arrangement_is_the_best_there_is(tables: int, more: int, chanc
     )
 
 
+@given(st.integers(1, 4), st.integers(0, 3))
+def test_where_nothing_tells_slots_apart_tables_take_the_first_ones(tables: int, more: int) -> None:
+    assert rising(np.full((tables, tables + more), 3.0)) == list(range(tables))
+
+
+def test_no_table_of_an_ntfs_volume_in_clusters_of_a_sector_is_lost(tmp_path: Path) -> None:
+    """Second halves of file records look like L2 tables, so that the table over them looks like an L1 table."""
+    disk = ntfs(tmp_path)
+    assert wrong_bytes(best(without_l1(image_of(disk, "cluster_size=512")), tmp_path), disk) == RIGHT
+
+
 def test_tables_beside_placed_ones_go_beside_them_and_nothing_is_placed_twice() -> None:
     scores = np.zeros((3, 5))
     # In the file: [slot 7] unplaced unplaced [slot 10] unplaced; free are 3, 8, 9, 11, 12.

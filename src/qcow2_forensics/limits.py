@@ -162,6 +162,7 @@ RECOVERY_HINT_BYTES = 8 * MiB  # from the start of a file, looked at to say whet
 RECOVERED_TABLES = 1 << 18  # L2 tables kept for one file: those of 128 TiB in 64 KiB clusters
 CLUSTER_REFERENCES = 4096  # to one cluster, by what looks like L2 tables: streams share clusters, and snapshots do
 REFCOUNT_BLOCKS_LOOKED_AT = 8  # of a possible refcount table
+TABLES_COMPARED = 8  # of those that a possible L1 table names
 GEOMETRY_SECTORS = 4096  # sectors of each kind kept to find out the cluster size
 GEOMETRY_STREAMS = 16  # decoded at most for that
 PLACED_CONTENT_BYTES = 64 * MiB  # of guest data read under one L2 table to find out where it belongs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .entry_evidence import (
     referrer_evidence,
 )
 from .facts import Facts
+from .header_assumptions import other_version
 from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
 from .undecodable_streams import undecodable
 
@@ -298,7 +300,7 @@ rule(
 )(of_entries("subcluster"))
 
 
-rule(
+@rule(
     "QCOW2-ZERO-FLAG-V2",
     Severity.HIGH,
     "zero flags in a version 2 image",
@@ -306,7 +308,10 @@ rule(
     when="bit 0 of an L2 entry is set although version 2 does not define it; QEMU's check ignores it",
     depth=STANDARD,
     explained_by=_LOST,
-)(of_entries("zero-flag-v2"))
+)
+def zero_flag_v2(facts: Facts) -> Iterator[Graded]:
+    for found in entries(facts, "zero-flag-v2"):
+        yield replace(found, evidence=(*other_version(facts), *found.evidence))
 
 
 rule(

@@ -24,12 +24,15 @@ from ..residue.structure_detection import Geometry, l2_rows, refcount_rows
 from ..text import size
 from .entry_evidence import snapshot_id
 from .facts import Facts
+from .header_assumptions import extended_tables, other_entries
 from .rules import CRAFTED, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Lost tables")
 
 _FEW = 4  # entries that are none: below, a table is damaged and not lost
 _LEAKS = 8  # leaked clusters behind a table of zeros: below, an interrupted write explains them
+_MISREAD = "L2 tables hold extended entries, the header says standard ones"
+_MISREAD_NOTE = "consistent with a header that was rewritten without its feature bit; with it the data can be read"
 _SYMPTOMS = (
     "reserved-bits",
     "unaligned",
@@ -60,14 +63,20 @@ def l2_table_lost(facts: Facts) -> Iterator[Graded]:
         return
     leaked = _Leaked(facts)
     found: Selection[Evidence] = Selection()
+    misread = 0  # tables that are sound as extended ones
     for batch in census.tables():
         blank, foreign = _blank(batch), _foreign(facts, batch)
+        if bool(foreign.any()) and not facts.header.extended_l2:
+            misread += int(extended_tables(facts, batch.offsets[foreign]).sum())
         for row in np.flatnonzero(blank | foreign).tolist():
             count = leaked.behind(int(batch.offsets[row]))
             if foreign[row] or count >= _LEAKS:
                 found.add(_evidence(facts, batch, row, count), int(batch.offsets[row]))
-    if found.count:
-        yield graded(found.items, count=found.count)
+    if not found.count:
+        return
+    proposed = tuple(other_entries(facts)) if misread == found.count else ()
+    title, note = (_MISREAD, _MISREAD_NOTE) if proposed else ("", "")
+    yield graded([*proposed, *found.items], title=title, note=note, count=found.count)
 
 
 def _blank(batch: Tables) -> Mask:

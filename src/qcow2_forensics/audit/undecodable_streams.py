@@ -18,6 +18,7 @@ from ..format.header import SECTOR
 from ..limits import SAMPLES
 from .entry_evidence import snapshot_id
 from .facts import Facts
+from .header_assumptions import other_compression
 from .overlap import evenly
 from .rules import Deferred, Graded, graded
 
@@ -75,6 +76,8 @@ def _mistaken(facts: Facts, decoded: Decoded, other: Codec) -> Graded:
     """Return the finding that the header names the wrong compression type."""
     own, name = codec_of(facts.header.compression_type).name, other.name
     evidence = [facts.field("incompatible_features"), facts.field("compression_type")]
+    if len(decoded.failed) == len(facts.census.compressed_entries):  # else some would no longer decode
+        evidence += other_compression(facts, other)
     for entry in evenly(decoded.failed, _SHOWN).tolist():
         host, length = compressed_descriptor(entry, facts.header.cluster_bits)
         evidence.append(Evidence(f"stream that decodes as {name}", None, host, length, "compressed cluster"))

@@ -21,7 +21,7 @@ _EPILOG = """examples:
   qemu-img convert -O raw 'nbd+unix:///before-incident?socket=case.sock' before.raw
 
 The export name chooses the state: none or "active" for the disk as it is now, else an ID or a name of a
-snapshot. It ends with Ctrl-C. The server is nbdkit (apt install nbdkit nbdkit-plugin-python).
+snapshot, or recovered:1 where the image is damaged. It ends with Ctrl-C. The server is nbdkit (apt install nbdkit nbdkit-plugin-python).
 """
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _PLUGIN = Path(__file__).parent.parent / "data" / "nbdkit_plugin.py"

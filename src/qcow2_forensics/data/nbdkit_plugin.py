@@ -5,7 +5,8 @@ By hand, run it on a Unix socket, or on the loopback address; nbdkit listens on 
     nbdkit -f -U case.sock python nbdkit_plugin.py image=disk.qcow2
     nbdkit -f -i 127.0.0.1 python nbdkit_plugin.py image=disk.qcow2 passphrase-file=key.txt
 
-The export name chooses the state: none or "active" for the disk as it is now, else an ID or a name of a snapshot:
+The export name chooses the state: none or "active" for the disk as it is now, else an ID or a name of a snapshot,
+"deleted:NAME", or "recovered:1" where the image is damaged:
 
     nbdinfo --list 'nbd+unix:///?socket=case.sock'
     qemu-img convert -O raw 'nbd+unix:///before-incident?socket=case.sock' before.raw
@@ -43,10 +44,17 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
-    """Open the active state once, so that a mistake shows at the start."""
+    """Open the active state once, or else the best recovered one, so that a mistake shows at the start."""
     if "image" not in settings:
         raise RuntimeError("image=FILE is missing")
-    opened("").close()
+    try:
+        opened("").close()
+    except (q.NotQcow2, q.FormatError) as error:
+        try:
+            opened("recovered:1").close()
+        except q.Qcow2Error:
+            raise error from None
+        print(f"qcow2-forensics: {error}; recovered:1 can be opened", file=sys.stderr)
 
 
 def opened(name: str) -> q.Disk:
@@ -71,8 +79,13 @@ def thread_model() -> int:
 
 def list_exports(readonly: bool, is_tls: bool) -> Iterator[tuple[str, str]]:  # noqa: ARG001
     """Yield the name of every state and what it is; a snapshot goes by its ID, which need not be unique."""
+    try:
+        image = q.open_image(settings["image"])
+    except (q.NotQcow2, q.FormatError):
+        yield "recovered:1", "the best state that can be put together"
+        return
     yield "active", "the disk as it is now"
-    with q.open_image(settings["image"]) as image:
+    with image:
         for entry in image.snapshots:
             yield printable(entry.id), f"snapshot {printable(entry.name)}"
         problem = image.unreadable("snapshots")

@@ -46,7 +46,11 @@ def fits(stored: Mask, use: Bits) -> Scores | None:
 
 
 def rising(scores: Scores) -> list[int] | None:
-    """Return the slot of each table in the best arrangement in which slots rise; None with fewer slots than tables."""
+    """Return the slot of each table in the best arrangement in which slots rise; None with fewer slots than tables.
+
+    Of arrangements that fit as well, the one with the lowest slots: a file that has more clusters than it
+    stores, as one whose end is zeros, stores its first ones.
+    """
     tables, slots = scores.shape
     if tables > slots:
         return None
@@ -56,7 +60,7 @@ def rising(scores: Scores) -> list[int] | None:
         here = np.full(slots + 1, -np.inf)
         here[1:] = best[:-1] + scores[index]
         best = np.maximum.accumulate(here)
-        taken[index] = here >= best
+        taken[index, 1:] = here[1:] > best[:-1]  # of slots that fit as well, the first
     result: list[int] = []
     at = slots
     for index in range(tables - 1, -1, -1):

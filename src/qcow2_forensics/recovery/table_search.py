@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..census.columns import big_endian, has_copied, named_offsets, without_copied
+from ..census.columns import big_endian, has_copied, is_packed, named_offsets, without_copied
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import CLUSTER_REFERENCES, L1_GAP_BYTES, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, MiB
+from ..limits import CLUSTER_REFERENCES, L1_GAP_BYTES, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, TABLES_COMPARED, MiB
 from ..residue.structure_detection import Geometry, find_entries, l1_rows, l2_rows, likely
 from .geometry import U64, Mask, compression_type_of
 
@@ -126,7 +126,7 @@ def _classify(
         if not len(here) or len(np.unique(here)) != len(here):
             continue
         are_tables = np.isin(here, l2) & (here != offset)
-        if are_tables.mean() >= _L1_SHARE:
+        if are_tables.mean() >= _L1_SHARE and not _same_clusters(source, here[are_tables].tolist(), geometry):
             l1.append(L1Candidate(offset, targets, copied, len(targets)))
         elif copied == 0 and _are_refcount_blocks(
             source, here[:REFCOUNT_BLOCKS_LOOKED_AT].tolist(), geometry.cluster_size
@@ -136,6 +136,18 @@ def _classify(
     named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
     refcount_tables = [at for at in refcount_tables if at not in named]
     return list(_joined(source, l1, geometry.cluster_size, snapshot_tables)), refcount_tables
+
+
+def _same_clusters(source: Source, offsets: list[int], geometry: Geometry) -> bool:
+    """Whether most of what some clusters name is named by several of them, which L2 tables of one disk never do.
+
+    The second half of NTFS file records is zeros but for a number at its end, the same in most of them.
+    """
+    step = 2 if geometry.extended_l2 else 1
+    entries = np.concatenate([table_words(source, at, geometry)[::step] for at in offsets[:TABLES_COMPARED]])
+    hosts = named_offsets(entries[~is_packed(entries)])
+    used = hosts[hosts != 0]
+    return len(offsets) > 1 and 0 < 2 * len(np.unique(used)) <= len(used)
 
 
 def _are_refcount_blocks(source: Source, offsets: list[int], size: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from ..findings import Finding
 from ..text import printable
 
 _TOOL = "qcow2-forensics"
+_ASSUMPTION = re.compile(r"[a-z0-9-]+=[a-z0-9]+", re.ASCII)
 _SHOWN = 4096  # bytes of a place that are shown
 
 
@@ -51,6 +53,18 @@ def _deleted(finding: Finding, image: str) -> str:
     if not selector.removeprefix("deleted:0x").isalnum():
         return f"{_TOOL} snapshots {image} --deleted"
     return f"{_TOOL} export {image} recovered.raw --snapshot {selector}"
+
+
+def _assuming(otherwise: Callable[[Finding, str], str]) -> Callable[[Finding, str], str]:
+    """Return the export under the header field that a finding proposes; another command where it proposes none."""
+
+    def command(finding: Finding, image: str) -> str:
+        field = next((str(item.value) for item in finding.evidence if item.field == "read_as"), "")
+        if not _ASSUMPTION.fullmatch(field):
+            return otherwise(finding, image)
+        return f"{_TOOL} export {image} OUT.raw --assume {field}"
+
+    return command
 
 
 def _residue(kind: str) -> Callable[[Finding, str], str]:
@@ -102,6 +116,7 @@ _COMMANDS: dict[str, Callable[[Finding, str], str]] = {
     "QCOW2-CHECK-ABORTED": _CHECK,
     "QCOW2-CHECK-CORRUPTIONS": _CHECK,
     "QCOW2-CHECK-LEAKS": _residue("leaked"),
+    "QCOW2-COMPRESSED-INVALID": _assuming(_bytes_at),
     "QCOW2-COMPRESSED-SLACK": _residue("compressed-slack"),
     "QCOW2-DATAFILE-NAME": _CHAIN,
     "QCOW2-ENCRYPTED": _simple("info {}"),
@@ -112,7 +127,7 @@ _COMMANDS: dict[str, Callable[[Finding, str], str]] = {
     "QCOW2-INTERNAL-SNAPSHOTS": _simple("snapshots {}"),
     "QCOW2-L1-SLACK": _residue("l1-slack"),
     "QCOW2-L1-TABLE-LOST": _residue("leaked"),
-    "QCOW2-L2-TABLE-LOST": _residue("leaked"),
+    "QCOW2-L2-TABLE-LOST": _assuming(_residue("leaked")),
     "QCOW2-LEAKED-DATA": _residue("leaked"),
     "QCOW2-RECOVERABLE-SNAPSHOT": _deleted,
     "QCOW2-REFCOUNT-HIGH": _CHECK,
@@ -128,5 +143,6 @@ _COMMANDS: dict[str, Callable[[Finding, str], str]] = {
     "QCOW2-TRAILING-DATA": _residue("trailing"),
     "QCOW2-VMSTATE-TRACE": _DEEP,
     "QCOW2-WRITER-PROFILE": _NAMES,
+    "QCOW2-ZERO-FLAG-V2": _assuming(_bytes_at),
     "QCOW2-ZERO-ALLOC-DATA": _residue("zero-flagged"),
 }
