@@ -193,3 +193,137 @@ def test_a_bitmap_directory_that_cannot_be_read_is_not_an_empty_one(tmp_path: Pa
     code, _, err = run_command(["diff", str(path), "--from", "bitmap:daily"])
     assert code == 2
     assert "it holds: none" not in err
+
+
+# --- other structures -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    """An image with a backing file, its format, and a bitmap: made by qemu-img, clean."""
+    qemu.need("qemu-img")
+    (tmp_path / "base.raw").write_bytes(b"x" * 65536)
+    path = tmp_path / "overlay.qcow2"
+    qemu.img("create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", str(path), "1M")
+    qemu.bitmap(path, "--add", "daily")
+    return path
+
+
+def _info(path: Path) -> tuple[dict[str, Any], str]:
+    return json.loads(run_command(["info", str(path), "--format", "json"])[1]), run_command(["info", str(path)])[1]
+
+
+def _audit(path: Path) -> tuple[dict[str, Any], set[str], str]:
+    report = json.loads(run_command(["audit", str(path), "--format", "json"])[1])
+    text = " ".join(run_command(["audit", str(path)])[1].split())
+    return report, {finding["code"] for finding in report["findings"]}, text
+
+
+def _doors_refuse(path: Path, message: str) -> None:
+    """Every command that reads the disk, or compares states, ends with the error."""
+    for command in (
+        ["map"],
+        ["map", "--format", "json"],
+        ["export", str(path.with_name("out.raw"))],
+        ["diff"],
+        ["diff", "--from", "backing"],
+    ):
+        code, out, err = run_command([command[0], str(path), *command[1:]])
+        assert (command, code, out) == (command, 2, "")
+        assert message in err
+        assert "file offset 0x" in err
+    with pytest.raises(q.Qcow2Error, match=message):
+        q.open_disk(path)
+
+
+def test_a_healthy_image_has_nothing_unreadable(overlay: Path) -> None:
+    facts, text = _info(overlay)
+    assert facts["unreadable"] == []
+    assert "unknown" not in text
+    assert _audit(overlay)[0]["image"]["unreadable"] == []
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize(("kind", "lost"), [(0xE2792ACA, "backing_format"), (EXT_BITMAPS, "bitmaps")])
+def test_extensions_behind_one_that_overruns_are_unknown(kind: int, lost: str, overlay: Path) -> None:
+    with q.open_image(overlay) as image:
+        at = next(item.offset for item in image.extensions if item.type == kind)
+    Poke(overlay).u32(at + 4, 0xFFFFF)
+    facts, text = _info(overlay)
+    assert facts["bitmaps"] is None
+    assert facts["backing_file"] == "base.raw"
+    assert {lost, "bitmaps"} <= set(facts["unreadable"])
+    assert "unknown" in text
+    report, codes, text = _audit(overlay)
+    assert report["image"]["bitmaps"] is None
+    assert lost in report["image"]["unreadable"]
+    assert "an unknown number of bitmaps" in text
+    assert "QCOW2-EXTENSION-INVALID" in codes
+    assert not codes & {"QCOW2-BACKING-NO-FORMAT", "QCOW2-AUTOCLEAR-ODD"}  # both would say that it is absent
+    code, out, err = run_command(["timeline", str(overlay), "--no-files"])
+    assert (code, out) == (2, "")
+    assert "header extension" in err
+    _doors_refuse(overlay, "reaches past the header extension area")
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (8, FAR, "the backing file name lies outside the first cluster"),
+        (16, 5000 << 32, "backing_file_size is 5000"),
+    ],
+)
+def test_a_backing_name_that_cannot_be_read_is_not_absent(offset: int, value: int, message: str, overlay: Path) -> None:
+    poke = Poke(overlay)
+    poke.u64(8, value) if offset == 8 else poke.u32(16, value >> 32)
+    facts, text = _info(overlay)
+    assert facts["backing_file"] is None
+    assert facts["unreadable"] == ["backing_file"]
+    assert "backing file     unknown" in text
+    report, _, text = _audit(overlay)
+    assert report["image"]["unreadable"] == ["backing_file"]
+    assert "with a backing file whose name cannot be read" in text
+    assert "backing file: cannot be read" in run_command(["audit", str(overlay), "--format", "html"])[1]
+    _doors_refuse(overlay, message)
+
+
+def test_a_backing_name_past_the_end_of_a_short_file_is_not_absent(tmp_path: Path) -> None:
+    """A file of the header alone; QEMU would read zeros, which is another name or none."""
+    demo.write_files(tmp_path)
+    path = tmp_path / "demo.qcow2"
+    Poke(path).u64(8, 0x7FF8).u32(16, 20).u32(60, 0).cut(0x8000)
+    facts, text = _info(path)
+    assert "backing_file" in facts["unreadable"]
+    assert "backing file     unknown" in text
+    _doors_refuse(path, "the backing file name reaches past the end of the file")
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("lost", ["table", "block"])
+def test_refcounts_that_cannot_be_read_are_not_a_clean_check(lost: str, overlay: Path) -> None:
+    poke = Poke(overlay)
+    poke.u64(48 if lost == "table" else poke.get(48), FAR)
+    report, codes, text = _audit(overlay)
+    theirs = json.loads(qemu.img("check", "--output=json", overlay, check=False).text)
+    assert report["check"]["corruptions"] == theirs["corruptions"] > 0
+    assert "no errors" not in text
+    assert codes & {"QCOW2-HEADER-INVALID", "QCOW2-REFTABLE-INVALID"}
+    assert "QCOW2-REFCOUNTS-ABSENT" not in codes  # "the image counts none of its clusters" is not known
+    if lost == "table":
+        facts, text = _info(overlay)
+        assert facts["unreadable"] == ["refcount_table"]
+        assert "refcount table   unknown" in text
+
+
+@qemu.requires_qemu
+def test_an_l1_table_past_the_end_maps_nothing_known(overlay: Path) -> None:
+    Poke(overlay).u64(40, FAR)
+    _doors_refuse(overlay, "the L1 table reaches past the end of the file")
+    facts, text = _info(overlay)
+    assert facts["unreadable"] == ["l1_table"]
+    assert "l1 table         unknown" in text
+    report, codes, text = _audit(overlay)
+    assert report["check"]["corruptions"] > 0
+    assert "QCOW2-HEADER-INVALID" in codes
+    assert "an unknown number of 16 clusters allocated" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import gc
 import http.server
 import importlib
 import json
@@ -12,6 +13,7 @@ import os
 import pty
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from fuzz.targets import run_command
 
 pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
 
 from qcow2_forensics import open_vm_state
+from qcow2_forensics.cli import demo
 from tests import qemu
 from tests.image_builder import Poke
 from tests.volatility_tools import (
@@ -35,6 +39,7 @@ from tests.volatility_tools import (
     ROOT,
     SIZE,
     machine_image,
+    new_context,
     plugin_rows,
     rows,
     stack,
@@ -174,8 +179,60 @@ def test_vmstatedump_that_cannot_write_all_leaves_nothing_under_its_name(saved: 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert done.returncode == 1
-    assert "the file cannot be written" in done.stderr
-    assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("snapshot-1.raw.partial", 0)]
+    assert "qcow2.vmstatedump: snapshot-1.raw is not written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _dump_of_demo(folder: Path, progress: Callable[[float, str], None]) -> Path:
+    """Run the plugin in this process on the demo's memory, with the file handler of ``vol``; return where it writes."""
+    from volatility3 import cli, framework, plugins
+
+    demo.write_files(folder)
+    output = folder / "output"
+    output.mkdir()
+    framework.import_files(plugins, True)
+    context = new_context()
+    context.config["plugins.location"] = (folder / "demo.qcow2").as_uri()
+    plugin = framework.list_plugins()["qcow2.vmstatedump.VmStateDump"](context, "plugins", progress)
+    command = cli.CommandLine()
+    command.output_dir = str(output)
+    plugin.set_open_method(command.file_handler_class_factory())
+    plugin.run().populate()
+    return output
+
+
+def test_an_interrupted_vmstatedump_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(percent: float, _: str) -> None:
+        if percent > 50:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit, match=r"snapshot-2\.raw is not written: interrupted"):
+        _dump_of_demo(tmp_path, interrupt)
+    gc.collect()  # a handler that is still open would give its file a name now
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_a_vmstatedump_on_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+
+    try:
+        with pytest.raises(SystemExit, match=r"snapshot-2\.raw is not written: File too large"):
+            _dump_of_demo(tmp_path, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    gc.collect()
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_a_whole_vmstatedump_is_what_the_memory_command_writes(tmp_path: Path) -> None:
+    output = _dump_of_demo(tmp_path, lambda *_: None)
+    assert run_command(["memory", str(tmp_path / "demo.qcow2"), str(tmp_path / "memory.raw")])[0] == 0
+    (written,) = output.iterdir()
+    assert (written.name, written.read_bytes()) == ("snapshot-2.raw", (tmp_path / "memory.raw").read_bytes())
 
 
 def test_the_progress_line_shows_no_control_characters_of_the_image(

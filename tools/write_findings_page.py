@@ -56,7 +56,7 @@ Each finding says how it was validated: *QEMU-made* {_VALIDATION["QEMU-made"]}; 
 | `schema` | version of this layout; raised when a reader of an older one would be misled |
 | `tool` | what made the report, with its version |
 | `depth` | `triage`, `standard` or `deep` |
-| `image` | what was audited: `path`, `file_size`, `version`, `virtual_size`, `cluster_size`, `snapshots`, `bitmaps`, `backing_file`, `backing_format`, `data_file`, `encryption`, `refcount_bits`; null where there is none or it cannot be read |
+| `image` | what was audited: `path`, `file_size`, `version`, `virtual_size`, `cluster_size`, `snapshots`, `bitmaps`, `backing_file`, `backing_format`, `data_file`, `encryption`, `refcount_bits`; null where there is none or it cannot be read; `unreadable` names what cannot be read: `snapshots`, `bitmaps`, `backing_file`, `backing_format`, `data_file`, `l1_table`, `refcount_table` |
 | `check` | the fields of `qemu-img check --output=json`, equal to QEMU's; null at triage, for version 1, and where QEMU's check stops without counters |
 | `findings` | list, worst first: `code`, `severity`, `title`, `note`, `confidence`, `scope` (always empty), `explained_by` (codes in the same report that account for it), `count`, `evidence` |
 | `details` | further data: `account` (below), and what some commands add |

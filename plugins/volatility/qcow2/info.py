@@ -66,7 +66,9 @@ def _image_facts(image: Image) -> Facts:
         count = f"unknown: {count} can be read"
     yield "image", "snapshots", count, None, None
     for name, value in (("backing file", image.backing_name), ("data file", image.data_file_name)):
-        if value is not None:
+        if name.replace(" ", "_") in image.unreadable_facts:
+            yield "image", name, "unknown: it cannot be read", None, None
+        elif value is not None:
             yield "image", name, printable(value), None, None
     if image.encryption:
         yield "image", "encryption", image.encryption, None, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 _PIECE = 1024 * 1024
 
 
-class OutputError(Exception):
-    """The file could not be written; unlike bad evidence this ends the run."""
+class OutputError(SystemExit):
+    """The file could not be written: ends ``vol`` with this sentence and exit code 1, where others end in a traceback."""
 
 
 class VmStateDump(EvidencePlugin):
@@ -88,34 +90,75 @@ class VmStateDump(EvidencePlugin):
         return f"-{block}.raw", size, lambda at, count: memory.read_block(block, at, count, pad=True)
 
     def _write(self, name: str, size: int, read: Callable[[int, int], bytes]) -> str:
-        """Write a file that gets its name when it is whole, and return the name; else an empty ``.partial`` is left."""
-        from qcow2_forensics.text import printable
+        """Write a file that gets its name when it is whole, and return the name; what is unfinished is removed."""
+        from qcow2_forensics.text import cut, printable
 
         wanted = self.open.sanitize_filename(name)
-        with self.open(f"{wanted}.partial") as file:
-            try:
-                for offset in range(0, size, _PIECE):
-                    self._progress_callback(100 * offset / size, f"Writing {printable(wanted, 60)}")
-                    _put(file, read(offset, min(_PIECE, size - offset)), offset, size)
-            except BaseException:
-                file.seek(0)
-                file.truncate()
-                raise
+        file: Any = None
+        try:
+            with _to_output():
+                file = self.open(f"{wanted}.partial")
+            for offset in range(0, size, _PIECE):
+                self._progress_callback(100 * offset / size, f"Writing {printable(wanted, 60)}")
+                data = read(offset, min(_PIECE, size - offset))
+                with _to_output():
+                    _put(file, data, offset, size)
             file.preferred_filename = wanted
+            with _to_output():
+                file.close()
+        except BaseException as error:
+            if file is not None:
+                _discard(file)
+            if isinstance(error, _NotWritten):
+                reason = error.strerror or str(error)
+            elif isinstance(error, KeyboardInterrupt):
+                reason = "interrupted"
+            else:
+                raise
+            raise OutputError(f"\nqcow2.vmstatedump: {cut(wanted)} is not written: {printable(reason)}") from error
         return str(file.preferred_filename)
 
     def run(self) -> Any:
         return renderers.TreeGrid([("File", str), ("Bytes", int)], self.guarded(self._rows))
 
 
+class _NotWritten(OSError):
+    """An error of the output; an OSError of the evidence is none of it."""
+
+
+@contextlib.contextmanager
+def _to_output() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _NotWritten(*error.args) from error
+
+
 def _put(file: Any, data: bytes, offset: int, size: int) -> None:
     """Write one piece of a file of ``size`` bytes; zeros become a hole, where the file system has them."""
-    try:
-        if data.count(0) == len(data) and offset + len(data) < size:
-            file.seek(offset + len(data))
-        else:
-            file.write(data)
-        if offset + len(data) == size:
-            file.flush()
-    except OSError as error:
-        raise OutputError(f"the file cannot be written: {error.strerror}") from error
+    if data.count(0) == len(data) and offset + len(data) < size:
+        file.seek(offset + len(data))
+    else:
+        file.write(data)
+    if offset + len(data) == size:
+        file.flush()
+
+
+def _discard(file: Any) -> None:
+    """Remove an unfinished file: closing a handler of Volatility gives the file its name, and nothing else ends it.
+
+    The handler of ``vol`` knows its file on disk as ``_name``, which is removed first. Any other handler is left with
+    an empty file called ``.partial``.
+    """
+    place = getattr(file, "_name", None)
+    if isinstance(place, str):
+        with contextlib.suppress(OSError):
+            os.unlink(place)
+    if not file.closed:
+        with contextlib.suppress(OSError):
+            file.seek(0)  # may write what is buffered, to the disk that is full
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+        with contextlib.suppress(OSError, ValueError):
+            file.preferred_filename = f"{file.preferred_filename.removesuffix('.partial')}.partial"
+            file.close()

@@ -371,7 +371,8 @@ def autoclear_odd(facts: Facts) -> Iterator[Evidence | Graded]:
         return
     bits = header.autoclear_features
     reasons = []
-    if bits & Autoclear.BITMAPS and facts.image.extension(ExtensionType.BITMAPS) is None:
+    has_bitmaps = facts.image.extension(ExtensionType.BITMAPS) is not None or facts.image.unreadable("bitmaps")
+    if bits & Autoclear.BITMAPS and not has_bitmaps:
         reasons.append("bit 0 without a bitmaps extension")
     if bits & Autoclear.RAW_EXTERNAL_DATA and not header.external_data:
         reasons.append("bit 1 without an external data file")

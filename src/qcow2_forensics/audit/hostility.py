@@ -228,7 +228,10 @@ def gatekeeper(facts: Facts) -> Iterator[Evidence]:
 
 
 def _unformatted(facts: Facts) -> bool:
-    return bool(facts.image.backing_name) and (facts.header.version == 1 or not facts.image.backing_format)
+    image = facts.image
+    if not image.backing_name or "backing_format" in image.unreadable_facts:
+        return False
+    return facts.header.version == 1 or not image.backing_format
 
 
 def _verdict(gate: str, refusals: list[str]) -> Evidence:

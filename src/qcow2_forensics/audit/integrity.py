@@ -59,11 +59,14 @@ _COUNTED = {
     "the image counts none of its clusters",
     note="the disk can be read in full, but the next writer that trusts the refcounts will overwrite it: consistent "
     "with a library that keeps no refcounts",
-    when="every cluster in use has the refcount 0, and none that is free has another",
+    when="every cluster in use has the refcount 0, none that is free has another, and the refcounts can be read",
     depth=STANDARD,
 )
 def refcounts_absent(facts: Facts) -> Iterator[Evidence]:
     census = facts.census
+    lost = any(census.issues[f"reftable-{kind}"].count for kind in ("reserved", "unaligned", "beyond-eof"))
+    if lost or "refcount_table" in facts.image.unreadable_facts:
+        return  # refcounts that cannot be read are not refcounts of 0
     counted = sum(census.issues[kind].count for kind in ("refcount-zero-data", "refcount-zero-metadata"))
     if counted < _FEW or census.issues["leaked"].count or census.issues["refcount-past-end"].count:
         return

@@ -197,7 +197,7 @@ def backing_no_format(facts: Facts) -> Iterator[Evidence | Graded]:
         return
     if facts.header.version == 1:
         yield graded([facts.field("backing_file_offset")], severity=Severity.LOW)
-    elif not facts.image.backing_format:
+    elif not facts.image.backing_format and "backing_format" not in facts.image.unreadable_facts:
         yield facts.field("backing_file_offset")
 
 

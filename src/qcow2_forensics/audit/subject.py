@@ -32,10 +32,10 @@ def unopened(name: str, path: Path | None) -> dict[str, Any]:
     return facts
 
 
-def identity(facts: Facts, name: str) -> dict[str, Value]:
+def identity(facts: Facts, name: str) -> dict[str, Any]:
     """Return the facts that identify an image; None where the evidence cannot be read."""
     image, header = facts.image, facts.header
-    known: dict[str, Value] = {
+    known: dict[str, Any] = {
         "path": name,
         "file_size": image.file_size,
         "version": header.version,
@@ -50,6 +50,7 @@ def identity(facts: Facts, name: str) -> dict[str, Value]:
     known["data_file"] = _readable(lambda: image.data_file_name) if header.external_data else None
     known["encryption"] = {0: None, 1: "aes", 2: "luks"}.get(header.crypt_method, str(header.crypt_method))
     known["refcount_bits"] = header.refcount_bits if header.version > 1 and header.refcount_order <= 6 else None
+    known["unreadable"] = list(image.unreadable_facts) if facts.has_geometry else None
     return known
 
 

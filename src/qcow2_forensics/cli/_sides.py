@@ -98,6 +98,7 @@ def _default(image: Image, second: Choice) -> Choice:
     if image.snapshots:
         return image.snapshots[-1] if second is None else None
     if image.backing_name is None:
+        image.require("backing")
         raise Qcow2Error(f"{cut(image.name)} holds one state only: no snapshots and no backing file")
     return Backing()
 

@@ -83,6 +83,7 @@ def collect(image: Image) -> dict[str, Any]:
         ],
         "snapshots": _snapshots(image) if sane else None,
         "bitmaps": _bitmaps(image) if sane else None,
+        "unreadable": list(image.unreadable_facts),
         "problems": [
             {"code": problem.code, "message": problem.message, "offset": problem.offset} for problem in image.problems
         ],
@@ -156,8 +157,11 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"encryption       {facts['encryption']}",
         f"compression      {facts['compression']}",
     ]
-    names = [key for key in ("backing_file", "backing_format", "data_file") if facts[key] is not None]
-    lines += [f"{key.replace('_', ' '):16} {printable(facts[key])}" for key in names]
+    for key in ("backing_file", "backing_format", "data_file"):
+        if key in facts["unreadable"]:
+            lines.append(f"{key.replace('_', ' '):16} unknown: it cannot be read")
+        elif facts[key] is not None:
+            lines.append(f"{key.replace('_', ' '):16} {printable(facts[key])}")
     if facts["data_file_raw"]:
         lines.append("                 declared to be the raw disk itself: it can be read alone")
     flags = [key for key in ("incompatible_features", "compatible_features", "autoclear_features") if facts[key]]
@@ -169,6 +173,8 @@ def _as_text(facts: dict[str, Any]) -> str:
     if facts["extensions"]:
         lines.append("extensions")
         lines += [f"  {e['offset']:#06x}  {e['name']:24} {e['length']} bytes" for e in facts["extensions"]]
+    tables = [key for key in ("l1_table", "refcount_table") if key in facts["unreadable"]]
+    lines += [f"{key.replace('_', ' '):16} unknown: it reaches past the end of the file" for key in tables]
     lines += [f"{key:16} unknown: they cannot be read" for key in ("snapshots", "bitmaps") if facts[key] is None]
     if facts["snapshots"]:
         lines.append("snapshots")

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from ..limits import Limits
 from .header import Crypt, Header, padded
-from .rules import BITMAPS, DISK, Problem
+from .rules import BITMAPS, DISK, EXTENSIONS, Problem
 
 _MAX_FORMAT_NAME = 15  # bytes, what QEMU accepts
 
@@ -96,10 +96,12 @@ def read_extensions(image: Metadata) -> tuple[tuple[Extension, ...], tuple[Probl
                 problems.append(_extension_problem(at, kind, length, "reaches past the header extension area"))
             break
         if length > end - at - 8:
-            problems.append(_extension_problem(at, kind, length, "reaches past the header extension area", DISK))
+            problems.append(
+                _extension_problem(at, kind, length, "reaches past the header extension area", *_unread(found))
+            )
             break
         if len(found) == image.limits.header_extensions:
-            problems.append(_too_many_extensions(at, image.limits.header_extensions))
+            problems.append(_too_many_extensions(at, image.limits.header_extensions, _unread(found)))
             break
         extension = Extension(kind, at, area[at + 8 : at + 8 + length])
         found.append(extension)
@@ -108,14 +110,20 @@ def read_extensions(image: Metadata) -> tuple[tuple[Extension, ...], tuple[Probl
     return tuple(found), tuple(problems)
 
 
+def _unread(found: list[Extension]) -> tuple[str, ...]:
+    """Return what is unknown where the walk ends early, after ``found``."""
+    has_bitmaps = any(item.type == ExtensionType.BITMAPS for item in found)
+    return (DISK, EXTENSIONS) if has_bitmaps else (DISK, EXTENSIONS, BITMAPS)
+
+
 def _extension_problem(at: int, kind: int, length: int, what: str, *blocks: str) -> Problem:
     message = f"header extension {kind:#010x} of {length} bytes {what}"
     return Problem("QCOW2-EXTENSION-INVALID", message, "extension", kind, at, frozenset(blocks))
 
 
-def _too_many_extensions(at: int, limit: int) -> Problem:
+def _too_many_extensions(at: int, limit: int, parts: tuple[str, ...]) -> Problem:
     message = f"there are more than {limit} header extensions"
-    return Problem("QCOW2-EXTENSION-INVALID", message, "header extensions", limit + 1, at, frozenset({DISK}), limit)
+    return Problem("QCOW2-EXTENSION-INVALID", message, "header extensions", limit + 1, at, frozenset(parts), limit)
 
 
 def _extension_rules(header: Header, extension: Extension) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from .entries import parse_entries
 from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensions
 from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_feature_names, parse_header
 from .other_files import described
-from .rules import BITMAPS, DISK, SNAPSHOTS, Problem, header_problems
+from .rules import BACKING, BACKING_NAME, BITMAPS, DISK, EXTENSIONS, SNAPSHOTS, Problem, header_problems
 from .snapshot_table import SnapshotEntry, read_snapshot_table
 from .source import Closing, PathOrSource, Source, as_source, source_name
 
@@ -195,6 +195,16 @@ class Image(Closing):
                 header.offset_of("crypt_method"),
                 frozenset({DISK}),
             )
+        end = header.backing_file_offset + header.backing_file_size
+        if header.backing_file_offset and header.backing_file_size and self.file_size < end <= header.cluster_size:
+            yield Problem(
+                "QCOW2-HEADER-INVALID",
+                f"the {BACKING_NAME} reaches past the end of the file",
+                BACKING_NAME,
+                header.backing_file_offset,
+                header.offset_of("backing_file_offset"),
+                frozenset({DISK, BACKING}),
+            )
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -225,6 +235,24 @@ class Image(Closing):
             if problem.blocks & wanted:
                 return problem
         return None
+
+    @property
+    def unreadable_facts(self) -> tuple[str, ...]:
+        """The names of facts and tables that are unknown and not absent: None or 0 would be taken for "none"."""
+        parts = [name for name in (SNAPSHOTS, BITMAPS) if self.unreadable(name)]
+        if self.unreadable(BACKING):
+            parts.append("backing_file")
+        if self.unreadable(EXTENSIONS):
+            if self.header.backing_file_offset and self.extension(ExtensionType.BACKING_FORMAT) is None:
+                parts.append("backing_format")
+            if self.header.external_data and self.extension(ExtensionType.DATA_FILE) is None:
+                parts.append("data_file")
+        header = self.header
+        if header.l1_table_offset + header.l1_size * 8 > self.file_size:
+            parts.append("l1_table")
+        if header.refcount_table_offset + header.refcount_table_clusters * header.cluster_size > self.file_size:
+            parts.append("refcount_table")
+        return tuple(parts)
 
     # --- life ----------------------------------------------------------------------------------
 

@@ -34,6 +34,10 @@ DISK = "disk"
 SNAPSHOTS = "snapshots"
 BITMAPS = "bitmaps"
 REFCOUNTS = "refcounts"
+EXTENSIONS = "extensions"  # those that the walk did not come to
+BACKING = "backing"  # the name of the backing file
+
+BACKING_NAME = "backing file name"  # the field of a problem that QEMU does not see: it reads zeros there
 
 
 def snapshot_part(index: int) -> str:
@@ -45,8 +49,8 @@ class Problem(NamedTuple):
     """One way the metadata contradicts the specification.
 
     ``code`` is the finding it belongs to; ``blocks`` names what cannot be read soundly because of
-    it: ``"disk"``, ``"snapshots"``, ``"snapshot:<index>"``, ``"bitmaps"``, ``"refcounts"`` or
-    nothing. ``limit`` is set where a number is above a limit; ``unsupported`` where the value is
+    it: ``"disk"``, ``"snapshots"``, ``"snapshot:<index>"``, ``"bitmaps"``, ``"refcounts"``,
+    ``"extensions"``, ``"backing"`` (its name) or nothing. ``limit`` is set where a number is above a limit; ``unsupported`` where the value is
     not wrong but unknown here.
     """
 
@@ -62,7 +66,7 @@ class Problem(NamedTuple):
     @property
     def stops_qemu(self) -> bool:
         """Whether QEMU does not open the image because of it; it also checks the length of an end mark."""
-        refused = DISK in self.blocks and not self.unsupported and self.field != "header extensions"
+        refused = DISK in self.blocks and not self.unsupported and self.field not in ("header extensions", BACKING_NAME)
         return refused or (self.code == "QCOW2-EXTENSION-INVALID" and self.value == 0)
 
     def error(self) -> Qcow2Error:
@@ -117,7 +121,9 @@ def _qcow1(rules: _Rules, limits: Limits) -> Iterator[Problem]:
     if header.l1_size > INT32_MAX // 8:
         yield rules.bad("l1_size", "the L1 table is too large", DISK, limit=INT32_MAX // 8)
     if header.backing_file_offset and header.backing_file_size > limits.name_bytes:
-        yield rules.bad("backing_file_size", "the backing file name is too long", DISK, limit=limits.name_bytes)
+        yield rules.bad(
+            "backing_file_size", "the backing file name is too long", DISK, BACKING, limit=limits.name_bytes
+        )
 
 
 def _qcow2(rules: _Rules, limits: Limits, names: list[FeatureName]) -> Iterator[Problem]:
@@ -156,9 +162,12 @@ def _version3(rules: _Rules, names: list[FeatureName]) -> Iterator[Problem]:
     if header.refcount_order > 6:
         yield rules.bad("refcount_order", "refcounts are wider than 64 bits", REFCOUNTS, limit=6)
     if header.header_length < V3_HEADER_LENGTH:
-        yield rules.bad("header_length", f"the header length {header.header_length} is below 104", DISK)
+        yield rules.bad(
+            "header_length", f"the header length {header.header_length} is below 104", DISK, EXTENSIONS, BITMAPS
+        )
     elif header.header_length > header.cluster_size:
-        yield rules.bad("header_length", "the header is longer than a cluster", DISK, limit=header.cluster_size)
+        parts = (DISK, EXTENSIONS, BITMAPS)
+        yield rules.bad("header_length", "the header is longer than a cluster", *parts, limit=header.cluster_size)
     elif header.header_length % 8:
         yield rules.bad("header_length", f"the header length {header.header_length} is not a multiple of 8")
     flagged = bool(header.incompatible_features & Incompatible.COMPRESSION_TYPE)
@@ -175,11 +184,11 @@ def _backing_name(rules: _Rules, limits: Limits) -> Iterator[Problem]:
     if header.backing_file_offset == 0:
         return
     if header.backing_file_offset > header.cluster_size:
-        yield rules.bad("backing_file_offset", "the backing file name lies outside the first cluster", DISK)
+        yield rules.bad("backing_file_offset", "the backing file name lies outside the first cluster", DISK, BACKING)
         return
     room = min(limits.name_bytes, header.cluster_size - header.backing_file_offset)
     if header.backing_file_size > room:
-        yield rules.bad("backing_file_size", "the backing file name is too long", DISK, limit=room)
+        yield rules.bad("backing_file_size", "the backing file name is too long", DISK, BACKING, limit=room)
 
 
 def _size_and_l1(rules: _Rules, limits: Limits) -> Iterator[Problem]:

@@ -49,6 +49,9 @@ def _head(report: Report) -> Iterator[str]:
         if isinstance(value, (str, int, float, bool)) and value != "":
             shown = shown_value(key, value) if isinstance(value, int) else markup(value)
             yield f"<tr><th>{markup(key.replace('_', ' '))}</th><td>{shown}</td></tr>"
+    unread = [str(name).replace("_", " ") for name in report.image.get("unreadable") or ()]
+    if unread:
+        yield f"<tr><th>unknown</th><td>{markup(', '.join(unread))}: cannot be read</td></tr>"
     yield "</table>"
 
 

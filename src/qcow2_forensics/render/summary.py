@@ -25,8 +25,11 @@ def heading(report: Report) -> str:
             parts.append(f"{count} {one if count == 1 else many}")
         elif count is None and key in image:
             parts.append(f"an unknown number of {many}")
+    unread = image.get("unreadable") or ()
     if image.get("backing_file"):
         parts.append("with a backing file")
+    elif "backing_file" in unread:
+        parts.append("with a backing file whose name cannot be read")
     if image.get("data_file"):
         parts.append("with a data file")
     if image.get("encryption") not in (None, "", "none"):
@@ -60,7 +63,9 @@ def check_line(report: Report) -> str:
     allocated = check.get("allocated-clusters") or 0
     parts = [", ".join(problems) if problems else "no errors"]
     if total:
-        if allocated <= total:
+        if "l1_table" in (report.image.get("unreadable") or ()):
+            parts.append(f"an unknown number of {total} clusters allocated: the L1 table cannot be read")
+        elif allocated <= total:
             parts.append(f"{allocated} of {total} clusters allocated ({allocated / total:.1%})")
         else:  # crafted tables, or clusters behind the disk
             parts.append(f"{allocated} clusters allocated, more than the {total} of the disk")
