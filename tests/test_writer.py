@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,9 @@ def test_a_signal_ends_an_export_and_leaves_nothing(number: signal.Signals, tmp_
     image = tmp_path / "disk"
     qemu.create(image, "64G")  # hashing so many zeros takes long enough
     (tmp_path / "out").mkdir()
-    with subprocess.Popen([*COMMAND, "export", image, tmp_path / "out" / "x.raw"], stderr=subprocess.PIPE) as run:
+    command = [*COMMAND, "export", image, tmp_path / "out" / "x.raw"]
+    heard = partial(signal.signal, number, signal.SIG_DFL)  # under nohup, what tests start ignores SIGHUP
+    with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heard) as run:
         for _ in range(600):
             if list((tmp_path / "out").iterdir()):
                 break
