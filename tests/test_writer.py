@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,8 +138,12 @@ def test_a_signal_ends_an_export_and_leaves_nothing(number: signal.Signals, tmp_
     qemu.create(image, "64G")  # hashing so many zeros takes long enough
     (tmp_path / "out").mkdir()
     command = [*COMMAND, "export", image, tmp_path / "out" / "x.raw"]
-    heard = partial(signal.signal, number, signal.SIG_DFL)  # under nohup, what tests start ignores SIGHUP
-    with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heard) as run:
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, what tests start would ignore SIGHUP
+    try:
+        started = subprocess.Popen(command, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(number, before)
+    with started as run:
         for _ in range(600):
             if list((tmp_path / "out").iterdir()):
                 break
