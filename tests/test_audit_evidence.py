@@ -118,7 +118,7 @@ def test_a_cluster_just_past_the_end_of_the_file_is_reported_with_what_refers_to
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).l2(2, (B_END - 0x8000) | COPIED)  # unaligned: its second half is in the next cluster
     found = [item.field for item in told(path, "QCOW2-ORPHAN-CLUSTERS").evidence]
-    assert f"refcount of host cluster {B_END:#x} (1 references: data)" in found
+    assert f"refcount of host cluster {B_END:#x} (1 reference: data)" in found
 
 
 def test_tables_whose_refcounts_cannot_be_read_lie_before_the_end_of_the_image(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,30 @@ def test_a_disk_that_nobody_holds_closes_its_file_at_once() -> None:
         "print(count() - before)"
     )
     assert _fresh(code) == "0"
+
+
+def test_importing_the_package_imports_none_of_its_modules() -> None:
+    code = "import sys, qcow2_forensics; print([name for name in sys.modules if name.startswith('qcow2_forensics.')])"
+    assert _fresh(code) == "[]"
+
+
+def test_ctrl_c_while_the_command_is_imported_is_no_traceback() -> None:
+    code = (
+        "import signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'qcow2_forensics.cli': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from qcow2_forensics.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qcow2-forensics: interrupted\n")
+
+
+def test_the_command_starts_where_ctrl_c_is_handled() -> None:
+    project = tomllib.loads((PLUGINS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"]["qcow2-forensics"] == "qcow2_forensics.__main__:main"
 
 
 PLUGINS = Path(__file__).parent.parent / "plugins"

@@ -16,36 +16,32 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    ForbiddenReference,
-    FormatError,
-    LimitExceeded,
-    Locked,
-    MissingFile,
-    NotQcow2,
-    Qcow2Error,
-    ReadError,
-    SnapshotNotFound,
-    Unsupported,
-)
-from .format.image import Image
-from .format.snapshot_table import SnapshotEntry
-from .format.source import FileSource, Source, StreamSource, as_source
-from .limits import DEFAULT_LIMITS, Limits
-from .reader.disk import Disk, Extent
-from .reader.mapping import Kind, Run
-from .reader.opening import leftover_vm_state, open_disk, open_image, open_vm_state
-from .reader.states import is_recovered_state
-
+TYPE_CHECKING = False  # type checkers know the name; the module typing takes time to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from .audit import audit, audit_path
     from .compare.ranges import compare
-    from .errors import reason
+    from .errors import (
+        ForbiddenReference,
+        FormatError,
+        LimitExceeded,
+        Locked,
+        MissingFile,
+        NotQcow2,
+        Qcow2Error,
+        ReadError,
+        SnapshotNotFound,
+        Unsupported,
+        reason,
+    )
     from .findings import Evidence, Finding, Report, Severity, __version__
     from .format.header import Crypt
-    from .format.source import PathOrSource, source_name
+    from .format.image import Image
+    from .format.snapshot_table import SnapshotEntry
+    from .format.source import FileSource, PathOrSource, Source, StreamSource, as_source, source_name
+    from .limits import DEFAULT_LIMITS, Limits
     from .memory import (
         KERNEL_SYMBOLS,
         Finder,
@@ -59,7 +55,8 @@ if TYPE_CHECKING:
         scan_memories,
         uses_five_levels,
     )
-    from .reader.disk import EofPolicy, Layer
+    from .reader.disk import Disk, EofPolicy, Extent, Layer
+    from .reader.mapping import Kind, Run
     from .reader.memory_choice import (
         MemoryChoice,
         choose_memory,
@@ -69,7 +66,7 @@ if TYPE_CHECKING:
         recovered_memory,
     )
     from .reader.named_files import NamedFiles, named_files
-    from .reader.opening import MissingPolicy, Passphrase
+    from .reader.opening import MissingPolicy, Passphrase, leftover_vm_state, open_disk, open_image, open_vm_state
     from .reader.passphrases import (
         KEY_FILE_VARIABLE,
         PASSPHRASE_VARIABLE,
@@ -87,7 +84,7 @@ if TYPE_CHECKING:
         folders_from_environment,
         parse_reference,
     )
-    from .reader.states import SnapshotName
+    from .reader.states import SnapshotName, is_recovered_state
     from .reader.stream import SourceStream
     from .reader.vm_state import VmState
 
@@ -172,35 +169,58 @@ __all__ = [
     "uses_five_levels",
 ]
 
-# Names whose modules take time to import and are not needed to read a disk: loaded on first use.
+# Every name is loaded on first use: importing the package takes no time, and the command's start-up has a place
+# that handles Ctrl-C before anything is imported that takes time.
 _LAZY = {
     "ALONE_VARIABLE": "reader.resolver",
     "BACKING_VARIABLE": "reader.resolver",
     "Crypt": "format.header",
+    "DEFAULT_LIMITS": "limits",
+    "Disk": "reader.disk",
     "EofPolicy": "reader.disk",
     "Evidence": "findings",
+    "Extent": "reader.disk",
+    "FileSource": "format.source",
     "Finder": "memory",
     "Finding": "findings",
+    "ForbiddenReference": "errors",
+    "FormatError": "errors",
     "GuestMemory": "memory",
+    "Image": "format.image",
     "KERNEL_SYMBOLS": "memory",
     "KEY_FILE_VARIABLE": "reader.passphrases",
+    "Kind": "reader.mapping",
     "Layer": "reader.disk",
+    "LimitExceeded": "errors",
+    "Limits": "limits",
+    "Locked": "errors",
     "Match": "memory",
     "MemoryChoice": "reader.memory_choice",
+    "MissingFile": "errors",
     "MissingPolicy": "reader.opening",
     "NamedFiles": "reader.named_files",
+    "NotQcow2": "errors",
     "PASSPHRASE_VARIABLE": "reader.passphrases",
     "Passphrase": "reader.opening",
     "PathOrSource": "format.source",
+    "Qcow2Error": "errors",
+    "ReadError": "errors",
     "Remedies": "reader.resolver",
     "Report": "findings",
     "Resolver": "reader.resolver",
     "Role": "reader.resolver",
+    "Run": "reader.mapping",
     "Severity": "findings",
+    "SnapshotEntry": "format.snapshot_table",
     "SnapshotName": "reader.states",
+    "SnapshotNotFound": "errors",
+    "Source": "format.source",
     "SourceStream": "reader.stream",
+    "StreamSource": "format.source",
+    "Unsupported": "errors",
     "VmState": "reader.vm_state",
     "__version__": "findings",
+    "as_source": "format.source",
     "audit": "audit",
     "audit_path": "audit",
     "base_name": "reader.resolver",
@@ -209,12 +229,17 @@ _LAZY = {
     "find_kernel": "memory",
     "find_stream": "memory",
     "folders_from_environment": "reader.resolver",
+    "is_recovered_state": "reader.states",
+    "json_options": "reader.references",
     "leftover_name": "reader.memory_choice",
+    "leftover_vm_state": "reader.opening",
     "memory_before": "reader.memory_choice",
     "memory_snapshots": "reader.memory_choice",
     "named_files": "reader.named_files",
+    "open_disk": "reader.opening",
     "open_guest_memory": "memory",
-    "json_options": "reader.references",
+    "open_image": "reader.opening",
+    "open_vm_state": "reader.opening",
     "parse_reference": "reader.resolver",
     "passphrases_from_environment": "reader.passphrases",
     "passphrases_from_files": "reader.passphrases",
@@ -227,13 +252,17 @@ _LAZY = {
     "uses_five_levels": "memory",
 }
 
+_MODULES = ("errors", "format", "limits", "reader", "text")  # also there as attributes
+
 
 def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
-    if module is None:
+    if module is None and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib  # here: what most need is there without it
+    import importlib
 
+    if module is None:
+        return importlib.import_module(f".{name}", __name__)
     value = getattr(importlib.import_module(f".{module}", __name__), name)
     globals()[name] = value
     return value

@@ -1,8 +1,18 @@
-"""``python -m qcow2_forensics``: the command line without its script."""
+"""The command ``qcow2-forensics``, and ``python -m qcow2_forensics``: the command line, imported where Ctrl-C is handled."""
 
 import sys
 
-from .cli import main
+
+def main() -> int:
+    """Run the command line and return its exit code; Ctrl-C while its modules are imported is no traceback either."""
+    try:
+        from .cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        sys.stderr.write("qcow2-forensics: interrupted\n")
+        return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

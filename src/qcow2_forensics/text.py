@@ -234,6 +234,16 @@ def columns(shown: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown)
 
 
+def fit(shown: str, width: int) -> str:
+    """Return ``shown`` cut to at most ``width`` columns; a cut is marked with an ellipsis."""
+    if columns(shown) <= width:
+        return shown
+    kept = shown[: max(width - 1, 0)]
+    while columns(kept) > width - 1 and kept:
+        kept = kept[:-1]
+    return f"{kept}…" if width > 0 else ""
+
+
 def wrap(shown: str, width: int, indent: str = "") -> list[str]:
     """Return ``shown`` broken into lines of at most ``width`` columns, long words cut."""
     room = max(width - columns(indent), 20)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qcow2_forensics import Severity
-from qcow2_forensics.text import printable
+from qcow2_forensics.text import plural, printable
 
 if TYPE_CHECKING:
     from qcow2_forensics import Finding
@@ -30,7 +30,7 @@ def take(*, printed: bool) -> list[str]:
     shown = [] if printed else list(notices)
     shown += audits[:_MOST]
     if len(audits) > _MOST:
-        shown.append(f"audit: and {len(audits) - _MOST} more images")
+        shown.append(f"audit: and {plural(len(audits) - _MOST, 'more image')}")
     if any(": no findings in " not in line for line in audits):
         shown.append("pinfo --sections warnings lists the findings.")
     notices.clear()

@@ -15,7 +15,7 @@ from plaso.containers import events
 from plaso.preprocessors import interface, manager
 
 from qcow2_forensics import Qcow2Error, Severity, reason
-from qcow2_forensics.text import date_note, printable, snapshot_time
+from qcow2_forensics.text import date_note, plural, printable, snapshot_time
 
 from . import end_notes
 from .inspection import audit, open_image, qcow_path_specs, recovered_states, snapshot_path_spec
@@ -109,7 +109,7 @@ def _tell_findings(mediator: Any, path_spec: Any) -> None:
         end_notes.note_audit(display_name(path_spec), found)
     except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
         findings = [f"the image could not be audited: {type(error).__name__}: {printable(reason(error), 500)}"]
-    more = [f"{len(findings) - _MOST} more findings"] if len(findings) > _MOST else []
+    more = [plural(len(findings) - _MOST, "more finding")] if len(findings) > _MOST else []
     _warn(mediator, path_spec, [*findings[:_MOST], *more])
 
 

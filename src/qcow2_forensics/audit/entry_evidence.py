@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ..census import structure_of
 from ..census.issues import Item
 from ..findings import Evidence
+from ..text import plural
 from .facts import Facts, shortened
 from .rules import Graded, RuleFunction, graded
 
@@ -75,7 +76,7 @@ def refcount_evidence(facts: Facts, item: Item) -> Evidence:
     """Return a cluster whose refcount is not what it should be."""
     host = item.host or 0
     references, owner = facts.census.references(host), structure_of(facts.census.owner(host))
-    words = f"refcount of host cluster {host:#x} ({references} references: {owner})"
+    words = f"refcount of host cluster {host:#x} ({plural(references, 'reference')}: {owner})"
     length = None if item.offset is None else refcount_bytes(facts)
     return Evidence(words, item.value, item.offset, length, item.structure)
 

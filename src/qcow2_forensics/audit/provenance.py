@@ -10,7 +10,7 @@ from ..format.header import KNOWN_INCOMPATIBLE, V2_HEADER_LENGTH, Compatible, Co
 from ..limits import SAMPLES
 from ..residue import content
 from ..residue.slack import V2_LEFTOVER
-from ..text import listed
+from ..text import listed, plural
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded, of_fields
 from .writer_layouts import counts_nothing, layout
@@ -112,7 +112,7 @@ def _header_reading(facts: Facts) -> Evidence | None:
     table = _feature_table(facts)
     if table is not None:
         rows = table.length // _ROW
-        reading = _BY_ROWS.get(rows, f"an unknown writer of a feature table with {rows} rows")
+        reading = _BY_ROWS.get(rows, f"an unknown writer of a feature table with {plural(rows, 'row')}")
         return Evidence("reading", reading, table.offset, table.length + 8, "feature name table")
     found = layout(facts)
     if found is None or "QEMU" not in found.writer:

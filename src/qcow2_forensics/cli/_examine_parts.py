@@ -28,6 +28,7 @@ from ..render import render
 from ..render.anchors import Anchors
 from ..render.rows import without_pictures
 from ..render.summary import check_line, heading
+from ..text import plural
 from . import audit, diff, memory, residue, snapshots, timeline
 
 _NOT_WHOLE = ("QCOW2-UNREADABLE", "QCOW2-AUDIT-INCOMPLETE", "QCOW2-AUDIT-LIMITED")  # the audit did not see everything
@@ -174,7 +175,11 @@ def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     """Index what nothing points at, and write the pieces where that was asked for."""
     args.folder = str(folder / stem)
     summary = residue.write_folder(args)
-    notes = [] if args.index_only or not summary.skipped else [f"{summary.skipped} pieces are in the index only"]
+    notes = (
+        []
+        if args.index_only or not summary.skipped
+        else [f"{plural(summary.skipped, 'piece is', 'pieces are')} in the index only"]
+    )
     facts = {
         "pieces": summary.pieces,
         "written": summary.written,

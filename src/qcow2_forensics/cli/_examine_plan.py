@@ -64,7 +64,9 @@ def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
     command = ("timeline", typed, "--no-files", "--deleted", "--format", "html", *case, *disk)
     steps.append(Step("timeline", "timeline of the image", "timeline", command, parts.run_timeline))
     if len(memories) > _MEMORIES:
-        unseen.append(f"the first {len(memories) - _MEMORIES} memories: qcow2-forensics memory shows one by one")
+        unseen.append(
+            f"{plural(len(memories) - _MEMORIES, 'memory', 'memories')} before the last {_MEMORIES}: qcow2-forensics memory shows one by one"
+        )
     for number, state in list(enumerate(memories, 1))[-_MEMORIES:]:
         command = ("memory", typed, f"--snapshot={state.choice}", "--summary", "json", *keys)
         steps.append(Step("memory", f"memory of {state.label}", f"memory-{number}", command, parts.run_memory))

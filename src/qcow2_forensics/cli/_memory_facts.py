@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..text import cut, printable, size
+from ..text import cut, plural, printable, size
 
 if TYPE_CHECKING:
     from ..memory import GuestMemory
@@ -101,7 +101,7 @@ def processor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         known = [f"{name} {cpu['registers'][name]}" for name in _HINTS if name in cpu["registers"]]
         yield f"processor {cpu['index']} ({printable(cpu['architecture'])}): {', '.join(known) or 'no registers'}"
     if len(facts["processors"]) > _CPUS_SHOWN:
-        yield f"and {len(facts['processors']) - _CPUS_SHOWN} more processors"
+        yield f"and {plural(len(facts['processors']) - _CPUS_SHOWN, 'more processor')}"
     kernel = facts["kernel"]
     if kernel is None:
         yield "kernel: neither a Linux banner nor the debug record of a Windows kernel was found"

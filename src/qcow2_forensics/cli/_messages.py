@@ -19,6 +19,10 @@ class Messages(io.TextIOBase):
         """Whether progress is shown."""
         return self._terminal.isatty()
 
+    def fileno(self) -> int:
+        """Return the terminal's descriptor: its width is asked for."""
+        return self._terminal.fileno()
+
     def write(self, shown: str) -> int:
         """Take what a command writes to standard error."""
         if shown.startswith("\r"):

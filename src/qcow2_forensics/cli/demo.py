@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..reader.writer import atomic_writer
+from ..text import plural
 
 _LINES_SHOWN = 24
 _WIDTH_SHOWN = 200  # of an error line
@@ -135,7 +136,7 @@ def _run_step(step: Step, folder: Path) -> str:
     for line in lines[:_LINES_SHOWN]:
         print(f"  {line}")
     if len(lines) > _LINES_SHOWN:
-        print(f"  ... {len(lines) - _LINES_SHOWN} more lines")
+        print(f"  ... {plural(len(lines) - _LINES_SHOWN, 'more line')}")
     if done.returncode:
         print("\n".join(f"  {line[:_WIDTH_SHOWN]}" for line in done.stderr.strip().splitlines()[-5:]))
         return "failed"

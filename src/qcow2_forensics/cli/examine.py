@@ -34,6 +34,7 @@ from ._messages import Messages
 from .audit import severity_of
 from .case import add_case_arguments, command_of, run_of
 from .options import add_disk_arguments, bytes_of, open_from, repeat_notes
+from .output import draw_over
 
 _EPILOG = """examples:
   qcow2-forensics examine disk.qcow2 case-17/
@@ -194,8 +195,7 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
     done: list[dict[str, Any]] = []
     for number, step in enumerate(steps, 1):
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r[{number}/{len(steps)}] {printable(f'{path}: {step.title}', 60)}\x1b[K")
-            sys.stderr.flush()
+            draw_over(sys.stderr, f"[{number}/{len(steps)}] {printable(f'{path}: {step.title}', 60)}")
         done.append(_run(step, asked, folder))
         if step.kind == "snapshots":  # only now it is known which deleted ones there are
             steps += deleted_memories(args, path, done[-1]["facts"].get("rows") or (), unseen)

@@ -23,7 +23,7 @@ from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.salvage import SalvagedDisk, mapfile
 from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, refuse_existing, writing
-from ..text import printable, size
+from ..text import plural, printable, size
 from .case import add_hash_source_argument, now, origin_of, sources_of, write_sidecar
 from .options import add_disk_arguments, add_image_argument, open_from
 from .output import Progress
@@ -170,7 +170,7 @@ def _text(summary: dict[str, Any]) -> Iterator[str]:
         for item in missing[:_MISSING_SHOWN]:
             yield f"  {item['offset']:#x}, {item['length']} bytes: {item['why']}"
         if len(missing) > _MISSING_SHOWN:
-            yield f"  and {len(missing) - _MISSING_SHOWN} more ranges"
+            yield f"  and {plural(len(missing) - _MISSING_SHOWN, 'more range')}"
     if summary["filled_bytes"]:
         yield f"{summary['filled_bytes']} bytes past the end of the image were filled with zeros"
     if summary["filled_tables"]:

@@ -92,7 +92,7 @@ def run_fleet(args: argparse.Namespace) -> int:
     failed = sum(result.failed for result in results)
     print(f"qcow2-forensics: {_summary(results)}", file=sys.stderr)
     if failed:
-        print(f"qcow2-forensics: {failed} of {len(paths)} images could not be audited", file=sys.stderr)
+        print(f"qcow2-forensics: {failed} of {plural(len(paths), 'image')} could not be audited", file=sys.stderr)
     if args.fail_on is not None and any(result.worst >= args.fail_on for result in results):
         return EXIT_FINDINGS
     return EXIT_FAILED if failed else EXIT_DONE

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TextIO
 
-from ..text import printable, size
+from ..text import columns, fit, printable, size
 
 _LABEL_SHOWN = 60  # characters: what is drawn over must fit into one line
+_LABEL_LEAST = 6  # characters that stay on a narrow terminal
+_WIDTH = 80  # of a terminal that does not say
+
+
+def draw_over(stream: TextIO, label: str, rest: str = "") -> None:
+    """Draw one line over the last one on a terminal, cut to its width: the label first, down to a few characters."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns or _WIDTH
+    except (OSError, ValueError):
+        width = _WIDTH
+    room = width - 1  # in the last column some terminals begin a new line
+    shown = fit(label, max(room - columns(rest), _LABEL_LEAST)) + rest
+    stream.write(f"\r{fit(shown, room)}\x1b[K")
+    stream.flush()
 
 
 class Progress:
@@ -38,8 +53,7 @@ class Progress:
 
     def _draw(self, now: float) -> None:
         if not self._total:  # nobody knows how many there are
-            self._stream.write(f"\r{self._label}: {self._done} {self._unit}\x1b[K")
-            self._stream.flush()
+            draw_over(self._stream, self._label, f": {self._done} {self._unit}")
             return
         share = self._done / self._total
         elapsed = max(now - self._started, 1e-9)
@@ -48,8 +62,7 @@ class Progress:
         else:
             amount = f"{self._done} of {self._total} {self._unit}"
         left = f", {elapsed / share - elapsed:.0f} s left" if 0 < share < 1 else ""
-        self._stream.write(f"\r{self._label}: {share:4.0%}  {amount}{left}\x1b[K")
-        self._stream.flush()
+        draw_over(self._stream, self._label, f": {share:4.0%}  {amount}{left}")
 
     def __enter__(self) -> Progress:
         return self

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..limits import Limits
-from ..text import cut
+from ..text import cut, plural
 from .codecs import known_codecs
 from .header import (
     KNOWN_INCOMPATIBLE,
@@ -202,7 +202,11 @@ def _size_and_l1(rules: _Rules, limits: Limits) -> Iterator[Problem]:
         yield rules.bad("l1_size", "the L1 table is too large", DISK, limit=limits.l1_bytes // 8)
     needed = -(-header.size // header.l2_span)
     if needed > header.l1_size:
-        yield rules.bad("l1_size", f"the L1 table has {header.l1_size} entries, the disk size needs {needed}", DISK)
+        yield rules.bad(
+            "l1_size",
+            f"the L1 table has {plural(header.l1_size, 'entry', 'entries')}, the disk size needs {needed}",
+            DISK,
+        )
     if header.l1_table_offset % header.cluster_size or header.l1_table_offset + table_bytes > INT64_MAX:
         yield rules.bad("l1_table_offset", "the L1 table is not aligned to a cluster", DISK)
 

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Final
 
 from ..limits import MODULE_DEVICES, MODULE_LAYOUTS, MODULE_SECTION_BYTES, MODULES, GiB, KiB, MiB
-from ..text import cut, quoted
+from ..text import cut, plural, quoted
 from .acpi_tables import Affinity
 from .placement import FOUR_GIB, Placement, natural, span
 from .records import Block, Region
@@ -70,7 +70,9 @@ def place_modules(waiting: Sequence[Block], windows: Ranges, shown: Ranges, whol
     ``shown`` are ranges of the windows in which the guest's page tables have RAM; ``whole`` says that they show all of it.
     """
     if len(waiting) > MODULES:
-        made.assume(f"{len(waiting) - MODULES} blocks are not placed: no machine has more than {MODULES} modules")
+        made.assume(
+            f"{plural(len(waiting) - MODULES, 'block is', 'blocks are')} not placed: no machine has more than {MODULES} modules"
+        )
         waiting = waiting[:MODULES]
     modules = sorted(waiting, key=natural) if len({block.size for block in waiting}) > 1 else list(waiting)
     if whole and modules and sum(block.size for block in modules) == sum(length for _, length in shown):

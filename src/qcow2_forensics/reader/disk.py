@@ -20,7 +20,7 @@ from ..format.image import Image
 from ..format.rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Closing, FileSource, Source, source_name
-from ..text import cut, printable
+from ..text import cut, plural, printable
 from .clusters import Clusters
 from .layers import Extent, Layer, RawDisk
 from .mapping import Kind, Mapping, Run
@@ -355,7 +355,7 @@ class Disk(Closing):
 
     def _past_the_table(self, entry: SnapshotEntry) -> FormatError:
         return FormatError(
-            f"snapshot {cut(entry.id)} reaches past what its L1 table of {entry.l1_size} entries maps",
+            f"snapshot {cut(entry.id)} reaches past what its L1 table of {plural(entry.l1_size, 'entry', 'entries')} maps",
             offset=entry.offset,
             field="l1_size",
         )

@@ -13,6 +13,7 @@ from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
 from ..limits import DEFAULT_LIMITS, Budget, MiB
 from ..residue.structure_detection import Geometry, l1_rows
+from ..text import plural
 from .confidence import Confidence
 from .geometry import U64
 from .placement import Placement
@@ -116,7 +117,11 @@ def placed_by_image(source: Source) -> tuple[Placement, ...]:
 
 def left_out_notes(tables: FoundTables) -> tuple[str, ...]:
     """Return a note on the tables that were found and not kept."""
-    return (f"{tables.left_out} more tables were found than are kept",) if tables.left_out else ()
+    return (
+        (f"{plural(tables.left_out, 'more table was', 'more tables were')} found than are kept",)
+        if tables.left_out
+        else ()
+    )
 
 
 def tables_by_slot(source: Source, geometry: Geometry, l1_tables: list[U64]) -> dict[int, list[U64]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..findings import Severity
-from ..text import listed, markup, sentence, size
+from ..text import listed, markup, plural, sentence, size
 from .page import badge, page
 
 _CODES = 12  # codes named per image
@@ -23,7 +23,9 @@ def render_fleet(
     """
     images = sorted(reports, key=lambda report: (-_worst(report), str(report["image"].get("path"))))
     parts = [*_head(images), *extra, *_images(images, links or {}), *_findings(images)]
-    return page(f"{len(images)} images", parts, {Severity.parse(f["severity"]) for r in images for f in r["findings"]})
+    return page(
+        plural(len(images), "image"), parts, {Severity.parse(f["severity"]) for r in images for f in r["findings"]}
+    )
 
 
 def _worst(report: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..text import markup
+from ..text import markup, plural
 
 _ROW = 44
 _COLUMN = 26
@@ -37,7 +37,7 @@ def draw_tree(data: Mapping[str, Any], links: Mapping[int, str] | None = None) -
         parts += _node(state, row, lanes[row], labels, (links or {}).get(row))
     parts.append("</svg>")
     if len(data["states"]) > STATES:
-        parts.append(f"<p class='quiet'>and {len(data['states']) - STATES} more states</p>")
+        parts.append(f"<p class='quiet'>and {plural(len(data['states']) - STATES, 'more state')}</p>")
     return "\n".join(parts)
 
 

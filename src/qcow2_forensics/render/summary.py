@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..findings import Report
-from ..text import size, text
+from ..text import plural, size, text
 
 
 def heading(report: Report) -> str:
@@ -64,11 +64,11 @@ def check_line(report: Report) -> str:
     parts = [", ".join(problems) if problems else "no errors"]
     if total:
         if "l1_table" in (report.image.get("unreadable") or ()):
-            parts.append(f"an unknown number of {total} clusters allocated: the L1 table cannot be read")
+            parts.append(f"an unknown number of {plural(total, 'cluster')} allocated: the L1 table cannot be read")
         elif allocated <= total:
-            parts.append(f"{allocated} of {total} clusters allocated ({allocated / total:.1%})")
+            parts.append(f"{allocated} of {plural(total, 'cluster')} allocated ({allocated / total:.1%})")
         else:  # crafted tables, or clusters behind the disk
-            parts.append(f"{allocated} clusters allocated, more than the {total} of the disk")
+            parts.append(f"{plural(allocated, 'cluster')} allocated, more than the {total} of the disk")
     if check.get("compressed-clusters"):
         parts.append(f"{check['compressed-clusters']} compressed")
     if check.get("image-end-offset"):
