@@ -13,11 +13,11 @@ import numpy as np
 
 from ..census import Census
 from ..census.columns import I64
+from ..format.header import Crypt
 from ..format.image import Image
 from .data_claims import AllocatedData, ShownData
 from .header_claims import claim_header
 from .labels import Label, Labels, Place
-from .luks_claims import claim_luks
 from .qcow1_claims import claim_qcow1
 from .remainders import looked_at
 from .spans import Spans, Tile, Windowed, joined, runs_of, tile
@@ -50,7 +50,10 @@ class Account:
         claim_header(image, self._labels, claims, hints)
         if census is not None:
             TableClaims(census, self._labels, claims, hints).all()
-            claim_luks(image, self._labels, claims, hints)
+            if image.header.crypt_method == Crypt.LUKS:
+                from .luks_claims import claim_luks
+
+                claim_luks(image, self._labels, claims, hints)
             self._unclaimed(census, hints)
             self._places = places_of_owners(self._labels, extended=image.header.extended_l2)
             if decoded is None or not read:

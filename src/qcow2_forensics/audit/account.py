@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from ..account.account import Account
-from ..account.data_file import DataFileAccount
 from ..account.shown import ShownBytes
 from ..account.streams import Decoded
 from ..account.summary import Summary
@@ -72,6 +71,8 @@ def details(facts: Facts) -> dict[str, Any]:
 
 
 def _data_file(facts: Facts) -> Iterator[dict[str, Any]]:
+    from ..account.data_file import DataFileAccount
+
     member = chain(facts).data
     if member is None or member.status != "found" or not member.path:
         return

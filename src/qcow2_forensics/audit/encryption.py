@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..findings import Evidence, Severity
 from ..format.header import Crypt
-from ..reader.encryption import STRIPES, LuksHeader, parse_luks_header
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Graded, graded, of_fields
+
+if TYPE_CHECKING:
+    from ..reader.encryption import LuksHeader
 
 rule = Chapter(__name__, "Encryption")
 
@@ -29,7 +32,11 @@ def _area(facts: Facts) -> tuple[int, int] | None:
 
 def _luks(facts: Facts) -> LuksHeader | None:
     area = _area(facts)
-    return None if area is None else parse_luks_header(facts.read(area[0], _HEADER), area[1])
+    if area is None:
+        return None
+    from ..reader.encryption import parse_luks_header  # hashlib and OpenSSL: only where there is such a header
+
+    return parse_luks_header(facts.read(area[0], _HEADER), area[1])
 
 
 def _sound(facts: Facts) -> tuple[LuksHeader, int] | None:
@@ -113,6 +120,8 @@ def luks_erased_slot(facts: Facts) -> Iterator[Evidence]:
     found, area = _sound(facts), _area(facts)
     if found is None or area is None:
         return
+    from ..reader.encryption import STRIPES
+
     header, at = found
     for slot in header.slots:
         length = min(header.material_bytes(slot), facts.limits.luks_payload_bytes)

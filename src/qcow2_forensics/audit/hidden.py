@@ -16,7 +16,6 @@ from ..format.source import FileSource
 from ..limits import VM_STATE_CLUSTERS
 from ..reader.opening import leftover_vm_state
 from ..residue import Piece, hidden, live_mappings, streams
-from ..residue.data_file import data_file_residue
 from .facts import Facts, subscribes
 from .reference_names import chain
 from .residual import Group, finding_of, survey_of
@@ -123,6 +122,8 @@ def _in_a_snapshot(facts: Facts, piece: Piece) -> bool:
 
 def _hidden_in_data_file(facts: Facts) -> tuple[Group, Group]:
     """Return what the data file holds under zero flags, and where the image says nothing is."""
+    from ..residue.data_file import data_file_residue
+
     flagged, unmapped = Group(), Group()
     member = chain(facts).data
     if member is None or member.status != "found" or not member.path:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.bitmap_directory import BitmapEntry
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import DELETED_SNAPSHOTS_FOLLOWED, RESIDUE_RANGES_DRAWN
-from ..residue import DeletedSnapshot, Piece, Residue
-from ..residue.readability import examine
+from ..residue import Piece
 from ..text import snapshot_date
 from .facts import Facts
 from .residue_evidence import entries_of, evidence_of
 from .rules import CRAFTED, QEMU_MADE, Chapter, Depth, Graded, graded
+
+if TYPE_CHECKING:
+    from ..residue import DeletedSnapshot
 
 rule = Chapter(__name__, "Residual data")
 
@@ -114,6 +117,9 @@ def survey_of(facts: Facts) -> _Survey:
 
 
 def _survey(facts: Facts) -> _Survey:
+    from ..residue import Residue  # only a deep audit looks, and only there is the code loaded
+    from ..residue.readability import examine
+
     residue = Residue(facts.image, census=facts.census)
     survey = _Survey()
     for piece in residue.unclaimed():
