@@ -13,7 +13,6 @@ from ..findings import Evidence
 from ..format.codecs import Codec
 from ..format.header import Header
 from ..format.image import Image
-from ..recovery import assumed
 from ..residue.structure_detection import Geometry, l2_rows
 from .facts import Facts
 
@@ -50,6 +49,8 @@ def extended_tables(facts: Facts, offsets: U64) -> Mask:
 
 def _first(facts: Facts, choices: tuple[str, ...], fits: Callable[[Header], bool]) -> Iterator[Evidence]:
     """Yield the first of some assumptions under which the header is valid and fits."""
+    from ..recovery import assumed  # many modules, and needed only where the tables contradict the header
+
     for choice in choices:
         key, _, value = choice.partition("=")
         try:
