@@ -42,7 +42,9 @@ def _is_thorough(config: pytest.Config) -> bool:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Put property tests into both tiers: the slow tests run them again, with more examples."""
+    """Put property tests into both tiers, which run different numbers of examples, and the evidence case into the slow one."""
+    if "evidence" in getattr(item, "fixturenames", ()):
+        item.add_marker("slow")
     if _is_thorough(item.config) and getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
         item.add_marker("slow")
 

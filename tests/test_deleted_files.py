@@ -20,6 +20,7 @@ from qcow2_forensics.files.volumes import open_volumes
 from qcow2_forensics.reader.disk import RawDisk
 from tests import filesystems, guest_disks, qemu
 from tests.guest_disks import MIB, Disk
+from tests.tiers import quick
 
 pytest.importorskip("pytsk3", reason="pytsk3 is absent")
 
@@ -143,7 +144,7 @@ def test_each_ntfs_name_has_one_line_with_its_own_times(tmp_path: Path) -> None:
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("depth", [3, 18, 40])
+@pytest.mark.parametrize("depth", quick([3, 18, 40], [18]))
 def test_shared_folders_are_listed_within_a_bound_that_reports(tmp_path: Path, depth: int) -> None:
     disk = filesystems.make(tmp_path, "ext4", populated=False)
     folders = range(depth)

@@ -57,6 +57,7 @@ def test_a_front_door_finds_what_is_in_the_demo_image(
         assert text in done.stdout
 
 
+@pytest.mark.slow
 def test_running_the_demo_again_replaces_what_it_wrote(tmp_path: Path) -> None:
     for _ in range(2):
         assert _demo(tmp_path, "--only", "audit").returncode == 0

@@ -13,6 +13,7 @@ import pytest
 from qcow2_forensics.cli import main
 from tests import filesystems, qemu
 from tests.filesystems import make
+from tests.tiers import quick
 
 pytest.importorskip("pytsk3", reason="pytsk3 is absent")
 
@@ -37,7 +38,7 @@ def named(result: dict[str, Any]) -> dict[str, str]:
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("second", ["qcow2", "raw", "vmdk", "vpc"])
+@pytest.mark.parametrize("second", quick(["qcow2", "raw", "vmdk", "vpc"], ["qcow2", "raw"]))
 def test_two_files_are_compared_whatever_their_formats(tmp_path: Path, second: str, diff: Diff) -> None:
     if second in ("vmdk", "vpc"):
         pytest.importorskip({"vmdk": "pyvmdk", "vpc": "pyvhdi"}[second], reason=f"no reader of {second}")

@@ -124,6 +124,7 @@ def test_target_query_lists_the_users_of_every_state_of_an_xfs_guest(tmp_path: P
     assert target_query(image, "users") == USERS
 
 
+@pytest.mark.slow
 def test_target_query_walks_every_state_of_the_demo(tmp_path: Path) -> None:
     demo.write_files(tmp_path)
     found = target_query(tmp_path / "demo.qcow2", "walkfs")

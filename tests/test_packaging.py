@@ -291,6 +291,7 @@ def test_doctor_finds_every_installed_framework_active(kind: str, request: pytes
     assert active == {label for label, name in names.items() if importlib.util.find_spec(name)}
 
 
+@pytest.mark.slow
 def test_doctor_finds_every_installed_library() -> None:
     import_names = {"numpy": "numpy", "cryptography": "cryptography", "zlib-ng": "zlib_ng", "lzallright": "lzallright"}
     found = {library.name: library.version for library in diagnose().libraries if library.name in import_names}

@@ -29,6 +29,7 @@ from tests import guest_disks, plaso_tools, qemu
 from tests.filesystems import MIB
 from tests.guest_disks import Disk, Seen
 from tests.plaso_tools import Variant, log2timeline
+from tests.tiers import every
 
 assert dfvfs_qcow2
 
@@ -132,7 +133,7 @@ def expected(states: list[State], number: int, volume: str) -> set[str]:
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize(("kind", "size"), [("ext4", 24), ("xfs", 64), ("ntfs", 24)])
+@pytest.mark.parametrize(("kind", "size"), every(3, [("ext4", 24), ("xfs", 64), ("ntfs", 24)], unpack=True))
 def test_files_that_are_processed_are_those_that_no_later_state_has(
     kind: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

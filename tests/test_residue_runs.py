@@ -21,6 +21,7 @@ from qcow2_forensics.residue.host_ranges import HostRange, piece_of, pieces
 from tests import qemu
 from tests.matrix import commands
 from tests.test_residue_pieces import unwritten
+from tests.tiers import quick
 
 MiB = 1 << 20
 HOST = 0x00FF_FFFF_FFFF_FE00
@@ -196,7 +197,9 @@ LONG_L1 = [{"cluster_size": "512"}, {"cluster_size": "4k", "size": "1200M"}]  # 
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("options", OPTIONS + LONG_L1[1:], ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize(
+    "options", quick(OPTIONS + LONG_L1[1:], OPTIONS), ids=lambda options: "-".join(options.values())
+)
 def test_pieces_of_a_deleted_snapshot_have_the_guest_offsets_it_gave_them(
     options: dict[str, str], tmp_path: Path
 ) -> None:

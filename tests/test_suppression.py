@@ -78,6 +78,7 @@ def test_bogus_snapshot_entries_do_not_hide_a_deleted_snapshot(tmp_path: Path, p
     assert [item for item in listed if item.selector == true.selector and item.complete]
 
 
+@pytest.mark.slow
 def test_entries_that_are_not_followed_are_reported(tmp_path: Path) -> None:
     path = deleted(tmp_path / "disk.qcow2")
     size = -(-path.stat().st_size // 65536) * 65536

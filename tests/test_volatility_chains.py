@@ -90,6 +90,7 @@ def test_several_folders_are_separated_as_in_path(tmp_path: Path) -> None:
     assert disk_layer(overlay, backing_folder=folders).read(64 * KiB, 512) == b"\1" * 512
 
 
+@pytest.mark.slow
 def test_vol_takes_the_options(tmp_path: Path) -> None:
     """An overlay that is refused says in the command's words what helps, and each of them does."""
     overlay, base = moved(tmp_path)

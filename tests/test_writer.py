@@ -352,6 +352,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @qemu.requires_qemu
 def test_reading_and_export_work_without_positional_reads_and_writes(tmp_path: Path) -> None:
     wanted = _filled(tmp_path / "disk")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import Qcow2Error
 from ..format.image import Image
-from ..text import Value
 from .facts import Facts
+
+Answer = TypeVar("Answer")
 
 
 def path_of(origin: object) -> Path | None:
@@ -60,7 +61,7 @@ def _counted(image: Image, part: str) -> int:
     return len(image.snapshots if part == "snapshots" else image.bitmaps)
 
 
-def _readable(question: Callable[[], Value]) -> Value:
+def _readable(question: Callable[[], Answer]) -> Answer | None:
     """Return an answer, None where the evidence cannot be read; a rule reports why."""
     try:
         return question()
