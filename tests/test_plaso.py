@@ -57,6 +57,7 @@ def test_events_of_images_are_those_of_the_raw_disk(
     run = log2timeline(variant, tmp_path / "out", start_method=start_method)
     assert run.rc == 0, run.output
     assert plaso_tools.evidence_lines(run.lines) == raw_lines
+    assert all((plaso_tools.INNER_IMAGE in line) == (name == "qcow2 inside ext4") for line in run.lines)
 
 
 def test_unreadable_data_is_an_extraction_warning_and_the_run_goes_on(
