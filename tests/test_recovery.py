@@ -20,12 +20,15 @@ import pytest
 from qcow2_forensics import audit, open_disk
 from qcow2_forensics.cli import main
 from qcow2_forensics.errors import LimitExceeded, SnapshotNotFound
-from qcow2_forensics.format.source import FileSource
+from qcow2_forensics.format.source import BytesSource, FileSource
+from qcow2_forensics.limits import L1_ENTRIES
 from qcow2_forensics.reader.parts import gatherable
 from qcow2_forensics.recovery import Confidence, RecoveredState, open_recovered, recovered_states
 from qcow2_forensics.recovery.patched_source import PatchedSource
+from qcow2_forensics.recovery.recovered_states import _Recovery
 from qcow2_forensics.render.next_commands import next_command
 from qcow2_forensics.residue.restricted_source import GuardedSource, Refusals
+from qcow2_forensics.residue.structure_detection import Geometry
 from tests import qemu
 from tests.image_builder import S_SNAPSHOTS, Builder, Poke, base_s
 from tests.tiers import every
@@ -305,3 +308,20 @@ def test_no_assumption_is_proposed_where_streams_of_the_headers_own_type_would_b
     (finding,) = [found for found in audit(path, depth="deep") if found.code == "QCOW2-COMPRESSED-INVALID"]
     assert finding.title == "compressed clusters are zstd, the header says zlib"
     assert "--assume" not in next_command(finding, str(path))
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 16, 21])
+@pytest.mark.parametrize("size", [1 << 45, 1 << 53, 1 << 60, (1 << 64) - 512])
+def test_a_size_in_the_evidence_is_taken_only_as_far_as_l1_tables_reach(cluster_bits: int, size: int) -> None:
+    source = BytesSource(bytes(1 << 22))
+    recovery = _Recovery(source, None)
+    for _ in range(40):
+        found = recovery._rebuilt("test", Geometry(3, cluster_bits, source.size, False), (), None, (), size)
+        table = found.patches[1][1]
+        assert found.size <= L1_ENTRIES << (2 * cluster_bits - 3)
+        assert len(table) == 8 * -(-found.size // (1 << (2 * cluster_bits - 3)))
+        assert found.size == size or "left out" in found.size_from
+    assert recovery._l1_bytes >= 0
+    if size > L1_ENTRIES << (2 * cluster_bits - 3):
+        with pytest.raises(LimitExceeded):
+            _Recovery(source, size)._rebuilt("test", Geometry(3, cluster_bits, source.size, False), (), None, (), None)

@@ -156,6 +156,7 @@ FORMER_TABLE_TARGETS = 64  # clusters of a former table, read to see whether the
 FORMER_L1_TARGETS = 8  # clusters of what may be an L1 table, read to see whether they are L2 tables
 FORMER_PLACES = 1 << 23  # clusters whose places in former states are remembered, 16 bytes each
 FORMER_STREAM_PLACES = 512  # places in one cluster of a gap between streams where an old one is looked for
+REBUILT_L1_BYTES = 64 * MiB  # of L1 tables rebuilt for the recovered states of a file, as far as evidence asks for them
 RECOVERED_STATES = 64  # put together for one file, of those that an L1 table or a header was found for
 INNER_IMAGES_SEARCHED = 4096  # places looked at for an image inside the file
 RECOVERY_HINT_BYTES = 8 * MiB  # from the start of a file, looked at to say whether recovery is worth a try

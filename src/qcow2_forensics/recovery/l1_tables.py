@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ..census.columns import named_offsets
+from ..errors import LimitExceeded
 from ..format.entries import COPIED
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import DEFAULT_LIMITS, Budget, MiB
+from ..limits import DEFAULT_LIMITS, L1_ENTRIES, Budget, MiB
 from ..residue.structure_detection import Geometry, l1_rows
 from ..text import plural
 from .confidence import Confidence
@@ -57,6 +58,16 @@ def l1_of(placements: tuple[Placement, ...]) -> U64:
     for placed in placements:
         table[placed.slot] = np.uint64(placed.offset | COPIED)
     return table
+
+
+def stored_l1(placements: tuple[Placement, ...], entries: int) -> bytes:
+    """Return the bytes of an L1 table of ``entries`` that puts L2 tables where they were placed.
+
+    Raises :class:`LimitExceeded` for more entries than QEMU accepts: a disk size may come from the evidence.
+    """
+    if entries > L1_ENTRIES:
+        raise LimitExceeded("entries of a rebuilt L1 table", entries, L1_ENTRIES)
+    return l1_of(placements).astype(">u8").tobytes().ljust(8 * entries, b"\0")
 
 
 def is_l1(table: U64, tables: FoundTables) -> bool:

@@ -6,6 +6,8 @@
     header, or its first bytes   the form of the tables: cluster size, L1 table, refcounts
     L1 table                     L2 tables placed by snapshots, content and order
     nothing: the disk reverted   free L2 tables that share clusters with those in use
+
+More than 400 lines because each way to a state is a few calls of the modules beside it, in the order in which they are tried.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.source import PathOrSource, Source, as_source
-from ..limits import INNER_IMAGES_SEARCHED, L1_ENTRIES, RECOVERED_STATES, RECOVERY_HINT_BYTES, MiB
+from ..limits import INNER_IMAGES_SEARCHED, L1_ENTRIES, REBUILT_L1_BYTES, RECOVERED_STATES, RECOVERY_HINT_BYTES, MiB
 from ..reader.chain import close_source
 from ..reader.disk import Disk
 from ..reader.opening import open_disk
@@ -40,7 +42,6 @@ from .header import l1_fields, new_header
 from .l1_tables import (
     entries_of,
     is_l1,
-    l1_of,
     left_out_notes,
     names_counted,
     own_clusters,
@@ -50,6 +51,7 @@ from .l1_tables import (
     read_l1,
     shared_with_snapshots,
     snapshot_l1_tables,
+    stored_l1,
     table_span,
     tables_by_slot,
 )
@@ -171,6 +173,7 @@ class _Recovery:
     def __init__(self, source: Source, virtual_size: int | None) -> None:
         self._source = source
         self._virtual_size = virtual_size
+        self._l1_bytes = REBUILT_L1_BYTES  # that sizes in the evidence may still ask for
 
     def states(self) -> Iterator[RecoveredState]:
         image = self._image()
@@ -293,23 +296,22 @@ class _Recovery:
         notes: tuple[str, ...],
         recorded_size: int | None,
     ) -> RecoveredState:
-        l1_table = l1_of(placements)
-        whole = len(l1_table) * table_span(geometry)
+        span = table_span(geometry)
+        slots = max((placed.slot for placed in placements), default=-1) + 1
 
         def patches_of(size: int) -> tuple[tuple[int, bytes], ...]:
+            entries = max(slots, -(-size // span))
+            table = stored_l1(placements, entries)  # first: it refuses what a header has no room for
             header = new_header(
                 cluster_bits=geometry.cluster_bits,
                 size=size,
-                l1_size=max(len(l1_table), -(-size // table_span(geometry))),
+                l1_size=entries,
                 extended_l2=geometry.extended_l2,
                 compression_type=compression,
             )
-            padded = (
-                l1_table.astype(">u8").tobytes().ljust(8 * max(len(l1_table), -(-size // table_span(geometry))), b"\0")
-            )
-            return (0, header), (REBUILT_AT, padded)
+            return (0, header), (REBUILT_AT, table)
 
-        whole_disk = PatchedSource(self._source, patches_of(whole))
+        whole_disk = PatchedSource(self._source, patches_of(slots * span))
         size, size_from = self._size(whole_disk, geometry, placements, recorded_size)
         return RecoveredState(
             0, what, size, size_from, geometry.cluster_size, placements, True, notes, patches=patches_of(size)
@@ -318,10 +320,10 @@ class _Recovery:
     def _size(
         self, source: Source, geometry: Geometry, placements: tuple[Placement, ...], recorded: int | None
     ) -> tuple[int, str]:
-        """Return the virtual size and where it comes from."""
+        """Return the virtual size and where it comes from; sizes in the evidence are taken as far as they can be mapped."""
         if self._virtual_size is not None:
             return self._virtual_size, "the caller"
-        if recorded is not None:
+        if recorded is not None and self._takes(recorded, geometry):
             return recorded, "its snapshot table entry"
         mapped = 0
         if placements:
@@ -334,9 +336,19 @@ class _Recovery:
                 implied = disk_size_of(disk.read)
         except (Qcow2Error, OSError):
             implied = None
-        if implied is not None and mapped <= implied[0] <= 1 << 60:
+        if implied is not None and mapped <= implied[0] and self._takes(implied[0], geometry):
             return implied
-        return mapped, "the end of the last mapped cluster"
+        refused = recorded is not None or (implied is not None and implied[0] > mapped)
+        more = "; a larger size that the evidence states is left out" if refused else ""
+        return mapped, f"the end of the last mapped cluster{more}"
+
+    def _takes(self, size: int, geometry: Geometry) -> bool:
+        """Whether a size found in the evidence leaves room for the L1 tables of the other states; it is counted then."""
+        needed = 8 * -(-size // table_span(geometry))
+        if needed > min(self._l1_bytes, 8 * L1_ENTRIES):
+            return False
+        self._l1_bytes -= needed
+        return True
 
     # --- with a header ---------------------------------------------------------------------------
 
@@ -439,9 +451,8 @@ class _Recovery:
         tables: tuple[tuple[int, bytes], ...] = (),
     ) -> RecoveredState:
         count = max(image.header.l1_size, -(-size // image.header.l2_span))
-        table = l1_of(placements)
-        padded = table.astype(">u8").tobytes().ljust(8 * count, b"\0")
-        patches = (l1_fields(count), (24, size.to_bytes(8, "big")), (REBUILT_AT, padded), *tables)
+        table = stored_l1(placements, count)
+        patches = (l1_fields(count), (24, size.to_bytes(8, "big")), (REBUILT_AT, table), *tables)
         return RecoveredState(
             0,
             what,
