@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -121,14 +122,13 @@ def test_classes_are_those_of_the_refcounts(tmp_path: Path) -> None:
 
 
 _PEAK = """
-import resource, sys
+import sys
 import qcow2_forensics as q
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+from tests.peak_memory import peak_mib
 q.audit(sys.argv[1], sys.argv[3])
-before = peak()
+before = peak_mib()
 q.audit(sys.argv[2], sys.argv[3])
-print(before, peak())
+print(before, peak_mib())
 """
 
 
@@ -140,5 +140,7 @@ def test_memory_follows_a_few_bytes_a_cluster(tmp_path: Path, depth: str) -> Non
     for path, size in ((small, GiB), (large, 1024 * GiB)):
         qemu.img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, str(size))
     command = [sys.executable, "-c", _PEAK, str(small), str(large), depth]
-    before, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    before, peak = map(int, run.stdout.split())
     assert before + 16 * (peak - before) < 1024
