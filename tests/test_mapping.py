@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import qcow2_forensics as q
-from qcow2_forensics.reader.l2_runs import sequence_end
+from qcow2_forensics.reader.l2_runs import qcow1_runs, sequence_end
 from qcow2_forensics.reader.mapping import Kind
 from tests.image_builder import COPIED, EXT_BACKING_FORMAT, Builder
 
@@ -67,6 +68,43 @@ def test_a_plain_run_is_stored_data_that_follows_each_other(
             start, end, shift = run
             assert start <= offset < end
             assert [*disk.mapping.runs(start, end - start)] == [(start, end - start, Kind.DATA, start + shift, 0)]
+
+
+@given(
+    parts=st.lists(st.tuples(st.sampled_from("sfnc"), st.integers(1, 60)), min_size=1, max_size=8),
+    start=st.integers(0, 511),
+    stop=st.integers(1, 512),
+)
+def test_entries_of_version_1_that_continue_each_other_are_one_run(
+    parts: list[tuple[str, int]], start: int, stop: int
+) -> None:
+    kinds = "".join(kind * count for kind, count in parts).ljust(512, "n")[:512]
+    entries, wanted, host = array("Q"), [], 1 << 20
+    for index, kind in enumerate(kinds):  # in sequence, fragmented, not allocated, compressed
+        host += {"s": 4096, "f": 8192}.get(kind, 0)
+        entries.append({"n": 0, "c": 1 << 63 | 100 << 51 | 512}.get(kind, host))
+        begin, end = max(start * 4096 + 7, index * 4096), min(stop * 4096 - 9, index * 4096 + 4096)
+        if begin >= end:
+            continue
+        at = {"n": None, "c": 512}.get(kind, host + begin - index * 4096)
+        name = {"n": Kind.HOLE, "c": Kind.COMPRESSED}.get(kind, Kind.DATA)
+        last = wanted[-1] if wanted and kind != "c" else None
+        if last and last[2] == name and (at is None or (last[3] is not None and last[3] + last[1] == at)):
+            wanted[-1] = (last[0], last[1] + end - begin, name, last[3], 0)
+        else:
+            wanted.append((begin, end - begin, name, at, 100 if kind == "c" else 0))
+    table = SimpleNamespace(cluster_bits=12, cluster_size=4096, slice_mask=511, slice_shift=21)
+    assert [*qcow1_runs(table, entries, 0, start * 4096 + 7, stop * 4096 - 9)] == wanted
+
+
+def test_tables_past_the_end_of_the_file_cost_one_look_at_their_l1_entry(tmp_path: Path) -> None:
+    builder = Builder(size=1 << 40)
+    for index in range(2048):
+        builder.raw(builder.l1 + 8 * index, (COPIED | 1 << 50).to_bytes(8, "big"))
+    with q.open_disk(builder.write(tmp_path / "a"), eof="zeros") as disk:
+        assert [*disk.mapping.runs(0, 1 << 40)] == [(0, 1 << 40, Kind.HOLE, None, 0)]
+        assert disk.mapping.filled_tables == 2048
+        assert not any(disk.mapping.slices.values())
 
 
 @pytest.mark.parametrize("reserved", [0, 0x3F << 56], ids=["into the reserved bits", "into the compressed flag"])

@@ -145,23 +145,29 @@ def extended_runs(table: Table, entries: array[int], number: int, offset: int, s
             offset = piece_end
 
 
-def qcow1_runs(table: Table, entries: array[int], _number: int, offset: int, stop: int) -> Iterator[Run]:
+def qcow1_runs(table: Table, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
     """Yield the runs of a slice of a version 1 table."""
     bits, size, mask = table.cluster_bits, table.cluster_size, table.slice_mask
     while offset < stop:
-        entry = entries[(offset >> bits) & mask]
+        index = (offset >> bits) & mask
+        entry = entries[index]
         inside = offset & (size - 1)
-        length = min(stop, offset - inside + size) - offset
-        if not entry:
-            yield Run(offset, length, Kind.HOLE)
-        elif entry & QCOW1_COMPRESSED:
+        if entry & QCOW1_COMPRESSED:
+            length = min(stop, offset - inside + size) - offset
             host, stored = qcow1_compressed_descriptor(entry, bits)
             yield Run(offset, length, Kind.COMPRESSED, host, stored)
-        elif entry % SECTOR:
+            offset += length
+            continue
+        if entry % SECTOR:
             raise table.bad_entry(offset, f"names the unaligned host offset {entry:#x}")
+        last = ((stop - 1) >> bits) & mask
+        index = index + 1 if entry & HIGHEST else sequence_end(entries, index + 1, last + 1, size if entry else 0)
+        run_end = min(stop, (number << table.slice_shift) + (index << bits))
+        if entry:
+            yield Run(offset, run_end - offset, Kind.DATA, entry + inside)
         else:
-            yield Run(offset, length, Kind.DATA, entry + inside)
-        offset += length
+            yield Run(offset, run_end - offset, Kind.HOLE)
+        offset = run_end
 
 
 def _compressed(table: Table, entry: int, offset: int, length: int) -> Run:

@@ -127,16 +127,19 @@ class Mapping:
         return FormatError(f"L1[{index}] {what}", offset=at, field="l1_entry")
 
     def slice(self, number: int) -> Slice:
-        """Return the entries of guest slice ``number``; empty where there is no L2 table."""
+        """Return the entries of guest slice ``number``; empty where there is no L2 table, or nothing of it."""
         entries = self.slices.get(number)
         if entries is None:
             l1_index, part = divmod(number, self._slices_per_table)
             table = self.l2_table_offset(l1_index)
-            if table:
-                offset = table + part * self._slice_bytes
-                entries = self._load(offset, self._slice_bytes // 8, f"the L2 table of L1[{l1_index}]")
-            else:
+            offset = table + part * self._slice_bytes
+            if not table:
                 entries = array("Q")
+            elif self._eof_zeros and offset >= self.image.file_size:
+                self.filled_tables += 1
+                entries = array("Q")
+            else:
+                entries = self._load(offset, self._slice_bytes // 8, f"the L2 table of L1[{l1_index}]")
             self._cache.add(number, entries)
         return entries
 
