@@ -140,6 +140,25 @@ def residue(case: Case) -> None:
     _call("residue", collect)
 
 
+def recovery(case: Case) -> None:
+    """List recovered states; map and read the best of them with their confidence."""
+    from qcow2_forensics import recovery as module
+
+    states: list[module.RecoveredState] = []
+    _call("recovered states", lambda: states.extend(module.recovered_states(case.source)))
+    for number, _state in enumerate(states[:2], 1):
+
+        def use(wanted: int = number) -> None:
+            disk, _ = module.open_recovered(case.source, wanted)
+            pieces = list(itertools.islice(module.confidence_of(disk), _PIECES))
+            if any(one.offset + one.length != two.offset for one, two in itertools.pairwise(pieces)):
+                raise Escape(f"recovered:{wanted}: the confidence does not tile the disk")
+            for offset in (0, disk.size // 2 & ~511, max(0, disk.size - 4096)):
+                _call("recovered read", lambda at=offset, of=disk: of.read(at, 4096))
+
+        _call("recovered state", use)
+
+
 def img_info(case: Case) -> None:
     """Open the file system through pytsk3."""
     import pytsk3
@@ -263,6 +282,11 @@ def _commands(case: Case) -> list[list[str]]:
         ["residue", path, str(out / "residue")],
         ["memory", path, str(out / "memory.raw")],
         ["export", path, str(out / "disk.raw"), "--no-hash"],
+        ["snapshots", path, "--recovered", "--format", "json"],
+        ["export", path, str(out / "salvaged.raw"), "--no-hash", "--salvage", "--mapfile", str(out / "salvaged.map")],
+        ["timeline", path, "--format", "html"],
+        ["diff", path, "--format", "html"],
+        ["examine", path, str(out / "examined"), "--last", "1"],
     ]
 
 
@@ -326,6 +350,7 @@ TARGETS: dict[str, Callable[[Case], None]] = {
     "audit": audit,
     "compare": compare,
     "residue": residue,
+    "recovery": recovery,
     "img_info": img_info,
     "dfvfs": dfvfs,
     "volatility": volatility,

@@ -23,7 +23,7 @@ from qcow2_forensics.errors import LimitExceeded, SnapshotNotFound
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.limits import L1_ENTRIES
 from qcow2_forensics.reader.parts import gatherable
-from qcow2_forensics.recovery import Confidence, RecoveredState, open_recovered, recovered_states
+from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, open_recovered, recovered_states
 from qcow2_forensics.recovery.patched_source import PatchedSource
 from qcow2_forensics.recovery.recovered_states import _Recovery
 from qcow2_forensics.render.next_commands import next_command
@@ -31,7 +31,7 @@ from qcow2_forensics.residue.restricted_source import GuardedSource, Refusals
 from qcow2_forensics.residue.structure_detection import Geometry
 from tests import qemu
 from tests.image_builder import S_SNAPSHOTS, Builder, Poke, base_s
-from tests.tiers import every
+from tests.tiers import every, quick
 
 SIZE = 6 << 20
 CLUSTERS = {"512": 512, "4k": 4096, "64k": 65536, "2M": 2 << 20}
@@ -325,3 +325,14 @@ def test_a_size_in_the_evidence_is_taken_only_as_far_as_l1_tables_reach(cluster_
     if size > L1_ENTRIES << (2 * cluster_bits - 3):
         with pytest.raises(LimitExceeded):
             _Recovery(source, size)._rebuilt("test", Geometry(3, cluster_bits, source.size, False), (), None, (), None)
+
+
+@pytest.mark.parametrize("offset", quick(range(4, 104, 4), [24, 96, 100]))
+def test_no_value_of_a_header_field_keeps_recovery_from_an_answer(offset: int, tmp_path: Path) -> None:
+    data = Poke(base_s(tmp_path / "image")).l1(0, 0).path.read_bytes()  # its L2 table is free now
+    for value in (0, 63, 0xFFFFFFFF):
+        source = BytesSource(data[:offset] + value.to_bytes(4, "big") + data[offset + 4 :])
+        for number, state in enumerate(recovered_states(source, virtual_size=1 << 20), 1):
+            disk, opened = open_recovered(source, number, virtual_size=1 << 20)
+            assert opened == state
+            assert sum(piece.length for piece in confidence_of(disk)) == disk.size

@@ -20,7 +20,12 @@ class FoundRefcounts:
         self.order = order
 
     def of(self, offset: int) -> int | None:
-        """Return the refcount of the cluster at a host offset, None where it cannot be read."""
+        """Return the refcount of the cluster at a host offset, None where it cannot be read.
+
+        None of every cluster where the header gives refcounts a width that does not exist.
+        """
+        if self.order > max(_ORDERS):
+            return None
         per_block = self._cluster_size * 8 >> self.order
         index, slot = divmod(offset // self._cluster_size, per_block)
         if index >= self._entries:
