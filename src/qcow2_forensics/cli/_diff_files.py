@@ -22,6 +22,7 @@ from ..files.changes import (
 from ..files.lines import body_line
 from ..files.protocol import NoFileSystem
 from ..files.records import Volume
+from ..files.spans import Spans
 from ..files.volumes import GuestVolumes
 from ..render.difference_page import FileRow
 from ..text import Column, aligned, printable, short_time
@@ -38,6 +39,7 @@ class Files:
     changes: list[Changed]
     volumes: list[Volume]
     unread: list[NotCompared]
+    in_unread_volumes: int
     outside: int
     is_incomplete: bool
     notes: list[str]  # what could not be read, safe on a terminal
@@ -75,11 +77,13 @@ def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Differ
     for (label, _, _), each, listing in zip(states, volumes, listings, strict=True):
         for problem in (*each.read_errors, *listing.problems):
             notes.append(f"{printable(label)}: {problem}")
+    unread = not_compared(old, new, ranges)
     read = {system.volume.place: system.volume for each in volumes for system in each.systems}
     return Files(
         changed,
         [read[place] for place in sorted(read)],
-        not_compared(old, new, ranges),
+        unread,
+        Spans(ranges).overlap(Spans(span for item in unread for span in item.unread.spans)),
         outside_files(old, new, ranges),
         any(each.is_incomplete for each in volumes),
         notes,
@@ -117,7 +121,7 @@ def totals(files: Files) -> dict[str, int]:
     """Return the counts of changed bytes that are in no file that is listed."""
     return {
         "bytes_in_no_file": files.outside,
-        "bytes_in_unread_volumes": sum(item.changed_bytes for item in files.unread),
+        "bytes_in_unread_volumes": files.in_unread_volumes,
     }
 
 
@@ -137,8 +141,9 @@ _LEFT = {Recoverable.YES: "content recoverable", Recoverable.PARTLY: "content pa
 def text_lines(files: Files) -> Iterator[str]:
     """Yield the lines about files."""
     for item in files.unread:
-        if item.changed_bytes:
-            yield f"{format_size(item.changed_bytes)} of it in {volume_label(item.unread.volume)}: {_unread_reason(item)}"
+        if item.changed_bytes or item.hides_changes:
+            amount = f"{format_size(item.changed_bytes)} of it in " if item.changed_bytes else ""
+            yield f"{amount}{volume_label(item.unread.volume)}: {_unread_reason(item)}"
     if files.outside and (files.changes or files.unread):
         yield f"{format_size(files.outside)} of it in no file: file system structures or free space"
     if files.changes:

@@ -192,7 +192,8 @@ def _unread(listed: Files) -> Iterator[str]:
     for item in listed.unread:
         if item.hides_changes:
             where = _files.volume_label(item.unread.volume)
-            yield f"{size(item.changed_bytes)} differ in {where}, whose files are not listed"
+            differing = f"{size(item.changed_bytes)} differ in" if item.changed_bytes else "files may differ in"
+            yield f"{differing} {where}, whose files are not listed"
     if listed.is_incomplete:
         yield "parts of the file systems could not be read: files may be missing from the list"
 

@@ -76,6 +76,10 @@ class StateFiles:
     def __init__(self, volumes: GuestVolumes, progress: Callable[[int], None] | None = None) -> None:
         self.systems = {system.volume.place: system for system in volumes.systems}
         self.unread = {item.volume.place: item for item in volumes.unread}
+        self.spans = volumes.spans
+        hiding = [item for item in volumes.unread if item.may_hold_files]
+        self._hiding_places = {item.volume.place for item in hiding}
+        self._hiding_spans = Spans(span for item in hiding for span in item.spans)
         self.records: dict[Place, list[FileRecord]] = {}
         for place, system in self.systems.items():
             listed: list[FileRecord] = []
@@ -90,36 +94,53 @@ class StateFiles:
         """What could not be listed or read."""
         return [problem for system in self.systems.values() for problem in system.problems]
 
-    def lacks(self, place: Place) -> Unread | None:
-        """Return the volume at a place when there is one whose files are not known."""
-        item = self.unread.get(place)
-        return None if item is None or item.blank else item
+    def hides(self, other: StateFiles, place: Place) -> bool:
+        """Return whether the files that another state has at a place may be in a volume of this one that is not read.
+
+        That volume may be at the same place, or lie over a part of it, as the whole disk does without its table.
+        """
+        if place in self.systems:
+            return False
+        return place in self._hiding_places or self._hiding_spans.overlap(other.spans[place]) > 0
 
 
 class NotCompared(NamedTuple):
-    """A volume whose files are not known in one of the states; ``changed_bytes`` counts what differs in it."""
+    """A volume whose files are not known in one of the states.
+
+    ``changed_bytes`` counts what differs in it; ``is_read_once`` says that files are known of one state there.
+    """
 
     unread: Unread
     changed_bytes: int
+    is_read_once: bool = False
 
     @property
     def hides_changes(self) -> bool:
         """Whether files may differ here."""
-        return self.unread.holds_files and self.changed_bytes > 0
+        return self.unread.holds_files and (self.changed_bytes > 0 or self.is_read_once or self.unread.is_elsewhere)
 
 
 def not_compared(before: StateFiles, after: StateFiles, ranges: Iterable[tuple[int, int]]) -> list[NotCompared]:
     """Return the volumes that could not be compared file by file, in the order of the disk."""
     touched = Spans(ranges)
     found = []
+    hidden = dict(_hidden(before, after))
+    hidden_spans = Spans(span for spans in hidden.values() for span in spans)
     for place in sorted({*before.unread, *after.unread}):
         items = [state.unread[place] for state in (after, before) if place in state.unread]
         spans = Spans(span for item in items for span in item.spans)
         shown = next((item for item in items if not item.blank), items[0])
         read = [state for state in (before, after) if place in state.systems]
         if not shown.blank or not read:  # what was blank and now has files is compared
-            found.append(NotCompared(shown, touched.overlap(spans)))
+            is_read_once = place in hidden or hidden_spans.overlap(spans) > 0
+            found.append(NotCompared(shown, touched.overlap(spans), is_read_once))
     return found
+
+
+def _hidden(before: StateFiles, after: StateFiles) -> Iterator[tuple[Place, Sequence[Span]]]:
+    """Yield the volumes whose files are known of one state, and not of the other: they are not compared."""
+    for one, other in ((before, after), (after, before)):
+        yield from ((place, other.spans[place]) for place in other.systems if one.hides(other, place))
 
 
 def file_changes(
@@ -127,13 +148,10 @@ def file_changes(
 ) -> Iterator[Changed]:
     """Yield what changed, volume by volume; ``ranges`` are the (offset, length) that differ.
 
-    Volumes that one of the states has and whose files are not known in it are left out: see
-    :func:`not_compared`. With ``hashed`` each change of a file carries the SHA-256 of both versions.
+    Volumes whose files are not known in one of the states are left out: see :func:`not_compared`. With ``hashed`` each change of a file carries the SHA-256 of both versions.
     """
     touched = Spans(ranges)
-    for place in sorted({*before.systems, *after.systems}):
-        if before.lacks(place) or after.lacks(place):
-            continue
+    for place in sorted({*before.systems, *after.systems} - dict(_hidden(before, after)).keys()):
         pair = _Pair(before, after, place, touched)
         for change in pair.changes():
             change.changed_bytes = touched.overlap(Spans(_spans(change.before, change.after)))

@@ -50,10 +50,15 @@ class LogicalVolume(NamedTuple):
     size: int
     parts: tuple[tuple[Reader, Segment], ...]
     why: str
+    is_elsewhere: bool = False  # a part of it is on a physical volume of another disk
 
 
 class LvmError(ValueError):
     """The label is there, and what it points to is not LVM metadata."""
+
+
+class MissingPart(LvmError):
+    """A part of a logical volume is on a physical volume that is not on this disk."""
 
 
 def _label_at(head: bytes) -> int | None:
@@ -231,11 +236,13 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
             continue  # part of another one
         size = sum(_number(segment, "extent_count") for segment in _segments(volume)) * extent
         why = ""
+        is_elsewhere = False
         parts: list[tuple[Reader, Segment]] = []
         for segment in _segments(volume):
             try:
                 parts += islice(_parts(segment, extent, starts), budget - len(parts) + 1)
             except LvmError as error:
+                is_elsewhere |= isinstance(error, MissingPart)
                 why = why or str(error)
         if not why and len(parts) > budget:
             raise LvmError(f"it has more than {LVM_SEGMENTS} pieces")
@@ -244,7 +251,7 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
         elif not parts:
             why = "it has no segments"
         budget -= len(parts)
-        yield LogicalVolume(group_name, name, size, tuple(parts), why)
+        yield LogicalVolume(group_name, name, size, tuple(parts), why, is_elsewhere)
 
 
 def _segments(volume: Section) -> list[Section]:
@@ -269,7 +276,7 @@ def _parts(segment: Section, extent: int, starts: _Starts) -> Iterator[tuple[Rea
     for alias, at in zip(stripes[::2], stripes[1::2], strict=True):
         reader, start, uuid = starts.get(str(alias), (None, 0, str(alias)))
         if reader is None:
-            raise LvmError(f"part of it is on physical volume {uuid[:40]}, which is not on this disk")
+            raise MissingPart(f"part of it is on physical volume {uuid[:40]}, which is not on this disk")
         if not isinstance(at, int) or at < 0:
             raise LvmError("its list of stripes is incomplete")
         places.append((reader, start + at * extent))

@@ -6,24 +6,26 @@ A partition may hold a file system, or further volumes::
                ├─ LUKS, BitLocker ────── decrypted by dfVFS, and looked into again
                └─ LVM2 physical volume ─ its group's logical volumes, each looked into again
 
-What nobody reads is returned too, named by its signature: it is never taken for free space.
+What nobody reads is returned too, named by its signature: it is never taken for free space. Nor is space
+outside the partitions, where more is stored than partition tables: the table may be damaged, or a partition deleted.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Qcow2Error
-from ..limits import VOLUME_DEPTH
+from ..limits import BLANK_BYTES_READ, PARTITION_GAP, VOLUME_DEPTH
 from ..reader.disk import Layer
+from ..reader.runs import Kind
 from ..text import printable
 from . import lvm
 from .protocol import FileSystem, NoFileSystem
 from .readers import Reader, VolumeReader
-from .records import Span, Volume
+from .records import Place, Span, Volume
 from .signatures import HEAD, Signature, signature_of
 from .spans import Spans
 from .tolerant import TolerantReader
@@ -42,17 +44,31 @@ class Unread(NamedTuple):
     spans: tuple[Span, ...]
     why: str
     holds_files: bool = True
-    blank: bool = False  # nothing is written at its start, where every kind of volume has its mark
+    blank: bool = False  # it holds nothing but zeros
+    is_elsewhere: bool = False  # a part of it is on another disk, where it may change unseen
+
+    @property
+    def may_hold_files(self) -> bool:
+        """Whether files may be in it that are not listed."""
+        return self.holds_files and not self.blank
 
 
 class GuestVolumes:
-    """The file systems of one state, and the volumes that are not read."""
+    """The file systems of one state, and the volumes that are not read.
+
+    ``spans`` says where each file system is on the disk.
+    """
 
     def __init__(
-        self, systems: Sequence[FileSystem] = (), unread: Sequence[Unread] = (), reader: TolerantReader | None = None
+        self,
+        systems: Sequence[FileSystem] = (),
+        unread: Sequence[Unread] = (),
+        spans: Mapping[Place, Sequence[Span]] | None = None,
+        reader: TolerantReader | None = None,
     ) -> None:
         self.systems = list(systems)
         self.unread = list(unread)
+        self.spans = dict(spans or {})
         self._reader = reader
         self._in_search = self._unreadable.total  # of the search for partitions and file systems
 
@@ -92,15 +108,18 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
     messages what disk this is.
     """
     need_back_end()
-    from .sleuthkit import partitions
+    from .sleuthkit import partitions, table_spans
     from .tsk_image import ReaderImage
 
     reader = TolerantReader(disk, "zeros")
     found = _Finder(reader, passphrases)
     looked: list[str] = []
-    for number, offset, length, description in partitions(ReaderImage(reader)):
+    image = ReaderImage(reader)
+    for number, offset, length, description in partitions(image):
         looked.append(f"partition {number} ({printable(description) or 'no description'})")
         found.look_at_partition(Volume(number, offset, description, ""), length)
+    if looked:
+        found.look_outside_partitions(table_spans(image))
     found.look_into_groups()
     if not found.systems and not any(item.volume.kind for item in found.unread):
         whole = _Finder(reader, passphrases)
@@ -112,7 +131,7 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
         where = f"; looked at {', '.join(looked)}" if looked else ""
         why = f"; {reader.errors[0]}" if reader.errors else ""
         raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
-    return GuestVolumes(found.systems, found.unread, reader)
+    return GuestVolumes(found.systems, found.unread, found.spans, reader)
 
 
 class _Finder:
@@ -121,7 +140,9 @@ class _Finder:
     def __init__(self, reader: TolerantReader, passphrases: Sequence[bytes]) -> None:
         self.systems: list[FileSystem] = []
         self.unread: list[Unread] = []
+        self.spans: dict[Place, Sequence[Span]] = {}
         self._disk = reader
+        self._partitions: list[tuple[int, int]] = []
         self._passphrases = passphrases
         self._physical: list[tuple[lvm.PhysicalVolume, Volume, int]] = []
 
@@ -130,7 +151,19 @@ class _Finder:
         if volume.offset >= self._disk.size:
             self.unread.append(Unread(volume, (), "it begins past the end of the disk"))
             return
+        self._partitions.append((volume.offset, length))
         self._look(VolumeReader.slice(self._disk, volume.offset, length), volume, 0)
+
+    def look_outside_partitions(self, tables: Iterable[Span]) -> None:
+        """Name what is stored in the gaps between partitions, where they are longer than any table needs."""
+        ends = ((0, PARTITION_GAP), (max(0, self._disk.size - PARTITION_GAP), PARTITION_GAP))
+        at = 0
+        for start, length in Spans((*self._partitions, *tables, *ends)):
+            if start - at > PARTITION_GAP:
+                reader = VolumeReader.slice(self._disk, at, start - at)
+                why = f"no partition covers {at:#x} to {start:#x} of the disk"
+                self._not_read(reader, Volume(0, at, "", "", "/unpartitioned"), why, blank=self._is_blank(reader))
+            at = start + length
 
     def _look(self, reader: Reader, volume: Volume, depth: int) -> None:
         """Find the file system of a volume, the volumes in it, or what it is."""
@@ -139,8 +172,11 @@ class _Finder:
         if signature.name == "LVM2":
             self._physical_volume(reader, volume, depth)
         elif not self._by_sleuth_kit(reader, volume, depth):
-            blank = not signature.name and head.count(0) == len(head)
-            why = "its start is blank" if blank else "its signature is not known"
+            blank_start = not signature.name and head.count(0) == len(head)
+            blank = blank_start and self._is_blank(reader)
+            why = "it holds nothing but zeros" if blank else "its signature is not known"
+            if blank_start and not blank:
+                why = "its start is blank"
             if not signature.holds_files:
                 why = "it holds no files"
             elif signature.name in _DFVFS_READS and depth < VOLUME_DEPTH:
@@ -161,6 +197,7 @@ class _Finder:
         if handle is None:
             return False
         known = replace(volume, kind=kind_of(handle), backend="The Sleuth Kit")
+        self.spans[known.place] = tuple(reader.place(0, reader.size))
         self.systems.append(SleuthKitFileSystem(image, known, handle, reader if depth else None))
         return True
 
@@ -185,7 +222,12 @@ class _Finder:
         except OSError as error:
             return str(error)
         self.systems += found
+        if found:
+            self.spans[volume.place] = tuple(reader.place(0, reader.size))
         return "" if found else f"dfVFS cannot open it{f': {scanned.problem}' if scanned.problem else ''}"
+
+    def _is_blank(self, reader: Reader) -> bool:
+        return _is_blank(self._disk.disk, reader.place(0, reader.size))
 
     def _not_read(
         self, reader: Reader, volume: Volume, why: str, *, holds_files: bool = True, blank: bool = False
@@ -227,4 +269,25 @@ class _Finder:
             return
         spans = tuple(span for reader, segment in logical.parts for span in reader.place(segment.below, segment.length))
         why = logical.why or f"it is nested more than {VOLUME_DEPTH} deep"
-        self.unread.append(Unread(replace(volume, kind="LVM2"), spans, printable(why)))
+        unread = Unread(replace(volume, kind="LVM2"), spans, printable(why), is_elsewhere=logical.is_elsewhere)
+        self.unread.append(unread)
+
+
+def _is_blank(disk: Layer, spans: Iterable[Span]) -> bool:
+    """Return whether ranges hold nothing but zeros; False where that is not known.
+
+    It is not where something cannot be read, or more is stored than :data:`BLANK_BYTES_READ`.
+    """
+    left = BLANK_BYTES_READ
+    try:
+        for extent in (extent for span in spans for extent in disk.extents(*span)):
+            if extent.kind in (Kind.ZERO, Kind.HOLE):
+                continue
+            left -= extent.length
+            for at in range(extent.offset, extent.offset + extent.length, HEAD):
+                data = disk.read(at, min(HEAD, extent.offset + extent.length - at))
+                if left < 0 or data.count(0) != len(data):
+                    return False
+    except (OSError, Qcow2Error):
+        return False
+    return True
