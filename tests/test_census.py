@@ -124,6 +124,7 @@ def test_owner_runs_tile_the_file_and_agree_with_free_and_leaked(seed: int, tmp_
     # A claim the check refuses to count (too many references) still has an owner, never the reverse.
     covered = sum(length for _, length in unclaimed)
     assert covered == sum(stop - start for start, stop in unowned)
+    assert covered == census.unclaimed_bytes
 
 
 def test_referrers_name_the_entries_that_map_a_cluster(tmp_path: Path) -> None:
@@ -254,6 +255,7 @@ def test_a_census_with_an_index_for_claimed_clusters_only_sees_the_same(
             continue
         assert census.index_map.compact == (not always)
         ranges = list(owner_runs(census)), list(census.free()), list(census.leaked())
+        assert census.unclaimed_bytes == sum(length for _, length in [*census.free(), *census.leaked()])
         seen.append((report.to_dict(), ranges, census.issues.kinds(), census.aliases, census.end))
     assert seen[0] == seen[1]
 

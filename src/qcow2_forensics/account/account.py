@@ -22,7 +22,7 @@ from .qcow1_claims import claim_qcow1
 from .remainders import looked_at
 from .spans import Spans, Tile, Windowed, joined, runs_of, tile
 from .streams import Decoded
-from .table_claims import TableClaims, places_of_owners
+from .table_claims import OwnerPlaces, TableClaims
 
 _CLUSTERS = 1 << 20  # looked at together
 _SUBCLUSTERS = 1 << 16  # clusters of extended L2 entries, 32 elements each
@@ -46,7 +46,8 @@ class Account:
         self._allocated: AllocatedData | None = None
         self._shown: ShownData | None = None
         claims, hints = Spans(), Spans()
-        self._places = np.zeros(1, np.int64)
+        self._places: OwnerPlaces | None = None
+        self._everything = 0  # the label of what nothing accounts for, without a census
         claim_header(image, self._labels, claims, hints)
         if census is not None:
             TableClaims(census, self._labels, claims, hints).all()
@@ -55,7 +56,7 @@ class Account:
 
                 claim_luks(image, self._labels, claims, hints)
             self._unclaimed(census, hints)
-            self._places = places_of_owners(self._labels, extended=image.header.extended_l2)
+            self._places = OwnerPlaces(self._labels, extended=image.header.extended_l2)
             if decoded is None or not read:
                 self._allocated = AllocatedData(self._labels)
             else:
@@ -65,9 +66,9 @@ class Account:
             and _is_sound(image)
             and claim_qcow1(image, self._labels, claims, hints, decode=read)
         ):
-            self._places[0] = self._labels.number(Place.FREE)
+            self._everything = self._labels.number(Place.FREE)
         else:
-            self._places[0] = self._labels.number(Place.NOT_WALKED)
+            self._everything = self._labels.number(Place.NOT_WALKED)
         self._claims, self._hints = claims.rows(self.size), hints.rows(self.size)
 
     @property
@@ -96,14 +97,14 @@ class Account:
     def _windows(self) -> Iterator[tuple[int, int, I64, list[I64]]]:
         """Yield start and stop of windows, the places that tile each, and claims on its data clusters."""
         census = self.census
-        if census is None:
-            yield 0, self.size, np.asarray([[0, self.size, self._places[0]]]), []
+        if census is None or self._places is None:
+            yield 0, self.size, np.asarray([[0, self.size, self._everything]]), []
             return
         size = census.cluster_size
         for first, owners in census.owner_parts():
             start, stop = first * size, min((first + len(owners)) * size, self.size)
             starts, stops, values = runs_of(owners, start, size)
-            places = np.column_stack((starts, np.minimum(stops, stop), self._places[values]))
+            places = np.column_stack((starts, np.minimum(stops, stop), self._places.of(values)))
             data: list[I64] = []
             if self._allocated is not None:
                 data.append(self._allocated.rows(start, owners, size))

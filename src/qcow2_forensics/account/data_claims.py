@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -30,18 +32,23 @@ class AllocatedData:
     """Guest data by allocation alone: whole clusters, as the census counts them."""
 
     def __init__(self, labels: Labels) -> None:
-        bits = np.arange(1 << 15)
-        by_flags = labels_of_flags(labels)
-        flags = np.where(bits & int(Owner.DATA), ACTIVE, 0) | np.where(bits & int(Owner.SNAPSHOT_DATA), SNAPSHOT, 0)
-        self._table = by_flags[flags]
-        self._table[(bits & int(Owner.COMPRESSED)) != 0] = labels.number(Kind.COMPRESSED)
+        self._labels = np.append(labels_of_flags(labels), labels.number(Kind.COMPRESSED))
 
     def rows(self, start: int, owners: npt.NDArray[np.unsignedinteger], size: int) -> I64:
         """Return claims on clusters with these owners, from the host offset ``start`` on."""
         starts, stops, values = runs_of(owners, start, size)
-        found = self._table[values]
+        found = self._labels[_flags_of_owners()[values]]
         kept: I64 = np.column_stack((starts, stops, found))[found >= 0]
         return kept
+
+
+@functools.cache
+def _flags_of_owners() -> npt.NDArray[np.uint8]:
+    """Return the flags of the states that show a cluster for every combination of its owners, 8 for compressed data."""
+    bits = np.arange(1 << 15)
+    flags = np.where(bits & int(Owner.DATA), ACTIVE, 0) | np.where(bits & int(Owner.SNAPSHOT_DATA), SNAPSHOT, 0)
+    flags[(bits & int(Owner.COMPRESSED)) != 0] = 8
+    return flags.astype(np.uint8)
 
 
 class ShownData:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census.columns import I64, U64, Mask
-from ..census.reference_counts import weighted_segments
+from ..census.reference_counts import distinct, weighted_segments
 
 _END = 1 << 62  # offsets beyond are past the end of every file
 
@@ -47,15 +47,19 @@ class Spans:
 
     def add_many(self, label: int | I64, starts: U64 | I64, stops: U64 | I64) -> None:
         """Take in ranges as arrays; empty ones are none."""
+        if len(starts) < 2:
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                self.add(label if isinstance(label, int) else int(label[0]), start, stop)
+            return
         rows = np.empty((len(starts), 3), np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2] = _signed(starts), _signed(stops), label
         self._parts.append(rows[rows[:, 1] > rows[:, 0]])
 
     def rows(self, end: int) -> I64:
-        """Return all of them by rising start, cut at ``end``: ``(ranges, 3)``."""
+        """Return all of them by rising start, of equals the label met first, cut at ``end``: ``(ranges, 3)``."""
         rows = np.concatenate([*self._parts, np.asarray(self._single, np.int64).reshape(-1, 3)])
         rows = rows[rows[:, 0] < end]
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        rows = rows[np.lexsort((rows[:, 2], rows[:, 0]))]
         rows[:, 1] = np.minimum(rows[:, 1], end)
         return rows
 
@@ -74,7 +78,7 @@ class Windowed:
 
     def part(self, start: int, stop: int) -> I64:
         """Return what lies in the next window."""
-        last = int(np.searchsorted(self._rows[:, 0], stop))
+        last = int(self._rows[:, 0].searchsorted(stop))
         rows = np.concatenate((self._open, self._rows[self._at : last]))
         self._at = last
         self._open = rows[rows[:, 1] > stop]
@@ -96,7 +100,7 @@ def runs_of(values: npt.NDArray[np.unsignedinteger], start: int, unit: int) -> t
 def tile(start: int, stop: int, claims: I64, hints: I64, places: I64) -> Tile:
     """Return what each byte of a window is: the claim on it; else its place, a hint before the tiling ``places``."""
     claimed, hinted = weighted_segments(claims), weighted_segments(hints)
-    bounds = np.unique(
+    bounds = distinct(
         np.concatenate(
             ([start, stop], claimed.start, claimed.end, hinted.start, hinted.end, places[:, 0], places[:, 1])
         )
@@ -104,7 +108,7 @@ def tile(start: int, stop: int, claims: I64, hints: I64, places: I64) -> Tile:
     left = bounds[:-1]
     at_claim, is_claimed = _covering(claimed.start, claimed.end, left)
     at_hint, is_hinted = _covering(hinted.start, hinted.end, left)
-    label = places[np.searchsorted(places[:, 0], left, side="right") - 1, 2]
+    label = places[places[:, 0].searchsorted(left, side="right") - 1, 2]
     label[is_hinted] = hinted.owner[at_hint[is_hinted]]
     label[is_claimed] = claimed.owner[at_claim[is_claimed]]
     covers = np.zeros(len(left), np.int64)
@@ -116,7 +120,7 @@ def _covering(starts: I64, ends: I64, places: I64) -> tuple[npt.NDArray[np.intp]
     """Return which disjoint range each place may lie in, and whether it does."""
     if not len(starts):
         return np.zeros(len(places), np.intp), np.zeros(len(places), np.bool_)
-    at = np.searchsorted(starts, places, side="right") - 1
+    at = starts.searchsorted(places, side="right") - 1
     return at, (at >= 0) & (places < ends[at])
 
 

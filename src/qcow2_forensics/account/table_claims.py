@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
+import numpy.typing as npt
 
 from ..census import Census, Owner
 from ..census.claimed_clusters import merged
@@ -55,8 +58,8 @@ class TableClaims:
             kept = sound[chosen]
             label = self.labels.number(Kind.L1, owner)
             rows = np.column_stack((starts[chosen], meant[chosen], stops[chosen]))[kept]
-            if len(rows):  # a table that several entries name is one
-                rows = np.unique(rows, axis=0)
+            if len(rows):
+                rows = np.unique(rows, axis=0) if len(rows) > 1 else rows  # a table that several entries name is one
                 self.claims.add_many(label, rows[:, 0], rows[:, 1])
                 self._past_end(label, rows[:, 1], np.minimum(rows[:, 2], self.image.file_size), owner)
 
@@ -185,11 +188,25 @@ _PLACES = (
 )
 
 
-def places_of_owners(labels: Labels, *, extended: bool) -> np.ndarray:
-    """Return the label of unaccounted bytes for every combination of owners of their cluster; later ones win."""
-    table = np.full(1 << 15, labels.number(Place.FREE), np.int64)
-    bits = np.arange(1 << 15)
-    for owner, place in _PLACES:
-        wanted = Place.SUBCLUSTER if extended and place is Place.ZERO_FLAGGED else place
-        table[(bits & int(owner)) != 0] = labels.number(wanted)
-    return table
+class OwnerPlaces:
+    """The label of unaccounted bytes by the owners of their cluster."""
+
+    def __init__(self, labels: Labels, *, extended: bool) -> None:
+        places = [Place.FREE, *(place for _, place in _PLACES)]
+        if extended:
+            places = [Place.SUBCLUSTER if place is Place.ZERO_FLAGGED else place for place in places]
+        self._labels = np.asarray([labels.number(place) for place in places], np.int64)
+
+    def of(self, owners: I64) -> I64:
+        """Return the labels for some combinations of owners."""
+        found: I64 = self._labels[_place_numbers()[owners]]
+        return found
+
+
+@functools.cache
+def _place_numbers() -> npt.NDArray[np.uint8]:
+    """Return which row of the places above counts for every combination of owners, from 1; later ones win."""
+    numbers, bits = np.zeros(1 << 15, np.uint8), np.arange(1 << 15)
+    for number, (owner, _) in enumerate(_PLACES, 1):
+        numbers[(bits & int(owner)) != 0] = number
+    return numbers

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
@@ -207,7 +208,7 @@ class Outcome(NamedTuple):
 
 def apply(entry: Rule, facts: Facts) -> Outcome:
     """Run one rule; of too many findings the worst are kept, of evidence a selection spread over structures."""
-    findings: dict[Severity, list[Finding]] = {severity: [] for severity in sorted(Severity, reverse=True)}
+    findings: defaultdict[Severity, list[Finding]] = defaultdict(list)
     kept: Selection[Evidence | Deferred] = Selection()
     failure: Qcow2Error | OSError | None = None
     total = 0
@@ -224,7 +225,8 @@ def apply(entry: Rule, facts: Facts) -> Outcome:
                 kept.count += item.stands_for - 1 if isinstance(item, Deferred) else 0
     except (Qcow2Error, OSError) as error:
         failure = error.with_traceback(None)  # what was seen before it still counts; its frames hold arrays
-    listed = [finding for group in findings.values() for finding in group][:FINDINGS_PER_RULE]
+    worst_first = sorted(findings, reverse=True) if findings else ()
+    listed = [finding for severity in worst_first for finding in findings[severity]][:FINDINGS_PER_RULE]
     if kept.count:
         try:
             evidence = [item if isinstance(item, Evidence) else item.make() for item in kept.items]

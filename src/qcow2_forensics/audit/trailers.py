@@ -15,6 +15,7 @@ from ..format.image import Image
 from ..limits import KiB
 
 _SEARCHED = 256 * KiB  # bytes at the end: a ZIP comment may be 64 KiB long, and tools search some more
+_ZIP, _VHD, _DMG = b"PK\5\6", b"conectix", b"koly"
 _ZIP_RECORD, _ZIP64_SIZE = 22, 0xFFFF_FFFF
 _CENTRAL = b"PK\1\2"
 _VHD_FOOTER = 512  # bytes; old writers cut the last one off
@@ -34,7 +35,9 @@ def trailers(image: Image) -> Iterator[Trailer]:
     """Yield the last sound record of each format near the end of the file."""
     start = max(0, image.file_size - _SEARCHED)
     data = image.read(start, image.file_size - start)
-    for find in (_zip, _vhd, _dmg):
+    for magic, find in ((_ZIP, _zip), (_VHD, _vhd), (_DMG, _dmg)):
+        if not all(byte in data for byte in magic):  # rarely so, but then a search from the end takes ten times as long
+            continue
         found = find(data)
         if found is not None:
             yield found._replace(offset=start + found.offset)
@@ -42,7 +45,7 @@ def trailers(image: Image) -> Iterator[Trailer]:
 
 def _zip(data: bytes) -> Trailer | None:
     """Return the ZIP end record that a reader takes: the last one whose directory is where it says."""
-    at = data.rfind(b"PK\5\6")
+    at = data.rfind(_ZIP)
     while at >= 0:
         record = data[at : at + _ZIP_RECORD]
         if len(record) == _ZIP_RECORD:
@@ -51,7 +54,7 @@ def _zip(data: bytes) -> Trailer | None:
             length = min(length, len(data) - at)
             if _has_directory(data, at, size):
                 return Trailer("ZIP end record", at, length, len(data) - at - length)
-        at = data.rfind(b"PK\5\6", 0, at)
+        at = data.rfind(_ZIP, 0, at)
     return None
 
 
@@ -65,24 +68,24 @@ def _has_directory(data: bytes, at: int, size: int) -> bool:
 
 def _vhd(data: bytes) -> Trailer | None:
     """Return a VHD footer whose checksum is right; readers take the last whole sector of the file."""
-    at = data.rfind(b"conectix")
+    at = data.rfind(_VHD)
     while at >= 0:
         footer = data[at : at + _VHD_FOOTER].ljust(_VHD_FOOTER, b"\0")
         total = ~(sum(footer) - sum(footer[64:68])) & 0xFFFF_FFFF
         if int.from_bytes(footer[64:68], "big") == total:
             length = min(_VHD_FOOTER, len(data) - at)
             return Trailer("VHD footer", at, length, len(data) - at - length)
-        at = data.rfind(b"conectix", 0, at)
+        at = data.rfind(_VHD, 0, at)
     return None
 
 
 def _dmg(data: bytes) -> Trailer | None:
     """Return a DMG trailer: version 4, and its own length."""
-    at = data.rfind(b"koly")
+    at = data.rfind(_DMG)
     while at >= 0:
         trailer = data[at : at + 12]
         if trailer[4:] == (4).to_bytes(4, "big") + _DMG_TRAILER.to_bytes(4, "big"):
             length = min(_DMG_TRAILER, len(data) - at)
             return Trailer("DMG trailer", at, length, len(data) - at - length)
-        at = data.rfind(b"koly", 0, at)
+        at = data.rfind(_DMG, 0, at)
     return None

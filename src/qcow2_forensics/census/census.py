@@ -157,6 +157,12 @@ class Census:
         for start in range(0, self.clusters, _RUN_CHUNK):
             yield start, self._claims.owners.part(self.index_map, start, min(start + _RUN_CHUNK, self.clusters))
 
+    @property
+    def unclaimed_bytes(self) -> int:
+        """How many bytes of the file are in clusters that nobody claims: those of :meth:`free` and :meth:`leaked`."""
+        claimed = int(np.count_nonzero(self._claims.counts.all))
+        return (self._claims.checked - claimed) * self.cluster_size
+
     def free(self) -> Iterator[Range]:
         """Yield runs of clusters nobody claims and whose refcount is 0 or cannot be read."""
         return self._runs(counted=False)

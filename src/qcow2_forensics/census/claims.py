@@ -68,6 +68,12 @@ class Claims:
         self, kind: Owner, spans: U64 | Sequence[tuple[int, int]], structure: str, trees: U64 | None = None
     ) -> None:
         """Count byte ranges ``(offset, length)``, each of which occupies every cluster it touches."""
+        if len(spans) == 1:  # most structures are in one piece
+            offset, length = (int(value) for value in spans[0])
+            if length > 0 and offset + length < self.length + self.cluster_size:
+                first = offset >> self.cluster_bits
+                self._claim_run(kind, first, ((offset + length - 1) >> self.cluster_bits) + 1, 1)
+                return
         table = np.asarray(spans, dtype=np.uint64).reshape(-1, 2)
         numbers = np.flatnonzero(table[:, 1])
         offsets, lengths = table[numbers].T
@@ -88,12 +94,16 @@ class Claims:
         lengths = segments.end - segments.start
         short = lengths <= _SHORT_RUN  # many of them only where crafted: all at once
         for start, stop, weight in np.column_stack(segments[:3])[~short].tolist():
-            first_index = self.index_map.at(start)
-            self.counts.add_range(first_index, stop - start, weight)
-            self.owners.add(slice(first_index, first_index + stop - start), kind)
+            self._claim_run(kind, start, stop, weight)
         indices = self.index_map.of(_ranges(segments.start[short], lengths[short]))
         self.counts.add(indices, np.repeat(segments.weight[short], lengths[short]).astype(np.uint64))
         self.owners.add(indices, kind)
+
+    def _claim_run(self, kind: Owner, start: int, stop: int, weight: int) -> None:
+        """Count the clusters from ``start`` to ``stop``, ``weight`` times each."""
+        index, count = self.index_map.at(start), stop - start
+        self.counts.add_range(index, count, weight)
+        self.owners.add(slice(index, index + count), kind)
 
     def claim_clusters(self, kind: Owner, hosts: U64, weight: U64, structure: str, positions: U64) -> None:
         """Count whole clusters, named by the entries at file offsets ``positions``, ``weight`` times each."""

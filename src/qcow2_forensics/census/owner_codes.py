@@ -29,6 +29,12 @@ class OwnerCodes:
     def add(self, where: slice | U64, owner: Owner) -> None:
         """Add an owner to some clusters, which may repeat."""
         codes = self._codes[where]
+        if not len(codes):
+            return
+        first = codes[0]
+        if first == codes[-1] and bool((codes == first).all()):  # mostly clusters that nobody had
+            self._codes[where] = self._number(self._combinations[first] | int(owner))
+            return
         step = self._steps.get(int(owner))
         if step is None or len(step) < len(self._combinations):
             step = self._lengthened(int(owner))

@@ -104,6 +104,15 @@ def sum_by(keys: U64, weights: U64) -> tuple[U64, U64]:
     return ordered[starts], np.add.reduceat(weights[order], starts)
 
 
+def distinct(values: I64) -> I64:
+    """Return the different values, rising: what ``numpy.unique`` does, for the short arrays it is slow with."""
+    ordered = values.copy()
+    ordered.sort()
+    fresh = np.ones(len(ordered), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=fresh[1:])
+    return ordered[fresh]
+
+
 class Segments(NamedTuple):
     """Disjoint rising byte ranges, one array a column, that ``weight`` intervals cover each.
 
@@ -123,16 +132,18 @@ def weighted_segments(table: I64) -> Segments:
     Of several that cover a segment the owner is the one that reaches furthest, the first of equals.
     """
     table = table[table[:, 1] > table[:, 0]]
-    if not len(table):
-        return Segments(*np.zeros((5, 0), dtype=np.int64))
-    starts, ends, owners = table[np.argsort(table[:, 0], kind="stable")].T
+    if len(table) < 2:  # the L1 table of an image without snapshots, for one
+        starts, ends, owners = table.T
+        return Segments(starts, ends, np.ones_like(starts), owners, starts)
+    starts, ends, owners = table[table[:, 0].argsort(kind="stable")].T
     reach = np.maximum.accumulate(ends)
     further = np.concatenate(([True], reach[1:] > reach[:-1]))
     furthest = np.maximum.accumulate(np.where(further, np.arange(len(starts)), 0))
-    places = np.unique(np.concatenate((starts, ends)))
-    steps = np.bincount(np.searchsorted(places, starts), minlength=len(places))
-    steps -= np.bincount(np.searchsorted(places, ends), minlength=len(places))
-    weight = np.cumsum(steps)[:-1]
-    chosen = furthest[np.searchsorted(starts, places[:-1], side="right") - 1]
+    places = distinct(np.concatenate((starts, ends)))
+    steps = np.bincount(places.searchsorted(starts), minlength=len(places))
+    steps -= np.bincount(places.searchsorted(ends), minlength=len(places))
+    weight = steps.cumsum()[:-1]
+    chosen = furthest[starts.searchsorted(places[:-1], side="right") - 1]
     columns = (places[:-1], places[1:], weight, owners[chosen], starts[chosen])
-    return Segments(*(column[weight > 0] for column in columns))
+    covered = weight > 0
+    return Segments(*columns) if covered.all() else Segments(*(column[covered] for column in columns))

@@ -113,8 +113,12 @@ class _Survey:
             for chunk in l1_chunks(self.image, [header.l1_table_offset], [count], [-1]):
                 self.claims.l1_entries(chunk, active=True)
                 collector.add(L2Tables.of_chunk(chunk, active=True, ends=ends))
-        usable = self._snapshot_tables()
-        offsets, counts, trees = usable.T
+        if self.layout.snapshots:
+            self._snapshot_l1_tables(collector, ends)
+        return collector.result()
+
+    def _snapshot_l1_tables(self, collector: L2TableCollector, ends: StateEnds) -> None:
+        offsets, counts, trees = self._snapshot_tables().T
         spans = np.column_stack((offsets, counts * np.uint64(8)))
         self.claims.claim(Owner.SNAPSHOT_L1, spans, "snapshot L1 table", trees)
         # One that several entries name is one structure.
@@ -125,7 +129,6 @@ class _Survey:
         for chunk in l1_chunks(self.image, offsets, counts, trees):
             self.claims.l1_entries(chunk, active=False)
             collector.add(L2Tables.of_chunk(chunk, active=False, ends=ends))
-        return collector.result()
 
     def _snapshot_tables(self) -> U64:
         """Return the snapshots' L1 tables that can be walked, a row (offset, entries, snapshot) each."""

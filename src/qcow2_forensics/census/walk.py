@@ -136,7 +136,7 @@ class L2Tables:
 
     def merged(self) -> L2Tables:
         """Return the same with every table once, by rising offset."""
-        if not len(self.offsets):
+        if len(self.offsets) < 2:
             return self
         # The active state, tree -1, comes first among equals and so is the owner that is reported.
         order = np.lexsort((self.index, self.tree, self.offsets))
@@ -271,6 +271,8 @@ class L2TableCollector:
 
     def result(self) -> L2Tables:
         """Return every table once."""
+        if len(self._parts) == 1:  # what one piece names is merged already
+            return self._parts[0]
         return L2Tables.joined(self._parts).merged() if self._parts else L2Tables.nothing()
 
 

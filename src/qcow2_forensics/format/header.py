@@ -31,6 +31,7 @@ class Incompatible(enum.IntFlag):
 
 
 KNOWN_INCOMPATIBLE = 0x1F
+_EXTERNAL_DATA, _EXTENDED_L2 = int(Incompatible.EXTERNAL_DATA), int(Incompatible.EXTENDED_L2)  # asked for all the time
 
 
 class Compatible(enum.IntFlag):
@@ -160,17 +161,17 @@ class Header(NamedTuple):
     @property
     def cluster_size(self) -> int:
         """Bytes per cluster."""
-        return 1 << min(self.cluster_bits, _MOST_BITS)
+        return 1 << (min(_MOST_BITS, self.cluster_bits))
 
     @property
     def extended_l2(self) -> bool:
         """Whether L2 entries are 16 bytes, with 32 subclusters per cluster."""
-        return bool(self.incompatible_features & Incompatible.EXTENDED_L2)
+        return bool(self.incompatible_features & _EXTENDED_L2)
 
     @property
     def external_data(self) -> bool:
         """Whether guest clusters live in an external data file."""
-        return bool(self.incompatible_features & Incompatible.EXTERNAL_DATA)
+        return bool(self.incompatible_features & _EXTERNAL_DATA)
 
     @property
     def raw_data_file(self) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Qcow2Error, SnapshotNotFound
 from ..format.image import Image
+from ..format.rules import DISK
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, as_source
 from ..limits import DEFAULT_LIMITS, Limits
@@ -147,9 +148,13 @@ def leftover_vm_state(image: Image) -> int | None:
 
     None where there is none, or where the tables that lead to it cannot be read.
     """
-    from .vm_state import has_leftover, leftover_offset  # here: reading a disk needs none of it
+    from .vm_state import has_leftover, leftover_offset, vm_state_offset  # here: reading a disk needs none of it
 
+    header = image.header
     try:
+        image.require(DISK)
+        if header.l1_size * header.l2_span <= vm_state_offset(header.size, header.l2_span):
+            return None  # the L1 table ends with the disk
         disk = Disk(image)
         return leftover_offset(disk) if has_leftover(disk) else None
     except Qcow2Error:
