@@ -528,4 +528,4 @@ def test_a_file_that_is_no_image_is_called_what_it_is(head: bytes, what: str, ru
     for command in ("info", "audit"):
         code, out, err = run(command, path)
         assert code == 2
-        assert what in out + err
+        assert what in " ".join((out + err).split())  # lines are broken where the name of the folder is long
