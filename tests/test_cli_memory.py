@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics.cli import main
+from tests import qemu
 from tests.conftest import EvidenceCase
 from tests.stream_builder import PAGE, cmos, configuration, devices, page, ram, sizes, stream
 
@@ -170,3 +171,11 @@ def test_evidence_snapshots_are_exported_as_qemu_saw_them(
         assert hashlib.sha256(out.read_bytes()).hexdigest() == evidence.truth["vm_state"][snapshot]["sha256"]
     assert main(["memory", str(evidence.image), str(tmp_path / "x"), "--snapshot", "third"]) == 2
     assert "1 (before-incident), 2 (during-incident)" in capsys.readouterr().err
+
+
+@qemu.requires_qemu
+def test_an_image_without_memory_is_an_error_in_plain_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = qemu.create(tmp_path / "plain.qcow2", "1M")
+    qemu.snapshot(image, "one")
+    assert main(["memory", str(image)]) == 2
+    assert "no snapshot holds memory; the image holds: 1 (one)" in capsys.readouterr().err

@@ -18,8 +18,8 @@ from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.reader.mapping import Kind, Mapping
 from qcow2_forensics.residue import Piece, residue
 from qcow2_forensics.residue.data_file import data_file_residue
-from tests import damage, qemu
-from tests.image_builder import COMPRESSED, COPIED, EXT_DATA_FILE, Builder
+from tests import damage, plants, qemu
+from tests.image_builder import COMPRESSED, COPIED, EXT_DATA_FILE, Builder, Poke, base_s
 from tests.test_audit_residual import CASES
 
 RESIDUAL = {
@@ -60,6 +60,46 @@ def unwritten(path: Path) -> list[str]:
 
 def _covered(pieces: list[Piece], file: str, offset: int) -> bool:
     return any(piece.file == file and piece.offset <= offset < piece.offset + piece.length for piece in pieces)
+
+
+def _unwritten_remainders(made: plants.Made) -> list[str]:
+    """Return the remainders of the account whose first or last byte that is not zero is in no piece."""
+    resolver = q.Resolver(folders=[made.path.parent])
+    report = q.audit(made.path, "deep", passphrase=made.secret, resolver=resolver)
+    with residue(made.path, resolver=resolver) as found:
+        pieces = list(found.pieces())
+    missing = []
+    for file in report.details["account"]["files"]:
+        data = (made.path if not file["file"] else made.data or made.path).read_bytes()
+        for row in file["rows"]:
+            start, stop = row["offset"], row["offset"] + row["length"]
+            if row.get("remainder") and row.get("nonzero"):
+                ends = [start + len(data[start:stop]) - len(data[start:stop].lstrip(b"\0"))]
+                ends.append(start + len(data[start:stop].rstrip(b"\0")) - 1)
+                missing += [f"{row} at {at:#x}" for at in ends if not _covered(pieces, file["file"], at)]
+    return missing
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("kind", plants.KINDS)
+def test_every_remainder_that_is_not_zeros_is_in_a_piece(kind: str, tmp_path: Path) -> None:
+    chance = random.Random(f"{kind}-pieces")
+    made = plants.KINDS[kind](chance, tmp_path)
+    report = q.audit(made.path, "deep", passphrase=made.secret, resolver=q.Resolver(folders=[made.path.parent]))
+    chosen = plants.candidates(chance, report, 30, remainders=True)
+    fields = "field that nothing reads"  # the length of no backing file name is still checked in version 1
+    plants.plant(made, [one for one in chosen if made.fmt == "qcow2" or one.place != fields])
+    assert _unwritten_remainders(made) == []
+
+
+def test_extra_data_and_extensions_of_unknown_meaning_are_pieces(tmp_path: Path) -> None:
+    path = base_s(tmp_path / "disk.qcow2")
+    Poke(path).u32(60, 1)
+    Poke(path).u32(0xB0000 + 36, 48)  # 24 bytes more than the format knows, where ID, name and the next entry were
+    Poke(path).names([(0x12345678, b"of another program")])
+    assert _unwritten_remainders(plants.Made(path)) == []
+    with residue(path) as found:
+        assert [piece.length for piece in found.pieces() if piece.kind == "unread-field"] == [18, 24]
 
 
 @qemu.requires_qemu

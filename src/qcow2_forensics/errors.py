@@ -96,12 +96,17 @@ class Unsupported(Qcow2Error, NotImplementedError):
 
 
 class SnapshotNotFound(Qcow2Error, LookupError):
-    """No state, or more than one, is meant; ``choices`` lists spellings that mean one, as ``id (name)``."""
+    """No state, or more than one, is meant; ``choices`` lists spellings that mean one, as ``id (name)``.
 
-    def __init__(self, wanted: str, choices: Iterable[str], *, ambiguous: bool = False) -> None:
+    ``lack`` are words for what is missing where it is not a name; the choices follow them.
+    """
+
+    def __init__(self, wanted: str, choices: Iterable[str], *, ambiguous: bool = False, lack: str = "") -> None:
         self.choices = tuple(choices)
         held = listed(self.choices, _CHOICES_SHOWN) or "none"
-        if ambiguous:
+        if lack:
+            message = f"{lack}: {held}"
+        elif ambiguous:
             message = f"{quoted(wanted)} is ambiguous; write one of: {held}"
         else:
             message = f"no snapshot {quoted(wanted)}; the image holds: {held}"

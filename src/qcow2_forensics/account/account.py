@@ -18,7 +18,7 @@ from ..format.image import Image
 from .data_claims import AllocatedData, ShownData
 from .header_claims import claim_header
 from .labels import Label, Labels, Place
-from .qcow1_claims import claim_qcow1
+from .qcow1_claims import Qcow1Claims
 from .remainders import looked_at
 from .spans import Spans, Tile, Windowed, joined, runs_of, tile
 from .streams import Decoded
@@ -32,7 +32,8 @@ class Account:
     """What each byte of one image file is.
 
     With ``read`` data is accounted for byte by byte, which takes the ``decoded`` streams, and remainders are read;
-    without, data goes by allocation. ``census`` is None for version 1, and where it cannot be taken.
+    without, data goes by allocation. ``census`` is None for version 1, and where it cannot be taken; ``qcow1``
+    is what was found in the tables of a version 1 image.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Account:
         self.image = image
         self.census = census
         self.is_exact = read
+        self.qcow1: Qcow1Claims | None = None
         self.size = image.file_size
         self._labels = Labels()
         self._allocated: AllocatedData | None = None
@@ -61,14 +63,12 @@ class Account:
                 self._allocated = AllocatedData(self._labels)
             else:
                 self._shown = ShownData(census, self._labels, claims, hints, decoded)
-        elif (
-            image.header.version == 1
-            and _is_sound(image)
-            and claim_qcow1(image, self._labels, claims, hints, decode=read)
-        ):
-            self._everything = self._labels.number(Place.FREE)
         else:
-            self._everything = self._labels.number(Place.NOT_WALKED)
+            if image.header.version == 1 and _is_sound(image):
+                self.qcow1 = Qcow1Claims(image, self._labels, claims, hints)
+                self.qcow1.all(decode=read)
+            walked = self.qcow1 is not None and self.qcow1.walked
+            self._everything = self._labels.number(Place.FREE if walked else Place.NOT_WALKED)
         self._claims, self._hints = claims.rows(self.size), hints.rows(self.size)
 
     @property

@@ -95,19 +95,35 @@ def _taken_in(codec: Codec, data: bytes, size: int) -> tuple[tuple[int, int], ..
     return parts
 
 
-def taken_by(image: Image, offsets: I64, lengths: I64) -> I64:
-    """Return the host bytes that the streams at some extents take, rows (start, stop); for version 1.
+class Taken(NamedTuple):
+    """Which host bytes some streams take: rows (start, stop).
+
+    ``failed`` are the extents that do not decode, rows (offset, length). ``stopped`` says that not all were decoded.
+    """
+
+    used: I64
+    failed: I64
+    stopped: LimitExceeded | None
+
+
+def taken_by(image: Image, offsets: I64, lengths: I64) -> Taken:
+    """Return the host bytes that the streams at some extents take; for version 1.
 
     Those that cannot be decoded, or for which the budget is too small, keep all of their extents.
     """
     codec, budget = codec_of(image.header.compression_type), _budget(image)
     found: list[tuple[int, int]] = []
+    failed: list[tuple[int, int]] = []
+    stopped: LimitExceeded | None = None
     for offset, length in np.unique(np.column_stack((offsets, lengths)), axis=0).tolist():
         parts: tuple[tuple[int, int], ...] | None = None
-        if _refused(budget, length + max(image.cluster_size, START)) is None:
+        refused = _refused(budget, length + max(image.cluster_size, START))
+        if refused is None:
             parts = codec.needed(image.read(offset, length), image.cluster_size)
+            failed += [] if parts else [(offset, length)]
+        stopped = stopped or refused
         found += ((offset + start, offset + stop) for start, stop in parts or ((0, length),))
-    return np.asarray(found, np.int64).reshape(-1, 2)
+    return Taken(np.asarray(found, np.int64).reshape(-1, 2), np.asarray(failed, np.int64).reshape(-1, 2), stopped)
 
 
 def _budget(image: Image) -> Budget:

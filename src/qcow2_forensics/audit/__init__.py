@@ -140,9 +140,10 @@ def _account(facts: Facts) -> dict[str, Any]:
 def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:
     failures: list[Evidence] = []
     chosen = [entry for entry in rules.values() if entry.depth <= facts.depth and _sound(entry, facts)]
-    if any(entry.needs == "census" for entry in chosen) and facts.census_error is not None:
+    walked = [entry for entry in chosen if entry.needs in ("census", "tables")] if facts.has_census else []
+    if walked and facts.census_error is not None:
         failures.append(_failure("every rule that needs a census", facts.census_error))
-        chosen = [entry for entry in chosen if entry.needs != "census"]
+        chosen = [entry for entry in chosen if entry not in walked]
     for entry in chosen:
         outcome = apply(entry, facts)
         yield from outcome.findings
@@ -172,7 +173,7 @@ def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:
 
 
 def _sound(entry: Rule, facts: Facts) -> bool:
-    if entry.needs == "geometry":
+    if entry.needs in ("geometry", "tables"):
         return facts.has_geometry
     return entry.needs == "header" or facts.has_census
 

@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from ..account.account import Account
+from ..account.labels import KEY_MATERIAL, Label, Place
 from ..account.shown import ShownBytes
 from ..account.streams import Decoded
 from ..account.summary import Summary
 from ..errors import Qcow2Error, Unsupported, reason
 from ..findings import Severity
 from ..format.source import FileSource
-from ..residue.accounted import cut_streams, pieces_of
+from ..residue.accounted import cut_streams, kind_of, pieces_of
 from .facts import Facts, subscribes
 from .reference_names import chain
 from .residual import Group, finding_of
@@ -45,11 +46,19 @@ def accounted(facts: Facts) -> Accounted:
     for tiled in account.tiles():
         summary.add(tiled)
         if deep:
-            for piece in pieces_of(account, tiled):
+            for piece in pieces_of(account, tiled, _reported_here):
                 groups[piece.kind].add(piece)
     for piece in cut_streams(account):
         groups[piece.kind].add(piece)
     return Accounted(account, summary, groups)
+
+
+def _reported_here(label: Label, version: int) -> str:
+    """Return the kind of pieces that a remainder is; "" where a rule of another chapter reports it."""
+    known = label.what in (Place.REFCOUNTS_PAST_END, Place.UNKNOWN_EXTRA)
+    known |= label == Label(Place.LUKS_SLOT, KEY_MATERIAL)
+    known |= label.what is Place.UNUSED_EXTENSION and label.owner.startswith("0x")  # of an unknown type
+    return "" if known else kind_of(label, version)
 
 
 def _decoded(facts: Facts) -> Decoded:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..census import structure_of
 from ..census.issues import Item
+from ..errors import FormatError
 from ..findings import Evidence
 from ..text import plural
 from .facts import Facts, shortened
 from .rules import Graded, RuleFunction, graded
+
+if TYPE_CHECKING:
+    from ..account.qcow1_claims import Qcow1Claims
 
 
 def snapshot_id(facts: Facts, tree: int) -> str:
@@ -41,12 +46,23 @@ def entries(facts: Facts, *kinds: str, what: str = "entry") -> Iterator[Graded]:
     """Yield one finding over all issues of some kinds, when there are any."""
     found: list[Evidence] = []
     count = 0
+    issues = facts.census.issues if facts.has_census else qcow1_claims(facts).issues
     for kind in kinds:
-        issue = facts.census.issues[kind]
+        issue = issues[kind]
         count += issue.count
         found += [item_evidence(facts, item, describe_value(item, what)) for item in issue.items]
     if found:
         yield graded(found, count=count)
+
+
+def qcow1_claims(facts: Facts) -> Qcow1Claims:
+    """Return what was found in the tables of a version 1 image, which has no census."""
+    from .account import accounted
+
+    found = facts.once(accounted).account.qcow1
+    if found is None:
+        raise FormatError("the header does not lead to tables that can be walked", offset=0)
+    return found
 
 
 def of_entries(*kinds: str) -> RuleFunction:

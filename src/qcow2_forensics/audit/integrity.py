@@ -15,6 +15,7 @@ from .entry_evidence import (
     item_evidence,
     of_entries,
     of_refcounts,
+    qcow1_claims,
     refcount_evidence,
     refcounts,
     referrer_evidence,
@@ -267,12 +268,14 @@ rule(
     Severity.HIGH,
     "offsets are not aligned to clusters",
     note="what such an offset maps cannot be read; consistent with damage or a crafted image",
-    when="an offset of a table or a cluster is not a multiple of the cluster size",
+    when="an offset of a table or a cluster is not a multiple of the cluster size, in version 1 of 512",
     depth=STANDARD,
+    needs="tables",
     explained_by=_LOST,
 )
 def unaligned_offset(facts: Facts) -> Iterator[Evidence | Graded]:
-    for name in ("l1_table_offset", "refcount_table_offset", "snapshots_offset"):
+    aligned = ("l1_table_offset", "refcount_table_offset", "snapshots_offset") if facts.has_census else ()
+    for name in aligned:
         if getattr(facts.header, name) % facts.cluster_size:
             yield facts.field(name)
     place = facts.image.crypto_header
@@ -288,6 +291,7 @@ rule(
     note="consistent with a truncated acquisition or a crafted pointer; QEMU silently shows zeros there",
     when="a table, or a cluster that an entry names, begins at or after the end of the file",
     depth=STANDARD,
+    needs="tables",
     explained_by=(*_CUT, *_LOST),
 )(of_entries("beyond-eof", "reftable-beyond-eof"))
 
@@ -333,11 +337,18 @@ rule(
     Severity.HIGH,
     "compressed clusters are invalid",
     note="the cluster is unreadable or ambiguous; consistent with damage, or with an entry edited by hand",
-    when="a compressed entry has the copied flag or uses a data file; deep: its stream does not give exactly one cluster",
+    when="a compressed entry has the copied flag or uses a data file; deep: its stream does not give exactly one cluster, "
+    "in version 1 not even one",
     depth=STANDARD,
+    needs="tables",
     explained_by=_LOST,
 )
 def compressed_invalid(facts: Facts) -> Iterator[Graded | Deferred]:
+    if not facts.has_census:
+        yield from entries(facts, "undecodable", what="entry of a stream that does not decode")
+        if (stopped := qcow1_claims(facts).stopped) is not None:
+            raise stopped
+        return
     yield from entries(facts, "compressed-copied", "compressed-data-file")
     if facts.depth >= Depth.DEEP:
         yield from undecodable(facts)

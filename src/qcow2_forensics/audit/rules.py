@@ -66,7 +66,7 @@ DERIVED: Final = "derived"  # from the format's text alone
 Validated = Literal["QEMU-made", "crafted", "derived"]
 
 # What a rule needs to be sound before it runs.
-Needs = Literal["header", "geometry", "census"]
+Needs = Literal["header", "geometry", "tables", "census"]
 
 
 class Deferred(NamedTuple):
@@ -163,7 +163,7 @@ class Chapter:
 
         ``needs``: ``"header"`` runs on anything with the magic, ``"geometry"`` (the default of triage
         rules) wants a known version and cluster size, ``"census"`` (the default of deeper rules) wants
-        version 2 or 3 and tables that can be walked.
+        version 2 or 3 and tables that can be walked, ``"tables"`` the same or version 1.
         """
         wanted: Needs = needs or ("geometry" if depth is Depth.TRIAGE else "census")
 

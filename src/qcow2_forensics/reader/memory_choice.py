@@ -16,6 +16,7 @@ from ..errors import SnapshotNotFound
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
+from ..text import quoted
 from . import states
 from .opening import latest_vm_state, leftover_vm_state
 
@@ -79,7 +80,9 @@ def choose_memory(image: Image, wanted: str | None) -> MemoryChoice | None:
     if entry is None:
         return MemoryChoice(False, None)
     if not entry.vm_state_size:
-        raise SnapshotNotFound(f"{wanted} with memory", _choices(image, held))
+        raise SnapshotNotFound(
+            wanted, _choices(image, held), lack=f"the state {quoted(wanted)} holds no memory; snapshots that do"
+        )
     return MemoryChoice(True, entry, _name(image, entry))
 
 
@@ -96,7 +99,8 @@ def memory_before(image: Image, later: SnapshotEntry | None, wanted: str | None 
         before = [item for item in held if later is not None and _when(item) < _when(later)]
         entry = max(before, key=_when, default=None)
     if entry is None or not entry.vm_state_size:
-        raise SnapshotNotFound("earlier, with memory", _choices(image, held))
+        lack = f"the state {quoted(wanted)} holds no memory" if wanted else "no earlier snapshot holds memory"
+        raise SnapshotNotFound(wanted or "", _choices(image, held), lack=f"{lack}; snapshots that do")
     return entry
 
 

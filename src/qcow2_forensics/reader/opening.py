@@ -166,5 +166,5 @@ def latest_vm_state(image: Image) -> SnapshotEntry:
     held = [entry for entry in image.snapshots if entry.vm_state_size]
     if not held:
         image.require("snapshots")
-        raise SnapshotNotFound("with VM state", choices(image.snapshots))
+        raise SnapshotNotFound("", choices(image.snapshots), lack="no snapshot holds memory; the image holds")
     return max(held, key=lambda entry: (entry.date_sec, entry.date_nsec, entry.index))

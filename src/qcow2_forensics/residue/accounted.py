@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..account.account import Account
-from ..account.labels import KEY_MATERIAL, Label, Place
+from ..account.labels import Label, Place
 from ..account.shown import ShownBytes
 from ..account.spans import Tile
 from ..format.codecs import codec_of
@@ -21,7 +21,9 @@ _KINDS = {
     Place.TABLE_PADDING: "name-slack",
     Place.UNUSED_FIELD: "unread-field",
     Place.UNUSED_EXTENSION: "unread-field",
+    Place.UNKNOWN_EXTRA: "unread-field",
     Place.ENTRIES_PAST_END: "entry-slack",
+    Place.REFCOUNTS_PAST_END: "entry-slack",
     Place.BITS_PAST_END: "entry-slack",
     Place.LUKS_GAP: "luks-slack",
     Place.LUKS_SLOT: "luks-slack",
@@ -30,20 +32,18 @@ _KINDS = {
 
 
 def kind_of(label: Label, version: int) -> str:
-    """Return the kind of pieces that a remainder is; "" where another search finds them, or none should."""
-    if not isinstance(label.what, Place) or (label.what, label.owner) == (Place.LUKS_SLOT, KEY_MATERIAL):
+    """Return the kind of pieces that a remainder is; "" where another search finds them."""
+    if not isinstance(label.what, Place):
         return ""
     if version == 1 and label.what is not Place.NOT_WALKED:
         return _KINDS.get(label.what, "unaccounted")
-    if label.what is Place.UNUSED_EXTENSION and label.owner.startswith("0x"):
-        return ""  # of an unknown type, which is reported as such
     return _KINDS.get(label.what, "")
 
 
-def pieces_of(account: Account, tiled: Tile) -> Iterator[Piece]:
-    """Yield the pieces among some rows of an account that was read."""
+def pieces_of(account: Account, tiled: Tile, wanted_kind: Callable[[Label, int], str] = kind_of) -> Iterator[Piece]:
+    """Yield the pieces among some rows of an account that was read; ``wanted_kind`` names them, "" for none."""
     image = account.image
-    kinds = [kind_of(label, image.header.version) for label in account.labels]
+    kinds = [wanted_kind(label, image.header.version) for label in account.labels]
     wanted = (tiled.nonzero > 0).nonzero()[0]
     columns = (column[wanted].tolist() for column in (tiled.start, tiled.stop, tiled.label))
     for start, stop, number in zip(*columns, strict=True):
