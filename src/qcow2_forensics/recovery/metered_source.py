@@ -9,7 +9,7 @@ from ..format.source import FileSource, Source
 from ..limits import RECOVERY_READS_OF_EACH_BYTE, Budget, KiB, Limits
 from ..reader.host_holes import host_runs
 
-_CALL = 2 * KiB  # what one read costs beside its bytes: looking at a table of 512 bytes takes longer than reading it
+_CALL = 8 * KiB  # what one read costs beside its bytes: looking at a table of 512 bytes takes longer than reading it
 _LIMITS = Limits(work_repeats=RECOVERY_READS_OF_EACH_BYTE)
 
 
