@@ -6,8 +6,12 @@ for a terabyte, as such an image would; the last tests make the image.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import struct
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -196,3 +200,31 @@ def test_an_image_whose_memory_never_ends_is_refused(tmp_path: Path) -> None:
     assert path.stat().st_size < MiB
     with pytest.raises(FormatError, match="sections and marks"):
         q.open_guest_memory(path)
+
+
+# --- compressed save files -----------------------------------------------------------------------
+
+
+def _zstd(data: bytes) -> bytes:
+    zstd = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    return bytes(zstd.compress(data))
+
+
+PACKERS = {
+    "gzip": (1, gzip.compress),
+    "bzip2": (2, bz2.compress),
+    "xz": (3, lzma.compress),
+    "zstd": (5, _zstd),
+}
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_a_save_file_of_empty_members_is_refused_and_one_of_a_few_is_read(name: str) -> None:
+    number, pack = PACKERS[name]
+    head = struct.pack("<16sIIIII14I", b"LibvirtQemudSave", 2, 4, 0, number, 0, *[0] * 14) + b"<a/>"
+    data = simple([page(0, 1, BLOCK)], {BLOCK: PAGE})
+    half = len(data) // 2
+    few = pack(data[:half]) + pack(b"") * 100 + pack(data[half:])
+    assert q.open_guest_memory(BytesSource(head + few)).blocks[0].recorded == PAGE
+    with pytest.raises(LimitExceeded, match="members of a compressed save file"):
+        q.open_guest_memory(BytesSource(head + pack(data[:half]) + pack(b"") * 3000 + pack(data[half:])))

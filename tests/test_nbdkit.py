@@ -119,7 +119,10 @@ def test_encrypted_images_need_the_key_file(make_image: Callable[..., Path], tmp
     assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image, secret="sesame")
 
 
-def test_serve_runs_the_plugin_until_it_is_ended(make_image: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_serve_runs_the_plugin_until_it_is_ended(
+    number: signal.Signals, code: int, make_image: Callable[..., Path], tmp_path: Path
+) -> None:
     image = make_image("disk.qcow2", "1M", "write -P 1 0 64k")
     socket = tmp_path / "case.sock"
     run = [sys.executable, "-m", "qcow2_forensics", "serve", str(image), "--nbd", str(socket)]
@@ -130,10 +133,10 @@ def test_serve_runs_the_plugin_until_it_is_ended(make_image: Callable[..., Path]
         try:
             qemu.img("convert", "-f", "raw", "-O", "raw", f"nbd+unix:///?socket={socket}", tmp_path / "raw")
         finally:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             process.wait(timeout=60)
     assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image)
-    assert process.returncode == 0
+    assert process.returncode == code
     assert not socket.exists()
 
 

@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, recovered_states
 from qcow2_forensics.recovery.alignment import beside, mutual, rising
-from qcow2_forensics.recovery.allocation import USED, cluster_use, empty_map
+from qcow2_forensics.recovery.allocation import USED, PlacedDisk, VolumeMap, cluster_use
 from qcow2_forensics.recovery.ext_volume import crc32c, ext_map
 from tests import qemu
 
@@ -195,10 +196,11 @@ def test_the_active_state_comes_before_those_of_snapshots_whose_l1_tables_are_wh
 # --- the parts -----------------------------------------------------------------------------------
 
 
-class RawDisk:
+class RawDisk(PlacedDisk):
     """A raw file in place of a disk whose tables are all placed."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__(SimpleNamespace(file_size=path.stat().st_size), {}, 1)  # type: ignore[arg-type]
         self._data = path.read_bytes()
 
     def read(self, offset: int, length: int) -> bytes | None:
@@ -208,7 +210,7 @@ class RawDisk:
 
 def test_blocks_in_use_are_those_that_dumpe2fs_does_not_list_as_free(tmp_path: Path) -> None:
     disk = ext4(tmp_path)
-    volume = ext_map(RawDisk(disk), 0)  # type: ignore[arg-type]
+    volume = ext_map(RawDisk(disk), 0)
     assert volume is not None
     listed = qemu.run("dumpe2fs", disk).stdout.decode()
     free: set[int] = set()
@@ -261,8 +263,7 @@ def test_tables_beside_placed_ones_go_beside_them_and_nothing_is_placed_twice() 
 
 
 def test_a_cluster_is_in_use_where_one_of_its_blocks_is_and_unknown_where_one_may_be() -> None:
-    volume = empty_map(4096, 1024, 12)
-    assert volume is not None
+    volume = VolumeMap(4096, 1024, np.zeros(12, np.int8))
     volume.bits[:] = [0, 0, 0, 0, 0, 1, 0, 0, 0, -1, 0, 0]
     assert cluster_use([volume], [0], 5 * 4096, 4096).tolist() == [[-1, 0, 1, -1, -1]]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qcow2Error
+from ..reader.writer import ended_by_signals
 from ..text import cut, printable
 from .options import add_image_argument
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [engine, "--foreground", "--readonly", *where, "python", str(_PLUGIN), *parameters]
     print(f"serving {printable(args.image)} on {printable(args.nbd)}; Ctrl-C ends it", file=sys.stderr)
-    with subprocess.Popen(command, env=environment) as server:
+    with ended_by_signals(), subprocess.Popen(command, env=environment) as server:
         try:
             return 2 if server.wait() else 0
         except KeyboardInterrupt:

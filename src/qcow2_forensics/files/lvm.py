@@ -13,6 +13,7 @@ cache) are named with the reason why they are not.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import struct
 import zlib
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
-from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES
+from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_VOLUMES, Budget, Limits
 from .readers import Reader, Segment
 
 SECTOR = 512
@@ -29,6 +30,10 @@ _MDA_HEADER = 512
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 _MDA_IGNORED = 1
 _CRC_START = 0xF597A6CF
+_MOST = 1 << 62  # of a number, so that places stay numbers of 64 bits: sectors of a disk are fewer
+_PARSED = Limits(work_repeats=0, work_spare=LVM_TEXT_BYTES)
+_SEGMENTS = Limits(work_repeats=0, work_spare=LVM_SEGMENTS)
+_READ = Limits(work_repeats=0, work_spare=16 * LVM_TEXT_BYTES)
 
 Value: TypeAlias = "str | int | list[str | int] | dict[str, Value]"
 Section: TypeAlias = "dict[str, Value]"
@@ -57,6 +62,28 @@ class LvmError(ValueError):
     """The label is there, and what it points to is not LVM metadata."""
 
 
+class Texts:
+    """Metadata texts of one disk, each parsed once: every physical volume of a group holds the same."""
+
+    def __init__(self) -> None:
+        self._read = Budget("bytes read of LVM metadata", 0, _READ)
+        self._parsed = Budget("bytes of different LVM metadata", 0, _PARSED)
+        self._sections: dict[bytes, Section] = {}
+
+    def read(self, reader: Reader, offset: int, length: int) -> bytes:
+        """Return bytes of a text; raises :class:`LimitExceeded` where texts are read again and again."""
+        self._read.spend(length)
+        return reader.read(offset, length)
+
+    def parse(self, text: bytes) -> Section:
+        """Return a text as nested dictionaries; raises :class:`LvmError` and :class:`LimitExceeded`."""
+        key = hashlib.sha256(text).digest()
+        if key not in self._sections:
+            self._parsed.spend(len(text))
+            self._sections[key] = parse(text.rstrip(b"\0").decode("utf-8", "surrogateescape"))
+        return self._sections[key]
+
+
 class MissingPart(LvmError):
     """A part of a logical volume is on a physical volume that is not on this disk."""
 
@@ -68,8 +95,12 @@ def _label_at(head: bytes) -> int | None:
     return None
 
 
-def physical_volume(reader: Reader) -> PhysicalVolume | None:
-    """Return the physical volume in a volume, None when there is none; raises :class:`LvmError`."""
+def physical_volume(reader: Reader, known: Texts | None = None) -> PhysicalVolume | None:
+    """Return the physical volume in a volume, None when there is none; ``known`` are the texts of its disk so far.
+
+    Raises :class:`LvmError`, and :class:`LimitExceeded` where the disk has more metadata than any group.
+    """
+    known = known or Texts()
     head = reader.read(0, (_LABEL_SECTORS + 1) * SECTOR)
     label = _label_at(head)
     if label is None:
@@ -83,7 +114,7 @@ def physical_volume(reader: Reader) -> PhysicalVolume | None:
     problems: list[str] = []
     for offset, size in _metadata_areas(header):
         try:
-            texts.extend(_texts(reader, offset, size))
+            texts.extend(_texts(reader, offset, size, known))
         except LvmError as error:
             problems.append(str(error))
     if not texts:
@@ -103,7 +134,7 @@ def _metadata_areas(header: bytes) -> Iterator[tuple[int, int]]:
             yield offset, size
 
 
-def _texts(reader: Reader, area: int, area_size: int) -> Iterator[Section]:
+def _texts(reader: Reader, area: int, area_size: int, known: Texts) -> Iterator[Section]:
     header = reader.read(area, _MDA_HEADER) if area + _MDA_HEADER <= reader.size else b""
     if len(header) < _MDA_HEADER or header[4:20] != _MDA_MAGIC:
         raise LvmError(f"its metadata area at {area:#x} has no LVM2 header")
@@ -116,17 +147,18 @@ def _texts(reader: Reader, area: int, area_size: int) -> Iterator[Section]:
     if not _MDA_HEADER <= offset < size or length > min(size - _MDA_HEADER, LVM_TEXT_BYTES):
         raise LvmError(f"its metadata text is {length} bytes at {offset:#x} of an area of {size} bytes")
     first = min(length, size - offset)
-    text = reader.read(area + offset, first)
+    text = known.read(reader, area + offset, first)
     if length > first:  # the ring starts again behind its header
-        text += reader.read(area + _MDA_HEADER, length - first)
+        text += known.read(reader, area + _MDA_HEADER, length - first)
     if zlib.crc32(text, _CRC_START ^ 0xFFFF_FFFF) ^ 0xFFFF_FFFF != checksum:
         raise LvmError("the checksum of its metadata text does not match")
-    yield parse(text.rstrip(b"\0").decode("utf-8", "surrogateescape"))
+    yield known.parse(text)
 
 
 # --- the metadata text -------------------------------------------------------------------------------
 
-_TOKEN = re.compile(r'\s+|#[^\n]*|("(?:[^"\\]|\\.)*"|-?\d+|[A-Za-z0-9_.+-]+|[{}\[\]=,])', re.ASCII)
+# Possessive: a string without an end must not be kept character by character for another try.
+_TOKEN = re.compile(r'\s+|#[^\n]*|("(?:[^"\\]++|\\.)*+"|-?\d+|[A-Za-z0-9_.+-]+|[{}\[\]=,])', re.ASCII)
 
 
 def parse(text: str) -> Section:
@@ -192,7 +224,7 @@ def _sequence(metadata: Section) -> int:
 
 def _number(section: Mapping[str, Value], key: str) -> int:
     value = section.get(key)
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value < _MOST:
         raise LvmError(f"its metadata text has no number {key!r} where one belongs")
     return value
 
@@ -207,7 +239,10 @@ def _sections(section: Mapping[str, Value], key: str) -> dict[str, Section]:
 
 
 def logical_volumes(physical: Iterable[PhysicalVolume]) -> Iterator[LogicalVolume]:
-    """Yield the visible logical volumes of all groups, in the order of the text; raises :class:`LvmError`."""
+    """Yield the visible logical volumes of all groups, in the order of the text.
+
+    Raises :class:`LvmError`, and :class:`LimitExceeded` where crafted ones share their parts.
+    """
     volumes = list(physical)
     newest: dict[str, tuple[str, Section]] = {}
     for volume in volumes:
@@ -230,10 +265,12 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
         starts[alias] = readers.get(uuid.replace("-", "")), _number(physical, "pe_start") * SECTOR, uuid
     described = _sections(group, "logical_volumes")
     budget = LVM_SEGMENTS
-    for name, volume in described.items():
-        status = volume.get("status")
-        if not isinstance(status, list) or "VISIBLE" not in status:
-            continue  # part of another one
+    looked_at = Budget("segments of LVM volumes that are not read", 0, _SEGMENTS)
+    visible = [
+        name for name, volume in described.items() if "VISIBLE" in _words(volume, "status")
+    ]  # the rest are parts
+    for name in islice(visible, LVM_VOLUMES):
+        volume = described[name]
         size = sum(_number(segment, "extent_count") for segment in _segments(volume)) * extent
         why = ""
         is_elsewhere = False
@@ -246,12 +283,21 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
                 why = why or str(error)
         if not why and len(parts) > budget:
             raise LvmError(f"it has more than {LVM_SEGMENTS} pieces")
+        if not why and size >= _MOST:
+            why = "it claims to be larger than any disk"
         if why:
-            parts = list(islice(_all_parts(name, described, extent, starts), budget))
+            parts = list(islice(_all_parts(name, described, extent, starts, looked_at), budget))
         elif not parts:
             why = "it has no segments"
         budget -= len(parts)
         yield LogicalVolume(group_name, name, size, tuple(parts), why, is_elsewhere)
+    if len(visible) > LVM_VOLUMES:
+        raise LvmError(f"it has {len(visible)} logical volumes, of which {LVM_VOLUMES} are looked into")
+
+
+def _words(section: Section, key: str) -> list[str | int]:
+    found = section.get(key)
+    return found if isinstance(found, list) else []
 
 
 def _segments(volume: Section) -> list[Section]:
@@ -289,12 +335,13 @@ def _parts(segment: Section, extent: int, starts: _Starts) -> Iterator[tuple[Rea
 
 
 def _all_parts(
-    name: str, described: Mapping[str, Section], extent: int, starts: _Starts
+    name: str, described: Mapping[str, Section], extent: int, starts: _Starts, looked_at: Budget
 ) -> Iterator[tuple[Reader, Segment]]:
     """Yield where the bytes of a volume and of the hidden ones it is made of are, as far as they are on this disk."""
     wanted, seen = [name], {name}
     for volume in wanted:
         for segment in _segments(described[volume]):
+            looked_at.spend(1)
             try:
                 yield from _parts(segment, extent, starts)
             except LvmError:

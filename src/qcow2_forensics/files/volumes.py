@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import Qcow2Error
+from ..errors import LimitExceeded, Qcow2Error
 from ..limits import BLANK_BYTES_READ, PARTITION_GAP, VOLUME_DEPTH
 from ..reader.disk import Layer
 from ..reader.runs import Kind
@@ -112,7 +112,8 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
     from .tsk_image import ReaderImage
 
     reader = TolerantReader(disk, "zeros")
-    found = _Finder(reader, passphrases)
+    texts = lvm.Texts()
+    found = _Finder(reader, passphrases, texts)
     looked: list[str] = []
     image = ReaderImage(reader)
     for number, offset, length, description in partitions(image):
@@ -122,7 +123,7 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
         found.look_outside_partitions(table_spans(image))
     found.look_into_groups()
     if not found.systems and not any(item.volume.kind for item in found.unread):
-        whole = _Finder(reader, passphrases)
+        whole = _Finder(reader, passphrases, texts)
         whole.look_at_partition(Volume(0, 0, "", ""), reader.size)
         whole.look_into_groups()
         if whole.systems or any(item.volume.kind for item in whole.unread) or not looked:
@@ -137,7 +138,8 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
 class _Finder:
     """Looks into volumes, and into what is inside them."""
 
-    def __init__(self, reader: TolerantReader, passphrases: Sequence[bytes]) -> None:
+    def __init__(self, reader: TolerantReader, passphrases: Sequence[bytes], texts: lvm.Texts) -> None:
+        self._texts = texts
         self.systems: list[FileSystem] = []
         self.unread: list[Unread] = []
         self.spans: dict[Place, Sequence[Span]] = {}
@@ -239,7 +241,7 @@ class _Finder:
 
     def _physical_volume(self, reader: Reader, volume: Volume, depth: int) -> None:
         try:
-            physical = lvm.physical_volume(reader)
+            physical = lvm.physical_volume(reader, self._texts)
         except (lvm.LvmError, OSError, Qcow2Error) as error:
             self._not_read(reader, replace(volume, kind="LVM2"), str(error))
             return
@@ -254,7 +256,7 @@ class _Finder:
             try:
                 for logical in lvm.logical_volumes(part for part, _, _ in physical):
                     self._logical(logical, first, depth + 1)
-            except lvm.LvmError as error:
+            except (lvm.LvmError, LimitExceeded) as error:
                 for part, volume, _ in physical:
                     self._not_read(part.reader, replace(volume, kind="LVM2"), str(error))
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import bz2
-import gzip
 import hashlib
 import importlib
 import io
@@ -22,7 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, BinaryIO, Final, cast
+from typing import IO, BinaryIO, Final, Protocol, cast
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, source_name
@@ -32,6 +31,8 @@ from ..limits import (
     UNPACKED_BYTES,
     UNPACKED_TIMES,
     XZ_DECODER_BYTES,
+    Budget,
+    KiB,
     Limits,
     MiB,
 )
@@ -43,9 +44,12 @@ _LIBVIRT: Final = b"LibvirtQemudSave"
 _LIBVIRT_UNFINISHED: Final = b"LibvirtQemudPart"
 _LIBVIRT_HEADER = struct.Struct("16sIIIII14I")  # magic, version, XML length, was running, format, cookie, unused
 _PIECE = 4 * MiB
+_INPUT = 64 * KiB
+_BYTES_PER_MEMBER = MiB  # of a compressed file: libvirt writes one member, parallel compressors one for a few MiB
+_MEMBERS = Limits(work_repeats=1, work_spare=1024)  # and so many in any file
 
 Unpacker = tuple[IO[bytes], type[Exception]]  # the decompressed file, and what it raises for damage
-Opener = Callable[[BinaryIO], Unpacker]
+Opener = Callable[[BinaryIO, int], Unpacker]  # the compressed file and its size
 
 
 class StreamWindow:
@@ -125,51 +129,94 @@ def _libvirt(source: Source, head: bytes, cache_dir: str | os.PathLike[str] | No
     return StreamWindow(unpacked, 0, unpacked.size, domain, kept)
 
 
-def _gzip(stream: BinaryIO) -> Unpacker:
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=stream)), zlib.error
+class _Decoder(Protocol):
+    """What decodes one member of a file: a gzip member, a bzip2 or xz stream, a zstd frame."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
-def _bzip2(stream: BinaryIO) -> Unpacker:
-    return cast("IO[bytes]", bz2.BZ2File(stream)), OSError
+class _Inflate:
+    """The decoder of one gzip member, which checks its checksum and length."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._zlib.unconsumed_tail
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
 
 
-class _XzReader(io.RawIOBase):
-    """An xz file that may not announce a dictionary without bounds; the module's own reader accepts 4 GiB."""
+class _MembersReader(io.RawIOBase):
+    """The decompressed bytes of a file of one member, or of a few that follow each other.
 
-    def __init__(self, stream: BinaryIO) -> None:
+    Decoders are made by ``new``. A file may not be of empty members only, which cost work and give nothing.
+    """
+
+    def __init__(self, stream: BinaryIO, new: Callable[[], _Decoder], size: int) -> None:
         self._stream = stream
-        self._decoder = lzma.LZMADecompressor(memlimit=XZ_DECODER_BYTES)
-        self._ended = False
+        self._new = new
+        self._decoder = new()
+        self._members = Budget("members of a compressed save file", size // _BYTES_PER_MEMBER, _MEMBERS)
 
     def read(self, size: int = -1, /) -> bytes:
         while True:
             if self._decoder.eof:
-                rest = self._decoder.unused_data.lstrip(b"\0") or self._stream.read(_PIECE).lstrip(b"\0")
+                rest = self._decoder.unused_data.lstrip(b"\0") or self._stream.read(_INPUT).lstrip(b"\0")
                 if not rest:
                     return b""
-                self._decoder = lzma.LZMADecompressor(memlimit=XZ_DECODER_BYTES)
+                self._members.spend(1)
+                self._decoder = self._new()
             else:
-                rest = self._stream.read(_PIECE // 4) if self._decoder.needs_input else b""
+                rest = self._stream.read(_INPUT) if self._decoder.needs_input else b""
                 if not rest and self._decoder.needs_input:
                     raise EOFError("the file ends before its end-of-stream marker was reached")
             if data := self._decoder.decompress(rest, _PIECE if size < 0 else size):
                 return data
 
 
-def _xz(stream: BinaryIO) -> Unpacker:
-    return cast("IO[bytes]", _XzReader(stream)), lzma.LZMAError
+def _gzip(stream: BinaryIO, size: int) -> Unpacker:
+    return cast("IO[bytes]", _MembersReader(stream, _Inflate, size)), zlib.error
 
 
-def _lzop(stream: BinaryIO) -> Unpacker:
-    return cast("IO[bytes]", LzopReader(stream)), DamagedError
+def _bzip2(stream: BinaryIO, size: int) -> Unpacker:
+    return cast("IO[bytes]", _MembersReader(stream, bz2.BZ2Decompressor, size)), OSError
 
 
-def _zstd(stream: BinaryIO) -> Unpacker:
+def _xz(stream: BinaryIO, size: int) -> Unpacker:
+    # The module's own reader of files accepts any dictionary up to 4 GiB.
+    def new() -> _Decoder:
+        return lzma.LZMADecompressor(memlimit=XZ_DECODER_BYTES)
+
+    return cast("IO[bytes]", _MembersReader(stream, new, size)), lzma.LZMAError
+
+
+def _lzop(stream: BinaryIO, size: int) -> Unpacker:
+    return cast("IO[bytes]", LzopReader(stream, size)), DamagedError
+
+
+def _zstd(stream: BinaryIO, size: int) -> Unpacker:
     try:
         zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
     except ImportError:
         raise Unsupported("zstd on this Python: install backports.zstd") from None
-    return zstd.open(stream, "rb"), zstd.ZstdError
+    return cast("IO[bytes]", _MembersReader(stream, zstd.ZstdDecompressor, size)), zstd.ZstdError
 
 
 _OPENERS: dict[int, Opener] = {1: _gzip, 2: _bzip2, 3: _xz, 4: _lzop, 5: _zstd}
@@ -211,7 +258,7 @@ def _fingerprint(window: StreamWindow) -> str:
 def _decompress(window: StreamWindow, opener: Opener, target: IO[bytes], limits: Limits) -> None:
     written = 0
     most = min(limits.decompressed_stream_bytes, UNPACKED_BYTES + UNPACKED_TIMES * window.stored_size)
-    packed, damage = opener(cast("BinaryIO", SourceStream(window)))
+    packed, damage = opener(cast("BinaryIO", SourceStream(window)), window.size)
     try:
         with packed:
             while data := packed.read(_PIECE):
@@ -223,6 +270,6 @@ def _decompress(window: StreamWindow, opener: Opener, target: IO[bytes], limits:
                 target.write(data)
     except Qcow2Error:
         raise
-    except (damage, EOFError, gzip.BadGzipFile) as error:
+    except (damage, EOFError) as error:
         raise FormatError(f"libvirt save file cannot be decompressed: {error}", field="vm_state") from error
     target.flush()

@@ -17,10 +17,12 @@ import zlib
 from typing import BinaryIO, Final
 
 from ..errors import Unsupported
-from ..limits import MiB
+from ..limits import Budget, Limits, MiB
 
 _MAGIC: Final = b"\x89LZO\0\r\n\x1a\n"
 _MOST_BLOCK = MiB  # bytes of a block; lzop writes 256 KiB, and what one byte of LZO decodes to is bounded by 255
+_BYTES_PER_BLOCK = 512  # of a file: 256 KiB of zeros take 1 KiB
+_BLOCKS = Limits(work_repeats=1, work_spare=1 << 14)  # and so many in any file
 _METHODS = (1, 2, 3)  # of compression, all decoded alike
 _WITH_LEVEL = 0x0940  # the version from which a header has the least version, the level and the high half of the time
 _ADLER, _ADLER_STORED, _EXTRA, _CRC, _CRC_STORED, _FILTER = 0x1, 0x2, 0x40, 0x100, 0x200, 0x800
@@ -31,14 +33,18 @@ class DamagedError(Exception):
 
 
 class LzopReader(io.RawIOBase):
-    """The decompressed bytes of an lzop file, block by block; raises :class:`DamagedError` and EOFError."""
+    """The decompressed bytes of an lzop file, block by block; ``size`` is that of the file.
 
-    def __init__(self, stream: BinaryIO) -> None:
+    Raises :class:`DamagedError`, EOFError, and :class:`LimitExceeded` for blocks that hold next to nothing.
+    """
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
         try:
             self._lzo = importlib.import_module("lzallright")
         except ImportError:
             raise Unsupported("libvirt save file compressed with lzop: install lzallright") from None
         self._stream = stream
+        self._blocks = Budget("blocks of an lzop file", size // _BYTES_PER_BLOCK, _BLOCKS)
         self._flags: int | None = None
         self._ended = False
 
@@ -52,6 +58,7 @@ class LzopReader(io.RawIOBase):
         if not length:
             self._ended = True
             return b""
+        self._blocks.spend(1)
         stored = self._number()
         if length > _MOST_BLOCK or not 0 < stored <= length:
             raise DamagedError(f"a block of {length} bytes, stored in {stored}")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import Qcow2Error
-from ..limits import FILE_SYSTEM_BLOCKS
+from ..limits import FILE_SYSTEM_BLOCKS, Budget, KiB, Limits, MiB
 from ..reader.disk import Disk
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ Bits = npt.NDArray[np.int8]
 USED, FREE, UNKNOWN = 1, 0, -1
 
 _OPEN = 256  # tables kept open
+_READS = Limits(work_spare=16 * MiB)
+_CALL = KiB  # what one read costs beside its bytes
+_BYTES_PER_BLOCK = 32  # stored bytes that allow one more block in a map, which takes a byte
+_BLOCKS = Limits(work_repeats=1, work_spare=1 << 24)  # 64 GiB in blocks of 4 KiB, and one more for so many bytes
 
 
 class VolumeMap(NamedTuple):
@@ -51,10 +55,15 @@ class PlacedDisk:
         self._slots = slots
         self._span = span
         self._disks: dict[int, Disk] = {}
+        self._reads = Budget("bytes read of file systems", reader.file_size, _READS)
+        self._blocks = Budget("blocks of file systems", reader.file_size // _BYTES_PER_BLOCK, _BLOCKS)
 
     def read(self, offset: int, length: int) -> bytes | None:
-        """Return guest bytes, None where a table is missing or something cannot be read."""
+        """Return guest bytes, None where a table is missing, something cannot be read, or too much was."""
         pieces: list[bytes] = []
+        if length + _CALL > self._reads.left:
+            return None
+        self._reads.spend(length + _CALL)
         while length > 0:
             slot, inside = divmod(offset, self._span)
             take = min(length, self._span - inside)
@@ -71,19 +80,23 @@ class PlacedDisk:
             length -= take
         return b"".join(pieces)
 
+    def takes(self, blocks: int) -> bool:
+        """Whether a file system of so many blocks can still be looked at; they are counted then."""
+        if not 0 < blocks <= min(FILE_SYSTEM_BLOCKS, self._blocks.left):
+            return False
+        self._blocks.spend(blocks)
+        return True
+
+    def empty_map(self, start: int, block: int, blocks: int) -> VolumeMap | None:
+        """Return a map of which nothing is known yet; None for a size that nobody has, or where maps are too large."""
+        return VolumeMap(start, block, np.full(blocks, UNKNOWN, np.int8)) if self.takes(blocks) else None
+
     def _disk(self, slot: int) -> Disk:
         if slot not in self._disks:
             if len(self._disks) >= _OPEN:
                 self._disks.pop(next(iter(self._disks)))
             self._disks[slot] = self._reader.disk(self._slots[slot])
         return self._disks[slot]
-
-
-def empty_map(start: int, block: int, blocks: int) -> VolumeMap | None:
-    """Return a map of which nothing is known yet; None for a size that nobody has."""
-    if not 0 < blocks <= FILE_SYSTEM_BLOCKS:
-        return None
-    return VolumeMap(start, block, np.full(blocks, UNKNOWN, np.int8))
 
 
 def set_bits(volume: VolumeMap, first: int, bitmap: bytes) -> None:

@@ -19,6 +19,7 @@ from .ntfs_volume import ntfs_expected, ntfs_map
 from .partition_map import partition_map
 from .placement import Placement, Unplaced, Use, place
 from .positions import disk_size_of, file_system_starts
+from .table_search import among
 from .xfs_volume import xfs_map
 
 _ROUNDS = 4  # what was found in one may lead to more in the next
@@ -80,7 +81,7 @@ def _with_expected(
         slot, inside = divmod(expected.offset, span)
         if slot in placed or inside + expected.length > span:
             continue
-        tried += len(candidates)
+        tried += len(candidates) * (1 + expected.length // 512)
         if tried > PLACEMENT_TRIALS:
             break
         for at in candidates:
@@ -110,9 +111,10 @@ def _not_guest_data(reader: TableReader, offsets: list[int]) -> list[int]:
     hosts = {at: named_offsets(reader.entries(at)) for at in offsets}
     counts = {at: int(np.count_nonzero(entries)) for at, entries in hosts.items()}
     mapped: dict[int, int] = {}  # the size of the largest table that maps it
-    every = np.array(offsets, np.uint64)
+    every = np.array(sorted(offsets), np.int64)
     for at, entries in hosts.items():
-        for other in np.intersect1d(every, entries).tolist():
+        named = entries.astype(np.int64)
+        for other in named[among(named, every)].tolist():
             if other != at:
                 mapped[other] = max(mapped.get(other, 0), counts[at])
     return [at for at in offsets if mapped.get(at, 0) <= counts[at]]

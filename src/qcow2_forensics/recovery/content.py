@@ -10,7 +10,7 @@ from ..format.entries import COPIED
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.source import Source
-from ..limits import PLACED_CONTENT_BYTES, PLACED_STRUCTURES, Budget, MiB
+from ..limits import PLACED_CONTENT_BYTES, PLACED_STRUCTURES, Budget, KiB, MiB
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.opening import open_disk
@@ -18,6 +18,7 @@ from ..residue.structure_detection import Geometry
 from .geometry import U64
 from .header import l1_fields, new_header
 from .l1_tables import entries_of, table_span
+from .metered_source import MeteredSource
 from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Unplaced
 from .positions import (
@@ -31,6 +32,7 @@ from .positions import (
 
 _STORED = (Kind.DATA, Kind.COMPRESSED)
 _HEAD = 64 * SECTOR
+_OPENING = 32 * KiB  # what a table of which nothing is read costs, in bytes read
 
 
 class TableReader:
@@ -39,6 +41,8 @@ class TableReader:
     def __init__(self, source: Source, geometry: Geometry, image: Image | None, compression: int | None) -> None:
         self._budget = Budget("bytes read to place L2 tables", source.size)  # crafted tables share their clusters
         self._source = source
+        self._content = source.unmetered if isinstance(source, MeteredSource) else source  # it has the budget above
+        self.file_size = source.size
         self._geometry = geometry
         self._image = image
         self._compression = compression
@@ -62,7 +66,7 @@ class TableReader:
                 compression_type=self._compression,
             )
             patches = [(0, header), (REBUILT_AT, entry)]
-        return open_disk(PatchedSource(self._source, patches), follow=False)
+        return open_disk(PatchedSource(self._content, patches), follow=False)
 
     def entries(self, offset: int) -> U64:
         """Return the entries of the table."""
@@ -71,6 +75,7 @@ class TableReader:
     def head(self, offset: int) -> bytes:
         """Return the first bytes under a table, as far as a partition table goes; empty where they cannot be read."""
         try:
+            self._budget.spend(_OPENING)
             with self.disk(offset) as disk:
                 return disk.read(0, _HEAD)
         except (Qcow2Error, OSError):
@@ -79,6 +84,7 @@ class TableReader:
     def pieces(self, offset: int) -> Iterator[tuple[int, bytes]]:
         """Yield (offset under the table, bytes) of what is stored, at most 64 MiB spread over it; nothing unreadable."""
         try:
+            self._budget.spend(_OPENING)
             with self.disk(offset) as disk:
                 if disk.is_locked:
                     return

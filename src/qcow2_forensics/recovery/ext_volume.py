@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..limits import FILE_SYSTEM_GROUPS, INODES_LOOKED_AT
-from .allocation import Expected, PlacedDisk, VolumeMap, empty_map, forget, set_bits
+from .allocation import Expected, PlacedDisk, VolumeMap, forget, set_bits
 
 _64BIT, _META_BG, _CHECKSUM_SEED = 0x80, 0x10, 0x2000
 _CHECKSUMS = 0x400
@@ -50,7 +50,7 @@ class _Group(NamedTuple):
 def ext_map(disk: PlacedDisk, start: int) -> VolumeMap | None:
     """Return which blocks are in use of the ext file system that starts at ``start``; None where there is none."""
     found = _superblock(disk, start)
-    volume = None if found is None else empty_map(start, found.block, found.blocks)
+    volume = None if found is None else disk.empty_map(start, found.block, found.blocks)
     if found is None or volume is None:
         return None
     tables: list[tuple[int, int]] = []  # inode tables behind the inodes in use: allocated, seldom written
@@ -75,7 +75,7 @@ def ext_map(disk: PlacedDisk, start: int) -> VolumeMap | None:
 def ext_expected(disk: PlacedDisk, start: int) -> Iterator[Expected]:
     """Yield what blocks of the file system must hold: bitmaps by their checksums, directories, the journal."""
     found = _superblock(disk, start)
-    if found is None:
+    if found is None or not disk.takes(found.blocks):
         return
     mask = 0xFFFF_FFFF if found.descriptor_size >= 64 else 0xFFFF
     inodes = 0
@@ -157,7 +157,10 @@ def _superblock(disk: PlacedDisk, start: int) -> _Super | None:
         start, 1024 << min(log, 6), blocks, _number(data, 0x14, 4), _number(data, 0x20, 4), _number(data, 0x28, 4),
         inode_size, size, _seed(data),
     )  # fmt: skip
-    sound = found.per_group and found.inodes_per_group and 32 <= size <= 1024 and 128 <= inode_size <= found.block
+    bits = found.block * 8  # of a bitmap, which is one block
+    sound = 256 <= found.per_group <= bits and 0 < found.inodes_per_group <= bits
+    sound = sound and 32 <= size <= 1024 and 128 <= inode_size <= found.block
+    sound = sound and found.inodes_per_group * inode_size <= found.per_group * found.block
     if not sound or incompatible & _META_BG or not 0 < found.groups <= FILE_SYSTEM_GROUPS:
         return None
     return found

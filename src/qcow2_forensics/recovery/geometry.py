@@ -20,6 +20,7 @@ from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, ZERO, compressed_d
 from ..format.header import SECTOR
 from ..format.source import Source
 from ..limits import GEOMETRY_SECTORS, GEOMETRY_STREAMS, KiB, MiB
+from .metered_source import stored_pieces
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -95,8 +96,8 @@ def _winner(votes: Counter[int]) -> tuple[int, int]:
 def _table_sectors(source: Source, most: int | None) -> Iterator[_Sectors]:
     """Yield the sectors in which every word may be a table entry, and one or more is."""
     end = source.size if most is None else min(most, source.size)
-    for at in range(0, end, _CHUNK):
-        data = source.read(at, min(_CHUNK, end - at))
+    for at, length in stored_pieces(source, _CHUNK, end):
+        data = source.read(at, length)
         words = np.frombuffer(data, ">u8", count=len(data) // SECTOR * _WORDS).reshape(-1, _WORDS)
         # Guest data is nearly always ruled out by its first words.
         rows = np.flatnonzero(_possible(words[:, :4].astype(np.uint64), source.size).all(axis=1))

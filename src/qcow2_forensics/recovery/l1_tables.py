@@ -12,14 +12,18 @@ from ..format.entries import COPIED
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import DEFAULT_LIMITS, L1_ENTRIES, Budget, MiB
+from ..limits import DEFAULT_LIMITS, L1_ENTRIES, Budget, Limits, MiB
 from ..residue.structure_detection import Geometry, l1_rows
 from ..text import plural
 from .confidence import Confidence
 from .geometry import U64
 from .placement import Placement
 from .refcounts import FoundRefcounts
-from .table_search import FoundTables, L1Candidate, table_words
+from .table_search import FoundTables, L1Candidate, among, table_words
+
+STORED_ONCE = Limits(work_repeats=1, work_spare=8 * MiB)  # of what a genuine file holds once
+
+_L1_AT_ONCE = 1 << 17  # entries
 
 
 def table_span(geometry: Geometry) -> int:
@@ -74,7 +78,7 @@ def is_l1(table: U64, tables: FoundTables) -> bool:
     """Whether most of what an L1 table names still looks like L2 tables."""
     targets = named_offsets(table).astype(np.int64)
     targets = targets[targets != 0]
-    return bool(np.isin(targets, tables.l2).mean() >= 0.5) if len(targets) else False
+    return bool(among(targets, tables.l2).mean() >= 0.5) if len(targets) else False
 
 
 def own_clusters(image: Image) -> set[int]:
@@ -98,9 +102,10 @@ def names_counted(table: U64, geometry: Geometry, refcounts: FoundRefcounts) -> 
 def placements_of(table: L1Candidate, tables: FoundTables, refcounts: FoundRefcounts | None) -> Iterator[Placement]:
     """Yield the slots of an L1 table that was found by its form."""
     counted = refcounts is not None and bool(refcounts.of(table.offset))
-    for index in np.flatnonzero(table.targets).tolist():
-        target = int(table.targets[index])
-        if not np.isin(target, tables.l2):
+    used = np.flatnonzero(table.targets)
+    are_tables = among(table.targets[used].astype(np.int64), tables.l2)
+    for index, target, is_table in zip(used.tolist(), table.targets[used].tolist(), are_tables.tolist(), strict=True):
+        if not is_table:
             yield Placement(
                 index, target, Confidence.GUESS, "the L1 table names it, but it does not look like an L2 table"
             )
@@ -118,12 +123,17 @@ def rank(
     return table.offset in named, unused, -int(np.count_nonzero(table.targets)), table.offset
 
 
-def placed_by_image(source: Source) -> tuple[Placement, ...]:
-    """Return where the L1 table of a whole image has its L2 tables."""
+def placed_by_image(source: Source, room: Budget) -> tuple[Placement, ...]:
+    """Return where the L1 table of a whole image has its L2 tables; raises :class:`LimitExceeded` without room for them."""
     with Image(source, owns_source=False) as image:
-        table = named_offsets(read_l1(source, image.header.l1_table_offset, image.header.l1_size))
-    used = np.flatnonzero(table).tolist()
-    return tuple(Placement(i, int(table[i]), Confidence.CERTAIN, "the image's own L1 table") for i in used)
+        offset, count = image.header.l1_table_offset, image.header.l1_size
+    placed: list[Placement] = []
+    for first in range(0, count, _L1_AT_ONCE):
+        table = named_offsets(read_l1(source, offset + first * 8, min(_L1_AT_ONCE, count - first)))
+        used = np.flatnonzero(table).tolist()
+        room.spend(len(used))
+        placed += (Placement(first + i, int(table[i]), Confidence.CERTAIN, "the image's own L1 table") for i in used)
+    return tuple(placed)
 
 
 def left_out_notes(tables: FoundTables) -> tuple[str, ...]:
@@ -136,15 +146,25 @@ def left_out_notes(tables: FoundTables) -> tuple[str, ...]:
 
 
 def tables_by_slot(source: Source, geometry: Geometry, l1_tables: list[U64]) -> dict[int, list[U64]]:
-    """Return the entries of the L2 tables that L1 tables name, by slot, each table once."""
-    known: dict[int, dict[int, U64]] = {}
+    """Return the entries of the L2 tables that L1 tables name, by slot, each table once.
+
+    Raises :class:`LimitExceeded` where tables are in several slots until they are more than the file stores.
+    """
+    known: dict[int, dict[int, None]] = {}
+    read: dict[int, U64] = {}
+    budget = Budget("L2 tables under L1 tables", source.size, STORED_ONCE)
     for table in l1_tables:
         targets = named_offsets(table)
-        for index in np.flatnonzero(targets).tolist():
-            at = int(targets[index])
-            if at + geometry.cluster_size <= source.size and at not in known.setdefault(index, {}):
-                known[index][at] = entries_of(source, at, geometry)
-    return {index: list(versions.values()) for index, versions in known.items()}
+        used = np.flatnonzero(targets)
+        for index, at in zip(used.tolist(), targets[used].tolist(), strict=True):
+            if at + geometry.cluster_size <= source.size:
+                if at in known.setdefault(index, {}):
+                    continue
+                budget.spend(geometry.cluster_size)
+                known[index][at] = None
+                if at not in read:
+                    read[at] = entries_of(source, at, geometry)
+    return {index: [read[at] for at in versions] for index, versions in known.items()}
 
 
 def shared_with_snapshots(snapshots: list[U64], refcounts: FoundRefcounts, slots_: int) -> list[Placement]:

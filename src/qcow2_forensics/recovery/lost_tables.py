@@ -8,6 +8,7 @@ order of the file for what the file system uses there. Both are guesses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -45,15 +46,13 @@ class Rebuilt(NamedTuple):
 
 def lost_slots(source: Source, geometry: Geometry, targets: Mapping[int, int], leaks: U64) -> list[int]:
     """Return the slots whose table is no L2 table any more, or zeros while clusters are without an owner."""
-    lost: list[int] = []
-    for slot, offset in targets.items():
+
+    def is_lost(offset: int) -> bool:
         words = table_words(source, offset, geometry)
-        if not words.any():
-            if len(leaks):
-                lost.append(slot)
-        elif not l2_rows(words[np.newaxis], geometry).sound[0]:
-            lost.append(slot)
-    return lost[:LOST_TABLES_REBUILT]
+        return not l2_rows(words[np.newaxis], geometry).sound[0] if words.any() else bool(len(leaks))
+
+    of_tables = {offset: is_lost(offset) for offset in dict.fromkeys(targets.values())}
+    return list(islice((slot for slot, offset in targets.items() if of_tables[offset]), LOST_TABLES_REBUILT))
 
 
 def leaked_clusters(census: Census) -> U64:

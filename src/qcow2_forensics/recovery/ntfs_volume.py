@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..limits import FILE_RECORD_RUNS, FILE_RECORDS_LOOKED_AT
-from .allocation import FREE, UNKNOWN, USED, Expected, PlacedDisk, VolumeMap, empty_map, set_bits
+from .allocation import FREE, UNKNOWN, USED, Expected, PlacedDisk, VolumeMap, set_bits
 
 _MFT, _MIRROR, _ATTRIBUTES, _BITMAP, _UPCASE = 0, 1, 4, 6, 10
 _DATA, _INDEX = 0x80, 0xA0
@@ -35,17 +35,21 @@ class _Volume(NamedTuple):
 def ntfs_map(disk: PlacedDisk, start: int) -> VolumeMap | None:
     """Return which clusters are in use of the NTFS volume that starts at ``start``; None where there is none."""
     found = _volume(disk, start)
-    volume = None if found is None else empty_map(start, found.cluster, found.clusters)
+    volume = None if found is None else disk.empty_map(start, found.cluster, found.clusters)
     if found is None or volume is None:
         return None
     records = 0
     whole = True
+    left = 2 * found.clusters  # that runs may take: those of different files never overlap
     for _, record in _records(disk, found):
         if record is None:
             whole = False
             continue
         records += 1
         for lcn, count in all_runs(record):
+            left -= count
+            if left < 0:
+                return None
             volume.bits[lcn : lcn + count] = USED
     if whole and records:
         volume.bits[volume.bits == UNKNOWN] = FREE
@@ -58,7 +62,7 @@ def _take_bitmap(disk: PlacedDisk, found: _Volume, volume: VolumeMap) -> None:
     first = disk.read(found.start + found.mft * found.cluster + _BITMAP * found.record, found.record)
     at = 0  # in the bitmap
     for lcn, count in data_runs(with_fixups(first or b"")):
-        for done in range(0, count * found.cluster, _PIECE):
+        for done in range(0, min(count * found.cluster, -(-found.clusters // 8) - at), _PIECE):
             length = min(_PIECE, count * found.cluster - done)
             bitmap = disk.read(found.start + lcn * found.cluster + done, length)
             if bitmap is not None and _agrees(volume, at * 8, bitmap):

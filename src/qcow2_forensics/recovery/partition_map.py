@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .allocation import FREE, UNKNOWN, USED, PlacedDisk, VolumeMap, empty_map
+from .allocation import FREE, UNKNOWN, USED, PlacedDisk, VolumeMap
 
 _SECTOR = 512
 _FIRST = 34 * _SECTOR
@@ -16,8 +16,8 @@ def partition_map(disk: PlacedDisk) -> VolumeMap | None:
     if head is None or head[_SECTOR : _SECTOR + 8] != b"EFI PART":
         return None
     last = _number(head, _SECTOR + 32, 8)
-    volume = empty_map(0, _SECTOR, last + 1)
-    if volume is None or last < 2 * _ENTRIES:
+    volume = disk.empty_map(0, _SECTOR, last + 1) if last >= 2 * _ENTRIES else None
+    if volume is None:
         return None
     volume.bits[:] = FREE
     volume.bits[:_USED] = USED

@@ -9,7 +9,6 @@ that of a disk written from start to end.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
@@ -92,30 +91,45 @@ class _Versions:
     def __init__(self, known: Mapping[int, list[U64]]) -> None:
         tables = [(slot, _hosts(entries)) for slot, versions in known.items() for entries in versions]
         none = np.zeros(0, np.uint64)
-        hosts = np.concatenate([none, *(named for _, named in tables)])
-        slots = np.concatenate([none, *(np.full(len(named), slot, np.uint64) for slot, named in tables)])
-        places = np.concatenate([none, *(np.arange(len(named), dtype=np.uint64) for _, named in tables)])
-        order = np.argsort(hosts, kind="stable")
-        order = order[hosts[order] != 0]
-        # By host offset: the slot of the table that names it, and the place of its entry in that table.
-        self._hosts, self._slots, self._places = hosts[order], slots[order], places[order]
+        hosts = np.concatenate([none, *(named[named != 0] for _, named in tables)])
+        slots = np.concatenate([none, *(np.full(np.count_nonzero(named), slot, np.uint64) for slot, named in tables)])
+        places = np.concatenate([none, *(np.flatnonzero(named).astype(np.uint64) for _, named in tables)])
+        # A key for each host offset at a place of a table, and the lowest and highest slot of the tables that have it there.
+        self._hosts = np.unique(hosts)
+        self._span = np.uint64(max((len(named) for _, named in tables), default=1))
+        keys = self._key(hosts, places)
+        order = np.lexsort((slots, keys))
+        keys, slots = keys[order], slots[order]
+        first = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
+        self._keys, self._lowest = keys[first], slots[first]
+        self._highest = slots[np.append(first[1:], len(keys))[: len(first)] - 1]
+
+    def _key(self, hosts: U64, places: U64) -> U64:
+        """Return a number for each host offset at a place; hosts must be known ones."""
+        keys: U64 = np.searchsorted(self._hosts, hosts).astype(np.uint64) * self._span + places
+        return keys
 
     def of(self, table: Unplaced) -> Placement | None:
         """Return the slot of the one table that maps some of the same host clusters at the same places."""
         hosts = _hosts(table.entries)
-        used = np.flatnonzero(hosts)
-        firsts = np.searchsorted(self._hosts, hosts[used])
-        stops = np.searchsorted(self._hosts, hosts[used], "right")
-        shared: Counter[int] = Counter()
-        known = np.flatnonzero(stops > firsts)
-        for place_, first, stop in zip(*(part[known].tolist() for part in (used, firsts, stops)), strict=True):
-            same = self._places[first:stop] == place_
-            shared.update(set(self._slots[first:stop][same].tolist()))
-        if len(shared) != 1:
+        if not len(self._keys):
             return None
-        ((index, count),) = shared.items()
+        used = np.flatnonzero(hosts)
+        used = used[_is_among(hosts[used], self._hosts)]
+        keys = self._key(hosts[used], used.astype(np.uint64))
+        keys = keys[_is_among(keys, self._keys)]
+        at = np.searchsorted(self._keys, keys)
+        slots = np.unique(np.concatenate([self._lowest[at], self._highest[at]]))
+        if len(slots) != 1:
+            return None
+        index, count = int(slots[0]), len(keys)
         reason = f"{count} clusters are those of a snapshot's table in this place"
         return Placement(index, table.offset, Confidence.CERTAIN if count > 1 else Confidence.LIKELY, reason)
+
+
+def _is_among(values: U64, ordered: U64) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    return found
 
 
 def _hosts(entries: U64) -> U64:

@@ -13,9 +13,10 @@ More than 400 lines because each way to a state is a few calls of the modules be
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, cast
 
 import numpy as np
@@ -28,7 +29,17 @@ from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.source import PathOrSource, Source, as_source
-from ..limits import INNER_IMAGES_SEARCHED, L1_ENTRIES, REBUILT_L1_BYTES, RECOVERED_STATES, RECOVERY_HINT_BYTES, MiB
+from ..limits import (
+    INNER_IMAGES_SEARCHED,
+    L1_ENTRIES,
+    REBUILT_L1_BYTES,
+    RECOVERED_STATES,
+    RECOVERED_TABLES,
+    RECOVERY_HINT_BYTES,
+    Budget,
+    Limits,
+    MiB,
+)
 from ..reader.chain import close_source
 from ..reader.disk import Disk
 from ..reader.opening import open_disk
@@ -40,6 +51,7 @@ from .content import TableReader
 from .geometry import U64, compression_type_of, find_geometry
 from .header import l1_fields, new_header
 from .l1_tables import (
+    STORED_ONCE,
     entries_of,
     is_l1,
     left_out_notes,
@@ -56,6 +68,7 @@ from .l1_tables import (
     tables_by_slot,
 )
 from .lost_tables import UseOf, leaked_clusters, lost_slots, rebuild
+from .metered_source import MeteredSource, stored_pieces
 from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Placement, Unplaced, place
 from .positions import disk_size_of
@@ -67,6 +80,7 @@ from .vm_states import vm_states
 _READ = 4 * MiB
 _KEPT = 4  # files whose states are remembered
 _known: dict[object, list[RecoveredState]] = {}
+_TABLES_OF_STATES = Limits(work_repeats=1, work_spare=RECOVERED_TABLES)  # and one more for each sector
 
 
 def recovered_states(origin: PathOrSource, *, virtual_size: int | None = None) -> list[RecoveredState]:
@@ -108,10 +122,10 @@ def _remembered(source: Source, virtual_size: int | None) -> list[RecoveredState
     facts = vars(source) if hasattr(source, "__dict__") else {}  # its own: wrappers show those of what they wrap
     changed = facts.get("mtime_ns")
     if changed is None:
-        return list(_Recovery(source, virtual_size).states())
+        return _Recovery(source, virtual_size).states()
     key = (facts.get("identity"), changed, source.size, virtual_size)
     if key not in _known:
-        _known[key] = list(_Recovery(source, virtual_size).states())
+        _known[key] = _Recovery(source, virtual_size).states()
         while len(_known) > _KEPT:
             _known.pop(next(iter(_known)))
     return _known[key]
@@ -134,15 +148,25 @@ def has_tables(origin: PathOrSource) -> bool:
 
 def _with_whole_l1_tables(source: Source, tables: FoundTables) -> FoundTables:
     """Return the tables with the L1 tables of snapshots as long as their entries say, and no piece of one by itself."""
-    ranges = [(entry.l1_table_offset, entry.l1_size) for entry in tables.snapshots]
+    ranges = sorted((entry.l1_table_offset, entry.l1_size) for entry in tables.snapshots)
     sizes = dict(ranges)
+    starts = [first for first, _ in ranges]
+    ends = list(accumulate((first + size * 8 for first, size in ranges), max))
+
+    def inside(offset: int) -> bool:
+        before = bisect_left(starts, offset)
+        return before > 0 and offset < ends[before - 1]
+
+    budget = Budget("L1 tables of snapshots", source.size, STORED_ONCE)
     whole: list[L1Candidate] = []
     for table in tables.l1:
-        if any(first < table.offset < first + size * 8 for first, size in ranges):
+        if inside(table.offset):
             continue
         size = sizes.get(table.offset, 0)
         if 0 < size <= L1_ENTRIES:
-            table = table._replace(targets=named_offsets(read_l1(source, table.offset, size)), sure=size)  # noqa: PLW2901
+            stored = max(0, min(size, (source.size - table.offset) // 8))
+            budget.spend(stored * 8)
+            table = table._replace(targets=named_offsets(read_l1(source, table.offset, stored)), sure=size)  # noqa: PLW2901
         whole.append(table)
     return tables._replace(l1=whole)
 
@@ -158,6 +182,13 @@ def _active_is_missing(tables: FoundTables, refcounts: FoundRefcounts | None) ->
     return not others or len(in_use - snapshots_ - others) > len(in_use & others)
 
 
+def _used(table: U64) -> Iterator[tuple[int, int]]:
+    """Yield (slot, host offset) of the L2 tables that an L1 table names."""
+    offsets = named_offsets(table)
+    used = np.flatnonzero(offsets)
+    return zip(used.tolist(), offsets[used].tolist(), strict=True)
+
+
 def _census(image: Image) -> Census | None:
     """Return who claims each cluster; None, with a warning, where the tables are too many to say."""
     try:
@@ -171,11 +202,25 @@ class _Recovery:
     """Looks at one file and puts its states together."""
 
     def __init__(self, source: Source, virtual_size: int | None) -> None:
-        self._source = source
+        self._source = MeteredSource(source)
         self._virtual_size = virtual_size
         self._l1_bytes = REBUILT_L1_BYTES  # that sizes in the evidence may still ask for
+        self._room = Budget("L2 tables of recovered states", source.size // SECTOR, _TABLES_OF_STATES)
 
-    def states(self) -> Iterator[RecoveredState]:
+    def states(self) -> list[RecoveredState]:
+        """Return the states; those found before the work is too much, with a note that says so, or that as an error."""
+        found: list[RecoveredState] = []
+        try:
+            found.extend(self._states())
+        except LimitExceeded as error:
+            if not found:
+                raise
+            note = f"more states may be left, which were not looked for: {error}"
+            logging.getLogger("qcow2_forensics").warning("%s", note)
+            found = [replace(state, notes=(*state.notes, note)) for state in found]
+        return found
+
+    def _states(self) -> Iterator[RecoveredState]:
         image = self._image()
         if image is None:
             yield from self._inner_images()
@@ -200,6 +245,9 @@ class _Recovery:
             try:
                 with open_disk(window, follow=False) as disk:
                     size, cluster_size, named = disk.size, disk.image.cluster_size, disk.image.backing_name
+                placed = placed_by_image(window, self._room)
+            except LimitExceeded:
+                raise
             except (Qcow2Error, OSError):
                 continue
             yield RecoveredState(
@@ -208,14 +256,14 @@ class _Recovery:
                 size,
                 "its header",
                 cluster_size,
-                placed_by_image(window),
+                placed,
                 backing_unknown=named is not None,
                 start=at,
             )
 
     def _magics(self) -> Iterator[int]:
-        for at in range(0, self._source.size, _READ):
-            data = self._source.read(at, min(_READ, self._source.size - at))
+        for at, length in stored_pieces(self._source, _READ):
+            data = self._source.read(at, length)
             rows = np.frombuffer(data, ">u4", count=len(data) // SECTOR * (SECTOR // 4)).reshape(-1, SECTOR // 4)
             hits = np.flatnonzero(rows[:, 0] == int.from_bytes(MAGIC, "big")) if len(rows) else ()
             yield from (at + int(row) * SECTOR for row in hits if at + row)
@@ -247,6 +295,7 @@ class _Recovery:
             yield from self._placed(geometry, tables, compression, notes, refcounts)
         for table in found_l1[:RECOVERED_STATES]:
             entry = named.get(table.offset)
+            self._room.spend(int(np.count_nonzero(table.targets)))
             placements = tuple(placements_of(table, tables, refcounts))
             yield self._rebuilt(
                 f"the disk of the L1 table at host offset {table.offset:#x}"
@@ -383,7 +432,7 @@ class _Recovery:
         if former:
             yield from self._former(image, geometry, former, active, snapshots, refcounts)
         if census is not None:
-            yield from vm_states(self._source, geometry, census, free)
+            yield from vm_states(self._source, geometry, census, free, self._room)
 
     def _with_lost_tables(
         self,
@@ -395,8 +444,7 @@ class _Recovery:
         census: Census,
     ) -> Iterator[RecoveredState]:
         """Yield the active state with other tables in place of L2 tables that were overwritten."""
-        entries = named_offsets(active).tolist()
-        targets = {slot: int(at) for slot, at in enumerate(entries) if at}
+        targets = dict(_used(active))
         leaks = leaked_clusters(census)
         lost = lost_slots(self._source, geometry, targets, leaks)
         if not lost:
@@ -414,6 +462,7 @@ class _Recovery:
             slot: p._replace(confidence=Confidence.GUESS, reason="its table is lost: an older version of it")
             for slot, p in older.items()
         }
+        self._room.spend(len(targets))
         rebuilt = rebuild(reader, self._source, geometry, targets, lost, older, leaks, self._use(geometry))
         whole = [
             Placement(slot, at, Confidence.CERTAIN, "the image's own L1 table")
@@ -483,9 +532,8 @@ class _Recovery:
         sure, now = Confidence.LIKELY, "the table in use now"
         if len(usable) < len(tables):  # some slot had another table than it has now, and nothing says which
             sure, now = Confidence.GUESS, f"{now}; {len(tables) - len(usable)} free tables have no known place"
-        by_slot = {
-            index: Placement(index, int(at), sure, now) for index, at in enumerate(named_offsets(active).tolist()) if at
-        }
+        self._room.spend(int(np.count_nonzero(active)))
+        by_slot = {index: Placement(index, at, sure, now) for index, at in _used(active)}
         for p in usable:
             by_slot[p.slot] = p._replace(confidence=Confidence.LIKELY, reason=f"a free table: {p.reason}")
         placements = tuple(by_slot[index] for index in sorted(by_slot))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from ..format.source import Source
 from ..limits import CLUSTER_REFERENCES, L1_GAP_BYTES, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, TABLES_COMPARED, MiB
 from ..residue.structure_detection import Geometry, find_entries, l1_rows, l2_rows, likely
 from .geometry import U64, Mask, compression_type_of
+from .metered_source import stored_pieces
 
 _CHUNK = 8 * MiB
 _L1_SHARE = 0.5  # of the targets of an L1 table that still look like L2 tables; of a healthy one all do
@@ -79,8 +80,8 @@ def _clusters(table: L1Candidate, cluster_size: int) -> range:
 
 
 def _chunks(source: Source, cluster_size: int, end: int) -> Iterator[tuple[int, bytes]]:
-    for at in range(0, end, _CHUNK):
-        data = source.read(at, min(_CHUNK, end - at))
+    for at, length in stored_pieces(source, _CHUNK, end):
+        data = source.read(at, length)
         yield at, data.ljust(-(-len(data) // cluster_size) * cluster_size, b"\0")
 
 
@@ -106,6 +107,15 @@ def _tables_of(source: Source, at: int, data: bytes, geometry: Geometry) -> _Row
     return _Rows(offsets, np.isin(rows, l2_rows_), plain.all(axis=1) & np.isin(rows, l1_rows_), flagged.sum(axis=1))
 
 
+def among(values: npt.NDArray[np.integer[Any]], ordered: npt.NDArray[np.int64]) -> Mask:
+    """Return which of a few values are in a long array that rises."""
+    places = np.searchsorted(ordered, values)
+    found: Mask = (
+        ordered[np.minimum(places, len(ordered) - 1)] == values if len(ordered) else np.zeros(len(values), np.bool_)
+    )
+    return found
+
+
 def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
     """Return the 64-bit words of one table of a cluster, zeros where the file ends inside it."""
     size = geometry.cluster_size
@@ -125,7 +135,7 @@ def _classify(
         here = targets[targets != 0].astype(np.int64)
         if not len(here) or len(np.unique(here)) != len(here):
             continue
-        are_tables = np.isin(here, l2) & (here != offset)
+        are_tables = among(here, l2) & (here != offset)
         if are_tables.mean() >= _L1_SHARE and not _same_clusters(source, here[are_tables].tolist(), geometry):
             l1.append(L1Candidate(offset, targets, copied, len(targets)))
         elif copied == 0 and _are_refcount_blocks(
@@ -182,7 +192,7 @@ def _follows(source: Source, first: int, end: int, offset: int) -> bool:
     gap = offset - end
     if gap > L1_GAP_BYTES or offset - first >= _MAX_L1_BYTES:
         return False
-    return not gap or not any(source.read(end, gap))
+    return not gap or not source.read(end, gap).strip(b"\0")
 
 
 def _one(parts: list[L1Candidate]) -> L1Candidate:

@@ -6,7 +6,10 @@ it is that of the clusters in the file, as far as they follow each other unclaim
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from operator import itemgetter
+from typing import TypeAlias
 
 import numpy as np
 
@@ -14,38 +17,53 @@ from ..census import Census
 from ..census.columns import named_offsets
 from ..format.entries import COPIED
 from ..format.source import Source
-from ..limits import VM_STATES_RECOVERED, MiB
+from ..limits import VM_STATE_CLUSTERS_RECOVERED, VM_STATES_RECOVERED, Budget, Limits, MiB
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
 from .geometry import U64
 from .header import l1_fields
 from .l1_tables import entries_of, l1_of, table_span
+from .metered_source import stored_pieces
 from .patched_source import REBUILT_AT
 from .placement import Placement
 from .state import RecoveredState
 
 _MAGIC = int.from_bytes(b"QEVM\0\0\0", "big")
 _CHUNK = 4 * MiB
+_CLUSTERS = Limits(work_repeats=0, work_spare=VM_STATE_CLUSTERS_RECOVERED)
+_CLUSTERS_AT_ONCE = 1 << 16
 _TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, behind the L1 table
 _SIZE_AT = 24  # of the disk, in the header
 _ALL_SUBCLUSTERS = 0xFFFF_FFFF
 
 
-def vm_states(source: Source, geometry: Geometry, census: Census, tables: list[int]) -> Iterator[RecoveredState]:
-    """Yield VM states in clusters without an owner; ``tables`` are what looks like L2 tables that nothing names."""
-    former = [(at, named_offsets(entries_of(source, at, geometry))) for at in tables]
+_Former: TypeAlias = "tuple[int, int, U64]"  # the first cluster a former table maps, its own offset, and all it maps
+
+
+def vm_states(
+    source: Source, geometry: Geometry, census: Census, tables: list[int], room: Budget
+) -> Iterator[RecoveredState]:
+    """Yield VM states in clusters without an owner; ``tables`` are what looks like L2 tables that nothing names.
+
+    ``room`` is what is left for L2 tables of recovered states. Raises :class:`LimitExceeded`.
+    """
+    skipped = set(tables)
+    mapped = ((at, named_offsets(entries_of(source, at, geometry))) for at in tables)
+    former = sorted(((int(hosts[0]), at, hosts) for at, hosts in mapped if hosts[0]), key=lambda table: table[:2])
+    left = Budget("clusters of VM states without a table", 0, _CLUSTERS)
     for head in _heads(source, geometry, census):
         chain = _by_tables(head, former)
+        room.spend(len(chain))
         if chain:
             placements = tuple(
-                Placement(slot, at, Confidence.LIKELY, "a former L2 table maps it") for slot, at in enumerate(chain)
+                Placement(slot, at, Confidence.LIKELY, "a former L2 table maps it")
+                for slot, (_, at, _) in enumerate(chain)
             )
-            last = next(hosts for at, hosts in former if at == chain[-1])
-            used = int(np.flatnonzero(last)[-1]) + 1
+            used = int(np.flatnonzero(chain[-1][2])[-1]) + 1
             size = (len(chain) - 1) * table_span(geometry) + used * geometry.cluster_size
             yield _state(head, "by former tables", geometry, placements, size, ())
             continue
-        hosts = _following(head, geometry, census, set(tables))
+        hosts = _following(head, geometry, census, skipped, left)
         patches = tuple(_tables(hosts, geometry))
         placements = tuple(
             Placement(slot, at, Confidence.GUESS, "the order of clusters in the file only")
@@ -55,39 +73,53 @@ def vm_states(source: Source, geometry: Geometry, census: Census, tables: list[i
 
 
 def _heads(source: Source, geometry: Geometry, census: Census) -> Iterator[int]:
-    """Yield the host offsets of unclaimed clusters that begin as a migration stream does."""
+    """Yield the host offsets of unclaimed clusters that begin as a migration stream does, up to a limit."""
     size, found = geometry.cluster_size, 0
-    for at in range(0, source.size, max(_CHUNK, size)):
-        data = source.read(at, min(max(_CHUNK, size), source.size - at))
+    for at, length in stored_pieces(source, max(_CHUNK, size)):
+        data = source.read(at, length)
         words = np.frombuffer(data, ">u8", count=len(data) // 8)[:: size // 8]
         for row in np.flatnonzero(words >> np.uint64(8) == np.uint64(_MAGIC)).tolist():
             offset = at + row * size
-            if found < VM_STATES_RECOVERED and not census.is_claimed(np.array([offset // size]))[0]:
-                found += 1
+            if not census.is_claimed(np.array([offset // size]))[0]:
                 yield offset
+                found += 1
+                if found == VM_STATES_RECOVERED:
+                    return
 
 
-def _by_tables(head: int, former: list[tuple[int, U64]]) -> list[int]:
-    """Return the former tables that map a stream: the one that begins with its first cluster, and those behind it."""
-    chain = [at for at, hosts in former if int(hosts[0]) == head][:1]
-    by_first = sorted((int(hosts[0]), at, hosts) for at, hosts in former if hosts[0])
-    hosts = next((hosts for at, hosts in former if chain and at == chain[0]), None)
-    while hosts is not None and hosts[-1]:
-        following = next(((at, more) for first, at, more in by_first if first > int(hosts[-1])), None)
-        if following is None:
+def _by_tables(head: int, former: list[_Former]) -> list[_Former]:
+    """Return the former tables that map a stream: the one that begins with its first cluster, and those behind it.
+
+    ``former`` rises by first cluster, and so does what is returned.
+    """
+    chain: list[_Former] = []
+    index = bisect_left(former, head, key=itemgetter(0))
+    if index == len(former) or former[index][0] != head:
+        return chain
+    while index < len(former):
+        chain.append(former[index])
+        last = int(former[index][2][-1])
+        if not last:
             break
-        chain.append(following[0])
-        hosts = following[1]
+        index = bisect_right(former, max(last, former[index][0]), lo=index + 1, key=itemgetter(0))
     return chain
 
 
-def _following(head: int, geometry: Geometry, census: Census, tables: set[int]) -> list[int]:
+def _following(head: int, geometry: Geometry, census: Census, tables: set[int], left: Budget) -> list[int]:
     """Return the unclaimed clusters from ``head`` on that follow each other, without what looks like L2 tables."""
     size = geometry.cluster_size
-    clusters = np.arange(head // size, -(-geometry.file_size // size))
-    claimed = census.is_claimed(clusters)
-    stop = int(np.argmax(claimed)) if claimed.any() else len(clusters)
-    return [at for at in (clusters[:stop] * size).tolist() if at not in tables]
+    first, end = head // size, -(-geometry.file_size // size)
+    found: list[int] = []
+    while first < end:
+        clusters = np.arange(first, min(end, first + _CLUSTERS_AT_ONCE))
+        claimed = census.is_claimed(clusters)
+        stop = int(np.argmax(claimed)) if claimed.any() else len(clusters)
+        left.spend(stop)
+        found += [at for at in (clusters[:stop] * size).tolist() if at not in tables]
+        if stop < len(clusters):
+            break
+        first += len(clusters)
+    return found
 
 
 def _tables(hosts: list[int], geometry: Geometry) -> Iterator[tuple[int, bytes]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..limits import FILE_SYSTEM_GROUPS, FILE_SYSTEM_TREE_BLOCKS
-from .allocation import FREE, USED, PlacedDisk, VolumeMap, empty_map, forget
+from .allocation import FREE, UNKNOWN, USED, PlacedDisk, VolumeMap, forget
 
 _HEADERS = {b"AB3B": 56, b"ABTB": 16}  # bytes before the records of a block, with and without checksums
 
@@ -26,18 +26,18 @@ class _Super(NamedTuple):
 def xfs_map(disk: PlacedDisk, start: int) -> VolumeMap | None:
     """Return which blocks are in use of the XFS file system that starts at ``start``; None where there is none."""
     found = _superblock(disk, start)
-    volume = None if found is None else empty_map(start, found.block, found.blocks)
+    volume = None if found is None else disk.empty_map(start, found.block, found.blocks)
     if found is None or volume is None:
         return None
     for group in range(found.groups):
         first = group * found.per_group
-        free = list(_free_extents(disk, found, group))
-        if None in free:
-            continue  # part of the tree is not placed: nothing is known of the group
-        volume.bits[first : first + found.per_group] = USED
-        for extent in free:
-            if extent is not None:
-                volume.bits[first + extent[0] : first + min(sum(extent), found.per_group)] = FREE
+        bits = volume.bits[first : first + found.per_group]
+        bits[:] = USED
+        for extent in _free_extents(disk, found, group):
+            if extent is None:  # part of the tree is not placed: nothing is known of the group
+                bits[:] = UNKNOWN
+                break
+            bits[extent[0] : sum(extent)] = FREE
     group, within = divmod(found.log_start, 1 << found.group_bits)
     forget(volume, [(group * found.per_group + within, found.log_blocks)])  # as much of the log as was written
     return volume
@@ -56,7 +56,7 @@ def _superblock(disk: PlacedDisk, start: int) -> _Super | None:
 
 
 def _free_extents(disk: PlacedDisk, found: _Super, group: int) -> Iterator[tuple[int, int] | None]:
-    """Yield (first block in the group, count) of its free extents; None for a part that cannot be read."""
+    """Yield (first block in the group, count) of its free extents; None for a part that cannot be read or is no tree."""
     base = found.start + group * found.per_group * found.block
     head = disk.read(base + found.sector, 64)
     if head is None or head[:4] != b"XAGF" or _number(head, 8, 4) != group:
@@ -64,18 +64,26 @@ def _free_extents(disk: PlacedDisk, found: _Super, group: int) -> Iterator[tuple
         return
     level = _number(head, 28, 4)
     pending = [_number(head, 16, 4)]
-    done = 0
+    seen: set[int] = set()
+    free = 0  # blocks in extents so far
     while pending:
-        data = disk.read(base + pending.pop() * found.block, found.block)
+        number = pending.pop()
+        data = disk.read(base + number * found.block, found.block) if number not in seen else None
         header = _HEADERS.get(data[:4]) if data is not None else None
-        done += 1
-        if data is None or header is None or done > FILE_SYSTEM_TREE_BLOCKS or level > 8:
+        seen.add(number)
+        too_many = len(seen) + len(pending) > FILE_SYSTEM_TREE_BLOCKS
+        if data is None or header is None or too_many or level > 8:
             yield None
             return
         count = _number(data, 6, 2)
         if not _number(data, 4, 2):
             for at in range(header, min(header + count * 8, len(data)), 8):
-                yield _number(data, at, 4), _number(data, at + 4, 4)
+                length = _number(data, at + 4, 4)
+                free += length
+                if not length or free > found.per_group:  # extents of a tree never overlap
+                    yield None
+                    return
+                yield _number(data, at, 4), length
             continue
         pointers = header + (found.block - header) // 12 * 8
         pending += [_number(data, at, 4) for at in range(pointers, min(pointers + count * 4, len(data)), 4)]
