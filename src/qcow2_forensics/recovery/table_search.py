@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -71,7 +71,14 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
     l1, refcount_tables = _classify(source, geometry, found, {entry.l1_table_offset for entry in snapshots.values()})
     others = {cluster for table in l1 for cluster in _clusters(table, geometry.cluster_size)} | set(refcount_tables)
     l2 = found.offsets[found.l2_form & ~np.isin(found.offsets, np.array(sorted(others), np.int64))]
-    return FoundTables(l1, l2, refcount_tables, list(snapshots.values()), left_out)
+    guest = guest_data(source, geometry, l2.tolist(), others)
+    return FoundTables(
+        [table for table in l1 if table.offset not in guest],
+        l2[~np.isin(l2, np.array(sorted(guest), np.int64))],
+        [at for at in refcount_tables if at not in guest],
+        list(snapshots.values()),
+        left_out,
+    )
 
 
 def _clusters(table: L1Candidate, cluster_size: int) -> range:
@@ -104,6 +111,36 @@ def _tables_of(source: Source, at: int, data: bytes, geometry: Geometry) -> _Row
     plain = without_copied(chosen) == named_offsets(chosen)
     offsets = (at + rows * geometry.cluster_size).astype(np.int64)
     return _Rows(offsets, np.isin(rows, l2_rows_), plain.all(axis=1) & np.isin(rows, l1_rows_), flagged.sum(axis=1))
+
+
+def guest_data(source: Source, geometry: Geometry, tables: list[int], others: Collection[int]) -> set[int]:
+    """Return which clusters that look like tables are what a guest stores: a larger L2 table names them as its data.
+
+    ``tables`` look like L2 tables, ``others`` like L1 and refcount tables. The largest are looked at first, so that
+    a table inside the guest's own data says nothing about others.
+    """
+    every = np.array(sorted({*tables, *others}), np.uint64)
+    sizes = np.ones(len(every), np.int64)  # clusters that each of them maps, were it an L2 table
+    for at in tables:
+        hosts = _named(source, at, geometry)
+        sizes[np.searchsorted(every, np.uint64(at))] = len(hosts)
+    guest = np.zeros(len(every), np.bool_)
+    places = np.searchsorted(every, np.array(tables, np.uint64))
+    for place in places[np.argsort(-sizes[places], kind="stable")].tolist():
+        if guest[place]:
+            continue
+        hosts = _named(source, int(every[place]), geometry)
+        named = np.minimum(np.searchsorted(every, hosts), len(every) - 1)
+        named = named[every[named] == hosts]
+        guest[named[sizes[named] < sizes[place]]] = True
+    return set(every[guest].tolist())
+
+
+def _named(source: Source, offset: int, geometry: Geometry) -> U64:
+    """Return the host clusters that a table maps, were it an L2 table."""
+    hosts = named_offsets(table_words(source, offset, geometry)[:: 2 if geometry.extended_l2 else 1])
+    used: U64 = hosts[hosts != 0]
+    return used
 
 
 def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
