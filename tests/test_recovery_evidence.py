@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics.census.columns import U64
-from qcow2_forensics.format.entries import COPIED
+from qcow2_forensics.format.entries import COMPRESSED, COPIED
 from qcow2_forensics.recovery import Confidence, recovered_states
 from qcow2_forensics.recovery.chains import arrange, chains_of, trusted_steps
 from qcow2_forensics.recovery.continuation import continuations, written_in_order
@@ -150,6 +150,14 @@ def test_a_disk_written_from_start_to_end_is_placed_in_order() -> None:
         writer.write(range(slot * ENTRIES + 3, slot * ENTRIES + 40))
     placed = place(writer.unplaced(), {}, 6, CLUSTER)
     assert [(found.slot, found.offset) for found in placed.placements] == sorted(writer.offsets.items())
+
+
+def test_streams_may_lie_before_plain_clusters_that_were_written_earlier() -> None:
+    """A stream goes on in the last cluster that holds streams; what does not compress gets a cluster of its own."""
+    packed = COMPRESSED | 1 << 61  # two sectors of 512 bytes
+    entries = np.array([packed | 4096, 8192 | COPIED, packed | 4400, 8704 | COPIED], np.uint64)
+    assert written_in_order([entries], CLUSTER)
+    assert not written_in_order([entries[::-1]], CLUSTER)
 
 
 def test_one_wrong_link_costs_a_chain_its_slots_and_no_wrong_ones() -> None:

@@ -70,12 +70,18 @@ def _by_offset(tables: Sequence[U64], column: int, cluster_size: int) -> npt.NDA
 
 
 def written_in_order(tables: Sequence[U64], cluster_size: int) -> bool:
-    """Whether the clusters of tables, given in the order of the file, follow each other in the same order."""
-    end = 0
+    """Whether the clusters of tables, given in the order of the file, follow each other in the same order.
+
+    Compressed streams and plain clusters are two sequences: a stream goes on in the last cluster of streams, which may be
+    before plain clusters that were written earlier.
+    """
+    ends = {False: 0, True: 0}
     for entries in tables:
         hosts = host_offsets(entries, cluster_size)
-        hosts = hosts[hosts != 0]
-        if len(hosts) and (hosts[0] <= end or np.any(np.diff(hosts) <= 0)):
-            return False
-        end = int(hosts[-1]) if len(hosts) else end
+        packed = is_packed(entries)
+        for kind, end in ends.items():
+            some = hosts[(packed == kind) & (hosts != 0)]
+            if len(some) and (some[0] <= end or np.any(np.diff(some) <= 0)):
+                return False
+            ends[kind] = int(some[-1]) if len(some) else end
     return True

@@ -238,7 +238,10 @@ class _Recovery:
         geometry = Geometry(3, found.cluster_bits, self._source.size, found.extended_l2)
         tables = search_tables(self._source, geometry)
         refcounts = find_refcounts(
-            self._source, tables.refcount_tables, geometry.cluster_size, [table.offset for table in tables.l1]
+            self._source,
+            tables.refcount_tables,
+            geometry.cluster_size,
+            [table.offset for table in tables.l1] or tables.l2.tolist(),
         )
         compression = found.compression_type
         if compression is None:

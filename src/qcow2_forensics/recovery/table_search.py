@@ -69,20 +69,25 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
         return FoundTables([], np.zeros(0, np.int64), [], list(snapshots.values()), 0)
     found = _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     l1, refcount_tables = _classify(source, geometry, found, {entry.l1_table_offset for entry in snapshots.values()})
-    others = {cluster for table in l1 for cluster in _clusters(table, geometry.cluster_size)} | set(refcount_tables)
-    l2 = found.offsets[found.l2_form & ~np.isin(found.offsets, np.array(sorted(others), np.int64))]
-    guest = guest_data(source, geometry, l2.tolist(), others)
-    return FoundTables(
-        [table for table in l1 if table.offset not in guest],
-        l2[~np.isin(l2, np.array(sorted(guest), np.int64))],
-        [at for at in refcount_tables if at not in guest],
-        list(snapshots.values()),
-        left_out,
-    )
+    others = _clusters(l1, geometry.cluster_size) | set(refcount_tables)
+    guest = guest_data(source, geometry, found.offsets[found.l2_form & ~_among(found.offsets, others)].tolist(), others)
+    l1 = [table for table in l1 if table.offset not in guest]
+    # An L2 table over small numbers has the form of a refcount table, but an L1 table names it.
+    named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
+    refcount_tables = [at for at in refcount_tables if at not in named and at not in guest]
+    others = _clusters(l1, geometry.cluster_size) | set(refcount_tables) | guest
+    l2 = found.offsets[found.l2_form & ~_among(found.offsets, others)]
+    return FoundTables(l1, l2, refcount_tables, list(snapshots.values()), left_out)
 
 
-def _clusters(table: L1Candidate, cluster_size: int) -> range:
-    return range(table.offset, table.offset + len(table.targets) * 8, cluster_size)
+def _among(offsets: npt.NDArray[np.int64], some: set[int]) -> Mask:
+    found: Mask = np.isin(offsets, np.array(sorted(some), np.int64))
+    return found
+
+
+def _clusters(tables: list[L1Candidate], size: int) -> set[int]:
+    """Return the host offsets of the clusters of L1 tables."""
+    return {at for table in tables for at in range(table.offset, table.offset + len(table.targets) * 8, size)}
 
 
 def _chunks(source: Source, cluster_size: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -169,9 +174,6 @@ def _classify(
             source, here[:REFCOUNT_BLOCKS_LOOKED_AT].tolist(), geometry.cluster_size
         ):
             refcount_tables.append(offset)
-    # An L2 table over small numbers has the same form, but an L1 table names it.
-    named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
-    refcount_tables = [at for at in refcount_tables if at not in named]
     return list(_joined(source, l1, geometry.cluster_size, snapshot_tables)), refcount_tables
 
 
