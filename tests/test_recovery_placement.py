@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, recovered_states
-from qcow2_forensics.recovery.alignment import beside, mutual, rising
-from qcow2_forensics.recovery.allocation import USED, PlacedDisk, VolumeMap, cluster_use
+from qcow2_forensics.recovery.alignment import chances, clear_slots, rising
+from qcow2_forensics.recovery.allocation import FREE, USED, PlacedDisk, VolumeMap, cluster_use
 from qcow2_forensics.recovery.ext_volume import crc32c, ext_map
 from tests import qemu
 
@@ -250,16 +250,25 @@ def test_where_nothing_tells_slots_apart_tables_take_the_first_ones(tables: int,
 def test_no_table_of_an_ntfs_volume_in_clusters_of_a_sector_is_lost(tmp_path: Path) -> None:
     """Second halves of file records look like L2 tables, so that the table over them looks like an L1 table."""
     disk = ntfs(tmp_path)
-    assert wrong_bytes(best(without_l1(image_of(disk, "cluster_size=512")), tmp_path), disk) == RIGHT
+    data = without_l1(image_of(disk, "cluster_size=512"))
+    assert wrong_bytes(best(data, tmp_path), disk) == RIGHT
+    # Without the header the refcounts are found, which say that the first refcount table is in use no more.
+    state = best(bytes(512) + data[512:], tmp_path, virtual_size=disk.stat().st_size)
+    assert (wrong_bytes(state, disk), state.unplaced) == (RIGHT, ())
 
 
-def test_tables_beside_placed_ones_go_beside_them_and_nothing_is_placed_twice() -> None:
-    scores = np.zeros((3, 5))
-    # In the file: [slot 7] unplaced unplaced [slot 10] unplaced; free are 3, 8, 9, 11, 12.
-    found = beside(scores, [7, None, None, 10, None], [3, 8, 9, 11, 12])
-    assert found == {0: 8, 1: 9, 2: 11}
-    assert mutual(np.array([[20.0, 0.0], [0.0, 20.0]])) == {0: 0, 1: 1}
-    assert mutual(np.array([[20.0, 20.0], [20.0, 20.0]])) == {}
+def test_a_table_gets_the_slot_that_fits_alone_and_no_two_the_same() -> None:
+    assert clear_slots(np.array([[20.0, 0.0], [0.0, 20.0]])) == {0: 0, 1: 1}
+    assert clear_slots(np.array([[20.0, 19.0], [0.0, 20.0]])) == {1: 1}
+    assert clear_slots(np.array([[20.0, 0.0], [20.0, 0.0]])) == {}
+    assert clear_slots(np.zeros((0, 4))) == {}
+
+
+def test_clusters_of_deleted_files_make_free_clusters_say_little() -> None:
+    stored = np.ones((4, 64), np.bool_)
+    use = np.full((4, 64), FREE, np.int8)
+    assert chances(stored, use)[FREE] > 0.8
+    assert chances(stored[:0], use[:0])[FREE] < 0.1
 
 
 def test_a_cluster_is_in_use_where_one_of_its_blocks_is_and_unknown_where_one_may_be() -> None:

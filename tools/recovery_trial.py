@@ -614,14 +614,14 @@ def summary(lines: list[dict[str, Any]]) -> str:
             files.update(line.get("files", {}))
         total = sum(counts.values()) or 1
         right = sum(count for word, count in tables.items() if word.startswith("right"))
-        placed = right + sum(count for word, count in tables.items() if word.startswith("wrong"))
+        placed = sum(count for word, count in tables.items() if word != "true")  # foreign: it is no table of the disk
         shown = [
             f"{counts[word] / total:.2%}" for word in ("right", "missing", "unreadable", "wrong_guess", "wrong_likely")
         ]
         failed = sum("failed" in line for line in groups[name])
         rows.append(
             f"| {name} | {len(groups[name])}{f' ({failed} failed)' if failed else ''} | {' | '.join(shown)} | "
-            f"{counts['wrong_certain']} bytes | {right} of {placed} ({tables['true']}) | {files['right']} of {files['all']} |"
+            f"{counts['wrong_certain']} bytes | {right} of {placed} placed, of {tables['true']} | {files['right']} of {files['all']} |"
         )
     return "\n".join(rows)
 

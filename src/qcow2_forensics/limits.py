@@ -185,7 +185,6 @@ PLACEMENT_TRIALS = 1 << 17  # reads that look for what a file system must have s
 PLACEMENT_PAIRS = 1 << 24  # of L2 tables and free slots that are compared
 PLACEMENT_WORK = 1 << 34  # multiplications for that: some seconds
 PLACEMENT_CELLS = 1 << 27  # tables times slots of one arrangement, a byte each
-PLACED_BESIDE = 512  # tables without a place of which each placed one may place the next
 
 # Files of the guest, and mounts
 FILE_SYSTEM_ENTRIES = 20_000_000  # records of one file system; more is a damaged one

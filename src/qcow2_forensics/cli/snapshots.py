@@ -9,7 +9,7 @@ from typing import Any
 
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..text import FORMATS, Column, printable, short_date, size, snapshot_date, write_table
+from ..text import FORMATS, Column, plural, printable, short_date, size, snapshot_date, write_table
 from .options import add_image_argument, bytes_of
 
 _EPILOG = """examples:
@@ -95,6 +95,7 @@ def _print_recovered(args: argparse.Namespace) -> int:
             "memory": state.is_memory,
             "confidence": state.confidence.label,
             "l2_tables": {level.label: count for level, count in state.tables_by_confidence().items()},
+            "unplaced_l2_tables": len(state.unplaced),
             "size": state.size,
             "size_from": state.size_from,
             "cluster_size": state.cluster_size,
@@ -110,6 +111,9 @@ def _print_recovered(args: argparse.Namespace) -> int:
     if args.format == "text":
         for note in dict.fromkeys(note for state in states for note in state.notes):
             print(f"note: {printable(note)}")
+        for state in states:
+            if state.unplaced:
+                print(f"note: {state.label} leaves out {plural(len(state.unplaced), 'L2 table')} without a known place")
         if any(state.backing_unknown for state in states):
             print(
                 "note: without its header nobody can tell whether the image had a backing file; unallocated ranges read as zeros"

@@ -7,25 +7,41 @@
     another one stores          no    yes   yes   yes   no       does not
 
 Tables of a disk that was written from start to end rise with their slots, so that the best of all rising
-arrangements is looked for; without that order only a table and a slot that clearly prefer each other.
+arrangements is looked for. Without that order a table gets the one slot that clearly fits better than any other.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from ..limits import PLACED_BESIDE, PLACEMENT_CELLS, PLACEMENT_WORK
-from .allocation import Bits
+from ..limits import PLACEMENT_CELLS, PLACEMENT_WORK
+from .allocation import FREE, USED, Bits
 
 Scores = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-# How likely it is that a cluster is stored: of what is in use, of what is free, and where nothing is known.
-_STORED = {1: 0.93, 0: 0.04, -1: 0.5}
-_MARGIN = 8.0  # natural units by which a table's best slot has to be better than its second, and the reverse
+# How likely it is that a cluster is stored, of what is in use and of what is free, before a table of known place says so.
+_STORED = {USED: 0.93, FREE: 0.04}
+_WEIGHT = 32.0  # clusters that this assumption counts as
+_RANGE = 0.02, 0.98  # no observation is certain
+MARGIN = 8.0  # natural units by which the best slot of a table has to be better than its second
+
+
+def chances(stored: Mask, use: Bits) -> dict[int, float]:
+    """Return how often clusters in use and free ones are stored in tables of known place, (tables, clusters) both.
+
+    A guest that deletes files leaves clusters stored that are free; then the free ones say little.
+    """
+    result: dict[int, float] = {}
+    for kind, assumed in _STORED.items():
+        seen = stored[use == kind]
+        share = (float(seen.sum()) + _WEIGHT * assumed) / (len(seen) + _WEIGHT)
+        result[kind] = min(max(share, _RANGE[0]), _RANGE[1])
+    return result
 
 
 def fits(stored: Mask, use: Bits) -> Scores | None:
@@ -33,16 +49,35 @@ def fits(stored: Mask, use: Bits) -> Scores | None:
 
     ``stored``: (tables, clusters), ``use``: (slots, clusters).
     """
-    tables, clusters = stored.shape
-    if tables * clusters * len(use) > PLACEMENT_WORK or tables * len(use) > PLACEMENT_CELLS:
+    if _is_too_much(stored, use):
+        return None
+    gain = np.zeros(use.shape)
+    for kind, chance in _STORED.items():
+        gain[use == kind] = math.log(chance / (1 - chance))
+    # With the table every cluster counts as it is; without it, all of them are not stored. What is not known has no say.
+    result: Scores = stored.astype(np.float64) @ gain.T
+    return result
+
+
+def agreements(stored: Mask, use: Bits, stored_chances: Mapping[int, float]) -> Scores | None:
+    """Return (tables, slots) how much better what a table stores is foretold by a slot's use than by nothing.
+
+    Unlike :func:`fits` it counts clusters in use that the table does not store: another table may have the slot.
+    ``stored_chances`` are those of :func:`chances`. None for too much work.
+    """
+    if _is_too_much(stored, use):
         return None
     yes, no = np.zeros(use.shape), np.zeros(use.shape)
-    for kind, chance in _STORED.items():
-        yes[use == kind] = math.log(chance)
-        no[use == kind] = math.log(1 - chance)
-    # With the table every cluster counts as it is; without it, all of them are not stored.
-    result: Scores = stored.astype(np.float64) @ (yes - no).T
+    for kind, chance in stored_chances.items():
+        yes[use == kind], no[use == kind] = math.log(2 * chance), math.log(2 * (1 - chance))
+    result: Scores = stored.astype(np.float64) @ (yes - no).T + no.sum(axis=1)
     return result
+
+
+def _is_too_much(stored: Mask, use: Bits) -> bool:
+    tables, clusters, slots = len(stored), stored.shape[1], len(use)
+    too_much: bool = tables * clusters * slots > PLACEMENT_WORK or tables * slots > PLACEMENT_CELLS
+    return too_much
 
 
 def rising(scores: Scores) -> list[int] | None:
@@ -71,72 +106,16 @@ def rising(scores: Scores) -> list[int] | None:
     return result[::-1]
 
 
-def mutual(scores: Scores) -> dict[int, int]:
-    """Return table to slot for those that clearly prefer each other, found one after the other."""
-    scores = scores.copy()
-    result: dict[int, int] = {}
-    while len(result) < len(scores):
-        rows, columns = _margins(scores), _margins(scores.T)
-        best = scores.argmax(axis=1)
-        ready = [
-            table
-            for table in np.flatnonzero(rows >= _MARGIN).tolist()
-            if columns[best[table]] >= _MARGIN and scores[:, best[table]].argmax() == table
-        ]
-        if not ready:
-            break
-        for table in ready:
-            slot = int(best[table])
-            result[table] = slot
-            scores[table, :] = -np.inf
-            scores[:, slot] = -np.inf
-    return result
+def clear_slots(scores: Scores) -> dict[int, int]:
+    """Return table to slot for those that fit one slot clearly better than every other, and no two of them the same.
 
-
-def beside(scores: Scores, order: list[int | None], free: list[int]) -> dict[int, int]:
-    """Return table to slot for those that fit beside their neighbours in the file, found one after the other.
-
-    ``order`` are all tables in the order of the file: the slot of the placed ones, None for those of ``scores``, in
-    their order. A guest fills its disk in stretches, so that tables beside each other in the file mostly are in L1.
+    ``scores``: (tables, slots), minus infinity where a slot is taken or a table placed.
     """
-    order = list(order)
-    waiting = [at for at, slot in enumerate(order) if slot is None]
-    numbers = {at: number for number, at in enumerate(waiting)}
-    columns = {slot: column for column, slot in enumerate(free)}
-    best = scores.max(axis=1) if scores.size else np.zeros(len(scores))
-    result: dict[int, int] = {}
-    steps = dict.fromkeys((at for at, slot in enumerate(order) if slot is not None), 0)  # from what was placed before
-    if len(waiting) > PLACED_BESIDE:
-        return result
-    while True:
-        proposed: dict[int, tuple[bool, int, float, int]] = {}  # slot: both neighbours agree, -steps, fit, table
-        for at in waiting:
-            before = order[at - 1] if at else None
-            after = order[at + 1] if at + 1 < len(order) else None
-            agree = before is not None and after is not None and before + 1 == after - 1
-            for neighbour, slot in ((at - 1, before), (at + 1, after)):
-                wanted = -1 if slot is None else slot + at - neighbour
-                if wanted not in columns:
-                    continue
-                fit = float(scores[numbers[at], columns[wanted]] - best[numbers[at]])
-                proposal = agree, -steps[neighbour], fit, at
-                if fit >= -_MARGIN and proposal > proposed.get(wanted, (False, -len(order), 0.0, -1)):
-                    proposed[wanted] = proposal
-        if not proposed:
-            return result
-        (_, behind, _, at), slot = max((proposal, slot) for slot, proposal in proposed.items())
-        order[at] = slot
-        steps[at] = 1 - behind
-        del columns[slot]
-        waiting.remove(at)
-        result[numbers[at]] = slot
-
-
-def _margins(scores: Scores) -> Scores:
-    """Return for each row by how much its best is better than its second; 0 where it is no gain at all."""
-    if scores.shape[1] == 1:
-        return np.where(scores[:, 0] > 0, scores[:, 0], 0.0)
-    top = np.partition(scores, -2, axis=1)[:, -2:]
-    with np.errstate(invalid="ignore"):
-        margins: Scores = np.nan_to_num(top[:, 1] - top[:, 0], nan=0.0, posinf=_MARGIN)
-    return np.where(top[:, 1] > 0, margins, 0.0)
+    if not scores.size:
+        return {}
+    best = scores.argmax(axis=1)
+    top = scores[np.arange(len(scores)), best]
+    near = np.count_nonzero(scores > (top - MARGIN)[:, np.newaxis], axis=1)
+    tables = np.flatnonzero((top > 0) & (near == 1))
+    wanted = np.bincount(best[tables], minlength=scores.shape[1])
+    return {int(table): int(best[table]) for table in tables if wanted[best[table]] == 1}

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-import numpy as np
-
-from ..census.columns import named_offsets
 from ..limits import FILE_SYSTEM_STARTS, L1_ENTRIES, PLACEMENT_TRIALS
 from ..residue.structure_detection import Geometry
 from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
-from .confidence import Confidence
 from .content import TableReader, unplaced
+from .evidence import EXACT, Votes
 from .ext_volume import ext_expected, ext_map
 from .geometry import U64
 from .l1_tables import table_span
 from .ntfs_volume import ntfs_expected, ntfs_map
 from .partition_map import partition_map
-from .placement import Placement, Unplaced, Use, place
+from .placement import Placement, Unplaced, Use, in_file_order, place
 from .positions import disk_size_of, file_system_starts
-from .table_search import among
 from .xfs_volume import xfs_map
 
 _ROUNDS = 4  # what was found in one may lead to more in the next
+
+
+class Arranged(NamedTuple):
+    """L2 tables with a slot by evidence, the host offsets of the others, and all of them with those others in file order."""
+
+    placements: tuple[Placement, ...]
+    left: tuple[int, ...]
+    in_file_order: tuple[Placement, ...]
 
 
 def arranged(
@@ -32,14 +37,13 @@ def arranged(
     known: Mapping[int, list[U64]],
     size: int | None,
     fixed: tuple[Placement, ...] = (),
-) -> list[Placement]:
+) -> Arranged:
     """Return a slot for each L2 table for which there is evidence; ``size`` of the disk in bytes, None if not known.
 
     ``fixed`` are tables of known slot, which are returned too.
     """
     span = table_span(geometry)
     slots = -(-size // span) if size else L1_ENTRIES
-    offsets = _not_guest_data(reader, offsets)
     tables, starts = unplaced(reader, offsets, span, slots, [placed.offset for placed in fixed if not placed.slot])
     if not size:
         slots = _slots_by_content(reader, tables, span) or len(offsets)
@@ -48,12 +52,13 @@ def arranged(
         return _use(reader, geometry, placed, starts)
 
     for _ in range(_ROUNDS):
-        placed = {p.slot: p.offset for p in place(tables, known, slots, fixed=fixed) if p.confidence > Confidence.GUESS}
-        more = _with_expected(reader, tables, placed, starts, span)
+        found = place(tables, known, slots, geometry.cluster_size, fixed=fixed, ordered=False)
+        more = _with_expected(reader, tables, {p.slot: p.offset for p in found.placements}, starts, span)
         if more is None:
             break
         tables = more
-    return place(tables, known, slots, use_of, fixed=fixed)
+    placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed)
+    return Arranged(tuple(placed.placements), tuple(t.offset for t in placed.left), tuple(in_file_order(placed, slots)))
 
 
 def use_by_file_systems(reader: TableReader, geometry: Geometry, placed: Mapping[int, int]) -> Use | None:
@@ -75,7 +80,7 @@ def _with_expected(
     taken = set(placed.values())
     waiting = PlacedDisk(reader, {at: table.offset for at, table in enumerate(tables)}, span)
     candidates = [at for at, table in enumerate(tables) if table.offset not in taken]
-    found: dict[int, dict[int, set[str]]] = {}
+    found: dict[int, dict[int, dict[str, float]]] = {}
     tried = 0
     for expected in _expected(disk, starts):
         slot, inside = divmod(expected.offset, span)
@@ -87,7 +92,7 @@ def _with_expected(
         for at in candidates:
             data = waiting.read(at * span + inside, expected.length)
             if data is not None and expected.matches(data):
-                found.setdefault(at, {}).setdefault(slot, set()).add(expected.what)
+                found.setdefault(at, {}).setdefault(slot, {})[expected.what] = EXACT
     if not found:
         return None
     return [
@@ -96,28 +101,14 @@ def _with_expected(
     ]
 
 
-def _joined(votes: Mapping[int, set[str]], more: Mapping[int, set[str]]) -> dict[int, set[str]]:
-    return {slot: set(votes.get(slot, ())) | set(more.get(slot, ())) for slot in (*votes, *more)}
+def _joined(votes: Votes, more: Votes) -> Votes:
+    return {slot: {**votes.get(slot, {}), **more.get(slot, {})} for slot in (*votes, *more)}
 
 
 def _expected(disk: PlacedDisk, starts: tuple[int, ...]) -> Iterator[Expected]:
     for start in starts[:FILE_SYSTEM_STARTS]:
         yield from ext_expected(disk, start)
         yield from ntfs_expected(disk, start)
-
-
-def _not_guest_data(reader: TableReader, offsets: list[int]) -> list[int]:
-    """Return the tables without those that a larger one maps: what a guest stores may look like a table."""
-    hosts = {at: named_offsets(reader.entries(at)) for at in offsets}
-    counts = {at: int(np.count_nonzero(entries)) for at, entries in hosts.items()}
-    mapped: dict[int, int] = {}  # the size of the largest table that maps it
-    every = np.array(sorted(offsets), np.int64)
-    for at, entries in hosts.items():
-        named = entries.astype(np.int64)
-        for other in named[among(named, every)].tolist():
-            if other != at:
-                mapped[other] = max(mapped.get(other, 0), counts[at])
-    return [at for at in offsets if mapped.get(at, 0) <= counts[at]]
 
 
 def _slots_by_content(reader: TableReader, tables: list[Unplaced], span: int) -> int | None:

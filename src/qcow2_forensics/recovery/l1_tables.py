@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
@@ -178,4 +178,23 @@ def shared_with_snapshots(snapshots: list[U64], refcounts: FoundRefcounts, slots
         Placement(index, at, Confidence.CERTAIN, f"its refcount is one more than the {count} snapshots that share it")
         for (index, at), count in uses.items()
         if index < slots_ and (refcounts.of(at) or 0) == count + 1
+    ]
+
+
+def named_by_former(former: list[U64], offsets: Collection[int], taken: Collection[int]) -> list[Placement]:
+    """Return the L2 tables in use, at ``offsets``, that L1 tables in free space name in one slot that is not ``taken``."""
+    slots: dict[int, set[int]] = {at: set() for at in offsets}
+    tables: dict[int, set[int]] = {}
+    for table in former:
+        targets = named_offsets(table)
+        for index in np.flatnonzero(targets).tolist():
+            at = int(targets[index])
+            if at in slots:
+                slots[at].add(index)
+                tables.setdefault(index, set()).add(at)
+    why = "a former L1 table names it there"
+    return [
+        Placement(index, at, Confidence.LIKELY, why)
+        for at, (index, *more) in ((at, sorted(found)) for at, found in slots.items() if found)
+        if not more and len(tables[index]) == 1 and index not in taken
     ]

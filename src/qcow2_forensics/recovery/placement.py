@@ -1,9 +1,10 @@
 """Which L1 slot each L2 table belongs in, where the L1 table is lost.
 
 In this order: a table that snapshots share keeps their slot; a table that shares clusters with one of
-known slot is a later or earlier version of it; content that records its own position; the clusters that
-file systems use, against those that the table stores; and the order of tables in the file last, which is
-that of a disk written from start to end.
+known slot is a later or earlier version of it; content that records its own position. What is left takes slots by
+the order of tables in the file where everything says that the disk was written from start to end. Where it was not,
+a table gets a slot only where its clusters continue those of a table with a slot, or where what it stores fits one
+slot clearly better than every other. A table for which there is neither gets none.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import numpy.typing as npt
 from ..census.columns import is_packed, named_offsets
 from ..format.entries import ZERO
 from ..limits import PLACEMENT_PAIRS
-from .alignment import Scores, beside, fits, mutual, rising
+from .alignment import agreements, chances, fits, rising
 from .allocation import Bits
+from .chains import arrange, chains_of, trusted_steps
 from .confidence import Confidence
+from .continuation import continuations, written_in_order
+from .evidence import Votes, choices
 from .geometry import U64
 
 _ROUNDS = 3
@@ -42,7 +46,14 @@ class Unplaced(NamedTuple):
 
     offset: int
     entries: U64
-    votes: Mapping[int, set[str]]
+    votes: Votes
+
+
+class Placed(NamedTuple):
+    """Tables with a slot, each slot once and rising, and those for whose place there is no evidence, in the order of the file."""
+
+    placements: list[Placement]
+    left: list[Unplaced]
 
 
 Use = Callable[[list[int]], Bits]  # which clusters are in use in each of some slots
@@ -53,36 +64,77 @@ def place(
     tables: list[Unplaced],
     known: Mapping[int, list[U64]],
     slots: int,
+    cluster_size: int,
     use_of: UseOf | None = None,
     *,
     fixed: Iterable[Placement] = (),
     ordered: bool = True,
-) -> list[Placement]:
-    """Return a slot for as many tables as there is evidence for, each slot once, rising by slot.
+) -> Placed:
+    """Return a slot for as many tables as there is evidence for.
 
     ``known`` maps slots to the entries of tables that snapshots have there; ``slots`` is the length
     of the L1 table. ``use_of`` says which clusters the file systems use, given the tables placed so far.
     ``fixed`` are tables whose slot is known already; they keep it. Tables that are not ``ordered``, as free ones,
-    get no slot by their order.
+    get no slot by what surrounds them in the file.
     """
+    tables = sorted(tables, key=lambda table: table.offset)
+    found = _by_evidence(tables, known, slots, fixed)
+    have = {placed.offset for placed in found.values()}
+    waiting = [table for table in tables if table.offset not in have]
+    rest: list[Placement] = []
+    if ordered and waiting:
+        in_order = _is_in_order(tables, found, cluster_size)
+        for _ in range(_ROUNDS):  # what is placed may hold the bitmap of a part that is not
+            before = rest
+            where = {placed.slot: placed.offset for placed in (*found.values(), *before)}
+            use = use_of(where) if use_of is not None else None
+            if in_order:
+                rest = _between(waiting, found, slots, use)
+            else:
+                rest = _surrounded(tables, waiting, found, known, slots, cluster_size, use)
+            if rest == before or use_of is None:
+                break
+    by_slot = found | {placed.slot: placed for placed in rest}
+    have |= {placed.offset for placed in rest}
+    left = [table for table in waiting if table.offset not in have]
+    return Placed([by_slot[slot] for slot in sorted(by_slot)], left)
+
+
+def in_file_order(placed: Placed, slots: int) -> list[Placement]:
+    """Return what was placed, and what was left in the free slots in the order of the file: an arrangement to try."""
+    taken = {placement.slot for placement in placed.placements}
+    free = (slot for slot in range(slots) if slot not in taken)
+    more = [
+        Placement(slot, table.offset, Confidence.GUESS, _ORDER) for slot, table in zip(free, placed.left, strict=False)
+    ]
+    return sorted([*placed.placements, *more])
+
+
+def _by_evidence(
+    tables: list[Unplaced], known: Mapping[int, list[U64]], slots: int, fixed: Iterable[Placement]
+) -> dict[int, Placement]:
+    """Return tables by slot whose own clusters or content say where they belong; of several the surest."""
     found = {placed.slot: placed for placed in fixed if placed.slot < slots}
     versions = _Versions(known)
-    waiting: list[Unplaced] = []
-    for table in sorted(tables, key=lambda table: table.offset):
-        placed = versions.of(table) or _by_content(table)
-        if placed is None:
-            waiting.append(table)
-        elif placed.slot not in found or placed.confidence > found[placed.slot].confidence:
-            found[placed.slot] = placed
-    rest: list[Placement] = []
-    for _ in range(_ROUNDS if waiting and ordered else 0):  # what is placed may hold the bitmap of a part that is not
-        before = rest
-        where = {placed.slot: placed.offset for placed in (*found.values(), *before)}
-        rest = _the_rest(waiting, found, slots, use_of(where) if use_of is not None else None)
-        if rest == before:
-            break
-    by_slot = found | {placed.slot: placed for placed in rest}
-    return [by_slot[index] for index in sorted(by_slot)]
+    rest: list[Unplaced] = []
+    for table in tables:
+        version = versions.of(table)
+        if version is None or version.slot >= slots:
+            rest.append(table)
+        elif version.slot not in found or version.confidence > found[version.slot].confidence:
+            found[version.slot] = version
+    for number, choice in choices({table.offset: table.votes for table in rest}).items():
+        if choice.slot not in found:
+            sure = Confidence.LIKELY if choice.is_enough else Confidence.GUESS
+            found[choice.slot] = Placement(choice.slot, number, sure, f"content records its position: {choice.what}")
+    return found
+
+
+def _is_in_order(tables: list[Unplaced], found: Mapping[int, Placement], cluster_size: int) -> bool:
+    """Whether nothing says that the disk was not written from start to end."""
+    anchors = sorted(found.values(), key=lambda placed: placed.offset)
+    rising_ = all(before.slot < after.slot for before, after in pairwise(anchors))
+    return rising_ and written_in_order([table.entries for table in tables], cluster_size)
 
 
 class _Versions:
@@ -139,28 +191,14 @@ def _hosts(entries: U64) -> U64:
     return hosts
 
 
-def _by_content(table: Unplaced) -> Placement | None:
-    if not table.votes:
-        return None
-    best = max(len(evidence) for evidence in table.votes.values())
-    slots = [index for index, evidence in table.votes.items() if len(evidence) == best]
-    if len(slots) != 1:
-        return None
-    what = ", ".join(sorted(table.votes[slots[0]]))
-    return Placement(slots[0], table.offset, Confidence.LIKELY, f"content records its position: {what}")
-
-
-def _the_rest(waiting: list[Unplaced], found: Mapping[int, Placement], slots: int, use: Use | None) -> list[Placement]:
-    """Place the rest between those that are placed, by what they store and by the order they have in the file.
+def _between(waiting: list[Unplaced], found: Mapping[int, Placement], slots: int, use: Use | None) -> list[Placement]:
+    """Place tables of a disk that was written in order between those that are placed.
 
     Between two neighbours that leave exactly as many slots as there are tables that order is likely.
     Where more slots are free the tables take those whose use fits best with what they store, or else the
     next ones, which is a guess.
     """
     anchors = sorted(found.values(), key=lambda placed: placed.offset)
-    rising_ = all(before.slot < after.slot for before, after in pairwise(anchors))
-    if not rising_:
-        anchors = []  # the file was not written in order: nothing lies between anything
     groups: dict[int, list[Unplaced]] = {}
     offsets = [anchor.offset for anchor in anchors]
     for table in waiting:
@@ -169,13 +207,12 @@ def _the_rest(waiting: list[Unplaced], found: Mapping[int, Placement], slots: in
     for group, tables in groups.items():
         first = anchors[group - 1].slot + 1 if group else 0
         stop = anchors[group].slot if group < len(anchors) else slots
-        free = [index for index in range(first, stop) if index not in found]
-        if rising_ and len(free) == len(tables):
-            result += _in_order(
-                tables, free, Confidence.LIKELY, "the order of tables in the file, which leaves no other slot"
-            )
+        free = list(range(first, stop))
+        if len(free) == len(tables):
+            why = "the order of tables in the file, which leaves no other slot"
+            result += _in_order(tables, free, Confidence.LIKELY, why)
         else:
-            result += _fitting(tables, free, use, None if rising_ else found)
+            result += _fitting(tables, free, use)
     return result
 
 
@@ -183,49 +220,51 @@ def _in_order(tables: list[Unplaced], free: list[int], confidence: Confidence, r
     return [Placement(slot, table.offset, confidence, reason) for slot, table in zip(free, tables, strict=False)]
 
 
-def _fitting(
-    tables: list[Unplaced], free: list[int], use: Use | None, found: Mapping[int, Placement] | None
-) -> list[Placement]:
-    """Place tables in the free slots whose use fits best with what they store; without that by their order.
-
-    ``found`` are the tables placed so far where their order in the file is not that of the disk, None where it is.
-    """
-    scores = None
+def _fitting(tables: list[Unplaced], free: list[int], use: Use | None) -> list[Placement]:
+    """Place tables in order in the free slots whose use fits best with what they store."""
+    chosen = None
     if use is not None and free and len(free) * len(tables) <= PLACEMENT_PAIRS:
-        stored = np.stack([_is_stored(table.entries) for table in tables])
-        scores = fits(stored, use(free))
-    if scores is None or not scores.any():
+        scores = fits(_stored(tables), use(free))
+        chosen = rising(scores) if scores is not None and scores.any() else None
+    if chosen is None:
         return _in_order(tables, free, Confidence.GUESS, _ORDER)
     why = "it stores the clusters that the file system uses there"
-    pairs = {}
-    if found is not None:
-        pairs = mutual(scores)
-        pairs |= _beside(tables, free, scores, pairs, found)
-    left = [at for at in range(len(tables)) if at not in pairs]
-    rest = sorted(set(range(len(free))) - set(pairs.values()))
-    chosen = rising(scores[np.ix_(left, rest)])  # those that nothing tells apart rise, as they were written
-    if chosen is None:
-        chosen = list(range(len(rest)))
-    pairs |= {at: rest[slot] for at, slot in zip(left, chosen, strict=False)}
-    return [Placement(free[slot], tables[at].offset, Confidence.GUESS, why) for at, slot in pairs.items()]
+    return _in_order(tables, [free[column] for column in chosen], Confidence.GUESS, why)
 
 
-def _beside(
-    tables: list[Unplaced], free: list[int], scores: Scores, pairs: Mapping[int, int], found: Mapping[int, Placement]
-) -> dict[int, int]:
-    """Return table to index in ``free`` of those that fit beside what is placed before or behind them in the file."""
-    left = [at for at in range(len(tables)) if at not in pairs]
-    columns = [column for column in range(len(free)) if column not in set(pairs.values())]
-    placed = {p.offset: p.slot for p in found.values()} | {tables[at].offset: free[slot] for at, slot in pairs.items()}
-    offsets = sorted({*placed, *(tables[at].offset for at in left)})
-    slots = [free[column] for column in columns]
-    fitting = beside(scores[np.ix_(left, columns)], [placed.get(offset) for offset in offsets], slots)
-    by_slot = {slot: column for column, slot in enumerate(free)}
-    return {left[number]: by_slot[slot] for number, slot in fitting.items()}
+def _surrounded(
+    tables: list[Unplaced],
+    waiting: list[Unplaced],
+    found: Mapping[int, Placement],
+    known: Mapping[int, list[U64]],
+    slots: int,
+    cluster_size: int,
+    use: Use | None,
+) -> list[Placement]:
+    """Place tables of a disk that was not written in order, each by what continues it or fits it alone."""
+    by_offset = {placed.offset: placed.slot for placed in found.values()}
+    versions = [(slot, entries) for slot, some in known.items() for entries in some]
+    versions += [(by_offset[table.offset], table.entries) for table in tables if table.offset in by_offset]
+    pairs = continuations([*(table.entries for table in waiting), *(entries for _, entries in versions)], cluster_size)
+    scores = None
+    if use is not None and slots * len(waiting) <= PLACEMENT_PAIRS:
+        seen = [(slot, entries) for slot, entries in versions if slot in found]
+        stored = np.array([_is_stored(entries) for _, entries in seen]).reshape(len(seen), -1)
+        scores = agreements(_stored(waiting), use(list(range(slots))), chances(stored, use([slot for slot, _ in seen])))
+    of_known = [slot for slot, _ in versions]
+    count = len(waiting)
+    told = [(first - count, second - count) for first, second in pairs if min(first, second) >= count]
+    chains = chains_of(count, of_known, pairs)
+    arranged = arrange(chains, slots, set(found), scores, trusted_steps(of_known, told))
+    return [Placement(slot, waiting[at].offset, Confidence.GUESS, why) for at, (slot, why) in arranged.items()]
+
+
+def _stored(tables: list[Unplaced]) -> npt.NDArray[np.bool_]:
+    return np.stack([_is_stored(table.entries) for table in tables])
 
 
 def _is_stored(entries: U64) -> npt.NDArray[np.bool_]:
-    """Return which entries of a table have bytes in the file: not those that are unallocated or read as zeros."""
+    """Return which entries of tables have bytes in the file: not those that are unallocated or read as zeros."""
     plain = (named_offsets(entries) != 0) & ((entries & np.uint64(ZERO)) == 0)
     stored: npt.NDArray[np.bool_] = is_packed(entries) | plain
     return stored

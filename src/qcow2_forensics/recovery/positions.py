@@ -26,6 +26,7 @@ import numpy as np
 
 from ..format.header import SECTOR
 from ..limits import PARTITIONS_LOOKED_AT, MiB
+from .evidence import position_bits
 
 _STARTS = (0, 63 * SECTOR, MiB)  # where file systems start besides what a partition table names
 _MAGICS = [int.from_bytes(magic, "big") for magic in (b"EFI ", b"FILE", b"XAGF", b"XAGI", b"XFSB")]
@@ -194,14 +195,14 @@ def partitions(head: bytes) -> tuple[int, ...]:
     return tuple(sorted(starts))
 
 
-def slots(found: Iterable[Position], starts: Iterable[int], span: int, count: int) -> dict[int, set[str]]:
+def slots(found: Iterable[Position], starts: Iterable[int], span: int, count: int) -> dict[int, dict[str, float]]:
     """Return which L1 slots (below ``count``) some structures of one table agree with, and which structures."""
-    votes: dict[int, set[str]] = {}
+    votes: dict[int, dict[str, float]] = {}
     for position in found:
         for start in (0,) if position.absolute else starts:
             index, rest = divmod(start + position.belongs - position.seen, span)
             if rest == 0 and 0 <= index < count:
-                votes.setdefault(index, set()).add(position.what)
+                votes.setdefault(index, {})[position.what] = position_bits(span)
     return votes
 
 

@@ -45,7 +45,7 @@ from ..reader.disk import Disk
 from ..reader.opening import open_disk
 from ..reader.window import WindowSource
 from ..residue.structure_detection import Geometry
-from .arrangement import arranged, use_by_file_systems
+from .arrangement import Arranged, arranged, use_by_file_systems
 from .confidence import Confidence
 from .content import TableReader
 from .geometry import U64, compression_type_of, find_geometry
@@ -55,6 +55,7 @@ from .l1_tables import (
     entries_of,
     is_l1,
     left_out_notes,
+    named_by_former,
     names_counted,
     own_clusters,
     placed_by_image,
@@ -198,6 +199,14 @@ def _census(image: Image) -> Census | None:
         return None
 
 
+def _ways(what: str, found: Arranged) -> Iterator[tuple[str, tuple[Placement, ...], tuple[int, ...]]]:
+    """Yield what a state is, its L2 tables and those without a place: the tables by evidence, then all in file order."""
+    if found.placements:
+        yield what, found.placements, found.left
+    if len(found.in_file_order) > len(found.placements):
+        yield f"{what}, tables without a known place in the order of the file", found.in_file_order, ()
+
+
 class _Recovery:
     """Looks at one file and puts its states together."""
 
@@ -277,7 +286,10 @@ class _Recovery:
         geometry = Geometry(3, found.cluster_bits, self._source.size, found.extended_l2)
         tables = search_tables(self._source, geometry)
         refcounts = find_refcounts(
-            self._source, tables.refcount_tables, geometry.cluster_size, [table.offset for table in tables.l1]
+            self._source,
+            tables.refcount_tables,
+            geometry.cluster_size,
+            [table.offset for table in tables.l1] or tables.l2.tolist(),
         )
         compression = found.compression_type
         if compression is None:
@@ -324,7 +336,9 @@ class _Recovery:
         refcounts: FoundRefcounts | None,
     ) -> Iterator[RecoveredState]:
         """Yield the state of L2 tables that no L1 table names, and that have no header either."""
-        l1_tables = [table.targets for table in tables.l1]
+        counted = [refcounts is None or bool(refcounts.of(table.offset)) for table in tables.l1]
+        l1_tables = [table.targets for table, is_used in zip(tables.l1, counted, strict=True) if is_used]
+        former = [table.targets for table, is_used in zip(tables.l1, counted, strict=True) if not is_used]
         of_snapshots = {int(at) for table in l1_tables for at in table[table != 0].tolist()}
         in_use = [at for at in tables.l2.tolist() if refcounts is None or refcounts.of(at) != 0]
         offsets = [at for at in in_use if at not in of_snapshots]
@@ -333,8 +347,12 @@ class _Recovery:
             return
         known = tables_by_slot(self._source, geometry, l1_tables)
         opener = TableReader(self._source, geometry, None, compression)
-        placements = tuple(arranged(opener, offsets, geometry, known, self._virtual_size, tuple(shared)))
-        yield self._rebuilt("L2 tables without an L1 table", geometry, placements, compression, notes, None)
+        shared += named_by_former(former, offsets, {placed.slot for placed in shared})
+        offsets = [at for at in offsets if all(at != placed.offset for placed in shared)]
+        found = arranged(opener, offsets, geometry, known, self._virtual_size, tuple(shared))
+        for what, placements, left in _ways("L2 tables without an L1 table", found):
+            state = self._rebuilt(what, geometry, placements, compression, notes, None)
+            yield replace(state, unplaced=left)
 
     def _rebuilt(
         self,
@@ -452,7 +470,8 @@ class _Recovery:
         reader = TableReader(self._source, geometry, image, image.header.compression_type)
         known = tables_by_slot(self._source, geometry, snapshots)
         others = [Unplaced(at, entries_of(self._source, at, geometry), {}) for at in free]
-        older = {p.slot: p for p in place(others, known, len(active), ordered=False)}
+        found = place(others, known, len(active), geometry.cluster_size, ordered=False)
+        older = {p.slot: p for p in found.placements}
         for table in reversed(snapshots):
             for slot in np.flatnonzero(named_offsets(table)).tolist():
                 at = named_offset(int(table[slot]))
@@ -487,9 +506,9 @@ class _Recovery:
         header = image.header
         size = self._virtual_size or image.disk_size
         opener = TableReader(self._source, geometry, image, header.compression_type)
-        placements = tuple(arranged(opener, offsets, geometry, known, size, tuple(shared)))
-        if placements:
-            yield self._patched(image, "the active state, its L1 table rebuilt", size, placements)
+        found = arranged(opener, offsets, geometry, known, size, tuple(shared))
+        for what, placements, left in _ways("the active state, its L1 table rebuilt", found):
+            yield replace(self._patched(image, what, size, placements), unplaced=left)
 
     def _patched(
         self,
@@ -525,8 +544,8 @@ class _Recovery:
         """Yield the active state that free L2 tables belonged to, before the disk went back to a snapshot."""
         known = tables_by_slot(self._source, geometry, [*snapshots, active])
         tables = [Unplaced(at, entries_of(self._source, at, geometry), {}) for at in offsets]
-        placed = place(tables, known, len(active), ordered=False)
-        usable = [p for p in placed if self._is_free(p, geometry, known, refcounts)]
+        placed = place(tables, known, len(active), geometry.cluster_size, ordered=False)
+        usable = [p for p in placed.placements if self._is_free(p, geometry, known, refcounts)]
         if not usable:
             return
         sure, now = Confidence.LIKELY, "the table in use now"

@@ -53,12 +53,18 @@ class FoundRefcounts:
 def find_refcounts(source: Source, tables: list[int], cluster_size: int, in_use: list[int]) -> FoundRefcounts | None:
     """Return the refcounts of one of the refcount tables found; ``in_use`` are clusters that must be counted.
 
-    A table is believed where it counts itself and most of ``in_use``.
+    Clusters of such tables beside each other are one table. A table is believed where it counts itself and most of ``in_use``.
     """
-    for table in reversed(tables):  # a grown table is written after the former one
+    runs: list[list[int]] = []
+    for offset in sorted(tables):
+        if runs and runs[-1][-1] + cluster_size == offset:
+            runs[-1].append(offset)
+        else:
+            runs.append([offset])
+    for run in reversed(runs):  # a grown table is written after the former one
         for order in _ORDERS:
-            found = FoundRefcounts(source, table, cluster_size, cluster_size, order)
+            found = FoundRefcounts(source, run[0], len(run) * cluster_size, cluster_size, order)
             counted = sum(1 for offset in in_use if found.of(offset))
-            if found.of(table) == 1 and counted * 2 > len(in_use):
+            if all(found.of(offset) == 1 for offset in run) and counted * 2 > len(in_use):
                 return found
     return None

@@ -25,7 +25,8 @@ class RecoveredState(Rebuilt):
     ``size`` is in bytes; ``size_from`` says where it comes from. ``placements`` are the L1 slots in
     use with how sure they are; ``backing_unknown`` is set where a lost header may have named a backing file.
     ``origin`` is the file it was found in, ``start`` where in it the image begins, ``patches`` are the header
-    fields and tables that are rebuilt. States are plain data and hold no file open.
+    fields and tables that are rebuilt. ``unplaced`` are the host offsets of L2 tables in use that are read nowhere, for
+    nothing says where they belong; another state has them in the order of the file. States are plain data and hold no file open.
     """
 
     number: int
@@ -39,6 +40,7 @@ class RecoveredState(Rebuilt):
     patches: tuple[tuple[int, bytes], ...] = field(repr=False, default=())
     start: int = 0
     is_memory: bool = False
+    unplaced: tuple[int, ...] = ()
     origin: PathOrSource | None = field(repr=False, default=None)
 
     @property
@@ -60,7 +62,8 @@ class RecoveredState(Rebuilt):
     def warning(self) -> str:
         """What it was put together from and how sure that is, for whoever opens it."""
         counts = ", ".join(f"{count} {level.label}" for level, count in self.tables_by_confidence().items() if count)
-        return f"{self.label} was put together from what is left ({self.what}); its L2 tables: {counts or 'none'}"
+        left = f"; {len(self.unplaced)} without a known place are left out" if self.unplaced else ""
+        return f"{self.label} was put together from what is left ({self.what}); its L2 tables: {counts or 'none'}{left}"
 
     def over(self, source: Source) -> Source:
         """Return the bytes of an image whose active state is this one; ``source`` is the file it was found in."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -70,13 +70,25 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
         return FoundTables([], np.zeros(0, np.int64), [], list(snapshots.values()), 0)
     found = _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     l1, refcount_tables = _classify(source, geometry, found, {entry.l1_table_offset for entry in snapshots.values()})
-    others = {cluster for table in l1 for cluster in _clusters(table, geometry.cluster_size)} | set(refcount_tables)
-    l2 = found.offsets[found.l2_form & ~np.isin(found.offsets, np.array(sorted(others), np.int64))]
+    others = _clusters(l1, geometry.cluster_size) | set(refcount_tables)
+    guest = guest_data(source, geometry, found.offsets[found.l2_form & ~_among(found.offsets, others)].tolist(), others)
+    l1 = [table for table in l1 if table.offset not in guest]
+    # An L2 table over small numbers has the form of a refcount table, but an L1 table names it.
+    named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
+    refcount_tables = [at for at in refcount_tables if at not in named and at not in guest]
+    others = _clusters(l1, geometry.cluster_size) | set(refcount_tables) | guest
+    l2 = found.offsets[found.l2_form & ~_among(found.offsets, others)]
     return FoundTables(l1, l2, refcount_tables, list(snapshots.values()), left_out)
 
 
-def _clusters(table: L1Candidate, cluster_size: int) -> range:
-    return range(table.offset, table.offset + len(table.targets) * 8, cluster_size)
+def _among(offsets: npt.NDArray[np.int64], some: set[int]) -> Mask:
+    found: Mask = np.isin(offsets, np.array(sorted(some), np.int64))
+    return found
+
+
+def _clusters(tables: list[L1Candidate], size: int) -> set[int]:
+    """Return the host offsets of the clusters of L1 tables."""
+    return {at for table in tables for at in range(table.offset, table.offset + len(table.targets) * 8, size)}
 
 
 def _chunks(source: Source, cluster_size: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -116,6 +128,36 @@ def among(values: npt.NDArray[np.integer[Any]], ordered: npt.NDArray[np.int64]) 
     return found
 
 
+def guest_data(source: Source, geometry: Geometry, tables: list[int], others: Collection[int]) -> set[int]:
+    """Return which clusters that look like tables are what a guest stores: a larger L2 table names them as its data.
+
+    ``tables`` look like L2 tables, ``others`` like L1 and refcount tables. The largest are looked at first, so that
+    a table inside the guest's own data says nothing about others.
+    """
+    every = np.array(sorted({*tables, *others}), np.uint64)
+    sizes = np.ones(len(every), np.int64)  # clusters that each of them maps, were it an L2 table
+    for at in tables:
+        hosts = _named(source, at, geometry)
+        sizes[np.searchsorted(every, np.uint64(at))] = len(hosts)
+    guest = np.zeros(len(every), np.bool_)
+    places = np.searchsorted(every, np.array(tables, np.uint64))
+    for place in places[np.argsort(-sizes[places], kind="stable")].tolist():
+        if guest[place]:
+            continue
+        hosts = _named(source, int(every[place]), geometry)
+        named = np.minimum(np.searchsorted(every, hosts), len(every) - 1)
+        named = named[every[named] == hosts]
+        guest[named[sizes[named] < sizes[place]]] = True
+    return set(every[guest].tolist())
+
+
+def _named(source: Source, offset: int, geometry: Geometry) -> U64:
+    """Return the host clusters that a table maps, were it an L2 table."""
+    hosts = named_offsets(table_words(source, offset, geometry)[:: 2 if geometry.extended_l2 else 1])
+    used: U64 = hosts[hosts != 0]
+    return used
+
+
 def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
     """Return the 64-bit words of one table of a cluster, zeros where the file ends inside it."""
     size = geometry.cluster_size
@@ -142,9 +184,6 @@ def _classify(
             source, here[:REFCOUNT_BLOCKS_LOOKED_AT].tolist(), geometry.cluster_size
         ):
             refcount_tables.append(offset)
-    # An L2 table over small numbers has the same form, but an L1 table names it.
-    named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
-    refcount_tables = [at for at in refcount_tables if at not in named]
     return list(_joined(source, l1, geometry.cluster_size, snapshot_tables)), refcount_tables
 
 
