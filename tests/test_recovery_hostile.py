@@ -155,7 +155,7 @@ def test_a_table_that_shares_clusters_with_tables_of_one_slot_only_gets_it() -> 
     shared, other = np.array([512, 1024, 0, 0], np.uint64), np.array([512, 4096, 0, 8192], np.uint64)
     mine = np.array([512, 1024, 0, 0], np.uint64)
     for known, slot in (({3: [shared, other]}, 3), ({3: [shared], 4: [other]}, None), ({5: [other[::-1]]}, None)):
-        placed = place([Unplaced(99, mine, {})], known, 16, ordered=False)
+        placed = place([Unplaced(99, mine, {})], known, 16, 512, ordered=False).placements
         assert [item.slot for item in placed] == ([] if slot is None else [slot])
 
 
