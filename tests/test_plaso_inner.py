@@ -188,7 +188,7 @@ def test_locked_images_in_a_host_are_processed_and_their_audits_end_the_run(
         stream.write((entry & ~(1 << 63)).to_bytes(8, "big"))
     host = ext4(tmp_path, "both.raw", {"leaky.qcow2": leaky, "secret.qcow2": tmp_path / "secret.qcow2"}, 48 * MIB)
     options = ("--archives", "qcow", "--credential", "password:sesame", "--parsers", "filestat", "--hashers", "none")
-    run = log2timeline(Variant(host), tmp_path / "out", *options, start_method="spawn")
+    run = log2timeline(Variant(host), tmp_path / "out", *options)
     assert run.rc == 0, run.output
     lines = psort(run.storage, tmp_path / "active.csv", active=True)
     shown = {line.split(",")[6].split(" ")[0] for line in lines if "inner.txt" in line}
