@@ -145,14 +145,21 @@ def test_credentials_of_the_option_and_of_the_prompt_go_to_the_workers() -> None
 @qemu.requires_qemu
 def test_a_locked_volume_hides_no_other(locked: Path) -> None:
     image = inner_files(locked).parent.parent.parent
-    request = Request()
-    scanner = worker_module.EventExtractionWorkerVolumeScanner(mediator=plaso_archives._Unattended(request))
-    plaso_credentials.unlock(image, [GIVEN])
-    found = plaso_archives._scan(scanner, image, request, [])
-    assert [spec.parent.location for spec in found] == ["/p2"]
-    assert request.notices == [
-        "A volume (LUKSDE) is locked: no given credential opens it, and its files are not processed."
-    ]
+
+    def scan(*credentials: Any) -> tuple[list[str], list[str]]:
+        request = Request()
+        scanner = worker_module.EventExtractionWorkerVolumeScanner(mediator=plaso_archives._Unattended(request))
+        found = plaso_archives._scan(scanner, image, request, list(credentials))
+        return [spec.parent.type_indicator for spec in found], request.notices
+
+    assert scan() == ([], ["Nothing in the image is processed: no file system was found, or it is locked."])
+    resolver.Resolver.key_chain.SetCredential(image, *GIVEN)
+    found, notices = scan()
+    assert found == ["GPT"]
+    assert notices == ["A volume (LUKSDE) is locked: no given credential opens it, and its files are not processed."]
+    resolver.Resolver.key_chain.Empty()
+    plaso_credentials._tried.clear()
+    assert scan(GIVEN) == (["LUKSDE", "GPT"], [])
 
 
 def test_findings_of_inner_images_are_counted_from_their_warnings() -> None:

@@ -15,7 +15,7 @@ from plaso.engine import worker as stock
 from plaso.lib import definitions
 
 from .audit_notes import PARSER, audit_sentences
-from .plaso_credentials import Credential, credentials_of, take_from_configuration
+from .plaso_credentials import Credential, credentials_of, take_from_configuration, unlock
 from .volume_scanner import Request, base_path_specs
 from .wrapping import wrap_method
 
@@ -97,9 +97,13 @@ class _Unattended:
 def _scan(scanner: Any, qcow: Any, request: Request, credentials: list[Credential]) -> list[Any]:
     options = stock.dfvfs_volume_scanner.VolumeScannerOptions()
     options.credentials = credentials
+    unlock(qcow, credentials)  # a locked image alone is no storage media image to the scan
     options.partitions, options.volumes, options.snapshots = ["all"], ["all"], ["none"]
     found = base_path_specs(scanner, lambda: scanner._ScanSourcePathSpec(qcow), options, request, is_inside=True)
-    return [item for item in found if item.comparable != qcow.comparable]
+    found = [item for item in found if item.comparable != qcow.comparable]
+    if not found:
+        request.notices.append("Nothing in the image is processed: no file system was found, or it is locked.")
+    return found
 
 
 def register() -> None:
