@@ -182,9 +182,7 @@ def test_findings_of_inner_images_are_counted_from_their_warnings() -> None:
 
 @pytest.mark.slow
 @qemu.requires_qemu
-def test_locked_images_in_a_host_are_processed_and_their_audits_end_the_run(
-    locked: Path, guest: Path, tmp_path: Path
-) -> None:
+def test_audits_of_images_in_a_host_end_the_run(guest: Path, tmp_path: Path) -> None:
     leaky = tmp_path / "leaky.qcow2"
     qemu.convert(guest, leaky, fmt="raw", target_format="qcow2")
     with leaky.open("r+b") as stream:  # L1 table without QCOW_OFLAG_COPIED
@@ -193,19 +191,13 @@ def test_locked_images_in_a_host_are_processed_and_their_audits_end_the_run(
         entry = int.from_bytes(stream.read(8), "big")
         stream.seek(-8, os.SEEK_CUR)
         stream.write((entry & ~(1 << 63)).to_bytes(8, "big"))
-    host = ext4(tmp_path, "both.raw", {"leaky.qcow2": leaky, "secret.qcow2": tmp_path / "secret.qcow2"}, 48 * MIB)
-    options = ("--archives", "qcow", "--credential", "password:sesame", "--parsers", "filestat", "--hashers", "none")
+    host = ext4(tmp_path, "both.raw", {"leaky.qcow2": leaky}, 48 * MIB)
+    options = ("--archives", "qcow", "--parsers", "filestat", "--hashers", "none")
     run = log2timeline(Variant(host), tmp_path / "out", *options)
     assert run.rc == 0, run.output
     lines = psort(run.storage, tmp_path / "active.csv", active=True)
     shown = {line.split(",")[6].split(" ")[0] for line in lines if "inner.txt" in line}
-    assert shown == {
-        "QCOW2-IMAGE[/leaky.qcow2]:EXT:/inner.txt",
-        "QCOW2-IMAGE[/secret.qcow2]:EXT:/inner.txt",
-    }
-    assert len([line for line in lines if "inner.txt" in line and "secret" in line]) > len(
-        [line for line in lines if "inner.txt" in line and "leaky" in line]
-    )
+    assert shown == {"QCOW2-IMAGE[/leaky.qcow2]:EXT:/inner.txt"}
     (note,) = [line for line in run.output.splitlines() if line.startswith("audit: ") and line.endswith("leaky.qcow2")]
     assert "no findings" not in note
     assert "pinfo --sections warnings lists the findings." in run.output
