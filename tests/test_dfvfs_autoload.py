@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests import plaso_tools
+from tests.tiers import quick
 
 pytest.importorskip("dfvfs")
+
+import qcow2_forensics_autoload
 
 DRIVER = Path(__file__).with_name("dfvfs_import_first.py")
 # All of these, and every sixth of the others; QCOW2_ALL_IMPORTS=1 takes all, a minute of CPU time.
 WHOLE = ("dfvfs.credentials", "dfvfs.resolver.", "dfvfs.helpers")
 ALL = os.environ.get("QCOW2_ALL_IMPORTS") == "1"
+PLASO = sorted(name for name in qcow2_forensics_autoload.PARTS if name.startswith("plaso."))
 
 
 def _modules() -> list[str]:
@@ -66,6 +70,24 @@ def test_our_own_modules_may_be_imported_first_too(module: str) -> None:
         timeout=60,
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", quick(PLASO, ["plaso.engine.worker"]))
+def test_any_part_of_plaso_imported_first_leaves_all_of_ours_in_place(module: str) -> None:
+    pytest.importorskip("plaso", reason="plaso is absent")
+    environment = plaso_tools.environment()
+    environment["PYTHONPATH"] += f"{os.pathsep}{plaso_tools.REPOSITORY / 'plugins' / 'autoload'}"
+    script = f"import qcow2_forensics_autoload as hook; hook.install(); import {module}"
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "NOT active" not in result.stderr
 
 
 def test_a_program_that_imported_dfvfs_before_gets_the_back_end() -> None:

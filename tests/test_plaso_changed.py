@@ -19,10 +19,12 @@ pytest.importorskip("plaso")
 pytest.importorskip("dfvfs")
 
 from dfvfs.helpers import volume_scanner
+from dfvfs.path import factory
 from dfvfs.resolver import context, resolver
+from plaso.parsers import ntfs
 
 import dfvfs_qcow2
-from dfvfs_qcow2 import plaso_changed
+from dfvfs_qcow2 import later_states, plaso_changed
 from dfvfs_qcow2.selection import VARIABLE, Selection
 from qcow2_forensics.format.image import Image
 from tests import guest_disks, plaso_tools, qemu
@@ -116,7 +118,7 @@ def walk(entry: Any) -> Iterator[Any]:
 def processed(folder: Any, resolver_context: Any) -> set[str]:
     """The locations that workers would process below a folder."""
     found = set()
-    states = plaso_changed._states(folder, resolver_context)
+    states = later_states.states_of(folder, resolver_context)
     for entry in (plaso_changed._Folder(folder, states) if states else folder).sub_file_entries:
         if entry.IsDirectory():
             found |= processed(entry, resolver_context)
@@ -153,6 +155,59 @@ def test_files_that_are_processed_are_those_that_no_later_state_has(
         assert "/folder2/file8" not in found or number == 0
         assert ("/renamed/file7" in found) is False
     assert "/folder1/file7" in expected(states, 0, "")
+
+
+class Rows:
+    """Keeps the events that a parser gives, in place of plaso's mediator."""
+
+    def __init__(self, entry: Any, resolver_context: Any) -> None:
+        self.resolver_context = resolver_context
+        self.rows: list[str] = []
+        self._entry = entry
+
+    def GetFileEntry(self) -> Any:  # noqa: N802 - plaso's names
+        return self._entry
+
+    def GetDisplayName(self) -> str:  # noqa: N802
+        return "NTFS:$MFT"
+
+    def GetRelativePath(self) -> str:  # noqa: N802
+        return "$MFT"
+
+    def ProduceEventData(self, event_data: Any, **_: Any) -> None:  # noqa: N802
+        values = {name: getattr(value, "timestamp", value) for name, value in event_data.GetAttributes()}
+        self.rows.append(repr(sorted(values.items())))
+
+    def ProduceWarning(self, message: str) -> None:  # noqa: N802
+        raise AssertionError(message)
+
+
+def mft_rows(root: Any) -> list[str]:
+    resolver_context = context.Context()
+    spec = factory.Factory.NewPathSpec("NTFS", location="\\$MFT", parent=root.parent)
+    entry = resolver.Resolver.OpenFileEntry(spec, resolver_context=resolver_context)
+    mediator = Rows(entry, resolver_context)
+    ntfs.NTFSMFTParser().ParseFileObject(mediator, entry.GetFileObject())
+    return mediator.rows
+
+
+@qemu.requires_qemu
+def test_records_of_an_mft_give_the_rows_that_no_later_state_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, _ = make_states(tmp_path, _one_volume("ntfs", 24 * MIB))
+    specs = file_systems(image, "changed")
+    active, one, two = (mft_rows(spec) for spec in specs)
+    monkeypatch.setenv(VARIABLE, "changed")
+    found_active, found_one, found_two = (mft_rows(spec) for spec in specs)
+    assert found_active == active
+    assert found_one == [row for row in one if row not in {*two, *active}]
+    assert found_two == [row for row in two if row not in active]
+    assert 0 < len(found_two) < len(two) / 4
+    assert any("folder1" in row for row in found_one)  # renamed: a path of files whose records did not change
+    assert any("dropped" in row for row in found_two)
+    monkeypatch.setenv(VARIABLE, "one,changed:two")
+    assert mft_rows(specs[1]) == one
 
 
 # --- the words -----------------------------------------------------------------------------------
@@ -238,6 +293,5 @@ def test_rows_of_changed_are_those_of_all_without_repeats(kind: str, size: int, 
     lines = {wanted: plaso_tools.evidence_lines(run.lines) for wanted, run in runs.items()}
     assert stripped(lines["changed"]) == stripped(lines["all"])
     assert set(lines["none"]) <= set(lines["changed"]) <= set(lines["all"])
-    # NTFS lists every file in $MFT, which is another one in each state.
-    count = {wanted: sum("NTFS:\\$" not in line for line in found) for wanted, found in lines.items()}
+    count = {wanted: len(found) for wanted, found in lines.items()}
     assert 0 < count["changed"] - count["none"] < (count["all"] - count["none"]) / 2

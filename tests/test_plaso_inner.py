@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,8 +16,13 @@ pytest.importorskip("plaso")
 pytest.importorskip("dfvfs")
 
 from dfvfs.helpers import volume_scanner
-from dfvfs.resolver import resolver
+from dfvfs.path import factory
+from dfvfs.resolver import context, resolver
+from plaso.engine import worker as worker_module
 
+from dfvfs_qcow2 import audit_notes, plaso_archives, plaso_credentials
+from dfvfs_qcow2.volume_scanner import Request
+from qcow2_forensics.findings import Severity
 from tests import guest_disks, qemu
 from tests.filesystems import MIB
 from tests.plaso_tools import Variant, log2timeline, psort
@@ -76,6 +84,123 @@ def test_images_in_a_hosts_file_system_are_processed_with_their_snapshots(hyperv
     none = log2timeline(Variant(hypervisor), tmp_path / "none", *options[4:])
     assert none.rc == 0
     assert not [line for line in none.lines if "inner.txt" in line]
+
+
+# --- locked, and audited -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def locked(guest: Path, tmp_path: Path) -> Path:
+    """A host's disk with an encrypted image in it, whose guest has LUKS in a partition; both have the same passphrase."""
+    qemu.need()
+    volume = tmp_path / "volume.luks"
+    secret = ("--object", "secret,id=key,data=sesame")
+    qemu.img("convert", *secret, "-O", "luks", "-o", "key-secret=key,iter-time=10", guest, volume)
+    disk = tmp_path / "disk.raw"
+    guest_disks.partitioned(disk, [volume, guest])
+    image = qemu.create(tmp_path / "secret.qcow2", disk.stat().st_size, secret="sesame")
+    target = f"driver=qcow2,encrypt.key-secret=key,file.filename={image}"
+    qemu.img("convert", "-n", *secret, "-f", "raw", "--target-image-opts", disk, target)
+    return ext4(tmp_path, "host.raw", {"images/secret.qcow2": image}, 32 * MIB)
+
+
+GIVEN = ("password", "sesame")
+
+
+def inner_files(host: Path) -> Any:
+    """The path specification of the root folder in the LUKS volume of the image in the host."""
+    spec = factory.Factory.NewPathSpec("RAW", parent=factory.Factory.NewPathSpec("OS", location=str(host)))
+    spec = factory.Factory.NewPathSpec("EXT", location="/images/secret.qcow2", parent=spec)
+    spec = factory.Factory.NewPathSpec("QCOW", parent=spec)
+    spec = factory.Factory.NewPathSpec("GPT", location="/p1", parent=spec)
+    spec = factory.Factory.NewPathSpec("LUKSDE", parent=spec)
+    return factory.Factory.NewPathSpec("EXT", location="/", parent=spec)
+
+
+@qemu.requires_qemu
+def test_credentials_open_what_is_locked_inside_an_inner_image(locked: Path) -> None:
+    spec = inner_files(locked)
+    plaso_credentials.unlock(spec, [])
+    plaso_credentials.unlock(spec, [("password", "wrong"), ("startup_key", b"1"), GIVEN])
+    root = resolver.Resolver.OpenFileEntry(spec, resolver_context=context.Context())
+    assert sorted(entry.name for entry in root.sub_file_entries) == ["inner.txt", "lost+found"]
+    found = [step.type_indicator for step in plaso_credentials._inside_an_inner_image(spec)]
+    assert found == ["LUKSDE", "QCOW"]
+    assert not list(plaso_credentials._inside_an_inner_image(spec.parent.parent.parent.parent))  # the host's own
+
+
+def test_credentials_of_the_option_and_of_the_prompt_go_to_the_workers() -> None:
+    tool = SimpleNamespace(_credentials=[GIVEN])
+    asked = SimpleNamespace(credential_type="recovery_password", credential_data="1-2")
+    configuration = SimpleNamespace(credentials=[asked], extraction=SimpleNamespace())
+    assert plaso_credentials.add_to_configuration(lambda _: configuration, tool) is configuration
+    worker = worker_module.EventExtractionWorker()
+    plaso_credentials.take_from_configuration(
+        lambda *_: None, worker, pickle.loads(pickle.dumps(configuration.extraction))
+    )
+    assert plaso_credentials.credentials_of(worker) == [GIVEN, ("recovery_password", "1-2")]
+    assert plaso_credentials.credentials_of(worker_module.EventExtractionWorker()) == []
+
+
+@qemu.requires_qemu
+def test_a_locked_volume_hides_no_other(locked: Path) -> None:
+    image = inner_files(locked).parent.parent.parent
+
+    def scan(*credentials: Any) -> tuple[list[str], list[str]]:
+        request = Request()
+        scanner = worker_module.EventExtractionWorkerVolumeScanner(mediator=plaso_archives._Unattended(request))
+        found = plaso_archives._scan(scanner, image, request, list(credentials))
+        return [spec.parent.type_indicator for spec in found], request.notices
+
+    assert scan() == ([], ["Nothing in the image is processed: no file system was found, or it is locked."])
+    resolver.Resolver.key_chain.SetCredential(image, *GIVEN)
+    found, notices = scan()
+    assert found == ["GPT"]
+    assert notices == ["A volume (LUKSDE) is locked: no given credential opens it, and its files are not processed."]
+    resolver.Resolver.key_chain.Empty()
+    plaso_credentials._tried.clear()
+    assert scan(GIVEN) == (["LUKSDE", "GPT"], [])
+
+
+def test_findings_of_inner_images_are_counted_from_their_warnings() -> None:
+    def warning(image: str, message: str, parser: str = "qcow2") -> Any:
+        return SimpleNamespace(message=message, parser_chain=parser, path_spec=SimpleNamespace(comparable=image))
+
+    counted = audit_notes.severities_of(
+        [
+            warning("a", "High QCOW2-OVERLAP: two tables"),
+            warning("b", "Low QCOW2-LEAK: one"),
+            warning("a", "High QCOW2-OVERLAP: two more"),
+            warning("a", "High water"),
+            warning("a", "the image could not be audited: OSError"),
+            warning("a", "High QCOW2-OVERLAP: of somebody else", "sqlite"),
+        ]
+    )
+    found = {spec.comparable: counts for spec, counts in counted}
+    assert found == {"a": {Severity.HIGH: 2}, "b": {Severity.LOW: 1}}
+
+
+@pytest.mark.slow
+@qemu.requires_qemu
+def test_audits_of_images_in_a_host_end_the_run(guest: Path, tmp_path: Path) -> None:
+    leaky = tmp_path / "leaky.qcow2"
+    qemu.convert(guest, leaky, fmt="raw", target_format="qcow2")
+    with leaky.open("r+b") as stream:  # L1 table without QCOW_OFLAG_COPIED
+        stream.seek(40)  # l1_table_offset
+        stream.seek(int.from_bytes(stream.read(8), "big"))
+        entry = int.from_bytes(stream.read(8), "big")
+        stream.seek(-8, os.SEEK_CUR)
+        stream.write((entry & ~(1 << 63)).to_bytes(8, "big"))
+    host = ext4(tmp_path, "both.raw", {"leaky.qcow2": leaky}, 48 * MIB)
+    options = ("--archives", "qcow", "--parsers", "filestat", "--hashers", "none")
+    run = log2timeline(Variant(host), tmp_path / "out", *options)
+    assert run.rc == 0, run.output
+    lines = psort(run.storage, tmp_path / "active.csv", active=True)
+    shown = {line.split(",")[6].split(" ")[0] for line in lines if "inner.txt" in line}
+    assert shown == {"QCOW2-IMAGE[/leaky.qcow2]:EXT:/inner.txt"}
+    (note,) = [line for line in run.output.splitlines() if line.startswith("audit: ") and line.endswith("leaky.qcow2")]
+    assert "no findings" not in note
+    assert "pinfo --sections warnings lists the findings." in run.output
 
 
 # --- in volumes ----------------------------------------------------------------------------------

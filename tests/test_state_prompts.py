@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,10 +91,9 @@ def test_what_opened_a_volume_opens_it_in_other_states_too(unlocks: bool, asked:
 
 def test_a_run_ends_with_what_the_status_window_wiped_and_one_line_about_each_audit() -> None:
     end_notes.take(printed=True)  # what tests of this process have left
-    high, low = SimpleNamespace(severity=Severity.HIGH), SimpleNamespace(severity=Severity.LOW)
     end_notes.notices.append("The image holds 1 internal snapshot(s)")
-    end_notes.note_audit("/cases/a.qcow2", [high, low, high])  # type: ignore[list-item]
-    end_notes.note_audit("b\x1b", [])
+    end_notes.note_audit("/cases/a.qcow2", Counter({Severity.HIGH: 2, Severity.LOW: 1}))
+    end_notes.note_audit("b\x1b", Counter())
     assert end_notes.take(printed=False) == [
         "The image holds 1 internal snapshot(s)",
         "audit: 2 High, 1 Low in /cases/a.qcow2",

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
@@ -31,6 +33,9 @@ import _pytest.outcomes  # noqa: E402 - after the path
 from tests import guest_disks  # noqa: E402
 from tests.filesystems import MIB, need_tools  # noqa: E402
 from tests.guest_disks import Seen  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests import plaso_tools
 
 UNREAD = frozenset(["btrfs"])  # what no library we use reads: it must be named
 NAMES = ("one", "two", "three", None)
@@ -130,12 +135,13 @@ def _disk(folder: Path, name: str, parts: list[Path]) -> Path:
     return path
 
 
-def lvm(folder: Path) -> Iterator[State]:
-    """XFS and ext4 in logical volumes, one of them extended behind the other; ext4 in a partition."""
+def lvm(folder: Path, *, extended: bool = True) -> Iterator[State]:
+    """XFS and ext4 in logical volumes, one of them ``extended`` behind the other; ext4 in a partition."""
     made = guest_disks.group(folder, [160 * MIB])
-    guest_disks.create_volume(made, "root", 64 * MIB)
+    guest_disks.create_volume(made, "root", (64 if extended else 96) * MIB)
     guest_disks.create_volume(made, "home", 32 * MIB)
-    made.lvm(["lvextend", "-q", "-L", f"{96 * MIB}b", "vg0/root"])
+    if extended:
+        made.lvm(["lvextend", "-q", "-L", f"{96 * MIB}b", "vg0/root"])
     boot = guest_disks.make(folder, "ext4", 8 * MIB, "lvm-boot.raw")
     inside = {
         name: guest_disks.make(folder, kind, size * MIB, f"lvm-{name}.raw")
@@ -188,6 +194,7 @@ KINDS: dict[str, Callable[[Path], Iterator[State]]] = {
     "ntfs": simple("ntfs", 32),
     "exfat": simple("exfat", 32),
     "lvm": lvm,
+    "lvm-plain": functools.partial(lvm, extended=False),  # libvslvm reads no extended volumes, nor does plaso
     "luks": luks,
     "swap": swap,
 }
@@ -299,22 +306,35 @@ def plaso(kind: str, folder: Path, states: list[State]) -> list[str]:
     from tests.plaso_tools import Variant
 
     options = ("--volumes", "all", *(("--credential", f"password:{PASSPHRASE}") if kind == "luks" else ()))
-    runs = {}
+    runs: dict[str, plaso_tools.Run] = {}
+    lines: dict[str, list[str]] = {}
     for name, image, wanted in (
         ("raw", states[-1].raw, ""), ("none", folder / f"{kind}.qcow2", "none"),
         ("all", folder / f"{kind}.qcow2", "all"), ("changed", folder / f"{kind}.qcow2", "changed"),
     ):  # fmt: skip
         chosen = (*options, "--qcow_snapshots", wanted) if wanted else options
-        run = plaso_tools.log2timeline(Variant(image), folder / f"{kind}-{name}", *chosen, active=bool(wanted))
-        if run.rc:
-            return [f"{kind} {name}: {run.output[-500:]}"]
+        place = folder / f"{kind}-{name}"
+        shutil.rmtree(place, ignore_errors=True)
+        run = plaso_tools.log2timeline(Variant(image), place, *chosen, active=bool(wanted))
         runs[name] = run
-        print(f"  log2timeline {name}: {len(run.lines)} rows, {run.cpu:.1f} s of CPU time", flush=True)
-    raw, none = runs["raw"].lines, plaso_tools.evidence_lines(runs["none"].lines)
+        if name == "none" and run.rc == runs["raw"].rc != 0 and _last(run) == _last(runs["raw"]):
+            print(f"  log2timeline reads neither the raw disk nor the image: {_last(run)}")
+            return []
+        if run.rc and name != "raw":
+            return [f"{kind} {name}: {run.output[-500:]}"]
+        # The stock psort fails on storage files with LUKS volumes.
+        lines[name] = plaso_tools.psort(run.storage, place / "psort.csv", active=True) if not run.rc else []
+        print(f"  log2timeline {name}: {len(lines[name])} rows, {run.cpu:.1f} s of CPU time", flush=True)
+    raw, none = lines["raw"], plaso_tools.evidence_lines(lines["none"])
     wrong = [] if none == raw else [f"{kind}: {len(set(raw) ^ set(none))} rows are not those of the raw disk"]
-    if _stateless(runs["all"].lines) != _stateless(runs["changed"].lines):
+    wrong += [] if raw else [f"{kind}: no rows"]
+    if _stateless(lines["all"]) != _stateless(lines["changed"]):
         wrong.append(f"{kind}: the rows of 'changed' are not those of 'all' without repeats")
     return wrong
+
+
+def _last(run: plaso_tools.Run) -> str:
+    return (run.output.strip().splitlines() or [""])[-1]
 
 
 def _stateless(lines: list[str]) -> set[str]:

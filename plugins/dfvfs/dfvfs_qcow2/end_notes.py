@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from qcow2_forensics import Severity
 from qcow2_forensics.text import plural, printable
-
-if TYPE_CHECKING:
-    from qcow2_forensics import Finding
 
 _MOST = 20  # lines about audits in one run
 
@@ -18,9 +13,8 @@ notices: list[str] = []  # of the scan, printed before
 audits: list[str] = []  # one line an image
 
 
-def note_audit(name: str, findings: Iterable[Finding]) -> None:
+def note_audit(name: str, counts: Counter[Severity]) -> None:
     """Remember how many findings of each severity an image has."""
-    counts = Counter(finding.severity for finding in findings)
     found = [f"{counts[severity]} {severity.label}" for severity in sorted(Severity, reverse=True) if counts[severity]]
     audits.append(f"audit: {', '.join(found) or 'no findings'} in {printable(name)}")
 

@@ -29,7 +29,7 @@ from qcow2_forensics.files import Spans
 from .inspection import open_image
 from .names import SnapshotKey, snapshots_around
 from .opening import open_state
-from .selection import Selection
+from .selection import Selection, selection_from_environment
 
 FAILURES = (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, dfvfs_errors.Error, Qcow2Error)
 _CHUNK = 1 << 20  # of content compared at a time
@@ -55,6 +55,14 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+def states_of(entry: Any, resolver_context: Any) -> list[LaterState]:
+    """Return the later states that a file entry of a snapshot is compared with; none for other entries."""
+    selection = selection_from_environment()
+    if selection is None or getattr(entry.path_spec, "location", None) is None:
+        return []
+    return later_states(entry.path_spec, selection, resolver_context)
 
 
 def later_states(path_spec: Any, selection: Selection, resolver_context: Any) -> list[LaterState]:

@@ -1,4 +1,7 @@
-"""``--archives qcow``: QCOW images in a file system are processed with what is in them, as plaso does for VHD."""
+"""``--archives qcow``: QCOW images in a file system are processed with what is in them, as plaso does for VHD.
+
+Each of them is audited, as the source is: what is found are warnings with the parser ``qcow2``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from plaso.containers import event_sources
 from plaso.engine import worker as stock
 from plaso.lib import definitions
 
+from .audit_notes import PARSER, audit_sentences
+from .plaso_credentials import Credential, credentials_of, take_from_configuration, unlock
 from .volume_scanner import Request, base_path_specs
 from .wrapping import wrap_method
 
@@ -43,10 +48,10 @@ def _is_image(file_entry: Any, stream_name: Any) -> bool:
 
 
 def _process_image(worker: Any, mediator: Any, qcow: Any) -> None:
-    scanner = stock.EventExtractionWorkerVolumeScanner()
     request = Request(option="--qcow_snapshots all")
+    scanner = stock.EventExtractionWorkerVolumeScanner(mediator=_Unattended(request))
     try:
-        for path_spec in _scan(scanner, qcow, request):
+        for path_spec in _scan(scanner, qcow, request, credentials_of(worker)):
             if worker._abort:
                 return
             mediator.ProduceEventSource(
@@ -56,18 +61,55 @@ def _process_image(worker: Any, mediator: Any, qcow: Any) -> None:
         mediator.ProduceWarning(f"unable to process storage media image with error: {error!s}", path_spec=qcow)
     for notice in request.notices:
         mediator.ProduceWarning(notice, path_spec=qcow)
+    _audit(mediator, qcow)
 
 
-def _scan(scanner: Any, qcow: Any, request: Request) -> list[Any]:
+def _audit(mediator: Any, qcow: Any) -> None:
+    mediator.AppendToParserChain(PARSER)
+    try:
+        for sentence in audit_sentences(qcow)[0]:
+            mediator.ProduceWarning(sentence, path_spec=qcow)
+    finally:
+        mediator.PopFromParserChain()
+
+
+class _Unattended:
+    """Stands for the user where a volume in an image is locked: it stays so, with a warning, and the scan goes on."""
+
+    def __init__(self, request: Request) -> None:
+        self._notices = request.notices
+        self._output_writer = self  # for what StatePrompts writes before a question
+
+    # The names below are those of plaso's mediator and of its output writer.
+
+    def UnlockEncryptedVolume(self, _scanner: Any, _scan_context: Any, node: Any, _credentials: Any) -> bool:  # noqa: N802
+        """Leave the volume locked."""
+        kind = node.type_indicator
+        self._notices.append(
+            f"A volume ({kind}) is locked: no given credential opens it, and its files are not processed."
+        )
+        return False
+
+    def Write(self, text: str) -> None:  # noqa: N802
+        """Print nothing: workers have no terminal."""
+
+
+def _scan(scanner: Any, qcow: Any, request: Request, credentials: list[Credential]) -> list[Any]:
     options = stock.dfvfs_volume_scanner.VolumeScannerOptions()
+    options.credentials = credentials
+    unlock(qcow, credentials)  # a locked image alone is no storage media image to the scan
     options.partitions, options.volumes, options.snapshots = ["all"], ["all"], ["none"]
     found = base_path_specs(scanner, lambda: scanner._ScanSourcePathSpec(qcow), options, request, is_inside=True)
-    return [item for item in found if item.comparable != qcow.comparable]
+    found = [item for item in found if item.comparable != qcow.comparable]
+    if not found:
+        request.notices.append("Nothing in the image is processed: no file system was found, or it is locked.")
+    return found
 
 
 def register() -> None:
-    """Wrap the method, once."""
+    """Wrap the methods, once."""
     wrap_method(stock.EventExtractionWorker, "_ExtractContentFromDataStream", _extract_content)
+    wrap_method(stock.EventExtractionWorker, "SetExtractionConfiguration", take_from_configuration)
 
 
 register()

@@ -13,8 +13,7 @@ from typing import Any
 
 from plaso.engine import worker as stock
 
-from .later_states import FAILURES, LaterState, entry_at, later_states
-from .selection import selection_from_environment
+from .later_states import FAILURES, LaterState, entry_at, states_of
 from .wrapping import wrap_method
 
 # Parsers read these together with other files, which may differ: a Chrome cache, OneDrive logs, a Spotlight
@@ -27,7 +26,7 @@ _Find = Callable[[str], Any]  # a file of the same folder, by its name
 
 def repeats(entry: Any, resolver_context: Any) -> bool:
     """Return whether a file of a snapshot is in a later state that is processed too, in the same way."""
-    states = _states(entry, resolver_context)
+    states = states_of(entry, resolver_context)
     if not states:
         return False
     folder = entry.path_spec.location.removesuffix(entry.name)
@@ -39,13 +38,6 @@ def repeats(entry: Any, resolver_context: Any) -> bool:
         return state.entry(f"{folder}{name}")
 
     return _is_in_one_of(entry, here, [(state, partial(there, state)) for state in states])
-
-
-def _states(entry: Any, resolver_context: Any) -> list[LaterState]:
-    selection = selection_from_environment()
-    if selection is None or getattr(entry.path_spec, "location", None) is None:
-        return []
-    return later_states(entry.path_spec, selection, resolver_context)
 
 
 def _is_in_one_of(entry: Any, here: _Find, later: Sequence[tuple[LaterState, _Find]]) -> bool:
@@ -93,7 +85,7 @@ def _listed(folder: Any) -> dict[str, Any]:
 
 
 def _process_directory(stock_method: Any, worker: Any, mediator: Any, folder: Any) -> None:
-    states = _states(folder, mediator.resolver_context)
+    states = states_of(folder, mediator.resolver_context)
     stock_method(worker, mediator, _Folder(folder, states) if states else folder)
 
 

@@ -14,11 +14,12 @@ from dfdatetime import posix_time
 from plaso.containers import events
 from plaso.preprocessors import interface, manager
 
-from qcow2_forensics import Qcow2Error, Severity, reason
-from qcow2_forensics.text import date_note, plural, printable, snapshot_time
+from qcow2_forensics import Qcow2Error
+from qcow2_forensics.text import date_note, printable, snapshot_time
 
 from . import end_notes
-from .inspection import audit, open_image, qcow_path_specs, recovered_states, snapshot_path_spec
+from .audit_notes import PARSER, audit_sentences
+from .inspection import open_image, qcow_path_specs, recovered_states, snapshot_path_spec
 from .names import SnapshotKey, label, snapshots_around
 from .opening import find_entry
 from .sources import display_name
@@ -26,12 +27,11 @@ from .sources import display_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qcow2_forensics import Evidence, Finding, SnapshotEntry
+    from qcow2_forensics import SnapshotEntry
 
-PLUGIN_NAME = "qcow2"
+PLUGIN_NAME = PARSER
 DATA_TYPE = "qcow2:snapshot"
-_MOST = 1000  # warnings, and snapshots, per image: a crafted image could fill the storage file
-_ITEMS = 3  # of a finding's evidence, in its warning
+_MOST = 1000  # snapshots per image: a crafted image could fill the storage file
 
 _Stock: Any = interface.FileSystemArtifactPreprocessorPlugin
 _StockEventData: Any = events.EventData
@@ -103,14 +103,10 @@ class _Location:
 
 
 def _tell_findings(mediator: Any, path_spec: Any) -> None:
-    try:
-        found = audit(path_spec).at_least(Severity.LOW)
-        findings = [describe(finding) for finding in found]
-        end_notes.note_audit(display_name(path_spec), found)
-    except Exception as error:  # noqa: BLE001 - shown; an audit must not stop the extraction
-        findings = [f"the image could not be audited: {type(error).__name__}: {printable(reason(error), 500)}"]
-    more = [plural(len(findings) - _MOST, "more finding")] if len(findings) > _MOST else []
-    _warn(mediator, path_spec, [*findings[:_MOST], *more])
+    sentences, found = audit_sentences(path_spec)
+    if found is not None:
+        end_notes.note_audit(display_name(path_spec), Counter(finding.severity for finding in found))
+    _warn(mediator, path_spec, sentences)
 
 
 def _warn(mediator: Any, path_spec: Any, sentences: Sequence[str]) -> None:
@@ -122,21 +118,6 @@ def _warn(mediator: Any, path_spec: Any, sentences: Sequence[str]) -> None:
             mediator.ProducePreprocessingWarning(PLUGIN_NAME, sentence)
     finally:
         mediator.SetFileEntry(before)
-
-
-def describe(finding: Finding) -> str:
-    """Return a finding as one line, with the first items of its evidence."""
-    items = "; ".join(_item(item) for item in finding.evidence[:_ITEMS])
-    if items and finding.count > _ITEMS:
-        items += f"; and {finding.count - _ITEMS} more"
-    words = printable(f"{finding.title}, {finding.note}", 2000)
-    text = f"{finding.severity.label} {finding.code}: {words}"
-    return f"{text} ({items})" if items else text
-
-
-def _item(item: Evidence) -> str:
-    where = "" if item.offset is None else f" at {item.offset:#x}"
-    return f"{printable(item.field)}: {printable(str(item.value), 200)}{where}"
 
 
 def _entries(path_spec: Any) -> Sequence[SnapshotEntry]:
