@@ -37,7 +37,6 @@ STAND_INS = {
     "plaso/engine/path_helper.py": "",
     "plaso/engine/worker.py": "",
     "plaso/multi_process/__init__.py": "",
-    "plaso/multi_process/extraction_process.py": "",
     "plaso/output/__init__.py": "",
     "plaso/output/mediator.py": "",
     "plaso/parsers/__init__.py": "",

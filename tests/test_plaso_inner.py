@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +16,10 @@ pytest.importorskip("dfvfs")
 
 from dfvfs.helpers import volume_scanner
 from dfvfs.path import factory
-from dfvfs.resolver import context, resolver
+from dfvfs.resolver import resolver
 from plaso.engine import worker as worker_module
 
-from dfvfs_qcow2 import audit_notes, plaso_archives, plaso_credentials
+from dfvfs_qcow2 import audit_notes, plaso_archives
 from dfvfs_qcow2.volume_scanner import Request
 from qcow2_forensics.findings import Severity
 from tests import guest_disks, qemu
@@ -104,9 +103,6 @@ def locked(guest: Path, tmp_path: Path) -> Path:
     return ext4(tmp_path, "host.raw", {"images/secret.qcow2": image}, 32 * MIB)
 
 
-GIVEN = ("password", "sesame")
-
-
 def inner_files(host: Path) -> Any:
     """The path specification of the root folder in the LUKS volume of the image in the host."""
     spec = factory.Factory.NewPathSpec("RAW", parent=factory.Factory.NewPathSpec("OS", location=str(host)))
@@ -118,48 +114,23 @@ def inner_files(host: Path) -> Any:
 
 
 @qemu.requires_qemu
-def test_credentials_open_what_is_locked_inside_an_inner_image(locked: Path) -> None:
-    spec = inner_files(locked)
-    plaso_credentials.unlock(spec, [])
-    plaso_credentials.unlock(spec, [("password", "wrong"), ("startup_key", b"1"), GIVEN])
-    root = resolver.Resolver.OpenFileEntry(spec, resolver_context=context.Context())
-    assert sorted(entry.name for entry in root.sub_file_entries) == ["inner.txt", "lost+found"]
-    found = [step.type_indicator for step in plaso_credentials._inside_an_inner_image(spec)]
-    assert found == ["LUKSDE", "QCOW"]
-    assert not list(plaso_credentials._inside_an_inner_image(spec.parent.parent.parent.parent))  # the host's own
-
-
-def test_credentials_of_the_option_and_of_the_prompt_go_to_the_workers() -> None:
-    tool = SimpleNamespace(_credentials=[GIVEN])
-    asked = SimpleNamespace(credential_type="recovery_password", credential_data="1-2")
-    configuration = SimpleNamespace(credentials=[asked], extraction=SimpleNamespace())
-    assert plaso_credentials.add_to_configuration(lambda _: configuration, tool) is configuration
-    worker = worker_module.EventExtractionWorker()
-    plaso_credentials.take_from_configuration(
-        lambda *_: None, worker, pickle.loads(pickle.dumps(configuration.extraction))
-    )
-    assert plaso_credentials.credentials_of(worker) == [GIVEN, ("recovery_password", "1-2")]
-    assert plaso_credentials.credentials_of(worker_module.EventExtractionWorker()) == []
-
-
-@qemu.requires_qemu
 def test_a_locked_volume_hides_no_other(locked: Path) -> None:
     image = inner_files(locked).parent.parent.parent
 
-    def scan(*credentials: Any) -> tuple[list[str], list[str]]:
+    def scan() -> tuple[list[str], list[str]]:
         request = Request()
         scanner = worker_module.EventExtractionWorkerVolumeScanner(mediator=plaso_archives._Unattended(request))
-        found = plaso_archives._scan(scanner, image, request, list(credentials))
+        found = plaso_archives._scan(scanner, image, request)
         return [spec.parent.type_indicator for spec in found], request.notices
 
     assert scan() == ([], ["Nothing in the image is processed: no file system was found, or it is locked."])
-    resolver.Resolver.key_chain.SetCredential(image, *GIVEN)
+    resolver.Resolver.key_chain.SetCredential(image, "password", "sesame")
     found, notices = scan()
     assert found == ["GPT"]
-    assert notices == ["A volume (LUKSDE) is locked: no given credential opens it, and its files are not processed."]
+    assert notices == [
+        "A volume (LUKSDE) is locked: credentials are not tried inside images, and its files are not processed."
+    ]
     resolver.Resolver.key_chain.Empty()
-    plaso_credentials._tried.clear()
-    assert scan(GIVEN) == (["LUKSDE", "GPT"], [])
 
 
 def test_findings_of_inner_images_are_counted_from_their_warnings() -> None:

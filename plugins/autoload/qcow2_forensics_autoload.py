@@ -44,7 +44,6 @@ PARTS = {
     "plaso.cli.pinfo_tool": "dfvfs_qcow2.plaso_pinfo",
     "plaso.engine.worker": "dfvfs_qcow2.plaso_worker",
     "plaso.engine.path_helper": "dfvfs_qcow2.plaso_names",
-    "plaso.multi_process.extraction_process": "dfvfs_qcow2.plaso_process",
     "plaso.output.mediator": "dfvfs_qcow2.plaso_output",
     "plaso.parsers.mediator": "dfvfs_qcow2.plaso_events",
     "plaso.parsers.ntfs": "dfvfs_qcow2.plaso_mft",

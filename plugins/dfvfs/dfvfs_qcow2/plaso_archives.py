@@ -15,7 +15,6 @@ from plaso.engine import worker as stock
 from plaso.lib import definitions
 
 from .audit_notes import PARSER, audit_sentences
-from .plaso_credentials import Credential, credentials_of, take_from_configuration, unlock
 from .volume_scanner import Request, base_path_specs
 from .wrapping import wrap_method
 
@@ -51,7 +50,7 @@ def _process_image(worker: Any, mediator: Any, qcow: Any) -> None:
     request = Request(option="--qcow_snapshots all")
     scanner = stock.EventExtractionWorkerVolumeScanner(mediator=_Unattended(request))
     try:
-        for path_spec in _scan(scanner, qcow, request, credentials_of(worker)):
+        for path_spec in _scan(scanner, qcow, request):
             if worker._abort:
                 return
             mediator.ProduceEventSource(
@@ -86,7 +85,7 @@ class _Unattended:
         """Leave the volume locked."""
         kind = node.type_indicator
         self._notices.append(
-            f"A volume ({kind}) is locked: no given credential opens it, and its files are not processed."
+            f"A volume ({kind}) is locked: credentials are not tried inside images, and its files are not processed."
         )
         return False
 
@@ -94,10 +93,8 @@ class _Unattended:
         """Print nothing: workers have no terminal."""
 
 
-def _scan(scanner: Any, qcow: Any, request: Request, credentials: list[Credential]) -> list[Any]:
+def _scan(scanner: Any, qcow: Any, request: Request) -> list[Any]:
     options = stock.dfvfs_volume_scanner.VolumeScannerOptions()
-    options.credentials = credentials
-    unlock(qcow, credentials)  # a locked image alone is no storage media image to the scan
     options.partitions, options.volumes, options.snapshots = ["all"], ["all"], ["none"]
     found = base_path_specs(scanner, lambda: scanner._ScanSourcePathSpec(qcow), options, request, is_inside=True)
     found = [item for item in found if item.comparable != qcow.comparable]
@@ -107,9 +104,8 @@ def _scan(scanner: Any, qcow: Any, request: Request, credentials: list[Credentia
 
 
 def register() -> None:
-    """Wrap the methods, once."""
+    """Wrap the method, once."""
     wrap_method(stock.EventExtractionWorker, "_ExtractContentFromDataStream", _extract_content)
-    wrap_method(stock.EventExtractionWorker, "SetExtractionConfiguration", take_from_configuration)
 
 
 register()

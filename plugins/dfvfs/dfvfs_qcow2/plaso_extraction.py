@@ -14,7 +14,6 @@ from qcow2_forensics.text import printable
 
 from . import end_notes
 from .audit_notes import PARSER, severities_of
-from .plaso_credentials import add_to_configuration
 from .sources import display_name
 from .wrapping import wrap_method
 
@@ -52,7 +51,6 @@ def _note_inner_audits(path: str) -> None:
 def register() -> None:
     """Wrap the method and name the kind of archive, once."""
     wrap_method(stock.ExtractionTool, "ExtractEventsFromSources", _extract_events)
-    wrap_method(stock.ExtractionTool, "_CreateExtractionProcessingConfiguration", add_to_configuration)
     stock.ExtractionTool._SUPPORTED_ARCHIVE_TYPES.setdefault(ARCHIVE, "QEMU disk image (.qcow2) file")
     helper = archives.ArchivesArgumentsHelper
     if ARCHIVE not in helper._SUPPORTED_ARCHIVE_TYPES:
