@@ -30,11 +30,13 @@ from qcow2_forensics.census.checked_metadata import read_layout
 from qcow2_forensics.cli import main
 from qcow2_forensics.compare import differing_tables
 from qcow2_forensics.compare.ranges import Change, Difference
+from qcow2_forensics.files.tolerant import TolerantReader
 from qcow2_forensics.format.codecs import codec_of
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource, FileSource, Source
 from qcow2_forensics.reader import mapping
 from qcow2_forensics.reader.bitmaps import dirty_ranges, dirty_totals
+from qcow2_forensics.reader.salvage import SalvagedDisk
 from tests import qemu
 from tests.image_builder import (
     COPIED,
@@ -784,3 +786,34 @@ def _blank_image(order: int = 4) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         builder = Builder(cluster_bits=9, size=MiB, refcount_order=order)
         return builder.write(Path(folder) / "disk").read_bytes()
+
+
+@pytest.mark.parametrize("make", [TolerantReader, SalvagedDisk])
+@pytest.mark.parametrize("lost", ["l1_table", "l2_tables"])
+def test_what_a_lost_table_maps_is_passed_over_at_once(lost: str, make: Any, tmp_path: Path) -> None:
+    builder = Builder(size=1 << 30, cluster_bits=9)
+    for span in range(0, 1 << 30, 1 << 15):
+        builder.raw(builder.l1 + span // (1 << 15) * 8, (COPIED | 1 << 50).to_bytes(8, "big"))
+    path = builder.write(tmp_path / "disk.qcow2")
+    start = 4096
+    if lost == "l1_table":  # all but its first cluster, whose entries are zeros
+        Poke(path).append(bytes(512)).u64(40, path.stat().st_size - 512)
+        start = 512 // 8 << 15
+    with q.open_disk(path) as disk:
+        reads = 0
+        read = disk.read
+
+        def counted(offset: int, length: int) -> bytes:
+            nonlocal reads
+            reads += 1
+            return read(offset, length)
+
+        disk.read = counted
+        reader = make(disk, "zeros") if make is TolerantReader else make(disk)
+        assert reader.read(4096, 8 << 20) == bytes(8 << 20)
+        assert reads < 40
+        if make is TolerantReader:
+            assert reader.unreadable == [(start, 4096 + (8 << 20) - start)]
+        else:
+            assert reader.missing[0].offset == start
+            assert sum(item.length for item in reader.missing) == 4096 + (8 << 20) - start

@@ -24,6 +24,7 @@ from ..format.header import SECTOR, Crypt
 from ..limits import MiB
 from ..reader.disk import Disk, Layer, RawDisk
 from ..reader.mapping import Kind
+from ..reader.salvage import unmappable_until
 from .differing_tables import DifferingTables
 
 _CHUNK = 1 * MiB  # read of each side at a time
@@ -281,7 +282,7 @@ def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, o
                 left = _rest(left, length) if left.length > length else next(lefts)
                 right = _rest(right, length) if right.length > length else next(rights)
         except Qcow2Error as error:
-            until = max(_unmappable_until(layer, start, end) for layer in (before, after))
+            until = max(unmappable_until(layer, start, end) for layer in (before, after))
             until = min(end, max(until, (start // cluster + 1) * cluster))
             yield _Candidate(start, until - start, Change.UNREADABLE, reason(error))
             start = until
@@ -291,21 +292,6 @@ def _change(left: _Piece, right: _Piece) -> Change:
     if left.stored:
         return Change.CHANGED if right.stored else Change.ZEROED
     return Change.WRITTEN
-
-
-def _unmappable_until(layer: Layer | None, offset: int, end: int) -> int:
-    """Return how far the mapping that ``layer`` has at ``offset`` is broken; ``offset`` when it is not."""
-    while isinstance(layer, Disk) and offset < min(end, layer.size):
-        if offset >= layer.mapped_end:
-            return min(end, layer.size)
-        try:
-            run = next(layer.mapping.runs(offset, end - offset))
-        except Qcow2Error:
-            return layer.mapping.broken_until(offset, end)
-        if run.kind != Kind.HOLE:
-            break
-        layer, end = layer.backing, run.offset + run.length
-    return offset
 
 
 def _rest(piece: _Piece, taken: int) -> _Piece:

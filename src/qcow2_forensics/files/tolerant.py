@@ -13,6 +13,7 @@ from ..errors import FormatError, Qcow2Error, ReadError
 from ..format.header import SECTOR
 from ..limits import READ_ERRORS_KEPT, UNREADABLE_RANGES_KEPT
 from ..reader.disk import Disk, Layer, RawDisk
+from ..reader.salvage import unmappable_until
 from .records import Span
 
 Unreadable = Literal["raise", "zeros"]
@@ -52,22 +53,27 @@ class TolerantReader:
 
     def _with_zeros(self, offset: int, length: int) -> Iterator[bytes]:
         """Yield a range by halves, down to what is read or not as a whole; zeros for what cannot be read."""
-        try:
-            yield self.disk.read(offset, length)
-            return
-        except Qcow2Error as error:
-            unit = SECTOR if _is_cut_anywhere(error) else _smallest_cluster(self.disk)
-            middle = (offset + length // 2) // unit * unit
-            if middle <= offset:
-                middle = offset // unit * unit + unit
-            never = isinstance(self.disk, Disk) and offset >= self.disk.mapped_end
-            if never or middle >= offset + length:
-                self._remember(str(error))
-                self._list(offset, length)
-                yield bytes(length)
+        end = offset + length
+        while offset < end:
+            try:
+                yield self.disk.read(offset, end - offset)
                 return
-        yield from self._with_zeros(offset, middle - offset)
-        yield from self._with_zeros(middle, offset + length - middle)
+            except Qcow2Error as error:
+                stop = unmappable_until(self.disk, offset, end)
+                if stop == offset:
+                    unit = SECTOR if _is_cut_anywhere(error) else _smallest_cluster(self.disk)
+                    middle = (offset + (end - offset) // 2) // unit * unit
+                    if middle <= offset:
+                        middle = offset // unit * unit + unit
+                    if middle < end:
+                        yield from self._with_zeros(offset, middle - offset)
+                        offset = middle
+                        continue
+                    stop = end
+                self._remember(str(error))
+                self._list(offset, stop - offset)
+                yield bytes(stop - offset)
+                offset = stop
 
     def _remember(self, sentence: str) -> None:
         if sentence not in self.errors and len(self.errors) < READ_ERRORS_KEPT:

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Protocol
 
-from ..errors import FormatError
+from ..errors import FormatError, ReadError
 from ..limits import BROKEN_TABLES_KEPT
 from .cache import Fifo
 from .runs import L1_PAGE, Run
@@ -46,7 +46,10 @@ class BrokenTables:
         if not offset % tables.table_span and index < tables.l1_size:
             self._judge(tables, index)
         while index < tables.l1_size and index * tables.table_span < end:
-            page = tables.l1_page(index // L1_PAGE)
+            try:
+                page = tables.l1_page(index // L1_PAGE)
+            except FormatError:
+                page = array("Q")
             first = index % L1_PAGE
             if first >= len(page):
                 index = tables.l1_size  # cut off by the end of the file
@@ -77,5 +80,7 @@ class BrokenTables:
                 next(tables.runs(at, tables.cluster_size))
             except FormatError:
                 continue
+            except ReadError:
+                pass  # of the medium: nothing is known of the table
             return
         self._known.add(table, True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..errors import FormatError, Locked, Qcow2Error, ReadError
 from ..format.header import SECTOR
-from .disk import Disk
+from .disk import Disk, Layer
 from .layers import Extent
 from .runs import Kind
 
@@ -20,6 +20,21 @@ class Missing(NamedTuple):
     offset: int
     length: int
     why: str
+
+
+def unmappable_until(layer: Layer | None, offset: int, end: int) -> int:
+    """Return how far the mapping that ``layer`` has at ``offset`` is broken; ``offset`` when it is not."""
+    while isinstance(layer, Disk) and offset < min(end, layer.size):
+        if offset >= layer.mapped_end:
+            return min(end, layer.size)
+        try:
+            run = next(layer.mapping.runs(offset, end - offset))
+        except Qcow2Error:
+            return layer.mapping.broken_until(offset, end)
+        if run.kind != Kind.HOLE:
+            break
+        layer, end = layer.backing, run.offset + run.length
+    return offset
 
 
 class SalvagedDisk:
@@ -50,6 +65,10 @@ class SalvagedDisk:
             raise
         except (Qcow2Error, OSError) as error:
             length = min(length, self.size - offset)
+            lost = unmappable_until(self.disk, offset, offset + length) - offset
+            if lost:
+                self._found.append(Missing(offset, lost, str(error)))
+                return bytes(lost) + (self.read(offset + lost, length - lost) if lost < length else b"")
             unit = SECTOR if isinstance(error, ReadError) else self._granule
             middle = (offset + length // 2) // unit * unit
             if middle <= offset:
