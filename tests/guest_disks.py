@@ -196,12 +196,15 @@ class Group:
     folder: Path
 
     def lvm(self, *commands: Sequence[str]) -> str:
-        """Run commands; ``{0}`` in one stands for the first device."""
+        """Run commands; ``{0}`` in one stands for the first device, as ``#0`` does in what they print.
+
+        Each call may get other loop devices.
+        """
         loops = [run("losetup", "--show", "-f", path).strip() for path in self.devices]
         try:
             accepted = ",".join(f'"a|^{loop}$|"' for loop in loops)
             (self.folder / "lvm.conf").write_text(_CONFIGURATION % accepted)
-            return "".join(
+            printed = "".join(
                 run(
                     *(part.format(*loops) for part in command),
                     LVM_SYSTEM_DIR=str(self.folder),
@@ -209,6 +212,8 @@ class Group:
                 )
                 for command in commands
             )
+            numbers = {loop: f"#{number}" for number, loop in enumerate(loops)}
+            return re.sub(r"/dev/loop\d+", lambda found: numbers.get(found[0], found[0]), printed)
         finally:
             os.sync()
             for loop in loops:
@@ -223,7 +228,6 @@ class Group:
             ]
         )
         starts = self.lvm(["pvs", "--noheadings", "--units", "b", "--nosuffix", "-o", "pv_name,pe_start"])
-        loops = sorted(line.split()[0] for line in starts.splitlines() if line.strip())
         first = {line.split()[0]: int(line.split()[1]) for line in starts.splitlines() if line.strip()}
         found = []
         for line in report.splitlines():
@@ -232,7 +236,7 @@ class Group:
                 continue
             device, extent = re.fullmatch(r"(.*)\((\d+)\)", fields[3]).groups()  # type: ignore[union-attr]
             at = first[device] + int(extent) * int(fields[4])
-            found.append(Extent(int(fields[1]), int(fields[2]), loops.index(device), at))
+            found.append(Extent(int(fields[1]), int(fields[2]), int(device[1:]), at))
         return sorted(found)
 
     def write(self, name: str, content: Path) -> None:
