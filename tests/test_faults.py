@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fuzz.targets import run_command
@@ -24,7 +25,9 @@ from fuzz.targets import run_command
 import qcow2_forensics as q
 from qcow2_forensics.cli import fleet
 from qcow2_forensics.errors import FormatError, Qcow2Error, ReadError
+from qcow2_forensics.files.tolerant import TolerantReader
 from qcow2_forensics.format.source import BytesSource
+from qcow2_forensics.reader.salvage import SalvagedDisk
 from tests import qemu
 from tests.image_builder import B_DATA, B_L2, base_b, base_s
 
@@ -81,6 +84,50 @@ def test_an_error_at_any_read_is_passed_on_and_never_becomes_bytes(tmp_path: Pat
         # What a source raises of its own is the caller's, not ours to hide.
         with pytest.raises((OSError, Qcow2Error)):
             _everything(Failing(data, after, OSError(errno.EIO, "Input/output error")))
+
+
+class BadCluster:
+    """A source of which one cluster cannot be read, once it was opened."""
+
+    def __init__(self, data: bytes, size: int, error: Exception) -> None:
+        self._data, self._cluster, self._error = data, size, error
+        self.size = len(data)
+        self.bad = -1
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        if offset < (self.bad + 1) * self._cluster and self.bad * self._cluster < offset + length:
+            raise self._error
+        return self._data[offset : offset + length]
+
+
+_BAD_SECTOR = ReadError("bad sector", offset=0, length=512)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "error"),
+    [
+        pytest.param(SalvagedDisk, _BAD_SECTOR, id="salvage"),
+        pytest.param(SalvagedDisk, OSError(errno.EIO, "I/O error"), id="salvage of a source of the caller's"),
+        pytest.param(lambda disk: TolerantReader(disk, "zeros"), _BAD_SECTOR, id="file systems"),
+    ],
+)
+def test_a_bad_cluster_anywhere_costs_what_it_maps_and_nothing_else(
+    zeros: Callable[[q.Disk], Any], error: Exception, tmp_path: Path
+) -> None:
+    data = base_s(tmp_path / "s.qcow2").read_bytes()
+    with q.open_disk(BytesSource(data)) as disk:
+        whole = disk.read(0, disk.size)
+        cluster = disk.image.cluster_size
+    for bad in range(len(data) // cluster):
+        source = BadCluster(data, cluster, error)
+        with q.open_disk(source) as disk:
+            source.bad = bad
+            reader = zeros(disk)
+            read = reader.read(0, disk.size)
+        wanted = bytearray(whole)
+        for offset, length, *_ in getattr(reader, "missing", None) or getattr(reader, "unreadable", ()):
+            wanted[offset : offset + length] = bytes(length)
+        assert read == wanted
 
 
 def test_an_audit_over_failing_media_is_a_report_that_says_so(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ class _MembersReader(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         while True:
             if self._decoder.eof:
-                rest = self._decoder.unused_data.lstrip(b"\0") or self._stream.read(_INPUT).lstrip(b"\0")
+                rest = self._decoder.unused_data.lstrip(b"\0") or self._behind_zeros()
                 if not rest:
                     return b""
                 self._members.spend(1)
@@ -189,6 +189,13 @@ class _MembersReader(io.RawIOBase):
                     raise EOFError("the file ends before its end-of-stream marker was reached")
             if data := self._decoder.decompress(rest, _PIECE if size < 0 else size):
                 return data
+
+    def _behind_zeros(self) -> bytes:
+        """Return the next bytes behind padding, none at the end of the file."""
+        while piece := self._stream.read(_INPUT):
+            if rest := piece.lstrip(b"\0"):
+                return rest
+        return b""
 
 
 def _gzip(stream: BinaryIO, size: int) -> Unpacker:

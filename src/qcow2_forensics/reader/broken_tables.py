@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Protocol
 
-from ..errors import FormatError, ReadError
+from ..errors import FormatError
 from ..limits import BROKEN_TABLES_KEPT
 from .cache import Fifo
 from .runs import L1_PAGE, Run
@@ -50,6 +50,8 @@ class BrokenTables:
                 page = tables.l1_page(index // L1_PAGE)
             except FormatError:
                 page = array("Q")
+            except OSError:
+                break  # of the medium: nothing is known of what is behind
             first = index % L1_PAGE
             if first >= len(page):
                 index = tables.l1_size  # cut off by the end of the file
@@ -69,7 +71,7 @@ class BrokenTables:
         """Remember whether no cluster at all under an L1 slot has an entry that can be read."""
         try:
             table = tables.l2_table_offset(index)
-        except FormatError:
+        except (FormatError, OSError):
             return  # the entry itself says it
         if not table or table in self._known.entries:
             return
@@ -80,7 +82,7 @@ class BrokenTables:
                 next(tables.runs(at, tables.cluster_size))
             except FormatError:
                 continue
-            except ReadError:
+            except OSError:
                 pass  # of the medium: nothing is known of the table
             return
         self._known.add(table, True)

@@ -23,13 +23,16 @@ class Missing(NamedTuple):
 
 
 def unmappable_until(layer: Layer | None, offset: int, end: int) -> int:
-    """Return how far the mapping that ``layer`` has at ``offset`` is broken; ``offset`` when it is not."""
+    """Return how far the mapping that ``layer`` has at ``offset`` is broken; ``offset`` when it is not, or not by itself.
+
+    A medium that fails breaks no mapping: what is beside the failing sector may be readable.
+    """
     while isinstance(layer, Disk) and offset < min(end, layer.size):
         if offset >= layer.mapped_end:
             return min(end, layer.size)
         try:
             run = next(layer.mapping.runs(offset, end - offset))
-        except Qcow2Error:
+        except (Qcow2Error, OSError):
             return layer.mapping.broken_until(offset, end)
         if run.kind != Kind.HOLE:
             break
