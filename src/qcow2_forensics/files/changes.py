@@ -148,7 +148,8 @@ def file_changes(
 ) -> Iterator[Changed]:
     """Yield what changed, volume by volume; ``ranges`` are the (offset, length) that differ.
 
-    Volumes whose files are not known in one of the states are left out: see :func:`not_compared`. With ``hashed`` each change of a file carries the SHA-256 of both versions.
+    Volumes whose files are not known in one of the states are left out: see :func:`not_compared`. With ``hashed``
+    each change of a file carries the SHA-256 of both versions.
     """
     touched = Spans(ranges)
     for place in sorted({*before.systems, *after.systems} - dict(_hidden(before, after)).keys()):

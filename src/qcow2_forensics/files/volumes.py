@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import LimitExceeded, Qcow2Error
-from ..limits import BLANK_BYTES_READ, PARTITION_GAP, VOLUME_DEPTH
+from ..limits import BLANK_BYTES_READ, PARTITION_GAP, VOLUME_DEPTH, Budget, KiB, Limits
 from ..reader.disk import Layer
 from ..reader.runs import Kind
 from ..text import printable
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _DFVFS_READS = frozenset(("XFS", "APFS", "LUKS", "BitLocker", "HFS+", "HFSX", "NTFS", "ext"))
 _UNKNOWN = Signature("")
+
+_BLANK = Limits(work_repeats=0, work_spare=BLANK_BYTES_READ)
 
 
 class Unread(NamedTuple):
@@ -140,6 +142,7 @@ class _Finder:
 
     def __init__(self, reader: TolerantReader, passphrases: Sequence[bytes], texts: lvm.Texts) -> None:
         self._texts = texts
+        self._blank = Budget("bytes of blank volumes", 0, _BLANK)
         self.systems: list[FileSystem] = []
         self.unread: list[Unread] = []
         self.spans: dict[Place, Sequence[Span]] = {}
@@ -229,7 +232,7 @@ class _Finder:
         return "" if found else f"dfVFS cannot open it{f': {scanned.problem}' if scanned.problem else ''}"
 
     def _is_blank(self, reader: Reader) -> bool:
-        return _is_blank(self._disk.disk, reader.place(0, reader.size))
+        return _is_blank(self._disk.disk, reader.place(0, reader.size), self._blank)
 
     def _not_read(
         self, reader: Reader, volume: Volume, why: str, *, holds_files: bool = True, blank: bool = False
@@ -275,20 +278,20 @@ class _Finder:
         self.unread.append(unread)
 
 
-def _is_blank(disk: Layer, spans: Iterable[Span]) -> bool:
+def _is_blank(disk: Layer, spans: Iterable[Span], budget: Budget) -> bool:
     """Return whether ranges hold nothing but zeros; False where that is not known.
 
-    It is not where something cannot be read, or more is stored than :data:`BLANK_BYTES_READ`.
+    It is not where something cannot be read, or the ``budget`` of the disk, whose volumes may share bytes, is used up.
     """
-    left = BLANK_BYTES_READ
     try:
         for extent in (extent for span in spans for extent in disk.extents(*span)):
             if extent.kind in (Kind.ZERO, Kind.HOLE):
+                budget.spend(KiB)
                 continue
-            left -= extent.length
+            budget.spend(extent.length)
             for at in range(extent.offset, extent.offset + extent.length, HEAD):
                 data = disk.read(at, min(HEAD, extent.offset + extent.length - at))
-                if left < 0 or data.count(0) != len(data):
+                if data.count(0) != len(data):
                     return False
     except (OSError, Qcow2Error):
         return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,14 @@ class _Sectors(NamedTuple):
 
     offsets: npt.NDArray[np.int64]
     words: U64
+
+
+def among(values: npt.NDArray[np.integer[Any]], ordered: npt.NDArray[np.integer[Any]]) -> Mask:
+    """Return which of some values are in an array that rises, of the same type."""
+    if not len(ordered):
+        return np.zeros(len(values), np.bool_)
+    found: Mask = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    return found
 
 
 def find_geometry(source: Source, *, most: int | None = None) -> FoundGeometry | None:

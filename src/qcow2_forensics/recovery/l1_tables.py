@@ -16,10 +16,10 @@ from ..limits import DEFAULT_LIMITS, L1_ENTRIES, Budget, Limits, MiB
 from ..residue.structure_detection import Geometry, l1_rows
 from ..text import plural
 from .confidence import Confidence
-from .geometry import U64
+from .geometry import U64, among
 from .placement import Placement
 from .refcounts import FoundRefcounts
-from .table_search import FoundTables, L1Candidate, among, table_words
+from .table_search import FoundTables, L1Candidate, table_words
 
 STORED_ONCE = Limits(work_repeats=1, work_spare=8 * MiB)  # of what a genuine file holds once
 

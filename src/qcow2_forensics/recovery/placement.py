@@ -10,7 +10,7 @@ slot clearly better than every other. A table for which there is neither gets no
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from .chains import arrange, chains_of, trusted_steps
 from .confidence import Confidence
 from .continuation import continuations, written_in_order
 from .evidence import Votes, choices
-from .geometry import U64
+from .geometry import U64, among
 
 _ROUNDS = 3
 _ORDER = "the order in the file only"
@@ -167,9 +167,9 @@ class _Versions:
         if not len(self._keys):
             return None
         used = np.flatnonzero(hosts)
-        used = used[_is_among(hosts[used], self._hosts)]
+        used = used[among(hosts[used], self._hosts)]
         keys = self._key(hosts[used], used.astype(np.uint64))
-        keys = keys[_is_among(keys, self._keys)]
+        keys = keys[among(keys, self._keys)]
         at = np.searchsorted(self._keys, keys)
         slots = np.unique(np.concatenate([self._lowest[at], self._highest[at]]))
         if len(slots) != 1:
@@ -177,11 +177,6 @@ class _Versions:
         index, count = int(slots[0]), len(keys)
         reason = f"{count} clusters are those of a snapshot's table in this place"
         return Placement(index, table.offset, Confidence.CERTAIN if count > 1 else Confidence.LIKELY, reason)
-
-
-def _is_among(values: U64, ordered: U64) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
-    return found
 
 
 def _hosts(entries: U64) -> U64:
@@ -207,7 +202,7 @@ def _between(waiting: list[Unplaced], found: Mapping[int, Placement], slots: int
     for group, tables in groups.items():
         first = anchors[group - 1].slot + 1 if group else 0
         stop = anchors[group].slot if group < len(anchors) else slots
-        free = list(range(first, stop))
+        free = range(first, stop)
         if len(free) == len(tables):
             why = "the order of tables in the file, which leaves no other slot"
             result += _in_order(tables, free, Confidence.LIKELY, why)
@@ -216,15 +211,15 @@ def _between(waiting: list[Unplaced], found: Mapping[int, Placement], slots: int
     return result
 
 
-def _in_order(tables: list[Unplaced], free: list[int], confidence: Confidence, reason: str) -> list[Placement]:
+def _in_order(tables: list[Unplaced], free: Sequence[int], confidence: Confidence, reason: str) -> list[Placement]:
     return [Placement(slot, table.offset, confidence, reason) for slot, table in zip(free, tables, strict=False)]
 
 
-def _fitting(tables: list[Unplaced], free: list[int], use: Use | None) -> list[Placement]:
+def _fitting(tables: list[Unplaced], free: range, use: Use | None) -> list[Placement]:
     """Place tables in order in the free slots whose use fits best with what they store."""
     chosen = None
     if use is not None and free and len(free) * len(tables) <= PLACEMENT_PAIRS:
-        scores = fits(_stored(tables), use(free))
+        scores = fits(_stored(tables), use(list(free)))
         chosen = rising(scores) if scores is not None and scores.any() else None
     if chosen is None:
         return _in_order(tables, free, Confidence.GUESS, _ORDER)
@@ -253,9 +248,9 @@ def _surrounded(
         scores = agreements(_stored(waiting), use(list(range(slots))), chances(stored, use([slot for slot, _ in seen])))
     of_known = [slot for slot, _ in versions]
     count = len(waiting)
-    told = [(first - count, second - count) for first, second in pairs if min(first, second) >= count]
+    linked = [(first - count, second - count) for first, second in pairs if min(first, second) >= count]
     chains = chains_of(count, of_known, pairs)
-    arranged = arrange(chains, slots, set(found), scores, trusted_steps(of_known, told))
+    arranged = arrange(chains, slots, set(found), scores, trusted_steps(of_known, linked))
     return [Placement(slot, waiting[at].offset, Confidence.GUESS, why) for at, (slot, why) in arranged.items()]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
 from ..limits import CLUSTER_REFERENCES, L1_GAP_BYTES, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, TABLES_COMPARED, MiB
 from ..residue.structure_detection import Geometry, find_entries, l1_rows, l2_rows, likely
-from .geometry import U64, Mask, compression_type_of
+from .geometry import U64, Mask, among, compression_type_of
 from .metered_source import stored_pieces
 
 _CHUNK = 8 * MiB
@@ -46,10 +46,18 @@ class _Rows(NamedTuple):
     l2_form: Mask
     l1_form: Mask  # every word may be an entry of an L1 table; a table may have both forms
     copied: npt.NDArray[np.int64]
+    mapped: npt.NDArray[np.int64]  # clusters that each of them maps, were it an L2 table
 
-    def first(self, count: int) -> _Rows:
-        """Return the first ``count`` of them."""
-        return _Rows(self.offsets[:count], self.l2_form[:count], self.l1_form[:count], self.copied[:count])
+    def without(self, others: Collection[int]) -> _Rows:
+        """Return those of the form of an L2 table that are not at some host offsets."""
+        kept = self.l2_form & ~among(self.offsets, np.array(sorted(others), np.int64))
+        return self.at(kept)
+
+    def at(self, which: slice | Mask) -> _Rows:
+        """Return some of them."""
+        return _Rows(
+            self.offsets[which], self.l2_form[which], self.l1_form[which], self.copied[which], self.mapped[which]
+        )
 
 
 def search_tables(source: Source, geometry: Geometry, *, most: int | None = None) -> FoundTables:
@@ -62,7 +70,7 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
             snapshots.setdefault(entry.offset, entry)
         rows = _tables_of(source, at, data, geometry)
         left_out += max(0, kept + len(rows.offsets) - RECOVERED_TABLES)
-        rows = rows.first(max(0, RECOVERED_TABLES - kept))
+        rows = rows.at(slice(max(0, RECOVERED_TABLES - kept)))
         kept += len(rows.offsets)
         if len(rows.offsets):
             parts.append(rows)
@@ -71,19 +79,13 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
     found = _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     l1, refcount_tables = _classify(source, geometry, found, {entry.l1_table_offset for entry in snapshots.values()})
     others = _clusters(l1, geometry.cluster_size) | set(refcount_tables)
-    guest = guest_data(source, geometry, found.offsets[found.l2_form & ~_among(found.offsets, others)].tolist(), others)
+    guest = guest_data(source, geometry, found.without(others), others)
     l1 = [table for table in l1 if table.offset not in guest]
     # An L2 table over small numbers has the form of a refcount table, but an L1 table names it.
     named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
     refcount_tables = [at for at in refcount_tables if at not in named and at not in guest]
     others = _clusters(l1, geometry.cluster_size) | set(refcount_tables) | guest
-    l2 = found.offsets[found.l2_form & ~_among(found.offsets, others)]
-    return FoundTables(l1, l2, refcount_tables, list(snapshots.values()), left_out)
-
-
-def _among(offsets: npt.NDArray[np.int64], some: set[int]) -> Mask:
-    found: Mask = np.isin(offsets, np.array(sorted(some), np.int64))
-    return found
+    return FoundTables(l1, found.without(others).offsets, refcount_tables, list(snapshots.values()), left_out)
 
 
 def _clusters(tables: list[L1Candidate], size: int) -> set[int]:
@@ -116,31 +118,22 @@ def _tables_of(source: Source, at: int, data: bytes, geometry: Geometry) -> _Row
     flagged = has_copied(chosen)
     plain = without_copied(chosen) == named_offsets(chosen)
     offsets = (at + rows * geometry.cluster_size).astype(np.int64)
-    return _Rows(offsets, np.isin(rows, l2_rows_), plain.all(axis=1) & np.isin(rows, l1_rows_), flagged.sum(axis=1))
+    l1_form = plain.all(axis=1) & np.isin(rows, l1_rows_)
+    mapped = np.count_nonzero(named_offsets(chosen)[:, :: 2 if geometry.extended_l2 else 1], axis=1)
+    return _Rows(offsets, np.isin(rows, l2_rows_), l1_form, flagged.sum(axis=1), mapped)
 
 
-def among(values: npt.NDArray[np.integer[Any]], ordered: npt.NDArray[np.int64]) -> Mask:
-    """Return which of a few values are in a long array that rises."""
-    places = np.searchsorted(ordered, values)
-    found: Mask = (
-        ordered[np.minimum(places, len(ordered) - 1)] == values if len(ordered) else np.zeros(len(values), np.bool_)
-    )
-    return found
-
-
-def guest_data(source: Source, geometry: Geometry, tables: list[int], others: Collection[int]) -> set[int]:
+def guest_data(source: Source, geometry: Geometry, tables: _Rows, others: Collection[int]) -> set[int]:
     """Return which clusters that look like tables are what a guest stores: a larger L2 table names them as its data.
 
     ``tables`` look like L2 tables, ``others`` like L1 and refcount tables. The largest are looked at first, so that
     a table inside the guest's own data says nothing about others.
     """
-    every = np.array(sorted({*tables, *others}), np.uint64)
-    sizes = np.ones(len(every), np.int64)  # clusters that each of them maps, were it an L2 table
-    for at in tables:
-        hosts = _named(source, at, geometry)
-        sizes[np.searchsorted(every, np.uint64(at))] = len(hosts)
+    every = np.array(sorted({*tables.offsets.tolist(), *others}), np.uint64)
     guest = np.zeros(len(every), np.bool_)
-    places = np.searchsorted(every, np.array(tables, np.uint64))
+    places = np.searchsorted(every, tables.offsets.astype(np.uint64))
+    sizes = np.ones(len(every), np.int64)
+    sizes[places] = tables.mapped
     for place in places[np.argsort(-sizes[places], kind="stable")].tolist():
         if guest[place]:
             continue
