@@ -20,6 +20,7 @@ import pytest
 
 from qcow2_forensics import errors
 from qcow2_forensics.census import take_census
+from qcow2_forensics.cli import main
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.limits import Budget, Limits
@@ -128,7 +129,20 @@ def test_states_found_before_the_budget_is_used_up_are_listed_with_a_note(
     states = recovered_states(path)
     assert states[0].start == 512
     assert all("were not looked for" in state.notes[-1] for state in states)
+    assert not any(state.is_search_complete for state in states)
     assert "were not looked for" in caplog.text
+    assert main(["snapshots", str(path), "--recovered"]) == 2
+
+
+@pytest.mark.parametrize("heads", [16, 17])
+def test_vm_states_beyond_the_limit_leave_the_search_incomplete(heads: int, tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=9, size=MiB).data(0, b"x" * 512)
+    path = builder.write(tmp_path / "disk")
+    with path.open("ab") as file:
+        file.write((b"QEVM\0\0\0\3".ljust(512, b"\1")) * heads)
+    states = recovered_states(path)
+    assert len(states) == 16
+    assert all(state.is_memory and state.is_search_complete == (heads == 16) for state in states)
 
 
 def test_holes_of_a_sparse_file_are_not_read(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def _print_recovered(args: argparse.Namespace) -> int:
             "cluster_size": state.cluster_size,
             "backing_unknown": state.backing_unknown,
             "notes": list(state.notes),
+            "search_complete": state.is_search_complete,
         }
         for state in states
     ]
@@ -118,7 +119,7 @@ def _print_recovered(args: argparse.Namespace) -> int:
             print(
                 "note: without its header nobody can tell whether the image had a backing file; unallocated ranges read as zeros"
             )
-    return 0
+    return 0 if all(state.is_search_complete for state in states) else 2
 
 
 def _deleted(image: Image) -> list[dict[str, Any]]:

@@ -226,7 +226,7 @@ class _Recovery:
                 raise
             note = f"more states may be left, which were not looked for: {error}"
             logging.getLogger("qcow2_forensics").warning("%s", note)
-            found = [replace(state, notes=(*state.notes, note)) for state in found]
+            found = [replace(state, notes=(*state.notes, note), is_search_complete=False) for state in found]
         return found
 
     def _states(self) -> Iterator[RecoveredState]:

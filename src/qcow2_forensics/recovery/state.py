@@ -26,7 +26,8 @@ class RecoveredState(Rebuilt):
     use with how sure they are; ``backing_unknown`` is set where a lost header may have named a backing file.
     ``origin`` is the file it was found in, ``start`` where in it the image begins, ``patches`` are the header
     fields and tables that are rebuilt. ``unplaced`` are the host offsets of L2 tables in use that are read nowhere, for
-    nothing says where they belong; another state has them in the order of the file. States are plain data and hold no file open.
+    nothing says where they belong; another state has them in the order of the file. Where the search was given up
+    (``is_search_complete`` is False, ``notes`` say why) the file may hold more states. States are plain data and hold no file open.
     """
 
     number: int
@@ -41,6 +42,7 @@ class RecoveredState(Rebuilt):
     start: int = 0
     is_memory: bool = False
     unplaced: tuple[int, ...] = ()
+    is_search_complete: bool = True
     origin: PathOrSource | None = field(repr=False, default=None)
 
     @property

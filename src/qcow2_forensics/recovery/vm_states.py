@@ -15,6 +15,7 @@ import numpy as np
 
 from ..census import Census
 from ..census.columns import named_offsets
+from ..errors import LimitExceeded
 from ..format.entries import COPIED
 from ..format.source import Source
 from ..limits import VM_STATE_CLUSTERS_RECOVERED, VM_STATES_RECOVERED, Budget, Limits, MiB
@@ -73,7 +74,10 @@ def vm_states(
 
 
 def _heads(source: Source, geometry: Geometry, census: Census) -> Iterator[int]:
-    """Yield the host offsets of unclaimed clusters that begin as a migration stream does, up to a limit."""
+    """Yield the host offsets of unclaimed clusters that begin as a migration stream does.
+
+    Raises :class:`LimitExceeded` at one more than are put together.
+    """
     size, found = geometry.cluster_size, 0
     for at, length in stored_pieces(source, max(_CHUNK, size)):
         data = source.read(at, length)
@@ -81,10 +85,10 @@ def _heads(source: Source, geometry: Geometry, census: Census) -> Iterator[int]:
         for row in np.flatnonzero(words >> np.uint64(8) == np.uint64(_MAGIC)).tolist():
             offset = at + row * size
             if not census.is_claimed(np.array([offset // size]))[0]:
+                if found == VM_STATES_RECOVERED:
+                    raise LimitExceeded("number of VM states without an owner", found + 1, found, offset=offset)
                 yield offset
                 found += 1
-                if found == VM_STATES_RECOVERED:
-                    return
 
 
 def _by_tables(head: int, former: list[_Former]) -> list[_Former]:
