@@ -84,7 +84,7 @@ def test_a_string_without_an_end_costs_no_memory_for_each_character() -> None:
 
 
 def test_logical_volumes_that_share_their_hidden_parts_are_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lvm, "_SEGMENTS", lvm._SEGMENTS._replace(work_spare=5000))
+    monkeypatch.setattr(lvm, "LVM_SEGMENTS", 5000)
     hidden = "".join(f'h{n}{{segment1{{start_extent=0 extent_count=1 type="raid1" x="h{n + 1}"}}}}' for n in range(200))
     seen = "".join(
         f'v{n}{{status=["VISIBLE"] segment1{{start_extent=0 extent_count=1 type="raid1" x="h0"}}}}' for n in range(50)

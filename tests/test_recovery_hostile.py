@@ -23,7 +23,7 @@ from qcow2_forensics.census import take_census
 from qcow2_forensics.cli import main
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource
-from qcow2_forensics.limits import Budget, Limits
+from qcow2_forensics.limits import DEFAULT_LIMITS, Budget, Limits
 from qcow2_forensics.recovery import metered_source, recovered_states
 from qcow2_forensics.recovery.allocation import PlacedDisk
 from qcow2_forensics.recovery.ext_volume import ext_expected, ext_map
@@ -93,7 +93,7 @@ CRAFTED = [
 def test_looking_for_states_reads_a_bounded_multiple_of_the_file_or_refuses(
     make: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metered_source, "_LIMITS", metered_source._LIMITS._replace(work_spare=MiB))
+    monkeypatch.setattr(metered_source, "DEFAULT_LIMITS", DEFAULT_LIMITS._replace(work_spare=MiB))
     source = Counted(make(tmp_path))
     placements = 0
     with suppress(errors.LimitExceeded):
@@ -106,8 +106,8 @@ def test_looking_for_states_reads_a_bounded_multiple_of_the_file_or_refuses(
 def test_headers_that_share_a_long_l1_table_cost_memory_for_no_more_than_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states_module, "_TABLES_OF_STATES", Limits(work_repeats=0, work_spare=1 << 13))
     path = images_that_share_a_long_l1_table(tmp_path)
+    monkeypatch.setattr(states_module, "RECOVERED_TABLES", (1 << 13) - path.stat().st_size // 512)
     tracemalloc.start()
     try:
         with pytest.raises(errors.LimitExceeded, match="L2 tables of recovered states"):

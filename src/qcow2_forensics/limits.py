@@ -50,7 +50,7 @@ class Budget:
 
     Genuine tables and streams are in a file once, so that looking at all of them costs what is stored; crafted
     ones overlap, and a small file could ask for any amount of work. Reading a disk needs no budget.
-    ``what`` names what is counted, in bytes.
+    ``what`` names what is counted, mostly in bytes.
     """
 
     def __init__(self, what: str, stored: int, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -58,15 +58,22 @@ class Budget:
         self.most = limits.work_repeats * stored + limits.work_spare
         self.spent = 0
 
+    @classmethod
+    def up_to(cls, what: str, most: int) -> Budget:
+        """Return one for ``most`` of what is counted, where that is another number than bytes stored allow."""
+        budget = cls(what, 0)
+        budget.most = most
+        return budget
+
     def spend(self, amount: int) -> None:
-        """Take ``amount`` bytes; raises :class:`LimitExceeded`, and takes nothing, where that is more than is left."""
+        """Take ``amount``; raises :class:`LimitExceeded`, and takes nothing, where that is more than is left."""
         if self.spent + amount > self.most:
             raise LimitExceeded(self.what, self.spent + amount, self.most)
         self.spent += amount
 
     @property
     def left(self) -> int:
-        """Bytes that may still be spent."""
+        """How much may still be spent."""
         return self.most - self.spent
 
 
@@ -104,6 +111,8 @@ LIBVIRT_DESCRIPTION_BYTES = 1 << 20  # of a domain's description; libvirt's have
 LIBVIRT_MEMORY_ELEMENTS = 4096  # <memory> elements looked at; QEMU allows 256 slots
 UNPACKED_BYTES = GiB  # that any compressed save file may decompress to, and
 UNPACKED_TIMES = 100  # bytes more for each one it has
+SAVE_FILE_MEMBERS = 1024  # members, frames or streams of a compressed one, and one for each MiB: libvirt writes one
+SAVE_FILE_LZOP_BLOCKS = 1 << 14  # of one, and one for each 512 bytes: 256 KiB of zeros take 1 KiB
 XZ_DECODER_BYTES = 160 * MiB  # of memory: the largest preset takes 65 MiB, a dictionary of 128 MiB fits
 ACPI_BYTES = 16 * MiB  # of the tables looked at; QEMU's have 128 KiB
 SRAT_CANDIDATES = 8  # places that read "SRAT" and are tried
@@ -158,6 +167,7 @@ FORMER_PLACES = 1 << 23  # clusters whose places in former states are remembered
 FORMER_STREAM_PLACES = 512  # places in one cluster of a gap between streams where an old one is looked for
 REBUILT_L1_BYTES = 64 * MiB  # of L1 tables rebuilt for the recovered states of a file, as far as evidence asks for them
 RECOVERY_READS_OF_EACH_BYTE = 16  # of a file, by all that looks for lost states; a genuine one takes three to six
+RECOVERY_TABLE_BYTES = 8 * MiB  # of tables that a genuine file holds once, beside the bytes it has
 RECOVERED_STATES = 64  # put together for one file, of those that an L1 table or a header was found for
 INNER_IMAGES_SEARCHED = 4096  # places looked at for an image inside the file
 RECOVERY_HINT_BYTES = 8 * MiB  # from the start of a file, looked at to say whether recovery is worth a try
@@ -167,6 +177,8 @@ REFCOUNT_BLOCKS_LOOKED_AT = 8  # of a possible refcount table
 TABLES_COMPARED = 8  # of those that a possible L1 table names
 GEOMETRY_SECTORS = 4096  # sectors of each kind kept to find out the cluster size
 GEOMETRY_STREAMS = 16  # decoded at most for that
+PLACED_FILE_SYSTEM_BYTES = 16 * MiB  # read of file systems on placed tables, and four times what the file has
+PLACED_FILE_SYSTEM_BLOCKS = 1 << 24  # of their maps: 64 GiB in blocks of 4 KiB; and one for each 32 bytes of the file
 PLACED_CONTENT_BYTES = 64 * MiB  # of guest data read under one L2 table to find out where it belongs
 PLACED_STRUCTURES = 4096  # structures in it that are asked where they belong
 PARTITIONS_LOOKED_AT = 256  # of a partition table
@@ -196,6 +208,7 @@ PARTITION_GAP = 1 << 20  # bytes before and between partitions that tables and b
 BLANK_BYTES_READ = 256 << 20  # stored bytes of all volumes of a disk that are read to find out that all are zeros
 VOLUME_DEPTH = 4  # volumes inside each other: a partition, LUKS, LVM, and LUKS again
 LVM_AREAS = 64  # metadata or data areas of one physical volume; LVM writes one or two
+LVM_TEXT_READS = 16  # of as many bytes: each physical volume of a group holds the same text
 LVM_TEXT_BYTES = 2 << 20  # of metadata of all groups of a disk; LVM's default area holds 1 MiB, two texts at least
 LVM_VOLUMES = 1024  # of one group; LVM's own tools become slow with more
 LVM_SEGMENTS = 100_000  # of all logical volumes

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
-from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_VOLUMES, Budget, Limits
+from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
 from .readers import Reader, Segment
 
 SECTOR = 512
@@ -31,9 +31,6 @@ _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 _MDA_IGNORED = 1
 _CRC_START = 0xF597A6CF
 _MOST = 1 << 62  # of a number, so that places stay numbers of 64 bits: sectors of a disk are fewer
-_PARSED = Limits(work_repeats=0, work_spare=LVM_TEXT_BYTES)
-_SEGMENTS = Limits(work_repeats=0, work_spare=LVM_SEGMENTS)
-_READ = Limits(work_repeats=0, work_spare=16 * LVM_TEXT_BYTES)
 
 Value: TypeAlias = "str | int | list[str | int] | dict[str, Value]"
 Section: TypeAlias = "dict[str, Value]"
@@ -66,8 +63,8 @@ class Texts:
     """Metadata texts of one disk, each parsed once: every physical volume of a group holds the same."""
 
     def __init__(self) -> None:
-        self._read = Budget("bytes read of LVM metadata", 0, _READ)
-        self._parsed = Budget("bytes of different LVM metadata", 0, _PARSED)
+        self._read = Budget.up_to("bytes read of LVM metadata", LVM_TEXT_READS * LVM_TEXT_BYTES)
+        self._parsed = Budget.up_to("bytes of different LVM metadata", LVM_TEXT_BYTES)
         self._sections: dict[bytes, Section] = {}
 
     def read(self, reader: Reader, offset: int, length: int) -> bytes:
@@ -265,7 +262,7 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
         starts[alias] = readers.get(uuid.replace("-", "")), _number(physical, "pe_start") * SECTOR, uuid
     described = _sections(group, "logical_volumes")
     budget = LVM_SEGMENTS
-    looked_at = Budget("segments of LVM volumes that are not read", 0, _SEGMENTS)
+    looked_at = Budget.up_to("segments of LVM volumes that are not read", LVM_SEGMENTS)
     visible = [
         name for name, volume in described.items() if "VISIBLE" in _words(volume, "status")
     ]  # the rest are parts

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import LimitExceeded, Qcow2Error
-from ..limits import BLANK_BYTES_READ, PARTITION_GAP, VOLUME_DEPTH, Budget, KiB, Limits
+from ..limits import BLANK_BYTES_READ, PARTITION_GAP, VOLUME_DEPTH, Budget, KiB
 from ..reader.disk import Layer
 from ..reader.runs import Kind
 from ..text import printable
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 _DFVFS_READS = frozenset(("XFS", "APFS", "LUKS", "BitLocker", "HFS+", "HFSX", "NTFS", "ext"))
 _UNKNOWN = Signature("")
-
-_BLANK = Limits(work_repeats=0, work_spare=BLANK_BYTES_READ)
 
 
 class Unread(NamedTuple):
@@ -142,7 +140,7 @@ class _Finder:
 
     def __init__(self, reader: TolerantReader, passphrases: Sequence[bytes], texts: lvm.Texts) -> None:
         self._texts = texts
-        self._blank = Budget("bytes of blank volumes", 0, _BLANK)
+        self._blank = Budget.up_to("bytes of blank volumes", BLANK_BYTES_READ)
         self.systems: list[FileSystem] = []
         self.unread: list[Unread] = []
         self.spans: dict[Place, Sequence[Span]] = {}

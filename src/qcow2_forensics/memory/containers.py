@@ -28,6 +28,7 @@ from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_s
 from ..limits import (
     DEFAULT_LIMITS,
     LIBVIRT_DESCRIPTION_BYTES,
+    SAVE_FILE_MEMBERS,
     UNPACKED_BYTES,
     UNPACKED_TIMES,
     XZ_DECODER_BYTES,
@@ -46,7 +47,6 @@ _LIBVIRT_HEADER = struct.Struct("16sIIIII14I")  # magic, version, XML length, wa
 _PIECE = 4 * MiB
 _INPUT = 64 * KiB
 _BYTES_PER_MEMBER = MiB  # of a compressed file: libvirt writes one member, parallel compressors one for a few MiB
-_MEMBERS = Limits(work_repeats=1, work_spare=1024)  # and so many in any file
 
 Unpacker = tuple[IO[bytes], type[Exception]]  # the decompressed file, and what it raises for damage
 Opener = Callable[[BinaryIO, int], Unpacker]  # the compressed file and its size
@@ -173,7 +173,7 @@ class _MembersReader(io.RawIOBase):
         self._stream = stream
         self._new = new
         self._decoder = new()
-        self._members = Budget("members of a compressed save file", size // _BYTES_PER_MEMBER, _MEMBERS)
+        self._members = Budget.up_to("members of a compressed save file", SAVE_FILE_MEMBERS + size // _BYTES_PER_MEMBER)
 
     def read(self, size: int = -1, /) -> bytes:
         while True:

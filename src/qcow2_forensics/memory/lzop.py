@@ -17,12 +17,11 @@ import zlib
 from typing import BinaryIO, Final
 
 from ..errors import Unsupported
-from ..limits import Budget, Limits, MiB
+from ..limits import SAVE_FILE_LZOP_BLOCKS, Budget, MiB
 
 _MAGIC: Final = b"\x89LZO\0\r\n\x1a\n"
 _MOST_BLOCK = MiB  # bytes of a block; lzop writes 256 KiB, and what one byte of LZO decodes to is bounded by 255
 _BYTES_PER_BLOCK = 512  # of a file: 256 KiB of zeros take 1 KiB
-_BLOCKS = Limits(work_repeats=1, work_spare=1 << 14)  # and so many in any file
 _METHODS = (1, 2, 3)  # of compression, all decoded alike
 _WITH_LEVEL = 0x0940  # the version from which a header has the least version, the level and the high half of the time
 _ADLER, _ADLER_STORED, _EXTRA, _CRC, _CRC_STORED, _FILTER = 0x1, 0x2, 0x40, 0x100, 0x200, 0x800
@@ -44,7 +43,7 @@ class LzopReader(io.RawIOBase):
         except ImportError:
             raise Unsupported("libvirt save file compressed with lzop: install lzallright") from None
         self._stream = stream
-        self._blocks = Budget("blocks of an lzop file", size // _BYTES_PER_BLOCK, _BLOCKS)
+        self._blocks = Budget.up_to("blocks of an lzop file", SAVE_FILE_LZOP_BLOCKS + size // _BYTES_PER_BLOCK)
         self._flags: int | None = None
         self._ended = False
 

@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import Qcow2Error
-from ..limits import FILE_SYSTEM_BLOCKS, Budget, KiB, Limits, MiB
+from ..limits import (
+    DEFAULT_LIMITS,
+    FILE_SYSTEM_BLOCKS,
+    PLACED_FILE_SYSTEM_BLOCKS,
+    PLACED_FILE_SYSTEM_BYTES,
+    Budget,
+    KiB,
+)
 from ..reader.disk import Disk
 
 if TYPE_CHECKING:
@@ -24,10 +31,8 @@ Bits = npt.NDArray[np.int8]
 USED, FREE, UNKNOWN = 1, 0, -1
 
 _OPEN = 256  # tables kept open
-_READS = Limits(work_spare=16 * MiB)
 _CALL = KiB  # what one read costs beside its bytes
 _BYTES_PER_BLOCK = 32  # stored bytes that allow one more block in a map, which takes a byte
-_BLOCKS = Limits(work_repeats=1, work_spare=1 << 24)  # 64 GiB in blocks of 4 KiB, and one more for so many bytes
 
 
 class VolumeMap(NamedTuple):
@@ -55,8 +60,11 @@ class PlacedDisk:
         self._slots = slots
         self._span = span
         self._disks: dict[int, Disk] = {}
-        self._reads = Budget("bytes read of file systems", reader.file_size, _READS)
-        self._blocks = Budget("blocks of file systems", reader.file_size // _BYTES_PER_BLOCK, _BLOCKS)
+        stored = reader.file_size
+        most = DEFAULT_LIMITS.work_repeats * stored + PLACED_FILE_SYSTEM_BYTES
+        self._reads = Budget.up_to("bytes read of file systems", most)
+        most = stored // _BYTES_PER_BLOCK + PLACED_FILE_SYSTEM_BLOCKS
+        self._blocks = Budget.up_to("blocks of file systems", most)
 
     def read(self, offset: int, length: int) -> bytes | None:
         """Return guest bytes, None where a table is missing, something cannot be read, or too much was."""

@@ -12,7 +12,7 @@ from ..format.entries import COPIED
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import DEFAULT_LIMITS, L1_ENTRIES, Budget, Limits, MiB
+from ..limits import DEFAULT_LIMITS, L1_ENTRIES, RECOVERY_TABLE_BYTES, Budget, MiB
 from ..residue.structure_detection import Geometry, l1_rows
 from ..text import plural
 from .confidence import Confidence
@@ -20,8 +20,6 @@ from .geometry import U64, among
 from .placement import Placement
 from .refcounts import FoundRefcounts
 from .table_search import FoundTables, L1Candidate, table_words
-
-STORED_ONCE = Limits(work_repeats=1, work_spare=8 * MiB)  # of what a genuine file holds once
 
 _L1_AT_ONCE = 1 << 17  # entries
 
@@ -152,7 +150,7 @@ def tables_by_slot(source: Source, geometry: Geometry, l1_tables: list[U64]) -> 
     """
     known: dict[int, dict[int, None]] = {}
     read: dict[int, U64] = {}
-    budget = Budget("L2 tables under L1 tables", source.size, STORED_ONCE)
+    budget = Budget.up_to("L2 tables under L1 tables", source.size + RECOVERY_TABLE_BYTES)
     for table in l1_tables:
         targets = named_offsets(table)
         used = np.flatnonzero(targets)

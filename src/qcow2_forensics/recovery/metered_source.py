@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..format.source import FileSource, Source
-from ..limits import RECOVERY_READS_OF_EACH_BYTE, Budget, KiB, Limits
+from ..limits import DEFAULT_LIMITS, RECOVERY_READS_OF_EACH_BYTE, Budget, KiB
 from ..reader.host_holes import host_runs
 
 _CALL = 8 * KiB  # what one read costs beside its bytes: looking at a table of 512 bytes takes longer than reading it
-_LIMITS = Limits(work_repeats=RECOVERY_READS_OF_EACH_BYTE)
 
 
 class MeteredSource:
@@ -23,7 +22,8 @@ class MeteredSource:
 
     def __init__(self, source: Source) -> None:
         self.unmetered = source
-        self._budget = Budget("bytes read to recover states", source.size, _LIMITS)
+        most = RECOVERY_READS_OF_EACH_BYTE * source.size + DEFAULT_LIMITS.work_spare
+        self._budget = Budget.up_to("bytes read to recover states", most)
 
     @property
     def size(self) -> int:

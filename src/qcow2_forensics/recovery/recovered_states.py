@@ -36,8 +36,8 @@ from ..limits import (
     RECOVERED_STATES,
     RECOVERED_TABLES,
     RECOVERY_HINT_BYTES,
+    RECOVERY_TABLE_BYTES,
     Budget,
-    Limits,
     MiB,
 )
 from ..reader.chain import close_source
@@ -51,7 +51,6 @@ from .content import TableReader
 from .geometry import U64, compression_type_of, find_geometry
 from .header import l1_fields, new_header
 from .l1_tables import (
-    STORED_ONCE,
     entries_of,
     is_l1,
     left_out_notes,
@@ -81,7 +80,6 @@ from .vm_states import vm_states
 _READ = 4 * MiB
 _KEPT = 4  # files whose states are remembered
 _known: dict[object, list[RecoveredState]] = {}
-_TABLES_OF_STATES = Limits(work_repeats=1, work_spare=RECOVERED_TABLES)  # and one more for each sector
 
 
 def recovered_states(origin: PathOrSource, *, virtual_size: int | None = None) -> list[RecoveredState]:
@@ -158,7 +156,7 @@ def _with_whole_l1_tables(source: Source, tables: FoundTables) -> FoundTables:
         before = bisect_left(starts, offset)
         return before > 0 and offset < ends[before - 1]
 
-    budget = Budget("L1 tables of snapshots", source.size, STORED_ONCE)
+    budget = Budget.up_to("L1 tables of snapshots", source.size + RECOVERY_TABLE_BYTES)
     whole: list[L1Candidate] = []
     for table in tables.l1:
         if inside(table.offset):
@@ -214,7 +212,7 @@ class _Recovery:
         self._source = MeteredSource(source)
         self._virtual_size = virtual_size
         self._l1_bytes = REBUILT_L1_BYTES  # that sizes in the evidence may still ask for
-        self._room = Budget("L2 tables of recovered states", source.size // SECTOR, _TABLES_OF_STATES)
+        self._room = Budget.up_to("L2 tables of recovered states", source.size // SECTOR + RECOVERED_TABLES)
 
     def states(self) -> list[RecoveredState]:
         """Return the states; those found before the work is too much, with a note that says so, or that as an error."""

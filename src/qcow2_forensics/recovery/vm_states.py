@@ -18,7 +18,7 @@ from ..census.columns import named_offsets
 from ..errors import LimitExceeded
 from ..format.entries import COPIED
 from ..format.source import Source
-from ..limits import VM_STATE_CLUSTERS_RECOVERED, VM_STATES_RECOVERED, Budget, Limits, MiB
+from ..limits import VM_STATE_CLUSTERS_RECOVERED, VM_STATES_RECOVERED, Budget, MiB
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
 from .geometry import U64
@@ -31,7 +31,6 @@ from .state import RecoveredState
 
 _MAGIC = int.from_bytes(b"QEVM\0\0\0", "big")
 _CHUNK = 4 * MiB
-_CLUSTERS = Limits(work_repeats=0, work_spare=VM_STATE_CLUSTERS_RECOVERED)
 _CLUSTERS_AT_ONCE = 1 << 16
 _TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, behind the L1 table
 _SIZE_AT = 24  # of the disk, in the header
@@ -51,7 +50,7 @@ def vm_states(
     skipped = set(tables)
     mapped = ((at, named_offsets(entries_of(source, at, geometry))) for at in tables)
     former = sorted(((int(hosts[0]), at, hosts) for at, hosts in mapped if hosts[0]), key=lambda table: table[:2])
-    left = Budget("clusters of VM states without a table", 0, _CLUSTERS)
+    left = Budget.up_to("clusters of VM states without a table", VM_STATE_CLUSTERS_RECOVERED)
     for head in _heads(source, geometry, census):
         chain = _by_tables(head, former)
         room.spend(len(chain))
