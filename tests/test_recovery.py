@@ -21,11 +21,11 @@ from qcow2_forensics import audit, open_disk
 from qcow2_forensics.cli import main
 from qcow2_forensics.errors import LimitExceeded, SnapshotNotFound
 from qcow2_forensics.format.source import BytesSource, FileSource
-from qcow2_forensics.limits import L1_ENTRIES
+from qcow2_forensics.limits import L1_ENTRIES, Budget
 from qcow2_forensics.reader.parts import gatherable
 from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, open_recovered, recovered_states
 from qcow2_forensics.recovery.patched_source import PatchedSource
-from qcow2_forensics.recovery.recovered_states import _Recovery
+from qcow2_forensics.recovery.without_header import WithoutHeader
 from qcow2_forensics.render.next_commands import next_command
 from qcow2_forensics.residue.restricted_source import GuardedSource, Refusals
 from qcow2_forensics.residue.structure_detection import Geometry
@@ -314,7 +314,7 @@ def test_no_assumption_is_proposed_where_streams_of_the_headers_own_type_would_b
 @pytest.mark.parametrize("size", [1 << 45, 1 << 53, 1 << 60, (1 << 64) - 512])
 def test_a_size_in_the_evidence_is_taken_only_as_far_as_l1_tables_reach(cluster_bits: int, size: int) -> None:
     source = BytesSource(bytes(1 << 22))
-    recovery = _Recovery(source, None)
+    recovery = WithoutHeader(source, None, Budget("tables", 0))
     for _ in range(40):
         found = recovery._rebuilt("test", Geometry(3, cluster_bits, source.size, False), (), None, (), size)
         table = found.patches[1][1]
@@ -324,7 +324,9 @@ def test_a_size_in_the_evidence_is_taken_only_as_far_as_l1_tables_reach(cluster_
     assert recovery._l1_bytes >= 0
     if size > L1_ENTRIES << (2 * cluster_bits - 3):
         with pytest.raises(LimitExceeded):
-            _Recovery(source, size)._rebuilt("test", Geometry(3, cluster_bits, source.size, False), (), None, (), None)
+            WithoutHeader(source, size, Budget("tables", 0))._rebuilt(
+                "test", Geometry(3, cluster_bits, source.size, False), (), None, (), None
+            )
 
 
 @pytest.mark.parametrize("offset", quick(range(4, 104, 4), [24, 96, 100]))

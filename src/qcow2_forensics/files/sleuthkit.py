@@ -6,7 +6,6 @@ stream where NTFS has several.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytsk3
 
 from ..errors import reason
-from ..limits import FILE_BYTES, FILE_SYSTEM_ENTRIES, FOLDER_DEPTH, PARTITION_GAP
+from ..limits import FILE_BYTES, FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
 from ..text import printable
+from .partitions import partitions
 from .protocol import FileSystem, NoFileSystem, Visits
 from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume
 from .spans import Spans
@@ -322,39 +322,6 @@ def file_systems(image: pytsk3.Img_Info, name: str = "the disk") -> list[SleuthK
         why = f"; {errors[0]}" if errors else ""
         raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
     return found
-
-
-def partitions(image: pytsk3.Img_Info) -> Iterator[tuple[int, int, int, str]]:
-    """Yield number, offset, length and description of the partitions in use; nothing without a table."""
-    sector, parts = _table(image)
-    used = (part for part in parts if int(part.flags) == int(pytsk3.TSK_VS_PART_FLAG_ALLOC))
-    for number, part in enumerate(used, 1):
-        yield number, int(part.start) * sector, int(part.len) * sector, _text(part.desc or b"")
-
-
-def table_spans(image: pytsk3.Img_Info) -> Iterator[Span]:
-    """Yield where the partition table itself is, all its pieces; an extended partition is none."""
-    sector, parts = _table(image)
-    for part in parts:
-        if int(part.flags) == int(pytsk3.TSK_VS_PART_FLAG_META) and int(part.len) * sector < PARTITION_GAP:
-            yield Span(int(part.start) * sector, int(part.len) * sector)
-
-
-def _table(image: pytsk3.Img_Info) -> tuple[int, list[Any]]:
-    """Return bytes per sector and the entries of the partition table, none without one.
-
-    Where the GPT at the start of the disk is damaged, its copy at the end is read.
-    """
-    try:
-        table = pytsk3.Volume_Info(image)
-        parts = list(table)
-        if any(b"(0xee)" in (part.desc or b"") for part in parts):  # what protects a GPT
-            with contextlib.suppress(OSError, RuntimeError):
-                table = pytsk3.Volume_Info(image, pytsk3.TSK_VS_TYPE_GPT)
-                parts = list(table)
-        return int(table.info.block_size), parts
-    except (OSError, RuntimeError):
-        return 1, []  # no partition table, which is common
 
 
 def open_file_system(image: pytsk3.Img_Info, offset: int) -> pytsk3.FS_Info | None:

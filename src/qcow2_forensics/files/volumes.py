@@ -108,7 +108,7 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
     messages what disk this is.
     """
     need_back_end()
-    from .sleuthkit import partitions, table_spans
+    from .partitions import partitions, table_spans
     from .tsk_image import ReaderImage
 
     reader = TolerantReader(disk, "zeros")

@@ -29,6 +29,13 @@ class Arranged(NamedTuple):
     left: tuple[int, ...]
     in_file_order: tuple[Placement, ...]
 
+    def ways(self, what: str) -> Iterator[tuple[str, tuple[Placement, ...], tuple[int, ...]]]:
+        """Yield what a state is, its L2 tables and those without a place: the tables by evidence, then all in file order."""
+        if self.placements:
+            yield what, self.placements, self.left
+        if len(self.in_file_order) > len(self.placements):
+            yield f"{what}, tables without a known place in the order of the file", self.in_file_order, ()
+
 
 def arranged(
     reader: TableReader,

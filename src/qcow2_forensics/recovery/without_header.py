@@ -1,0 +1,227 @@
+"""States of a file whose header is lost: its tables are found by their form, and a header is made for them.
+
+The cluster size comes from the tables; L1 tables that are found lead to their disks, and L2 tables in use
+that none of them names are put in order by what is known of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import accumulate
+
+import numpy as np
+
+from ..census.columns import named_offsets
+from ..errors import Qcow2Error
+from ..format.source import Source
+from ..limits import L1_ENTRIES, REBUILT_L1_BYTES, RECOVERED_STATES, RECOVERY_TABLE_BYTES, Budget
+from ..reader.opening import open_disk
+from ..residue.structure_detection import Geometry
+from .arrangement import arranged
+from .content import TableReader
+from .geometry import compression_type_of, find_geometry
+from .header import new_header
+from .l1_tables import (
+    left_out_notes,
+    named_by_former,
+    placements_of,
+    rank,
+    read_l1,
+    shared_with_snapshots,
+    stored_l1,
+    table_span,
+    tables_by_slot,
+)
+from .patched_source import REBUILT_AT, PatchedSource
+from .placement import Placement
+from .positions import disk_size_of
+from .refcounts import FoundRefcounts, find_refcounts
+from .state import RecoveredState
+from .table_search import FoundTables, L1Candidate, search_tables, table_words
+
+
+def _with_whole_l1_tables(source: Source, tables: FoundTables) -> FoundTables:
+    """Return the tables with the L1 tables of snapshots as long as their entries say, and no piece of one by itself."""
+    ranges = sorted((entry.l1_table_offset, entry.l1_size) for entry in tables.snapshots)
+    sizes = dict(ranges)
+    starts = [first for first, _ in ranges]
+    ends = list(accumulate((first + size * 8 for first, size in ranges), max))
+
+    def inside(offset: int) -> bool:
+        before = bisect_left(starts, offset)
+        return before > 0 and offset < ends[before - 1]
+
+    budget = Budget.up_to("L1 tables of snapshots", source.size + RECOVERY_TABLE_BYTES)
+    whole: list[L1Candidate] = []
+    for table in tables.l1:
+        if inside(table.offset):
+            continue
+        size = sizes.get(table.offset, 0)
+        if 0 < size <= L1_ENTRIES:
+            stored = max(0, min(size, (source.size - table.offset) // 8))
+            budget.spend(stored * 8)
+            table = table._replace(targets=named_offsets(read_l1(source, table.offset, stored)), sure=size)  # noqa: PLW2901
+        whole.append(table)
+    return tables._replace(l1=whole)
+
+
+def _active_is_missing(tables: FoundTables, refcounts: FoundRefcounts | None) -> bool:
+    """Whether none of the L1 tables seems to be the active state's: most L2 tables in use are named by none that may be."""
+    of_snapshots = {entry.l1_table_offset for entry in tables.snapshots}
+    snapshots_, others = set[int](), set[int]()
+    for table in tables.l1:
+        here = table.targets[table.targets != 0].tolist()
+        (snapshots_ if table.offset in of_snapshots else others).update(map(int, here))
+    in_use = {at for at in tables.l2.tolist() if refcounts is None or refcounts.of(at) != 0}
+    return not others or len(in_use - snapshots_ - others) > len(in_use & others)
+
+
+class WithoutHeader:
+    """Puts the states of one such file together; ``room`` bounds the L2 tables of all states of the file."""
+
+    def __init__(self, source: Source, virtual_size: int | None, room: Budget) -> None:
+        self._source = source
+        self._virtual_size = virtual_size
+        self._room = room
+        self._l1_bytes = REBUILT_L1_BYTES  # that sizes in the evidence may still ask for
+
+    def states(self) -> Iterator[RecoveredState]:
+        """Yield the states, the best first."""
+        found = find_geometry(self._source)
+        if found is None:
+            return
+        geometry = Geometry(3, found.cluster_bits, self._source.size, found.extended_l2)
+        tables = search_tables(self._source, geometry)
+        refcounts = find_refcounts(
+            self._source,
+            tables.refcount_tables,
+            geometry.cluster_size,
+            [table.offset for table in tables.l1] or tables.l2.tolist(),
+        )
+        compression = found.compression_type
+        if compression is None:
+            compression = self._compression(tables, geometry)
+        notes = (f"clusters of {geometry.cluster_size} bytes: {found.evidence}", *left_out_notes(tables))
+        tables = _with_whole_l1_tables(self._source, tables)
+        named = {entry.l1_table_offset: entry for entry in tables.snapshots}
+        found_l1 = sorted(tables.l1, key=lambda table: rank(table, named, refcounts))
+        if len(found_l1) > RECOVERED_STATES:
+            notes = (
+                *notes,
+                f"{len(found_l1) - RECOVERED_STATES} more L1 tables were found than states are put together",
+            )
+        if _active_is_missing(tables, refcounts):
+            yield from self._placed(geometry, tables, compression, notes, refcounts)
+        for table in found_l1[:RECOVERED_STATES]:
+            entry = named.get(table.offset)
+            self._room.spend(int(np.count_nonzero(table.targets)))
+            placements = tuple(placements_of(table, tables, refcounts))
+            yield self._rebuilt(
+                f"the disk of the L1 table at host offset {table.offset:#x}"
+                + (f", snapshot {entry.id}" if entry else ""),
+                geometry,
+                placements,
+                compression,
+                notes,
+                entry.disk_size if entry is not None else None,
+            )
+
+    def _compression(self, tables: FoundTables, geometry: Geometry) -> int | None:
+        for offset in tables.l2[:16].tolist():
+            words = table_words(self._source, offset, geometry)[:: 2 if geometry.extended_l2 else 1]
+            packed = words[words >> np.uint64(62) == 1].tolist()
+            if packed:
+                return compression_type_of(self._source, packed, geometry.cluster_bits)
+        return None
+
+    def _placed(
+        self,
+        geometry: Geometry,
+        tables: FoundTables,
+        compression: int | None,
+        notes: tuple[str, ...],
+        refcounts: FoundRefcounts | None,
+    ) -> Iterator[RecoveredState]:
+        """Yield the state of L2 tables that no L1 table names, and that have no header either."""
+        counted = [refcounts is None or bool(refcounts.of(table.offset)) for table in tables.l1]
+        l1_tables = [table.targets for table, is_used in zip(tables.l1, counted, strict=True) if is_used]
+        former = [table.targets for table, is_used in zip(tables.l1, counted, strict=True) if not is_used]
+        of_snapshots = {int(at) for table in l1_tables for at in table[table != 0].tolist()}
+        in_use = [at for at in tables.l2.tolist() if refcounts is None or refcounts.of(at) != 0]
+        offsets = [at for at in in_use if at not in of_snapshots]
+        shared = shared_with_snapshots(l1_tables, refcounts, L1_ENTRIES) if refcounts is not None else []
+        if not offsets and not shared:
+            return
+        known = tables_by_slot(self._source, geometry, l1_tables)
+        opener = TableReader(self._source, geometry, None, compression)
+        shared += named_by_former(former, offsets, {placed.slot for placed in shared})
+        offsets = [at for at in offsets if all(at != placed.offset for placed in shared)]
+        found = arranged(opener, offsets, geometry, known, self._virtual_size, tuple(shared))
+        for what, placements, left in found.ways("L2 tables without an L1 table"):
+            state = self._rebuilt(what, geometry, placements, compression, notes, None)
+            yield replace(state, unplaced=left)
+
+    def _rebuilt(
+        self,
+        what: str,
+        geometry: Geometry,
+        placements: tuple[Placement, ...],
+        compression: int | None,
+        notes: tuple[str, ...],
+        recorded_size: int | None,
+    ) -> RecoveredState:
+        span = table_span(geometry)
+        slots = max((placed.slot for placed in placements), default=-1) + 1
+
+        def patches_of(size: int) -> tuple[tuple[int, bytes], ...]:
+            entries = max(slots, -(-size // span))
+            table = stored_l1(placements, entries)  # first: it refuses what a header has no room for
+            header = new_header(
+                cluster_bits=geometry.cluster_bits,
+                size=size,
+                l1_size=entries,
+                extended_l2=geometry.extended_l2,
+                compression_type=compression,
+            )
+            return (0, header), (REBUILT_AT, table)
+
+        whole_disk = PatchedSource(self._source, patches_of(slots * span))
+        size, size_from = self._size(whole_disk, geometry, placements, recorded_size)
+        return RecoveredState(
+            0, what, size, size_from, geometry.cluster_size, placements, True, notes, patches=patches_of(size)
+        )
+
+    def _size(
+        self, source: Source, geometry: Geometry, placements: tuple[Placement, ...], recorded: int | None
+    ) -> tuple[int, str]:
+        """Return the virtual size and where it comes from; sizes in the evidence are taken as far as they can be mapped."""
+        if self._virtual_size is not None:
+            return self._virtual_size, "the caller"
+        if recorded is not None and self._takes(recorded, geometry):
+            return recorded, "its snapshot table entry"
+        mapped = 0
+        if placements:
+            used = np.flatnonzero(table_words(self._source, placements[-1].offset, geometry))
+            words = 2 if geometry.extended_l2 else 1
+            last = int(used[-1]) // words + 1 if len(used) else 0
+            mapped = placements[-1].slot * table_span(geometry) + last * geometry.cluster_size
+        try:
+            with open_disk(source, follow=False) as disk:
+                implied = disk_size_of(disk.read)
+        except (Qcow2Error, OSError):
+            implied = None
+        if implied is not None and mapped <= implied[0] and self._takes(implied[0], geometry):
+            return implied
+        refused = recorded is not None or (implied is not None and implied[0] > mapped)
+        more = "; a larger size that the evidence states is left out" if refused else ""
+        return mapped, f"the end of the last mapped cluster{more}"
+
+    def _takes(self, size: int, geometry: Geometry) -> bool:
+        """Whether a size found in the evidence leaves room for the L1 tables of the other states; it is counted then."""
+        needed = 8 * -(-size // table_span(geometry))
+        if needed > min(self._l1_bytes, 8 * L1_ENTRIES):
+            return False
+        self._l1_bytes -= needed
+        return True
