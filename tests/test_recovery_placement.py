@@ -24,7 +24,7 @@ from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, 
 from qcow2_forensics.recovery.alignment import chances, clear_slots, rising
 from qcow2_forensics.recovery.allocation import FREE, USED, PlacedDisk, VolumeMap, cluster_use
 from qcow2_forensics.recovery.ext_volume import crc32c, ext_map
-from tests import qemu
+from tests import guest_disks, qemu
 
 OFFSETS = 0x00FF_FFFF_FFFF_FE00
 
@@ -120,6 +120,22 @@ def test_tables_of_a_disk_with_gaps_find_their_places(
     data = image_of(disk, "cluster_size=4096", compress=compress)
     used = [slot for slot, host in enumerate(l1_of(data)[1]) if host]
     assert used != list(range(len(used)))  # there are gaps
+    assert wrong_bytes(best(without_l1(data), tmp_path), disk) == RIGHT
+
+
+def test_tables_of_alike_file_systems_in_several_partitions_find_their_places(tmp_path: Path) -> None:
+    """What records its position counts from the start of its file system, so that it agrees with a slot of each."""
+    qemu.need("mke2fs")
+    parts = []
+    for number in range(3):
+        parts.append(tmp_path / f"part{number}.raw")
+        with parts[-1].open("wb") as file:
+            file.truncate(80 << 20)
+        files = tree(tmp_path / f"files{number}")
+        qemu.run("mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-d", files, parts[-1])
+    disk = tmp_path / "disk.raw"
+    guest_disks.partitioned(disk, parts)
+    data = image_of(disk, "cluster_size=4096")
     assert wrong_bytes(best(without_l1(data), tmp_path), disk) == RIGHT
 
 

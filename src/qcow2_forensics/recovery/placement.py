@@ -9,6 +9,7 @@ slot clearly better than every other. A table for which there is neither gets no
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -216,14 +217,20 @@ def _in_order(tables: list[Unplaced], free: Sequence[int], confidence: Confidenc
 
 
 def _fitting(tables: list[Unplaced], free: range, use: Use | None) -> list[Placement]:
-    """Place tables in order in the free slots whose use fits best with what they store."""
+    """Place tables in order in the free slots that their content agrees with, and whose use fits what they store."""
     chosen = None
-    if use is not None and free and len(free) * len(tables) <= PLACEMENT_PAIRS:
-        scores = fits(_stored(tables), use(list(free)))
-        chosen = rising(scores) if scores is not None and scores.any() else None
+    if free and len(free) * len(tables) <= PLACEMENT_PAIRS:
+        scores = fits(_stored(tables), use(list(free))) if use is not None else None
+        if scores is None:
+            scores = np.zeros((len(tables), len(free)))
+        for row, table in enumerate(tables):  # a position may be that of several file systems; the order decides
+            for slot, kinds in table.votes.items():
+                if slot in free:
+                    scores[row, slot - free.start] += math.log(2) * sum(kinds.values())
+        chosen = rising(scores) if scores.any() else None
     if chosen is None:
         return _in_order(tables, free, Confidence.GUESS, _ORDER)
-    why = "it stores the clusters that the file system uses there"
+    why = "what it stores agrees with the file systems there, in the order of the file"
     return _in_order(tables, [free[column] for column in chosen], Confidence.GUESS, why)
 
 
