@@ -136,7 +136,7 @@ def test_random_links_are_followed_as_far_as_is_allowed(
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert attempt(root, allowed, path) == expected(tree, allowed, path)
     if before:
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before  # other tests may leave files to the garbage collector
 
 
 @given(tree=trees(), path=TARGETS)

@@ -316,7 +316,7 @@ def test_an_interrupt_at_any_read_leaves_no_output_and_no_open_file(
             else:
                 for item in out.iterdir():
                     subprocess.run(["rm", "-r", str(item)], check=True)
-            assert _descriptors() == before
+            assert _descriptors() <= before
 
 
 def _descriptors() -> int:
