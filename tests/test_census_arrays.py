@@ -18,7 +18,7 @@ from qcow2_forensics.census.owner_codes import OwnerCodes
 from qcow2_forensics.census.owners import Owner
 from qcow2_forensics.census.refcount_classes import MORE, ONE, RefcountClasses
 from qcow2_forensics.census.refcounts import StoredRefcounts
-from qcow2_forensics.limits import GiB, MiB
+from qcow2_forensics.limits import MiB
 
 from . import qemu
 
@@ -125,22 +125,22 @@ _PEAK = """
 import sys
 import qcow2_forensics as q
 from tests.peak_memory import peak_mib
-q.audit(sys.argv[1], sys.argv[3])
-before = peak_mib()
-q.audit(sys.argv[2], sys.argv[3])
-print(before, peak_mib())
+for path in sys.argv[2:]:
+    q.audit(path, sys.argv[1])
+    print(peak_mib())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", ["standard", "deep"])
 def test_memory_follows_a_few_bytes_a_cluster(tmp_path: Path, depth: str) -> None:
-    """A sixteenth of 16 TiB takes less than a sixteenth of what 1 GiB has room for."""
-    small, large = tmp_path / "small.qcow2", tmp_path / "large.qcow2"
-    for path, size in ((small, GiB), (large, 1024 * GiB)):
-        qemu.img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, str(size))
-    command = [sys.executable, "-c", _PEAK, str(small), str(large), depth]
+    """At the rate at which memory grows from 0.5 to 2 TiB, 16 TiB take less than 1 GiB."""
+    paths = [tmp_path / f"{size}.qcow2" for size in (512, 2048)]
+    for path in paths:
+        size = f"{path.stem}G"
+        qemu.img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, size)
+    command = [sys.executable, "-c", _PEAK, depth, *map(str, paths)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    before, peak = map(int, run.stdout.split())
-    assert before + 16 * (peak - before) < 1024
+    quarter, whole = map(int, run.stdout.split())
+    assert whole + (whole - quarter) * (16 - 2) / (2 - 0.5) < 1024
