@@ -5,7 +5,15 @@ Each renderer is imported when it is first used: a triage in plain text needs ne
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from .. import at_first_use
 from ..findings import Report
+
+if TYPE_CHECKING:
+    from .html import render_html
+    from .plain import evidence_line, render_text, summary
+    from .rows import render_csv, render_json, render_line
 
 FORMATS = ("text", "json", "jsonl", "csv", "html")
 
@@ -27,3 +35,29 @@ def render(report: Report, as_format: str = "text", *, width: int = 100, colour:
     if as_format == "csv":
         return rows.render_csv([report])
     return rows.render_json(report) if as_format == "json" else rows.render_line(report)
+
+
+__all__ = [
+    "FORMATS",
+    "evidence_line",
+    "render",
+    "render_csv",
+    "render_html",
+    "render_json",
+    "render_line",
+    "render_text",
+    "summary",
+]
+
+__getattr__ = at_first_use(
+    __name__,
+    {
+        "evidence_line": "plain",
+        "render_csv": "rows",
+        "render_html": "html",
+        "render_json": "rows",
+        "render_line": "rows",
+        "render_text": "plain",
+        "summary": "plain",
+    },
+)
