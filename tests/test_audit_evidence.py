@@ -92,7 +92,7 @@ def test_corruptions_of_refcounts_name_the_host_cluster(tmp_path: Path) -> None:
     assert "mapped cluster has the refcount 0: refcount of host cluster 0x50000" in [item.field for item in items]
 
 
-def test_corruptions_tell_how_often_an_overflowing_cluster_is_referenced(tmp_path: Path) -> None:
+def test_corruptions_list_how_often_an_overflowing_cluster_is_referenced(tmp_path: Path) -> None:
     image = Builder(refcount_order=0)
     host = image.put(b"x" * 65536)
     for number in range(3):

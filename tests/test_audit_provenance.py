@@ -129,7 +129,7 @@ def test_flag_in_a_refcount_table_points_to_its_writer(tmp_path: Path) -> None:
     assert any("tcmu-runner" in str(item.value) for item in finding.evidence)
 
 
-def test_features_tell_the_options_the_image_was_made_with(tmp_path: Path) -> None:
+def test_features_show_the_options_the_image_was_made_with(tmp_path: Path) -> None:
     path = qemu.create(
         tmp_path / "d.qcow2", "1M", cluster_size="16k", extended_l2="on", compression_type="zstd", refcount_bits=8
     )

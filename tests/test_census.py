@@ -96,7 +96,7 @@ def test_states_and_bitmaps_own_what_only_they_use(tmp_path: Path) -> None:
     assert not list(census.leaked())
 
 
-def test_free_and_leaked_clusters_are_told_apart(tmp_path: Path) -> None:
+def test_free_and_leaked_clusters_are_distinguished(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).l2(0, 0).l2(1, 0).refcount(5, 0)
     census = take_census(Image(path))

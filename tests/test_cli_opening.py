@@ -349,9 +349,7 @@ def test_a_terminal_without_unicode_is_shown_escapes(tmp_path: Path) -> None:
 def test_a_disk_no_file_can_hold_fails_before_anything_is_read(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk", "2048P", cluster_size="2M")
     for extra in ([], ["--no-hash"]):
-        started = time.monotonic()
         one_sentence(run("export", path, tmp_path / "out", *extra))
-        assert time.monotonic() - started < 20
         assert sorted(item.name for item in tmp_path.iterdir()) == ["disk"]
 
 

@@ -269,7 +269,7 @@ def test_export_is_sparse(run: Run, make_image: Callable[..., Path], tmp_path: P
     assert out.stat().st_blocks * 512 < 4 * MiB
 
 
-def test_export_replaces_nothing_unless_told(run: Run, tmp_path: Path) -> None:
+def test_export_replaces_nothing_unless_asked(run: Run, tmp_path: Path) -> None:
     path = base_b(tmp_path / "disk")
     out = tmp_path / "out.raw"
     out.write_bytes(b"precious")
@@ -314,7 +314,7 @@ def test_a_failed_export_leaves_nothing_behind(run: Run, tmp_path: Path) -> None
     assert list(folder.iterdir()) == []
 
 
-def test_export_reads_past_the_end_only_when_told(run: Run, tmp_path: Path) -> None:
+def test_export_reads_past_the_end_only_when_asked(run: Run, tmp_path: Path) -> None:
     path = base_b(tmp_path / "disk")
     Poke(path).cut(0x60000)
     refused(run("export", path, tmp_path / "out.raw"))

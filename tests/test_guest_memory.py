@@ -168,7 +168,7 @@ def test_target_page_bits_of_the_configuration_are_used() -> None:
 # --- sections -----------------------------------------------------------------------------------
 
 
-def test_commands_are_passed_over_wherever_they_stand() -> None:
+def test_commands_are_passed_over_wherever_they_are() -> None:
     command = b"\x08\x00\x0b\x00\x00"  # what QEMU 10 sends before the end of RAM
     ping = b"\x08\x00\x02\x00\x04abcd"
     start = section(1, 2, sizes({BLOCK: PAGES * PAGE}) + u64(EOS_FLAG), "ram")

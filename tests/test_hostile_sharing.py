@@ -133,7 +133,7 @@ def test_a_disk_of_which_only_tables_are_left_is_mapped_in_full(tmp_path: Path) 
 
 
 @qemu.requires_qemu
-def test_tables_that_map_nothing_are_told_from_those_that_map_zeros_as_qemu_does(tmp_path: Path) -> None:
+def test_tables_that_map_nothing_are_distinguished_from_those_that_map_zeros_as_in_qemu(tmp_path: Path) -> None:
     path = repeated([ZEROS, HOLES, HOLES_TOO, ZEROS_TOO, ZEROS], slots=64).write(tmp_path / "mixed.qcow2")
     rows = qemu.map_json(path)
     with q.open_disk(path) as disk:
@@ -771,7 +771,7 @@ def test_refcount_blocks_counted_in_pieces_are_those_counted_at_once(slots: list
         assert counted() == whole
 
 
-def test_refcount_blocks_that_stand_apart_are_read_together() -> None:
+def test_refcount_blocks_with_gaps_between_them_are_read_together() -> None:
     first, count = len(_blank_image()), 3000
     block = struct.pack(">256H", *[1] * 256)
     data = _with_refcount_table([0, *(first + 1024 * number for number in range(count))], block * (2 * count))

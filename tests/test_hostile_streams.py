@@ -137,7 +137,7 @@ def test_what_follows_the_memory_is_read_up_to_a_limit() -> None:
 
 
 @pytest.mark.parametrize("text", [b"[" * 500 + b"]" * 500, b"{}," * 300_000, b"[]," * 600_000, b" " * (3 * MiB)])
-def test_a_description_of_devices_that_is_too_much_is_not_read_and_that_is_said(text: bytes) -> None:
+def test_a_description_of_devices_that_is_too_long_is_not_read_and_that_is_reported(text: bytes) -> None:
     data = simple([page(0, 1, BLOCK)], {BLOCK: PAGE})
     plain = data[: data.index(b"\0\x06", data.index(b"mc146818rtc"))]
     text = b'{"devices":[' + text.rstrip(b",") + b"]}"

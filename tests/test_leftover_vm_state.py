@@ -54,7 +54,7 @@ def test_the_command_line_says_what_it_took(
     assert json.loads(capsys.readouterr().out)["snapshot"].startswith("leftover")
 
 
-def test_a_snapshot_of_that_name_is_told_apart_and_an_image_without_a_leftover_has_none(tmp_path: Path) -> None:
+def test_a_snapshot_of_that_name_is_distinguished_and_an_image_without_a_leftover_has_none(tmp_path: Path) -> None:
     with running(Machine("named", ("-M", "pc", "-m", "16")), tmp_path) as guest:
         guest.ask("stop")
         guest.save("leftover")

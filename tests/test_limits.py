@@ -146,7 +146,7 @@ def test_an_image_at_a_limit_reads_and_one_above_does_not(name: str, subject: Pa
 
 @qemu.requires_qemu
 @pytest.mark.parametrize("name", IMAGE_LIMITS)
-def test_what_a_limit_refuses_is_said_and_never_shown_as_empty(name: str, subject: Path) -> None:
+def test_what_a_limit_refuses_is_reported_and_never_shown_as_empty(name: str, subject: Path) -> None:
     tight = DEFAULT_LIMITS._replace(**{name: _expected(subject)[name] - 1})
     with q.open_image(subject, limits=tight) as image:
         said = [problem.message for problem in image.problems]

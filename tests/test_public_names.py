@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -115,6 +117,15 @@ PLUGINS = Path(__file__).parent.parent / "plugins"
 # All words and the grammar of states are public as a whole, of packages what they list.
 MODULES = {"qcow2_forensics.text", "qcow2_forensics.reader.states"}
 PACKAGES = {f"qcow2_forensics{name}" for name in ("", ".compare", ".files", ".memory", ".recovery", ".residue")}
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES | {"qcow2_forensics.render"}))
+def test_no_public_name_of_a_package_gives_way_to_a_module_that_was_imported(package: str) -> None:
+    found = importlib.import_module(package)
+    modules = [name for _, name, _ in pkgutil.iter_modules(found.__path__) if name != "__main__"]
+    for name in modules:
+        importlib.import_module(f"{package}.{name}")
+    assert [name for name in found.__all__ if isinstance(getattr(found, name), ModuleType)] == []
 
 
 @pytest.mark.parametrize("adapter", ["dfvfs", "dissect", "tsk_img", "volatility"])

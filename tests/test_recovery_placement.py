@@ -259,7 +259,7 @@ def test_a_rising_arrangement_is_the_best_there_is(tables: int, more: int, chanc
 
 
 @given(st.integers(1, 4), st.integers(0, 3))
-def test_where_nothing_tells_slots_apart_tables_take_the_first_ones(tables: int, more: int) -> None:
+def test_where_nothing_distinguishes_slots_tables_take_the_first_ones(tables: int, more: int) -> None:
     assert rising(np.full((tables, tables + more), 3.0)) == list(range(tables))
 
 

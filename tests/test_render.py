@@ -11,7 +11,8 @@ import pytest
 
 import qcow2_forensics
 from qcow2_forensics.findings import TOOL, Evidence, Finding, Report, Severity
-from qcow2_forensics.render import FORMATS, evidence_line, render
+from qcow2_forensics.render import FORMATS, render
+from qcow2_forensics.render.plain import evidence_line
 from qcow2_forensics.render.state_tree import STATES
 from qcow2_forensics.text import cell, columns, shown_value, size, wrap
 from tests.pages import check_page
@@ -139,7 +140,7 @@ def test_capped_evidence_says_how_much_more_there_is() -> None:
     assert "and 4980 more" in render(report(Finding("QCOW2-X", Severity.HIGH, "t", "n", items, count=5000)), "html")
 
 
-def test_a_cut_list_of_evidence_is_said_once_with_the_way_to_see_it() -> None:
+def test_a_shortened_list_of_evidence_is_mentioned_once_with_the_way_to_see_all() -> None:
     items = tuple(Evidence("host", n) for n in range(6))
     shown = render(report(*[Finding("QCOW2-X", Severity.HIGH, "t", "n", items)] * 3))
     assert shown.count("-v shows more of the evidence") == 1
@@ -164,7 +165,7 @@ def test_values_are_written_as_an_examiner_would_look_for_them(field: str, value
     assert shown_value(field, value) == shown
 
 
-def test_evidence_says_how_many_bytes_stand_where() -> None:
+def test_evidence_gives_its_offset_and_how_many_bytes_it_is() -> None:
     assert evidence_line(Evidence("id", "1", 0x40, 1, "snapshot table", snapshot="1")) == (
         "id = 1  (at 0x40, 1 byte, snapshot table, snapshot 1)"
     )

@@ -549,7 +549,7 @@ def test_healthy_image_has_no_residue(make_image: Make) -> None:
     assert _pieces(make_image("disk.qcow2", "4M", "write -P 0x11 0 1M", "write -P 0x22 3M 64k")) == []
 
 
-def test_free_and_leaked_and_trailing_clusters_are_told_apart(tmp_path: Path) -> None:
+def test_free_leaked_and_trailing_clusters_are_distinguished(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).l2(1, 0).l2(2, 0).refcount(7, 0).append(b"behind the end" * 9000)
     kinds = {(piece.kind, piece.offset) for piece in _pieces(path)}

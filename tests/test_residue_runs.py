@@ -263,7 +263,7 @@ _PARTS = st.lists(
 
 
 @given(_PARTS)
-def test_a_joined_piece_says_of_its_bytes_what_is_said_of_them_as_a_whole(parts: list[bytes]) -> None:
+def test_a_joined_piece_is_described_as_its_bytes_are_as_a_whole(parts: list[bytes]) -> None:
     data = b"".join(parts)
     found = list(pieces(lambda at, length: data[at : at + length], [HostRange(0, len(data), "free", 7)], 64))
     at = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,15 +19,7 @@ from tests.filesystems import make, sleuthkit
 from tests.image_builder import S_SNAPSHOTS, Builder, Poke, base_s
 
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "UTC")
-        time.tzset()
-        yield
-    time.tzset()
+pytestmark = pytest.mark.usefixtures("utc")
 
 
 @pytest.fixture
@@ -140,7 +131,7 @@ def test_states_are_chosen_by_name(tmp_path: Path, timeline: Callable[..., list[
 
 
 @qemu.requires_qemu
-def test_a_state_without_a_file_system_is_said_and_the_rest_goes_on(
+def test_a_state_without_a_file_system_is_reported_and_the_others_are_listed(
     make_image: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("pytsk3", reason="pytsk3 is absent")
@@ -153,7 +144,7 @@ def test_a_state_without_a_file_system_is_said_and_the_rest_goes_on(
 
 
 @qemu.requires_qemu
-def test_snapshots_of_one_name_are_told_apart(
+def test_snapshots_of_one_name_are_distinguished(
     make_image: Callable[..., Path], timeline: Callable[..., list[str]]
 ) -> None:
     path = make_image("disk.qcow2", "1M")
@@ -206,7 +197,7 @@ def test_the_cost_of_a_state_does_not_grow_with_their_number(
 
 
 @pytest.mark.slow
-def test_the_case_tells_when_the_implant_came(evidence: EvidenceCase, timeline: Callable[..., list[str]]) -> None:
+def test_the_case_shows_when_the_implant_came(evidence: EvidenceCase, timeline: Callable[..., list[str]]) -> None:
     pytest.importorskip("pytsk3", reason="pytsk3 is absent")
     events = [json.loads(line) for line in timeline(evidence.image, "--format", "jsonl")]
     born = [

@@ -10,8 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,7 @@ from pytsk3_qcow2.files import FileSystem, NoFileSystem, file_systems  # noqa: E
 from pytsk3_qcow2.lines import body_line, fls_line, mode_text  # noqa: E402
 
 SIZE = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """FAT keeps local times: both sides are asked in the same time zone."""
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "UTC")
-        time.tzset()
-        yield
-    time.tzset()
+pytestmark = pytest.mark.usefixtures("utc")
 
 
 @pytest.fixture

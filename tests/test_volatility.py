@@ -334,7 +334,7 @@ def test_a_second_disk_says_where_memory_lives(
     assert "usually the first writable one" in messages[0]
 
 
-def test_disks_are_told_from_dumps_by_their_first_bytes() -> None:
+def test_disks_and_dumps_are_distinguished_by_their_first_bytes() -> None:
     def disk(*parts: tuple[int, bytes]) -> BytesSource:
         data = bytearray(MiB)
         for offset, part in parts:

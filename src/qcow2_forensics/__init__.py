@@ -19,6 +19,7 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # type checkers know the name; the module typing takes time to import
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from .audit import audit, audit_path
@@ -255,17 +256,24 @@ _LAZY = {
 _MODULES = ("errors", "format", "limits", "reader", "text")  # also there as attributes
 
 
-def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None and name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+def at_first_use(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a package: it imports a name from its module, or a module whose home is ``""``."""
 
-    if module is None:
-        return importlib.import_module(f".{name}", __name__)
-    value = getattr(importlib.import_module(f".{module}", __name__), name)
-    globals()[name] = value
-    return value
+    def attribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        import importlib
+
+        if not homes[name]:
+            return importlib.import_module(f".{name}", package)
+        value = getattr(importlib.import_module(f".{homes[name]}", package), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return attribute
+
+
+__getattr__ = at_first_use(__name__, _LAZY | dict.fromkeys(_MODULES, ""))
 
 
 def __dir__() -> list[str]:

@@ -45,7 +45,7 @@ from .selection import VARIABLE, Selection
 from .source_scanner import without_snapshots
 from .state_prompts import StatePrompts
 
-_FAILURES = 3  # failed reads told per image
+_FAILURES = 3  # failed reads reported per image
 _LISTED = 20  # snapshots named in a hint
 
 logger = logging.getLogger("dfvfs_qcow2")

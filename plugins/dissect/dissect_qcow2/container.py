@@ -28,7 +28,6 @@ from qcow2_forensics import (
     base_name,
     folders_from_environment,
     open_disk,
-    parse_reference,
     passphrases_from_environment,
 )
 
@@ -125,14 +124,9 @@ class _Inside(Resolver):
         beside = getattr(parent, "place", None)
         if beside is None:  # a file that stands in from a folder of the caller's
             return super()._follow(name, role, parent, top)
-        driver, why, place = None, "", None
-        try:
-            reference = parse_reference(name, role)
-        except ForbiddenReference as error:
-            if not base_name(name, role):
-                raise
-            why = error.why
-        else:
+        driver, place = None, None
+        reference, why = self.parsed(name, role)
+        if reference is not None:
             driver, place = reference.driver, beside.parent.joinpath(reference.path).resolve()
             if not place.is_relative_to(self._root):
                 why = "it leads outside the folder of the image"

@@ -10,7 +10,7 @@ from ..limits import KiB, MiB
 from ..reader.host_holes import host_runs
 from .spans import Tile
 
-BLOCK = 4 * KiB  # zeros and other bytes of a remainder are told apart by blocks of the file
+BLOCK = 4 * KiB  # zeros and other bytes of a remainder are separated by blocks of the file
 _READ = 1 * MiB  # bytes read at once
 _GAP = 64 * KiB  # bytes between two remainders that are read over
 

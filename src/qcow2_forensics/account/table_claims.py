@@ -159,7 +159,7 @@ class TableClaims:
         self._bits(wanted)
 
     def _bits(self, wanted: list[tuple[int, int, int]]) -> None:
-        """Claim the bits of bitmaps that stand for a place on the disk."""
+        """Claim the bits of bitmaps that have a place on the disk."""
         label, past = self.labels.number(Kind.BITMAP_DATA), self.labels.number(Place.BITS_PAST_END)
         offsets, counts = [one[0] for one in wanted], [one[1] for one in wanted]
         needed = np.asarray([one[2] for one in wanted], np.int64)

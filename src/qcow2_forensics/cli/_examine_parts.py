@@ -26,8 +26,8 @@ from ..reader.opening import leftover_vm_state
 from ..reader.states import labels, spellings
 from ..render import render
 from ..render.anchors import Anchors
+from ..render.image_facts import check_line, heading
 from ..render.rows import without_pictures
-from ..render.summary import check_line, heading
 from ..text import plural
 from . import audit, diff, memory, residue, snapshots, timeline
 

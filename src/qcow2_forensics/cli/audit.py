@@ -170,7 +170,7 @@ def _rendered(args: argparse.Namespace, report: Report, wanted: str, stream: Any
     terminal = stream is not None and stream.isatty()
     if wanted != "text":
         return render(report, wanted)
-    from ..render import render_text
+    from ..render.plain import render_text
 
     width = min(shutil.get_terminal_size().columns, 140) if terminal else 100
     colour = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

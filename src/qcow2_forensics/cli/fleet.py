@@ -36,9 +36,10 @@ from ..findings import SCHEMA_VERSION, TOOL, Report, Severity
 from ..format.source import FileSource
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.writer import atomic_writer, refuse_evidence
-from ..render import render_csv, render_line, render_text
 from ..render.fleet_page import render_fleet
 from ..render.page import run_facts
+from ..render.plain import render_text
+from ..render.rows import render_csv, render_line
 from ..text import cut, plural
 from .case import files_of, run_of, wants_run
 from .output import Progress

@@ -5,9 +5,9 @@ reads their content. Modules that need pytsk3 or dfVFS import it, and are themse
 use of a name of theirs: both are optional.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .. import at_first_use
 from .protocol import FileSystem, NoFileSystem
 from .records import FileRecord, Span, Times, Volume
 
@@ -37,21 +37,18 @@ __all__ = [
     "mode_text",
 ]
 
-_LAZY = {
-    "ReaderImage": "tsk_image",
-    "SleuthKitFileSystem": "sleuthkit",
-    "Spans": "spans",
-    "TolerantReader": "tolerant",
-    "Unreadable": "tolerant",
-    "as_io_error": "tsk_image",
-    "body_line": "lines",
-    "file_systems": "sleuthkit",
-    "fls_line": "lines",
-    "mode_text": "lines",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__ = at_first_use(
+    __name__,
+    {
+        "ReaderImage": "tsk_image",
+        "SleuthKitFileSystem": "sleuthkit",
+        "Spans": "spans",
+        "TolerantReader": "tolerant",
+        "Unreadable": "tolerant",
+        "as_io_error": "tsk_image",
+        "body_line": "lines",
+        "file_systems": "sleuthkit",
+        "fls_line": "lines",
+        "mode_text": "lines",
+    },
+)

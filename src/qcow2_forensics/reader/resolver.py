@@ -116,14 +116,9 @@ class Resolver:
     def _follow(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         own = _folder_of(top)
         search = _Search(name, [*self._folders, *([own] if own is not None else [])])
-        driver, why = None, ""
-        try:
-            reference = parse_reference(name, role)
-        except ForbiddenReference as error:
-            if not base_name(name, role):
-                raise
-            why = error.why
-        else:
+        driver = None
+        reference, why = self.parsed(name, role)
+        if reference is not None:
             if reference.path.endswith("/"):
                 raise ForbiddenReference(name, "it names a folder")
             driver = reference.driver
@@ -141,6 +136,15 @@ class Resolver:
         if why:
             raise ForbiddenReference(name, why)
         raise MissingFile(role, name, dict.fromkeys(search.tried))
+
+    def parsed(self, name: str, role: Role) -> tuple[Reference | None, str]:
+        """Return what a name asks for; None and the reason for one that no file is opened for, but one may stand in."""
+        try:
+            return parse_reference(name, role), ""
+        except ForbiddenReference as error:
+            if not base_name(name, role):
+                raise
+            return None, error.why
 
     def stand_in(self, name: str, role: Role, parent: Source, top: Source) -> FileSource | None:
         """Return what stands in for a name in the folders that the caller or ``top`` allows, None without."""

@@ -1,7 +1,7 @@
 """Which clusters of a disk its file systems use, read through the L2 tables that are placed already.
 
 The table of a part of the disk stores the clusters that the file system uses there, so what a bitmap of the
-file system says about a slot tells which table fits it. What is not known (no file system, a bitmap that
+file system says about a slot shows which table fits it. What is not known (no file system, a bitmap that
 is not placed, blocks that are allocated and seldom written) has no say.
 """
 

@@ -5,9 +5,9 @@ Each renderer is imported when it is first used: a triage in plain text needs ne
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .. import at_first_use
 from ..findings import Report
 
 if TYPE_CHECKING:
@@ -49,18 +49,15 @@ __all__ = [
     "summary",
 ]
 
-_MODULES = {
-    "evidence_line": "plain",
-    "render_csv": "rows",
-    "render_html": "html",
-    "render_json": "rows",
-    "render_line": "rows",
-    "render_text": "plain",
-    "summary": "plain",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+__getattr__ = at_first_use(
+    __name__,
+    {
+        "evidence_line": "plain",
+        "render_csv": "rows",
+        "render_html": "html",
+        "render_json": "rows",
+        "render_line": "rows",
+        "render_text": "plain",
+        "summary": "plain",
+    },
+)

@@ -10,11 +10,11 @@ from ..text import hexadecimal, html_only, markup, sentence, shown_value
 from .account import section as account_section
 from .allocation_map import draw_map
 from .anchors import Anchors
+from .image_facts import check_line, heading
 from .next_commands import next_command
 from .page import badge, page, run_facts
 from .plain import summary
 from .state_tree import draw_tree
-from .summary import check_line, heading
 
 ITEMS = 20  # evidence items printed per finding; the JSON has them all
 _FOLDED = 8  # findings of one code in a row that are still shown one by one

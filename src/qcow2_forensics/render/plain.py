@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..findings import Evidence, Finding, Report, Severity
 from ..text import hexadecimal, sentence, shown_value, size, text, wrap
 from .account import lines as account_lines
-from .summary import check_line, heading, name
+from .image_facts import check_line, heading, name
 
 DEFAULT_WIDTH = 100
 ITEMS = 5  # evidence items shown per finding; -v shows all that were kept

@@ -13,9 +13,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .. import at_first_use
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from .model import Piece
@@ -35,17 +35,14 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
 __all__ = ["DeletedSnapshot", "Piece", "Residue", "choose_deleted", "deleted_snapshots", "open_deleted", "residue"]
 
 # What needs the census and numpy is loaded on first use: triage needs only header slack.
-_LAZY = {
-    "DeletedSnapshot": "snapshot_entries",
-    "Residue": "inventory",
-    "choose_deleted": "snapshot_entries",
-    "deleted_snapshots": "inventory",
-    "open_deleted": "inventory",
-    "residue": "inventory",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__ = at_first_use(
+    __name__,
+    {
+        "DeletedSnapshot": "snapshot_entries",
+        "Residue": "inventory",
+        "choose_deleted": "snapshot_entries",
+        "deleted_snapshots": "inventory",
+        "open_deleted": "inventory",
+        "residue": "inventory",
+    },
+)
