@@ -107,7 +107,8 @@ def attempt(root: Path, allowed: list[str], path: str) -> str:
         return errno.errorcode[error.errno or 0]
     with os.fdopen(descriptor) as file:
         assert os.path.realpath(real) == real
-        assert os.path.samestat(os.fstat(descriptor), os.stat(f"{root}/{path}"))
+        if confined.HAS_DESCRIPTOR_PATHS or ".." not in path:  # by name ".." is taken out of the text, as Windows does
+            assert os.path.samestat(os.fstat(descriptor), os.stat(f"{root}/{path}"))
         return file.read()
 
 
@@ -156,6 +157,8 @@ def test_random_links_are_followed_as_far_as_is_allowed(
 
 
 @example(tree={"case/b": "", "case/a": "b"}, path="a")
+@example(tree={"case/a": ""}, path="a/.")
+@example(tree={"case/a": "", "case/b": ""}, path="a/../b")
 @example(tree={"out/a": "", "case/a": "/out/a"}, path="a")
 @example(tree={"out/a": "", "case/loop": "loop", "case/a": "loop/../b", "case/b": "/out/a"}, path="a")
 @given(tree=trees(), path=TARGETS)
