@@ -7,6 +7,7 @@ opened relative to an open folder is judged by the path of its own descriptor.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import sysconfig
@@ -16,23 +17,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_LOCKING = {
+    getattr(fcntl, name, None)
+    for name in ("F_SETLK", "F_SETLKW", "F_SETLK64", "F_SETLKW64", "F_OFD_SETLK", "F_OFD_SETLKW", "F_SETLEASE")
+}
 _FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.")
-_CHANGES = frozenset(
-    f"os.{name}"
-    for name in (
-        "remove",
-        "rename",
-        "rmdir",
-        "mkdir",
-        "truncate",
-        "chmod",
-        "chown",
-        "link",
-        "symlink",
-        "utime",
-        "lockf",
-    )
-) | {"fcntl.flock", "fcntl.lockf", "os.setxattr", "os.removexattr"}
+# What an event changes: the place of each path among its arguments, and of the open folder it is relative to.
+_CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.remove": ((0, 1),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.link": ((0, 2), (1, 3)),  # a further name changes the link count of the first
+    "os.symlink": ((1, 2),),
+    "os.utime": ((0, 3),),
+    "os.setxattr": ((0, None),),
+    "os.removexattr": ((0, None),),
+}
+_LOCKS = {"os.lockf": None, "fcntl.flock": None, "fcntl.lockf": None, "fcntl.fcntl": _LOCKING}  # of which commands
 _HARMLESS = ("/dev/null", "/clear_refs")  # the second by our own budget
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -65,12 +70,24 @@ class Watch:
             self._open(*arguments[:3])
         elif event.startswith(_FORBIDDEN):
             self.seen.append(f"{event} {arguments!r}"[:300])
+        elif event in _LOCKS:
+            wanted = _LOCKS[event]
+            if wanted is None or arguments[1] in wanted:
+                self._change(f"{event} of", _of_descriptor(arguments[0]))
         elif event in _CHANGES:
-            if isinstance(arguments[0], int) or (isinstance(arguments[-1], int) and arguments[-1] >= 0):
-                return  # a descriptor, or a name relative to an open folder, as rmtree has them
-            name = _real(arguments[0])
-            if not _below(name, self._writable):
-                self.seen.append(f"{event} {name}")
+            for place, folder in _CHANGES[event]:
+                path = arguments[place]
+                beside = -1 if folder is None else arguments[folder]
+                if isinstance(path, int):
+                    self._change(event, _of_descriptor(path))
+                elif isinstance(beside, int) and beside >= 0:
+                    self._change(event, os.path.join(_of_descriptor(beside), os.fsdecode(path)))  # type: ignore[arg-type]
+                else:
+                    self._change(event, _real(path))
+
+    def _change(self, event: str, name: str) -> None:
+        if not _below(name, self._writable):
+            self.seen.append(f"{event} {name}")
 
     def _open(self, path: object, _mode: object = None, flags: object = 0) -> None:
         if path is None or isinstance(path, int):
@@ -83,6 +100,14 @@ class Watch:
         writes = isinstance(flags, int) and flags & _WRITING
         if not _below(name, self._writable if writes and not name.endswith(_HARMLESS) else self._readable):
             self.seen.append(f"open {name} {'to write' if writes else 'to read'}")
+
+
+def _of_descriptor(descriptor: object) -> str:
+    """Return the path of what is open, as far as the system says it."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return f"descriptor {descriptor}"
 
 
 def _real(path: object) -> str:
@@ -121,7 +146,7 @@ def _open_and_look(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | No
     finally:
         _relative.busy = False
     if os.path.isdir("/proc/self/fd"):
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        name = _of_descriptor(descriptor)
         for watch in _active:
             watch.look_at(name, flags)
     return descriptor
@@ -130,7 +155,7 @@ def _open_and_look(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | No
 def _hook(event: str, arguments: tuple[object, ...]) -> None:
     if event == "open" and getattr(_relative, "busy", False):
         return
-    if _active and (event == "open" or event in _CHANGES or event.startswith(_FORBIDDEN)):
+    if _active and (event == "open" or event in _CHANGES or event in _LOCKS or event.startswith(_FORBIDDEN)):
         watchers, _active[:] = list(_active), []  # what looking itself opens is not evidence's doing
         try:
             for watch in watchers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.watch import Watch, watching
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qcow2_forensics.errors import Qcow2Error
@@ -106,7 +107,8 @@ def attempt(root: Path, allowed: list[str], path: str) -> str:
         return errno.errorcode[error.errno or 0]
     with os.fdopen(descriptor) as file:
         assert os.path.realpath(real) == real
-        assert os.path.samestat(os.fstat(descriptor), os.stat(f"{root}/{path}"))
+        if confined.HAS_DESCRIPTOR_PATHS or ".." not in path:  # by name ".." is taken out of the text, as Windows does
+            assert os.path.samestat(os.fstat(descriptor), os.stat(f"{root}/{path}"))
         return file.read()
 
 
@@ -123,6 +125,21 @@ def expected(tree: Tree, allowed: list[str], path: str) -> str:
         return errno.errorcode[error.errno or 0]
 
 
+@example(tree={"case/b": "", "case/a": "b"}, allowed=["case"], path="case/a")
+@example(
+    tree={"case/sub/b": "", "case/a": "/case/sub", "case/sub/deep/a": "../../a/b"},
+    allowed=["case"],
+    path="case/sub/deep/a",
+)
+@example(tree={"out/a": "", "case/a": "/out/a"}, allowed=["case"], path="case/a")
+@example(tree={"out/a": "", "case/a": "../out"}, allowed=["case"], path="case/a/a")
+@example(tree={"extra/a": "", "case/a": "../extra/a"}, allowed=["case", "extra"], path="case/a")
+@example(
+    tree={"out/a": "", "case/loop": "loop", "case/a": "loop/../b", "case/b": "/out/a"}, allowed=["case"], path="case/a"
+)
+@example(tree={"case/a": ""}, allowed=["case"], path="case/../case/a")
+@example(tree={"case/a": ""}, allowed=["case"], path="case/../out/../case/a")
+@example(tree={"case/a": "sub"}, allowed=["case"], path="case/a")
 @given(
     tree=trees(),
     allowed=st.sampled_from([["case"], ["case", "extra"], ["case", "case/sub"], ["case/sub", "case"], ["case/sub"]]),
@@ -139,6 +156,11 @@ def test_random_links_are_followed_as_far_as_is_allowed(
         assert len(os.listdir("/proc/self/fd")) <= before  # other tests may leave files to the garbage collector
 
 
+@example(tree={"case/b": "", "case/a": "b"}, path="a")
+@example(tree={"case/a": ""}, path="a/.")
+@example(tree={"case/a": "", "case/b": ""}, path="a/../b")
+@example(tree={"out/a": "", "case/a": "/out/a"}, path="a")
+@example(tree={"out/a": "", "case/loop": "loop", "case/a": "loop/../b", "case/b": "/out/a"}, path="a")
 @given(tree=trees(), path=TARGETS)
 def test_without_descriptor_paths_nothing_else_is_opened(
     tree: Tree, path: str, tmp_path_factory: pytest.TempPathFactory
@@ -166,11 +188,46 @@ def test_a_link_behind_a_loop_leads_nowhere(simple: bool, tmp_path: Path, monkey
     os.symlink("loop/../z", case / "base.raw")
     os.symlink(tmp_path / "secret", case / "z")
     for name in ("base.raw", "loop/../z", "z", 'json:{"driver":"raw","file.filename":"base.raw"}'):
-        with (case / "disk").open("wb+"):
-            source = FileSource(case / "disk")
-            with pytest.raises(Qcow2Error, match="is not followed"):
-                Resolver().open(name, "backing", source, source)
-            source.close()
+        (case / "disk").touch()
+        source = FileSource(case / "disk")
+        with watching(Watch(readable=[case])) as watch, pytest.raises(Qcow2Error, match="is not followed"):
+            Resolver().open(name, "backing", source, source)
+        assert watch.take() == [], name
+        source.close()
+
+
+@pytest.mark.parametrize("simple", [False, True], ids=["by descriptors", "by name"])
+def test_what_is_no_regular_file_is_never_opened(simple: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if simple:
+        monkeypatch.setattr(confined, "HAS_DESCRIPTOR_PATHS", False)
+    os.mkfifo(tmp_path / "fifo")
+    (folder,) = (item for item in [confined.folder(tmp_path)] if item)
+    with watching(Watch(readable=[tmp_path])) as watch, pytest.raises(NotRegular):
+        open_below([folder], f"{folder.real}/fifo")
+    assert f"{folder.real}/fifo" not in watch.opened
+
+
+@pytest.mark.parametrize("simple", [False, True], ids=["by descriptors", "by name"])
+def test_a_fifo_that_takes_the_place_of_a_file_is_not_taken_for_it(
+    simple: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if simple:
+        monkeypatch.setattr(confined, "HAS_DESCRIPTOR_PATHS", False)
+    place = tmp_path / "base"
+    place.write_bytes(b"x")
+    (folder,) = (item for item in [confined.folder(tmp_path)] if item)
+    look = os.stat
+
+    def then_swap(path: object, **options: object) -> os.stat_result:
+        status = look(path, **options)  # type: ignore[call-overload]
+        if str(path).endswith("base") and stat.S_ISREG(status.st_mode):
+            place.unlink()
+            os.mkfifo(place)
+        return status
+
+    monkeypatch.setattr(os, "stat", then_swap)
+    with pytest.raises(NotRegular):
+        open_below([folder], f"{folder.real}/base")
 
 
 def test_nothing_outside_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

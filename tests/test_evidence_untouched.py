@@ -217,6 +217,49 @@ def test_the_watch_sees_opens_sockets_and_subprocesses(tmp_path: Path) -> None:
         assert watch.take() == [f"os.remove {inside / 'new'}"]
 
 
+def test_the_watch_sees_changes_and_locks_by_name_by_descriptor_and_by_folder(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    case, out = tmp_path / "case", tmp_path / "out"
+    for folder in (case, out):
+        folder.mkdir()
+        (folder / "a").write_bytes(b"a")
+    folders = {place: os.open(place, os.O_RDONLY) for place in (case, out)}
+    files = {place: os.open(place / "a", os.O_RDWR) for place in (case, out)}
+    changes: dict[str, Callable[[Path], object]] = {
+        "os.chmod of a descriptor": lambda place: os.chmod(files[place], 0o644),
+        "os.truncate": lambda place: os.truncate(place / "a", 1),
+        "os.truncate of a descriptor": lambda place: os.ftruncate(files[place], 1),
+        "os.utime": lambda place: os.utime(place / "a"),
+        "os.link": lambda place: os.link(place / "a", place / "b"),
+        "os.rename to it": lambda place: os.rename(place / "b", place / "c"),
+        "os.remove in a folder": lambda place: os.remove("c", dir_fd=folders[place]),
+        "os.mkdir": lambda place: os.mkdir(place / "d"),
+        "os.rmdir": lambda place: os.rmdir(place / "d"),
+        "os.symlink": lambda place: os.symlink("nowhere", place / "link"),
+        "fcntl.flock": lambda place: fcntl.flock(files[place], fcntl.LOCK_SH),
+        "fcntl.lockf": lambda place: fcntl.lockf(files[place], fcntl.LOCK_SH),
+        "os.lockf": lambda place: os.lockf(files[place], os.F_LOCK, 1),
+        "fcntl.fcntl": lambda place: fcntl.fcntl(files[place], fcntl.F_SETLK, bytes(64)),
+    }
+    if hasattr(os, "setxattr"):
+        changes["os.setxattr"] = lambda place: _suppressed(os.setxattr, place / "a", "user.a", b"")
+    with watching(Watch(readable=[case], writable=[out])) as watch:
+        for event, change in changes.items():
+            change(out)
+            assert watch.take() == [], event
+            change(case)
+            seen = watch.take()
+            assert seen, event
+            assert all(line.startswith(event.split()[0]) and str(case) in line for line in seen), seen
+    for descriptor in (*folders.values(), *files.values()):
+        os.close(descriptor)
+
+
+def _suppressed(call: Callable[..., object], *arguments: object) -> None:
+    with suppress(OSError):  # where the file system does not have it
+        call(*arguments)
+
+
 def test_an_open_of_a_name_from_the_image_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted defect: a resolver that follows whatever it is told."""
     path = hostile.build("H66", tmp_path)

@@ -190,6 +190,14 @@ def test_what_qemu_takes_for_another_format_is_never_raw(head: bytes, tmp_path: 
     assert (probe(FileSource(path)) == "raw") == raw_to_qemu
 
 
+@pytest.mark.parametrize("name", ["base.dmg", "base.DMG", "dmg", ".dmg", "base.dmg.raw", "base.vmdk", "base.vhd"])
+def test_a_name_means_another_format_where_it_does_to_qemu(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"x" * 4096)
+    raw_to_qemu = b"file format: raw" in qemu.run("qemu-img", "info", str(path), check=False).stdout
+    assert (probe(FileSource(path)) == "raw") == raw_to_qemu
+
+
 @pytest.mark.parametrize("subformat", OTHER_FILES)
 def test_a_vmdk_whose_data_is_in_other_files_is_unsupported(subformat: str, tmp_path: Path) -> None:
     base(tmp_path, "vmdk", {"subformat": subformat})

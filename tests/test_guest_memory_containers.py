@@ -12,6 +12,7 @@ import importlib
 import lzma
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from qcow2_forensics import open_image
 from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, SnapshotNotFound, Unsupported
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.limits import DEFAULT_LIMITS
-from qcow2_forensics.memory import GuestMemory, find_stream, open_guest_memory
+from qcow2_forensics.memory import GuestMemory, containers, find_stream, open_guest_memory
 from tests import qemu
 from tests.stream_builder import PAGE, page, simple
 from tests.test_guest_memory import mapped_stream
@@ -92,6 +93,18 @@ def test_damaged_compression_is_a_format_error_and_leaves_no_cache(packing: int,
         with pytest.raises(FormatError):
             find_stream(BytesSource(libvirt(broken, packing)), cache_dir=tmp_path / "cache")
         assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_decompression_that_is_ended_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: object) -> None:
+        assert list((tmp_path / "cache").iterdir()) != []
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(containers, "_decompress", end)
+    with pytest.raises(SystemExit):
+        find_stream(BytesSource(libvirt(PACKERS[1](STREAM), 1)), cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def lzop(data: bytes) -> bytes:

@@ -70,6 +70,7 @@ def test_only_images_of_its_own_folder_are_looked_at(tmp_path: Path) -> None:
     raw.write_bytes(bytes(1 << 20))
     image = make(tmp_path / "other")
     (tmp_path / "case" / "link.qcow2").symlink_to(image)
+    os.symlink(f"{image.parent}/{'./' * 60}{image.name}", tmp_path / "case" / "long.qcow2")  # a link of a header's size
     os.mkfifo(tmp_path / "case" / "fifo.qcow2")
     (tmp_path / "case" / "cut.qcow2").write_bytes(b"QFI\xfb")
     assert images_of(str(raw)) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import functools
 import gc
 import http.server
@@ -211,6 +212,37 @@ def test_an_interrupted_vmstatedump_leaves_nothing(tmp_path: Path) -> None:
         _dump_of_demo(tmp_path, interrupt)
     gc.collect()  # a handler that is still open would give its file a name now
     assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_a_vmstatedump_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
+    def end(percent: float, _: str) -> None:
+        if percent > 50:
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        _dump_of_demo(tmp_path, end)
+    assert ended.value.code == 128 + signal.SIGTERM
+    gc.collect()
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["ended", "full"])
+def test_an_index_that_is_not_written_to_its_end_leaves_nothing(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from volatility3.plugins.qcow2 import index_cache
+
+    def stop(*_: object) -> None:
+        if way == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with contextlib.suppress(SystemExit):
+        index_cache._store(tmp_path / "cache" / "qcow2_x.cache", b"index")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_vmstatedump_on_a_full_disk_leaves_nothing(tmp_path: Path) -> None:

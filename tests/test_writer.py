@@ -114,6 +114,29 @@ def test_what_does_not_end_well_leaves_nothing(kind: str, error: BaseException, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["file", "stream", "folder"])
+@pytest.mark.parametrize("former", [False, True], ids=["new", "replaced"])
+def test_nothing_has_the_name_of_an_output_before_it_is_whole(kind: str, former: bool, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    if former:
+        target.mkdir() if kind == "folder" else target.write_bytes(b"former")
+    options = {"replace" if kind == "folder" else "force": former}
+    manager = {"file": writing, "stream": atomic_writer, "folder": whole_folder}[kind]
+    with manager(target, **options) as inside:  # type: ignore[operator]
+        if kind == "folder":
+            (inside / "file").write_bytes(b"new")
+        elif kind == "file":
+            inside.data(b"new")
+        else:
+            inside.write(b"new")
+        if not former:
+            assert not target.exists()
+        else:
+            assert list(target.iterdir()) == [] if kind == "folder" else target.read_bytes() == b"former"
+    assert (target / "file" if kind == "folder" else target).read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_a_disk_that_is_full_at_the_last_moment_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     close = os.close
 

@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from .reader.states import SnapshotName, is_recovered_state
     from .reader.stream import SourceStream
     from .reader.vm_state import VmState
+    from .reader.writer import ended_by_signals
 
 __all__ = [
     "ALONE_VARIABLE",
@@ -144,6 +145,7 @@ __all__ = [
     "base_name",
     "choose_memory",
     "compare",
+    "ended_by_signals",
     "find_kernel",
     "find_stream",
     "folders_from_environment",
@@ -227,6 +229,7 @@ _LAZY = {
     "base_name": "reader.resolver",
     "choose_memory": "reader.memory_choice",
     "compare": "compare",
+    "ended_by_signals": "reader.writer",
     "find_kernel": "memory",
     "find_stream": "memory",
     "folders_from_environment": "reader.resolver",

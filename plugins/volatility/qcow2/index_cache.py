@@ -108,13 +108,20 @@ def _load(path: Path | None) -> bytes | None:
 
 
 def _store(path: Path | None, data: bytes) -> None:
+    from qcow2_forensics import ended_by_signals
+
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix="qcow2_", suffix=".part")
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.replace(partial, path)
+        with ended_by_signals():
+            handle, partial = tempfile.mkstemp(dir=path.parent, prefix="qcow2_", suffix=".part")
+            try:
+                with open(handle, "wb") as file:
+                    file.write(data)
+                os.replace(partial, path)
+            except BaseException:
+                os.unlink(partial)
+                raise
     except OSError as error:
         vollog.info("The index could not be kept in %s: %s", path.parent, error.strerror)

@@ -49,12 +49,14 @@ class VmStateDump(EvidencePlugin):
         ]
 
     def _rows(self) -> Iterator[Row]:
+        from qcow2_forensics import ended_by_signals
         from qcow2_forensics.text import printable
 
         stream = self.stream()
         suffix = f"snapshot-{stream.snapshot.id}" if stream.snapshot is not None else "memory"
         for name, size, read in self._wanted(stream):
-            written = self._write(f"{suffix}{name}", size, read)
+            with ended_by_signals():
+                written = self._write(f"{suffix}{name}", size, read)
             yield 0, (printable(written), size)
 
     def _wanted(self, stream: Stream) -> Iterator[tuple[str, int, Callable[[int, int], bytes]]]:

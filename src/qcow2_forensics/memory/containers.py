@@ -38,6 +38,7 @@ from ..limits import (
     MiB,
 )
 from ..reader.stream import SourceStream
+from ..reader.writer import ended_by_signals
 from .lzop import DamagedError, LzopReader
 from .sections import MAGIC
 
@@ -243,14 +244,15 @@ def _unpacked(window: StreamWindow, opener: Opener, cache_dir: str | os.PathLike
     target = folder / f"qcow2_stream_{_fingerprint(window)}.cache"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=folder, prefix=target.stem, suffix=".part")
-        try:
-            with open(handle, "wb") as file:
-                _decompress(window, opener, file, limits)
-            os.replace(partial, target)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with ended_by_signals():
+            handle, partial = tempfile.mkstemp(dir=folder, prefix=target.stem, suffix=".part")
+            try:
+                with open(handle, "wb") as file:
+                    _decompress(window, opener, file, limits)
+                os.replace(partial, target)
+            except BaseException:
+                os.unlink(partial)
+                raise
     return FileSource(target)
 
 

@@ -191,6 +191,8 @@ def _open_by_name(folders: Sequence[Folder], path: str) -> tuple[int, str]:
     real = os.path.realpath(path, strict=True)
     if not is_below(real, roots):
         raise LeavesFolders
+    if _components(path)[-1] in ("", "."):  # "name/" and "name/.": a folder is meant
+        raise NotRegular if os.path.isdir(real) else NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not stat.S_ISREG(os.stat(real).st_mode):
         raise NotRegular
     descriptor = os.open(real, _FILE_FLAGS)
