@@ -194,7 +194,7 @@ def _spans(*records: FileRecord | None) -> Iterator[Span]:
             yield from record.spans
 
 
-Key = tuple[str, str]  # path and stream
+Key = tuple[str, str, int]  # path and stream, and the inode where one of the states has the path more than once
 
 
 class _Pair:
@@ -205,8 +205,9 @@ class _Pair:
         self._new_system = after.systems.get(place)
         self._touched = touched
         old, new = before.records.get(place, []), after.records.get(place, [])
-        self._old = _allocated(old)
-        self._new = _allocated(new)
+        repeated = _repeated(old) | _repeated(new)
+        self._old = _allocated(old, repeated)
+        self._new = _allocated(new, repeated)
         self._old_deleted = [record for record in old if not record.allocated and not record.virtual]
         self._new_deleted = [record for record in new if not record.allocated and not record.virtual]
         self._in_use = Spans(span for record in new if record.allocated for span in record.spans)
@@ -259,12 +260,12 @@ class _Pair:
 
     def _newly_deleted(self, gone: dict[Key, FileRecord]) -> Iterator[Changed]:
         """Deleted entries of the second state whose files the first state does not have."""
-        known = {(*_key(record), _identity(record)) for record in self._old_deleted}
+        known = {(record.path, _identity(record)) for record in self._old_deleted}
         reported = {_identity(record) for record in gone.values()}
         inodes = {_identity(record) for record in self._old.values()}
         for record in self._new_deleted:
             identity = _identity(record)
-            if (*_key(record), identity) in known or identity in reported or not record.inode:
+            if (record.path, identity) in known or identity in reported or not record.inode:
                 continue
             if identity in inodes and not record.path.startswith("/$OrphanFiles/"):
                 continue  # an old name of a file that is still there
@@ -333,16 +334,25 @@ def _digest(system: FileSystem | None, record: FileRecord | None) -> str | None:
         return None
 
 
-def _allocated(records: Sequence[FileRecord]) -> dict[Key, FileRecord]:
+def _allocated(records: Sequence[FileRecord], repeated: set[tuple[str, str]]) -> dict[Key, FileRecord]:
     found: dict[Key, FileRecord] = {}
     for record in records:
         if record.allocated and not record.virtual:
-            found.setdefault(_key(record), record)
+            name = record.path, record.stream
+            found.setdefault((*name, record.inode if name in repeated else 0), record)
     return found
 
 
-def _key(record: FileRecord) -> Key:
-    return record.path, record.stream
+def _repeated(records: Sequence[FileRecord]) -> set[tuple[str, str]]:
+    """Return the names that more than one file in use has: damage makes some, and letters that no library decodes."""
+    seen: dict[tuple[str, str], int] = {}
+    found = set()
+    for record in records:
+        if record.allocated and not record.virtual:
+            name = record.path, record.stream
+            if seen.setdefault(name, record.inode) != record.inode:
+                found.add(name)
+    return found
 
 
 def _identity(record: FileRecord) -> tuple[int, str]:

@@ -8,7 +8,7 @@ process is changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dfvfs.helpers import source_scanner
@@ -173,10 +173,10 @@ class Scanned:
             chain.SetCredential(spec, "password", None)
         return True
 
-    def file_systems(self, volume: Volume) -> Iterator[FileSystem]:
-        """Yield the file systems; ``volume`` says where they are."""
+    def file_systems(self, place: Callable[[], Volume]) -> Iterator[FileSystem]:
+        """Yield the file systems; ``place`` is asked once for each what to call it and where it is."""
         for spec in self.specs:
-            yield DfvfsFileSystem(self._reader, volume, spec, self._context, self._file)
+            yield DfvfsFileSystem(self._reader, place(), spec, self._context, self._file)
 
 
 def _payload(reader: Reader, kind: str) -> int:

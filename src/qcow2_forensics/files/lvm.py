@@ -53,6 +53,7 @@ class LogicalVolume(NamedTuple):
     parts: tuple[tuple[Reader, Segment], ...]
     why: str
     is_elsewhere: bool = False  # a part of it is on a physical volume of another disk
+    physical: str = ""  # the UUID of the first physical volume of its group on this disk
 
 
 class LvmError(ValueError):
@@ -260,6 +261,8 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
     for alias, physical in _sections(group, "physical_volumes").items():
         uuid = str(physical.get("id", ""))
         starts[alias] = readers.get(uuid.replace("-", "")), _number(physical, "pe_start") * SECTOR, uuid
+    held = {uuid.replace("-", "") for _, _, uuid in starts.values()}
+    first_held = next((uuid for uuid in readers if uuid in held), "")
     described = _sections(group, "logical_volumes")
     budget = LVM_SEGMENTS
     looked_at = Budget.up_to("segments of LVM volumes that are not read", LVM_SEGMENTS)
@@ -287,7 +290,7 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
         elif not parts:
             why = "it has no segments"
         budget -= len(parts)
-        yield LogicalVolume(group_name, name, size, tuple(parts), why, is_elsewhere)
+        yield LogicalVolume(group_name, name, size, tuple(parts), why, is_elsewhere, first_held)
     if len(visible) > LVM_VOLUMES:
         raise LvmError(f"it has {len(visible)} logical volumes, of which {LVM_VOLUMES} are looked into")
 

@@ -146,14 +146,17 @@ class _Finder:
         self.spans: dict[Place, Sequence[Span]] = {}
         self._disk = reader
         self._partitions: list[tuple[int, int]] = []
+        self._places: set[Place] = set()
         self._passphrases = passphrases
         self._physical: list[tuple[lvm.PhysicalVolume, Volume, int]] = []
 
     def look_at_partition(self, volume: Volume, length: int) -> None:
         """Look into a partition, or the whole disk."""
         if volume.offset >= self._disk.size:
-            self.unread.append(Unread(volume, (), "it begins past the end of the disk"))
+            self.unread.append(Unread(self._own_place(volume), (), "it begins past the end of the disk"))
             return
+        if (volume.offset, length) in self._partitions:
+            return  # a table that lists a partition twice
         self._partitions.append((volume.offset, length))
         self._look(VolumeReader.slice(self._disk, volume.offset, length), volume, 0)
 
@@ -199,7 +202,7 @@ class _Finder:
         handle = open_file_system(image, 0 if depth else volume.offset)
         if handle is None:
             return False
-        known = replace(volume, kind=kind_of(handle), backend="The Sleuth Kit")
+        known = self._own_place(replace(volume, kind=kind_of(handle), backend="The Sleuth Kit"))
         self.spans[known.place] = tuple(reader.place(0, reader.size))
         self.systems.append(SleuthKitFileSystem(image, known, handle, reader if depth else None))
         return True
@@ -220,14 +223,24 @@ class _Finder:
         if scanned.locked:
             given = "no given passphrase opens it" if self._passphrases else "it needs a passphrase"
             return f"it is encrypted and {given}"
+        known = replace(volume, kind=volume.kind.lower(), backend="dfVFS")
         try:
-            found = list(scanned.file_systems(replace(volume, kind=volume.kind.lower(), backend="dfVFS")))
+            found = list(scanned.file_systems(lambda: self._own_place(known)))
         except OSError as error:
             return str(error)
         self.systems += found
-        if found:
-            self.spans[volume.place] = tuple(reader.place(0, reader.size))
+        for system in found:
+            self.spans[system.volume.place] = tuple(reader.place(0, reader.size))
         return "" if found else f"dfVFS cannot open it{f': {scanned.problem}' if scanned.problem else ''}"
+
+    def _own_place(self, volume: Volume) -> Volume:
+        """Return a volume under a name of its own: two groups may have one name, and a container several file systems."""
+        named, number = volume, 1
+        while named.place in self._places:
+            number += 1
+            named = replace(volume, inside=f"{volume.inside}~{number}")
+        self._places.add(named.place)
+        return named
 
     def _is_blank(self, reader: Reader) -> bool:
         return _is_blank(self._disk.disk, reader.place(0, reader.size), self._blank)
@@ -236,7 +249,7 @@ class _Finder:
         self, reader: Reader, volume: Volume, why: str, *, holds_files: bool = True, blank: bool = False
     ) -> None:
         spans = tuple(reader.place(0, reader.size))
-        self.unread.append(Unread(volume, spans, printable(why), holds_files, blank))
+        self.unread.append(Unread(self._own_place(volume), spans, printable(why), holds_files, blank))
 
     # --- LVM2 ---------------------------------------------------------------------------------
 
@@ -253,12 +266,18 @@ class _Finder:
         """Look into the logical volumes of every physical volume found so far; call it last."""
         while self._physical:  # a logical volume may itself be a physical one
             physical, self._physical = self._physical, []
-            _, first, depth = physical[0]
+            known: dict[str, tuple[lvm.PhysicalVolume, Volume, int]] = {}
+            for item in physical:
+                part, volume, _ = item
+                if known.setdefault(part.uuid, item) is not item:  # a copy: LVM itself asks which one is meant
+                    why = f"its identifier {part.uuid} is that of another physical volume of this disk"
+                    self._not_read(part.reader, replace(volume, kind="LVM2"), why)
             try:
-                for logical in lvm.logical_volumes(part for part, _, _ in physical):
+                for logical in lvm.logical_volumes(part for part, _, _ in known.values()):
+                    _, first, depth = known.get(logical.physical, physical[0])
                     self._logical(logical, first, depth + 1)
             except (lvm.LvmError, LimitExceeded) as error:
-                for part, volume, _ in physical:
+                for part, volume, _ in known.values():
                     self._not_read(part.reader, replace(volume, kind="LVM2"), str(error))
 
     def _logical(self, logical: lvm.LogicalVolume, first: Volume, depth: int) -> None:
@@ -272,8 +291,8 @@ class _Finder:
             return
         spans = tuple(span for reader, segment in logical.parts for span in reader.place(segment.below, segment.length))
         why = logical.why or f"it is nested more than {VOLUME_DEPTH} deep"
-        unread = Unread(replace(volume, kind="LVM2"), spans, printable(why), is_elsewhere=logical.is_elsewhere)
-        self.unread.append(unread)
+        known = self._own_place(replace(volume, kind="LVM2"))
+        self.unread.append(Unread(known, spans, printable(why), is_elsewhere=logical.is_elsewhere))
 
 
 def _is_blank(disk: Layer, spans: Iterable[Span], budget: Budget) -> bool:
