@@ -116,7 +116,11 @@ def backing_folders(context: interfaces.context.ContextInterface) -> tuple[str, 
     """Return the folders besides the image's own in which its backing files may lie."""
     from qcow2_forensics import folders_from_environment
 
-    return (*_paths(_option(context, "qcow2_backing_folder")), *folders_from_environment())
+    named = _paths(_option(context, "qcow2_backing_folder"))
+    for folder in named:
+        if not os.path.isdir(folder):
+            common.warn(f"--qcow2-backing-folder: {folder!r} is not a folder")
+    return (*named, *folders_from_environment())
 
 
 def backing_file(context: interfaces.context.ContextInterface) -> NamedFiles:

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import NotQcow2, Qcow2Error
+from ..format.source import remembering_sources
 from ..text import printable
 
 COMMANDS = (
@@ -87,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
         args.given = given
-        return int(args.run(args))
+        with remembering_sources():
+            return int(args.run(args))
     except NotQcow2 as error:
         path = getattr(args, "image", None)
         return fail(f"{error}{_data_file_hint(path) or _tables_hint(path)}")

@@ -13,16 +13,16 @@ from typing import Any
 
 from ..audit import audit
 from ..findings import EVIDENCE_LIMIT, Report, Severity
-from ..reader.writer import atomic_writer
+from ..reader.writer import atomic_writer, is_standard_output, refuse_existing
 from ..render import FORMATS, render
 from ..text import printable
 from .case import add_case_arguments, audit_run, wants_run
-from .options import add_key_arguments, passphrases_of
+from .options import add_key_arguments, existing_folder, passphrases_of
+from .output import add_output_arguments, format_of
 
 EXIT_DONE = 0
 EXIT_FINDINGS = 1
 EXIT_FAILED = 2
-_IMPLIED = {".htm": "html", ".txt": "text"} | {f".{name}": name for name in FORMATS if name != "text"}
 _UNREADABLE = "QCOW2-UNREADABLE"
 _LIMITED = "QCOW2-AUDIT-LIMITED"
 
@@ -58,8 +58,7 @@ def add_parser(subparsers: Any) -> None:
         default=None,
         help="output format (default: that of FILE's suffix, else text, for many images jsonl)",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the report to FILE instead of standard output")
-    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    add_output_arguments(parser, "the report")
     parser.add_argument("-v", "--verbose", action="store_true", help="text: show all evidence that was kept")
     parser.add_argument(
         "--fail-on",
@@ -71,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
         "--backing-dir",
         metavar="DIR",
         action="append",
+        type=existing_folder,
         default=[],
         help="a further folder in which backing and data files may be opened (repeatable)",
     )
@@ -104,10 +104,9 @@ def _jobs(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Audit one image or many."""
-    if args.output == "-":
+    if args.output is not None and is_standard_output(args.output):
         args.output = None
-    if args.format is None and args.output is not None:
-        args.format = _IMPLIED.get(os.path.splitext(args.output)[1].lower())
+    args.format = format_of(args, FORMATS)
     if args.files_from or args.resume or len(args.images) != 1:
         from .fleet import run_fleet
 
@@ -116,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace, path: str) -> int:
+    if args.output:
+        refuse_existing(args.output, force=args.force, evidence=[path])
     wanted = args.format or "text"
     report = report_of(
         args, path, wants_facts=wanted == "html" or args.hash or wants_run(args), pictures=wanted == "html"

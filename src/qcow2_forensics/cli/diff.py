@@ -20,13 +20,15 @@ from ._diff_files import Files
 from ._sides import Sides, sides_of
 from .case import add_case_arguments, run_of, wants_run
 from .options import add_disk_arguments, add_image_argument
-from .output import Progress
+from .output import Progress, add_output_arguments, format_of, printing_to
+
+FORMATS = ("text", "json", "jsonl", "body", "html")
 
 _EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
   qcow2-forensics diff disk.qcow2 --from 1 --to 2 --files --hash
   qcow2-forensics diff disk.qcow2 --from 1 --files --format body > changes.body
-  qcow2-forensics diff disk.qcow2 --from 1 --files --format html --case 17/26 > diff.html
+  qcow2-forensics diff disk.qcow2 --from 1 --files -o diff.html --case 17/26
   qcow2-forensics diff overlay.qcow2 --from backing
   qcow2-forensics diff disk.qcow2 --from bitmap:daily --files
   qcow2-forensics diff yesterday.qcow2 today.raw --files
@@ -67,11 +69,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--hash", action="store_true", help="with --files: the SHA-256 of both versions of each file")
     parser.add_argument(
         "--format",
-        choices=("text", "json", "jsonl", "body", "html"),
-        default="text",
-        help="output format (default: text); body is for mactime and other timeline tools, and implies --files; "
-        "html is one page for a case file",
+        choices=FORMATS,
+        help="output format (default: that of FILE's suffix, else text); body is for mactime and other timeline tools, "
+        "and implies --files; html is one page for a case file",
     )
+    add_output_arguments(parser, "the differences")
     add_disk_arguments(parser, snapshot=False)
     _files.add_guest_arguments(parser)
     add_case_arguments(parser, hashes=False)
@@ -90,9 +92,10 @@ class Compared(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Print what differs; 2 when a part could not be read and so could not be compared."""
+    args.format = format_of(args, FORMATS) or "text"
     files = args.files or args.hash or args.format == "body"
     started = datetime.now(UTC)
-    with ExitStack() as stack:
+    with printing_to(args, [path for path in (args.image, args.other) if path]), ExitStack() as stack:
         if not files and args.format in ("text", "jsonl") and not sys.stdout.isatty():
             return _print_as_found(args, sides_of(args, stack))
         result = compared(args, stack)

@@ -72,8 +72,9 @@ def run_fleet(args: argparse.Namespace) -> int:
         hashed=args.hash,
         run=facts if args.hash or wants_run(args) else None,
     )
+    evidence = list(paths)  # and what the images refer to, as far as it was read
     with ExitStack() as stack:
-        out, done = _output(args, paths, stack)
+        out, done = _output(args, evidence, stack)
         waiting = [path for path in paths if not _is_done(done.get(path), path, args.depth, args.hash)]
         reports: list[dict[str, Any]] = []  # for the page, which needs all of them
         results = [done[path] for path in paths if path not in set(waiting)]
@@ -81,6 +82,7 @@ def run_fleet(args: argparse.Namespace) -> int:
         progress.advance(len(results))
         for line in lines(waiting, work, args.jobs):
             report = json.loads(line)
+            evidence += report["details"].get("files", ())
             if args.format == "html":
                 reports.append(report)
             else:
@@ -114,7 +116,7 @@ def _summary(results: list[Result]) -> str:
     worst = Counter(result.worst for result in results)
     parts = [f"{worst[severity]} {severity.label}" for severity in sorted(Severity, reverse=True) if worst[severity]]
     parts += [f"{worst[-1]} without findings"] if worst[-1] else []
-    return f"{plural(len(results), 'image')}, by their worst finding: {', '.join(parts)}"
+    return f"{plural(len(results), 'image')}, by {'its' if len(results) == 1 else 'their'} worst finding: {', '.join(parts)}"
 
 
 def _paths(args: argparse.Namespace) -> list[str]:
@@ -159,16 +161,16 @@ def _is_done(result: Result | None, path: str, depth: str, hashed: bool) -> bool
     return [result.size, result.mtime_ns] == _stamp(path)
 
 
-def _output(args: argparse.Namespace, paths: list[str], stack: ExitStack) -> tuple[TextIO, dict[str, Result]]:
+def _output(args: argparse.Namespace, evidence: list[str], stack: ExitStack) -> tuple[TextIO, dict[str, Result]]:
     """Return where lines go, and what earlier runs finished."""
     if args.resume:
         path = Path(args.resume)
-        refuse_evidence(path, paths)
+        refuse_evidence(path, evidence)
         done = _finished(path)
         return stack.enter_context(path.open("a", encoding="utf-8")), done
     if args.output:
         # Its name says that it is whole; --resume is for what may be interrupted.
-        file = stack.enter_context(atomic_writer(args.output, force=args.force, evidence=paths))
+        file = stack.enter_context(atomic_writer(args.output, force=args.force, evidence=evidence))
         return io.TextIOWrapper(file, encoding="utf-8", write_through=True), {}
     return sys.stdout, {}
 

@@ -48,6 +48,7 @@ def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True
         "--backing-dir",
         metavar="DIR",
         action="append",
+        type=existing_folder,
         default=[],
         help="a further folder in which files the image names may be opened, or files of the same base name that "
         "stand in for them (repeatable)",
@@ -91,6 +92,13 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
         type=bytes_of,
         help="the size of a recovered disk where nothing in the file gives it, as 20G",
     )
+
+
+def existing_folder(text: str) -> str:
+    """Return the name of a folder that an option gives; there must be one."""
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not a folder")
+    return text
 
 
 def _assumption(text: str) -> tuple[str, str]:

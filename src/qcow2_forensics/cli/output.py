@@ -1,13 +1,52 @@
-"""What long-running commands share: sizes for people, and progress on a terminal."""
+"""What commands share: where their output goes, and progress on a terminal."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
 import sys
 import time
+from collections.abc import Collection, Iterator, Sequence
 from typing import TextIO
 
+from ..reader.writer import atomic_writer, is_standard_output
 from ..text import columns, fit, printable, size
+
+_FORMAT_OF_SUFFIX = {".htm": "html", ".txt": "text"}
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the options that say where ``what`` is written."""
+    parser.add_argument("-o", "--output", metavar="FILE", help=f"write {what} to FILE instead of standard output")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+
+
+def format_of(args: argparse.Namespace, known: Sequence[str]) -> str | None:
+    """Return the format that is asked for, or else the one of the output file's suffix; None when neither says."""
+    asked: str | None = args.format
+    if asked is not None or args.output is None:
+        return asked
+    suffix = os.path.splitext(args.output)[1].lower()
+    name = _FORMAT_OF_SUFFIX.get(suffix, suffix[1:])
+    return name if name in known else None
+
+
+@contextlib.contextmanager
+def printing_to(args: argparse.Namespace, evidence: Collection[str]) -> Iterator[None]:
+    """Have what is printed in the block go where ``--output`` says; a file gets its name when the block ends well."""
+    if args.output is None or is_standard_output(args.output):
+        yield
+        return
+    with atomic_writer(args.output, force=args.force, evidence=evidence) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace")
+        try:
+            with contextlib.redirect_stdout(text):
+                yield
+        finally:
+            text.detach()  # flushes; the file is the writer's to close
+
 
 _LABEL_SHOWN = 60  # characters: what is drawn over must fit into one line
 _LABEL_LEAST = 6  # characters that stay on a narrow terminal

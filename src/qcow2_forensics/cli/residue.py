@@ -11,7 +11,7 @@ from ..residue import residue
 from ..residue.model import KINDS
 from ..text import plural, printable, size
 from .case import add_hash_source_argument, now, origin_of
-from .options import add_image_argument, bytes_of
+from .options import add_image_argument, bytes_of, existing_folder
 from .output import Progress
 
 if TYPE_CHECKING:
@@ -52,7 +52,14 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--index-only", action="store_true", help="write the index, with hashes, and no pieces")
     add_hash_source_argument(parser)
-    parser.add_argument("--backing-dir", metavar="DIR", action="append", default=[], help="where a data file may be")
+    parser.add_argument(
+        "--backing-dir",
+        metavar="DIR",
+        action="append",
+        type=existing_folder,
+        default=[],
+        help="a further folder in which the data file may be (repeatable)",
+    )
     parser.set_defaults(run=run)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import Qcow2Error
 from ..reader.writer import ended_by_signals
 from ..text import cut, printable
-from .options import add_image_argument
+from .options import add_image_argument, existing_folder
 
 _EPILOG = """examples:
   qcow2-forensics serve disk.qcow2 --nbd case.sock
@@ -50,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
         "--backing-dir",
         metavar="DIR",
         action="append",
+        type=existing_folder,
         default=[],
         help="a further folder for backing files (repeatable)",
     )

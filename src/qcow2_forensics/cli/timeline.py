@@ -25,13 +25,15 @@ from ..text import cut, date_note, iso_time, printable, quoted, snapshot_time
 from . import _files
 from .case import add_case_arguments, run_of
 from .options import add_disk_arguments, add_image_argument, chosen, open_from, open_layer
-from .output import Progress
+from .output import Progress, add_output_arguments, format_of, printing_to
+
+FORMATS = ("body", "jsonl", "html")
 
 _EPILOG = """examples:
   qcow2-forensics timeline disk.qcow2 | mactime -b - -d -z UTC
-  qcow2-forensics timeline disk.qcow2 --format jsonl > timesketch.jsonl
+  qcow2-forensics timeline disk.qcow2 -o timesketch.jsonl
   qcow2-forensics timeline disk.qcow2 --state before-incident --state active
-  qcow2-forensics timeline disk.qcow2 --no-files --deleted --format html > timeline.html
+  qcow2-forensics timeline disk.qcow2 --no-files --deleted -o timeline.html
 
 Every line names the state it is from; by default all states are listed, the active one last. Files
 need pytsk3: pip install 'qcow2-forensics[tsk]'. The JSON lines have the fields Timesketch asks for.
@@ -80,10 +82,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-files", action="store_true", help="only what the image itself dates")
     parser.add_argument(
         "--format",
-        choices=("body", "jsonl", "html"),
-        default="body",
-        help="a body file for mactime (default), JSON lines for Timesketch, or one page for a case file",
+        choices=FORMATS,
+        help="a body file for mactime, JSON lines for Timesketch, or one page for a case file (default: that of FILE's "
+        "suffix, else body)",
     )
+    add_output_arguments(parser, "the timeline")
     add_disk_arguments(parser, snapshot=False)
     _files.add_guest_arguments(parser)
     add_case_arguments(parser, hashes=False)
@@ -92,6 +95,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the timeline; what cannot be listed is reported on standard error."""
+    args.format = format_of(args, FORMATS) or "body"
+    with printing_to(args, [args.image]):
+        return _print(args)
+
+
+def _print(args: argparse.Namespace) -> int:
     started = datetime.now(UTC)
     if args.format == "html":
         events: list[dict[str, Any]] = []

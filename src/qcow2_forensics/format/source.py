@@ -6,12 +6,14 @@ contract is :class:`Source`; anything with ``read(offset, length)`` and ``size``
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import stat
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import BinaryIO, Protocol, Self, runtime_checkable
 
 from ..errors import NotQcow2, ReadError
@@ -58,15 +60,29 @@ def _read_at(descriptor: int, length: int, offset: int) -> bytes:
 
 
 _open_files: weakref.WeakSet[FileSource] = weakref.WeakSet()
+_remembered: list[set[tuple[int, int]]] = []  # device and inode of what was opened, for each block that asked for it
+
+
+@contextlib.contextmanager
+def remembering_sources() -> Iterator[None]:
+    """Until the block ends, count each file that was opened in it as being read, also when it is closed again."""
+    opened: set[tuple[int, int]] = set()
+    _remembered.append(opened)
+    try:
+        yield
+    finally:
+        _remembered[:] = [item for item in _remembered if item is not opened]
 
 
 def is_being_read(path: str | os.PathLike[str]) -> bool:
-    """Whether this process has the file open as a source: evidence, which nothing may replace."""
+    """Whether this process has the file open as a source, or remembers that it had: evidence, which nothing may replace."""
     try:
         status = os.stat(path)
     except OSError:
         return False
     wanted = (status.st_dev, status.st_ino)
+    if any(wanted in opened for opened in _remembered):
+        return True
     return any(source.identity == wanted and source.fileno() >= 0 for source in _open_files)
 
 
@@ -107,6 +123,8 @@ class FileSource:
             self.close()
             raise
         _open_files.add(self)
+        for opened in _remembered:
+            opened.add(self.identity)
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes at ``offset``, fewer only at the end of the file."""

@@ -15,7 +15,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, NoReturn
@@ -171,7 +171,7 @@ def is_standard_output(path: Path_) -> bool:
     return os.fspath(path) in _STANDARD_OUTPUT
 
 
-def refuse_evidence(path: Path_, evidence: Iterable[Path_] = ()) -> None:
+def refuse_evidence(path: Path_, evidence: Collection[Path_] = ()) -> None:
     """Raise :class:`IsEvidence` when ``path`` is one of ``evidence``, or any file that is open as a source."""
     target = Path(path)
     if not target.exists():
@@ -180,9 +180,10 @@ def refuse_evidence(path: Path_, evidence: Iterable[Path_] = ()) -> None:
         raise IsEvidence(target)
 
 
-def refuse_existing(path: Path_, *, force: bool = False, evidence: Iterable[Path_] = ()) -> None:
-    """Raise what a writer of this file would raise at once: before hours of work, not behind them."""
+def refuse_existing(path: Path_, *, force: bool = False, evidence: Collection[Path_] = ()) -> None:
+    """Raise what a writer of this file would raise at once: before hours of work, not after them."""
     target = Path(path)
+    _refuse_missing_folder(target)
     refuse_evidence(target, evidence)
     if os.path.lexists(target) and not force:
         raise OutputExists(target)
@@ -196,13 +197,13 @@ def writing(
     advance: Callable[[int], object] = int,
     *,
     force: bool = False,
-    evidence: Iterable[Path_] = (),
+    evidence: Collection[Path_] = (),
     hashes: Sequence[str] = HASHES[:1],
 ) -> Iterator[Writer]:
     """Yield the writer of a file, which is there under its name when the block ends well, or of a pipe.
 
     ``-`` and ``/dev/stdout`` are standard output. Neither ``evidence`` nor any file that is open as a
-    source is ever replaced, whatever ``force`` says.
+    source, at the beginning or at the end, is ever replaced, whatever ``force`` says.
     """
     descriptor = _sequential(path)
     if descriptor is None:
@@ -218,7 +219,7 @@ def writing(
 
 
 @contextlib.contextmanager
-def atomic_writer(path: Path_, *, force: bool = False, evidence: Iterable[Path_] = ()) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path_, *, force: bool = False, evidence: Collection[Path_] = ()) -> Iterator[BinaryIO]:
     """Yield a binary file object that gets its name when the block ends well; see :func:`writing`."""
     with (
         _whole(Path(path), force=force, evidence=evidence) as descriptor,
@@ -236,39 +237,60 @@ def whole_folder(path: Path_, *, replace: bool = False) -> Iterator[Path]:
     target = Path(path)
     if os.path.lexists(target) and not replace:
         raise Qcow2Error(f"{cut(str(target))} exists; name a new folder")
+    _refuse_missing_folder(target)
     partial = _partial(target)
     with ended_by_signals():
-        partial.mkdir(parents=False)
+        with _errors_name(target):
+            partial.mkdir(parents=False)
         try:
             yield partial
-            if replace and target.exists():
-                former = partial.with_name(f"{partial.name}.former")
-                target.rename(former)
-                partial.rename(target)
-                shutil.rmtree(former)
-            else:
-                partial.rename(target)
+            with _errors_name(target):
+                if replace and target.exists():
+                    former = partial.with_name(f"{partial.name}.former")
+                    target.rename(former)
+                    partial.rename(target)
+                    shutil.rmtree(former)
+                else:
+                    partial.rename(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 @contextlib.contextmanager
-def _whole(target: Path, *, force: bool, evidence: Iterable[Path_]) -> Iterator[int]:
+def _whole(target: Path, *, force: bool, evidence: Collection[Path_]) -> Iterator[int]:
     """Yield the descriptor of an empty file that gets its name when the block ends well."""
     refuse_existing(target, force=force, evidence=evidence)
     partial = _partial(target)
     with ended_by_signals():
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with _errors_name(target):
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
             try:
                 yield descriptor
             finally:
                 os.close(descriptor)  # may be the first to say that the disk is full
-            os.replace(partial, target)
+            refuse_evidence(target, evidence)  # what was opened since the beginning, too
+            with _errors_name(target):
+                os.replace(partial, target)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def _refuse_missing_folder(target: Path) -> None:
+    if not target.parent.is_dir():
+        known = "is not a folder" if target.parent.exists() else "does not exist"
+        raise Qcow2Error(f"{cut(str(target))} cannot be written: the folder {cut(str(target.parent))} {known}")
+
+
+@contextlib.contextmanager
+def _errors_name(target: Path) -> Iterator[None]:
+    """Have errors of the operating system name the output, not the hidden name that it has meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def _partial(target: Path) -> Path:
