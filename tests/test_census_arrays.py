@@ -16,7 +16,7 @@ from qcow2_forensics.census.guest_tags import GuestTags
 from qcow2_forensics.census.index_map import IndexMap
 from qcow2_forensics.census.owner_codes import OwnerCodes
 from qcow2_forensics.census.owners import Owner
-from qcow2_forensics.census.refcount_classes import MORE, ONE, RefcountClasses
+from qcow2_forensics.census.refcount_classes import MORE, ONE, UNREADABLE, RefcountClasses
 from qcow2_forensics.census.refcounts import StoredRefcounts
 from qcow2_forensics.limits import MiB
 
@@ -44,6 +44,18 @@ class _Dense:
         return ((known != 0) & (known != tags)) | (self.tags[indices] != tags)
 
 
+def _runs_after(rng: random.Random, start: int, tag: int) -> list[tuple[int, int, int]]:
+    """Return a few runs further on, none of which shares an element with another."""
+    runs = []
+    while start < _LENGTH - 1 and rng.random() < 0.6:
+        start += rng.choice((0, 1, 1, 256, 999))
+        count = min(rng.choice((1, 100, 256, 600)), _LENGTH - start)
+        if count > 0:
+            runs.append((start, count, rng.choice((start + 1, start + 8, tag))))
+        start += count
+    return runs
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_tags_are_those_of_a_plain_array(seed: int) -> None:
     rng, dense, tags = random.Random(seed), _Dense(), GuestTags(_LENGTH)
@@ -52,7 +64,9 @@ def test_tags_are_those_of_a_plain_array(seed: int) -> None:
         count = rng.randint(1, min(_LENGTH - start, rng.choice((3, 300, 3000))))
         tag = start + rng.choice((1, 1, 1, 7, 2**31, 2**32 - 1 - _LENGTH - start))
         if rng.random() < 0.4:
-            assert tags.set_run(start, count, tag) == dense.set_run(start, count, tag)
+            runs = [(start, count, tag), *_runs_after(rng, start + count, tag)]
+            wanted_of_runs = [dense.set_run(*run) for run in runs]
+            assert tags.set_runs(*np.asarray(runs).T).tolist() == wanted_of_runs
         else:
             indices = np.arange(start, start + count, dtype=np.uint64)
             if rng.random() < 0.3:
@@ -71,7 +85,7 @@ def test_tags_are_those_of_a_plain_array(seed: int) -> None:
 def test_tags_that_rise_take_next_to_no_memory() -> None:
     tags, at = GuestTags(1 << 20), 0
     while at + 8192 < 1 << 20:
-        assert tags.set_run(at, 8192, at + 1)
+        assert tags.set_runs(*np.asarray([[at], [8192], [at + 1]])).all()
         at += 8193
     held = sum(value.nbytes for value in vars(tags).values() if isinstance(value, np.ndarray))
     assert held < (1 << 20) // 4
@@ -82,7 +96,12 @@ def test_owners_are_those_of_a_plain_array() -> None:
     for step in range(400):  # far more combinations than fit a byte
         owner = Owner(1 << int(rng.integers(15)))
         where = rng.integers(0, 3000, 50).astype(np.uint64)
-        if step % 3:
+        if step % 10 == 1:
+            starts = where[where < 2960][:3]
+            codes.add(starts, owner, 40)
+            for start in starts.tolist():
+                dense[start : start + 40] |= np.uint16(owner)
+        elif step % 3:
             codes.add(where, owner)
             dense[where] |= np.uint16(owner)
         else:
@@ -115,8 +134,13 @@ def test_classes_are_those_of_the_refcounts(tmp_path: Path) -> None:
         for first in range(48):
             for last in range(first, 50):
                 assert np.array_equal(classes.of(first, last), wanted[first:last])
-                assert classes.all_one(first, last) == (wanted[first:last] == ONE).all()
-        assert [classes.at(place) for place in range(clusters)] == wanted.tolist()
+        for width in (*range(1, 12), 40):
+            starts = np.arange(clusters - width, dtype=np.uint64)
+            runs = np.lib.stride_tricks.sliding_window_view(wanted, width)[starts]
+            for copied, fits in ((True, runs == ONE), (False, (runs != ONE) & (runs != UNREADABLE))):
+                assert np.array_equal(
+                    classes.copied_fits(starts, width, np.full(len(starts), copied)), fits.all(axis=1)
+                )
         everything = np.arange(clusters, dtype=np.uint64)
         assert np.array_equal(classes.single(everything)[0], wanted == ONE)
 

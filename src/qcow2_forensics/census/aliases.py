@@ -29,15 +29,16 @@ class Aliases:
         self._streams: U64 | None = None
         self._stream_guests = np.zeros(0, dtype=np.uint64)
 
-    def run(self, start: int, count: int, guest: int) -> bool:
-        """Remember that ``count`` host clusters from ``start`` map guest clusters from ``guest``.
+    def runs(self, starts: U64, count: int, guests: U64) -> Mask:
+        """Remember that ``count`` host clusters from each of ``starts`` map guest clusters from each of ``guests``.
 
-        False, and nothing remembered, when that is not the plain case.
+        The runs rise and share no cluster. Return for which they are remembered: those that are the plain case.
         """
-        first = guest % _MODULUS + 1
-        if first + count > _MODULUS:
-            return False
-        return self._guests.set_run(start, count, first)
+        first = guests.astype(np.int64) % _MODULUS + 1
+        plain = first + count <= _MODULUS
+        counts = np.full(int(plain.sum()), count)
+        plain[plain] = self._guests.set_runs(starts[plain].astype(np.int64), counts, first[plain])
+        return plain
 
     def plain(self, indices: U64, guests: U64) -> Mask:
         """Remember which guest clusters map host clusters; return which of these have another one too."""

@@ -12,17 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from ..findings import EVIDENCE_LIMIT
-from ..format.entries import is_copied, named_offset, stored_extent
+from ..format.entries import named_offset, stored_extent
 from ..format.image import Image
 from .aliases import Aliases
-from .columns import I64, U64, Mask, Places, compressed_extents, without_copied
+from .columns import U64, Mask, Places, compressed_extents, has_copied, without_copied
 from .index_map import IndexMap
 from .issues import Issues, Item, spread
 from .owner_codes import OwnerCodes
 from .owners import Owner
-from .refcount_classes import ONE, UNREADABLE, RefcountClasses
+from .refcount_classes import RefcountClasses
 from .refcounts import StoredRefcounts
-from .reference_counts import Counters, weighted_segments
+from .reference_counts import Counters, ranges, weighted_segments
 from .walk import L1Chunk, L2Tables, Tables
 
 _SHORT_RUN = 8  # clusters of one structure
@@ -95,7 +95,8 @@ class Claims:
         short = lengths <= _SHORT_RUN  # many of them only where crafted: all at once
         for start, stop, weight in np.column_stack(segments[:3])[~short].tolist():
             self._claim_run(kind, start, stop, weight)
-        indices = self.index_map.of(_ranges(segments.start[short], lengths[short]))
+        _, clusters = ranges(segments.start[short], segments.end[short])
+        indices = self.index_map.of(clusters.astype(np.uint64))
         self.counts.add(indices, np.repeat(segments.weight[short], lengths[short]).astype(np.uint64))
         self.owners.add(indices, kind)
 
@@ -222,34 +223,40 @@ class Claims:
             return tables
         entries = tables.entries if len(rows) == len(tables) else tables.entries[rows]
         rows = rows[(entries[:, 1:] - entries[:, :-1] == size).all(axis=1)]
-        done = [row for row in rows.tolist() if self._linear_table(tables, row, int(hosts[row]))]
-        return tables.without(done) if done else tables
+        starts = self.index_map.of(hosts[rows] >> np.uint64(self.cluster_bits))
+        order = np.argsort(starts)
+        apart = bool((np.diff(starts[order].astype(np.int64)) >= width).all())
+        # Where two tables map the same clusters, the first is counted before the second is looked at.
+        together = [order] if apart else [np.asarray([one]) for one in range(len(rows))]
+        done = [rows[some][self._linear_runs(tables, rows[some], starts[some])] for some in together if len(some)]
+        return tables.without(np.concatenate(done)) if done else tables
 
-    def _linear_table(self, tables: Tables, row: int, host: int) -> bool:
+    def _linear_runs(self, tables: Tables, rows: Places, starts: U64) -> Mask:
+        """Count the runs of clusters, with indices from ``starts``, that linear tables map; return which are counted.
+
+        The runs rise, and share no cluster.
+        """
         width = tables.entries.shape[1]
-        start = self.index_map.at(host >> self.cluster_bits)
-        stop = start + width
-        active, weight = int(tables.active[row]), int(tables.active[row] + tables.snapshots[row])
-        if active and not self._copied_as_a_whole(tables, row, start, stop):
-            return False
-        if not self.aliases.run(start, width, int(tables.index[row]) * width):
-            return False
-        self.counts.add_range(start, width, weight)
-        owner = (Owner.DATA if active else Owner(0)) | (Owner.SNAPSHOT_DATA if tables.snapshots[row] else Owner(0))
-        self.owners.add(slice(start, stop), owner)
-        self.allocated += active * width
-        self.mapped_clusters += weight * width
-        return True
+        counted: Mask = (tables.active[rows] == 0) | self._copied_as_a_whole(tables, rows, starts)
+        guests = tables.index[rows] * np.uint64(width)
+        counted[counted] = self.aliases.runs(starts[counted], width, guests[counted])
+        rows, starts = rows[counted], starts[counted]
+        if len(rows):
+            active, snapshots = tables.active[rows], tables.snapshots[rows]
+            self.counts.add_runs(starts, width, active + snapshots)
+            self.owners.add(starts[active != 0], Owner.DATA, width)
+            self.owners.add(starts[snapshots != 0], Owner.SNAPSHOT_DATA, width)
+            self.allocated += int(active.sum()) * width
+            self.mapped_clusters += int((active + snapshots).sum()) * width
+        return counted
 
-    def _copied_as_a_whole(self, tables: Tables, row: int, start: int, stop: int) -> bool:
-        """Whether the copied flags of a linear table, whose clusters have these indices, are right; when in doubt, no."""
-        table = int(tables.offsets[row]) >> self.cluster_bits
-        if not 0 < table < self.clusters or self.refcount_classes.at(self.index_map.at(table)) == UNREADABLE:
-            return False
-        if is_copied(int(tables.entries[row, 0])):
-            return self.refcount_classes.all_one(start, stop)
-        classes = self.refcount_classes.of(start, stop)
-        return not bool(((classes == ONE) | (classes == UNREADABLE)).any())
+    def _copied_as_a_whole(self, tables: Tables, rows: Places, starts: U64) -> Mask:
+        """Return of which linear tables, whose clusters have indices from ``starts``, the copied flags are right."""
+        clusters = tables.offsets[rows] >> np.uint64(self.cluster_bits)
+        known: Mask = (clusters != 0) & self.refcount_classes.single(clusters)[1]
+        width, copied = tables.entries.shape[1], has_copied(tables.entries[rows, 0])
+        known &= self.refcount_classes.copied_fits(starts, width, copied)
+        return known
 
     def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64) -> None:
         if mask.any():
@@ -473,9 +480,3 @@ class DistinctEntries:
         if len(self._parts) > 1:
             self._merge()
         return self._parts[0] if self._parts else np.zeros(0, np.uint64)
-
-
-def _ranges(starts: I64, lengths: I64) -> U64:
-    """Return the numbers of all ranges, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return (np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))).astype(np.uint64)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .columns import U64, Mask
+from .columns import I64, U64, Mask
+from .reference_counts import distinct, ranges
 
 _BITS = 8
 _CHUNK = 1 << _BITS  # clusters
@@ -36,50 +37,61 @@ class GuestTags:
         self._rows: U32 = np.zeros((1, _CHUNK), dtype=np.uint32)
         self._used = 1
 
-    def set_run(self, start: int, count: int, tag: int) -> bool:
-        """Give ``count`` elements from ``start`` the tags from ``tag`` on.
+    def set_runs(self, starts: I64, counts: I64, tags: I64) -> Mask:
+        """Give ``counts`` elements from each of ``starts`` the tags from each of ``tags`` on; return for which runs.
 
-        False, and nothing changed, when one of them has another tag.
+        Runs rise and share no element. Of a run with an element that has another tag nothing is changed.
         """
-        window = slice(start >> _BITS, ((start + count - 1) >> _BITS) + 1)
-        chunks = np.arange(window.start, window.stop)
-        starts = chunks << _BITS
-        begin, end = np.zeros_like(chunks), np.full_like(chunks, _CHUNK)
-        begin[0], end[-1] = start - starts[0], start + count - starts[-1]
-        base = ((tag - start + starts) & 0xFFFF_FFFF).astype(np.uint32)
-        first, stop, unstored = self._first[window], self._stop[window], self._row[window] == 0
-        empty = unstored & (stop == 0)
-        touching = unstored & ~empty & (self._base[chunks] == base) & (begin <= stop) & (end >= first)
-        plain = empty | touching
-        if not plain.all():
-            other = ~plain
-            self._store(chunks[other])
-            rows = self._row[chunks[other]]
-            places = np.arange(_CHUNK, dtype=np.uint32)
-            tags, known = base[other][:, None] + places, self._rows[rows]
-            inside = (places >= begin[other][:, None]) & (places < end[other][:, None])
-            if bool((inside & (known != 0) & (known != tags)).any()):
-                return False
-            self._rows[rows] = np.where(inside, tags, known)
-            chunks, begin, end, base = chunks[plain], begin[plain], end[plain], base[plain]
-            first, stop, empty = first[plain], stop[plain], empty[plain]
-        self._base[chunks] = base
-        self._first[chunks] = np.where(empty, begin, np.minimum(first, begin))
-        self._stop[chunks] = np.maximum(stop, end)
-        return True
+        run, chunks = ranges(starts >> _BITS, ((starts + counts - 1) >> _BITS) + 1)
+        origin = chunks << _BITS
+        begin, end = np.maximum(starts[run] - origin, 0), np.minimum((starts + counts)[run] - origin, _CHUNK)
+        base = (((tags - starts)[run] + origin) & 0xFFFF_FFFF).astype(np.uint32)
+        first, stop = self._first[chunks], self._stop[chunks]
+        empty = stop == 0
+        touching = (self._base[chunks] == base) & (begin <= stop) & (end >= first)
+        plain = (self._row[chunks] == 0) & (empty | touching)
+        both = chunks[1:] == chunks[:-1]  # one run ends in the chunk, and another begins
+        plain[1:] &= ~both
+        plain[:-1] &= ~both
+        done = np.ones(len(starts), dtype=np.bool_)
+        other = np.flatnonzero(~plain)
+        if len(other):
+            self._store(distinct(chunks[other]))
+            piece, place = ranges(begin[other], end[other])
+            piece = other[piece]
+            places = (self._row[chunks[piece]].astype(np.int64) << _BITS) | place
+            given, stored = base[piece] + place.astype(np.uint32), self._rows.reshape(-1)
+            known = stored[places]
+            wrong = (known != 0) & (known != given)
+            if wrong.any():
+                done[run[piece[wrong]]] = False
+                kept = done[run[piece]]
+                places, given = places[kept], given[kept]
+                plain &= done[run]
+            stored[places] = given
+        chunks, empty = chunks[plain], empty[plain]
+        self._base[chunks] = base[plain]
+        self._first[chunks] = np.where(empty, begin[plain], np.minimum(first[plain], begin[plain]))
+        self._stop[chunks] = np.maximum(stop[plain], end[plain])
+        return done
 
     def exchange(self, indices: U64, tags: U32) -> Mask:
         """Give elements their tags; return which of them had another tag, or were given two of these."""
         if not len(indices):
             return np.zeros(0, dtype=np.bool_)
         edges = np.flatnonzero((np.diff(indices) != 1) | (np.diff(tags) != 1)) + 1
-        bounds = np.concatenate(([0], edges, [len(indices)]))
-        if len(indices) < _RUN * (len(bounds) - 1) or not _disjoint(indices, bounds):
+        if len(indices) < _RUN * (len(edges) + 1):
             return self._exchange(indices, tags)
+        begins, ends = np.append(0, edges), np.append(edges, len(indices))
+        order = np.argsort(indices[begins])
+        begins, ends = begins[order], ends[order]
+        starts, counts = indices[begins].astype(np.int64), ends - begins
+        if (starts[1:] < (starts + counts)[:-1]).any():
+            return self._exchange(indices, tags)
+        given = self.set_runs(starts, counts, tags[begins].astype(np.int64))
         clash = np.zeros(len(indices), dtype=np.bool_)
-        for first, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            if not self.set_run(int(indices[first]), stop - first, int(tags[first])):
-                clash[first:stop] = self._exchange(indices[first:stop], tags[first:stop])
+        for begin, end in zip(begins[~given].tolist(), ends[~given].tolist(), strict=True):
+            clash[begin:end] = self._exchange(indices[begin:end], tags[begin:end])
         return clash
 
     def _exchange(self, indices: U64, tags: U32) -> Mask:
@@ -108,10 +120,3 @@ class GuestTags:
             self._rows[self._used : self._used + len(some)] = (self._base[some][:, None] + places) * known
             self._row[some] = np.arange(self._used, self._used + len(some))
             self._used += len(some)
-
-
-def _disjoint(indices: U64, bounds: npt.NDArray[np.int64]) -> bool:
-    """Whether runs of elements share none."""
-    starts, lasts = indices[bounds[:-1]], indices[bounds[1:] - 1]
-    order = np.argsort(starts)
-    return bool((starts[order][1:] > lasts[order][:-1]).all())

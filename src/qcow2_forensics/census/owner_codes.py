@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .columns import U64
+from .columns import U64, windows
 from .index_map import IndexMap, Values
 from .owners import Owner
 
@@ -26,14 +26,15 @@ class OwnerCodes:
         self._bits = np.zeros(1, dtype=np.uint16)  # the combinations again, as an array
         self._steps: dict[int, npt.NDArray[np.uint16]] = {}  # by owner: from a code to that with it, 0 for not met
 
-    def add(self, where: slice | U64, owner: Owner) -> None:
-        """Add an owner to some clusters, which may repeat."""
-        codes = self._codes[where]
+    def add(self, where: slice | U64, owner: Owner, width: int = 0) -> None:
+        """Add an owner to some clusters, which may repeat; with a ``width`` to as many from each of them on."""
+        codes = self._cut(width)[where]
         if not len(codes):
             return
-        first = codes[0]
-        if first == codes[-1] and bool((codes == first).all()):  # mostly clusters that nobody had
-            self._codes[where] = self._number(self._combinations[first] | int(owner))
+        first = codes.flat[0]
+        if first == codes.flat[-1] and bool((codes == first).all()):  # mostly clusters that nobody had
+            number = self._number(self._combinations[first] | int(owner))
+            self._cut(width)[where] = number
             return
         step = self._steps.get(int(owner))
         if step is None or len(step) < len(self._combinations):
@@ -43,7 +44,10 @@ class OwnerCodes:
             for code in np.unique(codes[found == 0]).tolist():
                 step[code] = self._number(self._combinations[code] | int(owner))
             found = step[codes]
-        self._codes[where] = found
+        self._cut(width)[where] = found
+
+    def _cut(self, width: int) -> Codes:
+        return windows(self._codes, width) if width else self._codes
 
     def _lengthened(self, owner: int) -> npt.NDArray[np.uint16]:
         step = np.zeros(max(256, 2 * len(self._combinations)), dtype=np.uint16)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .columns import U64, Mask
+from .columns import U64, Mask, windows
 from .index_map import IndexMap
 from .refcounts import StoredRefcounts
 
@@ -50,17 +50,22 @@ class RefcountClasses:
         classes: Bytes = ((packed[:, None] >> _SHIFTS) & np.uint8(3)).reshape(-1)
         return classes[first % 4 : first % 4 + last - first]
 
-    def all_one(self, first: int, last: int) -> bool:
-        """Whether all refcounts by index, from ``first`` to ``last``, are 1."""
-        start, stop = -(-first // 4), last // 4
-        if start >= stop:
-            return bool((self.of(first, last) == ONE).all())
-        whole = bool((self._packed[start:stop] == _ALL_ONE).all())
-        return whole and bool((self.of(first, start * 4) == ONE).all() and (self.of(stop * 4, last) == ONE).all())
+    def copied_fits(self, starts: U64, width: int, copied: Mask) -> Mask:
+        """Return which runs of ``width`` clusters, each with its index, have refcounts for one and the same copied flag.
 
-    def at(self, index: int) -> int:
-        """Return the class of one index."""
-        return int(self._packed[index // 4]) >> index % 4 * 2 & 3
+        Copied clusters all have the refcount 1, others none; where a refcount cannot be read the answer is no::
+
+            class       0    1   more unreadable
+            bits        00   01   10   11
+            copied           ok                     bits ^ 01 is 0 for each cluster
+            not copied  ok        ok                bits & 01 is 0 for each cluster
+        """
+        count, run = -(-width // 4) + 1, (1 << 2 * width) - 1
+        inside = np.stack([np.frombuffer((run << 2 * at).to_bytes(count, "little"), np.uint8) for at in range(4)])
+        packed = windows(self._packed, count)[starts >> np.uint64(2)]
+        wrong = np.where(copied[:, None], packed ^ np.uint8(_ALL_ONE), packed & np.uint8(_ALL_ONE))
+        fits: Mask = ~(wrong & inside[starts & np.uint64(3)]).any(axis=1)
+        return fits
 
     def _of_clusters(self, clusters: U64) -> Bytes:
         indices = self._index_map.of(clusters)

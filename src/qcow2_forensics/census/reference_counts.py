@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .columns import I64, U64
+from .columns import I64, U64, windows
 
 _WIDTHS = (np.uint8, np.uint16, np.uint32, np.uint64)
 _MOST = {np.dtype(width).itemsize: int(np.iinfo(width).max) for width in _WIDTHS}
@@ -33,6 +33,13 @@ class Counters:
         part = self._counts[first : first + count]
         self._make_room(int(part.max()) + weight)
         self._counts[first : first + count] += np.asarray(weight).astype(self._counts.dtype)
+
+    def add_runs(self, starts: U64, width: int, weights: U64) -> None:
+        """Add to ``width`` clusters from each start its weight; no two of these runs share a cluster."""
+        if len(starts):
+            part = windows(self._counts, width)[starts]
+            self._make_room(int((part.max(axis=1) + weights).max()))
+            windows(self._counts, width)[starts] = part + weights.astype(self._counts.dtype)[:, None]
 
     def add(self, clusters: U64, weights: U64 | int) -> None:
         """Add to each cluster its weight; clusters may repeat and come in any order."""
@@ -111,6 +118,14 @@ def distinct(values: I64) -> I64:
     fresh = np.ones(len(ordered), np.bool_)
     np.not_equal(ordered[1:], ordered[:-1], out=fresh[1:])
     return ordered[fresh]
+
+
+def ranges(starts: I64, stops: I64) -> tuple[I64, I64]:
+    """Return the numbers of all ranges, one range after the other, and before them which range each is of."""
+    lengths = stops - starts
+    which = np.repeat(np.arange(len(starts)), lengths)
+    ends = np.cumsum(lengths)
+    return which, np.arange(int(lengths.sum())) + np.repeat(stops - ends, lengths)
 
 
 class Segments(NamedTuple):

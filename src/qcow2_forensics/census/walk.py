@@ -201,7 +201,7 @@ class Tables:
         """The second word of extended entries, in the same shape; else None."""
         return self.columns.bitmaps
 
-    def without(self, rows: list[int]) -> Tables:
+    def without(self, rows: Places) -> Tables:
         """Return the batch without some of its tables."""
         kept = np.ones(len(self), dtype=np.bool_)
         kept[rows] = False
