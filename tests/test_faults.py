@@ -24,12 +24,13 @@ from fuzz.targets import run_command
 
 import qcow2_forensics as q
 from qcow2_forensics.cli import fleet
-from qcow2_forensics.errors import FormatError, Qcow2Error, ReadError
+from qcow2_forensics.errors import FormatError, Locked, Qcow2Error, ReadError
+from qcow2_forensics.files.spans import Spans
 from qcow2_forensics.files.tolerant import TolerantReader
 from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.reader.salvage import SalvagedDisk
 from tests import qemu
-from tests.image_builder import B_DATA, B_L2, base_b, base_s
+from tests.image_builder import B_DATA, B_L2, COPIED, Builder, Poke, base_b, base_s
 
 pytestmark = qemu.requires_qemu
 
@@ -103,12 +104,17 @@ class BadCluster:
 _BAD_SECTOR = ReadError("bad sector", offset=0, length=512)
 
 
+def _of_file_systems(disk: q.Disk) -> TolerantReader:
+    return TolerantReader(disk, "zeros")
+
+
 @pytest.mark.parametrize(
     ("zeros", "error"),
     [
         pytest.param(SalvagedDisk, _BAD_SECTOR, id="salvage"),
         pytest.param(SalvagedDisk, OSError(errno.EIO, "I/O error"), id="salvage of a source of the caller's"),
-        pytest.param(lambda disk: TolerantReader(disk, "zeros"), _BAD_SECTOR, id="file systems"),
+        pytest.param(_of_file_systems, _BAD_SECTOR, id="file systems"),
+        pytest.param(_of_file_systems, OSError(errno.EIO, "I/O error"), id="file systems in a source of the caller's"),
     ],
 )
 def test_a_bad_cluster_anywhere_costs_what_it_maps_and_nothing_else(
@@ -128,6 +134,43 @@ def test_a_bad_cluster_anywhere_costs_what_it_maps_and_nothing_else(
         for offset, length, *_ in getattr(reader, "missing", None) or getattr(reader, "unreadable", ()):
             wanted[offset : offset + length] = bytes(length)
         assert read == wanted
+
+
+def _cut_data(folder: Path) -> bytes:
+    return base_b(folder / "b.qcow2").read_bytes()[: B_DATA + 1000]
+
+
+def _bad_table(folder: Path) -> bytes:
+    return Poke(base_b(folder / "b.qcow2")).l1(0, 1 << 40).path.read_bytes()
+
+
+def _encrypted(folder: Path) -> bytes:
+    builder = Builder(size=8192, cluster_bits=12, crypt_method=1)
+    builder.data(4096, b"\x11" * 4096).entry(0, (1 << 20) | COPIED)
+    return builder.write(folder / "disk").read_bytes().ljust((1 << 20) + 1000, b"\x22")
+
+
+def _of_subclusters(folder: Path) -> bytes:
+    builder = Builder(size=1 << 20, extended_l2=True)
+    builder.data(0, b"\x11" * 65536, at=1 << 20)
+    return builder.write(folder / "disk").read_bytes()[: (1 << 20) + 3000]
+
+
+@pytest.mark.parametrize("make", [_cut_data, _bad_table, _encrypted, _of_subclusters])
+def test_whatever_fills_with_zeros_reads_the_same_bytes_and_misses_the_same(
+    make: Callable[[Path], bytes], tmp_path: Path
+) -> None:
+    with q.open_disk(BytesSource(make(tmp_path)), passphrase="secret") as disk:
+        salvaged, tolerant = SalvagedDisk(disk), _of_file_systems(disk)
+        assert salvaged.read(0, disk.size) == tolerant.read(0, disk.size)
+        assert list(Spans(tolerant.unreadable)) == list(Spans((at, length) for at, length, _ in salvaged.missing)) != []
+        assert {item.why for item in salvaged.missing} <= set(tolerant.errors)
+
+
+@pytest.mark.parametrize("make", [SalvagedDisk, _of_file_systems])
+def test_a_missing_key_is_never_filled_with_zeros(make: Callable[[q.Disk], Any], tmp_path: Path) -> None:
+    with q.open_disk(BytesSource(_encrypted(tmp_path))) as disk, pytest.raises(Locked):
+        make(disk).read(0, 4096)
 
 
 def test_an_audit_over_failing_media_is_a_report_that_says_so(tmp_path: Path) -> None:

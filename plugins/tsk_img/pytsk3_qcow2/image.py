@@ -13,7 +13,6 @@ from qcow2_forensics import (
     DEFAULT_LIMITS,
     KEY_FILE_VARIABLE,
     PASSPHRASE_VARIABLE,
-    Crypt,
     Disk,
     EofPolicy,
     Layer,
@@ -40,17 +39,6 @@ if TYPE_CHECKING:
 def _is_disk(origin: PathOrSource | Layer) -> TypeGuard[Layer]:
     """Whether this is a disk already, not the file of one: only disks know their extents."""
     return hasattr(origin, "extents")
-
-
-def _locked_method(disk: Disk) -> str:
-    """Return the encryption of the first layer that has a method; the locked one, in practice."""
-    methods: list[str] = []
-    layer: object = disk
-    while isinstance(layer, Disk):
-        if layer.image.header.crypt_method != Crypt.NONE:
-            methods.append(Crypt(layer.image.header.crypt_method).name)
-        layer = layer.backing
-    return ", ".join(methods)
 
 
 class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
@@ -105,7 +93,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
             if isinstance(disk, Disk) and disk.is_locked:
                 if disk is not url:
                     disk.close()
-                method, member = _locked_method(disk), disk.locked_member
+                method, member = disk.locked_method, disk.locked_member
                 why = f"give passphrase=..., or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}"
                 raise Locked(method, why, member=member)
         except Qcow2Error as error:

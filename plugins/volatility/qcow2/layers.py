@@ -85,7 +85,7 @@ class Qcow2DiskLayer(ViewLayer):
         )
         self._remember(resolver.names)
         if disk.is_locked:
-            raise Locked(disk.image.encryption, HOW_TO_UNLOCK, member=disk.locked_member)
+            raise Locked(disk.locked_method, HOW_TO_UNLOCK, member=disk.locked_member)
         disk.read(0, 512)
         return disk
 

@@ -19,7 +19,7 @@ from ..errors import Qcow2Error
 from ..findings import TOOL
 from ..limits import MiB
 from ..reader.clusters import decode_here
-from ..reader.disk import Disk
+from ..reader.disk import Disk, images_of
 from ..reader.mapping import Kind
 from ..reader.salvage import SalvagedDisk, mapfile
 from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, refuse_existing, writing
@@ -131,8 +131,8 @@ def _summary(
         "hashes": out.hashes,
         "partial": bool(missing),
         "missing": [{"offset": at, "length": length, "why": why} for at, length, why in missing],
-        "filled_bytes": sum(layer.filled["bytes"] for layer in _layers(disk)),
-        "filled_tables": sum(layer.mapping.filled_tables for layer in _layers(disk)),
+        "filled_bytes": sum(layer.filled["bytes"] for layer in images_of(disk)),
+        "filled_tables": sum(layer.mapping.filled_tables for layer in images_of(disk)),
         "state": args.snapshot or "active",
         "assumed": dict(args.assume),
         "confidence": _confidence(disk),
@@ -175,14 +175,6 @@ def _text(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{summary['filled_bytes']} bytes past the end of the image were filled with zeros"
     if summary["filled_tables"]:
         yield f"{summary['filled_tables']} reads of tables past the end of the image were taken as empty"
-
-
-def _layers(disk: Disk) -> Iterator[Disk]:
-    """Yield the image and every image below it."""
-    layer: object = disk
-    while isinstance(layer, Disk):
-        yield layer
-        layer = layer.backing
 
 
 def write_raw(disk: Disk, out: Writer, salvaged: SalvagedDisk | None = None) -> None:
@@ -235,7 +227,7 @@ _READ_AS_ZEROS = (Kind.ZERO, Kind.HOLE, Kind.MISSING)
 
 def _pieces(disk: Disk, salvaged: SalvagedDisk | None) -> Iterator[tuple[int, int, bool]]:
     """Yield (offset, length, whether it reads as zeros); zeros as long as they are, other bytes cut."""
-    most = max(_PIECE, *(layer.image.cluster_size for layer in _layers(disk)))
+    most = max(_PIECE, *(layer.image.cluster_size for layer in images_of(disk)))
     # What is missing is an error for whoever reads it, unless the rest is wanted all the same.
     zeros = _READ_AS_ZEROS if salvaged is not None else _READ_AS_ZEROS[:2]
     extents = disk.extents() if salvaged is None else salvaged.extents()

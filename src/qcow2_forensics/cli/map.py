@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..format.header import Crypt
 from ..format.source import Source
-from ..reader.disk import Disk, RawDisk
+from ..reader.disk import Disk, Layer, RawDisk, layers_of
 from ..reader.host_holes import host_runs, looks_preallocated
 from ..reader.mapping import Kind
 from ..text import FORMATS, Column, hexadecimal, write_table
@@ -105,15 +105,13 @@ class _Layer(NamedTuple):
     encrypted: bool
 
 
-def _layers(layer: object) -> Iterator[_Layer]:
-    while layer is not None:
+def _layers(top: Layer) -> Iterator[_Layer]:
+    for layer in layers_of(top):
         if isinstance(layer, Disk):
             encrypted = layer.image.header.crypt_method != Crypt.NONE
             yield _Layer(layer.host if looks_preallocated(layer.image) else None, False, encrypted)
-            layer = layer.backing
         else:
             yield _Layer(layer.source if isinstance(layer, RawDisk) else None, True, False)
-            return
 
 
 def _joins(first: MapEntry, second: MapEntry) -> bool:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..errors import Qcow2Error, reason
 from ..format.header import SECTOR, Crypt
 from ..limits import MiB
-from ..reader.disk import Disk, Layer, RawDisk
+from ..reader.disk import Disk, Layer, RawDisk, images_of, layers_of
 from ..reader.mapping import Kind
 from ..reader.salvage import unmappable_until
 from .differing_tables import DifferingTables
@@ -180,7 +180,7 @@ def _is_one_file(before: Disk, after: Disk) -> bool:
 def _keys(layer: Layer | None) -> Iterator[tuple[object, ...]]:
     """Yield a key for each layer from the bottom of the chain up: equal keys are equal disks."""
     below: tuple[object, ...] = ()
-    for member in reversed(list(_chain(layer))):
+    for member in reversed(list(layers_of(layer))):
         tables: tuple[object, ...] = ()
         if isinstance(member, Disk):
             tables = (*_tables(member), member.mapping.l1_table_offset, member.mapping.l1_size, member.mapped_end)
@@ -192,20 +192,14 @@ def _common_layers(before: Layer, after: Layer) -> _Opaque:
     """Return the layers of either chain that the other one holds too, and their keys."""
     keys = [list(_keys(layer)) for layer in (before, after)]
     both = set(keys[0]) & set(keys[1])
-    members = [reversed(list(_chain(layer))) for layer in (before, after)]
+    members = [reversed(list(layers_of(layer))) for layer in (before, after)]
     return {
         id(member): key for side in (0, 1) for member, key in zip(members[side], keys[side], strict=True) if key in both
     }
 
 
-def _chain(layer: Layer | None) -> Iterator[Layer]:
-    while layer is not None:
-        yield layer
-        layer = layer.backing if isinstance(layer, Disk) else None
-
-
 def _cluster_size(layer: Layer) -> int:
-    return max((member.image.cluster_size for member in _chain(layer) if isinstance(member, Disk)), default=SECTOR)
+    return max((member.image.cluster_size for member in images_of(layer)), default=SECTOR)
 
 
 def _proofs(

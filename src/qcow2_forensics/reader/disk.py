@@ -105,7 +105,7 @@ class Disk(Closing):
         )
         self._gatherable = None if self._encrypted else gatherable(self._host)
         self._file = self._host if type(self._host) is FileSource and _HAS_PREAD else None
-        self._window = min((self._clusters.window, *(layer._clusters.window for layer in self._images_below())))
+        self._window = min(layer._clusters.window for layer in images_of(self))
         self._parts = Parts(header.cluster_bits, image.limits.table_cache_bytes)
         # For read(): the stored bytes found last, start, end, what to add for the offset in a file, and which.
         self._run: tuple[int, int, int, Source] = (0, 0, 0, self._host)
@@ -122,15 +122,21 @@ class Disk(Closing):
     @property
     def is_locked(self) -> bool:
         """Whether this disk, or a disk below it, is encrypted and has no key yet."""
-        below = isinstance(self.backing, Disk) and self.backing.is_locked
-        return below or (self._encrypted and self._decryptor is None)
+        return self._locked is not None
 
     @property
     def locked_member(self) -> str:
         """The name of the first layer that has no key yet, empty when there is none."""
-        if self._encrypted and self._decryptor is None:
-            return self.name
-        return self.backing.locked_member if isinstance(self.backing, Disk) else ""
+        return self._locked.name if self._locked is not None else ""
+
+    @property
+    def locked_method(self) -> str:
+        """The encryption of that layer: ``AES`` or ``LUKS``, empty when there is none."""
+        return self._locked.image.encryption if self._locked is not None else ""
+
+    @property
+    def _locked(self) -> Disk | None:
+        return next((each for each in images_of(self) if each._encrypted and each._decryptor is None), None)
 
     @property
     def host(self) -> Source:
@@ -347,12 +353,6 @@ class Disk(Closing):
             layer = layer.backing if isinstance(layer, Disk) else None
         return layer
 
-    def _images_below(self) -> Iterator[Disk]:
-        layer = self.backing
-        while isinstance(layer, Disk):
-            yield layer
-            layer = layer.backing
-
     def _past_the_table(self, entry: SnapshotEntry) -> FormatError:
         return FormatError(
             f"snapshot {cut(entry.id)} reaches past what its L1 table of {plural(entry.l1_size, 'entry', 'entries')} maps",
@@ -471,3 +471,15 @@ class Disk(Closing):
     def __repr__(self) -> str:
         state = f"snapshot {printable(self.snapshot.id)}" if self.snapshot is not None else "active state"
         return f"<Disk {printable(self.name)}, {state}, {self.size} bytes>"
+
+
+def layers_of(layer: Layer | None) -> Iterator[Layer]:
+    """Yield a layer and every one below it."""
+    while layer is not None:
+        yield layer
+        layer = layer.backing if isinstance(layer, Disk) else None
+
+
+def images_of(layer: Layer | None) -> Iterator[Disk]:
+    """Yield the QCOW images among a layer and the ones below it."""
+    return (each for each in layers_of(layer) if isinstance(each, Disk))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from ..errors import FormatError, Locked, Qcow2Error, ReadError
 from ..format.header import SECTOR
-from .disk import Disk, Layer
+from .disk import Disk, Layer, RawDisk, images_of, layers_of
 from .layers import Extent
 from .runs import Kind
 
@@ -40,11 +41,49 @@ def unmappable_until(layer: Layer | None, offset: int, end: int) -> int:
     return offset
 
 
+def read_with_zeros(disk: Layer, offset: int, length: int, report: Callable[[Missing], object]) -> bytes:
+    """Return a range, fewer bytes only at the end of the disk; what cannot be read is zeros, and reported.
+
+    A fault of the format costs the cluster, or the table, it is in; one of the medium the sector. A
+    missing key is still an error: nothing would be left.
+    """
+    pieces = []
+    for piece in _pieces(disk, offset, length):
+        if isinstance(piece, Missing):
+            report(piece)
+        pieces.append(bytes(piece.length) if isinstance(piece, Missing) else piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _pieces(disk: Layer, offset: int, length: int) -> Iterator[bytes | Missing]:
+    """Yield a range in order, by halves down to what is read or not as a whole: its bytes, or what is missing."""
+    end = min(offset + length, disk.size)
+    while offset < end:
+        try:
+            yield disk.read(offset, end - offset)
+            return
+        except Locked:
+            raise
+        except (Qcow2Error, OSError) as error:
+            stop = unmappable_until(disk, offset, end)
+            if stop == offset:
+                unit = SECTOR if _is_cut_anywhere(error) else _unit(disk)
+                middle = (offset + (end - offset) // 2) // unit * unit
+                if middle <= offset:
+                    middle = offset // unit * unit + unit  # a range that begins inside a unit ends with it
+                if middle < end:
+                    yield from _pieces(disk, offset, middle - offset)
+                    offset = middle
+                    continue
+                stop = end
+            yield Missing(offset, stop - offset, str(error))
+            offset = stop
+
+
 class SalvagedDisk:
     """Reads a disk as far as that is possible: what cannot be read is zeros, and in :attr:`missing`.
 
-    A fault of the format costs the cluster, or the table, it is in; one of the medium the sector. A
-    missing key is still an error: nothing would be left. Threads may share it.
+    Threads may share it.
     """
 
     depth = 1
@@ -53,7 +92,6 @@ class SalvagedDisk:
         self.disk = disk
         self.size = disk.size
         self._found: list[Missing] = []
-        self._granule = _smallest_cluster(disk)
 
     @property
     def missing(self) -> list[Missing]:
@@ -62,24 +100,7 @@ class SalvagedDisk:
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes, fewer only at the end of the disk."""
-        try:
-            return self.disk.read(offset, length)
-        except Locked:
-            raise
-        except (Qcow2Error, OSError) as error:
-            length = min(length, self.size - offset)
-            lost = unmappable_until(self.disk, offset, offset + length) - offset
-            if lost:
-                self._found.append(Missing(offset, lost, str(error)))
-                return bytes(lost) + (self.read(offset + lost, length - lost) if lost < length else b"")
-            unit = SECTOR if isinstance(error, ReadError) else self._granule
-            middle = (offset + length // 2) // unit * unit
-            if middle <= offset:
-                middle += unit  # a range that begins inside a unit ends with it
-            if middle < offset + length:
-                return self.read(offset, middle - offset) + self.read(middle, offset + length - middle)
-            self._found.append(Missing(offset, length, str(error)))
-            return bytes(length)
+        return read_with_zeros(self.disk, offset, length, self._found.append)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Yield extents that tile the range; what the tables do not say is MISSING."""
@@ -108,19 +129,18 @@ class SalvagedDisk:
         """Return the size of the aligned unit that a fault of the tables at ``offset`` takes away."""
         if offset >= self.disk.mapped_end:
             return 1 << 64
+        cluster = min(layer.image.cluster_size for layer in images_of(self.disk))
         try:
             next(self.disk.mapping.runs(offset, 1))
         except FormatError as error:
-            return self._granule if error.field == _L2_ENTRY else self.disk.mapping.slice_span
+            return cluster if error.field == _L2_ENTRY else self.disk.mapping.slice_span
         except OSError:
             return self.disk.mapping.slice_span
-        return self._granule  # a layer below, while the ones above may hold what is beside it
+        return cluster  # a layer below, while the ones above may hold what is beside it
 
     def _unbacked(self, depth: int) -> str:
         """Return why the backing file of the layer ``depth`` below the top is missing."""
-        layer: object = self.disk
-        for _ in range(depth):
-            layer = layer.backing if isinstance(layer, Disk) else None
+        layer = next(islice(layers_of(self.disk), depth, None), None)
         why = layer.unbacked if isinstance(layer, Disk) else None
         return str(why or "the backing file is missing")
 
@@ -159,10 +179,21 @@ def _merged(found: Iterable[Missing]) -> Iterator[Missing]:
         yield pending
 
 
-def _smallest_cluster(disk: Disk) -> int:
-    sizes = []
-    layer: object = disk
-    while isinstance(layer, Disk):
-        sizes.append(layer.image.cluster_size)
-        layer = layer.backing
-    return min(sizes)
+def _unit(disk: Layer) -> int:
+    """Return the bytes that a chain reads or refuses as a whole: the smallest cluster, or subcluster, in it."""
+    unit = 1 << 21
+    for layer in layers_of(disk):
+        if not isinstance(layer, Disk):
+            return unit if isinstance(layer, RawDisk) else SECTOR
+        header = layer.image.header
+        if header.version == 1:  # its clusters may be anywhere: the end of the file may cut one at any sector
+            return SECTOR
+        unit = min(unit, header.cluster_size // 32 if header.extended_l2 else header.cluster_size)
+    return unit
+
+
+def _is_cut_anywhere(error: Exception) -> bool:
+    """Whether the sectors beside an unreadable one may be readable, though they are of one cluster."""
+    if isinstance(error, FormatError):
+        return error.field == "encrypted cluster"
+    return isinstance(error, ReadError) or not isinstance(error, Qcow2Error)
