@@ -628,3 +628,19 @@ def test_an_unreadable_range_is_not_vouched_for(tmp_path: Path, xfs: tuple[Disk,
             with pytest.raises(OSError, match=r"part of the content cannot be read.*past the end of"):
                 system.sha256(records["/big.bin"])
         assert system.sha256(records["/edited.txt"]) == xfs[0].tree()["/edited.txt"].sha256
+
+
+@pytest.mark.parametrize("kept", ["nothing", "what follows the start"])
+def test_a_volume_whose_start_cannot_be_read_is_not_called_blank(tmp_path: Path, kept: str) -> None:
+    raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    raw.write_bytes(bytes(2 * MIB) + b"\x5a" * MIB + bytes(MIB))
+    qemu.img("convert", "-O", "qcow2", "-o", "cluster_size=65536", "-S", "0", raw, path)
+    with open_disk(path) as disk:
+        entry = disk.mapping.l1_table_offset if kept == "nothing" else disk.mapping.entry_offset(0)
+    assert entry is not None
+    with path.open("r+b") as stream:
+        stream.seek(entry)
+        stream.write((0x7000_0000_0000).to_bytes(8, "big"))  # far past the end of the file
+    with open_disk(path) as disk:
+        (unread,) = open_volumes(disk, "x").unread
+    assert (unread.why, unread.blank) == ("its start cannot be read", False)

@@ -181,7 +181,9 @@ class _Finder:
             blank_start = not signature.name and head.count(0) == len(head)
             blank = blank_start and self._is_blank(reader)
             why = "it holds nothing but zeros" if blank else "its signature is not known"
-            if blank_start and not blank:
+            if Spans(self._disk.unreadable).overlap(reader.place(0, len(head))):
+                why = "its start cannot be read"
+            elif blank_start and not blank:
                 why = "its start is blank"
             if not signature.holds_files:
                 why = "it holds no files"
