@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import struct
 from pathlib import Path
 
 import pytest
 
 import qcow2_forensics as q
 from qcow2_forensics.errors import FormatError, Locked
+from qcow2_forensics.limits import DEFAULT_LIMITS
 from qcow2_forensics.reader import passphrases
+from qcow2_forensics.reader.encryption.luks import recover_key
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, Poke
 
@@ -126,6 +129,24 @@ def test_a_key_that_holds_its_end_of_line_opens(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk", "1M", secret="secret\n", encrypt=LUKS)
     (tmp_path / "key").write_bytes(b"secret\n")
     assert read_all(path, passphrase=passphrases.from_file(tmp_path / "key")) == bytes(MiB)
+
+
+@pytest.mark.parametrize("stripes", [0, 1, 3999, 4001, 2**32 - 1])
+def test_no_work_is_done_for_another_number_of_stripes(stripes: int) -> None:
+    head = struct.pack(
+        ">6sH32s32s32sII20s32sI40s", b"LUKS\xba\xbe", 1, b"aes", b"xts-plain64", b"sha256", 4096, 64, b"", b"", 1, b""
+    )
+    slot = struct.pack(">II32sII", 0x00AC71F3, 1, b"", 8, stripes)
+    header = head + slot + struct.pack(">II32sII", 0xDEAD, 0, b"", 8, 4000) * 7
+    reads = []
+
+    def read(offset: int, length: int) -> bytes:
+        reads.append((offset, length))
+        return header[offset : offset + length].ljust(length, b"\0")
+
+    with pytest.raises(FormatError, match=f"{stripes} stripes"):
+        recover_key(read, 0, MiB, b"pw", DEFAULT_LIMITS)
+    assert reads == [(0, len(header))]
 
 
 @pytest.mark.slow

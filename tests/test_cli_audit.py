@@ -23,7 +23,7 @@ from qcow2_forensics.cli import main
 from qcow2_forensics.cli.fleet import audit_line, lines
 from qcow2_forensics.findings import Report
 from tests import qemu
-from tests.image_builder import Poke, base_b, base_s
+from tests.image_builder import Builder, Poke, base_b, base_s
 from tests.pages import check_page
 
 pytestmark = qemu.requires_qemu
@@ -249,6 +249,18 @@ def test_fleet_writes_a_line_per_image_and_no_bad_one_stops_it(run: Run, tmp_pat
     assert found[str(fleet[0])]["identity"]["size"] == fleet[0].stat().st_size
     assert found[str(fleet[0])]["check"]["allocated-clusters"] == 3
     assert [finding["code"] for finding in found[str(fleet[5])]["findings"]] == ["QCOW2-UNREADABLE"]
+
+
+def test_fleet_says_on_standard_error_that_reports_list_less_than_was_found(run: Run, tmp_path: Path) -> None:
+    many = Builder(cluster_bits=16, size=1 << 20)
+    for number in range(1500):
+        many.snapshot(b"%d" % (number + 1), b"s", l1_offset=65536 * 3, l1_size=1)
+    paths = [many.write(tmp_path / "many.qcow2"), base_b(tmp_path / "few.qcow2")]
+    code, _, err = run("audit", "--depth", "triage", "-o", tmp_path / "out.jsonl", *paths)
+    assert code == 0
+    assert "1 report of this run lists less than was found" in err
+    assert "QCOW2-AUDIT-LIMITED" in err
+    assert "less than" not in run("audit", "--depth", "triage", "-o", tmp_path / "few.jsonl", paths[1], paths[1])[2]
 
 
 def test_resumed_fleet_does_the_rest_and_what_changed(run: Run, tmp_path: Path, fleet: list[Path]) -> None:

@@ -16,7 +16,7 @@ from qcow2_forensics.cli import demo
 from qcow2_forensics.reader.states import find_snapshot
 from tests import filesystems, guest_disks, qemu
 from tests.guest_disks import need_mounts
-from tests.image_builder import EXT_BACKING_FORMAT, Poke
+from tests.image_builder import EXT_BACKING_FORMAT, Builder, Poke
 from tests.tiers import every
 
 pytest.importorskip("dissect.target", reason="dissect.target is absent")
@@ -275,6 +275,20 @@ def test_every_snapshot_gets_a_path_that_opens_it(make_image: Callable[..., Path
         assert names == ["plain", "index:1", "3", "4", "5", "6", "7"]  # "2" is the ID of one and the name of another
         assert [find_snapshot(opened, name) for name in names] == list(opened.snapshots)
     assert [image_and_state(image / name) for name in names] == [(image, name) for name in names]
+
+
+def test_a_snapshot_whose_name_does_not_show_as_it_is_gets_another_path(tmp_path: Path) -> None:
+    names = ["plain", "\x1b[2J", "a\nb", "\u202e", "\U000e0100", "n" * 300, "\udcff", ".", "..", "nul\0", "caf\u00e9"]
+    builder = Builder()
+    for number, name in enumerate(names):
+        builder.snapshot(b"\x1b%d" % number, name.encode("utf-8", "surrogateescape"), l1_offset=65536 * 3, l1_size=1)
+    image = builder.write(tmp_path / "disk.qcow2")
+    with open_image(image) as opened:
+        found = list(state_names(opened))
+        assert [find_snapshot(opened, name) for name in found] == list(opened.snapshots)
+    assert [name if name.startswith("index:") else names[at] for at, name in enumerate(found)] == found
+    assert [names[at] for at, name in enumerate(found) if not name.startswith("index:")] == ["plain", "caf\u00e9"]
+    assert [image_and_state(image / name) for name in found] == [(image, name) for name in found]
 
 
 def test_other_files_are_left_to_dissect(tmp_path: Path) -> None:

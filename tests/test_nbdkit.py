@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import signal
 import struct
@@ -12,11 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from urllib.parse import quote
 
 import pytest
 
 from qcow2_forensics.cli import main
 from tests import qemu
+from tests.image_builder import COPIED, Builder
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "src" / "qcow2_forensics" / "data" / "nbdkit_plugin.py"
@@ -90,6 +95,49 @@ def test_a_recovered_state_is_served_of_a_damaged_image(
     with served(tmp_path / "socket", f"image={image}") as uri:
         qemu.img("convert", "-f", "raw", "-O", "raw", uri("recovered:1"), tmp_path / "raw")
     assert (tmp_path / "raw").read_bytes() == expected
+
+
+HOSTILE_NAMES = {
+    "1": "ordinary",
+    "active": "one of our words",
+    "index:0": "the place of another",
+    "x" * 5000: "longer than NBD allows",
+    "\x1b[2J\U000e0100": "\x1b[2J",
+    "two": "\U000e0100" * 5000,
+    "twice": "a",
+    "=active": "a",
+}
+
+
+def test_every_snapshot_is_listed_under_a_name_that_opens_it(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=16, size=1 << 20)
+    builder.data(0, b"\xaa" * 65536)
+    for number, (ident, name) in enumerate(HOSTILE_NAMES.items(), 1):
+        l1, l2 = builder.put(bytes(65536)), builder.put(bytes(65536))
+        builder.raw(l1, (l2 | COPIED).to_bytes(8, "big"))
+        builder.raw(l2, (builder.put(bytes([number]) * 65536) | COPIED).to_bytes(8, "big"))
+        builder.snapshot(ident.encode(), name.encode(), l1_offset=l1, l1_size=1)
+    image = builder.write(tmp_path / "disk.qcow2")
+    with served(tmp_path / "socket", f"image={image}") as uri:
+        listing = qemu.run("qemu-nbd", "--list", "--socket", str(tmp_path / "socket")).stdout.decode()
+        names = re.findall(r"^ export: '(.*)'$", listing, re.MULTILINE)
+        assert len(names) == len(HOSTILE_NAMES) + 1
+        for number, name in enumerate(names):
+            qemu.img("convert", "-f", "raw", "-O", "raw", uri(quote(name, safe="")), tmp_path / "raw")
+            assert (tmp_path / "raw").read_bytes()[0] == (number or 0xAA), name
+
+
+def test_more_snapshots_than_nbdkit_lists_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "nbdkit", ModuleType("nbdkit"))
+    plugin = runpy.run_path(str(SCRIPT))
+    builder = Builder(cluster_bits=16, size=1 << 20)
+    for number in range(10_050):
+        builder.snapshot(b"%d" % (number + 1), b"s", l1_offset=65536 * 3, l1_size=1)
+    plugin["config"]("image", str(builder.write(tmp_path / "disk.qcow2")))
+    assert len(list(plugin["list_exports"](True, False))) == 10_000
+    assert "51 snapshots are missing from the list" in capsys.readouterr().err
 
 
 def test_a_file_in_which_no_state_is_left_is_refused_at_the_start(tmp_path: Path) -> None:

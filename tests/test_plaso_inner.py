@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,103 @@ def test_images_in_a_hosts_file_system_are_processed_with_their_snapshots(hyperv
     none = log2timeline(Variant(hypervisor), tmp_path / "none", *options[4:])
     assert none.rc == 0
     assert not [line for line in none.lines if "inner.txt" in line]
+
+
+# --- an image that holds itself ------------------------------------------------------------------
+
+CLUSTER = 32768
+
+
+def image_of_itself(path: Path, names: int) -> Path:
+    """Write an image whose guest has a FAT file system with ``names`` files that are the bytes of the image.
+
+    The clusters of those files map every cluster of the image; its first one, which no entry can name, has a copy::
+
+        host    0 header  1 refcounts  2 block  3 L1  4 L2  5 file system  6 header again
+        guest   0 file system    1 .. 7 the files: host 6, 1, 2, 3, 4, 5, 6
+    """
+    hosts = [6, 1, 2, 3, 4, 5, 6]
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQQQQII",
+        *(b"QFI\xfb", 3, 0, 0, 15, 64 * CLUSTER, 0, 1, 3 * CLUSTER, CLUSTER, 1, 0, 0, 0, 0, 0, 4, 104),
+    )
+    boot = bytearray(512)
+    boot[:11] = b"\xeb\x3c\x90MSDOS5.0"
+    struct.pack_into("<HBHBHHBHHHII", boot, 11, 512, 64, 1, 1, 62 * 16, 64 * 64, 0xF8, 1, 63, 255, 0, 0)
+    boot[38:62] = b"\x29" + bytes(4) + b"NO NAME    FAT12   "
+    boot[510:] = b"\x55\xaa"
+    chain = [0xFF8, 0xFFF, *range(3, 3 + len(hosts) - 1), 0xFFF, 0]
+    table = b"".join(
+        (even | odd << 12).to_bytes(3, "little") for even, odd in zip(chain[::2], chain[1::2], strict=False)
+    )
+    root = b"".join(
+        b"COPY%04dQCW " % name + bytes(10) + struct.pack("<HHHI", 0x6000, 0x5A21, 2, len(hosts) * CLUSTER)
+        for name in range(names)
+    )
+    clusters = [
+        header,
+        struct.pack(">Q", 2 * CLUSTER),
+        struct.pack(">7H", *[2] * 7),
+        struct.pack(">Q", 4 * CLUSTER | 1 << 63),
+        struct.pack(">8Q", 5 * CLUSTER, *(host * CLUSTER for host in hosts)),
+        bytes(boot) + table.ljust(512, b"\0") + root,
+        header,
+    ]
+    path.write_bytes(b"".join(cluster.ljust(CLUSTER, b"\0") for cluster in clusters))
+    return path
+
+
+class Mediator:
+    """What plaso gives its workers, as far as it is used here."""
+
+    def __init__(self) -> None:
+        self.sources: list[Any] = []
+        self.warnings: list[str] = []
+
+    # The names below are those of plaso's mediator.
+
+    def ProduceEventSource(self, source: Any) -> None:  # noqa: N802
+        self.sources.append(source.path_spec)
+
+    def ProduceWarning(self, message: str, path_spec: Any) -> None:  # noqa: N802, ARG002
+        self.warnings.append(message)
+
+    def AppendToParserChain(self, _name: str) -> None:  # noqa: N802
+        pass
+
+    def PopFromParserChain(self) -> None:  # noqa: N802
+        pass
+
+
+def copies_in(root: Any) -> list[Any]:
+    return [entry for entry in resolver.Resolver.OpenFileEntry(root).sub_file_entries if entry.name.endswith("QCW")]
+
+
+def processed(worker: Any, mediator: Mediator, source: Any) -> list[int]:
+    """Process a file system and what comes of it, level by level; return how many images there were on each."""
+    counts, waiting = [], [source]
+    while waiting:
+        entries = [entry for root in waiting for entry in copies_in(root)]
+        counts.append(len(entries))
+        assert len(counts) < 10, "there is no end"
+        for entry in entries:
+            plaso_archives._extract_content(None, worker, mediator, entry, "")
+        waiting, mediator.sources = mediator.sources, []
+    return counts
+
+
+def test_an_image_that_holds_itself_is_processed_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = image_of_itself(tmp_path / "disk.qcow2", 2)
+    spec = factory.Factory.NewPathSpec("QCOW", parent=factory.Factory.NewPathSpec("OS", location=str(image)))
+    root = factory.Factory.NewPathSpec("TSK", location="/", parent=spec)
+    assert copies_in(root)[0].GetFileObject().read() == image.read_bytes()
+    worker, mediator = SimpleNamespace(_archive_types=["qcow"], _abort=False), Mediator()
+    assert processed(worker, mediator, root) == [2, 4, 8]
+    assert mediator.warnings.count("not processed: it is inside 3 images; export it to process it") == 8
+    monkeypatch.setattr(plaso_archives, "_IMAGES", 3)
+    worker, mediator = SimpleNamespace(_archive_types=["qcow"], _abort=False), Mediator()
+    assert processed(worker, mediator, root) == [2, 4, 2]
+    assert mediator.warnings.count("not processed: more than 3 images inside others") == 3
 
 
 # --- locked, and audited -------------------------------------------------------------------------

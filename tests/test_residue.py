@@ -758,7 +758,7 @@ def test_guest_data_is_not_taken_for_a_table(data: bytes) -> None:
     data = data.ljust(65536, b"\0")
     for rule in (structure_detection.l1_rows, structure_detection.l2_rows):
         assert not rule(one_row(data), GEOMETRY).tables.any()
-    assert structure_detection.find_entries(data, 0, GEOMETRY) == ([], [])
+    assert structure_detection.find_entries(data, 0, GEOMETRY) == ([], [], 0)
 
 
 def test_live_tables_are_recognised_as_what_they_are(tmp_path: Path) -> None:

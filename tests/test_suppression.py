@@ -5,21 +5,26 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import struct
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from qcow2_forensics.audit import audit, undecodable_streams
+from qcow2_forensics.audit import audit, rules, undecodable_streams
 from qcow2_forensics.census import take_census
+from qcow2_forensics.cli import main
 from qcow2_forensics.findings import EVIDENCE_LIMIT, Evidence, Finding, Report, Selection, Severity
 from qcow2_forensics.format.image import Image
-from qcow2_forensics.residue import deleted_snapshots
+from qcow2_forensics.recovery import recovered_states
+from qcow2_forensics.residue import deleted_snapshots, former_tables, structure_detection
 from tests import qemu
-from tests.image_builder import B_L1, Builder, Poke, base_b, compressed_entry
+from tests.image_builder import B_L1, Builder, Poke, base_b, base_s, compressed_entry
 from tests.test_audit_residual import CASES as RESIDUAL_CASES
 
 pytestmark = qemu.requires_qemu
@@ -42,19 +47,21 @@ def deleted(path: Path, **options: object) -> Path:
     return path
 
 
-def snapshot_entry(number: int, l1: int, l1_size: int = 1) -> bytes:
+def snapshot_entry(number: int, l1: int, l1_size: int = 1, name: bytes = b"decoy") -> bytes:
     """One entry of a snapshot table as QEMU writes it, 64 bytes long."""
     ident = str(number).encode()
-    name = b"decoy"
     head = struct.pack(">QIHHIIQII", l1, l1_size, len(ident), len(name), 1_700_000_000, 0, 0, 0, 16)
     entry = head + bytes(8) + (1 << 20).to_bytes(8, "big") + ident + name
     return entry.ljust(-(-len(entry) // 8) * 8, b"\0")
 
 
 def decoys(path: Path, l1: int) -> None:
-    """Append former snapshot entries, whose numbers come before the true one's, that all name one L1 table."""
+    """Append former snapshot entries, whose numbers come before the true one's, that all name one L1 table.
+
+    Each has a name of its own: copies of one entry count once.
+    """
     size = path.stat().st_size
-    data = b"".join(snapshot_entry(0, l1 + 0, 1 + number % 64) for number in range(DECOYS))
+    data = b"".join(snapshot_entry(0, l1, 1 + number % 64, b"%05d" % number) for number in range(DECOYS))
     Poke(path).append(bytes(-size % 65536) + data + bytes(-len(data) % 65536))
 
 
@@ -76,6 +83,38 @@ def test_bogus_snapshot_entries_do_not_hide_a_deleted_snapshot(tmp_path: Path, p
     assert true.entry.offset in {item.offset for item in entries.evidence}
     listed = deleted_snapshots(path)
     assert [item for item in listed if item.selector == true.selector and item.complete]
+
+
+@pytest.mark.parametrize(
+    ("module", "limit"), [(former_tables, "FORMER_ENTRIES"), (structure_detection, "FORMER_ENTRY_CANDIDATES")]
+)
+def test_places_that_are_not_looked_at_for_entries_are_reported(
+    module: ModuleType, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = deleted(tmp_path / "disk.qcow2")
+    (true,) = deleted_snapshots(path)
+    entry = path.read_bytes()[true.entry.offset :][: true.entry.length]
+    Poke(path).write(true.entry.offset, bytes(len(entry)))
+    decoy = snapshot_entry(1, 65536).replace(b"1decoy", b"xdecoy")  # sane numbers, and an ID that is none
+    size = -(-path.stat().st_size // 65536) * 65536
+    Poke(path).append(bytes(size - path.stat().st_size) + (decoy * 6).ljust(65536, b"\0") + decoy + entry)
+    assert [item.complete for item in deleted_snapshots(path)] == [True]
+    assert of(audit(path, "deep"), "AUDIT-LIMITED") == []
+    monkeypatch.setattr(module, limit, 1)
+    (limited,) = of(audit(path, "deep"), "AUDIT-LIMITED")
+    assert ("former snapshot entries that were found and not looked at", "left out") in {
+        (item.field, item.structure) for item in limited.evidence
+    }
+    assert main(["snapshots", str(path), "--deleted"]) == 0
+    assert "former snapshot entries were left out" in capsys.readouterr().err
+
+
+def test_places_that_recovery_does_not_look_at_are_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = deleted(tmp_path / "disk.qcow2")
+    Poke(path).write(0, bytes(65536)).append(snapshot_entry(7, 65536).ljust(65536, b"\0"))
+    monkeypatch.setattr(structure_detection, "FORMER_ENTRY_CANDIDATES", 1)
+    notes = {note for state in recovered_states(path) for note in state.notes}
+    assert [note for note in notes if "like an entry of a snapshot table" in note]
 
 
 @pytest.mark.slow
@@ -143,7 +182,7 @@ def test_evidence_is_spread_over_the_tables_that_are_hit(tmp_path: Path) -> None
         assert hit == set(tables[1:]), code
 
 
-def test_findings_above_the_limit_per_code_are_reported(tmp_path: Path) -> None:
+def test_findings_above_the_limit_per_code_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = base_b(tmp_path / "disk.qcow2")
     size = -(-path.stat().st_size // 65536) * 65536
     data = b"".join(snapshot_entry(number + 1, B_L1) for number in range(1500))
@@ -151,6 +190,31 @@ def test_findings_above_the_limit_per_code_are_reported(tmp_path: Path) -> None:
     Poke(path).u32(60, 1500).u64(64, size)
     (limited,) = of(audit(path, "triage"), "AUDIT-LIMITED")
     assert Evidence("snapshots that are not described", 500, structure="left out") in limited.evidence
+    assert main(["audit", str(path), "--depth", "triage"]) == 0
+    assert "qcow2-forensics: snapshots that are not described: 500\n" in capsys.readouterr().err
+
+
+def test_a_count_above_the_evidence_that_is_listed_is_on_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", "64M")
+    qemu.io(path, "write 0 64M")
+    table = Poke(path).get(B_L1) & ~(1 << 63)
+    Poke(path).write(table, bytes(range(1, 256)) * 32)
+    assert main(["audit", str(path)]) == 0
+    assert re.search(r"not all evidence is listed: .*QCOW2-RESERVED-BITS 100 of \d{3}", capsys.readouterr().err)
+
+
+def test_findings_that_one_rule_has_too_many_of_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = base_s(tmp_path / "disk.qcow2")
+    code = Counter(finding.code for finding in audit(path)).most_common(1)[0]
+    assert code[1] > 1
+    monkeypatch.setattr(rules, "FINDINGS_PER_RULE", 1)
+    report = audit(path)
+    (limited,) = of(report, "AUDIT-LIMITED")
+    assert (f"findings {code[0]}, above", code[1] - 1) in {
+        (item.field.rpartition(" ")[0], item.value) for item in limited.evidence
+    }
 
 
 @pytest.mark.parametrize("sound", [False, True])

@@ -1,6 +1,8 @@
 """``--archives qcow``: QCOW images in a file system are processed with what is in them, as plaso does for VHD.
 
 Each of them is audited, as the source is: what is found are warnings with the parser ``qcow2``.
+An image can map its own clusters, so that its guest has a file that is the image itself, as often as it has
+names: images are processed a few inside each other, and a number by each worker.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from .wrapping import wrap_method
 
 ARCHIVE = "qcow"
 _MAGIC = b"QFI\xfb"
+_DEPTH = 3  # images inside each other, the source among them where it is one
+_IMAGES = 1000  # inside others, processed by one worker; a hypervisor has some hundreds
 
 
 def _extract_content(stock_method: Any, worker: Any, mediator: Any, file_entry: Any, stream_name: Any) -> None:
@@ -31,8 +35,25 @@ def _extract_content(stock_method: Any, worker: Any, mediator: Any, file_entry: 
     if stream_name:
         properties["data_stream"] = stream_name
     path_spec = factory.Factory.NewPathSpec(file_entry.type_indicator, parent=file_entry.path_spec.parent, **properties)
-    worker.processing_status = definitions.STATUS_INDICATOR_COLLECTING
-    _process_image(worker, mediator, factory.Factory.NewPathSpec("QCOW", parent=path_spec))
+    qcow = factory.Factory.NewPathSpec("QCOW", parent=path_spec)
+    done = worker.__dict__.setdefault("_qcow_images", 0)  # by this worker
+    if _images_around(path_spec) >= _DEPTH:
+        mediator.ProduceWarning(f"not processed: it is inside {_DEPTH} images; export it to process it", path_spec=qcow)
+    elif done >= _IMAGES:
+        mediator.ProduceWarning(f"not processed: more than {_IMAGES} images inside others", path_spec=qcow)
+    else:
+        worker._qcow_images += 1
+        worker.processing_status = definitions.STATUS_INDICATOR_COLLECTING
+        _process_image(worker, mediator, qcow)
+
+
+def _images_around(path_spec: Any) -> int:
+    """Return how many images a file is inside of."""
+    count = 0
+    while path_spec is not None:
+        count += path_spec.type_indicator == dfvfs_definitions.TYPE_INDICATOR_QCOW
+        path_spec = path_spec.parent
+    return count
 
 
 def _is_image(file_entry: Any, stream_name: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ from dissect.target.loader import Loader
 
 from qcow2_forensics import Image, Qcow2Error, open_image
 from qcow2_forensics.reader import states
-from qcow2_forensics.text import printable
+from qcow2_forensics.text import is_plain, printable
 
 from .container import MAGIC, Qcow2Container
 
 SCHEME = "qcow2"
+_COMPONENT = 255  # bytes of one part of a path
 log = logging.getLogger("dissect_qcow2")
 
 
@@ -73,17 +75,21 @@ def _is_image(path: Path) -> bool:
 
 
 def state_names(image: Image) -> Iterator[str]:
-    """Yield what to call each snapshot: its name where that is one, and part of a path, else its ID, else its place."""
+    """Yield what to call each snapshot: its name where that is one, and part of a path, else its ID, else its place.
+
+    dissect writes it into every record and on the terminal: a name that does not show as it is, is not used.
+    """
     ids = {entry.id for entry in image.snapshots}
     spelling, taken = states.spellings(image.snapshots), states.names_of(image.snapshots)
     names = Counter(entry.name for entry in image.snapshots)
     for entry in image.snapshots:
         alone = names[entry.name] == 1 and entry.name not in ids and entry.name not in ("", ".", "..")
-        if alone and not states.is_word(entry.name) and not set(entry.name) & set("/\\\0:"):
+        usable = is_plain(entry.name) and len(os.fsencode(entry.name)) <= _COMPONENT
+        if alone and usable and not states.is_word(entry.name) and not set(entry.name) & set("/\\:"):
             yield entry.name
         else:
             key = spelling(entry)
-            yield key if key.isalnum() else states.spelled(taken, f"index:{entry.index}")
+            yield key if key.isascii() and key.isalnum() else states.spelled(taken, f"index:{entry.index}")
 
 
 loader.LOADERS.insert(0, Qcow2Loader)

@@ -24,7 +24,7 @@ EXIT_DONE = 0
 EXIT_FINDINGS = 1
 EXIT_FAILED = 2
 _UNREADABLE = "QCOW2-UNREADABLE"
-_LIMITED = "QCOW2-AUDIT-LIMITED"
+LIMITED = "QCOW2-AUDIT-LIMITED"
 
 _EPILOG = """examples:
   qcow2-forensics audit disk.qcow2
@@ -151,7 +151,7 @@ def report_of(args: argparse.Namespace, path: str, *, wants_facts: bool = True, 
 def left_out(report: Report) -> Iterator[str]:
     """Yield what the report does not list, a line each."""
     for finding in report.findings:
-        if finding.code == _LIMITED:
+        if finding.code == LIMITED:
             yield from (f"{printable(item.field)}: {printable(str(item.value))}" for item in finding.evidence)
     capped = [finding for finding in report.findings if finding.count > len(finding.evidence) >= EVIDENCE_LIMIT // 2]
     if capped:

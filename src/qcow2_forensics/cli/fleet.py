@@ -41,6 +41,7 @@ from ..render.page import run_facts
 from ..render.plain import render_text
 from ..render.rows import render_csv, render_line
 from ..text import cut, plural
+from .audit import LIMITED, left_out
 from .case import files_of, run_of, wants_run
 from .output import Progress
 
@@ -80,6 +81,7 @@ def run_fleet(args: argparse.Namespace) -> int:
         results = [done[path] for path in paths if path not in set(waiting)]
         progress = stack.enter_context(Progress("audit", len(paths), unit="images"))
         progress.advance(len(results))
+        incomplete = 0
         for line in lines(waiting, work, args.jobs):
             report = json.loads(line)
             evidence += report["details"].get("files", ())
@@ -90,10 +92,17 @@ def run_fleet(args: argparse.Namespace) -> int:
                 out.flush()
             progress.advance(1)
             results.append(_result(report))
+            incomplete += any(left_out(Report.from_dict(report)))
         if args.format == "html":
             out.write(render_fleet(reports, extra=run_facts(facts)))
     failed = sum(result.failed for result in results)
     print(f"qcow2-forensics: {_summary(results)}", file=sys.stderr)
+    if incomplete:
+        print(
+            f"qcow2-forensics: {plural(incomplete, 'report')} of this run {'lists' if incomplete == 1 else 'list'} less "
+            f"than was found: see the counts of findings, and {LIMITED}",
+            file=sys.stderr,
+        )
     if failed:
         print(f"qcow2-forensics: {failed} of {plural(len(paths), 'image')} could not be audited", file=sys.stderr)
     if args.fail_on is not None and any(result.worst >= args.fail_on for result in results):

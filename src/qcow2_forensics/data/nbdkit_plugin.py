@@ -25,9 +25,13 @@ from pathlib import Path
 import nbdkit
 
 import qcow2_forensics as q
-from qcow2_forensics.text import printable
+from qcow2_forensics.reader import states
+from qcow2_forensics.text import is_plain, printable
 
 API_VERSION = 2
+
+_EXPORTS = 10_000  # that nbdkit lists; one more and it lists none
+_DESCRIBED = 300  # characters of a name: nbdkit takes 4096 bytes, and an escaped character may need ten
 
 settings: dict[str, str] = {}
 folders: list[str] = []
@@ -78,16 +82,26 @@ def thread_model() -> int:
 
 
 def list_exports(readonly: bool, is_tls: bool) -> Iterator[tuple[str, str]]:  # noqa: ARG001
-    """Yield the name of every state and what it is; a snapshot goes by its ID, which need not be unique."""
+    """Yield the name of every state and what it is: what opens that state alone, and shows as it is."""
     try:
         image = q.open_image(settings["image"])
     except (q.NotQcow2, q.FormatError):
         yield "recovered:1", "the best state that can be put together"
         return
-    yield "active", "the disk as it is now"
     with image:
-        for entry in image.snapshots:
-            yield printable(entry.id), f"snapshot {printable(entry.name)}"
+        entries = image.snapshots
+        spelling, taken = states.spellings(entries), states.names_of(entries)
+        yield states.spelled(taken, states.ACTIVE), "the disk as it is now"
+        for entry in entries[: _EXPORTS - 1]:
+            key = spelling(entry)
+            key = key if is_plain(key) else states.spelled(taken, f"index:{entry.index}")
+            yield key, f"snapshot {printable(entry.name, _DESCRIBED)}"
+        if len(entries) >= _EXPORTS:
+            print(
+                f"qcow2-forensics: {len(entries) - _EXPORTS + 1} snapshots are missing from the list, which has room "
+                f"for {_EXPORTS} states; each opens by its ID",
+                file=sys.stderr,
+            )
         problem = image.unreadable("snapshots")
         if problem is not None:
             print(f"qcow2-forensics: snapshots are missing from the list: {problem.error()}", file=sys.stderr)

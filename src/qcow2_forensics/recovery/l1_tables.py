@@ -135,12 +135,16 @@ def placed_by_image(source: Source, room: Budget) -> tuple[Placement, ...]:
 
 
 def left_out_notes(tables: FoundTables) -> tuple[str, ...]:
-    """Return a note on the tables that were found and not kept."""
-    return (
-        (f"{plural(tables.left_out, 'more table was', 'more tables were')} found than are kept",)
-        if tables.left_out
-        else ()
-    )
+    """Return notes on what was found and not kept, or not looked at."""
+    notes = []
+    if tables.left_out:
+        notes.append(f"{plural(tables.left_out, 'more table was', 'more tables were')} found than are kept")
+    if tables.entries_left_out:
+        places = plural(tables.entries_left_out, "place that looks", "places that look")
+        notes.append(
+            f"{places} like an entry of a snapshot table {'was' if tables.entries_left_out == 1 else 'were'} not looked at"
+        )
+    return tuple(notes)
 
 
 def tables_by_slot(source: Source, geometry: Geometry, l1_tables: list[U64]) -> dict[int, list[U64]]:

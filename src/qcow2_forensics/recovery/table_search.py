@@ -32,13 +32,17 @@ class L1Candidate(NamedTuple):
 
 
 class FoundTables(NamedTuple):
-    """What has the form of a table in a file, by rising host offset. ``left_out`` counts tables beyond the limit."""
+    """What has the form of a table in a file, by rising host offset.
+
+    ``left_out`` counts tables beyond the limit, ``entries_left_out`` places that may hold a snapshot's entry.
+    """
 
     l1: list[L1Candidate]
     l2: npt.NDArray[np.int64]
     refcount_tables: list[int]
     snapshots: list[SnapshotEntry]
     left_out: int
+    entries_left_out: int
 
 
 class _Rows(NamedTuple):
@@ -64,9 +68,11 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
     """Return what has the form of a table; reads the file once, or its first ``most`` bytes."""
     parts: list[_Rows] = []
     snapshots: dict[int, SnapshotEntry] = {}
-    kept, left_out = 0, 0
+    kept, left_out, entries_left_out = 0, 0, 0
     for at, data in _chunks(source, geometry.cluster_size, source.size if most is None else min(most, source.size)):
-        for entry in find_entries(data, at, geometry)[0]:
+        entries = find_entries(data, at, geometry)
+        entries_left_out += entries.left_out
+        for entry in entries.snapshots:
             snapshots.setdefault(entry.offset, entry)
         rows = _tables_of(source, at, data, geometry)
         left_out += max(0, kept + len(rows.offsets) - RECOVERED_TABLES)
@@ -75,7 +81,7 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
         if len(rows.offsets):
             parts.append(rows)
     if not parts:
-        return FoundTables([], np.zeros(0, np.int64), [], list(snapshots.values()), 0)
+        return FoundTables([], np.zeros(0, np.int64), [], list(snapshots.values()), 0, entries_left_out)
     found = _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     l1, refcount_tables = _classify(source, geometry, found, {entry.l1_table_offset for entry in snapshots.values()})
     others = _clusters(l1, geometry.cluster_size) | set(refcount_tables)
@@ -85,7 +91,8 @@ def search_tables(source: Source, geometry: Geometry, *, most: int | None = None
     named = {int(at) for table in l1 for at in table.targets[table.targets != 0].tolist()}
     refcount_tables = [at for at in refcount_tables if at not in named and at not in guest]
     others = _clusters(l1, geometry.cluster_size) | set(refcount_tables) | guest
-    return FoundTables(l1, found.without(others).offsets, refcount_tables, list(snapshots.values()), left_out)
+    tables = found.without(others).offsets
+    return FoundTables(l1, tables, refcount_tables, list(snapshots.values()), left_out, entries_left_out)
 
 
 def _clusters(tables: list[L1Candidate], size: int) -> set[int]:

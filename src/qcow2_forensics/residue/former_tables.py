@@ -54,11 +54,15 @@ class Looks(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What clusters look like, and by row the snapshot and bitmap entries they hold."""
+    """What clusters look like, and by row the snapshot and bitmap entries they hold.
+
+    ``left_out`` counts the places that may hold one and were not looked at.
+    """
 
     looks: Looks
     snapshots: Mapping[int, list[SnapshotEntry]]
     bitmaps: Mapping[int, list[BitmapEntry]]
+    left_out: int
 
 
 class FormerTables:
@@ -180,13 +184,14 @@ class Recogniser:
 
     def _with_entries(self, looks: Looks, clusters: Clusters, behind: Bytes, words: Words) -> Seen:
         """Add the clusters that hold snapshot or bitmap entries; ``words`` are those of each cluster and of the bytes after it."""
-        places = structure_detection.entry_places(words, self._geometry, clusters.data.shape[1] // 8)
+        *places, left_out = structure_detection.entry_places(words, self._geometry, clusters.data.shape[1] // 8)
         snapshots: dict[int, list[SnapshotEntry]] = {}
         bitmaps: dict[int, list[BitmapEntry]] = {}
         for row in sorted({*places[0], *places[1]}):
             base = int(clusters.offsets[row])
             here = [found.get(row, [])[: max(1, self._entries)] for found in places]
             self._entries -= len(here[0]) + len(here[1])
+            left_out += sum(len(found.get(row, [])) for found in places) - len(here[0]) - len(here[1])
             data = (clusters.data[row].tobytes() + behind[row].tobytes())[: self._image.file_size - base]
             snapshots[row] = structure_detection.snapshot_entries_at(data, here[0], base, self._geometry)
             bitmaps[row] = structure_detection.bitmap_entries_at(data, here[1], base, self._geometry)
@@ -194,7 +199,7 @@ class Recogniser:
                 looks.looks[row] = _SNAPSHOTS if snapshots[row] else _BITMAPS
                 looks.entries[row] = len(snapshots[row]) + len(bitmaps[row])
                 looks.intact[row], looks.zero_only[row] = 0, False
-        return Seen(looks, snapshots, bitmaps)
+        return Seen(looks, snapshots, bitmaps, left_out)
 
     def _behind(self, clusters: Clusters) -> Bytes:
         """Return the first bytes after each cluster; zeros where the next cluster is not one of these."""

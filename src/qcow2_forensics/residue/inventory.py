@@ -137,7 +137,7 @@ class Residue(Closing):
             more = list(itertools.chain.from_iterable(seen.bitmaps.values()))
             if len(snapshots) > 2 * FORMER_ENTRIES:
                 snapshots = self._thinned(snapshots)
-            self.entries_left_out += max(0, len(bitmaps) + len(more) - FORMER_ENTRIES)
+            self.entries_left_out += seen.left_out + max(0, len(bitmaps) + len(more) - FORMER_ENTRIES)
             bitmaps += more[: FORMER_ENTRIES - len(bitmaps)]
         return _Former(FormerTables.joined(tables), *self._with_slack(self._thinned(snapshots), bitmaps))
 
@@ -159,9 +159,10 @@ class Residue(Closing):
         geometry = structure_detection.Geometry.of(self.image)
         for offset, data in self._table_tails():
             if data.strip(b"\0"):
-                old_snapshots, old_bitmaps = structure_detection.find_entries(data, offset, geometry)
-                snapshots += old_snapshots
-                bitmaps += old_bitmaps
+                old = structure_detection.find_entries(data, offset, geometry)
+                snapshots += old.snapshots
+                bitmaps += old.bitmaps
+                self.entries_left_out += old.left_out
         live = {(bitmap.name_bytes, bitmap.table_offset) for bitmap in self.image.bitmaps}
         former = {
             (bitmap.name_bytes, bitmap.table_offset): bitmap

@@ -165,26 +165,35 @@ def refcount_rows(data: Bytes, refcount_order: int) -> Mask:
 # --- entries of snapshots and bitmaps -----------------------------------------------------------
 
 
-def find_entries(data: bytes, base: int, geometry: Geometry) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
+class Entries(NamedTuple):
+    """Entries that were found, and how many places that may hold one were not looked at: there were too many."""
+
+    snapshots: list[SnapshotEntry]
+    bitmaps: list[BitmapEntry]
+    left_out: int
+
+
+def find_entries(data: bytes, base: int, geometry: Geometry) -> Entries:
     """Return what parses as snapshot table and as bitmap directory entries, wherever they start on 8 bytes.
 
     ``base`` is the file offset of ``data``. The index of such a snapshot is -1: it is in no table.
     At most 4,096 places of each kind are looked at whole.
     """
-    snapshots, bitmaps = entry_places(big_endian(data).reshape(1, -1), geometry)
-    return (
+    snapshots, bitmaps, left_out = entry_places(big_endian(data).reshape(1, -1), geometry)
+    return Entries(
         snapshot_entries_at(data, snapshots.get(0, ()), base, geometry),
         bitmap_entries_at(data, bitmaps.get(0, ()), base, geometry),
+        left_out,
     )
 
 
 def entry_places(
     words: Words, geometry: Geometry, starts: int | None = None
-) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+) -> tuple[dict[int, list[int]], dict[int, list[int]], int]:
     """Return where in which rows of words the numbers are those of a snapshot or a bitmap entry, in bytes.
 
     The bytes there are still to be looked at; those of no other place need be. Entries start in the
-    first ``starts`` words of a row.
+    first ``starts`` words of a row. The number is that of the places above the limit for a row, which are left out.
     """
     table, width = words.reshape(-1), words.shape[1]
     # The first field of both is the offset of a table: rare, and found at once.
@@ -193,10 +202,10 @@ def entry_places(
     places = places[_plausible(table[places], geometry)]
     places = places[places % width < (starts or width)]
     room = width - places % width  # words to the end of the row
-    return (
-        _by_row(_snapshot_places(table, places[room >= 5]), width),
-        _by_row(_bitmap_places(table, places[room >= 3]), width),
-    )
+    found = _snapshot_places(table, places[room >= 5]), _bitmap_places(table, places[room >= 3])
+    snapshots, bitmaps = (_by_row(one, width) for one in found)
+    kept = sum(map(len, (*snapshots.values(), *bitmaps.values())))
+    return snapshots, bitmaps, sum(map(len, found)) - kept
 
 
 def _by_row(places: Counts, width: int) -> dict[int, list[int]]:
