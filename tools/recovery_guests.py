@@ -22,6 +22,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -234,8 +235,8 @@ def use(folder: Path, guest: Guest, chance: random.Random, number: int) -> None:
     (folder / f"log {number}").write_bytes(b"".join(f"{line} started\n".encode() for line in range(30_000)))
 
 
-def make_guest(folder: Path, guest: Guest, chance: random.Random) -> tuple[Made, Path | None]:
-    """Return the intact image with its raw disk, and a raw disk of the state before it went back to a snapshot, if it did."""
+def make_guest(folder: Path, guest: Guest, chance: random.Random) -> Made:
+    """Return the intact image with its raw disk."""
     path = folder / "image.qcow2"
     text = f"cluster_size={guest.cluster}" + (f",{guest.options}" if guest.options else "")
     guest.qemu.run(
@@ -264,8 +265,9 @@ def make_guest(folder: Path, guest: Guest, chance: random.Random) -> tuple[Made,
             with mounted(guest.fs, disk, part, folder) as place:
                 install(place, guest, chance, 90 * MIB // len(parts))
     if guest.how == "aged":
+        has_snapshots = chance.random() < 0.5
         for number in range(3):
-            if chance.random() < 0.7:
+            if has_snapshots and chance.random() < 0.8:
                 guest.qemu.run("qemu-img", "snapshot", "-c", f"round{number}", path)
             with attached(guest.qemu, path, folder) as disk:
                 for part in chance.sample(parts, chance.randint(1, len(parts))):
@@ -280,7 +282,7 @@ def make_guest(folder: Path, guest: Guest, chance: random.Random) -> tuple[Made,
         first.unlink()
     raw = folder / "disk.raw"
     guest.qemu.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, raw)
-    return Made(path, raw, guest.fs, guest.cluster, guest.how, guest.options), None
+    return Made(path, raw, guest.fs, guest.cluster, guest.how, guest.options)
 
 
 def reverted(guest: Guest, made: Made, folder: Path, chance: random.Random) -> Damaged:
@@ -430,11 +432,14 @@ def guests(chance: random.Random, arguments: argparse.Namespace) -> Iterator[Gue
     systems = [Qemu(None), *(Qemu(path.resolve()) for path in arguments.qemu)]
     number = 0
     while True:
+        system = chance.choice(systems)
         cluster = chance.choice(arguments.cluster or [4096, 4096, 16384, 65536, 65536])
         how = chance.choice(arguments.how or ["converted", "fresh", "aged", "aged"])
         options = chance.choice(["", "", "", "extended_l2=on", "compat=0.10"])
         if how == "converted":
             options = chance.choice([options, "compression_type=zlib", "compression_type=zstd"])
+        if "zstd" in options:
+            system = systems[0]  # not every release is built with it
         if options == "extended_l2=on":
             cluster = max(cluster, 16384)
         fs = (arguments.fs or ["ext4", "ntfs", "xfs"])[number % len(arguments.fs or "123")]
@@ -442,7 +447,7 @@ def guests(chance: random.Random, arguments: argparse.Namespace) -> Iterator[Gue
         layout = chance.choice(arguments.layout or ["bare", "single", "single", "two"])
         low = max(low, (320 if fs == "xfs" else 160) * MIB * (2 if layout in ("two", "cloned") else 1) + 64 * MIB)
         size = chance.randrange(low, max(high, low + MIB), MIB)
-        yield Guest(chance.choice(systems), fs, layout, how, cluster, options, size)
+        yield Guest(system, fs, layout, how, cluster, options, size)
         number += 1
 
 
@@ -468,8 +473,9 @@ def judge(folder: Path, guest: Guest, chance: random.Random, only: list[str] | N
         "qemu": guest.qemu.version, "fs": guest.fs, "layout": guest.layout, "how": guest.how, "cluster": guest.cluster,
         "options": guest.options, "size": guest.size,
     }  # fmt: skip
-    made, _ = make_guest(folder, guest, chance)
+    made = make_guest(folder, guest, chance)
     facts["l2_tables"] = sum(slot >= 0 for slot in trial.true_slots(trial.layout_of(made.path)).values())
+    facts["snapshots"] = trial.snapshots_of(made.path)
     facts["file_size"] = made.path.stat().st_size
     files = Files(guest)
     for way in damages(guest, chance, only):
@@ -499,6 +505,7 @@ def main() -> int:
     parser.add_argument("--layout", action="append", choices=LAYOUTS)
     parser.add_argument("--keep", action="store_true", help="keep the images of the last guest")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is mounted is unmounted
     chance = random.Random(arguments.seed)
     lines: list[dict[str, Any]] = []
     for number, guest in enumerate(guests(chance, arguments), 1):

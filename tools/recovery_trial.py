@@ -253,6 +253,12 @@ def layout_of(path: Path) -> Layout:
     return Layout(1 << bits, offset, hosts, frozenset(blank))
 
 
+def snapshots_of(path: Path) -> int:
+    """Return how many snapshots an image has."""
+    with path.open("rb") as file:
+        return int(struct.unpack_from(">I", file.read(64), 60)[0])
+
+
 def true_slots(layout: Layout) -> dict[int, int]:
     """Return the slot of each L2 table by its host offset, NO_ENTRIES for one that says nothing."""
     return {host: NO_ENTRIES if host in layout.blank else slot for slot, host in enumerate(layout.l1) if host}
