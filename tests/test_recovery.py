@@ -98,6 +98,33 @@ def test_a_lost_header_costs_no_byte_while_the_l1_table_is_there(
     assert read_all(best) == raw.read_bytes()
 
 
+@qemu.requires_qemu
+@pytest.mark.parametrize("header_too", [False, True])
+def test_l2_tables_without_entries_do_not_hide_the_l1_table_of_a_disk_that_was_discarded_before_use(
+    header_too: bool, tmp_path: Path
+) -> None:
+    path, expected = tmp_path / "disk.qcow2", tmp_path / "expected.raw"
+    qemu.img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k,compat=0.10", path, "40M")
+    qemu.run(
+        "qemu-io", "-f", "qcow2", "-d", "unmap", "-c", "discard 0 40M", path
+    )  # as mkfs does: twenty tables, nothing in them
+    qemu.io(path, "write -P 5 0 64k", "write -P 6 7M 100k")
+    qemu.img("snapshot", "-c", "first", path)
+    qemu.io(path, "write -P 7 39M 50k")
+    qemu.img("convert", "-f", "qcow2", "-O", "raw", path, expected)
+    data = bytearray(path.read_bytes())
+    _, l1_size, l1_offset = header_of(data)
+    assert l1_size > 8
+    if header_too:
+        data[:4096] = random.Random(2).randbytes(4096)
+    else:
+        data[l1_offset : l1_offset + 8 * l1_size] = bytes(8 * l1_size)
+    path.write_bytes(data)
+    state = recovered_states(path, virtual_size=40 << 20)[0]
+    assert read_all(state) == expected.read_bytes()
+    assert sure_bytes_are_right(state, expected.read_bytes())
+
+
 @pytest.mark.parametrize("cluster_size", ["512", "4k", "64k"])
 @pytest.mark.parametrize("header_too", [False, True])
 def test_a_lost_l1_table_of_a_converted_disk_is_rebuilt(

@@ -40,6 +40,7 @@ SECTOR = 512
 MIB = 1 << 20
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 TREE_FILES = 60
+NO_ENTRIES = -1  # the slot of an L2 table that is all zeros: it is not missed, wherever it is
 
 
 class Made(NamedTuple):
@@ -61,6 +62,9 @@ class Damaged(NamedTuple):
     slots: dict[int, int] | None  # the true place of each L2 table, by its host offset; None where that is not asked
     options: dict[str, Any]
     recovered: bool = True
+
+
+CompareFiles = Callable[["q.Disk | None", Path], dict[str, int]]
 
 
 def run(*command: object) -> None:
@@ -226,11 +230,12 @@ def _commands(commands: Iterator[str]) -> list[str]:
 
 
 class Layout(NamedTuple):
-    """Where the tables of an intact image are, read from its bytes."""
+    """Where the tables of an intact image are, read from its bytes; ``blank`` are L2 tables without entries."""
 
     cluster: int
     l1_offset: int
     l1: tuple[int, ...]
+    blank: frozenset[int]
 
 
 def layout_of(path: Path) -> Layout:
@@ -239,11 +244,24 @@ def layout_of(path: Path) -> Layout:
         (bits,), (size, offset) = struct.unpack_from(">I", head, 20), struct.unpack_from(">IQ", head, 36)
         file.seek(offset)
         entries = struct.unpack(f">{size}Q", file.read(8 * size))
-    return Layout(1 << bits, offset, tuple(entry & OFFSET_MASK for entry in entries))
+        hosts = tuple(entry & OFFSET_MASK for entry in entries)
+        blank = set()
+        for host in filter(None, hosts):
+            file.seek(host)
+            if not any(file.read(1 << bits)):
+                blank.add(host)
+    return Layout(1 << bits, offset, hosts, frozenset(blank))
+
+
+def snapshots_of(path: Path) -> int:
+    """Return how many snapshots an image has."""
+    with path.open("rb") as file:
+        return int(struct.unpack_from(">I", file.read(64), 60)[0])
 
 
 def true_slots(layout: Layout) -> dict[int, int]:
-    return {host: slot for slot, host in enumerate(layout.l1) if host}
+    """Return the slot of each L2 table by its host offset, NO_ENTRIES for one that says nothing."""
+    return {host: NO_ENTRIES if host in layout.blank else slot for slot, host in enumerate(layout.l1) if host}
 
 
 def poke(path: Path, at: int, data: bytes) -> None:
@@ -299,7 +317,7 @@ def header_and_l1(made: Made, folder: Path, chance: random.Random) -> Damaged:
 
 def _lose_l2(made: Made, folder: Path, chance: random.Random, data: Callable[[int], bytes]) -> Damaged:
     path, layout = _copy(made, folder), layout_of(made.path)
-    used = [host for host in layout.l1 if host]
+    used = [host for host in layout.l1 if host and host not in layout.blank]
     for host in chance.sample(used, max(1, len(used) // 8)):
         poke(path, host, data(layout.cluster))
     return Damaged(path, made.raw, None, {})
@@ -380,8 +398,9 @@ DAMAGES = {
 # --- what came back ------------------------------------------------------------------------------
 
 
-def measure(damaged: Damaged) -> dict[str, Any]:
-    """Open the state and compare each range with the raw disk."""
+def measure(damaged: Damaged, files: CompareFiles | None = None) -> dict[str, Any]:
+    """Open the state and compare each range with the raw disk; ``files`` compares files, those of :func:`make_tree` by default."""
+    files = files or _files
     started = time.process_time()
     result: dict[str, Any] = {"states": 1}
     if damaged.recovered:
@@ -389,7 +408,7 @@ def measure(damaged: Damaged) -> dict[str, Any]:
         result["states"] = len(states)
         result["seconds"] = round(time.process_time() - started, 2)
         if not states:
-            return {**result, **_nothing(damaged)}
+            return {**result, **_nothing(damaged, files)}
         if damaged.slots is not None:
             result["tables"] = _tables(states[0].placements, damaged.slots)
         disk = states[0].open()
@@ -400,7 +419,7 @@ def measure(damaged: Damaged) -> dict[str, Any]:
         ranges = _ranges_of(disk)
     with disk:
         result.update(_compared(disk, ranges, damaged.raw))
-        result["files"] = _files(disk, damaged.raw)
+        result["files"] = files(disk, damaged.raw)
     return result
 
 
@@ -412,14 +431,16 @@ def _ranges_of(disk: q.Disk) -> list[tuple[int, int, str, str]]:
     return [(0, disk.size, "certain", "the image's own tables")]
 
 
-def _nothing(damaged: Damaged) -> dict[str, Any]:
+def _nothing(damaged: Damaged, files: CompareFiles) -> dict[str, Any]:
     stored = sum(length for _, length in data_segments(damaged.raw))
-    return {"bytes": {"missing": stored}, "files": _files(None, damaged.raw)}
+    return {"bytes": {"missing": stored}, "files": files(None, damaged.raw)}
 
 
 def _tables(placements: Any, slots: dict[int, int]) -> dict[str, int]:
-    counts: Counter[str] = Counter({"true": len(slots)})
+    counts: Counter[str] = Counter({"true": sum(slot != NO_ENTRIES for slot in slots.values())})
     for placed in placements:
+        if slots.get(placed.offset) == NO_ENTRIES:
+            continue
         if placed.offset not in slots:
             counts["foreign_" + placed.confidence.label] += 1
         else:

@@ -56,6 +56,14 @@ if TYPE_CHECKING:
         scan_memories,
         uses_five_levels,
     )
+    from .reader.damage_options import (
+        ASSUME_VARIABLE,
+        VIRTUAL_SIZE_VARIABLE,
+        assumptions_from_environment,
+        parse_assumptions,
+        parse_size,
+        virtual_size_from_environment,
+    )
     from .reader.disk import Disk, EofPolicy, Extent, Layer
     from .reader.mapping import Kind, Run
     from .reader.memory_choice import (
@@ -85,18 +93,20 @@ if TYPE_CHECKING:
         folders_from_environment,
         parse_reference,
     )
-    from .reader.states import SnapshotName, is_recovered_state
+    from .reader.states import SnapshotName, assuming, is_recovered_state
     from .reader.stream import SourceStream
     from .reader.vm_state import VmState
     from .reader.writer import ended_by_signals
 
 __all__ = [
     "ALONE_VARIABLE",
+    "ASSUME_VARIABLE",
     "BACKING_VARIABLE",
     "DEFAULT_LIMITS",
     "KERNEL_SYMBOLS",
     "KEY_FILE_VARIABLE",
     "PASSPHRASE_VARIABLE",
+    "VIRTUAL_SIZE_VARIABLE",
     "Crypt",
     "Disk",
     "EofPolicy",
@@ -140,6 +150,8 @@ __all__ = [
     "VmState",
     "__version__",
     "as_source",
+    "assuming",
+    "assumptions_from_environment",
     "audit",
     "audit_path",
     "base_name",
@@ -160,7 +172,9 @@ __all__ = [
     "open_guest_memory",
     "open_image",
     "open_vm_state",
+    "parse_assumptions",
     "parse_reference",
+    "parse_size",
     "passphrases_from_environment",
     "passphrases_from_files",
     "pattern_finder",
@@ -170,12 +184,14 @@ __all__ = [
     "scan_memories",
     "source_name",
     "uses_five_levels",
+    "virtual_size_from_environment",
 ]
 
 # Every name is loaded on first use: importing the package takes no time, and the command's start-up has a place
 # that handles Ctrl-C before anything is imported that takes time.
 _LAZY = {
     "ALONE_VARIABLE": "reader.resolver",
+    "ASSUME_VARIABLE": "reader.damage_options",
     "BACKING_VARIABLE": "reader.resolver",
     "Crypt": "format.header",
     "DEFAULT_LIMITS": "limits",
@@ -203,8 +219,8 @@ _LAZY = {
     "MissingPolicy": "reader.opening",
     "NamedFiles": "reader.named_files",
     "NotQcow2": "errors",
-    "PASSPHRASE_VARIABLE": "reader.passphrases",
     "Passphrase": "reader.opening",
+    "PASSPHRASE_VARIABLE": "reader.passphrases",
     "PathOrSource": "format.source",
     "Qcow2Error": "errors",
     "ReadError": "errors",
@@ -221,9 +237,12 @@ _LAZY = {
     "SourceStream": "reader.stream",
     "StreamSource": "format.source",
     "Unsupported": "errors",
+    "VIRTUAL_SIZE_VARIABLE": "reader.damage_options",
     "VmState": "reader.vm_state",
     "__version__": "findings",
     "as_source": "format.source",
+    "assuming": "reader.states",
+    "assumptions_from_environment": "reader.damage_options",
     "audit": "audit",
     "audit_path": "audit",
     "base_name": "reader.resolver",
@@ -244,7 +263,9 @@ _LAZY = {
     "open_guest_memory": "memory",
     "open_image": "reader.opening",
     "open_vm_state": "reader.opening",
+    "parse_assumptions": "reader.damage_options",
     "parse_reference": "reader.resolver",
+    "parse_size": "reader.damage_options",
     "passphrases_from_environment": "reader.passphrases",
     "passphrases_from_files": "reader.passphrases",
     "pattern_finder": "memory",
@@ -254,6 +275,7 @@ _LAZY = {
     "scan_memories": "memory",
     "source_name": "format.source",
     "uses_five_levels": "memory",
+    "virtual_size_from_environment": "reader.damage_options",
 }
 
 _MODULES = ("errors", "format", "limits", "reader", "text")  # also there as attributes

@@ -14,13 +14,13 @@ from dfvfs.lib import definitions
 from dfvfs.path import factory
 from dfvfs.resolver import resolver as dfvfs_resolver
 
-from qcow2_forensics import Image, SnapshotEntry
+from qcow2_forensics import Image, SnapshotEntry, virtual_size_from_environment
 from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
 from .opening import only_os_errors, passwords_of
 from .references import PathSpecResolver
-from .sources import open_source
+from .sources import open_image_source, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,7 @@ def open_image(path_spec: Any, resolver_context: Any = None) -> Image:
     """Open the metadata of the image; raises OSError."""
     qcow = _innermost(path_spec)
     with only_os_errors():
-        return Image(open_source(qcow.parent, _context(resolver_context)))
+        return Image(open_image_source(qcow.parent, _context(resolver_context))[1])
 
 
 def snapshots(path_spec: Any, resolver_context: Any = None) -> tuple[SnapshotEntry, ...]:
@@ -81,7 +81,8 @@ def recovered_states(path_spec: Any, resolver_context: Any = None) -> list[Recov
     from qcow2_forensics.recovery import recovered_states as find
 
     with only_os_errors():
-        found = find(open_source(_innermost(path_spec).parent, _context(resolver_context)))
+        _, source = open_image_source(_innermost(path_spec).parent, _context(resolver_context))
+        found = find(source, virtual_size=virtual_size_from_environment())
     return [state for state in found if not state.is_memory]
 
 

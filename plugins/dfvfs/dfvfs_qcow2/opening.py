@@ -33,12 +33,13 @@ from qcow2_forensics import (
     passphrases_from_environment,
     reason,
     source_name,
+    virtual_size_from_environment,
 )
 from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
 from .references import PathSpecResolver
-from .sources import open_source
+from .sources import open_image_source
 
 logger = logging.getLogger("dfvfs_qcow2")
 
@@ -184,13 +185,13 @@ def open_state(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | No
 
 
 def _open(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None) -> OpenedDisk:
-    source = open_source(path_spec.parent, resolver_context)
+    source, image_source = open_image_source(path_spec.parent, resolver_context)
     wanted: SnapshotName = None
     if snapshot is not None:
-        wanted = _recovered(source, snapshot) if snapshot.recovered else find_entry(Image(source), snapshot)
+        wanted = _recovered(image_source, snapshot) if snapshot.recovered else find_entry(Image(image_source), snapshot)
     resolver = PathSpecResolver(resolver_context)
     alone = bool(os.environ.get(ALONE_VARIABLE))
-    disk = open_disk(source, snapshot=wanted, resolver=resolver, missing="raise", follow=not alone)
+    disk = open_disk(image_source, snapshot=wanted, resolver=resolver, missing="raise", follow=not alone)
     _announce(path_spec, source)
     if disk.unbacked is not None:
         logger.warning("%s: %s; reads that need it fail", printable(source_name(source)), disk.unbacked)
@@ -209,7 +210,7 @@ def _recovered(source: Source, key: SnapshotKey) -> SnapshotName:
     """Return the recovered state a key means; OSError when it is no longer put together like that."""
     from qcow2_forensics.recovery import select_recovered  # numpy: only where it is needed
 
-    state = select_recovered(source, str(key.place))
+    state = select_recovered(source, str(key.place), virtual_size_from_environment())
     if SnapshotKey.of_recovered(state) != key:
         raise OSError(f"{printable(source_name(source))} has no {key}: it is {SnapshotKey.of_recovered(state)} now")
     return state

@@ -1,4 +1,4 @@
-"""``--qcow_snapshots``, ``--qcow_backing_dir`` and ``--qcow_no_backing`` in log2timeline, psteal and image_export.
+"""``--qcow_snapshots`` and the other options for QCOW images in log2timeline, psteal and image_export.
 
 The tools share one base class for images; its methods that add, parse and use the options for
 shadow copies are wrapped. plaso's own list parser is not used: in this release it cannot parse
@@ -14,7 +14,15 @@ from plaso.cli import logger
 from plaso.cli import storage_media_tool as stock
 from plaso.lib import errors
 
-from qcow2_forensics import ALONE_VARIABLE, BACKING_VARIABLE
+from qcow2_forensics import (
+    ALONE_VARIABLE,
+    ASSUME_VARIABLE,
+    BACKING_VARIABLE,
+    VIRTUAL_SIZE_VARIABLE,
+    Qcow2Error,
+    parse_assumptions,
+    parse_size,
+)
 from qcow2_forensics.text import printable
 
 from . import end_notes
@@ -65,6 +73,26 @@ def _add_options(stock_method: Any, tool: Any, argument_group: Any) -> None:
         default=False,
         help="Read a QCOW image without its backing file: what the image does not hold reads as zeros.",
     )
+    argument_group.add_argument(
+        "--qcow_virtual_size",
+        "--qcow-virtual-size",
+        dest="qcow_virtual_size",
+        action="store",
+        metavar="BYTES",
+        type=str,
+        default=None,
+        help="The size of a recovered disk where nothing in a damaged QCOW image gives it, as 20G.",
+    )
+    argument_group.add_argument(
+        "--qcow_assume",
+        "--qcow-assume",
+        dest="qcow_assume",
+        action="append",
+        metavar="FIELD=VALUE",
+        type=str,
+        default=[],
+        help="Read a QCOW image as if its header said so, as extended-l2=on or compression=zstd (repeatable).",
+    )
 
 
 def _parse_options(stock_method: Any, tool: Any, options: Any) -> None:
@@ -85,6 +113,20 @@ def _parse_options(stock_method: Any, tool: Any, options: Any) -> None:
         os.environ[BACKING_VARIABLE] = os.pathsep.join(map(os.path.abspath, folders))
     if getattr(options, "qcow_no_backing", False):
         os.environ[ALONE_VARIABLE] = "1"
+    _take_stated(getattr(options, "qcow_virtual_size", None), getattr(options, "qcow_assume", []))
+
+
+def _take_stated(virtual_size: str | None, assume: list[str]) -> None:
+    """Hand on what is stated of a damaged image."""
+    try:
+        if virtual_size is not None:
+            os.environ[VIRTUAL_SIZE_VARIABLE] = str(parse_size(virtual_size))
+        if assume:
+            os.environ[ASSUME_VARIABLE] = ",".join(
+                f"{name}={value}" for name, value in parse_assumptions(",".join(assume)).items()
+            )
+    except Qcow2Error as error:
+        raise errors.BadConfigOption(str(error)) from error
 
 
 def _scan_source(stock_method: Any, tool: Any, source_path: str) -> None:

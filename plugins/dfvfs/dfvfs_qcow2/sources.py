@@ -14,7 +14,15 @@ from typing import Any
 from dfvfs.lib import definitions
 from dfvfs.lib import errors as dfvfs_errors
 
-from qcow2_forensics import FileSource, Qcow2Error, ReadError, Source, reason
+from qcow2_forensics import (
+    FileSource,
+    Qcow2Error,
+    ReadError,
+    Source,
+    assuming,
+    assumptions_from_environment,
+    reason,
+)
 from qcow2_forensics.text import cut
 
 
@@ -69,6 +77,13 @@ def open_source(path_spec: Any, resolver_context: Any) -> Source:
         except Qcow2Error:
             pass  # not a regular file nor a block device: dfVFS knows more kinds
     return FileObjectSource(path_spec, resolver_context)
+
+
+def open_image_source(path_spec: Any, resolver_context: Any) -> tuple[Source, Source]:
+    """Open the file of an image: as it is, and with the header fields that ``QCOW2_ASSUME`` states."""
+    source = open_source(path_spec, resolver_context)
+    assume = assumptions_from_environment()
+    return source, assuming(source, assume) if assume else source
 
 
 def display_name(path_spec: Any) -> str:

@@ -25,10 +25,12 @@ from qcow2_forensics import (
     SnapshotName,
     Source,
     StreamSource,
+    assumptions_from_environment,
     base_name,
     folders_from_environment,
     open_disk,
     passphrases_from_environment,
+    virtual_size_from_environment,
 )
 
 MAGIC = b"QFI\xfb"
@@ -81,7 +83,14 @@ def open_state(origin: Any, snapshot: SnapshotName) -> Disk:
         resolver = _Inside(origin)
     else:
         resolver = Resolver(folders=folders_from_environment(), remedies=_REMEDIES)
-    disk = open_disk(origin, snapshot, resolver=resolver, follow=not os.environ.get(ALONE_VARIABLE))
+    disk = open_disk(
+        origin,
+        snapshot,
+        resolver=resolver,
+        follow=not os.environ.get(ALONE_VARIABLE),
+        assume=assumptions_from_environment(),
+        virtual_size=virtual_size_from_environment(),
+    )
     try:
         if disk.is_locked:
             _unlock(disk)

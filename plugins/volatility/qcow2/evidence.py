@@ -11,7 +11,7 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 from . import choice, common, index_cache
-from .options import layout_option, passphrase, snapshot_option
+from .options import assumptions, layout_option, passphrase, snapshot_option
 
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image, SnapshotEntry, Source, VmState
@@ -64,12 +64,18 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             requirements.StringRequirement(
                 name="layout", description="Where RAM blocks lie, where --qcow2-layout does not say", optional=True
             ),
+            requirements.StringRequirement(
+                name="assume",
+                description="Header fields that are assumed, where --qcow2-assume does not say",
+                optional=True,
+            ),
         ]
 
     def build_configuration(self) -> interfaces.configuration.HierarchicalDict:
         """Return the configuration with the file and the options that are used, so that it can be run again."""
         configuration = super().build_configuration()
-        for name, value in (("location", self._location()), ("state", self.wanted()), ("layout", self._layout())):
+        stated = {"state": self.wanted(), "layout": self._layout(), "assume": self._assume()}
+        for name, value in {"location": self._location(), **stated}.items():
             if value:
                 configuration[name] = value
         return configuration
@@ -80,6 +86,9 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
     def _layout(self) -> str | None:
         return layout_option(self.context) or self.config.get("layout", None)
+
+    def _assume(self) -> str | None:
+        return assumptions(self.context) or self.config.get("assume", None)
 
     def _location(self) -> str | None:
         location = self.config.get("location", None)
@@ -94,11 +103,18 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             raise Qcow2Error("no file is given: use -f")
         return common.LayerSource(common.add_file_layer(self.context, self.config_path, "Qcow2Evidence", str(location)))
 
+    def _assumed(self, source: common.LayerSource) -> Source:
+        """Return the file of an image with the header fields that are assumed."""
+        from qcow2_forensics import assuming, parse_assumptions
+
+        assume = self._assume()
+        return assuming(source, parse_assumptions(assume)) if assume else source
+
     def image(self) -> Image:
         """Return the QCOW2 image that was named."""
         from qcow2_forensics import open_image
 
-        return open_image(self.source())
+        return open_image(self._assumed(self.source()))
 
     def stream(self) -> Stream:
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
@@ -109,9 +125,9 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
             return Stream(stream, None, *index_cache.identify(source.layer), self._layout())
-        chosen = recovered_memory(source, self.wanted())
+        chosen = recovered_memory(self._assumed(source), self.wanted())
         if chosen is None:
-            chosen = choice.choose(open_image(source), self.wanted(), printable(source.name))
+            chosen = choice.choose(open_image(self._assumed(source)), self.wanted(), printable(source.name))
         if chosen is not None and chosen.is_unlisted:
             return self._stored(source, chosen.name)
         if chosen is None or not chosen.is_memory or chosen.snapshot is None:
@@ -138,7 +154,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         if stream is not None:
             yield Stream(stream, None, *index_cache.identify(source.layer), self._layout())
             return
-        image = open_image(source)
+        image = open_image(self._assumed(source))
         choice.warn_of_problems(image, printable(source.name))
         left = leftover_vm_state(image)  # also maps what a snapshot of just now holds
         held: list[SnapshotEntry | str] = [*memory_snapshots(image)]
@@ -163,12 +179,14 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         from qcow2_forensics import open_vm_state
 
         key, local = index_cache.identify(source.layer)
-        state = open_vm_state(source, wanted, passphrase(self.context))
+        state = open_vm_state(self._assumed(source), wanted, passphrase(self.context))
         state.read(0, 4)
         if isinstance(wanted, str):
             which, entry = re.sub(r"\W", "_", wanted), None
         else:
             which, entry = f"{wanted.index}_{wanted.l1_table_offset}", wanted
+        if assume := self._assume():
+            which += "_" + re.sub(r"\W", "_", assume)
         return Stream(state, entry, key and f"{key}_{which}", local, self._layout(), leftover=entry is None)
 
     def guarded(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:

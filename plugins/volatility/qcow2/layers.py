@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, cast
 from volatility3.framework import exceptions, interfaces
 from volatility3.framework.configuration import requirements
 
-from .common import LayerSource, ViewLayer, vollog
+from .common import ViewLayer, image_source, vollog
 from .options import HOW_TO_UNLOCK, backing_file, backing_folders, passphrase, without_backing
 
 if TYPE_CHECKING:
     from qcow2_forensics import Disk, Resolver, Run, VmState
 
 Mapped = tuple[int, int, int, int, str]
+
+_STATE = (
+    requirements.StringRequirement(name="snapshot", description="ID of the snapshot", optional=True),
+    requirements.StringRequirement(name="assume", description="Header fields that are assumed", optional=True),
+)
 
 # Volatility has no list of layers that it builds from a saved configuration by itself. What lies
 # deeper in a chain is found anew by its name.
@@ -30,7 +35,7 @@ class Qcow2VmStateLayer(ViewLayer):
     def _make_view(self) -> VmState:
         from qcow2_forensics import open_vm_state
 
-        source = LayerSource(self.context.layers[self._base_layer])
+        source = image_source(self.context.layers[self._base_layer], self.config.get("assume", None))
         state = open_vm_state(source, self.config.get("snapshot", None), passphrase(self.context))
         state.read(0, 4)  # an encrypted image without its key fails here, not at the first page
         return state
@@ -48,7 +53,7 @@ class Qcow2VmStateLayer(ViewLayer):
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
         return [
             *super().get_requirements(),
-            requirements.StringRequirement(name="snapshot", description="ID of the snapshot", optional=True),
+            *_STATE,
         ]
 
 
@@ -76,12 +81,13 @@ class Qcow2DiskLayer(ViewLayer):
         folders, named = backing_folders(self.context), backing_file(self.context)
         resolver = LayerResolver(self.context, self.config_path, self._chain(), folders, named)
         disk = open_disk(
-            LayerSource(self.context.layers[self._base_layer]),
+            image_source(self.context.layers[self._base_layer], self.config.get("assume", None)),
             self.config.get("snapshot", None),
             passphrase(self.context),
             cast("Resolver", resolver),
             missing="raise",
             follow=not without_backing(self.context),
+            virtual_size=self.config.get("virtual_size", None),
         )
         self._remember(resolver.names)
         if disk.is_locked:
@@ -114,7 +120,8 @@ class Qcow2DiskLayer(ViewLayer):
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
         return [
             *super().get_requirements(),
-            requirements.StringRequirement(name="snapshot", description="ID of the snapshot", optional=True),
+            *_STATE,
+            requirements.IntRequirement(name="virtual_size", description="Size of a recovered disk", optional=True),
             requirements.BooleanRequirement(
                 name="ordinary", description="The disk holds no memory", optional=True, default=False
             ),

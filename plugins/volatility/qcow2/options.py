@@ -65,6 +65,18 @@ class Qcow2Options(interfaces.automagic.AutomagicInterface):
                 default=False,
             ),
             requirements.StringRequirement(
+                name="qcow2_virtual_size",
+                description="Size of a recovered QCOW2 disk where nothing in the file gives it: 20G, or bytes (or set "
+                "QCOW2_VIRTUAL_SIZE)",
+                optional=True,
+            ),
+            requirements.StringRequirement(
+                name="qcow2_assume",
+                description="Read a QCOW2 image as if its header said so: FIELD=VALUE[,...], as extended-l2=on or "
+                "compression=zstd (or set QCOW2_ASSUME)",
+                optional=True,
+            ),
+            requirements.StringRequirement(
                 name="qcow2_layout",
                 description="Where RAM blocks of a QEMU memory stream lie: BLOCK@ADDRESS[,...], as qcow2.info lists them",
                 optional=True,
@@ -136,6 +148,21 @@ def without_backing(context: interfaces.context.ContextInterface) -> bool:
     from qcow2_forensics import ALONE_VARIABLE
 
     return bool(_option(context, "qcow2_no_backing") or os.environ.get(ALONE_VARIABLE))
+
+
+def virtual_size(context: interfaces.context.ContextInterface) -> int | None:
+    """Return the size that the user states for a recovered disk; raises :class:`Qcow2Error` for what is no size."""
+    from qcow2_forensics import parse_size, virtual_size_from_environment
+
+    given = _option(context, "qcow2_virtual_size")
+    return parse_size(str(given)) if given else virtual_size_from_environment()
+
+
+def assumptions(context: interfaces.context.ContextInterface) -> str:
+    """Return the header fields that the user states, as they were written; "" for none."""
+    from qcow2_forensics import ASSUME_VARIABLE
+
+    return str(_option(context, "qcow2_assume") or os.environ.get(ASSUME_VARIABLE) or "")
 
 
 def passphrase(context: interfaces.context.ContextInterface) -> list[bytes] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from volatility3.framework import constants, exceptions, interfaces
 
 from . import choice, common, content, layers, linux_kernel, ram
-from .options import layout_option, snapshot_option
+from .options import assumptions, layout_option, snapshot_option, virtual_size
 
 if TYPE_CHECKING:
     from qcow2_forensics import Image, MemoryChoice
@@ -34,10 +34,10 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         from qcow2_forensics import Qcow2Error, open_image, recovered_memory
         from qcow2_forensics.text import printable
 
-        source = common.LayerSource(context.layers[layer_name])
-        title = printable(source.name)
+        title = printable(common.LayerSource(context.layers[layer_name]).name)
         try:
-            found = recovered_memory(source, snapshot_option(context))
+            source = common.image_source(context.layers[layer_name], assumptions(context))
+            found = recovered_memory(source, snapshot_option(context), virtual_size(context))
             if found is not None:
                 return _layer(context, layer_name, found)
             image = open_image(source)
@@ -122,7 +122,7 @@ def _new(
     context: interfaces.context.ContextInterface,
     layer_name: str,
     kind: type[common.ViewLayer],
-    **settings: str | bool,
+    **settings: str | int | bool,
 ) -> common.ViewLayer:
     join = interfaces.configuration.path_join
     name = context.layers.free_layer_name(kind.__name__)
@@ -134,17 +134,24 @@ def _new(
 
 
 def _layer(context: interfaces.context.ContextInterface, layer_name: str, chosen: MemoryChoice) -> common.ViewLayer:
-    settings = {"snapshot": chosen.name} if chosen.name else {}
-    return _new(
-        context, layer_name, layers.Qcow2VmStateLayer if chosen.is_memory else layers.Qcow2DiskLayer, **settings
-    )
+    settings = _stated(context, chosen.is_memory) | ({"snapshot": chosen.name} if chosen.name else {})
+    kind = layers.Qcow2VmStateLayer if chosen.is_memory else layers.Qcow2DiskLayer
+    return _new(context, layer_name, kind, **settings)
+
+
+def _stated(context: interfaces.context.ContextInterface, is_memory: bool) -> dict[str, str | int]:
+    """Return what the user states of a damaged image, for the configuration of its layer."""
+    stated: dict[str, str | int] = {"assume": text} if (text := assumptions(context)) else {}
+    size = None if is_memory else virtual_size(context)
+    return stated if size is None else stated | {"virtual_size": size}
 
 
 def _disk(
     context: interfaces.context.ContextInterface, layer_name: str, title: str, image: Image
 ) -> common.ViewLayer | None:
     """Return the disk's layer when it may be a memory dump; else one that costs no scan."""
-    layer = _new(context, layer_name, layers.Qcow2DiskLayer)
+    stated = _stated(context, is_memory=False)
+    layer = _new(context, layer_name, layers.Qcow2DiskLayer, **stated)
     what = content.ordinary_disk(layer.view)
     if what is None:
         return layer
@@ -161,4 +168,4 @@ def _disk(
         f"{title} is an ordinary disk that starts with {what}; {memory}. Nothing is scanned. For its files use "
         "log2timeline, The Sleuth Kit or 'qcow2-forensics'; to scan it all the same give --qcow2-snapshot disk"
     )
-    return _new(context, layer_name, layers.Qcow2DiskLayer, ordinary=True)
+    return _new(context, layer_name, layers.Qcow2DiskLayer, ordinary=True, **stated)

@@ -10,8 +10,8 @@ import sys
 from contextlib import ExitStack
 
 from ..errors import Locked, Qcow2Error
-from ..format.codecs import known_codecs
 from ..format.image import Image
+from ..reader.damage_options import ASSUMPTIONS, parse_assumptions, parse_size
 from ..reader.disk import Disk, Layer
 from ..reader.named_files import named_files
 from ..reader.opening import MissingPolicy, open_disk
@@ -83,8 +83,8 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=_assumption,
         default=[],
-        help=f"read the image as if its header said so: compression={'|'.join(codec.name for codec in known_codecs())}, "
-        "extended-l2=on|off, version=2|3 (repeatable)",
+        help=f"read the image as if its header said so: compression={'|'.join(ASSUMPTIONS['compression'])}, "
+        "extended-l2=on|off, version=2|3, cluster-size=BYTES (repeatable)",
     )
     group.add_argument(
         "--virtual-size",
@@ -102,26 +102,21 @@ def existing_folder(text: str) -> str:
 
 
 def _assumption(text: str) -> tuple[str, str]:
-    from ..recovery.assumptions import ASSUMPTIONS
-
-    field, _, value = text.partition("=")
-    if value not in ASSUMPTIONS.get(field, ()):
-        known = ", ".join(f"{name}={'|'.join(values)}" for name, values in ASSUMPTIONS.items())
-        raise argparse.ArgumentTypeError(f"{printable(text)} cannot be assumed; choose from {known}")
+    try:
+        ((field, value),) = parse_assumptions(text).items()
+    except Qcow2Error as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:  # none or several
+        raise argparse.ArgumentTypeError("write one FIELD=VALUE; the option is repeatable") from None
     return field, value
 
 
 def bytes_of(text: str) -> int:
     """Return a number of bytes written as ``4096``, ``64K``, ``20G`` or ``1.5T``."""
-    units = {unit: 1024**power for power, unit in enumerate("BKMGTPE")}
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "B")
     try:
-        count = float(number) * units[unit]
-    except ValueError:
-        count = -1
-    if not 0 < count < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{printable(text)} is not a size; write it as 4096, 64K or 20G")
-    return int(count)
+        return parse_size(text)
+    except Qcow2Error as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_key_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,10 +50,10 @@ def leftover_name(image: Image) -> str:
     return states.spelled(states.names_of(image.snapshots), states.LEFTOVER)
 
 
-def recovered_memory(source: Source, wanted: str | None) -> MemoryChoice | None:
+def recovered_memory(source: Source, wanted: str | None, virtual_size: int | None = None) -> MemoryChoice | None:
     """Return the recovered state that is named; None for any other state. The image needs no header."""
     word = wanted.removeprefix(f"{DISK}:") if wanted else ""
-    rebuilt = states.replaced(source, word)
+    rebuilt = states.replaced(source, word, virtual_size)
     return None if rebuilt is None else MemoryChoice(rebuilt.is_memory, None, word)
 
 

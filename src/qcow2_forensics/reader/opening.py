@@ -102,12 +102,13 @@ def open_vm_state(
     limits: Limits = DEFAULT_LIMITS,
     *,
     eof: EofPolicy = "strict",
+    assume: Mapping[str, str] | None = None,
 ) -> VmState:
     """Open the VM state of a snapshot, of the latest that holds one when None.
 
     ``"leftover"`` is what the active state still maps behind the disk, though no snapshot lists it,
     ``"recovered:N"`` one that nothing maps any more.
-    Neither backing nor data files are needed: QEMU stores VM state in the image itself.
+    Neither backing nor data files are needed: QEMU stores VM state in the image itself. ``assume`` as in :func:`open_disk`.
     """
     from .vm_state import VmState, has_leftover  # here: reading a disk needs none of it
 
@@ -116,6 +117,8 @@ def open_vm_state(
         owned = source is not origin
         if owned:
             undo.callback(close_source, source)
+        if assume:
+            source = assuming(source, assume)
         rebuilt = replaced(source, snapshot)
         if rebuilt is not None:
             if not rebuilt.is_memory:

@@ -9,7 +9,8 @@
         ...                                 # of a deleted snapshot too
 """
 
-from .assumptions import ASSUMPTIONS, assumed
+from ..reader.damage_options import ASSUMPTIONS
+from .assumptions import assumed
 from .confidence import Confidence, SureRange
 from .ranges import confidence_of
 from .recovered_states import has_tables, open_recovered, recovered_states, select_recovered

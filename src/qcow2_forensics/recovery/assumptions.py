@@ -12,14 +12,10 @@ from ..format.codecs import known_codecs
 from ..format.header import Compression, Incompatible
 from ..format.image import Image
 from ..format.source import Source
+from ..reader.damage_options import ASSUMPTIONS
 from .patched_source import PatchedSource
 
-ASSUMPTIONS = {
-    "compression": tuple(codec.name for codec in known_codecs()),
-    "extended-l2": ("on", "off"),
-    "version": ("2", "3"),
-}
-_VERSION_AT, _FEATURES_AT, _COMPRESSION_AT = 4, 72, 104
+_VERSION_AT, _CLUSTER_BITS_AT, _FEATURES_AT, _COMPRESSION_AT = 4, 20, 72, 104
 _SHORT_HEADER = 104  # bytes of a version 3 header without a compression type
 
 
@@ -31,10 +27,15 @@ def assumed(source: Source, assume: Mapping[str, str]) -> Source:
             raise ValueError(f"{key}={value} is nothing that can be assumed; choose from {choices}")
     image = Image(source, owns_source=False)
     header = image.header
+    if assume and header.version == 1:
+        raise FormatError("a version 1 header has other fields; nothing can be assumed of it", offset=_VERSION_AT)
     patches: list[tuple[int, bytes]] = []
     version = int(assume.get("version", header.version))
     if version != header.version:
         patches.append((_VERSION_AT, version.to_bytes(4, "big")))
+    if "cluster-size" in assume:
+        bits = int(assume["cluster-size"]).bit_length() - 1
+        patches.append((_CLUSTER_BITS_AT, bits.to_bytes(4, "big")))
     features = header.incompatible_features
     if version < 3 and ("compression" in assume or "extended-l2" in assume):
         raise FormatError("a version 2 header has no such field; assume version=3 as well", offset=_VERSION_AT)

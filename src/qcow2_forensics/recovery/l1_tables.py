@@ -104,9 +104,8 @@ def placements_of(table: L1Candidate, tables: FoundTables, refcounts: FoundRefco
     are_tables = among(table.targets[used].astype(np.int64), tables.l2)
     for index, target, is_table in zip(used.tolist(), table.targets[used].tolist(), are_tables.tolist(), strict=True):
         if not is_table:
-            yield Placement(
-                index, target, Confidence.GUESS, "the L1 table names it, but it does not look like an L2 table"
-            )
+            why = "the L1 table names it, but it does not look like an L2 table: it may hold no entries, or be overwritten"
+            yield Placement(index, target, Confidence.GUESS, why)
         elif index < table.sure and counted and refcounts is not None and refcounts.of(target):
             yield Placement(index, target, Confidence.CERTAIN, "the L1 table names it, and both are counted as in use")
         else:

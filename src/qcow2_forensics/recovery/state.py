@@ -17,6 +17,12 @@ from .confidence import Confidence, SureRange
 from .patched_source import PatchedSource
 from .placement import Placement
 
+END_OF_DATA = "the end of the last mapped cluster"  # where the size of a disk comes from if nothing gives it
+_STATE_THE_SIZE = (
+    "nothing gives the size of the disk: where it is known state it with --virtual-size (vol: --qcow2-virtual-size, "
+    "plaso: --qcow_virtual_size, elsewhere QCOW2_VIRTUAL_SIZE)"
+)
+
 
 @dataclass(frozen=True)
 class RecoveredState(Rebuilt):
@@ -55,6 +61,11 @@ class RecoveredState(Rebuilt):
         """How sure the least sure of its placed ranges is; a guess where there is none."""
         return min((placed.confidence for placed in self.placements), default=Confidence.GUESS)
 
+    @property
+    def is_size_guessed(self) -> bool:
+        """Whether nothing in the file gives the size of the disk."""
+        return self.size_from.startswith(END_OF_DATA)
+
     def tables_by_confidence(self) -> dict[Confidence, int]:
         """Return how many L2 tables are placed with each confidence, the surest first."""
         counts = Counter(placed.confidence for placed in self.placements)
@@ -65,7 +76,8 @@ class RecoveredState(Rebuilt):
         """What it was put together from and how sure that is, for whoever opens it."""
         counts = ", ".join(f"{count} {level.label}" for level, count in self.tables_by_confidence().items() if count)
         left = f"; {len(self.unplaced)} without a known place are left out" if self.unplaced else ""
-        return f"{self.label} was put together from what is left ({self.what}); its L2 tables: {counts or 'none'}{left}"
+        made = f"{self.label} was put together from what is left ({self.what}); its L2 tables: {counts or 'none'}{left}"
+        return f"{made}; {_STATE_THE_SIZE}" if self.is_size_guessed else made
 
     def over(self, source: Source) -> Source:
         """Return the bytes of an image whose active state is this one; ``source`` is the file it was found in."""

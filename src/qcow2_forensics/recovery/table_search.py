@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census.columns import big_endian, has_copied, is_packed, named_offsets, without_copied
+from ..format.header import SECTOR
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
 from ..limits import CLUSTER_REFERENCES, L1_GAP_BYTES, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, TABLES_COMPARED, MiB
@@ -178,13 +179,35 @@ def _classify(
         if not len(here) or len(np.unique(here)) != len(here):
             continue
         are_tables = among(here, l2) & (here != offset)
-        if are_tables.mean() >= _L1_SHARE and not _same_clusters(source, here[are_tables].tolist(), geometry):
+        if _are_mostly_tables(source, here, are_tables, geometry) and not _same_clusters(
+            source, here[are_tables].tolist(), geometry
+        ):
             l1.append(L1Candidate(offset, targets, copied, len(targets)))
         elif copied == 0 and _are_refcount_blocks(
             source, here[:REFCOUNT_BLOCKS_LOOKED_AT].tolist(), geometry.cluster_size
         ):
             refcount_tables.append(offset)
     return list(_joined(source, l1, geometry.cluster_size, snapshot_tables)), refcount_tables
+
+
+def _are_mostly_tables(source: Source, targets: npt.NDArray[np.int64], are_tables: Mask, geometry: Geometry) -> bool:
+    """Whether most of what an L1 table names looks like L2 tables, of what holds anything.
+
+    A table without entries is made where a guest discards what it never wrote, as mkfs does for the whole disk.
+    """
+    if not are_tables.any():
+        return False
+    if are_tables.mean() >= _L1_SHARE:
+        return True
+    others = sum(not is_blank(source, int(at), geometry.cluster_size) for at in targets[~are_tables])
+    return bool(are_tables.sum() >= _L1_SHARE * (are_tables.sum() + others))
+
+
+def is_blank(source: Source, offset: int, size: int) -> bool:
+    """Whether a cluster that is whole in the file holds nothing but zeros."""
+    if offset + size > source.size:
+        return False
+    return not any(source.read(offset, SECTOR)) and not source.read(offset, size).strip(b"\0")
 
 
 def _same_clusters(source: Source, offsets: list[int], geometry: Geometry) -> bool:

@@ -38,7 +38,7 @@ from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Placement
 from .positions import disk_size_of
 from .refcounts import FoundRefcounts, find_refcounts
-from .state import RecoveredState
+from .state import END_OF_DATA, RecoveredState
 from .table_search import FoundTables, L1Candidate, search_tables, table_words
 
 
@@ -216,7 +216,7 @@ class WithoutHeader:
             return implied
         refused = recorded is not None or (implied is not None and implied[0] > mapped)
         more = "; a larger size that the evidence states is left out" if refused else ""
-        return mapped, f"the end of the last mapped cluster{more}"
+        return mapped, f"{END_OF_DATA}{more}"
 
     def _takes(self, size: int, geometry: Geometry) -> bool:
         """Whether a size found in the evidence leaves room for the L1 tables of the other states; it is counted then."""
