@@ -49,10 +49,15 @@ class Counting:
 
 def owner_runs(census: Census) -> Iterator[tuple[int, int, Owner]]:
     """Yield (offset, length, owner) tiling the host file in whole clusters: runs as long as can be."""
-    owners = (owner for _, part in census.owner_parts() for owner in part.tolist())
+    rows = (
+        row for columns in census.owner_runs() for row in zip(*(column.tolist() for column in columns), strict=True)
+    )
     at = 0
-    for owner, run in itertools.groupby(owners):
-        length = len(list(run)) * census.cluster_size
+    for owner, run in itertools.groupby(rows, lambda row: row[2]):
+        starts, stops, _ = zip(*run, strict=True)
+        assert starts[0] * census.cluster_size == at
+        assert starts[1:] == stops[:-1]
+        length = (stops[-1] - starts[0]) * census.cluster_size
         yield at, length, Owner(owner)
         at += length
 

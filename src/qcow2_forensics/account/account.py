@@ -20,7 +20,7 @@ from .header_claims import claim_header
 from .labels import Label, Labels, Place
 from .qcow1_claims import Qcow1Claims
 from .remainders import looked_at
-from .spans import Spans, Tile, Windowed, joined, runs_of, tile
+from .spans import Spans, Tile, Windowed, joined, tile
 from .streams import Decoded
 from .table_claims import OwnerPlaces, TableClaims
 
@@ -101,15 +101,16 @@ class Account:
             yield 0, self.size, np.asarray([[0, self.size, self._everything]]), []
             return
         size = census.cluster_size
-        for first, owners in census.owner_parts():
-            start, stop = first * size, min((first + len(owners)) * size, self.size)
-            starts, stops, values = runs_of(owners, start, size)
-            places = np.column_stack((starts, np.minimum(stops, stop), self._places.of(values)))
+        for firsts, lasts, owners in census.owner_runs():
+            first, last = int(firsts[0]), int(lasts[-1])
+            start, stop = first * size, min(last * size, self.size)
+            starts, stops = firsts * size, lasts * size
+            places = np.column_stack((starts, np.minimum(stops, stop), self._places.of(owners)))
             data: list[I64] = []
             if self._allocated is not None:
-                data.append(self._allocated.rows(start, owners, size))
+                data.append(self._allocated.rows(starts, stops, owners))
             elif self._shown is not None:
-                step, last = _SUBCLUSTERS if self.image.header.extended_l2 else _CLUSTERS, first + len(owners)
+                step = _SUBCLUSTERS if self.image.header.extended_l2 else _CLUSTERS
                 data += (self._shown.rows(at, min(at + step, last)) for at in range(first, last, step))
             if start < stop:
                 yield start, stop, places, data

@@ -34,10 +34,9 @@ class AllocatedData:
     def __init__(self, labels: Labels) -> None:
         self._labels = np.append(labels_of_flags(labels), labels.number(Kind.COMPRESSED))
 
-    def rows(self, start: int, owners: npt.NDArray[np.unsignedinteger], size: int) -> I64:
-        """Return claims on clusters with these owners, from the host offset ``start`` on."""
-        starts, stops, values = runs_of(owners, start, size)
-        found = self._labels[_flags_of_owners()[values]]
+    def rows(self, starts: I64, stops: I64, owners: npt.NDArray[np.unsignedinteger]) -> I64:
+        """Return claims on runs of clusters with these owners, between host offsets."""
+        found = self._labels[_flags_of_owners()[owners]]
         kept: I64 = np.column_stack((starts, stops, found))[found >= 0]
         return kept
 

@@ -197,7 +197,7 @@ class OwnerPlaces:
             places = [Place.SUBCLUSTER if place is Place.ZERO_FLAGGED else place for place in places]
         self._labels = np.asarray([labels.number(place) for place in places], np.int64)
 
-    def of(self, owners: I64) -> I64:
+    def of(self, owners: npt.NDArray[np.unsignedinteger]) -> I64:
         """Return the labels for some combinations of owners."""
         found: I64 = self._labels[_place_numbers()[owners]]
         return found

@@ -80,8 +80,8 @@ def cluster_map(facts: Facts) -> dict[str, Any]:
 def _classes(census: Census) -> npt.NDArray[np.uint8]:
     table = _by_owner()
     classes = np.empty(census.clusters, np.uint8)
-    for start, part in census.owner_parts():
-        classes[start : start + len(part)] = table[part]
+    for starts, stops, owners in census.owner_runs():
+        classes[starts[0] : stops[-1]] = np.repeat(table[owners], stops - starts)
     return classes
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
+from ..census import GUEST_DATA, METADATA
 from ..findings import Evidence, Selection, Severity
 from ..format.header import Incompatible
 from .entry_evidence import (
@@ -71,7 +70,7 @@ def refcounts_absent(facts: Facts) -> Iterator[Evidence]:
     counted = sum(census.issues[kind].count for kind in ("refcount-zero-data", "refcount-zero-metadata"))
     if counted < _FEW or census.issues["leaked"].count or census.issues["refcount-past-end"].count:
         return
-    used = sum(int(np.count_nonzero(part)) for _, part in census.owner_parts())
+    used = census.owned(METADATA | GUEST_DATA)
     if used == counted:
         yield Evidence("clusters in use", used)
         yield facts.field("refcount_table_offset")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
+from ..census.reference_counts import ranges
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.entries import end_of_data, is_compressed, stored_extent
 from .applied_vm_state import applied_vm_state
@@ -53,13 +54,13 @@ def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
     """Return host clusters that have an owner in each mask, spread over the file, and how many there are."""
     found: Selection[int] = Selection()
     count = 0
-    for start, part in facts.census.owner_parts():
-        chosen = np.ones(len(part), dtype=np.bool_)
+    for starts, stops, owners in facts.census.owner_runs():
+        chosen = np.ones(len(owners), dtype=np.bool_)
         for mask in masks:
-            chosen &= (part & np.uint16(mask)) != 0
-        hits = np.flatnonzero(chosen)
+            chosen &= (owners & np.uint16(mask)) != 0
+        _, hits = ranges(starts[chosen], stops[chosen])
         count += len(hits)
-        for cluster in (evenly(hits) + start).tolist():
+        for cluster in evenly(hits).tolist():
             found.add(cluster, cluster)
     return list(found.items), count
 

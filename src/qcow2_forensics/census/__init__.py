@@ -4,7 +4,7 @@
 
     census = take_census(image)
     census.check                         what ``qemu-img check --output=json`` prints, None where it aborts
-    census.owner_parts()                 (first cluster, Owner bits of it and those after it): the allocation map
+    census.owner_runs()                  (starts, stops, Owner bits) of clusters with the same owners: the allocation map
     census.free(), census.leaked()       (offset, length) of unclaimed clusters, refcount 0 or not
     census.seen(Subscriber)              a fact gathered while every L2 table was walked, each once
 

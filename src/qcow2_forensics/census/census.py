@@ -107,7 +107,8 @@ class Census:
 
     def owned(self, owner: Owner) -> int:
         """Return how many host clusters have one of some owners."""
-        return sum(int(np.count_nonzero(part & np.uint16(owner))) for _, part in self.owner_parts())
+        chosen = (((owners & np.uint16(owner)) != 0, stops - starts) for starts, stops, owners in self.owner_runs())
+        return sum(int(lengths[mask].sum()) for mask, lengths in chosen)
 
     @property
     def mapped_clusters(self) -> int:
@@ -152,10 +153,13 @@ class Census:
         found: Values = self._claims.owners[self.index_map.of(clusters.astype(np.uint64))]
         return found
 
-    def owner_parts(self) -> Iterator[tuple[int, Values]]:
-        """Yield (first cluster, :class:`Owner` bits of it and those after it), tiling the host file."""
+    def owner_runs(self) -> Iterator[tuple[I64, I64, Values]]:
+        """Yield starts, stops and :class:`Owner` bits of runs of clusters with the same ones, tiling the host file.
+
+        A window of the file at a time; runs are cut where windows end.
+        """
         for start in range(0, self.clusters, _RUN_CHUNK):
-            yield start, self._claims.owners.part(self.index_map, start, min(start + _RUN_CHUNK, self.clusters))
+            yield self._claims.owners.runs(self.index_map, start, min(start + _RUN_CHUNK, self.clusters))
 
     @property
     def unclaimed_bytes(self) -> int:
@@ -194,9 +198,12 @@ class Census:
     def _stretches(self, start: int, stop: int, *, counted: bool) -> list[list[int]]:
         if self.index_map.blank(start, stop) and self.refcounts.blank(start, stop):
             return [] if counted else [[start, stop]]
+        unclaimed = self.index_map.part(self._claims.counts.all, start, stop) == 0
+        if not unclaimed.any():
+            return []
         stored = self._claims.refcount_classes.part(start, stop)
         kept = (stored == ONE) | (stored == MORE)
-        wanted = (self.index_map.part(self._claims.counts.all, start, stop) == 0) & (kept if counted else ~kept)
+        wanted = unclaimed & (kept if counted else ~kept)
         if not wanted.any():
             return []
         edges = np.flatnonzero(np.diff(wanted.view(np.int8), prepend=0, append=0)) + start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .columns import U64, windows
+from .columns import I64, U64, windows
 from .index_map import IndexMap, Values
 from .owners import Owner
 
@@ -75,7 +75,8 @@ class OwnerCodes:
         """Return the owners of one cluster."""
         return Owner(self._combinations[int(self._codes[index])])
 
-    def part(self, index_map: IndexMap, start: int, stop: int) -> Values:
-        """Return the owners of the clusters of the file from ``start`` to ``stop``."""
-        found: Values = self._bits[index_map.part(self._codes, start, stop)]
-        return found
+    def runs(self, index_map: IndexMap, start: int, stop: int) -> tuple[I64, I64, Values]:
+        """Return starts, stops and owners of the runs of clusters with the same owners between two of the file."""
+        codes = index_map.part(self._codes, start, stop)
+        bounds = np.concatenate(([start], np.flatnonzero(codes[1:] != codes[:-1]) + (start + 1), [stop]))
+        return bounds[:-1], bounds[1:], self._bits[codes[bounds[:-1] - start]]

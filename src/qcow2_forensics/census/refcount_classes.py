@@ -17,6 +17,9 @@ ZERO, ONE, MORE, UNREADABLE = range(4)
 _CHUNK = 1 << 20  # clusters looked up together, a multiple of four
 _ALL_ONE = 0b01010101
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
+_UNPACKED = ((np.arange(256, dtype=np.uint8)[:, None] >> _SHIFTS) & np.uint8(3)).view(np.uint32)[
+    :, 0
+]  # four bytes each
 
 
 class RefcountClasses:
@@ -46,8 +49,7 @@ class RefcountClasses:
 
     def of(self, first: int, last: int) -> Bytes:
         """Return the classes by index, from ``first`` to ``last``."""
-        packed = self._packed[first // 4 : -(-last // 4)]
-        classes: Bytes = ((packed[:, None] >> _SHIFTS) & np.uint8(3)).reshape(-1)
+        classes = _UNPACKED[self._packed[first // 4 : -(-last // 4)]].view(np.uint8)
         return classes[first % 4 : first % 4 + last - first]
 
     def copied_fits(self, starts: U64, width: int, copied: Mask) -> Mask:
