@@ -24,7 +24,7 @@ from qcow2_forensics.findings import Severity
 from qcow2_forensics.render import render
 from qcow2_forensics.residue import residue
 from tests import hostile, plants, qemu
-from tests.image_builder import EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, Poke, base_b, base_s, deflate, luks
+from tests.image_builder import COPIED, EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, Poke, base_b, base_s, deflate, luks
 from tests.test_residue_pieces import _covered
 
 if sys.version_info >= (3, 14):
@@ -92,6 +92,35 @@ def l2_entries_past_the_disk_of_a_snapshot(path: Path) -> int:
     table = Poke(path).get(Poke(path).get(0xB0000), 8) & ~(1 << 63)
     Poke(path).write(table + 16 * 8, struct.pack(">8Q", *[1] * 8))  # zero flags, which the check does not mind
     return table + 16 * 8 + 7
+
+
+def _saved_vm_state(path: Path, *marks: int, extended_l2: bool = False) -> int:
+    """An image whose snapshot has a VM state of three clusters, as savevm leaves it but for the active entries past the disk."""
+    image = Builder(l1_size=2, extended_l2=extended_l2)
+    image.data(0, b"\x11" * CLUSTER)
+    at = image.l2_entries * CLUSTER
+    for number, mark in enumerate(marks):
+        image.entry(at + number * CLUSTER, *((0, mark) if extended_l2 else (mark,)))
+    l1 = image.put(bytes(16))
+    image.snapshot(b"1", b"saved", l1_offset=l1, l1_size=2, vm_size=2 * CLUSTER + 1)
+    image.write(path)
+    return Poke(path).get(image.l1 + 8) & ~COPIED
+
+
+def zero_entries_that_savevm_leaves(path: Path) -> int:
+    return _saved_vm_state(path, 1, 1, 1)
+
+
+def zero_subclusters_that_savevm_leaves(path: Path) -> int:
+    return _saved_vm_state(path, *[0xFFFFFFFF << 32] * 3, extended_l2=True)
+
+
+def zero_entries_of_another_vm_state(path: Path) -> int:
+    return _saved_vm_state(path, 1, 1)
+
+
+def an_entry_among_those_that_savevm_leaves(path: Path) -> int:
+    return _saved_vm_state(path, 1, 1, 1 << 56)
 
 
 def l1_entries_past_the_disk_of_a_snapshot(path: Path) -> int:
@@ -242,6 +271,10 @@ CASES: list[tuple[str, Recipe, Severity | None]] = [
     ("UNREAD-FIELD", backing_format_behind_its_nul, None),
     ("ENTRIES-PAST-END", l2_entries_past_the_disk_of_a_snapshot, T.LOW),
     ("ENTRIES-PAST-END", base_s, None),
+    ("ENTRIES-PAST-END", zero_entries_that_savevm_leaves, None),
+    ("ENTRIES-PAST-END", zero_subclusters_that_savevm_leaves, None),
+    ("ENTRIES-PAST-END", zero_entries_of_another_vm_state, T.LOW),
+    ("ENTRIES-PAST-END", an_entry_among_those_that_savevm_leaves, T.LOW),
     ("LUKS-SLACK", luks_salt, T.LOW),
     ("LUKS-SLACK", luks, None),
     ("STATE-TAIL", behind_vm_state_size, T.LOW),

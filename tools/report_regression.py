@@ -3,7 +3,7 @@
 
     python tools/report_regression.py make FOLDER             make the images (needs qemu-img and the tests' builders)
     python tools/report_regression.py run FOLDER OUT.json     JSON of audit, info, map, snapshots and diff for each
-    python tools/report_regression.py compare OLD.json NEW.json
+    python tools/report_regression.py compare OLD.json NEW.json        each kind of difference, with counts
 
 ``run`` uses whatever ``qcow2_forensics`` is on the path: set PYTHONPATH to another checkout for the earlier version.
 """
@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,32 +85,50 @@ def run(folder: Path, out: Path) -> None:
 
 
 def compare(old: Path, new: Path) -> int:
+    """Print every kind of difference, in how many outputs it is, and the first of each."""
     before, after = json.loads(old.read_text()), json.loads(new.read_text())
-    different = 0
+    kinds: dict[str, list[str]] = {}
+    different: set[str] = set()
     for key in sorted(before.keys() | after.keys()):
-        found = list(_differences("", before.get(key), after.get(key)))
-        if found:
-            different += 1
-            print(key)
-            for line in found[:12]:
-                print(f"    {line}")
-            if len(found) > 12:
-                print(f"    and {len(found) - 12} more")
-    print(f"{different} of {len(before)} outputs differ")
+        image, command = key.split(" ", 1)
+        pairs = zip(("exit code", "", "stderr"), before.get(key, (None,) * 3), after.get(key, (None,) * 3), strict=True)
+        for part, left, right in pairs:
+            for place, what in _differences(part, _by_code(left), _by_code(right)):
+                different.add(key)
+                kinds.setdefault(f"{command}: {place}", []).append(f"{image}: {what}")
+    for kind, found in sorted(kinds.items()):
+        print(f"{kind}  ({len({item.partition(': ')[0] for item in found})} images, {len(found)} places)")
+        print(f"    {found[0]}")
+    print(f"{len(different)} of {len(before)} outputs differ, in {len(kinds)} kinds")
     return 1 if different else 0
 
 
-def _differences(place: str, before: Any, after: Any) -> Any:
-    if type(before) is not type(after):
-        yield f"{place}: {before!r:.150} -> {after!r:.150}"
-    elif isinstance(before, dict):
+def _by_code(shown: Any) -> Any:
+    """Return an output with its findings by code, so that a new one does not shift the others."""
+    if not isinstance(shown, dict) or "findings" not in shown:
+        return shown
+    codes: dict[str, list[Any]] = {}
+    for finding in shown["findings"]:
+        codes.setdefault(finding["code"], []).append(finding)
+    return shown | {"findings": codes}
+
+
+def _differences(place: str, before: Any, after: Any) -> Iterator[tuple[str, str]]:
+    """Yield the kind of each difference, a place without the numbers of rows, and what it is."""
+    if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before.keys() | after.keys()):
-            yield from _differences(f"{place}.{key}", before.get(key), after.get(key))
-    elif isinstance(before, list) and len(before) == len(after):
-        for index, (left, right) in enumerate(zip(before, after, strict=True)):
-            yield from _differences(f"{place}[{index}]", left, right)
-    elif before != after and not (isinstance(before, str) and _VOLATILE.sub("", before) == _VOLATILE.sub("", after)):
-        yield f"{place}: {before!r:.150} -> {after!r:.150}"
+            if key in before and key in after:
+                yield from _differences(f"{place}.{key}", before[key], after[key])
+            else:
+                where, value = ("new", after[key]) if key in after else ("gone", before[key])
+                yield f"{place}.{key} {where}", f"{value!r:.150}"
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for left, right in zip(before, after, strict=True):
+            yield from _differences(f"{place}[]", left, right)
+    elif before != after and not (
+        isinstance(before, str) and _VOLATILE.sub("", before) == _VOLATILE.sub("", str(after))
+    ):
+        yield place, f"{before!r:.150} -> {after!r:.150}"
 
 
 def run_command_line() -> int:

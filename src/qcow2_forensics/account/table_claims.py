@@ -11,8 +11,9 @@ from ..census import Census, Owner
 from ..census.claimed_clusters import merged
 from ..census.columns import I64, U64
 from ..census.state_ends import StateEnds
-from ..census.walk import l1_chunks
+from ..census.walk import L2Tables, batches, l1_chunks
 from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
+from ..format.entries import ALL_SUBCLUSTERS_ZERO, ZERO
 from ..format.header import padded
 from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH
@@ -86,10 +87,31 @@ class TableClaims:
         shown = named.shown[inside].max(axis=1).astype(np.int64)
         stops = starts + -(-shown // self.size) * header.l2_entry_size
         active = named.active[inside] != 0
+        past_disk = active & (shown == 0)
+        if self._left_by_savevm(named.part(inside).part(past_disk)):
+            stops[past_disk] = starts[past_disk] + self.size
         for owner, chosen in (("active state", active), ("snapshots", ~active)):
             self.claims.add_many(self.labels.number(Kind.L2, owner), starts[chosen], stops[chosen])
             past = self.labels.number(Place.ENTRIES_PAST_END, f"L2 tables, {owner}")
             self.hints.add_many(past, stops[chosen], starts[chosen] + self.size)
+
+    def _left_by_savevm(self, tables: L2Tables) -> bool:
+        """Return whether the active state's tables past its disk hold what QEMU leaves there when it saves a VM state.
+
+        That is an entry that reads as zeros for each cluster of the VM state of some snapshot, and nothing else.
+        """
+        live = {-(-entry.vm_state_size // self.size) for entry in self.image.snapshots if entry.vm_state_size}
+        zeros = 0
+        for batch in batches(self.image, tables) if live else ():
+            marks, zero = batch.entries, ZERO
+            if batch.bitmaps is not None:
+                if marks.any():
+                    return False
+                marks, zero = batch.bitmaps, ALL_SUBCLUSTERS_ZERO
+            zeros += int(np.count_nonzero(marks))
+            if ((marks != 0) & (marks != np.uint64(zero))).any():
+                return False
+        return zeros in live
 
     # --- refcounts -------------------------------------------------------------------------------
 

@@ -141,8 +141,8 @@ rule(
     "table entries past the end of the disk are not zeros",
     note="no state reads them: consistent with a disk that was made smaller, with a VM state that was there, or with embedding",
     when="entries of an L1, L2 or bitmap table, or bits of a bitmap, past the end of every disk and VM state they belong to "
-    "are not zeros; L1 entries that name an L2 table are left out",
-    harmless="QEMU keeps such entries after a memory snapshot was applied and deleted",
+    "are not zeros; L1 entries that name an L2 table are left out, and so are entries that read as zeros where a listed snapshot's VM state was saved",
+    harmless="QEMU keeps such entries after a memory snapshot was deleted, or applied and deleted",
     depth=Depth.DEEP,
     needs="geometry",
     validated=CRAFTED,

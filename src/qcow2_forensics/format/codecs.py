@@ -184,7 +184,8 @@ def _unzstd(data: bytes, size: int) -> tuple[bytes, list[tuple[int, int]]]:
             # One byte more than needed shows a frame that is too long.
             piece = decoder.decompress(view[at:end], missing + 1)
         except zstd.ZstdError as error:
-            raise ValueError(f"bad zstd data: {error}") from None
+            # The library's own sentences are addressed to who calls it; its reason is their last part.
+            raise ValueError(f"bad zstd data: {str(error).rpartition(': ')[2].rstrip('.')}") from None
         if len(piece) > missing or not decoder.eof:
             raise ValueError(f"a zstd frame gives more than {size} bytes")
         pieces.append(piece)

@@ -23,9 +23,8 @@ REFTABLE_RESERVED = 0x1FF
 BITMAP_TABLE_RESERVED = 0xFF00_0000_0000_01FE
 BITMAP_ALL_ONES = 1  # bitmap table entry without offset: every bit is set
 SUBCLUSTERS = 32  # per cluster with extended L2 entries
-SUBCLUSTER_MASK = (
-    1 << SUBCLUSTERS
-) - 1  # allocated ones, in the low half of the second word; zero ones in the high half
+SUBCLUSTER_MASK = (1 << SUBCLUSTERS) - 1  # allocated ones, in the low half of the second word
+ALL_SUBCLUSTERS_ZERO = SUBCLUSTER_MASK << SUBCLUSTERS  # ones that read as zeros, in the high half
 
 QCOW1_COMPRESSED = 1 << 63
 
