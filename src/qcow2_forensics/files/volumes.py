@@ -198,15 +198,24 @@ class _Finder:
     def _by_sleuth_kit(self, reader: Reader, volume: Volume, depth: int) -> bool:
         from .sleuthkit import SleuthKitFileSystem, kind_of, open_file_system
         from .tsk_image import ReaderImage
+        from .unwritten import log_of
 
         # A partition is read from the disk at its offset: its file system may be larger than the table says.
-        image: Any = ReaderImage(reader if depth else self._disk)
-        handle = open_file_system(image, 0 if depth else volume.offset)
+        below: Reader = reader if depth else self._disk
+        start = 0 if depth else volume.offset
+        image: Any = ReaderImage(below)
+        handle = open_file_system(image, start)
         if handle is None:
             return False
+        log = log_of(handle, kind_of(handle), below, start)
+        if log is not None and log.reader is not None:
+            image = ReaderImage(log.reader)
+            handle = open_file_system(image, start) or handle
         known = self._own_place(replace(volume, kind=kind_of(handle), backend="The Sleuth Kit"))
         self.spans[known.place] = tuple(reader.place(0, reader.size))
-        self.systems.append(SleuthKitFileSystem(image, known, handle, reader if depth else None))
+        system = SleuthKitFileSystem(image, known, handle, reader if depth else None)
+        system.take_log(log)
+        self.systems.append(system)
         return True
 
     def _by_dfvfs(self, reader: Reader, volume: Volume, depth: int) -> str:
@@ -214,6 +223,7 @@ class _Finder:
         if importlib.util.find_spec("dfvfs") is None:
             return "reading it needs dfVFS: pip install 'qcow2-forensics[dfvfs]'"
         from .dfvfs_files import Scanned
+        from .unwritten import log_by_signature
 
         scanned: Scanned = Scanned(reader, self._passphrases)
         if scanned.unlocked is not None:
@@ -230,8 +240,10 @@ class _Finder:
             found = list(scanned.file_systems(lambda: self._own_place(known)))
         except OSError as error:
             return str(error)
+        log = log_by_signature(volume.kind, reader) if found else None
         self.systems += found
         for system in found:
+            system.take_log(log)
             self.spans[system.volume.place] = tuple(reader.place(0, reader.size))
         return "" if found else f"dfVFS cannot open it{f': {scanned.problem}' if scanned.problem else ''}"
 
