@@ -216,6 +216,8 @@ class _Finder:
         system = SleuthKitFileSystem(image, known, handle, reader if depth else None)
         system.take_log(log)
         self.systems.append(system)
+        blocks = int(handle.info.block_count) + (known.kind == "ntfs")  # whose second boot sector follows its clusters
+        self._look_behind(reader, known, blocks * int(handle.info.block_size))
         return True
 
     def _by_dfvfs(self, reader: Reader, volume: Volume, depth: int) -> str:
@@ -245,7 +247,19 @@ class _Finder:
         for system in found:
             system.take_log(log)
             self.spans[system.volume.place] = tuple(reader.place(0, reader.size))
+        if found and volume.kind == "XFS":
+            head = reader.read(0, 16)
+            self._look_behind(reader, known, int.from_bytes(head[4:8], "big") * int.from_bytes(head[8:16], "big"))
         return "" if found else f"dfVFS cannot open it{f': {scanned.problem}' if scanned.problem else ''}"
+
+    def _look_behind(self, reader: Reader, volume: Volume, end: int) -> None:
+        """Name what is stored behind the end of a file system that is smaller than its volume: it is not free space."""
+        if reader.size - end <= PARTITION_GAP:
+            return
+        rest = VolumeReader.slice(reader, end, reader.size - end)
+        if not self._is_blank(rest):
+            behind = replace(volume, kind="", backend="", inside=f"{volume.inside}/behind")
+            self._not_read(rest, behind, f"the file system ends at {end:#x} of {reader.size:#x} bytes of its volume")
 
     def _own_place(self, volume: Volume) -> Volume:
         """Return a volume under a name of its own: two groups may have one name, and a container several file systems."""
