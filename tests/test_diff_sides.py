@@ -141,6 +141,28 @@ def test_files_in_ranges_that_a_bitmap_marks(tmp_path: Path, diff: Diff, capsys:
 
 
 @qemu.requires_qemu
+def test_marked_structures_are_not_called_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mode of a file is in its inode: the bitmap marks what holds it, and no block of a file."""
+    one = make(tmp_path, "ext4")
+    image = tmp_path / "disk.qcow2"
+    qemu.img("convert", "-O", "qcow2", one.path, image)
+    qemu.img("bitmap", "--add", "-g", "4096", image, "daily")
+    two = one.copy("two.raw")
+    two.debugfs("sif small.txt mode 0104755")
+    old, new = one.path.read_bytes(), two.path.read_bytes()
+    places = [at for at in range(0, len(old), 512) if old[at : at + 512] != new[at : at + 512]]
+    for at in places:
+        piece = tmp_path / "piece"
+        piece.write_bytes(new[at : at + 512])
+        qemu.io(image, f"write -s {piece} {at} 512")
+    assert main(["diff", str(image), "--from", "bitmap:daily", "--files"]) == 0
+    text = capsys.readouterr().out
+    assert "no files differ" not in text
+    assert "no file that is listed has blocks in marked ranges" in text
+    assert "names, times and owners in those structures may have been written" in text
+
+
+@qemu.requires_qemu
 def test_a_bitmap_that_was_not_saved_is_not_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from qcow2_forensics import open_image
 

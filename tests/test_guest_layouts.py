@@ -214,3 +214,24 @@ def test_a_volume_that_is_partly_on_another_disk_may_differ_there(
     assert code == 2
     assert "/vg0/far (LVM2): its files are not listed: part of it is on physical volume" in text
     assert "no files differ where files could be listed" in text
+
+
+@pytest.mark.parametrize("kind", ["ext4", "fat12", "ntfs"])
+def test_bytes_behind_a_file_system_are_in_no_free_space(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small file system at the start of a large partition: anything may follow it."""
+    volume = filesystems.make(tmp_path, kind)
+    end = volume.path.stat().st_size
+    with volume.path.open("r+b") as stream:
+        stream.truncate(end + 8 * MIB)
+    before, _ = filesystems.disk_of(tmp_path, [volume])
+    after = tmp_path / "after.raw"
+    shutil.copyfile(before, after)
+    assert open_volumes(RawDisk(FileSource(before)), "the disk").unread == []
+    write(after, MIB + end + 3 * MIB, b"hidden")
+    code, listed, text = diff(States(before, after), capsys)
+    assert code == 2
+    assert (listed["summary"]["bytes_in_unread_volumes"], listed["summary"]["bytes_in_no_file"]) == (512, 0)
+    assert f"the file system ends at {end:#x} of {end + 8 * MIB:#x} bytes of its volume" in text or kind == "ntfs"
+    assert "/p1/behind (unknown)" in text

@@ -43,6 +43,7 @@ class Files:
     outside: int
     is_incomplete: bool
     notes: list[str]  # what could not be read, safe on a terminal
+    is_marked: bool = False  # ranges are what a bitmap marks, of one state
 
     @property
     def exit_code(self) -> int:
@@ -87,6 +88,7 @@ def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Differ
         outside_files(old, new, ranges),
         any(each.is_incomplete for each in volumes),
         notes,
+        sides.is_marked,
     )
 
 
@@ -144,10 +146,14 @@ def text_lines(files: Files) -> Iterator[str]:
         if item.changed_bytes or item.hides_changes:
             amount = f"{format_size(item.changed_bytes)} of it in " if item.changed_bytes else ""
             yield f"{amount}{volume_label(item.unread.volume)}: {_unread_reason(item)}"
-    if files.outside and (files.changes or files.unread):
+    if files.outside and (files.changes or files.unread or files.is_marked):
         yield f"{format_size(files.outside)} of it in no file: file system structures or free space"
+    if files.is_marked and files.outside:
+        yield "names, times and owners in those structures may have been written, and small files in NTFS records"
     if files.changes:
         yield from _table(files.changes)
+    elif files.is_marked:
+        yield "no file that is listed has blocks in marked ranges"
     elif files.exit_code:
         yield "no files differ where files could be listed"
     else:

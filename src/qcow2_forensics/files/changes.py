@@ -94,6 +94,11 @@ class StateFiles:
         """What could not be listed or read."""
         return [problem for system in self.systems.values() for problem in system.problems]
 
+    @property
+    def replaced(self) -> Iterator[Span]:
+        """Ranges of the disk in place of which journals are read: bytes may differ there that are equal on the disk."""
+        return (span for system in self.systems.values() for span in system.replaced)
+
     def hides(self, other: StateFiles, place: Place) -> bool:
         """Return whether the files that another state has at a place may be in a volume of this one that is not read.
 
@@ -151,9 +156,11 @@ def file_changes(
     Volumes whose files are not known in one of the states are left out: see :func:`not_compared`. With ``hashed``
     each change of a file carries the SHA-256 of both versions.
     """
-    touched = Spans(ranges)
+    changed = list(ranges)
+    touched = Spans(changed)
+    may_differ = Spans((*changed, *before.replaced, *after.replaced))
     for place in sorted({*before.systems, *after.systems} - dict(_hidden(before, after)).keys()):
-        pair = _Pair(before, after, place, touched)
+        pair = _Pair(before, after, place, may_differ)
         for change in pair.changes():
             change.changed_bytes = touched.overlap(Spans(_spans(change.before, change.after)))
             if hashed:
@@ -166,7 +173,7 @@ def marked_files(state: StateFiles, ranges: Iterable[tuple[int, int]], *, hashed
 
     A range that was written may hold parts of several files, and what it held before is not known.
     """
-    touched = Spans(ranges)
+    touched = Spans((*ranges, *state.replaced))
     for place in sorted(state.systems):
         for record in state.records[place]:
             changed_bytes = touched.overlap(Spans(record.spans)) if record.allocated and not record.virtual else 0

@@ -1,6 +1,6 @@
 """What a back-end provides for one volume: its records, and the bytes of each.
 
-Listing goes on where it can: what could not be read is a sentence in ``problems``. Reading content
+Listing goes on where it can: what could not be read is a sentence in ``problems``, as is what a log held. Reading content
 does not: it raises ``OSError`` rather than give bytes that the disk does not hold.
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from .records import FileRecord, Volume
+from ..text import printable
+from .readers import Reader
+from .records import FileRecord, Span, Volume
 
 
 class NoFileSystem(OSError):
@@ -60,6 +63,19 @@ class Visits:
         return OSError("folders listed before have further names: what is in them is not listed again from here on")
 
 
+class Log(NamedTuple):
+    """What the log of a file system holds that is not at its place; ``sentence`` says so to the user.
+
+    ``reader`` shows the file system with these changes, and ``replaced`` is where they belong on the disk. Without a
+    reader they are not known, and ``is_incomplete``: names that are in use may be missing.
+    """
+
+    sentence: str
+    is_incomplete: bool = False
+    reader: Reader | None = None
+    replaced: tuple[Span, ...] = ()
+
+
 class FileSystem(ABC):
     """The file system of one volume in one state."""
 
@@ -67,6 +83,14 @@ class FileSystem(ABC):
         self.volume = volume
         self.problems: list[str] = []
         self.is_incomplete = False  # names that are in use may be missing from the listing
+        self.replaced: tuple[Span, ...] = ()  # of the disk, in place of which its journal is read
+
+    def take_log(self, log: Log | None) -> None:
+        """Keep what is known of the log of the file system."""
+        if log is not None:
+            self.problems.append(printable(f"{self.volume.prefix or 'the whole disk'}: {log.sentence}", limit=8192))
+            self.is_incomplete |= log.is_incomplete
+            self.replaced = log.replaced
 
     @abstractmethod
     def records(self, *, names: bool = False) -> Iterator[FileRecord]:

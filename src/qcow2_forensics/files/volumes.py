@@ -198,15 +198,26 @@ class _Finder:
     def _by_sleuth_kit(self, reader: Reader, volume: Volume, depth: int) -> bool:
         from .sleuthkit import SleuthKitFileSystem, kind_of, open_file_system
         from .tsk_image import ReaderImage
+        from .unwritten import log_of
 
         # A partition is read from the disk at its offset: its file system may be larger than the table says.
-        image: Any = ReaderImage(reader if depth else self._disk)
-        handle = open_file_system(image, 0 if depth else volume.offset)
+        below: Reader = reader if depth else self._disk
+        start = 0 if depth else volume.offset
+        image: Any = ReaderImage(below)
+        handle = open_file_system(image, start)
         if handle is None:
             return False
+        log = log_of(handle, kind_of(handle), below, start)
+        if log is not None and log.reader is not None:
+            image = ReaderImage(log.reader)
+            handle = open_file_system(image, start) or handle
         known = self._own_place(replace(volume, kind=kind_of(handle), backend="The Sleuth Kit"))
         self.spans[known.place] = tuple(reader.place(0, reader.size))
-        self.systems.append(SleuthKitFileSystem(image, known, handle, reader if depth else None))
+        system = SleuthKitFileSystem(image, known, handle, reader if depth else None)
+        system.take_log(log)
+        self.systems.append(system)
+        blocks = int(handle.info.block_count) + (known.kind == "ntfs")  # whose second boot sector follows its clusters
+        self._look_behind(reader, known, blocks * int(handle.info.block_size))
         return True
 
     def _by_dfvfs(self, reader: Reader, volume: Volume, depth: int) -> str:
@@ -214,6 +225,7 @@ class _Finder:
         if importlib.util.find_spec("dfvfs") is None:
             return "reading it needs dfVFS: pip install 'qcow2-forensics[dfvfs]'"
         from .dfvfs_files import Scanned
+        from .unwritten import log_by_signature
 
         scanned: Scanned = Scanned(reader, self._passphrases)
         if scanned.unlocked is not None:
@@ -230,10 +242,24 @@ class _Finder:
             found = list(scanned.file_systems(lambda: self._own_place(known)))
         except OSError as error:
             return str(error)
+        log = log_by_signature(volume.kind, reader) if found else None
         self.systems += found
         for system in found:
+            system.take_log(log)
             self.spans[system.volume.place] = tuple(reader.place(0, reader.size))
+        if found and volume.kind == "XFS":
+            head = reader.read(0, 16)
+            self._look_behind(reader, known, int.from_bytes(head[4:8], "big") * int.from_bytes(head[8:16], "big"))
         return "" if found else f"dfVFS cannot open it{f': {scanned.problem}' if scanned.problem else ''}"
+
+    def _look_behind(self, reader: Reader, volume: Volume, end: int) -> None:
+        """Name what is stored behind the end of a file system that is smaller than its volume: it is not free space."""
+        if reader.size - end <= PARTITION_GAP:
+            return
+        rest = VolumeReader.slice(reader, end, reader.size - end)
+        if not self._is_blank(rest):
+            behind = replace(volume, kind="", backend="", inside=f"{volume.inside}/behind")
+            self._not_read(rest, behind, f"the file system ends at {end:#x} of {reader.size:#x} bytes of its volume")
 
     def _own_place(self, volume: Volume) -> Volume:
         """Return a volume under a name of its own: two groups may have one name, and a container several file systems."""

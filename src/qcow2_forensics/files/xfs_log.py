@@ -1,0 +1,83 @@
+"""The log of an XFS file system: whether it ends with an unmount, and so holds nothing that is not at its place.
+
+The log is a ring of blocks of 512 bytes, and the first word of each is the number of times that the ring was gone
+through, except in the header of a record, where it follows the magic::
+
+    7 7 7 7 7 7 | 6 6 6 6 6 6 6        the end of the log is where the number goes down
+            └─ the last record: a clean one has one operation, an unmount
+"""
+
+from __future__ import annotations
+
+from .readers import Reader
+
+_BLOCK = 512
+_RECORD = 0xFEEDBABE
+_UNMOUNT = 0x20  # flag of an operation
+_SIZE_IN_HEADER = 32 << 10  # bytes of a record that one block of its header describes
+_FARTHEST = 2048  # blocks from the end of the log to the header of its last record: four times the largest record
+
+
+def has_changes(reader: Reader) -> bool:
+    """Return whether the log holds changes that may not be at their places; raises ``OSError`` and ``Qcow2Error``."""
+    log = _Log(reader)
+    end = log.end()
+    if end is None:
+        return False
+    for back in range(1, min(_FARTHEST, log.blocks) + 1):
+        at = (end - back) % log.blocks
+        record = log.read(at)
+        if _number(record, 0) == _RECORD:
+            return not _is_unmount(log, at, record, back)
+    return True
+
+
+def _is_unmount(log: _Log, at: int, record: bytes, to_end: int) -> bool:
+    """Whether a record, ``to_end`` blocks before the end of the log, is that of an unmount."""
+    version, length, operations, largest = (_number(record, place) for place in (8, 12, 40, 320))
+    headers = max(1, -(-largest // _SIZE_IN_HEADER)) if version & 2 else 1
+    operation = log.read((at + headers) % log.blocks)
+    return operations == 1 and headers + -(-length // _BLOCK) == to_end and bool(operation[9] & _UNMOUNT)
+
+
+class _Log:
+    def __init__(self, reader: Reader) -> None:
+        head = reader.read(0, _BLOCK)
+        block, per_group, group_bits = _number(head, 4), _number(head, 84), head[124]
+        start, blocks = int.from_bytes(head[48:56], "big"), _number(head, 96)
+        if not start:
+            raise OSError("it is on another device")
+        if not 512 <= block <= 65536 or not 0 < group_bits < 32 or not blocks:
+            raise OSError("the superblock does not say where it is")
+        group, within = start >> group_bits, start & (1 << group_bits) - 1
+        self._reader = reader
+        self._start = (group * per_group + within) * block
+        self.blocks = blocks * block // _BLOCK
+
+    def read(self, number: int) -> bytes:
+        data = self._reader.read(self._start + number * _BLOCK, _BLOCK)
+        if len(data) < _BLOCK:
+            raise OSError("the volume ends inside it")
+        return data
+
+    def end(self) -> int | None:
+        """Return the block after the last record, None where nothing was ever written."""
+        first, last = self._round(0), self._round(self.blocks - 1)
+        if first == last:
+            return self.blocks if first else None
+        low, high = 0, self.blocks - 1  # of the first round, and of the one before
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._round(middle) == first:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def _round(self, number: int) -> int:
+        data = self.read(number)
+        return _number(data, 4 if _number(data, 0) == _RECORD else 0)
+
+
+def _number(data: bytes, at: int) -> int:
+    return int.from_bytes(data[at : at + 4], "big")
