@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     from .reader.states import SnapshotName, is_recovered_state
     from .reader.stream import SourceStream
     from .reader.vm_state import VmState
-    from .reader.writer import ended_by_signals
+    from .reader.writer import cache_file, ended_by_signals
 
 __all__ = [
     "ALONE_VARIABLE",
@@ -143,6 +143,7 @@ __all__ = [
     "audit",
     "audit_path",
     "base_name",
+    "cache_file",
     "choose_memory",
     "compare",
     "ended_by_signals",
@@ -229,6 +230,7 @@ _LAZY = {
     "base_name": "reader.resolver",
     "choose_memory": "reader.memory_choice",
     "compare": "compare",
+    "cache_file": "reader.writer",
     "ended_by_signals": "reader.writer",
     "find_kernel": "memory",
     "find_stream": "memory",
