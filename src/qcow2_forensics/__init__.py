@@ -96,7 +96,7 @@ if TYPE_CHECKING:
     from .reader.states import SnapshotName, assuming, is_recovered_state
     from .reader.stream import SourceStream
     from .reader.vm_state import VmState
-    from .reader.writer import ended_by_signals
+    from .reader.writer import cache_file, ended_by_signals
 
 __all__ = [
     "ALONE_VARIABLE",
@@ -155,6 +155,7 @@ __all__ = [
     "audit",
     "audit_path",
     "base_name",
+    "cache_file",
     "choose_memory",
     "compare",
     "ended_by_signals",
@@ -248,6 +249,7 @@ _LAZY = {
     "base_name": "reader.resolver",
     "choose_memory": "reader.memory_choice",
     "compare": "compare",
+    "cache_file": "reader.writer",
     "ended_by_signals": "reader.writer",
     "find_kernel": "memory",
     "find_stream": "memory",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,20 +107,12 @@ def _load(path: Path | None) -> bytes | None:
 
 
 def _store(path: Path | None, data: bytes) -> None:
-    from qcow2_forensics import ended_by_signals
+    from qcow2_forensics import cache_file
 
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ended_by_signals():
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix="qcow2_", suffix=".part")
-            try:
-                with open(handle, "wb") as file:
-                    file.write(data)
-                os.replace(partial, path)
-            except BaseException:
-                os.unlink(partial)
-                raise
+        with cache_file(path) as file:
+            file.write(data)
     except OSError as error:
         vollog.info("The index could not be kept in %s: %s", path.parent, error.strerror)

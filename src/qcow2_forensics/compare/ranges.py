@@ -24,6 +24,7 @@ from ..format.header import SECTOR, Crypt
 from ..limits import MiB
 from ..reader.disk import Disk, Layer, RawDisk, images_of, layers_of
 from ..reader.mapping import Kind
+from ..reader.runs import joined
 from ..reader.salvage import unmappable_until
 from .differing_tables import DifferingTables
 
@@ -112,7 +113,7 @@ def _compare(
     common = min(before.size, after.size)
     mapped = min([common, *(layer.mapped_end for layer in (before, after) if isinstance(layer, Disk))])
     found = _differences(before, after, mapped, settle, progress)
-    yield from _coalesced(chain(found, _past_tables(before, after, mapped, common, progress)))
+    yield from joined(chain(found, _past_tables(before, after, mapped, common, progress)), _join)
     if before.size > common:
         yield Difference(common, before.size - common, Change.REMOVED)
     elif after.size > common:
@@ -360,15 +361,7 @@ def unequal_sectors(left: bytes, right: bytes) -> Iterator[tuple[int, int]]:
         yield started, len(left)
 
 
-def _coalesced(found: Iterable[Difference]) -> Iterator[Difference]:
-    pending: Difference | None = None
-    for item in found:
-        if pending is None:
-            pending = item
-        elif pending.end == item.offset and pending.change is item.change:  # the first reason is given for all
-            pending = pending._replace(length=pending.length + item.length)
-        else:
-            yield pending
-            pending = item
-    if pending is not None:
-        yield pending
+def _join(first: Difference, second: Difference) -> Difference | None:
+    if first.end != second.offset or first.change is not second.change:
+        return None
+    return first._replace(length=first.length + second.length)  # the first reason is given for all

@@ -38,7 +38,7 @@ from ..limits import (
     MiB,
 )
 from ..reader.stream import SourceStream
-from ..reader.writer import ended_by_signals
+from ..reader.writer import cache_file
 from .lzop import DamagedError, LzopReader
 from .sections import MAGIC
 
@@ -240,19 +240,10 @@ def _unpacked(window: StreamWindow, opener: Opener, cache_dir: str | os.PathLike
             temporary.close()
             raise
         return _TemporarySource(cast("BinaryIO", temporary), window.name)
-    folder = Path(cache_dir)
-    target = folder / f"qcow2_stream_{_fingerprint(window)}.cache"
+    target = Path(cache_dir) / f"qcow2_stream_{_fingerprint(window)}.cache"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with ended_by_signals():
-            handle, partial = tempfile.mkstemp(dir=folder, prefix=target.stem, suffix=".part")
-            try:
-                with open(handle, "wb") as file:
-                    _decompress(window, opener, file, limits)
-                os.replace(partial, target)
-            except BaseException:
-                os.unlink(partial)
-                raise
+        with cache_file(target) as file:
+            _decompress(window, opener, file, limits)
     return FileSource(target)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from ..errors import FormatError, Qcow2Error
 from ..format.source import Source, source_name
 from ..text import cut
-from .runs import Kind
+from .runs import Kind, joined
 
 _SECTOR = 512
 _TABLE_ENTRIES = 8192  # of a block allocation table, read at a time
@@ -72,9 +72,11 @@ class _Table:
 
     def runs(self, offset: int, length: int) -> Iterator[Stored]:
         """Yield what the range consists of; neighbours that are one are joined."""
+        return joined(self._blocks(offset, length), _join)
+
+    def _blocks(self, offset: int, length: int) -> Iterator[Stored]:
         end, size = offset + length, self.block_size
         first, known = 0, list[int | None]()
-        pending: Stored | None = None
         while offset < end:
             number, inside = divmod(offset, size)
             if not first <= number < first + len(known):
@@ -82,18 +84,16 @@ class _Table:
             block = known[number - first]
             host = None if block is None else block + inside
             kind = self.zeros if host is None else Kind.DATA
-            run = Stored(offset, min(end, offset - inside + size) - offset, kind, host)
-            offset += run.length
-            if pending is not None and pending.kind == kind:
-                last = pending.host_offset
-                if host is None or (last is not None and last + pending.length == host):
-                    pending = pending._replace(length=pending.length + run.length)
-                    continue
-            if pending is not None:
-                yield pending
-            pending = run
-        if pending is not None:
-            yield pending
+            count = min(end - offset, size - inside)
+            yield Stored(offset, count, kind, host)
+            offset += count
+
+
+def _join(first: Stored, second: Stored) -> Stored | None:
+    here = None if first.host_offset is None else first.host_offset + first.length
+    if (first.kind, here) != (second.kind, second.host_offset):
+        return None
+    return first._replace(length=first.length + second.length)
 
 
 class _Vhd(_Table):

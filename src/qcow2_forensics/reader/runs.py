@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
-from ..errors import FormatError
+from ..errors import FormatError, Qcow2Error
 
 L1_PAGE = 8192  # L1 entries read and kept together
 
@@ -33,6 +33,26 @@ class Run(NamedTuple):
     kind: Kind
     host_offset: int | None = None
     size: int = 0
+
+
+T = TypeVar("T")
+
+
+def joined(items: Iterable[T], join: Callable[[T, T], T | None]) -> Iterator[T]:
+    """Yield items, neighbours as one where ``join`` makes one of two; those before an error come before it."""
+    pending: T | None = None
+    try:
+        for item in items:
+            both = join(pending, item) if pending is not None else None
+            if both is None and pending is not None:
+                yield pending
+            pending = item if both is None else both
+    except Qcow2Error:
+        if pending is not None:
+            yield pending
+        raise
+    if pending is not None:
+        yield pending
 
 
 def coalesced(pieces: Iterator[Run]) -> Iterator[Run]:

@@ -10,7 +10,7 @@ from ..errors import FormatError, Locked, Qcow2Error, ReadError
 from ..format.header import SECTOR
 from .disk import Disk, Layer, RawDisk, images_of, layers_of
 from .layers import Extent
-from .runs import Kind
+from .runs import Kind, joined
 
 _L2_ENTRY = "l2_entry"  # the field of errors that concern one cluster; others concern all that a table maps
 
@@ -162,21 +162,16 @@ def mapfile(size: int, missing: Iterable[Missing], created_by: str) -> Iterator[
 
 
 def _merged(found: Iterable[Missing]) -> Iterator[Missing]:
-    pending: Missing | None = None
-    for item in found:
-        if pending is None:
-            pending = item
-            continue
-        end = pending.offset + pending.length
-        if item.offset < end:  # met twice, by the map and by a read
-            pending = pending._replace(length=max(end, item.offset + item.length) - pending.offset)
-        elif item.offset == end and item.why == pending.why:
-            pending = pending._replace(length=pending.length + item.length)
-        else:
-            yield pending
-            pending = item
-    if pending is not None:
-        yield pending
+    return joined(found, _join)
+
+
+def _join(first: Missing, second: Missing) -> Missing | None:
+    end = first.offset + first.length
+    if second.offset < end:  # met twice, by the map and by a read
+        return first._replace(length=max(end, second.offset + second.length) - first.offset)
+    if second.offset == end and second.why == first.why:
+        return first._replace(length=first.length + second.length)
+    return None
 
 
 def _unit(disk: Layer) -> int:

@@ -278,6 +278,23 @@ def _whole(target: Path, *, force: bool, evidence: Collection[Path_]) -> Iterato
             raise
 
 
+@contextlib.contextmanager
+def cache_file(target: Path) -> Iterator[BinaryIO]:
+    """Yield a file for a cache, which only this user may read; it gets its name when the block ends well."""
+    import tempfile  # takes time to import, which the writers of outputs do not need
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ended_by_signals():
+        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
+        try:
+            with open(handle, "wb") as file:
+                yield file
+            os.replace(partial, target)
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+
 def _refuse_missing_folder(target: Path) -> None:
     if not target.parent.is_dir():
         known = "is not a folder" if target.parent.exists() else "does not exist"

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from ..errors import Qcow2Error
 from ..limits import MiB
+from ..reader.runs import joined
 from . import content
 from .model import Piece
 
@@ -38,26 +38,14 @@ def continued(ranges: Iterable[HostRange]) -> Iterator[HostRange]:
 
     What came before an error is yielded before it.
     """
-    last: HostRange | None = None
-    try:
-        for found in ranges:
-            if last is not None and _follows(found, last):
-                last = last._replace(length=last.length + found.length)
-                continue
-            if last is not None:
-                yield last
-            last = found
-    except Qcow2Error:
-        if last is not None:
-            yield last
-        raise
-    if last is not None:
-        yield last
+    return joined(ranges, _join)
 
 
-def _follows(found: HostRange, last: HostRange) -> bool:
-    guest = None if last.guest_offset is None else last.guest_offset + last.length
-    return (found.offset, found.kind, found.guest_offset) == (last.offset + last.length, last.kind, guest)
+def _join(first: HostRange, second: HostRange) -> HostRange | None:
+    guest = None if first.guest_offset is None else first.guest_offset + first.length
+    if (second.offset, second.kind, second.guest_offset) != (first.offset + first.length, first.kind, guest):
+        return None
+    return first._replace(length=first.length + second.length)
 
 
 def pieces(read: Read, ranges: Iterable[HostRange], cluster_size: int) -> Iterator[Piece]:
