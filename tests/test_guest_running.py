@@ -156,7 +156,7 @@ def test_a_journal_that_cannot_be_read_is_reported(
 
 def test_a_crafted_journal_ends_at_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Descriptors without tags, as many as there is room for."""
-    monkeypatch.setattr("qcow2_forensics.files.ext_journal.JOURNAL_CONTROL_BLOCKS", 100)
+    monkeypatch.setattr("qcow2_forensics.files.ext_journal.JOURNAL_CONTROL_BYTES", 100 * 1024)
     path = tmp_path / "journal"
     head = struct.pack(">4s8I", b"\xc0\x3b\x39\x98", 4, 0, BLOCK, 1000, 1, 7, 1, 0)
     empty = struct.pack(">4sII", b"\xc0\x3b\x39\x98", 5, 7)

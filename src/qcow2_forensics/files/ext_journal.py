@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..limits import JOURNAL_BLOCKS, JOURNAL_CONTROL_BLOCKS, Budget
+from ..limits import JOURNAL_BLOCKS, JOURNAL_CONTROL_BYTES, Budget
 from ..recovery.ext_volume import crc32c
 from .readers import Reader
 from .records import Span
@@ -86,7 +86,7 @@ class _Ring:
         self._left = last - first  # blocks that were not looked at: more would be the first ones again
         self._walked = Budget.up_to("blocks of a journal", JOURNAL_BLOCKS)
         self._revocations = Budget.up_to("revocations of a journal", JOURNAL_BLOCKS)
-        self._looked_at = Budget.up_to("descriptors and commits of a journal", JOURNAL_CONTROL_BLOCKS)
+        self._looked_at = Budget.up_to("bytes of descriptors and commits of a journal", JOURNAL_CONTROL_BYTES)
 
     def transactions(self, start: int, sequence: int) -> Journal:
         """Return what the committed transactions from block ``start`` hold, each block from the last that writes it."""
@@ -117,7 +117,7 @@ class _Ring:
             magic, kind, number = struct.unpack_from(">4sII", data)
             if magic != _MAGIC or number != sequence:
                 return None
-            self._looked_at.spend(1)
+            self._looked_at.spend(self._block)
             if not self._is_sound(kind, data):
                 return None
             at = self._next(at)
