@@ -163,6 +163,28 @@ def test_marked_structures_are_not_called_equal(tmp_path: Path, capsys: pytest.C
 
 
 @qemu.requires_qemu
+def test_a_snapshot_called_as_a_bitmap_is_meant_does_not_take_its_place(tmp_path: Path) -> None:
+    from qcow2_forensics import SnapshotNotFound, open_image
+    from qcow2_forensics.reader.states import choose, find_bitmap
+
+    image = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.img("bitmap", "--add", image, "daily")
+    qemu.snapshot(image, "bitmap:daily")
+    qemu.snapshot(image, "bitmap:other")
+    with open_image(image) as opened:
+        with pytest.raises(SnapshotNotFound, match="ambiguous") as refused:
+            find_bitmap(opened, "bitmap:daily")
+        bitmap, snapshot = (choice.partition(" (")[0] for choice in refused.value.choices)
+        found = find_bitmap(opened, bitmap)
+        assert found is not None
+        assert found.name == "daily"
+        assert find_bitmap(opened, snapshot) is None
+        assert choose(opened, snapshot) is opened.snapshots[0]
+        assert find_bitmap(opened, "bitmap:other") is None
+        assert choose(opened, "bitmap:other") is opened.snapshots[1]
+
+
+@qemu.requires_qemu
 def test_a_bitmap_that_was_not_saved_is_not_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from qcow2_forensics import open_image
 

@@ -263,7 +263,8 @@ def _bound_names(tree: ast.Module) -> set[str]:
     return {
         ast.unparse(part)
         for part in parts
-        if (isinstance(part, ast.Constant) and part.value != 1) or (isinstance(part, ast.Name) and part.id.isupper())
+        if (isinstance(part, ast.Constant) and part.value not in (1, None))
+        or (isinstance(part, ast.Name) and part.id.isupper())
     }
 
 

@@ -43,6 +43,13 @@ def test_a_progress_line_is_narrower_than_the_terminal(width: int, label: str, t
     assert lines
 
 
+@pytest.mark.parametrize("label", ["\x1b[2Ja", "a\rb\nc", "\u202egnp", "\x9b31m", "a\udcff", "\U000e0100"])
+def test_a_label_from_evidence_draws_nothing_but_itself(label: str) -> None:
+    lines = _drawn(80, label, 3 << 30, 10 << 30)
+    assert lines
+    assert all(line.isprintable() and "\\" in line for line in lines)
+
+
 def test_a_narrow_line_keeps_the_share() -> None:
     assert _drawn(20, LABEL, 3 << 30, 10 << 30)[0].startswith("audit…:  30%")
 

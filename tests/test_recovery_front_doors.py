@@ -186,6 +186,17 @@ def test_a_state_that_cannot_be_put_together_is_refused_at_every_door_with_the_c
     assert [state.number for state in Selection("recovered:1").choose_recovered(recovered_states(damaged))] == [1]
 
 
+@qemu.requires_qemu
+def test_a_snapshot_called_as_a_recovered_state_does_not_take_its_place(tmp_path: Path) -> None:
+    image = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.io(image, "write -P 1 0 64k")
+    qemu.snapshot(image, STATE)
+    with pytest.raises(SnapshotNotFound, match="ambiguous"):
+        open_disk(image, STATE)
+    with open_disk(image, f"name:{STATE}") as disk:
+        assert disk.read(0, 1) == b"\1"
+
+
 def test_a_recovered_state_says_so_in_the_names_that_plaso_shows() -> None:
     from dfvfs_qcow2.names import SnapshotKey, folder, label, parse_encoding_method
 

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from qcow2_forensics.audit import audit, rules, undecodable_streams
+from qcow2_forensics.audit import audit, hidden, lost_tables, rules, undecodable_streams, vm_states
 from qcow2_forensics.census import take_census
 from qcow2_forensics.cli import main
 from qcow2_forensics.findings import EVIDENCE_LIMIT, Evidence, Finding, Report, Selection, Severity
@@ -215,6 +216,49 @@ def test_findings_that_one_rule_has_too_many_of_are_counted(tmp_path: Path, monk
     assert (f"findings {code[0]}, above", code[1] - 1) in {
         (item.field.rpartition(" ")[0], item.value) for item in limited.evidence
     }
+
+
+def _two_vm_states(path: Path) -> None:
+    builder = Builder(cluster_bits=16, size=1 << 20)
+    for ident in (b"1", b"2", b"3"):
+        builder.snapshot(ident, b"s", l1_offset=B_L1, l1_size=1, vm_size=4096)
+    builder.write(path)
+
+
+def _clusters_behind_the_disk(path: Path) -> None:
+    qemu.create(path, "1M", cluster_size=512)
+    qemu.io(path, "write 32k 32k")
+    Poke(path).u64(24, 0x8000)  # the disk ends with its first L2 table now
+
+
+def _l1_table_of_zeros(path: Path) -> None:
+    qemu.create(path, "1M")
+    qemu.io(path, "write 0 1M")
+    Poke(path).u64(B_L1, 0)
+
+
+CAPS: list[tuple[ModuleType, str, Callable[[Path], None], str]] = [
+    (vm_states, "FINDINGS_PER_RULE", _two_vm_states, "VM states that were not looked at"),
+    (hidden, "VM_STATE_CLUSTERS", _clusters_behind_the_disk, "clusters behind the disk that were not looked at"),
+    (lost_tables, "LEAKED_TABLES_SEARCHED", _l1_table_of_zeros, "leaked runs not looked at for L2 tables"),
+]
+
+
+@pytest.mark.parametrize(("module", "limit", "make", "words"), CAPS, ids=[cap[1] for cap in CAPS])
+def test_what_a_cap_leaves_out_is_in_the_report(
+    module: ModuleType,
+    limit: str,
+    make: Callable[[Path], None],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make(tmp_path / "disk.qcow2")
+    assert of(audit(tmp_path / "disk.qcow2", "deep"), "AUDIT-LIMITED") == []
+    monkeypatch.setattr(module, limit, 1)
+    (limited,) = of(audit(tmp_path / "disk.qcow2", "deep"), "AUDIT-LIMITED")
+    (item,) = (item for item in limited.evidence if item.field.startswith(words))
+    assert int(str(item.value)) > 0
 
 
 @pytest.mark.parametrize("sound", [False, True])

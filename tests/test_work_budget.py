@@ -19,6 +19,7 @@ from qcow2_forensics.errors import LimitExceeded
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import FileSource
 from qcow2_forensics.limits import Budget, Limits
+from qcow2_forensics.reader.disk import Disk
 from qcow2_forensics.residue import residue
 from tests.image_builder import COPIED, EXT_BITMAPS, EXT_DATA_FILE, Builder, Poke, compressed_entry, deflate
 
@@ -238,6 +239,28 @@ def test_unaligned_l2_tables_that_are_more_than_the_file_are_left_out_and_report
         assert census.seen(CountedEntries).entries * 8 <= image.file_size
     assert source.bytes <= 4 * source.size + MiB
     assert "QCOW2-CHECK-ABORTED" in {finding.code for finding in q.audit(source)}
+
+
+@pytest.mark.parametrize("apart", [0, 512], ids=["one stream", "streams that overlap"])
+def test_vm_states_that_share_compressed_bytes_are_decoded_once_and_within_the_budget(
+    apart: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = Builder(cluster_bits=16, size=1 << 29, l1_size=2)
+    stream = builder.put(bytes([0, 0, 0, 255, 255]) * 40_000)  # empty blocks of deflate: much to read, nothing to give
+    for number in range(40):
+        table = builder.put(struct.pack(">Q", compressed_entry(stream + apart * number, 65536, 16)))
+        l1 = builder.put(struct.pack(">2Q", 0, table | COPIED))
+        builder.snapshot(b"%d" % number, b"s", l1_offset=l1, l1_size=2, vm_size=4096)
+    path = builder.write(tmp_path / "disk.qcow2")
+    decoded: list[int] = []
+    read = Disk.read_mapped
+    monkeypatch.setattr(Disk, "read_mapped", lambda disk, *at: decoded.append(1) or read(disk, *at))
+    report = q.audit(path, depth="triage", limits=TIGHT)
+    (finding,) = (item for item in report if item.code == "QCOW2-SNAPSHOT-VMSTATE-INVALID")
+    assert len([item for item in finding.evidence if item.field == "error"]) == 40
+    assert len(decoded) <= (3 if apart == 0 else 30)
+    words = {str(item.value) for item in finding.evidence if "compressed VM states" in str(item.value)}
+    assert bool(words) == bool(apart)
 
 
 def test_a_budget_takes_nothing_of_what_it_refuses() -> None:

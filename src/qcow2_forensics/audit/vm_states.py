@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from ..errors import Qcow2Error, reason
+from ..format.image import Image
 from ..format.rules import INT64_MAX
 from ..format.snapshot_table import SnapshotEntry
-from ..limits import FINDINGS_PER_RULE
+from ..limits import FINDINGS_PER_RULE, Budget, MiB
 from ..reader.disk import Disk
-from ..reader.mapping import Kind
+from ..reader.mapping import Kind, Run
 from ..reader.vm_state import vm_state_offset
 from .facts import Facts
 
 MAGIC = b"QEVM"
 _CONFIGURATION = 7  # section type: the machine's name follows
+_HEAD = 512  # bytes
+_DECODING = MiB  # bytes that decoding a crafted stream costs at least
 
 
 def machine_type(data: bytes) -> str:
@@ -23,10 +26,35 @@ def machine_type(data: bytes) -> str:
     return data[13 : 13 + length].decode("utf-8", "replace") if length <= 256 else ""
 
 
+class _Starts:
+    """Reads the first bytes of VM states.
+
+    QEMU stores none of them compressed. Crafted snapshots can name one stream, or many that overlap: each is decoded
+    once, and all together have a budget.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._decoded: dict[tuple[int | None, int], tuple[bytes, str]] = {}
+        self._budget = Budget("bytes of compressed VM states", image.file_size, image.limits)
+
+    def read(self, disk: Disk, run: Run) -> tuple[bytes, str]:
+        """Return the bytes at the start of ``run``, or why there are none."""
+        if run.kind != Kind.COMPRESSED:
+            return disk.read_mapped(run.offset, _HEAD), ""
+        key = run.host_offset, run.size
+        if key not in self._decoded:
+            self._budget.spend(_DECODING + run.size + disk.image.cluster_size)
+            try:
+                self._decoded[key] = disk.read_mapped(run.offset, _HEAD), ""
+            except Qcow2Error as error:
+                self._decoded[key] = b"", reason(error)
+        return self._decoded[key]
+
+
 class VmStateHead:
     """The start of one snapshot's VM state, or why it cannot be read."""
 
-    def __init__(self, facts: Facts, entry: SnapshotEntry) -> None:
+    def __init__(self, facts: Facts, entry: SnapshotEntry, starts: _Starts) -> None:
         self.entry = entry
         self.head = b""
         self.host: int | None = None
@@ -43,7 +71,8 @@ class VmStateHead:
             if run.kind == Kind.HOLE:
                 self.why = "nothing is mapped where the VM state should start"
             elif not facts.header.crypt_method:
-                self.head = disk.read_mapped(self.offset, min(512, entry.vm_state_size))
+                head, self.why = starts.read(disk, run)
+                self.head = head[: entry.vm_state_size]
         except (Qcow2Error, OSError) as error:
             self.why = reason(error)
 
@@ -52,4 +81,5 @@ def vm_state_heads(facts: Facts) -> list[VmStateHead]:
     """Return the start of the VM state of every snapshot that has one; for :meth:`Facts.once`."""
     held = [entry for entry in facts.image.snapshots if entry.vm_state_size]
     facts.leave_out("VM states that were not looked at", len(held) - FINDINGS_PER_RULE)
-    return [VmStateHead(facts, entry) for entry in held[:FINDINGS_PER_RULE]]
+    starts = _Starts(facts.image)
+    return [VmStateHead(facts, entry, starts) for entry in held[:FINDINGS_PER_RULE]]

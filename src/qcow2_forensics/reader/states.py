@@ -176,13 +176,19 @@ def find_snapshot(image: Image, wanted: SnapshotName) -> SnapshotEntry | None:
 def find_bitmap(image: Image, text: str) -> BitmapEntry | None:
     """Return the bitmap that ``bitmap:NAME`` means, None for a text that means a state.
 
-    Raises :class:`Qcow2Error` where no bitmap, or more than one, has that name.
+    Raises :class:`Qcow2Error` where no bitmap, or more than one, has that name, or a snapshot has it too.
     """
     word = text.lstrip("=")
-    if not word.startswith(BITMAP) or by_id_or_name(image.snapshots, text):
+    if not word.startswith(BITMAP):
         return None
     name = word.removeprefix(BITMAP)
     found = [bitmap for bitmap in image.bitmaps if bitmap.name == name]
+    named = by_id_or_name(image.snapshots, text)
+    if named and not found:
+        return None
+    if named:
+        meant = f"{spelled(names_of(image.snapshots), text)} (the bitmap)"
+        raise SnapshotNotFound(text, [meant, *choices(image.snapshots, named)], ambiguous=True)
     if not found:
         image.require("bitmaps")
     if len(found) != 1:
