@@ -139,6 +139,51 @@ def test_tables_of_alike_file_systems_in_several_partitions_find_their_places(tm
     assert wrong_bytes(best(without_l1(data), tmp_path), disk) == RIGHT
 
 
+def wrong_placements(data: bytes, true: dict[int, int], folder: Path) -> list[tuple[int, str]]:
+    """Return the slot and reason of tables that are placed as likely or certain where they do not belong."""
+    state = best(data, folder)
+    return [
+        (placed.slot, placed.reason)
+        for placed in state.placements
+        if placed.confidence > Confidence.GUESS and true.get(placed.offset) != placed.slot
+    ]
+
+
+@pytest.mark.parametrize("make", [ext4, ntfs])
+@pytest.mark.parametrize("which", [slice(0, 4), pytest.param(slice(4, None), marks=pytest.mark.slow)])
+def test_a_clone_never_takes_the_place_of_a_lost_table_as_likely(
+    make: Callable[[Path], Path], which: slice, tmp_path: Path
+) -> None:
+    """Of two partitions that are copies of each other one L2 table is lost with the L1 table: its copy fits as well."""
+    part = make(tmp_path)
+    disk = tmp_path / "both.raw"
+    guest_disks.partitioned(disk, [part, part])
+    whole = image_of(disk, "cluster_size=4096")
+    true = {host: slot for slot, host in enumerate(l1_of(whole)[1]) if host}
+    data = without_l1(whole)
+    half = [host for host, slot in true.items() if slot * (2 << 20) < part.stat().st_size]
+    assert len(half) >= 5
+    for host in half[which]:
+        damaged = bytearray(data)
+        damaged[host : host + 4096] = bytes(4096)
+        assert wrong_placements(bytes(damaged), true, tmp_path) == [], f"slot {true[host]} is lost"
+
+
+def test_where_file_systems_start_is_a_guess_without_a_partition_table_and_a_size_that_fits(tmp_path: Path) -> None:
+    """A file system that starts where a table does may be a partition, whose disk lost the table of its start."""
+    part = ext4(tmp_path)
+    disk = tmp_path / "behind.raw"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+        file.seek(64 << 20)
+        file.write(part.read_bytes())
+    data = image_of(disk, "cluster_size=4096")
+    true = {host: slot for slot, host in enumerate(l1_of(data)[1]) if host}
+    assert min(true.values()) == 32  # the partition table was in a table that is lost
+    assert wrong_placements(without_l1(data), true, tmp_path) == []
+    assert best(without_l1(image_of(part, "cluster_size=4096")), tmp_path).confidence is Confidence.LIKELY
+
+
 def test_the_size_of_a_disk_without_header_and_l1_table_is_that_of_its_file_system(tmp_path: Path) -> None:
     disk = ext4(tmp_path)
     data = bytearray(without_l1(image_of(disk, "cluster_size=4096")))

@@ -57,7 +57,7 @@ class PlacedDisk:
 
     def __init__(self, reader: TableReader, slots: dict[int, int], span: int) -> None:
         self._reader = reader
-        self._slots = slots
+        self.slots = slots
         self._span = span
         self._disks: dict[int, Disk] = {}
         stored = reader.file_size
@@ -75,7 +75,7 @@ class PlacedDisk:
         while length > 0:
             slot, inside = divmod(offset, self._span)
             take = min(length, self._span - inside)
-            if slot not in self._slots:
+            if slot not in self.slots:
                 return None
             try:
                 data = self._disk(slot).read(inside, take)
@@ -103,7 +103,7 @@ class PlacedDisk:
         if slot not in self._disks:
             if len(self._disks) >= _OPEN:
                 self._disks.pop(next(iter(self._disks)))
-            self._disks[slot] = self._reader.disk(self._slots[slot])
+            self._disks[slot] = self._reader.disk(self.slots[slot])
         return self._disks[slot]
 
 

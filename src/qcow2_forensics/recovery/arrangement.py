@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..limits import FILE_SYSTEM_STARTS, L1_ENTRIES, PLACEMENT_TRIALS
 from ..residue.structure_detection import Geometry
 from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
-from .content import TableReader, unplaced
+from .content import TableReader, read_contents
 from .evidence import EXACT, Votes
 from .ext_volume import ext_expected, ext_map
 from .geometry import U64
@@ -16,7 +16,7 @@ from .l1_tables import table_span
 from .ntfs_volume import ntfs_expected, ntfs_map
 from .partition_map import partition_map
 from .placement import Placement, Unplaced, Use, in_file_order, place
-from .positions import disk_size_of, file_system_starts
+from .positions import disk_size_of, file_system_starts, kind_at
 from .xfs_volume import xfs_map
 
 _ROUNDS = 4  # what was found in one may lead to more in the next
@@ -51,20 +51,33 @@ def arranged(
     """
     span = table_span(geometry)
     slots = -(-size // span) if size else L1_ENTRIES
-    tables, starts = unplaced(reader, offsets, span, slots, [placed.offset for placed in fixed if not placed.slot])
+    contents = read_contents(reader, offsets, size, [placed.offset for placed in fixed if not placed.slot])
+    starts, known_starts = contents.starts, contents.are_starts_known
+    tables = contents.unplaced(span, slots, {})
     if not size:
         slots = _slots_by_content(reader, tables, span) or len(offsets)
 
     def use_of(placed: Mapping[int, int]) -> Use | None:
         return _use(reader, geometry, placed, starts)
 
+    more: dict[int, Votes] = {}  # by host offset: what file systems must have somewhere, found in a table
+    kinds: dict[int, str] = {}
     for _ in range(_ROUNDS):
-        found = place(tables, known, slots, geometry.cluster_size, fixed=fixed, ordered=False)
-        more = _with_expected(reader, tables, {p.slot: p.offset for p in found.placements}, starts, span)
-        if more is None:
+        found = place(
+            tables, known, slots, geometry.cluster_size, fixed=fixed, ordered=False, are_starts_known=known_starts
+        )
+        disk = PlacedDisk(reader, {p.slot: p.offset for p in found.placements}, span)
+        before = kinds, dict(more)
+        kinds = {at: kind for at in starts[:FILE_SYSTEM_STARTS] if (kind := kind_at(disk.read, at)) is not None}
+        for offset, votes in _expected_votes(reader, tables, disk, starts, span).items():
+            more[offset] = _joined(more.get(offset, {}), votes)
+        if (kinds, more) == before:
             break
-        tables = more
-    placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed)
+        tables = [
+            table._replace(votes=_joined(table.votes, more.get(table.offset, {})))
+            for table in contents.unplaced(span, slots, kinds)
+        ]
+    placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed, are_starts_known=known_starts)
     return Arranged(tuple(placed.placements), tuple(t.offset for t in placed.left), tuple(in_file_order(placed, slots)))
 
 
@@ -79,43 +92,50 @@ def _use(reader: TableReader, geometry: Geometry, placed: Mapping[int, int], sta
     return (lambda free: cluster_use(volumes, free, span, geometry.cluster_size)) if volumes else None
 
 
-def _with_expected(
-    reader: TableReader, tables: list[Unplaced], placed: dict[int, int], starts: tuple[int, ...], span: int
-) -> list[Unplaced] | None:
-    """Return the tables with what file systems must have at some places found in them; None where nothing was."""
-    disk = PlacedDisk(reader, placed, span)
-    taken = set(placed.values())
+def _expected_votes(
+    reader: TableReader, tables: list[Unplaced], disk: PlacedDisk, starts: tuple[int, ...], span: int
+) -> dict[int, dict[int, dict[str, float]]]:
+    """Return what file systems must have at some places, found in tables: the kinds and bits by host offset and slot.
+
+    A clone of a file system has the same at the same distance from its own start. Unless what it must have there is known
+    too, a table that has it may be of either.
+    """
     waiting = PlacedDisk(reader, {at: table.offset for at, table in enumerate(tables)}, span)
-    candidates = [at for at, table in enumerate(tables) if table.offset not in taken]
+    candidates = [at for at, table in enumerate(tables) if table.offset not in disk.slots.values()]
+    expected = {start: list(_expected(disk, start)) for start in starts[:FILE_SYSTEM_STARTS]}
+    asked = {(start, item.offset - start, item.what) for start, items in expected.items() for item in items}
     found: dict[int, dict[int, dict[str, float]]] = {}
     tried = 0
-    for expected in _expected(disk, starts):
-        slot, inside = divmod(expected.offset, span)
-        if slot in placed or inside + expected.length > span:
-            continue
-        tried += len(candidates) * (1 + expected.length // 512)
-        if tried > PLACEMENT_TRIALS:
-            break
-        for at in candidates:
-            data = waiting.read(at * span + inside, expected.length)
-            if data is not None and expected.matches(data):
-                found.setdefault(at, {}).setdefault(slot, {})[expected.what] = EXACT
-    if not found:
-        return None
-    return [
-        table._replace(votes=_joined(table.votes, found[at])) if at in found else table
-        for at, table in enumerate(tables)
-    ]
+    for start, items in expected.items():
+        for item in items:
+            slot, inside = divmod(item.offset, span)
+            if slot in disk.slots or inside + item.length > span:
+                continue
+            tried += len(candidates) * (1 + item.length // 512)
+            if tried > PLACEMENT_TRIALS:
+                return found
+            alike = [
+                (other - start) // span
+                for other in starts[:FILE_SYSTEM_STARTS]
+                if (other - start) % span == 0 and (other, item.offset - start, item.what) not in asked
+            ]
+            for at in candidates:
+                data = waiting.read(at * span + inside, item.length)
+                if data is not None and item.matches(data):
+                    votes = found.setdefault(tables[at].offset, {})
+                    for distance in (0, *alike):
+                        if slot + distance not in disk.slots and slot + distance >= 0:
+                            votes.setdefault(slot + distance, {})[item.what] = EXACT
+    return found
 
 
 def _joined(votes: Votes, more: Votes) -> Votes:
     return {slot: {**votes.get(slot, {}), **more.get(slot, {})} for slot in (*votes, *more)}
 
 
-def _expected(disk: PlacedDisk, starts: tuple[int, ...]) -> Iterator[Expected]:
-    for start in starts[:FILE_SYSTEM_STARTS]:
-        yield from ext_expected(disk, start)
-        yield from ntfs_expected(disk, start)
+def _expected(disk: PlacedDisk, start: int) -> Iterator[Expected]:
+    yield from ext_expected(disk, start)
+    yield from ntfs_expected(disk, start)
 
 
 def _slots_by_content(reader: TableReader, tables: list[Unplaced], span: int) -> int | None:

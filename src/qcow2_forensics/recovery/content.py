@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ..errors import Qcow2Error
 from ..format.entries import COPIED
@@ -22,6 +22,8 @@ from .metered_source import MeteredSource
 from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Unplaced
 from .positions import (
+    Position,
+    are_known,
     empty,
     file_system_starts,
     note_file_systems,
@@ -117,10 +119,27 @@ def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             yield at, min(MiB, offset + length - at)
 
 
-def unplaced(
-    reader: TableReader, offsets: list[int], span: int, slots_: int, first: Iterable[int] = ()
-) -> tuple[list[Unplaced], tuple[int, ...]]:
-    """Return L2 tables with the slots that their content agrees with, and where file systems may start.
+class Contents(NamedTuple):
+    """What is stored under some L2 tables, as far as it records its position.
+
+    ``tables`` are (host offset, entries, positions); ``starts`` is where file systems may start, and ``are_starts_known``
+    whether a partition table or the size of the disk says so.
+    """
+
+    tables: list[tuple[int, U64, list[Position]]]
+    starts: tuple[int, ...]
+    are_starts_known: bool
+
+    def unplaced(self, span: int, count: int, kinds: Mapping[int, str]) -> list[Unplaced]:
+        """Return the tables with the slots, below ``count``, that they agree with; ``kinds`` as :func:`.positions.slots` has it."""
+        return [
+            Unplaced(offset, entries, slots(seen, self.starts, span, count, kinds))
+            for offset, entries, seen in self.tables
+        ]
+
+
+def read_contents(reader: TableReader, offsets: list[int], size: int | None, first: Iterable[int] = ()) -> Contents:
+    """Return what is under L2 tables of a disk of ``size`` bytes, None where it is not known.
 
     ``first`` are tables of the start of the disk that are placed already.
     """
@@ -135,12 +154,11 @@ def unplaced(
                 heads.append(data[:_HEAD])
             kept += _structures(at, data)
         found[offset] = kept[:PLACED_STRUCTURES]
-    starts = file_system_starts(heads)
-    result: list[Unplaced] = []
-    for offset in offsets:
-        seen = [position for at, data in found[offset] for position in positions(known, at, data)]
-        result.append(Unplaced(offset, reader.entries(offset), slots(seen, starts, span, slots_)))
-    return result, starts
+    tables = [
+        (offset, reader.entries(offset), [p for at, data in found[offset] for p in positions(known, at, data)])
+        for offset in offsets
+    ]
+    return Contents(tables, file_system_starts(heads), are_known(heads, size))
 
 
 def _structures(at: int, data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,8 +26,9 @@ from .allocation import Bits
 from .chains import arrange, chains_of, trusted_steps
 from .confidence import Confidence
 from .continuation import continuations, written_in_order
-from .evidence import Votes, choices
+from .evidence import Choice, Votes, choices
 from .geometry import U64, among
+from .positions import ABSOLUTE
 
 _ROUNDS = 3
 _ORDER = "the order in the file only"
@@ -70,16 +71,18 @@ def place(
     *,
     fixed: Iterable[Placement] = (),
     ordered: bool = True,
+    are_starts_known: bool = True,
 ) -> Placed:
     """Return a slot for as many tables as there is evidence for.
 
     ``known`` maps slots to the entries of tables that snapshots have there; ``slots`` is the length
     of the L1 table. ``use_of`` says which clusters the file systems use, given the tables placed so far.
     ``fixed`` are tables whose slot is known already; they keep it. Tables that are not ``ordered``, as free ones,
-    get no slot by what surrounds them in the file.
+    get no slot by what surrounds them in the file. Where it is not known where file systems start
+    (``are_starts_known`` is False), content that counts from their start is a guess.
     """
     tables = sorted(tables, key=lambda table: table.offset)
-    found = _by_evidence(tables, known, slots, fixed)
+    found = _by_evidence(tables, known, slots, fixed, are_starts_known)
     have = {placed.offset for placed in found.values()}
     waiting = [table for table in tables if table.offset not in have]
     rest: list[Placement] = []
@@ -112,7 +115,11 @@ def in_file_order(placed: Placed, slots: int) -> list[Placement]:
 
 
 def _by_evidence(
-    tables: list[Unplaced], known: Mapping[int, list[U64]], slots: int, fixed: Iterable[Placement]
+    tables: list[Unplaced],
+    known: Mapping[int, list[U64]],
+    slots: int,
+    fixed: Iterable[Placement],
+    are_starts_known: bool,
 ) -> dict[int, Placement]:
     """Return tables by slot whose own clusters or content say where they belong; of several the surest."""
     found = {placed.slot: placed for placed in fixed if placed.slot < slots}
@@ -124,11 +131,33 @@ def _by_evidence(
             rest.append(table)
         elif version.slot not in found or version.confidence > found[version.slot].confidence:
             found[version.slot] = version
-    for number, choice in choices({table.offset: table.votes for table in rest}).items():
+    for number, choice in _choices(rest, found).items():
         if choice.slot not in found:
-            sure = Confidence.LIKELY if choice.is_enough else Confidence.GUESS
+            is_absolute = ABSOLUTE in choice.what
+            sure = Confidence.LIKELY if choice.is_enough and (are_starts_known or is_absolute) else Confidence.GUESS
             found[choice.slot] = Placement(choice.slot, number, sure, f"content records its position: {choice.what}")
     return found
+
+
+def _choices(tables: list[Unplaced], taken: Container[int]) -> dict[int, Choice]:
+    """Return the slot of each table for which its evidence is best, after those for which nothing else comes close.
+
+    Of two alike partitions, both of which agree with two slots, the one that has more for its slot leaves the other.
+    """
+    votes = {table.offset: {s: kinds for s, kinds in table.votes.items() if s not in taken} for table in tables}
+    result: dict[int, Choice] = {}
+    for _ in range(_ROUNDS):
+        clear = {number: choice for number, choice in choices(votes).items() if choice.is_enough}
+        if not clear:
+            break
+        result |= clear
+        gone = {choice.slot for choice in clear.values()}
+        votes = {
+            number: {s: kinds for s, kinds in found.items() if s not in gone}
+            for number, found in votes.items()
+            if number not in clear
+        }
+    return choices(votes) | result
 
 
 def _is_in_order(tables: list[Unplaced], found: Mapping[int, Placement], cluster_size: int) -> bool:

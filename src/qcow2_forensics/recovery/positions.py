@@ -19,7 +19,7 @@ not fit by chance.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ from ..limits import PARTITIONS_LOOKED_AT, MiB
 from .evidence import position_bits
 
 _STARTS = (0, 63 * SECTOR, MiB)  # where file systems start besides what a partition table names
+ABSOLUTE = "GPT header"  # the structure that counts from the start of the disk
+_BTRFS_MARK_AT = 0x10040
 _MAGICS = [int.from_bytes(magic, "big") for magic in (b"EFI ", b"FILE", b"XAGF", b"XAGI", b"XFSB")]
 
 ReadGuest = Callable[[int, int], bytes]  # offset in the guest range of one table, length; fewer where nothing is
@@ -44,6 +46,11 @@ class Position(NamedTuple):
     belongs: int
     absolute: bool
     what: str
+
+    @property
+    def kind(self) -> str:
+        """The kind of file system that has such structures, as :func:`kind_at` names it."""
+        return self.what.partition(" ")[0]
 
 
 class FileSystems(NamedTuple):
@@ -112,7 +119,7 @@ def positions(known: FileSystems, seen: int, data: bytes) -> Iterator[Position]:
         place = seen + at
         magic = head[:4]
         if magic == b"EFI " and head[:8] == b"EFI PART" and _gpt_is_whole(head):
-            yield Position(place, int.from_bytes(head[24:32], "little") * SECTOR, True, "GPT header")
+            yield Position(place, int.from_bytes(head[24:32], "little") * SECTOR, True, ABSOLUTE)
         elif magic == b"FILE":
             number = int.from_bytes(head[0x2C:0x30], "little")
             for start, record in known.ntfs:
@@ -169,6 +176,35 @@ def file_system_starts(heads: Iterable[bytes]) -> tuple[int, ...]:
     return (0,) if whole else _STARTS
 
 
+def are_known(heads: Iterable[bytes], size: int | None) -> bool:
+    """Whether it is known where file systems start: by a partition table, or by one as large as the disk of ``size`` bytes.
+
+    Where the table of the start of the disk is lost, a file system may start anywhere.
+    """
+    for head in heads:
+        if partitions(head):
+            return True
+        implied = disk_size_of(lambda at, length, head=head: head[at : at + length])  # type: ignore[misc]
+        if size and implied is not None and 0 <= size - implied[0] < MiB:
+            return True
+    return False
+
+
+def kind_at(read: Callable[[int, int], bytes | None], start: int) -> str | None:
+    """Return the kind of file system at ``start``: ext, XFS, NTFS, Btrfs or other; None where it cannot be read."""
+    head = read(start, 2048)
+    if head is None:
+        return None
+    if head[:4] == b"XFSB":
+        return "XFS"
+    if head[3:11] == b"NTFS    ":
+        return "NTFS"
+    if head[1024 + 0x38 : 1024 + 0x3A] == b"\x53\xef":
+        return "ext"
+    mark = read(start + _BTRFS_MARK_AT, 8)
+    return None if mark is None else "Btrfs" if mark == b"_BHRfS_M" else "other"
+
+
 def partitions(head: bytes) -> tuple[int, ...]:
     """Return where the partitions of a partition table in the first sectors of a disk start."""
     if head[510:512] != b"\x55\xaa" or head[3:11] == b"NTFS    ":
@@ -195,11 +231,17 @@ def partitions(head: bytes) -> tuple[int, ...]:
     return tuple(sorted(starts))
 
 
-def slots(found: Iterable[Position], starts: Iterable[int], span: int, count: int) -> dict[int, dict[str, float]]:
-    """Return which L1 slots (below ``count``) some structures of one table agree with, and which structures."""
+def slots(
+    found: Iterable[Position], starts: Iterable[int], span: int, count: int, kinds: Mapping[int, str]
+) -> dict[int, dict[str, float]]:
+    """Return which L1 slots (below ``count``) some structures of one table agree with, and which structures.
+
+    ``kinds`` are the kinds of file systems at some starts, as far as they are known: others have no structures there.
+    """
     votes: dict[int, dict[str, float]] = {}
     for position in found:
-        for start in (0,) if position.absolute else starts:
+        possible = [start for start in starts if kinds.get(start, position.kind) == position.kind]
+        for start in (0,) if position.absolute else possible:
             index, rest = divmod(start + position.belongs - position.seen, span)
             if rest == 0 and 0 <= index < count:
                 votes.setdefault(index, {})[position.what] = position_bits(span)
