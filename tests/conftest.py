@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import lzma
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +26,13 @@ QUICK_EXAMPLES, THOROUGH_EXAMPLES = 12, 100
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the number of examples by the tier that runs; ``-m ""`` runs both. Let what tests start be interrupted."""
+    """Choose the number of examples by the tier that runs; ``-m ""`` runs both. Let what tests start be interrupted.
+
+    Compiled modules are kept even where the environment says not to: otherwise each command that a test starts would
+    compile all of ours again, which takes as long as most of them run.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs; programs inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile(
@@ -48,6 +56,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("slow")
     if _is_thorough(item.config) and getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
         item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Leave the collected tests out of garbage collections: they stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -147,7 +147,7 @@ def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
 def _template(kind: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix="qcow2-base-") as folder:
         if kind == "luks":
-            path = qemu.create(Path(folder) / kind, "1M", cluster_size="64k", secret=PASSPHRASE)
+            path = qemu.create(Path(folder) / kind, "1M", secret=PASSPHRASE)
             qemu.io(path, "write -P 0x11 0 64k", secret=PASSPHRASE)
             return path.read_bytes()
         path = qemu.create(Path(folder) / kind, "1M", cluster_size="64k")

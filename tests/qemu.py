@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 
 TIMEOUT = 60.0  # seconds; QEMU hangs for ever on some hostile images
+_TEMPLATE_SIZE = "1M"
 RETRIES = 50  # creating LUKS fails at random on busy machines, see _flaky
 REQUIRED = os.environ.get("QCOW2_REQUIRE_QEMU") == "1"
 
@@ -217,23 +218,37 @@ def create(
         args += ["-F", backing_format]
     args.append(os.fspath(path))
     if wanted.get("encrypt.format") == "luks" and backing is None and "data_file" not in options:
-        return _copy_of_template(args[:-1], path, size)
+        return _copy_of_template(args[:-1], path, size, secret, is_plain=not options)
     if size is not None:
         args.append(str(size))
     img("create", "-q", *args, cwd=cwd)
     return path
 
 
-def _copy_of_template(args: list[str], path: Path, size: int | str | None) -> Path:
-    """Copy a LUKS image made by the same command before; QEMU takes two seconds to measure how fast it derives keys."""
+def _copy_of_template(
+    args: list[str], path: Path, size: int | str | None, secret: str | None, *, is_plain: bool
+) -> Path:
+    """Copy a LUKS image made by the same command before; QEMU takes two seconds to measure how fast it derives keys.
+
+    Small images of all sizes come from one: only the size in their headers differs.
+    """
+    wanted, size = size, _TEMPLATE_SIZE if is_plain and _is_small(size) else size
     name = hashlib.sha256(repr((args, size)).encode()).hexdigest()[:16]
     template = templates / name
     if not template.exists():
         own = templates / f"{name}.{os.getpid()}"
-        img("create", "-q", *args, own, *([] if size is None else [str(size)]))
+        img("create", "-q", *args, own, *([] if size is None else [str(size)]), timeout=10 * TIMEOUT)
         own.replace(template)  # other workers may be making the same one
     shutil.copyfile(template, path)
+    if size != wanted:
+        resize(path, str(wanted), secret=secret)
     return path
+
+
+def _is_small(size: int | str | None) -> bool:
+    """Whether an image of the default cluster size is as large as one of any other such size: up to one L2 table."""
+    found = re.fullmatch(r"(\d+)([kKmM]?)", str(size))
+    return found is not None and 1 << 20 <= int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2].lower()] <= 1 << 28
 
 
 def io(
@@ -281,12 +296,21 @@ def amend(path: Name, *, secret: str | None = None, **options: object) -> None:
     img("amend", *target, "-o", _joined(options), name)
 
 
-def resize(path: Name, size: int | str, *, shrink: bool = False, fmt: str = "qcow2", preallocation: str = "") -> None:
+def resize(
+    path: Name,
+    size: int | str,
+    *,
+    shrink: bool = False,
+    fmt: str = "qcow2",
+    preallocation: str = "",
+    secret: str | None = None,
+) -> None:
     """Change the virtual size."""
     extra = ["--shrink"] if shrink else []
     if preallocation:
         extra += ["--preallocation", preallocation]
-    img("resize", "-q", "-f", fmt, *extra, path, str(size))
+    target, name = _target(path, fmt, secret, None)
+    img("resize", "-q", *target, *extra, name, str(size))
 
 
 # --- asking about images -------------------------------------------------------------------------

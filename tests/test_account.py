@@ -26,6 +26,7 @@ from qcow2_forensics.residue import residue
 from tests import hostile, plants, qemu
 from tests.image_builder import COPIED, EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, Poke, base_b, base_s, deflate, luks
 from tests.test_residue_pieces import _covered
+from tests.tiers import quick
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -331,7 +332,7 @@ def assert_tiles(report: q.Report) -> None:
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("ident", hostile.IMAGES)
+@pytest.mark.parametrize("ident", quick(hostile.IMAGES, hostile.REPRESENTATIVE))
 def test_the_account_of_a_hostile_image_tiles_its_file(ident: str, tmp_path: Path) -> None:
     path = hostile.build(ident, tmp_path)
     for depth in ("standard", "deep"):
@@ -418,7 +419,7 @@ def test_the_picture_of_a_deep_audit_has_every_byte(make: Recipe, tmp_path: Path
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("kind", plants.KINDS)
+@pytest.mark.parametrize("kind", quick(plants.KINDS, [kind for kind in plants.KINDS if kind != "luks"]))
 def test_what_no_state_shows_and_nothing_needs_is_pointed_at(kind: str, tmp_path: Path) -> None:
     chance = random.Random(f"{kind}-quick")
     outcome = plants.try_plants(plants.KINDS[kind](chance, tmp_path), chance, 20, 2)

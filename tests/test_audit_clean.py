@@ -52,7 +52,7 @@ def allowed(life: Life) -> frozenset[str]:
     return codes | (OVERWRITTEN if "compress" in life.log else frozenset())
 
 
-@pytest.mark.parametrize("name", every(3, COMBINATIONS))
+@pytest.mark.parametrize("name", every(4, COMBINATIONS))
 def test_a_written_image_of_any_options_is_quiet(name: str, tmp_path: Path) -> None:
     life = Life(COMBINATIONS[name], len(name), tmp_path / "x.qcow2")
     assert loud(life.path, allowed(life)) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from qcow2_forensics.findings import Report, Severity
 from qcow2_forensics.format.source import BytesSource
 from tests import hostile, qemu
 from tests.image_builder import base_b
-from tests.tiers import quick
+from tests.tiers import every, quick
 from tests.traps import TRAPS
 
 pytestmark = qemu.requires_qemu
@@ -112,12 +113,11 @@ def test_media_that_cannot_be_read_give_findings_and_no_exception(bad: int, tmp_
     report.to_json()
 
 
-def test_random_bytes_behind_the_magic_never_raise(tmp_path: Path) -> None:
-    import random
-
+@pytest.mark.parametrize(("seed", "rounds"), every(2, [(7, 30), (8, 150)], unpack=True))
+def test_random_bytes_behind_the_magic_never_raise(seed: int, rounds: int, tmp_path: Path) -> None:
     whole = bytearray(base_b(tmp_path / "b.qcow2").read_bytes())
-    generator = random.Random(7)
-    for _ in range(150):
+    generator = random.Random(seed)
+    for _ in range(rounds):
         data = bytearray(whole)
         for _ in range(generator.randrange(1, 30)):
             data[generator.randrange(4, generator.choice((112, 1024, len(data))))] = generator.randrange(256)

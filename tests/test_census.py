@@ -265,10 +265,11 @@ def test_a_census_with_an_index_for_claimed_clusters_only_sees_the_same(
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("depth", every(2, ["standard", "deep"]))
-def test_memory_follows_what_is_claimed_and_not_the_length_of_the_file(depth: str, tmp_path: Path) -> None:
-    """Clusters claimed all over 15 TiB: arrays of all 250 million clusters would take 2 GiB."""
-    far = 15 << 40
+@pytest.mark.parametrize(
+    ("depth", "far"), every(3, [("standard", 1 << 40), ("standard", 15 << 40), ("deep", 15 << 40)], unpack=True)
+)
+def test_memory_follows_what_is_claimed_and_not_the_length_of_the_file(depth: str, far: int, tmp_path: Path) -> None:
+    """Clusters claimed all over 15 TiB: arrays of all 250 million clusters would take 2 GiB, of 1 TiB 128 MiB."""
     hosts = [(1 << 20) + (far // 20_000 & ~0xFFFF) * number | COPIED for number in range(8192)]
     builder = Builder(size=8192 << 16)
     table = builder.put(b"".join(host.to_bytes(8, "big") for host in hosts))

@@ -325,8 +325,9 @@ def dies_on_two(path: str) -> str:
 
 
 def test_death_of_a_worker_costs_one_image(fleet: list[Path]) -> None:
-    found = [json.loads(line) for line in lines(map(str, fleet), dies_on_two, 2)]
-    assert len(found) == len(fleet)
+    some = fleet[:5]
+    found = [json.loads(line) for line in lines(map(str, some), dies_on_two, 2)]
+    assert len(found) == len(some)
     crashed = {line["identity"]["path"] for line in found if line["findings"][0]["code"] == "QCOW2-AUDIT-CRASHED"}
     assert crashed == {str(fleet[2]), str(fleet[3])}
 

@@ -178,10 +178,10 @@ def test_unzstd_gives_the_size_asked_for_or_an_error(data: bytes, size: int, val
 
 def test_a_bomb_is_decoded_no_further_than_a_cluster() -> None:
     bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
-    stream = b"".join(bomb.compress(bytes(1 << 20)) for _ in range(256)) + bomb.flush()
+    stream = b"".join(bomb.compress(bytes(1 << 20)) for _ in range(32)) + bomb.flush()
     assert inflate(stream, CLUSTER) == bytes(CLUSTER)
     with pytest.raises(ValueError, match="more than"):
-        unzstd(zstd.compress(bytes(256 << 20)), CLUSTER)
+        unzstd(zstd.compress(bytes(32 << 20)), CLUSTER)
 
 
 # --- what costs much ------------------------------------------------------------------------------

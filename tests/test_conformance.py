@@ -13,7 +13,7 @@ import pytest
 
 from tests import qemu
 from tests.conformance import ADAPTERS, NEEDS, Adapter, Reader, need
-from tests.image_builder import B_DATA, Poke, base_b
+from tests.image_builder import B_DATA, PASSPHRASE, Poke, base_b, luks
 from tests.matrix import Scenario, make
 
 pytestmark = qemu.requires_qemu
@@ -191,8 +191,8 @@ def test_a_missing_backing_file_never_reads_as_zeros(adapter: Adapter, tmp_path:
 def test_a_key_file_opens_through_every_framework_however_its_line_ends(
     adapter: Adapter, end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = qemu.create(tmp_path / "disk.qcow2", "1M", secret="pw", encrypt={"format": "luks", "iter-time": "10"})
-    (tmp_path / "key").write_bytes(b"pw" + end)
+    path = luks(tmp_path / "disk.qcow2")
+    (tmp_path / "key").write_bytes(PASSPHRASE.encode() + end)
     monkeypatch.setenv("QCOW2_PASSPHRASE_FILE", str(tmp_path / "key"))
     with adapter.open(path) as reader:
-        assert reader.read(0, 4096) == bytes(4096)
+        assert reader.read(0, 4096) == b"\x11" * 4096

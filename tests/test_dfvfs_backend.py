@@ -31,6 +31,7 @@ from dfvfs_qcow2 import inspection, opening
 from qcow2_forensics.residue import inventory
 from tests import plaso_tools, qemu
 from tests.image_builder import Poke
+from tests.tiers import quick
 
 NewPathSpec = factory.Factory.NewPathSpec
 STOCK_ENVIRONMENT = plaso_tools.environment(active=False)
@@ -86,7 +87,7 @@ def scan(path: Path, **attributes: Any) -> list[Any]:
 # --- every dress of the disk ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(plaso_tools.VARIANTS))
+@pytest.mark.parametrize("name", quick(plaso_tools.VARIANTS, [name for name in plaso_tools.VARIANTS if name != "LUKS"]))
 def test_file_systems_in_every_kind_of_image_are_those_of_the_raw_disk(
     name: str, disk: Path, tmp_path: Path, key_chain: Any
 ) -> None:

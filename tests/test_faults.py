@@ -113,8 +113,14 @@ def _of_file_systems(disk: q.Disk) -> TolerantReader:
     [
         pytest.param(SalvagedDisk, _BAD_SECTOR, id="salvage"),
         pytest.param(SalvagedDisk, OSError(errno.EIO, "I/O error"), id="salvage of a source of the caller's"),
-        pytest.param(_of_file_systems, _BAD_SECTOR, id="file systems"),
-        pytest.param(_of_file_systems, OSError(errno.EIO, "I/O error"), id="file systems in a source of the caller's"),
+        # tests/test_tsk_img.py has what is quick of the file systems
+        pytest.param(_of_file_systems, _BAD_SECTOR, id="file systems", marks=pytest.mark.slow),
+        pytest.param(
+            _of_file_systems,
+            OSError(errno.EIO, "I/O error"),
+            id="file systems in a source of the caller's",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_bad_cluster_anywhere_costs_what_it_maps_and_nothing_else(

@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 REGRESSIONS = sorted((ROOT / "tests" / "regressions").glob("*.qcow*"))
 SEED = int(os.environ.get("QCOW2_FUZZ_SEED", "20260101"))
 CASES = int(os.environ.get("QCOW2_FUZZ_CASES", "300"))
-FEW = 25  # in the quick tier
+FEW = 12  # in the quick tier
 DIFFERENTIAL = 60
-FEW_DIFFERENTIAL = 12
+FEW_DIFFERENTIAL = 8
 
 _NEEDS = {"img_info": "pytsk3", "dfvfs": "dfvfs", "volatility": "volatility3.framework"}
 

@@ -46,6 +46,7 @@ from tests.stream_builder import (
     u32,
     u64,
 )
+from tests.tiers import every
 
 MiB, GiB = 1 << 20, 1 << 30
 BLOCK = "pc.ram"
@@ -386,12 +387,13 @@ def test_a_huge_block_costs_nothing_by_its_size() -> None:
     assert memory.missing == (1 << 50) - PAGE
 
 
-def test_a_stream_cut_anywhere_is_refused_or_read_as_far_as_it_goes() -> None:
+@pytest.mark.parametrize("step", every(2, [37, 7]))
+def test_a_stream_cut_anywhere_is_refused_or_read_as_far_as_it_goes(step: int) -> None:
     records = [page(0, content(0), BLOCK), *(page(n, content(n) if n % 3 else 0) for n in range(1, 8))]
     data = simple(records, {BLOCK: 8 * PAGE})
     full = open_bytes(data)
     ram_end = data.index(b"mc146818rtc") - 6
-    for cut in range(0, len(data), 7):
+    for cut in range(0, len(data), step):
         part = data[:cut]
         if cut < ram_end:
             with pytest.raises(FormatError):

@@ -48,7 +48,7 @@ def assert_answer(adapter: Adapter, reader: Reader, wanted: Answer) -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
-@pytest.mark.parametrize("ident", quick(ROWS, [*hostile.REPRESENTATIVE, *traps.REPRESENTATIVE]))
+@pytest.mark.parametrize("ident", quick(ROWS, [*hostile.REPRESENTATIVE[1::2], *traps.REPRESENTATIVE[1::2]]))
 def test_every_adapter_gives_the_stated_outcome(ident: str, adapter: Adapter, tmp_path: Path) -> None:
     need(adapter)
     wanted, build = ROWS[ident]

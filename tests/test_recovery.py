@@ -219,7 +219,7 @@ def test_the_command_line_lists_exports_and_proposes_recovered_states(raw: Path,
     assert main(["export", str(path), str(tmp_path / "none"), "--snapshot", "recovered:2"]) == 2
 
 
-@pytest.mark.parametrize("size", ["512", "64k", "2M"])
+@pytest.mark.parametrize("size", quick(["512", "64k", "2M"], ["64k", "2M"]))
 def test_a_rewritten_compression_type_is_read_by_the_examiners_assumption(size: str, raw: Path, tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     data = converted(raw, path, "-o", f"compression_type=zstd,cluster_size={size}", compress=True)

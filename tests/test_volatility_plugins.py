@@ -32,6 +32,7 @@ from qcow2_forensics import open_vm_state
 from qcow2_forensics.cli import demo
 from tests import qemu
 from tests.image_builder import Poke
+from tests.tiers import every
 from tests.volatility_tools import (
     BANNER,
     BANNERS,
@@ -107,6 +108,7 @@ def test_snapshots_are_those_qemu_lists(saved: Saved, tmp_path: Path) -> None:
     assert all(row["Date"].startswith("20") for row in found)
 
 
+@pytest.mark.slow
 def test_snapshots_are_in_the_timeline_when_that_is_asked_for(saved: Saved, tmp_path: Path) -> None:
     arguments = ("timeliner.Timeliner", "--plugin-filter", "qcow2.snapshots", "--create-bodyfile")
     without = tmp_path / "without"
@@ -162,6 +164,7 @@ def test_vmstatedump_writes_what_qemu_dumped(saved: Saved, tmp_path: Path) -> No
     assert without_vga((tmp_path / found[0]["File"]).read_bytes()) == without_vga(saved.dumps["first"])
 
 
+@pytest.mark.slow
 def test_vmstatedump_writes_the_stream_and_a_block(saved: Saved, tmp_path: Path) -> None:
     found = rows("-f", saved.image, "qcow2.vmstatedump.VmStateDump", "--form", "stream", cwd=tmp_path)
     with open_vm_state(saved.image, "2") as state:
@@ -331,6 +334,7 @@ def test_audit_lists_findings(saved: Saved, tmp_path: Path) -> None:
     assert any(row["Code"].startswith("QCOW2-") for row in found)
 
 
+@pytest.mark.slow
 def test_text_from_evidence_is_escaped(damaged: Callable[..., Path], tmp_path: Path) -> None:
     image = damaged(0, 40 + 24 + 1, b"\x1b[31m")  # extra data of 24 bytes and an ID of one, then the name
     for plugin in ("qcow2.snapshots.Snapshots", "qcow2.info.Info", "qcow2.audit.Audit"):
@@ -361,6 +365,7 @@ def test_worker_processes_give_all_rows(saved: Saved, tmp_path: Path) -> None:
     assert rows("--parallelism", "processes", "-f", saved.image, *SCAN, cwd=tmp_path) == found
 
 
+@pytest.mark.slow
 def test_volshell_takes_the_option(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("print('READ', layer_bytes(self))\n".replace("layer_bytes(self)", _SHELL))
     done = vol("--qcow2-snapshot", "1", "-f", saved.image, "--script", "script.py", program="volshell", cwd=tmp_path)
@@ -417,7 +422,7 @@ def assert_told(done: Any, *words: str) -> None:
         assert word in warnings[0]
 
 
-@pytest.mark.parametrize("plugin", [SCAN, ("qcow2.registers.Registers",)])
+@pytest.mark.parametrize("plugin", every(2, [SCAN, ("qcow2.registers.Registers",)]))
 def test_an_unknown_snapshot_is_one_warning(saved: Saved, tmp_path: Path, plugin: tuple[str, ...]) -> None:
     done = vol("--qcow2-snapshot", "nope", "-f", saved.image, *plugin, cwd=tmp_path)
     assert_told(done, "no snapshot 'nope'", "1 (first), 2 (second)")
@@ -442,6 +447,7 @@ def test_absurd_sizes_are_reported_and_cost_nothing(damaged: Callable[..., Path]
         assert plugin_rows(plugin, image)
 
 
+@pytest.mark.slow
 def test_absurd_sizes_are_no_traceback(damaged: Callable[..., Path], tmp_path: Path) -> None:
     image = damaged(1, 40, b"\xff" * 8)
     assert "Traceback" not in vol("-f", image, *SCAN, cwd=tmp_path).stderr
@@ -458,6 +464,7 @@ def test_files_that_are_no_images_are_a_warning(
     assert messages or found
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_image_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(b"QFI\xfb" + bytes(4096))
     for plugin in (SCAN, ("qcow2.info.Info",)):
