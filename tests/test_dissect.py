@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_forensics import open_image
+from qcow2_forensics import Qcow2Error, open_image
 from qcow2_forensics.cli import demo
 from qcow2_forensics.reader.states import find_snapshot
 from tests import filesystems, guest_disks, qemu
 from tests.guest_disks import need_mounts
-from tests.image_builder import EXT_BACKING_FORMAT, Builder, Poke
+from tests.image_builder import EXT_BACKING_FORMAT, Builder, Poke, empty
 from tests.tiers import every
 
 pytest.importorskip("dissect.target", reason="dissect.target is absent")
@@ -219,6 +219,18 @@ def test_an_image_inside_another_target_opens_nothing_outside_its_folder(make_im
     with pytest.raises(ContainerError) as failure:
         container.open(place)
     assert "outside the folder" in str(failure.value.__cause__)
+
+
+@pytest.mark.parametrize("name", [b"loop", b"loop/x", b"folder", b"disk.qcow2/x", b"n" * 1000, b"\xff", b"outside"])
+def test_a_name_that_leads_nowhere_inside_another_target_is_an_error_of_ours(name: bytes, tmp_path: Path) -> None:
+    overlay = empty(tmp_path / "disk.qcow2")
+    Poke(overlay).names([(EXT_BACKING_FORMAT, b"raw")], name)
+    fs = inside({"vms/disk.qcow2": overlay, "secret": overlay})
+    fs.makedirs("vms/folder")
+    fs.symlink("loop", "vms/loop")
+    fs.symlink("/secret", "vms/outside")
+    with pytest.raises(Qcow2Error):
+        Qcow2Container(fs.path("/vms/disk.qcow2"))
 
 
 @pytest.mark.parametrize("name", ["/srv/vm/base.qcow2", "../images/base.qcow2", "C:\\vm\\base.qcow2"])

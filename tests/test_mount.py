@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from qcow2_forensics import open_disk
 from qcow2_forensics.mount import filesystem
-from qcow2_forensics.mount.files import safe_name, seek_data, seek_hole, unique_name
+from qcow2_forensics.mount.files import UniqueNames, safe_name, seek_data, seek_hole
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.guest_disks import need_mounts, run
@@ -414,7 +414,16 @@ def test_a_safe_name_holds_nothing_that_anybody_interprets(text: str) -> None:
 
 
 def test_equal_names_are_numbered_whatever_their_case() -> None:
-    assert unique_name("a", ".raw", ["A.raw", "a-2.raw"]) == "a-3.raw"
+    names = UniqueNames()
+    given = [names.of(stem, ".raw") for stem in ("A", "a-2", "a", "A", "a-2", "a-5", "a")]
+    assert given == ["A.raw", "a-2.raw", "a-3.raw", "A-4.raw", "a-2-2.raw", "a-5.raw", "a-6.raw"]
+
+
+def test_a_name_that_very_many_snapshots_have_is_numbered_without_a_look_at_all_others() -> None:
+    names = UniqueNames()
+    given = [names.of("snapshot-1-a", suffix) for _ in range(65_536) for suffix in (".raw", ".memory.raw")]
+    assert len(set(given)) == len(given)
+    assert given[-1] == "snapshot-1-a-65536.memory.raw"
 
 
 class _Ranges:

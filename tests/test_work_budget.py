@@ -21,7 +21,7 @@ from qcow2_forensics.format.source import FileSource
 from qcow2_forensics.limits import Budget, Limits
 from qcow2_forensics.reader.disk import Disk
 from qcow2_forensics.residue import residue
-from tests.image_builder import COPIED, EXT_BITMAPS, EXT_DATA_FILE, Builder, Poke, compressed_entry, deflate
+from tests.image_builder import COPIED, EXT_BITMAPS, EXT_CRYPTO, EXT_DATA_FILE, Builder, Poke, compressed_entry, deflate
 
 MiB = 1 << 20
 TIGHT = Limits(work_spare=MiB)  # so that the spare of 64 MiB hides nothing
@@ -239,6 +239,24 @@ def test_unaligned_l2_tables_that_are_more_than_the_file_are_left_out_and_report
         assert census.seen(CountedEntries).entries * 8 <= image.file_size
     assert source.bytes <= 4 * source.size + MiB
     assert "QCOW2-CHECK-ABORTED" in {finding.code for finding in q.audit(source)}
+
+
+@pytest.mark.parametrize("state", [0x0000DEAD, 0x00AC71F3], ids=["inactive", "active"])
+def test_key_slots_that_claim_much_key_material_have_none_of_it_read(state: int, tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=16, size=1 << 20, crypt_method=2)
+    head = struct.pack(
+        ">6sH32s32s32sII20s32sI40s", b"LUKS\xba\xbe", 1, b"aes", b"xts-plain64", b"sha256", 131072, 64, b"", b"", 1, b""
+    )
+    slots = struct.pack(">II32sII", state, 1, b"", 8, 62 * MiB // 64) * 8
+    at = builder.put(head + slots)
+    builder.extensions.append((EXT_CRYPTO, struct.pack(">QQ", at, 64 * MiB)))
+    path = builder.write(tmp_path / "disk.qcow2")
+    with path.open("r+b") as file:
+        file.truncate(at + 64 * MiB)  # sparse, and cheap to make
+    source = Counted(path)
+    report = q.audit(source, depth="triage")
+    assert "QCOW2-CRYPTO-HEADER-INVALID" in {finding.code for finding in report}
+    assert source.bytes <= MiB
 
 
 @pytest.mark.parametrize("apart", [0, 512], ids=["one stream", "streams that overlap"])

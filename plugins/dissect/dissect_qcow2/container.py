@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from dissect.target import container
 from dissect.target.container import Container
+from dissect.target.exceptions import Error as TargetError
 from dissect.target.helpers import keychain
 
 from qcow2_forensics import (
@@ -19,6 +20,7 @@ from qcow2_forensics import (
     ForbiddenReference,
     Locked,
     MissingFile,
+    Qcow2Error,
     Remedies,
     Resolver,
     Role,
@@ -30,6 +32,7 @@ from qcow2_forensics import (
     folders_from_environment,
     open_disk,
     passphrases_from_environment,
+    reason,
     virtual_size_from_environment,
 )
 
@@ -130,6 +133,14 @@ class _Inside(Resolver):
         self._root = top.place.parent
 
     def _follow(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
+        try:
+            return self._found(name, role, parent, top)
+        except Qcow2Error:
+            raise
+        except (TargetError, OSError, ValueError) as error:  # a loop of links, say
+            raise ForbiddenReference(name, f"it cannot be opened: {reason(error, 200)}") from error
+
+    def _found(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
         beside = getattr(parent, "place", None)
         if beside is None:  # a file that stands in from a folder of the caller's
             return super()._follow(name, role, parent, top)

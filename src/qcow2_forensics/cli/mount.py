@@ -59,17 +59,18 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve the images until they are unmounted; 2 when a state of them could not be served."""
-    from ..mount.files import safe_name, unique_name
+    from ..mount.files import UniqueNames, safe_name
     from ..mount.filesystem import need_fuse, serve
 
     need_fuse()
     point = Path(args.folder).absolute()
     folders: dict[str, ImageFolder] = {}
+    names = UniqueNames()
     _allow_many_files()
     with contextlib.ExitStack() as undo:
         for path in args.images:
             folder = undo.enter_context(_open(args, str(Path(path).absolute())))
-            folders[unique_name(folder.name, "", folders)] = folder
+            folders[names.of(folder.name)] = folder
             for sentence in folder.missing:
                 print(f"qcow2-forensics: not served: {sentence}", file=sys.stderr)
         missing = any(folder.missing for folder in folders.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -119,11 +119,23 @@ def safe_name(text: str) -> str:
     return _UNSAFE.sub("_", text)[:_NAME_LENGTH].strip("._-")
 
 
-def unique_name(stem: str, suffix: str, taken: Iterable[str]) -> str:
-    """Return ``stem + suffix``, numbered where another file has that name already, in whatever case."""
-    used = {name.lower() for name in taken}
-    name, number = f"{stem}{suffix}", 1
-    while name.lower() in used:
-        number += 1
-        name = f"{stem}-{number}{suffix}"
-    return name
+class UniqueNames:
+    """Gives every file a name of its own: ``stem + suffix``, numbered where another has that already, in whatever case.
+
+    Thousands of snapshots may have one name: where its numbers go on is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._used: set[str] = set()
+        self._last: dict[tuple[str, str], int] = {}
+
+    def of(self, stem: str, suffix: str = "") -> str:
+        """Return a name that was not given before."""
+        key = stem.lower(), suffix.lower()
+        name, number = f"{stem}{suffix}", self._last.get(key, 1)
+        while name.lower() in self._used:
+            number += 1
+            name = f"{stem}-{number}{suffix}"
+        self._last[key] = number
+        self._used.add(name.lower())
+        return name

@@ -21,7 +21,7 @@ from ..reader.disk import Disk
 from ..reader.states import Rebuilt, SnapshotName
 from ..reader.vm_state import VmState
 from ..text import printable, short_date, short_time, size, snapshot_time
-from .files import Content, DiskContent, File, MemoryContent, TextContent, safe_name, unique_name
+from .files import Content, DiskContent, File, MemoryContent, TextContent, UniqueNames, safe_name
 
 if TYPE_CHECKING:
     from ..recovery import RecoveredState
@@ -79,6 +79,7 @@ class ImageFolder(Closing):
         self.name = safe_name(Path(path).name) or "image"
         self.files: dict[str, File] = {}
         self.missing: list[str] = []
+        self._names = UniqueNames()
         self._path = path
         self._openers = openers
         self._gone: list[str] = []
@@ -142,7 +143,7 @@ class ImageFolder(Closing):
             self._add(state.stem, ".memory.raw", content, state.time, description)
 
     def _add(self, stem: str, suffix: str, content: Content, time: int, description: str) -> None:
-        name = unique_name(stem, suffix, self.files)
+        name = self._names.of(stem, suffix)
         self.files[name] = File(name, content, time)
         self._lines.append((name, f"{description}, {size(content.size)}" if suffix else description))
 
