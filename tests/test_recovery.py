@@ -285,6 +285,14 @@ def _extended_l2_cleared(data: bytearray) -> None:
     data[79] &= ~16
 
 
+def _extended_l2_set(data: bytearray) -> None:
+    data[79] |= 16
+
+
+def _cluster_size_wrong(data: bytearray) -> None:
+    data[23] += 1
+
+
 def _version_lowered(data: bytearray) -> None:
     data[7] = 2
 
@@ -296,6 +304,8 @@ def _version_lowered(data: bytearray) -> None:
         ("compression_type=zstd", True, _version_lowered, "QCOW2-COMPRESSED-INVALID", "version=3"),
         ("extended_l2=on", False, _extended_l2_cleared, "QCOW2-L2-TABLE-LOST", "extended-l2=on"),
         ("compat=1.1", False, _version_lowered, "QCOW2-ZERO-FLAG-V2", "version=3"),
+        ("cluster_size=64k", False, _extended_l2_set, "QCOW2-L2-TABLE-LOST", "extended-l2=off"),
+        ("cluster_size=2M", False, _extended_l2_set, "QCOW2-L2-TABLE-LOST", "extended-l2=off"),
     ],
 )
 def test_a_finding_proposes_the_assumption_with_which_the_export_is_right(
@@ -315,6 +325,36 @@ def test_a_finding_proposes_the_assumption_with_which_the_export_is_right(
     words = [str(tmp_path / "out.raw") if word == "OUT.raw" else word for word in command.split()[1:]]
     assert main(words) == 0
     assert (tmp_path / "out.raw").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "compress", "damage", "assume"),
+    [
+        ("cluster_size=4k", False, _extended_l2_set, {"extended-l2": "off"}),
+        ("cluster_size=16k", True, _extended_l2_set, {"extended-l2": "off"}),
+        ("cluster_size=4k", False, _cluster_size_wrong, {"cluster-size": "4096"}),
+        ("cluster_size=64k", True, _cluster_size_wrong, {"cluster-size": "65536"}),
+    ],
+)
+def test_a_wrong_header_field_is_read_as_the_examiner_states_it(
+    options: str, compress: bool, damage: Any, assume: dict[str, str], raw: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.qcow2"
+    data = converted(raw, path, "-o", options, compress=compress)
+    damage(data)
+    path.write_bytes(data)
+    with open_disk(path, assume=assume) as disk:
+        assert disk.read(0, disk.size) == raw.read_bytes()
+
+
+def test_no_other_entries_are_proposed_for_extended_tables_that_lost_clusters(raw: Path, tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    data = converted(raw, path, "-o", "extended_l2=on,cluster_size=16k")
+    _, _, l1_offset = header_of(data)
+    l2 = int.from_bytes(data[l1_offset : l1_offset + 8], "big") & 0x00FF_FFFF_FFFF_FE00
+    data[l2 : l2 + 16 * 60] = bytes(16 * 60)  # sixty clusters leak
+    path.write_bytes(data)
+    assert not [found for found in audit(path, depth="deep") if "--assume" in next_command(found, str(path))]
 
 
 def test_no_assumption_is_proposed_where_streams_of_the_headers_own_type_would_be_lost(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..census.columns import U64, Mask, big_endian
+import numpy as np
+
+from ..census.columns import U64, Mask, big_endian, is_packed, named_offsets
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec
@@ -35,16 +37,39 @@ def other_version(facts: Facts) -> Iterator[Evidence]:
 
 
 def other_entries(facts: Facts) -> Iterator[Evidence]:
-    """Yield that extended L2 entries can be assumed."""
-    yield from _first(facts, ("extended-l2=on",), lambda header: header.extended_l2)
+    """Yield that L2 entries of the other kind can be assumed: extended ones, or standard ones."""
+    is_extended = facts.header.extended_l2
+    choice = "extended-l2=off" if is_extended else "extended-l2=on"
+    yield from _first(facts, (choice,), lambda header: header.extended_l2 != is_extended)
 
 
 def extended_tables(facts: Facts, offsets: U64) -> Mask:
     """Return which tables hold sound extended L2 entries, of an image whose header says that they are standard."""
     geometry = Geometry.of(facts.image)._replace(extended_l2=True, version=3)
+    return l2_rows(_words(facts, offsets), geometry).tables
+
+
+def standard_tables(facts: Facts, offsets: U64, are_leaked: Callable[[U64], Mask]) -> Mask:
+    """Return which tables hold sound standard L2 entries, of an image whose header says that they are extended.
+
+    Every second of them would be a bitmap then, and the cluster that it names leaked, which ``are_leaked`` says of
+    host offsets. No bitmap names leaked clusters but by chance.
+    """
+    words = _words(facts, offsets)
+    second = words[:, 1::2]
+    used = (second != 0) & ~is_packed(second)
+    leaked = used & are_leaked(named_offsets(second).ravel()).reshape(second.shape)
+    counts, leaks = np.count_nonzero(used, axis=1), np.count_nonzero(leaked, axis=1)
+    sound = l2_rows(words, Geometry.of(facts.image)._replace(extended_l2=False)).tables
+    found: Mask = sound & (leaks > 0) & (2 * leaks >= counts)
+    return found
+
+
+def _words(facts: Facts, offsets: U64) -> U64:
+    """Return the words of tables: (tables, words of a cluster)."""
     size = facts.cluster_size
     data = b"".join(facts.read(offset, size).ljust(size, b"\0") for offset in offsets.tolist())
-    return l2_rows(big_endian(data).reshape(len(offsets), -1), geometry).tables
+    return big_endian(data).reshape(len(offsets), -1)
 
 
 def _first(facts: Facts, choices: tuple[str, ...], fits: Callable[[Header], bool]) -> Iterator[Evidence]:

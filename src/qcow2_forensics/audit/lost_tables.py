@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import Tables
-from ..census.columns import I64, Mask, big_endian
+from ..census.columns import I64, U64, Mask, big_endian
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..limits import LEAKED_TABLES_SEARCHED
 from ..reader.host_holes import host_runs
@@ -24,15 +24,20 @@ from ..residue.structure_detection import Geometry, l2_rows, refcount_rows
 from ..text import size
 from .entry_evidence import snapshot_id
 from .facts import Facts
-from .header_assumptions import extended_tables, other_entries
+from .header_assumptions import extended_tables, other_entries, standard_tables
 from .rules import CRAFTED, Chapter, Depth, Graded, graded
 
 rule = Chapter(__name__, "Lost tables")
 
 _FEW = 4  # entries that are none: below, a table is damaged and not lost
 _LEAKS = 8  # leaked clusters behind a table of zeros: below, an interrupted write explains them
-_MISREAD = "L2 tables hold extended entries, the header says standard ones"
-_MISREAD_NOTE = "consistent with a header that was rewritten without its feature bit; with it the data can be read"
+_MISREAD = {
+    False: "L2 tables hold extended entries, the header says standard ones",
+    True: "L2 tables hold standard entries, the header says extended ones",
+}
+_MISREAD_NOTE = (
+    "consistent with a header that was rewritten with a wrong feature bit; with the right one the data can be read"
+)
 _SYMPTOMS = (
     "reserved-bits",
     "unaligned",
@@ -51,7 +56,8 @@ _SYMPTOMS = (
     note="the guest range reads as zeros or not at all, although its clusters are still counted: consistent with a host "
     "file in which ranges were punched or overwritten; the data may be found in the leaked clusters",
     when="an L2 table holds zeros and at least 8 leaked clusters lie between it and the next table, or at least half of "
-    "its uncompressed entries, and 4, cannot be entries; one item for each table",
+    "its uncompressed entries, and 4, cannot be entries, or the header says extended entries and at least half of its second "
+    "words name leaked clusters as standard entries do; one item for each table",
     harmless="in version 2 a table of zeros without leaked clusters is what discarded ranges leave, and is not reported",
     depth=Depth.STANDARD,
     validated=CRAFTED,
@@ -63,10 +69,15 @@ def l2_table_lost(facts: Facts) -> Iterator[Graded]:
         return
     leaked = _Leaked(facts)
     found: Selection[Evidence] = Selection()
-    misread = 0  # tables that are sound as extended ones
+    is_extended = facts.header.extended_l2
+    misread = 0  # tables that are sound with entries of the other kind
     for batch in census.tables():
         blank, foreign = _blank(batch), _foreign(facts, batch)
-        if bool(foreign.any()) and not facts.header.extended_l2:
+        if is_extended and leaks:
+            standard = standard_tables(facts, batch.offsets, leaked.are)
+            misread += int(standard.sum())
+            foreign |= standard
+        elif bool(foreign.any()) and not is_extended:
             misread += int(extended_tables(facts, batch.offsets[foreign]).sum())
         for row in np.flatnonzero(blank | foreign).tolist():
             count = leaked.behind(int(batch.offsets[row]))
@@ -75,7 +86,7 @@ def l2_table_lost(facts: Facts) -> Iterator[Graded]:
     if not found.count:
         return
     proposed = tuple(other_entries(facts)) if misread == found.count else ()
-    title, note = (_MISREAD, _MISREAD_NOTE) if proposed else ("", "")
+    title, note = (_MISREAD[is_extended], _MISREAD_NOTE) if proposed else ("", "")
     yield graded([*proposed, *found.items], title=title, note=note, count=found.count)
 
 
@@ -156,6 +167,15 @@ class _Leaked:
         at = int(np.searchsorted(self._tables, table, "right"))
         stop = int(self._tables[at]) if at < len(self._tables) else self._end
         return (self._until(stop) - self._until(table)) // self._size
+
+    def are(self, hosts: U64) -> Mask:
+        """Return which host offsets are those of leaked clusters."""
+        if not len(self._starts):
+            return np.zeros(len(hosts), np.bool_)
+        places = hosts.astype(np.int64)
+        at = np.maximum(np.searchsorted(self._starts, places, "right") - 1, 0)
+        inside: Mask = (places >= self._starts[at]) & (places - self._starts[at] < np.diff(self._totals)[at])
+        return inside
 
     def _until(self, offset: int) -> int:
         """Return how many leaked bytes lie before an offset."""
