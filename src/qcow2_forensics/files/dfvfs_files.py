@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dfvfs.helpers import source_scanner
@@ -23,7 +24,7 @@ from ..limits import FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
 from ..text import printable
 from .protocol import FileSystem, Visits
 from .readers import Reader
-from .records import FileRecord, Span, Times, Volume
+from .records import RESOURCE_FORK, FileRecord, Span, Times, Volume
 from .spans import Spans
 
 _CHUNK = 1 << 20  # of file content read at a time
@@ -231,6 +232,7 @@ class DfvfsFileSystem(FileSystem):
                 return
             self._visits.count(again)
             yield record
+            yield from self._other_streams(entry, record)
             if not entry.IsDirectory() or record.inode in above:
                 continue
             if self._visits.is_exhausted(record.inode, again):
@@ -242,6 +244,18 @@ class DfvfsFileSystem(FileSystem):
                 continue
             listed_again = self._visits.enter(record.inode, again)
             yield from self._walk(entry, record.path, (*above, record.inode), again=listed_again)
+
+    def _other_streams(self, entry: Any, record: FileRecord) -> Iterator[FileRecord]:
+        """Yield a record for each stream that has a name: resource forks, alternate data streams."""
+        try:
+            names = [stream.name for stream in entry.data_streams if not stream.IsDefault()]
+            if _resource_fork(entry) is not None:
+                names.append(RESOURCE_FORK)
+            for name in names:
+                size = int(_stream(entry, name).get_size())
+                yield replace(record, stream=name, size=size, spans=(), sparse=False, resident=False)
+        except _FAILURES as error:
+            self._problem(record.path, error)
 
     def _record(self, entry: Any, path: str) -> FileRecord:
         stat = entry.GetStatAttribute()
@@ -283,9 +297,10 @@ class DfvfsFileSystem(FileSystem):
         failed = len(self._reader.unreadable)
         try:
             entry = self._entry(record)
-            opened = entry.GetFileObject() if entry is not None else None
+            opened = _stream(entry, record.stream) if entry is not None else None
             if opened is None:
                 raise OSError("it is not found again")
+            opened.seek(0, os.SEEK_SET)
             done = 0
             while done < record.size:
                 data = opened.read(min(_CHUNK, record.size - done))
@@ -312,6 +327,19 @@ class DfvfsFileSystem(FileSystem):
         unreadable = self._reader.unreadable
         if unreadable and (len(unreadable) > failed or Spans(unreadable).overlap(record.spans)):
             raise OSError(f"part of the content cannot be read: {self._reader.errors[-1]}")
+
+
+def _stream(entry: Any, name: str) -> Any:
+    """Return a stream of a file, the one without a name by default, to be read."""
+    fork = _resource_fork(entry) if name == RESOURCE_FORK else None
+    return entry.GetFileObject(data_stream_name=name) if fork is None else fork
+
+
+def _resource_fork(entry: Any) -> Any:
+    """Return the resource fork of a file on APFS, which keeps it as an extended attribute; None where there is none."""
+    if entry.type_indicator != definitions.TYPE_INDICATOR_APFS:
+        return None
+    return next((item for item in entry.attributes if item.name == "com.apple.ResourceFork"), None)
 
 
 def _reason(error: BaseException) -> str:

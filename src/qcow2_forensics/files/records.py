@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 NTFS_FILE_NAME = 48  # the attribute that holds a name and times of its own
+RESOURCE_FORK = "rsrc"  # the stream of HFS+ and APFS, by the name that dfVFS gives it
 
 
 class Span(NamedTuple):

@@ -17,7 +17,7 @@ from ..limits import FILE_BYTES, FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
 from ..text import printable
 from .partitions import partitions
 from .protocol import FileSystem, NoFileSystem, Visits
-from .records import NTFS_FILE_NAME, FileRecord, Span, Times, Volume
+from .records import NTFS_FILE_NAME, RESOURCE_FORK, FileRecord, Span, Times, Volume
 from .spans import Spans
 
 if TYPE_CHECKING:
@@ -159,6 +159,9 @@ class SleuthKitFileSystem(FileSystem):
         if not self._ntfs:
             content = next((item for item in attributes if int(item.info.type) in _CONTENT_TYPES), None)
             yield self._record(name, meta, path, content)
+            for attribute in attributes:
+                if int(attribute.info.type) == _RESOURCE_FORK and int(attribute.info.size):
+                    yield self._record(name, meta, path, attribute)
             return
         streams = 0
         for attribute in attributes:
@@ -208,9 +211,11 @@ class SleuthKitFileSystem(FileSystem):
         spans = self._spans(attribute, path)
         sparse = self._placed and not resident and spans == ()
         record = replace(record, resident=resident, spans=spans or (), sparse=sparse)
-        if not self._ntfs:
-            return record
         kind, stream = int(info.type), _text(info.name or b"")
+        if not self._ntfs and kind != _RESOURCE_FORK:
+            return record
+        if kind == _RESOURCE_FORK:
+            stream = RESOURCE_FORK
         return replace(
             record,
             attribute=(kind, int(info.id)),
@@ -338,6 +343,7 @@ _KIND_NAMES = (
     *("NTFS", "FAT12", "FAT16", "FAT32", "EXFAT", "FFS1", "FFS2", "EXT2", "EXT3", "EXT4"),
     *("HFS", "ISO9660", "APFS", "YAFFS2", "LOGICAL", "SWAP", "RAW"),
 )
+_RESOURCE_FORK = 4353  # of HFS+
 _CONTENT_TYPES = frozenset((1, _NTFS_DATA, 4352))  # default, data, and that of HFS files
 
 
