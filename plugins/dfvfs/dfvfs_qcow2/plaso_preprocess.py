@@ -48,7 +48,7 @@ class QCOWSnapshotEventData(_StockEventData):
         self.display_name: str | None = None
         self.date_note: str | None = None  # what is wrong with the recorded date
         self.disk_size: int | None = None
-        self.former_entry: str | None = None  # of a deleted snapshot: where its table entry still stands
+        self.former_entry: str | None = None  # of a deleted snapshot: the file offset of its table entry
         self.identifier: str | None = None
         self.name: str | None = None
         self.position: int | None = None
@@ -96,7 +96,7 @@ class QCOWPlugin(_Stock):
 
 
 class _Location:
-    """Stands where plaso's mediator keeps the file entry that a warning is about."""
+    """Takes the place of the file entry that a warning is about in plaso's mediator."""
 
     def __init__(self, path_spec: Any) -> None:
         self.path_spec = path_spec

@@ -5,7 +5,7 @@ to a text that describes the whole volume group, so that any of its physical vol
 
     sector 0-3   "LABELONE" ... "LVM2 001"
     header       UUID, size, data areas, metadata areas          (offset, size) each, ended by zeros
-    metadata     " LVM2 x[5A%r0N*>" ... (offset, size, CRC) of the text, in a ring behind 512 bytes
+    metadata     " LVM2 x[5A%r0N*>" ... (offset, size, CRC) of the text, in a ring after 512 bytes
 
 Linear and striped volumes are mapped, over as many physical volumes as the disk has. Others (thin, RAID,
 cache) are named with the reason why they are not.
@@ -146,7 +146,7 @@ def _texts(reader: Reader, area: int, area_size: int, known: Texts) -> Iterator[
         raise LvmError(f"its metadata text is {length} bytes at {offset:#x} of an area of {size} bytes")
     first = min(length, size - offset)
     text = known.read(reader, area + offset, first)
-    if length > first:  # the ring starts again behind its header
+    if length > first:  # the ring starts again after its header
         text += known.read(reader, area + _MDA_HEADER, length - first)
     if zlib.crc32(text, _CRC_START ^ 0xFFFF_FFFF) ^ 0xFFFF_FFFF != checksum:
         raise LvmError("the checksum of its metadata text does not match")

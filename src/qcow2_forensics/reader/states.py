@@ -4,7 +4,7 @@
 
     active        the disk as it is now             index:N      by its place in the snapshot table, from 0
     backing       the disk below an overlay         #N           the same, from 1
-    leftover      a VM state that the active state still maps behind its disk, listed by no snapshot
+    leftover      a VM state that the active state still maps past the end of its disk, listed by no snapshot
     X             the snapshot with the ID X,       id:X         by its ID, and only by that
                   or with the name X                name:X       by its name, and only by that
                                                   deleted:X    a snapshot no table lists any more, by the
@@ -61,7 +61,7 @@ class Backing(NamedTuple):
 
 
 class Leftover(NamedTuple):
-    """A VM state behind the disk that no snapshot lists: memory without a disk."""
+    """A VM state past the end of the disk that no snapshot lists: memory without a disk."""
 
 
 class Rebuilt(ABC):

@@ -2,7 +2,7 @@
 
 ::
 
-    the bitmap says of slot 7   used  used  free  free  used
+    the bitmap has for slot 7   used  used  free  free  used
     the table stores            yes   yes   no    no    yes      fits
     another one stores          no    yes   yes   yes   no       does not
 

@@ -62,7 +62,7 @@ def write(
 
     The folder appears under its name only when it is complete. ``limit`` bounds the bytes in
     files; pieces beyond it are indexed with their hash and no file. ``origin`` is asked at the end for what the index
-    says of the run.
+    records about the run.
     """
     with whole_folder(folder) as partial:
         return _fill(residue, partial, kinds, limit, advance, origin)
