@@ -22,6 +22,7 @@ from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
+from ..text import quoted
 from .readers import Reader, Segment
 
 SECTOR = 512
@@ -176,7 +177,7 @@ def parse(text: str) -> Section:
         elif follows == "=":
             open_sections[-1][word] = _value(tokens)
         else:
-            raise LvmError(f"its metadata text has {follows[:20]!r} behind {word[:20]!r}")
+            raise LvmError(f"its metadata text has {quoted(follows[:20])} after {quoted(word[:20])}")
     if len(open_sections) > 1:
         raise LvmError("its metadata text ends inside a section")
     return root
@@ -187,7 +188,7 @@ def _tokens(text: str) -> Iterator[str]:
     while at < len(text):
         found = _TOKEN.match(text, at)
         if found is None:
-            raise LvmError(f"its metadata text has {text[at : at + 20]!r}")
+            raise LvmError(f"its metadata text has {quoted(text[at : at + 20])}")
         at = found.end()
         if found[1] is not None:
             yield found[1]
@@ -212,7 +213,7 @@ def _scalar(word: str) -> str | int:
     try:
         return int(word)
     except ValueError:
-        raise LvmError(f"its metadata text has {word[:20]!r} for a value") from None
+        raise LvmError(f"its metadata text has {quoted(word[:20])} for a value") from None
 
 
 def _sequence(metadata: Section) -> int:
@@ -223,7 +224,7 @@ def _sequence(metadata: Section) -> int:
 def _number(section: Mapping[str, Value], key: str) -> int:
     value = section.get(key)
     if not isinstance(value, int) or not 0 <= value < _MOST:
-        raise LvmError(f"its metadata text has no number {key!r} where one belongs")
+        raise LvmError(f"its metadata text has no number {quoted(key)} where one belongs")
     return value
 
 
@@ -312,7 +313,7 @@ def _parts(segment: Section, extent: int, starts: _Starts) -> Iterator[tuple[Rea
     """Yield where one segment's bytes are, in the order of the logical volume."""
     kind = segment.get("type")
     if kind not in ("striped", "linear"):
-        raise LvmError(f"it is of LVM type {str(kind)[:40]!r}, which is not read")
+        raise LvmError(f"it is of LVM type {quoted(str(kind)[:40])}, which is not read")
     first, length = _number(segment, "start_extent") * extent, _number(segment, "extent_count") * extent
     stripes = segment.get("stripes")
     count = _number(segment, "stripe_count")

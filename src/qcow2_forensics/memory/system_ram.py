@@ -114,7 +114,7 @@ def system_blocks(found: list[Block], ranges: Sequence[Affinity], facts: Facts, 
     """Choose the blocks the machine started with, in the order of their addresses."""
     named = [block for block in found if block.name in DEFAULT_NAMES]
     if len(named) == 1:
-        made.notes.append(f"block {named[0].name!r} is the machine's RAM by its name")
+        made.notes.append(f"block {quoted(named[0].name)} is the machine's RAM by its name")
         return Order(named)
     if len(found) == 1:
         made.notes.append(f"block {quoted(found[0].name)} is the only one that can be RAM")

@@ -35,7 +35,7 @@ from ..format.bitmap_directory import BitmapEntry
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..text import cut, listed
+from ..text import cut, listed, quoted
 
 ACTIVE = "active"
 BACKING = "backing"
@@ -194,7 +194,7 @@ def find_bitmap(image: Image, text: str) -> BitmapEntry | None:
     if len(found) != 1:
         held = listed([cut(bitmap.name) for bitmap in image.bitmaps], _BITMAPS_LISTED) or "none"
         count = "no" if not found else "several"
-        raise Qcow2Error(f"{cut(image.name)} has {count} bitmaps {cut(name)!r}; it holds: {held}")
+        raise Qcow2Error(f"{cut(image.name)} has {count} bitmaps {quoted(name)}; it holds: {held}")
     return found[0]
 
 
