@@ -8,7 +8,7 @@ The kernel and all that it maps lie in the first 128 MiB of each: ``linux.pslist
 ``yarascan`` covers no more. With KASLR a real 5 GiB guest has its kernel anywhere, see docs/volatility.md.
 
 Every run is a process of its own, started as a user starts it; ``--json`` of ``run.py`` keeps the
-times, and the last lines tell the most memory that a process of each reader held.
+times, and the last lines give the most memory that a process of each reader held.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def records(pages: np.ndarray[Any, Any], first: int) -> bytes:
 
 
 def ending(below: int, above: int) -> bytes:
-    """Return the clock's section, which tells how much RAM there is, and the end of the stream."""
+    """Return the clock's section, which gives the amount of RAM, and the end of the stream."""
     cmos = bytearray(128)
     cmos[0x34:0x36] = min((below - 16 * MiB) >> 16, 0xFFFF).to_bytes(2, "little")
     cmos[0x5B:0x5E] = (above >> 16).to_bytes(3, "little")
@@ -186,7 +186,7 @@ def ending(below: int, above: int) -> bytes:
 
 
 def write_qcow2(qevm: Path, image: Path) -> None:
-    """Have qemu-io write the stream where VM state lies, take a snapshot of that, and tell its size there."""
+    """Have qemu-io write the stream where VM state lies, take a snapshot of that, and record its size there."""
     run("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
     length = qevm.stat().st_size
     piece = image.with_suffix(".piece")

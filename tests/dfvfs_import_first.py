@@ -49,7 +49,7 @@ def main() -> int:
         if child == 0:
             try:
                 check(name)
-            except BaseException:  # noqa: BLE001 - told to the test
+            except BaseException:  # noqa: BLE001 - passed on to the test
                 sys.stdout.write(f"{name}: {traceback.format_exc(limit=-3)}\n")
                 sys.stdout.flush()
             os._exit(0)

@@ -395,7 +395,7 @@ def test_a_report_ends_with_how_many_bytes_nothing_accounts_for(tmp_path: Path) 
     feature_name(path)
     shown = render(q.audit(path, "deep"))
     assert "20 bytes unaccounted for" in shown
-    assert "20 behind the end of a name" in shown
+    assert "20 after the end of a name" in shown
     line = json.loads(render(q.audit(path, "deep"), "jsonl"))
     assert [sorted(file) for file in line["details"]["account"]["files"] if "rows" in file] == []
 

@@ -31,7 +31,7 @@ pytestmark = qemu.requires_qemu
 MiB = 1 << 20
 
 
-def told(path: Path, code: str) -> Finding:
+def reported(path: Path, code: str) -> Finding:
     """Return the one finding of a code."""
     (found,) = (finding for finding in audit(path, "deep") if finding.code == code)
     return found
@@ -47,10 +47,10 @@ def bytes_of(path: Path, item: Evidence) -> bytes:
 def test_names_in_header_extensions_are_reported_with_their_own_place(tmp_path: Path) -> None:
     base = qemu.create(tmp_path / "base.qcow2", "1M")
     overlay = qemu.create(tmp_path / "overlay.qcow2", "1M", backing=base, backing_format="qcow2")
-    (item,) = (item for item in told(overlay, "QCOW2-BACKING-FILE").evidence if item.field == "backing format")
+    (item,) = (item for item in reported(overlay, "QCOW2-BACKING-FILE").evidence if item.field == "backing format")
     assert (item.value, bytes_of(overlay, item)) == ("qcow2", b"qcow2")
     image = qemu.create(tmp_path / "x.qcow2", "1M", data_file=tmp_path / "x.raw")
-    (item,) = (item for item in told(image, "QCOW2-EXTERNAL-DATA").evidence if item.field == "data file name")
+    (item,) = (item for item in reported(image, "QCOW2-EXTERNAL-DATA").evidence if item.field == "data file name")
     assert (item.value, bytes_of(image, item).decode()) == (str(tmp_path / "x.raw"),) * 2
 
 
@@ -66,7 +66,7 @@ def test_a_compressed_entry_past_the_end_of_the_disk_is_found_at_any_host_offset
         image.entry(MiB + number * 65536, compressed_entry(place, len(stream), 16))
     image.references[host >> 16] = 2
     path = image.write(tmp_path / "x.qcow2")
-    finding = told(path, "QCOW2-DATA-BEYOND-END")
+    finding = reported(path, "QCOW2-DATA-BEYOND-END")
     assert finding.count == 2
     assert [item.field for item in finding.evidence[::2]] == [f"entry, mapping host offset {at:#x}" for at in places]
     for item, place, stream in zip(finding.evidence[1::2], places, streams, strict=True):
@@ -81,13 +81,13 @@ def test_a_compressed_entry_that_leads_past_the_end_of_the_file_is_reported_with
 ) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).l2(0, compressed_entry(0x1000123, 700, 16))
-    assert [item.field for item in told(path, "QCOW2-BEYOND-EOF").evidence] == ["entry, pointing at 0x1000123"]
+    assert [item.field for item in reported(path, "QCOW2-BEYOND-EOF").evidence] == ["entry, pointing at 0x1000123"]
 
 
 def test_corruptions_of_refcounts_name_the_host_cluster(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).u64(B_REFTABLE, 0)  # no refcount stands anywhere: only the clusters tell the items apart
-    items = told(path, "QCOW2-CHECK-CORRUPTIONS").evidence
+    items = reported(path, "QCOW2-CHECK-CORRUPTIONS").evidence
     assert len(items) == len(set(items))
     assert "mapped cluster has the refcount 0: refcount of host cluster 0x50000" in [item.field for item in items]
 
@@ -97,7 +97,7 @@ def test_corruptions_list_how_often_an_overflowing_cluster_is_referenced(tmp_pat
     host = image.put(b"x" * 65536)
     for number in range(3):
         image.entry(number << 16, host | COPIED)
-    items = told(image.write(tmp_path / "x.qcow2"), "QCOW2-CHECK-CORRUPTIONS").evidence
+    items = reported(image.write(tmp_path / "x.qcow2"), "QCOW2-CHECK-CORRUPTIONS").evidence
     (item,) = (item for item in items if "can hold: " in item.field)
     assert (item.field.partition(": ")[2], item.value) == (f"references to host cluster {host:#x}", 3)
 
@@ -110,14 +110,14 @@ def test_an_l2_table_at_another_slot_of_a_snapshot_is_reported_with_its_own_stat
     entry = image._chunks[image.l1 + 8 * 4]
     table = image.put(bytes(entry))  # slot 0 of the snapshot
     path = image.snapshot(b"1", b"s", l1_offset=table, l1_size=1).write(tmp_path / "x.qcow2")
-    (item,) = told(path, "QCOW2-RESERVED-BITS").evidence
+    (item,) = reported(path, "QCOW2-RESERVED-BITS").evidence
     assert (item.snapshot, item.guest_offset) == ("", 8 * MiB)
 
 
 def test_a_cluster_just_past_the_end_of_the_file_is_reported_with_what_refers_to_it(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).l2(2, (B_END - 0x8000) | COPIED)  # unaligned: its second half is in the next cluster
-    found = [item.field for item in told(path, "QCOW2-ORPHAN-CLUSTERS").evidence]
+    found = [item.field for item in reported(path, "QCOW2-ORPHAN-CLUSTERS").evidence]
     assert f"refcount of host cluster {B_END:#x} (1 reference: data)" in found
 
 
@@ -142,7 +142,7 @@ def test_a_snapshot_table_fault_is_reported_where_the_field_is(
 ) -> None:
     path = base_s(tmp_path / "s.qcow2")
     Poke(path).write(at, value.to_bytes(length, "big"))
-    (item,) = told(path, "QCOW2-SNAPSHOT-TABLE-INVALID").evidence
+    (item,) = reported(path, "QCOW2-SNAPSHOT-TABLE-INVALID").evidence
     assert (item.offset, item.value) == (at, value)
 
 
@@ -150,14 +150,14 @@ def test_a_snapshot_table_fault_is_reported_where_the_field_is(
 def test_the_start_of_an_unknown_extension_is_reported_as_long_as_it_is(data: bytes, tmp_path: Path) -> None:
     path = empty(tmp_path / "x.qcow2")
     Poke(path).names([(0x12345678, data)])
-    found = [item for item in told(path, "QCOW2-UNKNOWN-EXTENSION").evidence if item.field == "starts_with"]
+    found = [item for item in reported(path, "QCOW2-UNKNOWN-EXTENSION").evidence if item.field == "starts_with"]
     assert [(item.value, bytes_of(path, item)) for item in found] == [(data[:16].hex(" "), data[:16])] * bool(data)
 
 
 def test_clusters_whose_refcounts_the_header_does_not_lead_to_are_not_called_free(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).u32(56, 0xFFFFFFFF)
-    finding = told(path, "QCOW2-RESIDUAL-CLUSTERS")
+    finding = reported(path, "QCOW2-RESIDUAL-CLUSTERS")
     assert finding.evidence[0].offset == B_REFTABLE  # which the header names
     assert finding.title == "clusters nothing refers to hold tables"
     assert "may be free or not" in finding.note
@@ -166,21 +166,21 @@ def test_clusters_whose_refcounts_the_header_does_not_lead_to_are_not_called_fre
 def test_an_extended_entry_with_several_reserved_bits_is_reported_once(tmp_path: Path) -> None:
     image = Builder(extended_l2=True)
     image.entry(0, image.put(b"x" * 65536) | COPIED | 2 | 1, 0xFFFFFFFF)
-    finding = told(image.write(tmp_path / "x.qcow2"), "QCOW2-RESERVED-BITS")
+    finding = reported(image.write(tmp_path / "x.qcow2"), "QCOW2-RESERVED-BITS")
     assert (finding.count, len(finding.evidence)) == (1, 1)
 
 
 def test_a_snapshot_table_that_cannot_be_read_to_its_end_is_not_given_a_length(tmp_path: Path) -> None:
     path = base_s(tmp_path / "s.qcow2")
     Poke(path).u32(S_SNAPSHOTS + S_SNAPSHOT_STEP + 36, 65536)
-    item = told(path, "QCOW2-INTERNAL-SNAPSHOTS").evidence[-1]
+    item = reported(path, "QCOW2-INTERNAL-SNAPSHOTS").evidence[-1]
     assert (item.field, item.value) == ("readable part of the snapshot table, bytes", 67)
 
 
 def test_a_faulty_header_field_is_reported_with_its_length(tmp_path: Path) -> None:
     path = base_b(tmp_path / "b.qcow2")
     Poke(path).u32(100, 103)
-    (item,) = told(path, "QCOW2-HEADER-INVALID").evidence
+    (item,) = reported(path, "QCOW2-HEADER-INVALID").evidence
     assert (item.value, bytes_of(path, item)) == (103, (103).to_bytes(4, "big"))
 
 
@@ -197,14 +197,14 @@ def test_a_stray_pointer_makes_no_size_that_is_expected_of_a_cut_file(tmp_path: 
 
 
 def _least(path: Path) -> object:
-    (item,) = (item for item in told(path, "QCOW2-TRUNCATED").evidence if item.field == "least expected size")
+    (item,) = (item for item in reported(path, "QCOW2-TRUNCATED").evidence if item.field == "least expected size")
     return item.value
 
 
 def test_plain_content_of_a_snapshot_is_reported_as_its_own_and_once(tmp_path: Path) -> None:
     path = base_s(tmp_path / "s.qcow2")
     Poke(path).u32(32, 1)  # an encryption method: nothing of the image is encrypted
-    items = told(path, "QCOW2-PLAINTEXT-CONTENT").evidence
+    items = reported(path, "QCOW2-PLAINTEXT-CONTENT").evidence
     assert sorted((item.snapshot, item.guest_offset) for item in items) == [("", 0), ("1", 0)]
 
 
@@ -213,7 +213,7 @@ def test_a_compressed_cluster_of_an_encrypted_snapshot_is_reported_as_its_own(tm
     qemu.io(path, "write -c -P 1 0 64k", secret="k")
     qemu.snapshot(path, "s", secret="k")
     qemu.io(path, "write -P 2 0 64k", secret="k")
-    (item,) = told(path, "QCOW2-PLAINTEXT-COMPRESSED").evidence
+    (item,) = reported(path, "QCOW2-PLAINTEXT-COMPRESSED").evidence
     assert item.snapshot == "1"
 
 

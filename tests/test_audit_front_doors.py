@@ -37,7 +37,7 @@ class PathSource:
         return self._data[offset : offset + length]
 
 
-def told(findings: Any) -> list[tuple[Any, ...]]:
+def reported(findings: Any) -> list[tuple[Any, ...]]:
     """What an examiner would compare: code, severity, title, count and evidence."""
 
     def shown(finding: Finding) -> tuple[Any, ...]:
@@ -47,13 +47,13 @@ def told(findings: Any) -> list[tuple[Any, ...]]:
 
 
 def ask_every_door(path: Path, depth: str = "deep") -> None:
-    wanted = told(audit(path, depth))
-    assert told(audit(str(path), depth)) == wanted
+    wanted = reported(audit(path, depth))
+    assert reported(audit(str(path), depth)) == wanted
     source = FileSource(path)
     with Image(FileSource(path)) as image:
-        assert told(audit(image, depth)) == wanted
-    assert told(audit(source, depth)) == wanted
-    assert told(audit(PathSource(path), depth)) == wanted
+        assert reported(audit(image, depth)) == wanted
+    assert reported(audit(source, depth)) == wanted
+    assert reported(audit(PathSource(path), depth)) == wanted
     source.close()
 
 
@@ -111,7 +111,7 @@ def test_dfvfs_gives_the_same_findings(named: Path) -> None:
 
     spec = Factory.NewPathSpec(definitions.TYPE_INDICATOR_OS, location=str(named))
     qcow = Factory.NewPathSpec(definitions.TYPE_INDICATOR_QCOW, parent=spec)
-    assert told(dfvfs_qcow2.audit(qcow).findings) == told(audit(named))
+    assert reported(dfvfs_qcow2.audit(qcow).findings) == reported(audit(named))
 
 
 def test_pytsk3_gives_the_same_findings(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_pytsk3_gives_the_same_findings(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     base_b(path)
     with pytsk3_qcow2.Img_Info(str(path)) as image:
-        assert told(image.findings) == told(audit(path))
+        assert reported(image.findings) == reported(audit(path))
 
 
 def test_volatility_gives_the_same_findings(named: Path) -> None:
@@ -130,4 +130,4 @@ def test_volatility_gives_the_same_findings(named: Path) -> None:
 
     context = new_context()
     layer = context.layers[add_file(context, named.as_uri())]
-    assert told(audit(common.source_under(layer))) == told(audit(named))
+    assert reported(audit(common.source_under(layer))) == reported(audit(named))

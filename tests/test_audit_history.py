@@ -170,8 +170,8 @@ def test_bitmap_lists_the_ranges_qemu_marked(tmp_path: Path) -> None:
     (finding,) = found(path, "BITMAPS", "standard")
     ranges = [(item.guest_offset, item.value) for item in finding.evidence if item.guest_offset is not None]
     assert ranges == [(1 << 20, 128 << 10), (3 << 20, 64 << 10)]
-    told = {item.field: item.value for item in finding.evidence if item.guest_offset is None}
-    assert (told["name"], told["granularity"], told["dirty_bytes_total"]) == ("daily", 65536, 192 << 10)
+    reported = {item.field: item.value for item in finding.evidence if item.guest_offset is None}
+    assert (reported["name"], reported["granularity"], reported["dirty_bytes_total"]) == ("daily", 65536, 192 << 10)
 
 
 @qemu.requires_qemu_system
@@ -179,12 +179,12 @@ def test_memory_snapshot_names_its_machine_and_a_changed_one_is_invalid(tmp_path
     path = qemu.create(tmp_path / "disk.qcow2", "1M")
     qemu.monitor(path, "savevm a")
     (finding,) = found(path, "SNAPSHOT-VMSTATE")
-    told = {item.field: item for item in finding.evidence}
+    reported = {item.field: item for item in finding.evidence}
     assert finding.severity is Severity.MEDIUM
-    assert str(told["machine"].value).startswith("pc-i440fx")
-    assert told["version"].value == 3
+    assert str(reported["machine"].value).startswith("pc-i440fx")
+    assert reported["version"].value == 3
     assert severity(path, "SNAPSHOT-VMSTATE-INVALID") is None
-    host = told["version"].offset
+    host = reported["version"].offset
     assert host is not None
     Poke(path).write(host, b"XXXX")
     assert severity(path, "SNAPSHOT-VMSTATE-INVALID") is Severity.MEDIUM

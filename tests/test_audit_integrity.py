@@ -413,10 +413,10 @@ def test_a_header_longer_than_a_cluster_is_damage_and_no_missing_tail(tmp_path: 
     assert not found(path, "TRUNCATED")
     Poke(path).cut(104).u32(100, 112)
     (finding,) = found(path, "TRUNCATED")
-    told = {item.field: item.value for item in finding.evidence}
-    assert told["file size"] == 104
-    assert told["header, bytes"] == 112
-    assert int(str(told["least expected size"])) >= 112
+    reported = {item.field: item.value for item in finding.evidence}
+    assert reported["file size"] == 104
+    assert reported["header, bytes"] == 112
+    assert int(str(reported["least expected size"])) >= 112
 
 
 def test_reserved_bits_that_qemus_check_passes_over_are_found(tmp_path: Path) -> None:

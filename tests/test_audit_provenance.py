@@ -116,10 +116,10 @@ def test_writer_is_read_from_the_rows_of_the_feature_table(tmp_path: Path, rows:
 def test_writer_of_an_image_made_here_is_read_as_recent_qemu(tmp_path: Path) -> None:
     (finding,) = found(base_b(tmp_path / "b.qcow2"), "WRITER-PROFILE")
     assert finding.title.endswith("QEMU 5.2 or later")
-    told = {item.field: item for item in finding.evidence}
-    assert told["feature_table_rows"].value == 8
-    assert told["feature_table_rows"].offset == TABLE_AT
-    assert "QEMU" in str(told["layout"].value)
+    reported = {item.field: item for item in finding.evidence}
+    assert reported["feature_table_rows"].value == 8
+    assert reported["feature_table_rows"].offset == TABLE_AT
+    assert "QEMU" in str(reported["layout"].value)
 
 
 def test_flag_in_a_refcount_table_points_to_its_writer(tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def test_features_show_the_options_the_image_was_made_with(tmp_path: Path) -> No
     path = qemu.create(
         tmp_path / "d.qcow2", "1M", cluster_size="16k", extended_l2="on", compression_type="zstd", refcount_bits=8
     )
-    told = {item.field for item in found(path, "FEATURES")[0].evidence}
-    assert {"compression_type", "incompatible_features", "refcount_order", "cluster_bits"} <= told
+    reported = {item.field for item in found(path, "FEATURES")[0].evidence}
+    assert {"compression_type", "incompatible_features", "refcount_order", "cluster_bits"} <= reported
     assert "compression_type" not in {item.field for item in found(base_b(tmp_path / "b"), "FEATURES")[0].evidence}
 
 

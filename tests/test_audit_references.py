@@ -317,9 +317,9 @@ def test_gatekeepers_refuse_what_they_refuse(tmp_path: Path) -> None:
 def test_json_name_is_taken_apart_in_evidence(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     backing(b'json:{"driver":"raw","file":{"driver":"nbd","host":"10.0.0.1","export":"x"}}', b"raw")(path)
-    told = {item.field: item.value for item in found(path, "REF-JSON")[0].evidence}
-    assert told["file.driver"] == "nbd"
-    assert told["file.host"] == "10.0.0.1"
+    reported = {item.field: item.value for item in found(path, "REF-JSON")[0].evidence}
+    assert reported["file.driver"] == "nbd"
+    assert reported["file.host"] == "10.0.0.1"
 
 
 def test_a_json_name_that_names_two_files_shows_neither_as_the_file(tmp_path: Path) -> None:
@@ -335,15 +335,17 @@ def test_a_json_name_that_names_two_files_shows_neither_as_the_file(tmp_path: Pa
         assert "virtual size: 1 MiB" in qemu.img("info", nested, cwd=tmp_path).text
         for text in (twice, nested):
             backing(text.encode())(path)
-            told = [(item.field, item.value) for item in found(path, "REF-JSON")[0].evidence if ", one" in item.field]
-            assert sorted(told) == [("file.filename, one of 2", f"{file}.qcow2") for file in ("one", "two")]
+            reported = [
+                (item.field, item.value) for item in found(path, "REF-JSON")[0].evidence if ", one" in item.field
+            ]
+            assert sorted(reported) == [("file.filename, one of 2", f"{file}.qcow2") for file in ("one", "two")]
 
 
 def test_a_json_name_that_says_two_drivers_shows_both_where_one_is_not_the_recorded_format(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     backing(b'json:{"driver":"raw","driver":"qcow2","file.filename":"base"}', b"raw")(path)
-    told = [item.value for item in found(path, "BACKING-FORMAT-MISMATCH")[0].evidence if item.field == "driver"]
-    assert told == ["raw", "qcow2"]
+    reported = [item.value for item in found(path, "BACKING-FORMAT-MISMATCH")[0].evidence if item.field == "driver"]
+    assert reported == ["raw", "qcow2"]
 
 
 def test_a_json_name_with_more_options_than_are_looked_at_says_so(tmp_path: Path) -> None:

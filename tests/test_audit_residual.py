@@ -350,10 +350,10 @@ def test_recoverable_snapshot_says_how_to_open_it_and_how_much_is_left(tmp_path:
     path = tmp_path / "disk.qcow2"
     deleted(path)
     (finding,) = found(path, "RECOVERABLE-SNAPSHOT")
-    told = {item.field: item.value for item in finding.evidence}
-    assert str(told["open_as"]).startswith("deleted:0x")
-    assert told["readable_fraction"] == 1.0
-    assert told["intact_clusters"] == 4
+    reported = {item.field: item.value for item in finding.evidence}
+    assert str(reported["open_as"]).startswith("deleted:0x")
+    assert reported["readable_fraction"] == 1.0
+    assert reported["intact_clusters"] == 4
 
 
 def test_deleted_memory_snapshot_leaves_its_stream_and_its_trace(tmp_path: Path) -> None:

@@ -236,10 +236,10 @@ def test_a_saved_bitmap_for_less_than_the_disk_is_an_error_not_a_rest_that_did_n
         Poke(path).u64(24, disk_size)
         opened = qemu.io(path, "length", read_only=True, check=False)
         with q.open_image(path) as image:
-            told = "QCOW2-BITMAP-INVALID" in {problem.code for problem in image.problems}
+            reported = "QCOW2-BITMAP-INVALID" in {problem.code for problem in image.problems}
         findings = q.audit(path).findings
-        assert any(finding.code == "QCOW2-BITMAP-INVALID" for finding in findings) == told
-        assert told == (not opened.ok) == (flags == 0 and disk_size == reach + 512)
+        assert any(finding.code == "QCOW2-BITMAP-INVALID" for finding in findings) == reported
+        assert reported == (not opened.ok) == (flags == 0 and disk_size == reach + 512)
         if opened.ok:
             assert ranges_of(path) == [(0, 512), (1024, 512)]
             continue

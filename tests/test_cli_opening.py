@@ -95,7 +95,7 @@ def test_the_terminal_is_asked_once_and_shows_nothing_of_the_answer(encrypted: P
 
 
 @pytest.mark.parametrize(
-    ("typed", "code", "told"),
+    ("typed", "code", "reported"),
     [
         (b"wrong\n", 2, "encrypted"),
         (b"\n", 2, "encrypted"),
@@ -105,17 +105,19 @@ def test_the_terminal_is_asked_once_and_shows_nothing_of_the_answer(encrypted: P
     ],
     ids=["wrong", "empty", "end of input", "not text", "interrupt"],
 )
-def test_a_useless_answer_is_one_sentence(typed: bytes, code: int, told: str, encrypted: Path, tmp_path: Path) -> None:
+def test_a_useless_answer_is_one_sentence(
+    typed: bytes, code: int, reported: str, encrypted: Path, tmp_path: Path
+) -> None:
     got, shown = on_terminal("export", encrypted, tmp_path / "out", typed=typed)
     assert (got, "Traceback" in shown) == (code, False), shown
-    assert told in shown
+    assert reported in shown
     assert not (tmp_path / "out").exists()
 
 
 def test_without_a_terminal_nobody_is_asked(encrypted: Path, tmp_path: Path) -> None:
-    told = one_sentence(run("export", encrypted, tmp_path / "out"))
-    assert "QCOW2_PASSPHRASE" in told
-    assert "--passphrase-file" in told
+    reported = one_sentence(run("export", encrypted, tmp_path / "out"))
+    assert "QCOW2_PASSPHRASE" in reported
+    assert "--passphrase-file" in reported
 
 
 @pytest.mark.parametrize("end", [b"", b"\n"])
@@ -318,9 +320,9 @@ def test_no_backing_still_reads_the_data_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cut", "told"), [(0x60000, "filled_bytes"), pytest.param(0x40000, "filled_tables", marks=pytest.mark.slow)]
+    ("cut", "reported"), [(0x60000, "filled_bytes"), pytest.param(0x40000, "filled_tables", marks=pytest.mark.slow)]
 )
-def test_eof_zeros_reads_as_qemu_and_says_what_it_filled(cut: int, told: str, tmp_path: Path) -> None:
+def test_eof_zeros_reads_as_qemu_and_says_what_it_filled(cut: int, reported: str, tmp_path: Path) -> None:
     Poke(base_b(tmp_path / "base.qcow2")).cut(cut)
     path = empty(tmp_path / "disk")
     Poke(path).names([(EXT_BACKING_FORMAT, b"qcow2")], b"base.qcow2")
@@ -329,7 +331,7 @@ def test_eof_zeros_reads_as_qemu_and_says_what_it_filled(cut: int, told: str, tm
         one_sentence(run("export", image, tmp_path / "out", "--eof", "strict"))
         code, out, err = run("export", image, tmp_path / "out", "--eof", "zeros", "--format", "json", "--force")
         assert code == 0, err
-        assert json.loads(out)[told] > 0  # also where the cut file is further down the chain
+        assert json.loads(out)[reported] > 0  # also where the cut file is further down the chain
         assert same(image, tmp_path / "out")
         assert "past the end" in run("export", image, tmp_path / "out", "--eof", "zeros", "--force")[1]
 

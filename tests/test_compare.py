@@ -337,12 +337,12 @@ def test_a_snapshot_whose_l1_table_is_shorter_than_its_disk_is_unreadable_from_t
     builder = Builder(cluster_bits=9, size=3 * span).data(0, b"A").data(span, b"B")
     l1 = builder.l1 if shared else builder.put(bytes(8))
     path = builder.snapshot(b"1", b"s", l1_offset=l1, l1_size=1).write(tmp_path / "disk.qcow2")
-    told: list[int] = []
+    reported: list[int] = []
     with open_disk(path, "1") as before, open_disk(path) as after:
-        *first, last = compare(before, after, progress=told.append)
+        *first, last = compare(before, after, progress=reported.append)
     assert first == ([] if shared else [Difference(0, SECTOR, Change.WRITTEN)])
     assert (last.offset, last.end, last.change) == (span, 3 * span, Change.UNREADABLE)
-    assert sum(told) == 3 * span
+    assert sum(reported) == 3 * span
     with open_disk(path, "1", eof="zeros") as before, open_disk(path, eof="zeros") as after:
         assert list(compare(before, after)) == [*first, Difference(span, SECTOR, Change.WRITTEN)]
 

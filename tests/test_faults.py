@@ -255,7 +255,7 @@ def test_a_source_that_breaks_its_contract_is_a_read_error(change: int | None, a
 @pytest.mark.parametrize(
     "error", [OSError(errno.EIO, "gone"), TimeoutError("slow"), ValueError("closed file"), ZeroDivisionError("bug")]
 )
-def test_a_file_object_that_raises_is_heard(error: Exception, image: Path) -> None:
+def test_an_error_of_a_file_object_is_passed_on(error: Exception, image: Path) -> None:
     class Raising(io.BytesIO):
         broken = False
 

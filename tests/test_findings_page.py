@@ -28,5 +28,7 @@ def test_every_code_is_described_with_its_trigger() -> None:
 
 def test_rules_conclude_nothing_about_people() -> None:
     for entry in catalog().values():
-        told = f"{entry.title} {entry.note} {entry.when}".lower()
-        assert not [word for word in ("user deleted", "attacker", "suspect", "malicious") if word in told], entry.code
+        reported = f"{entry.title} {entry.note} {entry.when}".lower()
+        assert not [word for word in ("user deleted", "attacker", "suspect", "malicious") if word in reported], (
+            entry.code
+        )

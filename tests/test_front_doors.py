@@ -366,7 +366,7 @@ def test_plaso_shows_findings_of_low_and_above_and_no_facts(dated: Path) -> None
 
     location = factory.Factory.NewPathSpec(definitions.TYPE_INDICATOR_OS, location=str(dated))
     mediator = _Mediator()
-    plaso_preprocess._tell_findings(
+    plaso_preprocess._report_findings(
         mediator, factory.Factory.NewPathSpec(definitions.TYPE_INDICATOR_QCOW, parent=location)
     )
     severities = {finding.code: finding.severity for finding in q.audit(dated)}
@@ -400,6 +400,8 @@ def test_an_error_doubles_a_backslash_once(tmp_path: Path) -> None:
     assert caught.value.choices == ("1 (a\\b)", "2 (a\\b)")
     _, _, err = run_command(["map", str(path), "--snapshot", "a\\b"])
     assert err == f"qcow2-forensics: {caught.value}\n"
+    _, _, err = run_command(["diff", str(path), "--from", "bitmap:a\\b"])
+    assert err.endswith("has no bitmaps 'a\\\\b'; it holds: none\n")
 
 
 def test_a_reference_name_is_shown_the_same_by_audit_and_error(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def group_with_a_file(folder: Path) -> tuple[Group, Path]:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_groups_of_one_name_are_told_apart(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_groups_of_one_name_are_distinguished(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = [group_with_a_file(tmp_path / name) for name in ("one", "two")]
     before, after = tmp_path / "before.raw", tmp_path / "after.raw"
     for disk in (before, after):

@@ -1,6 +1,6 @@
 """Residue: what nothing points at is found where QEMU left it, and deleted snapshots open again.
 
-Residues are made by QEMU alone: discards are told not to reach the file, so what is freed stays.
+Residues are made by QEMU alone: discards do not reach the file, so what is freed stays.
 """
 
 from __future__ import annotations
@@ -623,14 +623,14 @@ def test_each_stream_that_is_reported_decodes_by_itself(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     qemu.convert(raw, path, fmt="raw", target_format="qcow2", compressed=True)
     qemu.io(path, "write -P 7 64k 4032k")  # the first one keeps the host cluster in use
-    data, told = path.read_bytes(), [piece for piece in _pieces(path) if piece.looks == "stream"]
-    for piece in told:
+    data, reported = path.read_bytes(), [piece for piece in _pieces(path) if piece.looks == "stream"]
+    for piece in reported:
         stream = zlib.decompressobj(-12)
         assert stream.decompress(data[piece.offset : piece.offset + piece.length]).rstrip(b"\0") in clusters
         assert stream.eof
         assert not stream.unused_data
-    assert len(told) > 32
-    assert any(data[piece.offset + piece.length - 1] == 0 for piece in told)
+    assert len(reported) > 32
+    assert any(data[piece.offset + piece.length - 1] == 0 for piece in reported)
 
 
 def test_header_slack_and_padding_are_found(tmp_path: Path) -> None:
@@ -867,5 +867,5 @@ def test_bytes_in_dead_subclusters_are_found_whatever_state_allocates_the_rest(t
     qemu.snapshot(path, "one")
     qemu.io(path, "write -P 9 32k 2k")  # copies the cluster: the one with the residue is the snapshot's alone
     with residue(path) as found:
-        told = {(piece.guest_offset, piece.snapshot) for piece in found.hidden() if piece.kind == "subcluster"}
-    assert told == {(4096, "1"), (130 << 10, "1")}
+        reported = {(piece.guest_offset, piece.snapshot) for piece in found.hidden() if piece.kind == "subcluster"}
+    assert reported == {(4096, "1"), (130 << 10, "1")}

@@ -1,4 +1,4 @@
-"""Free clusters are looked at many at a time; each is told as what it is when looked at alone.
+"""Free clusters are looked at many at a time; each is reported as what it is when looked at alone.
 
 The oracle is the format's rules written out one entry after another, in plain Python.
 """
@@ -229,8 +229,8 @@ def test_each_kind_of_cluster_is_reported_as_what_it_is() -> None:
         "vm state",
     ]
     found = _found(BytesSource(_image(KINDS[name] for name in order)))
-    told = [(piece.looks, (piece.offset - _AT) // SIZE, piece.length // SIZE, piece.signature) for piece in found]
-    assert told == [
+    reported = [(piece.looks, (piece.offset - _AT) // SIZE, piece.length // SIZE, piece.signature) for piece in found]
+    assert reported == [
         ("data", 0, 2, ""),
         ("l2", 2, 1, ""),
         ("l2", 3, 1, ""),

@@ -61,16 +61,16 @@ def test_snapshots_are_dated_as_qemu_dates_them(
     path = make_image("disk.qcow2", "1M")
     for name in ("first", "second"):
         qemu.snapshot(path, name)
-    told = qemu.info_json(path)["snapshots"]
+    reported = qemu.info_json(path)["snapshots"]
     events = [json.loads(line) for line in timeline(path, "--no-files", "--format", "jsonl")]
     assert [event["state"] for event in events] == ["first", "second"]
-    for event, snapshot in zip(events, told, strict=True):
+    for event, snapshot in zip(events, reported, strict=True):
         microseconds = snapshot["date-sec"] * 1_000_000 + snapshot["date-nsec"] // 1000
         assert event["timestamp"] == microseconds
         assert event["timestamp_desc"] == "Snapshot Creation Time"
         assert snapshot["name"] in event["message"]
     bodies = timeline(path, "--no-files")
-    assert [int(line.split("|")[10]) for line in bodies] == [snapshot["date-sec"] for snapshot in told]
+    assert [int(line.split("|")[10]) for line in bodies] == [snapshot["date-sec"] for snapshot in reported]
 
 
 @qemu.requires_qemu

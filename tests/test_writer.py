@@ -252,17 +252,17 @@ def test_a_sidecar_says_what_was_read_and_written(tmp_path: Path, capsys: pytest
         "md5",
     ]
     assert main([*arguments, "--sidecar", "--format", "json"]) == 0
-    told = json.loads((tmp_path / "out.raw.json").read_text())
-    assert told == json.loads(capsys.readouterr().out)
-    assert told["hashes"] == {"sha256": hashlib.sha256(wanted).hexdigest(), "md5": hashlib.md5(wanted).hexdigest()}
-    assert told["snapshot"] == {"id": "1", "name": "before"}
-    assert [(item["role"], item["path"]) for item in told["source"]] == [
+    reported = json.loads((tmp_path / "out.raw.json").read_text())
+    assert reported == json.loads(capsys.readouterr().out)
+    assert reported["hashes"] == {"sha256": hashlib.sha256(wanted).hexdigest(), "md5": hashlib.md5(wanted).hexdigest()}
+    assert reported["snapshot"] == {"id": "1", "name": "before"}
+    assert [(item["role"], item["path"]) for item in reported["source"]] == [
         ("image", str(tmp_path / "disk")),
         ("backing file", str(tmp_path / "base")),
     ]
-    assert told["source"][0]["inode"] == (tmp_path / "disk").stat().st_ino
-    assert (told["partial"], told["missing"]) == (False, [])
-    assert told["tool"] == f"qcow2-forensics {q.__version__}"
+    assert reported["source"][0]["inode"] == (tmp_path / "disk").stat().st_ino
+    assert (reported["partial"], reported["missing"]) == (False, [])
+    assert reported["tool"] == f"qcow2-forensics {q.__version__}"
 
 
 @qemu.requires_qemu
@@ -301,8 +301,8 @@ def test_salvage_writes_the_rest_and_a_map_of_what_is_missing(
 def test_salvage_of_a_sound_image_is_the_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = _filled(tmp_path / "disk")
     assert main(["export", str(tmp_path / "disk"), str(tmp_path / "out"), "--salvage", "--format", "json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["partial"], told["sha256"]) == (False, hashlib.sha256(wanted).hexdigest())
+    reported = json.loads(capsys.readouterr().out)
+    assert (reported["partial"], reported["sha256"]) == (False, hashlib.sha256(wanted).hexdigest())
 
 
 @qemu.requires_qemu

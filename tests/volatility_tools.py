@@ -121,7 +121,7 @@ def ram_over(data: bytes, **options: object) -> ram.QemuRamLayer:
 @contextmanager
 def warnings_of(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     """Collect the warnings our modules show, also those shown before."""
-    common._told.clear()
+    common._shown.clear()
     caplog.clear()
     found: list[str] = []
     with caplog.at_level(logging.WARNING):

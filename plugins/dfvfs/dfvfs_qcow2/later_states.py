@@ -237,7 +237,7 @@ def entry_at(type_indicator: str, location: str, parent: Any, resolver_context: 
 
 
 def _described(entry: Any) -> tuple[Any, ...]:
-    """Return what a file entry says of its file, all that plaso shows of it and where it is."""
+    """Return how a file entry describes its file, all that plaso shows of it, and where it is."""
     spec, stat = entry.path_spec, entry.GetStatAttribute()
     where = [getattr(spec, name, None) for name in ("location", *_IN_FILE_SYSTEM)]
     facts = [getattr(stat, name, None) for name in _STAT]

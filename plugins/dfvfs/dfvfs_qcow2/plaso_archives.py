@@ -94,7 +94,7 @@ def _audit(mediator: Any, qcow: Any) -> None:
 
 
 class _Unattended:
-    """Stands for the user where a volume in an image is locked: it stays so, with a warning, and the scan goes on."""
+    """Answers for the user where a volume in an image is locked: it stays locked, with a warning, and the scan goes on."""
 
     def __init__(self, request: Request) -> None:
         self._notices = request.notices

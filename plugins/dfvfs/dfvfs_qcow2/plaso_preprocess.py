@@ -48,7 +48,7 @@ class QCOWSnapshotEventData(_StockEventData):
         self.display_name: str | None = None
         self.date_note: str | None = None  # what is wrong with the recorded date
         self.disk_size: int | None = None
-        self.former_entry: str | None = None  # of a deleted snapshot: where its table entry still stands
+        self.former_entry: str | None = None  # of a deleted snapshot: the file offset of its table entry
         self.identifier: str | None = None
         self.name: str | None = None
         self.position: int | None = None
@@ -77,18 +77,18 @@ class QCOWPlugin(_Stock):
         for path_spec in qcow_path_specs(file_system._path_spec):
             if path_spec.comparable not in seen:
                 seen.add(path_spec.comparable)
-                _tell_findings(mediator, path_spec)
-                _tell_snapshots(mediator, path_spec, _entries(path_spec))
-        self._tell_states(mediator, file_system._path_spec)
+                _report_findings(mediator, path_spec)
+                _report_snapshots(mediator, path_spec, _entries(path_spec))
+        self._report_states(mediator, file_system._path_spec)
 
-    def _tell_states(self, mediator: Any, path_spec: Any) -> None:
+    def _report_states(self, mediator: Any, path_spec: Any) -> None:
         """Write events about the deleted snapshots a file system lies in, and warnings about recovered states."""
         seen = self._seen[mediator]
         for key, qcow in snapshots_around(path_spec):
             name = f"{qcow.comparable}{key.encoding_method}"
             if key.deleted and name not in seen:
                 seen.add(name)
-                _tell_snapshots(mediator, qcow, [find_entry(open_image(qcow), key)])
+                _report_snapshots(mediator, qcow, [find_entry(open_image(qcow), key)])
             elif key.recovered and name not in seen:
                 seen.add(name)
                 warnings = [state.warning for state in recovered_states(qcow) if state.number == key.place]
@@ -96,13 +96,13 @@ class QCOWPlugin(_Stock):
 
 
 class _Location:
-    """Stands where plaso's mediator keeps the file entry that a warning is about."""
+    """Takes the place of the file entry that a warning is about in plaso's mediator."""
 
     def __init__(self, path_spec: Any) -> None:
         self.path_spec = path_spec
 
 
-def _tell_findings(mediator: Any, path_spec: Any) -> None:
+def _report_findings(mediator: Any, path_spec: Any) -> None:
     sentences, found = audit_sentences(path_spec)
     if found is not None:
         end_notes.note_audit(display_name(path_spec), Counter(finding.severity for finding in found))
@@ -127,7 +127,7 @@ def _entries(path_spec: Any) -> Sequence[SnapshotEntry]:
         return ()  # the audit has said so
 
 
-def _tell_snapshots(mediator: Any, path_spec: Any, entries: Sequence[SnapshotEntry]) -> None:
+def _report_snapshots(mediator: Any, path_spec: Any, entries: Sequence[SnapshotEntry]) -> None:
     if not entries:
         return
     for entry in entries:

@@ -145,7 +145,7 @@ class _StatesScan:
         if self._selection is not None and self._selection.wants_recovered and not self._is_inside:
             images = images or [_without_header(scan_context)]
             found += [item for qcow in images for item in self._recovered(qcow, self._selection)]
-        _tell_failed_reads(scanner, images, self._request)
+        _report_failed_reads(scanner, images, self._request)
         if failure is not None:
             if not found:
                 raise failure
@@ -216,7 +216,7 @@ def _failed(why: str) -> dfvfs_errors.ScannerError:
     return dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(why, 500)}")
 
 
-def _tell_failed_reads(scanner: Any, images: list[Any], request: Request | None) -> None:
+def _report_failed_reads(scanner: Any, images: list[Any], request: Request | None) -> None:
     context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
     for qcow in images:
         for text in notes_of(qcow, context):

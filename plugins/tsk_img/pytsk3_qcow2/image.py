@@ -110,7 +110,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
 
     @property
     def disk(self) -> Layer:
-        """The disk behind this object, for ranges and extents."""
+        """The disk of this object, for ranges and extents."""
         return self._disk
 
     @property

@@ -22,7 +22,7 @@ def choose(image: Image, wanted: str | None, title: str) -> MemoryChoice | None:
     held = memory_snapshots(image)
     if chosen.snapshot is None:
         warn(
-            f"{title}: no snapshot holds memory, but a VM state is still mapped behind the end of the disk. It is used; "
+            f"{title}: no snapshot holds memory, but a VM state is still mapped past the end of the disk. It is used; "
             "it is of a snapshot that was applied and deleted, or of a savevm that failed. For the disk give "
             "--qcow2-snapshot disk"
         )

@@ -23,7 +23,7 @@ vollog = logging.getLogger(__name__)
 MAXIMUM_PIECE = 4096  # with pad, an unreadable range is narrowed down to pieces of this size
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what a gz, xz, zip or plain location raises
 
-_told: set[str] = set()
+_shown: set[str] = set()
 
 
 def warn(message: str) -> None:
@@ -31,8 +31,8 @@ def warn(message: str) -> None:
 
     Exceptions inside a stacker are shown to nobody, so this is how anything reaches the user.
     """
-    if message not in _told:
-        _told.add(message)
+    if message not in _shown:
+        _shown.add(message)
         vollog.warning(message)
 
 

@@ -48,7 +48,7 @@ def _unread_fields(header: Header) -> set[str]:
 
 
 def claim_name(labels: Labels, claims: Spans, hints: Spans, label: int, owner: str, name: bytes, offset: int) -> None:
-    """Claim a name at a file offset up to its NUL; what follows in its field is behind the end of a name."""
+    """Claim a name at a file offset up to its NUL; what follows in its field is after the end of a name."""
     end = offset + (len(name) if b"\0" not in name else name.index(b"\0"))
     claims.add(label, offset, end)
     hints.add(labels.number(Place.NAME_SLACK, owner), end, offset + len(name))

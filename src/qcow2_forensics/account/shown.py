@@ -26,7 +26,7 @@ class ShownBytes:
     """What the states show of the host clusters; arrays are by index of the index map.
 
     ``parts`` are hosts, bytes and flags of clusters that are shown in part, ``past`` the hosts of those that lie
-    behind the end of their state; ``streams`` are the compressed entries that are shown as a whole.
+    after the end of their state; ``streams`` are the compressed entries that are shown as a whole.
     """
 
     def __init__(self, image: Image, clusters: IndexMap) -> None:

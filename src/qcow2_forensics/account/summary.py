@@ -70,7 +70,7 @@ class Summary:
                 self._join()
 
     def _join(self) -> None:
-        """Join what lies between notable rows; where that is not enough, everything behind the first rows."""
+        """Join what lies between notable rows; where that is not enough, everything after the first rows."""
         kept: list[Row] = []
         for row in self.rows:
             if kept and not row.is_notable and not kept[-1].is_notable:

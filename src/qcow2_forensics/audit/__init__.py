@@ -67,7 +67,7 @@ def catalog(depth: Depth = Depth.DEEP) -> dict[str, Rule]:
 def audit(
     origin: PathOrSource | Image,
     depth: str | Depth = "standard",
-    passphrase: Passphrase = None,
+    passphrase: Passphrase = None,  # noqa: ARG001 - a public name, and the third by place
     resolver: Resolver | None = None,
     limits: Limits = DEFAULT_LIMITS,
     *,
@@ -77,7 +77,7 @@ def audit(
 
     ``depth`` is ``"triage"`` (header, extensions, snapshots, names), ``"standard"`` (all tables)
     or ``"deep"`` (free space, slack, every cluster decoded). ``resolver`` says which files named
-    by the image may be looked at. ``pictures`` adds the map of the host file and the tree of states
+    by the image may be looked at. ``passphrase`` is accepted and not used: no rule decrypts. ``pictures`` adds the map of the host file and the tree of states
     to ``Report.details``, for the page.
     """
     wanted = Depth.parse(depth)
@@ -89,7 +89,7 @@ def audit(
     except (Qcow2Error, OSError) as error:
         return Report(unopened(name, path), (_unreadable(error, path),), depth=wanted.label)
     try:
-        facts = Facts(image, path=path, depth=wanted, passphrase=passphrase, resolver=resolver, limits=limits)
+        facts = Facts(image, path=path, depth=wanted, resolver=resolver, limits=limits)
         findings = explain(_findings(rules, facts))
         counted = wanted >= Depth.STANDARD and facts.has_census and facts.census_error is None
         check = facts.census.check if counted else None

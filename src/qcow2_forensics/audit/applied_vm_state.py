@@ -1,6 +1,6 @@
 """Whether what the active state maps past the end of the disk is one saved machine state and nothing else.
 
-Applying a snapshot makes its L1 table the active one, with the VM state it maps behind the disk. The first
+Applying a snapshot makes its L1 table the active one, with the VM state it maps past the end of the disk. The first
 bytes prove nothing: the stream has to be sound up to the devices, and to use what is mapped.
 """
 
@@ -17,7 +17,7 @@ _MAGIC = b"QEVM"
 
 
 class _Stream:
-    """Bytes behind the disk of the active state as a source."""
+    """Bytes past the end of the disk of the active state as a source."""
 
     def __init__(self, disk: Disk, offset: int, size: int) -> None:
         self._disk = disk

@@ -13,7 +13,6 @@ from ..format.header import Header
 from ..format.image import Image
 from ..format.rules import Problem
 from ..limits import DEFAULT_LIMITS, REPORTED_CHARACTERS, Limits
-from ..reader.opening import Passphrase
 from ..reader.resolver import Resolver
 from ..text import Value
 from .rules import Depth
@@ -65,14 +64,12 @@ class Facts:
         *,
         path: Path | None = None,
         depth: Depth = Depth.STANDARD,
-        passphrase: Passphrase = None,
         resolver: Resolver | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.image = image
         self.path = path
         self.depth = depth
-        self.passphrase = passphrase
         self.resolver = resolver
         self.limits = limits
         self.left_out: list[Evidence] = []

@@ -130,7 +130,7 @@ def _name_snapshots(facts: Facts, classes: npt.NDArray[np.uint8]) -> list[list[s
 
 
 def _mark_vm_states(facts: Facts, classes: npt.NDArray[np.uint8], number: int) -> bool:
-    """Give the clusters that states map behind their disk a class; return whether there are any."""
+    """Give the clusters that states map past the end of their disk a class; return whether there are any."""
     header, snapshots = facts.header, facts.image.snapshots
     sizes = [header.size, *(header.size if entry.disk_size is None else entry.disk_size for entry in snapshots)]
     firsts = np.array([min(-(-size // header.l2_span), 2**62) for size in sizes], np.int64)

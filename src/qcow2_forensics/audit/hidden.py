@@ -191,26 +191,26 @@ def vm_state_residue(facts: Facts) -> Iterator[Evidence]:
     for piece in survey_of(facts).of(["free", "leaked", "trailing"], ["vm-state"]).kept:
         yield from _vm_state(facts, piece.offset, f"{piece.kind} clusters")
     behind = facts.census.seen(TablesBehindDisk)
-    facts.leave_out("clusters behind the disk that were not looked at for a VM state", behind.left_out)
+    facts.leave_out("clusters past the end of the disk that were not looked at for a VM state", behind.left_out)
     for offset in (host for table in behind.found for host in table.hosts):
         if _is_unlisted_stream(facts, offset):
-            yield from _vm_state(facts, offset, "active state behind the disk")
+            yield from _vm_state(facts, offset, "active state past the end of the disk")
 
 
 @rule(
     "QCOW2-VMSTATE-LEFTOVER",
     Severity.HIGH,
     "guest memory that no snapshot lists can be opened",
-    note="the active state maps a VM state behind the end of the disk: consistent with a memory snapshot that was applied "
+    note="the active state maps a VM state past the end of the disk: consistent with a memory snapshot that was applied "
     "and deleted, or with a savevm that failed; 'leftover' names it wherever a snapshot is named",
-    when="what the active state maps behind the disk starts with QEVM and a version, and belongs to no listed snapshot",
+    when="what the active state maps past the end of the disk starts with QEVM and a version, and belongs to no listed snapshot",
     depth=Depth.STANDARD,
     validated=QEMU_MADE,
 )
 def vm_state_leftover(facts: Facts) -> Iterator[Evidence]:
     offset = leftover_vm_state(facts.image)
     if offset and _is_unlisted_stream(facts, offset):
-        yield from _vm_state(facts, offset, "active state behind the disk")
+        yield from _vm_state(facts, offset, "active state past the end of the disk")
 
 
 def _is_unlisted_stream(facts: Facts, offset: int) -> bool:
@@ -272,7 +272,7 @@ class TablesBehindDisk:
     Severity.LOW,
     "the active state has empty tables where a VM state was",
     note="consistent with an earlier savevm, also after its snapshot was deleted; the number of entries gives its size",
-    when="an active L2 table behind the disk holds only empty and zero entries, and no live snapshot has a VM state "
+    when="an active L2 table past the end of the disk holds only empty and zero entries, and no live snapshot has a VM state "
     "of that size",
     harmless="live snapshots with a VM state leave it too and are left out by their size",
     depth=Depth.STANDARD,

@@ -80,8 +80,8 @@ def _absurd_snapshots(facts: Facts) -> Iterator[Deferred]:
     for entry in facts.image.snapshots:
         if entry.l1_size * 8 <= MiB:
             continue
-        reach = (entry.disk_size or size) + entry.vm_state_size
-        if entry.l1_size > 4 * (-(-reach // span) + 1):
+        mapped = (entry.disk_size or size) + entry.vm_state_size
+        if entry.l1_size > 4 * (-(-mapped // span) + 1):
             yield Deferred(partial(_absurd_l1, entry), entry.offset)
 
 

@@ -30,7 +30,7 @@ from .rules import CRAFTED, Chapter, Depth, Graded, graded
 rule = Chapter(__name__, "Lost tables")
 
 _FEW = 4  # entries that are none: below, a table is damaged and not lost
-_LEAKS = 8  # leaked clusters behind a table of zeros: below, an interrupted write explains them
+_LEAKS = 8  # leaked clusters after a table of zeros: below, an interrupted write explains them
 _MISREAD = {
     False: "L2 tables hold extended entries, the header says standard ones",
     True: "L2 tables hold standard entries, the header says extended ones",

@@ -103,9 +103,9 @@ def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
     # is cut off before the sum could overflow.
     size = np.uint64(facts.cluster_size)
     ends = (np.minimum(starts, np.uint64(2**62)) + lengths + size - np.uint64(1)) // size * size
-    reach = np.maximum.accumulate(ends)
-    hits = np.flatnonzero(starts[1:] < reach[:-1]) + 1
-    furthest = np.maximum.accumulate(np.where(ends == reach, np.arange(len(ends)), 0))
+    furthest_end = np.maximum.accumulate(ends)
+    hits = np.flatnonzero(starts[1:] < furthest_end[:-1]) + 1
+    furthest = np.maximum.accumulate(np.where(ends == furthest_end, np.arange(len(ends)), 0))
 
     def structure_at(at: int) -> Evidence:
         name = structure_of(Owner(int(kinds[at])))

@@ -257,7 +257,7 @@ def _disk_size(source: Source, kind: str) -> int | None:
 
 
 def mtime_of(source: Source) -> float | None:
-    """Return when the file behind a source was last changed, None when it is no open file."""
+    """Return when the file of a source was last changed, None when it is no open file."""
     fileno, path = getattr(source, "fileno", None), getattr(source, "path", None)
     try:
         status = os.fstat(fileno()) if fileno is not None else os.stat(path) if path is not None else None

@@ -47,7 +47,7 @@ def header_padding(facts: Facts) -> Iterator[Evidence]:
         yield _previewed(facts, piece)
     header = facts.header
     if header.version == 3 and header.header_length == 104:
-        # A compression type written behind a short header reads as an empty extension of odd type.
+        # A compression type written after a short header reads as an empty extension of odd type.
         kind = facts.read(104, 8)
         if kind[:1] != b"\0" and not any(kind[1:]):
             yield Evidence("ignored_compression_type", kind[0], 104, 1, "header")

@@ -1,6 +1,6 @@
 """Writers by the layout of the images they make, for images whose header does not say more.
 
-What each writer puts behind the header, in clusters::
+What each writer puts after the header, in clusters::
 
     QEMU, since 1.1    refcount table, refcount block, L1, L2, data
     QEMU, before 1.1   L1, refcount table, refcount block, L2, data          version 2

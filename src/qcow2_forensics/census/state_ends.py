@@ -1,6 +1,6 @@
 """How much of what an L2 table maps its states show: the disk up to its end, the VM state up to its size.
 
-The VM state begins where the L2 table behind the disk does, so what is shown of a table is its beginning::
+The VM state begins where the L2 table past the end of the disk does, so what is shown of a table is its beginning::
 
     table    [ disk .......... | past the end ]   [ VM state ... | past vm_state_size ]
     shown    <---------------->                   <------------->

@@ -25,7 +25,7 @@ def snapshot_of(memory: GuestMemory) -> str | None:
     if state.rebuilt is not None:
         return f"{state.rebuilt.label} (a VM state that nothing maps any more)"
     if state.snapshot is None:
-        return f"{LEFTOVER} (behind the disk, listed by no snapshot)"
+        return f"{LEFTOVER} (past the end of the disk, listed by no snapshot)"
     return f"{cut(state.snapshot.id)} ({cut(state.snapshot.name)})"
 
 

@@ -5,7 +5,7 @@ to a text that describes the whole volume group, so that any of its physical vol
 
     sector 0-3   "LABELONE" ... "LVM2 001"
     header       UUID, size, data areas, metadata areas          (offset, size) each, ended by zeros
-    metadata     " LVM2 x[5A%r0N*>" ... (offset, size, CRC) of the text, in a ring behind 512 bytes
+    metadata     " LVM2 x[5A%r0N*>" ... (offset, size, CRC) of the text, in a ring after 512 bytes
 
 Linear and striped volumes are mapped, over as many physical volumes as the disk has. Others (thin, RAID,
 cache) are named with the reason why they are not.
@@ -22,6 +22,7 @@ from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
+from ..text import quoted
 from .readers import Reader, Segment
 
 SECTOR = 512
@@ -146,7 +147,7 @@ def _texts(reader: Reader, area: int, area_size: int, known: Texts) -> Iterator[
         raise LvmError(f"its metadata text is {length} bytes at {offset:#x} of an area of {size} bytes")
     first = min(length, size - offset)
     text = known.read(reader, area + offset, first)
-    if length > first:  # the ring starts again behind its header
+    if length > first:  # the ring starts again after its header
         text += known.read(reader, area + _MDA_HEADER, length - first)
     if zlib.crc32(text, _CRC_START ^ 0xFFFF_FFFF) ^ 0xFFFF_FFFF != checksum:
         raise LvmError("the checksum of its metadata text does not match")
@@ -176,7 +177,7 @@ def parse(text: str) -> Section:
         elif follows == "=":
             open_sections[-1][word] = _value(tokens)
         else:
-            raise LvmError(f"its metadata text has {follows[:20]!r} behind {word[:20]!r}")
+            raise LvmError(f"its metadata text has {quoted(follows[:20])} after {quoted(word[:20])}")
     if len(open_sections) > 1:
         raise LvmError("its metadata text ends inside a section")
     return root
@@ -187,7 +188,7 @@ def _tokens(text: str) -> Iterator[str]:
     while at < len(text):
         found = _TOKEN.match(text, at)
         if found is None:
-            raise LvmError(f"its metadata text has {text[at : at + 20]!r}")
+            raise LvmError(f"its metadata text has {quoted(text[at : at + 20])}")
         at = found.end()
         if found[1] is not None:
             yield found[1]
@@ -212,7 +213,7 @@ def _scalar(word: str) -> str | int:
     try:
         return int(word)
     except ValueError:
-        raise LvmError(f"its metadata text has {word[:20]!r} for a value") from None
+        raise LvmError(f"its metadata text has {quoted(word[:20])} for a value") from None
 
 
 def _sequence(metadata: Section) -> int:
@@ -223,7 +224,7 @@ def _sequence(metadata: Section) -> int:
 def _number(section: Mapping[str, Value], key: str) -> int:
     value = section.get(key)
     if not isinstance(value, int) or not 0 <= value < _MOST:
-        raise LvmError(f"its metadata text has no number {key!r} where one belongs")
+        raise LvmError(f"its metadata text has no number {quoted(key)} where one belongs")
     return value
 
 
@@ -312,7 +313,7 @@ def _parts(segment: Section, extent: int, starts: _Starts) -> Iterator[tuple[Rea
     """Yield where one segment's bytes are, in the order of the logical volume."""
     kind = segment.get("type")
     if kind not in ("striped", "linear"):
-        raise LvmError(f"it is of LVM type {str(kind)[:40]!r}, which is not read")
+        raise LvmError(f"it is of LVM type {quoted(str(kind)[:40])}, which is not read")
     first, length = _number(segment, "start_extent") * extent, _number(segment, "extent_count") * extent
     stripes = segment.get("stripes")
     count = _number(segment, "stripe_count")

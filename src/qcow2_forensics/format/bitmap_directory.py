@@ -56,9 +56,9 @@ class BitmapEntry(NamedTuple):
         return 1 << self.granularity_bits
 
     def is_cut_short(self, cluster_size: int, disk_size: int) -> bool:
-        """Whether it was saved, and has bits for less than the disk: what changed behind them is not known."""
-        reach = (self.table_size * cluster_size * 8) << self.granularity_bits
-        return reach < disk_size and not self.flags & BitmapFlag.IN_USE
+        """Whether it was saved, and has bits for less than the disk: what changed past them is not known."""
+        covered = (self.table_size * cluster_size * 8) << self.granularity_bits
+        return covered < disk_size and not self.flags & BitmapFlag.IN_USE
 
 
 def parse_bitmap_entry(data: bytes, at: int, file_offset: int) -> BitmapEntry | None:

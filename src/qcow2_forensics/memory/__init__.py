@@ -71,7 +71,7 @@ def open_guest_memory(
 ) -> GuestMemory:
     """Open the guest memory in a qcow2 snapshot (the latest that holds any when None) or in a stream file.
 
-    ``snapshot`` may be "leftover": the VM state that the active state still maps behind the disk. It is also
+    ``snapshot`` may be "leftover": the VM state that the active state still maps past the end of the disk. It is also
     what None means where no snapshot holds memory.
 
     ``origin`` is a qcow2 image, a bare migration stream, a libvirt save file or a Proxmox state volume,

@@ -192,7 +192,7 @@ class _MembersReader(io.RawIOBase):
                 return data
 
     def _behind_zeros(self) -> bytes:
-        """Return the next bytes behind padding, none at the end of the file."""
+        """Return the next bytes after padding, none at the end of the file."""
         while piece := self._stream.read(_INPUT):
             if rest := piece.lstrip(b"\0"):
                 return rest

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Final
 
 from ..limits import MODULE_DEVICES, MODULE_LAYOUTS, MODULE_SECTION_BYTES, MODULES, GiB, KiB, MiB
-from ..text import cut, plural, quoted
+from ..text import plural, quoted
 from .acpi_tables import Affinity
 from .placement import FOUR_GIB, Placement, natural, span
 from .records import Block, Region
@@ -96,9 +96,9 @@ def place_modules(waiting: Sequence[Block], windows: Ranges, shown: Ranges, whol
     taken = [(region.address, region.length) for region in placed]
     window = span(windows[0][0], windows[-1][0] + windows[-1][1] - windows[0][0]) if windows else ""
     for region in placed:
-        name, where = cut(region.block), span(region.address, region.length)
+        name, where = quoted(region.block), span(region.address, region.length)
         made.assume(
-            f"module {name!r} is taken to lie at {where}, the first free place of the window; "
+            f"module {name} is taken to lie at {where}, the first free place of the window; "
             f"a module plugged after another was unplugged may lie elsewhere in {window}",
             [(region.address, region.length)],
         )

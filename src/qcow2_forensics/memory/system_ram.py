@@ -114,7 +114,7 @@ def system_blocks(found: list[Block], ranges: Sequence[Affinity], facts: Facts, 
     """Choose the blocks the machine started with, in the order of their addresses."""
     named = [block for block in found if block.name in DEFAULT_NAMES]
     if len(named) == 1:
-        made.notes.append(f"block {named[0].name!r} is the machine's RAM by its name")
+        made.notes.append(f"block {quoted(named[0].name)} is the machine's RAM by its name")
         return Order(named)
     if len(found) == 1:
         made.notes.append(f"block {quoted(found[0].name)} is the only one that can be RAM")
@@ -231,7 +231,7 @@ def base_above(
     """Decide where the RAM above 4 GiB starts, and return the other places where it may.
 
     QEMU moves it to 1 TiB for AMD processors when the addresses in use would reach the HyperTransport hole.
-    The SRAT states it; where there is none, PCI devices are put right behind it, rounded up to 1 GiB.
+    The SRAT states it; where there is none, PCI devices are put right after it, rounded up to 1 GiB.
     """
     high = [item.base for item in ranges if item.base >= FOUR_GIB and not item.hotplug and not item.fixed]
     if high:
@@ -245,7 +245,7 @@ def base_above(
         return ()
     if first == far:
         made.above_base = _TIB
-        made.notes.append(f"the PCI window of the DSDT starts at {first:#x}, right behind RAM above 4 GiB at 1 TiB")
+        made.notes.append(f"the PCI window of the DSDT starts at {first:#x}, right after RAM above 4 GiB at 1 TiB")
         return (FOUR_GIB,)
     if first == near or version(facts.machine) < _RELOCATES or not made.above:
         return ()

@@ -52,7 +52,7 @@ def dirty_totals(image: Image, bitmap: BitmapEntry, known: dict[int, ClusterBits
     known = {} if known is None else known
     known.setdefault(0, _cluster_bits((1 << per_cluster) - 1, per_cluster))  # no cluster: all ones
     ranges = ones = 0
-    carried = -1  # the first bit behind a cluster whose last bit is set
+    carried = -1  # the first bit after a cluster whose last bit is set
     for index, offset in _clusters(image, bitmap):
         first = index * per_cluster
         if first >= most:

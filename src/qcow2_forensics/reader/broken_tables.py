@@ -1,6 +1,6 @@
 """How far a mapping cannot be read: L2 tables that are lost, or of which no entry is sound.
 
-A comparison says of what cannot be read that it is unreadable, and goes on behind it. A crafted L1 table may name a
+A comparison reports what cannot be read as unreadable, and continues after it. A crafted L1 table may name a
 few such tables a million times; each is looked at once.
 """
 
@@ -51,7 +51,7 @@ class BrokenTables:
             except FormatError:
                 page = array("Q")
             except OSError:
-                break  # of the medium: nothing is known of what is behind
+                break  # of the medium: nothing is known of what follows
             first = index % L1_PAGE
             if first >= len(page):
                 index = tables.l1_size  # cut off by the end of the file

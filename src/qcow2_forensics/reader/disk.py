@@ -145,7 +145,7 @@ class Disk(Closing):
 
     @property
     def stored_size(self) -> int:
-        """Bytes of the files behind this disk: what reading all of it can be expected to cost."""
+        """Bytes of the files of this disk: what reading all of it can be expected to cost."""
         return self._host.size + (
             0 if self.backing is None else getattr(self.backing, "stored_size", self.backing.size)
         )

@@ -2,7 +2,7 @@
 
 ::
 
-    nothing named       the latest snapshot with memory, or else a VM state that is still mapped behind the disk
+    nothing named       the latest snapshot with memory, or else a VM state that is still mapped past the end of the disk
     a state             as :mod:`.states` reads it; a snapshot must hold memory
     disk, disk:STATE    the virtual disk itself, as it is now or as it was
 """
@@ -46,7 +46,7 @@ def memory_snapshots(image: Image) -> list[SnapshotEntry]:
 
 
 def leftover_name(image: Image) -> str:
-    """Return what means the VM state behind the disk that no snapshot lists, also where a snapshot has its name."""
+    """Return what means the VM state past the end of the disk that no snapshot lists, also where a snapshot has its name."""
     return states.spelled(states.names_of(image.snapshots), states.LEFTOVER)
 
 

@@ -106,7 +106,7 @@ def open_vm_state(
 ) -> VmState:
     """Open the VM state of a snapshot, of the latest that holds one when None.
 
-    ``"leftover"`` is what the active state still maps behind the disk, though no snapshot lists it,
+    ``"leftover"`` is what the active state still maps past the end of the disk, though no snapshot lists it,
     ``"recovered:N"`` one that nothing maps any more.
     Neither backing nor data files are needed: QEMU stores VM state in the image itself. ``assume`` as in :func:`open_disk`.
     """
@@ -147,7 +147,7 @@ def open_vm_state(
 
 
 def leftover_vm_state(image: Image) -> int | None:
-    """Return the host offset of the VM state that the active state maps behind the disk.
+    """Return the host offset of the VM state that the active state maps past the end of the disk.
 
     None where there is none, or where the tables that lead to it cannot be read.
     """

@@ -4,7 +4,7 @@
 
     active        the disk as it is now             index:N      by its place in the snapshot table, from 0
     backing       the disk below an overlay         #N           the same, from 1
-    leftover      a VM state that the active state still maps behind its disk, listed by no snapshot
+    leftover      a VM state that the active state still maps past the end of its disk, listed by no snapshot
     X             the snapshot with the ID X,       id:X         by its ID, and only by that
                   or with the name X                name:X       by its name, and only by that
                                                   deleted:X    a snapshot no table lists any more, by the
@@ -35,7 +35,7 @@ from ..format.bitmap_directory import BitmapEntry
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..text import cut, listed
+from ..text import cut, listed, quoted
 
 ACTIVE = "active"
 BACKING = "backing"
@@ -61,7 +61,7 @@ class Backing(NamedTuple):
 
 
 class Leftover(NamedTuple):
-    """A VM state behind the disk that no snapshot lists: memory without a disk."""
+    """A VM state past the end of the disk that no snapshot lists: memory without a disk."""
 
 
 class Rebuilt(ABC):
@@ -194,7 +194,7 @@ def find_bitmap(image: Image, text: str) -> BitmapEntry | None:
     if len(found) != 1:
         held = listed([cut(bitmap.name) for bitmap in image.bitmaps], _BITMAPS_LISTED) or "none"
         count = "no" if not found else "several"
-        raise Qcow2Error(f"{cut(image.name)} has {count} bitmaps {cut(name)!r}; it holds: {held}")
+        raise Qcow2Error(f"{cut(image.name)} has {count} bitmaps {quoted(name)}; it holds: {held}")
     return found[0]
 
 

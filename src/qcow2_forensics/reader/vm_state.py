@@ -1,6 +1,6 @@
 """The QEMU migration stream a snapshot holds, as positional bytes.
 
-QEMU stores the VM state behind the disk, mapped by the snapshot's own L1 table: it starts at the
+QEMU stores the VM state past the end of the disk, mapped by the snapshot's own L1 table: it starts at the
 first L2 table that maps nothing of the disk, counted from the disk size the snapshot recorded,
 not from the current one.
 
@@ -24,7 +24,7 @@ _MAGIC = b"QEVM"
 
 
 def leftover_size(disk: Disk) -> int:
-    """Return how far the active L1 table maps stored clusters behind the disk, in bytes; ``disk`` is the active state."""
+    """Return how far the active L1 table maps stored clusters past the end of the disk, in bytes; ``disk`` is the active state."""
     header = disk.image.header
     start = vm_state_offset(header.size, header.l2_span)
     end = start
@@ -41,7 +41,7 @@ def leftover_offset(disk: Disk) -> int | None:
 
 
 def has_leftover(disk: Disk) -> bool:
-    """Return whether what lies behind the disk begins as a migration stream; True where it is encrypted and locked."""
+    """Return whether what lies past the end of the disk begins as a migration stream; True where it is encrypted and locked."""
     header = disk.image.header
     if not leftover_size(disk):
         return False
@@ -56,7 +56,7 @@ def vm_state_offset(disk_size: int, l2_span: int) -> int:
 class VmState(Closing):
     """The VM state of one snapshot as a source; ``disk`` must be opened at that snapshot.
 
-    With ``leftover`` it is what the active state maps behind the disk, and ``snapshot`` is None.
+    With ``leftover`` it is what the active state maps past the end of the disk, and ``snapshot`` is None.
     """
 
     snapshot: SnapshotEntry | None

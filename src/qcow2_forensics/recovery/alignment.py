@@ -2,7 +2,7 @@
 
 ::
 
-    the bitmap says of slot 7   used  used  free  free  used
+    the bitmap has for slot 7   used  used  free  free  used
     the table stores            yes   yes   no    no    yes      fits
     another one stores          no    yes   yes   yes   no       does not
 
@@ -60,7 +60,7 @@ def fits(stored: Mask, use: Bits) -> Scores | None:
 
 
 def agreements(stored: Mask, use: Bits, stored_chances: Mapping[int, float]) -> Scores | None:
-    """Return (tables, slots) how much better what a table stores is foretold by a slot's use than by nothing.
+    """Return (tables, slots) how much better what a table stores is predicted by a slot's use than by nothing.
 
     Unlike :func:`fits` it counts clusters in use that the table does not store: another table may have the slot.
     ``stored_chances`` are those of :func:`chances`. None for too much work.

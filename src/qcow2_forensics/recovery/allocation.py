@@ -133,7 +133,7 @@ def cluster_use(volumes: list[VolumeMap], slots: list[int], span: int, cluster: 
 
 
 def _clusters(volume: VolumeMap, begin: int, span: int, cluster: int) -> Iterator[tuple[int, Bits]]:
-    """Yield the first cluster of a range that a volume says something about, and what it says of it and the next."""
+    """Yield the first cluster of a range that a volume describes, and its bits for it and the next."""
     unit = min(cluster, volume.block)
     first, last = max(begin, volume.start), min(begin + span, volume.start + len(volume.bits) * volume.block)
     if first >= last:

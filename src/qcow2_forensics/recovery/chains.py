@@ -7,7 +7,7 @@
                     between two of known slot   behind one of known slot
 
 A single wrong link shifts everything behind it. Between two tables of known slot it shows, for their distance is not that
-of their slots; behind the last one it shows where a table would get a slot that is taken, or one whose
+of their slots; after the last one it shows where a table would get a slot that is taken, or one whose
 use contradicts it. Such a part gets no slots at all, and neither do two parts that claim the same slot.
 """
 
@@ -28,7 +28,7 @@ _FITS = "it stores the clusters that the file system uses there, and in no other
 # Before anything is known of a file, one link in a hundred is taken to be wrong, as if that was seen ten times.
 _WRONG, _SEEN = 0.1, 10.0
 _ROUNDS = 8
-_CHANCE = 0.1  # that a part has a wrong link: the most that is risked behind the last table of known slot
+_CHANCE = 0.1  # that a part has a wrong link: the most that is risked after the last table of known slot
 
 
 class Chain(NamedTuple):
@@ -120,7 +120,7 @@ def arrange(
 def _parts(
     chain: Chain, clear: Mapping[int, int], slots: int, used: set[int], scores: Scores | None, steps: int
 ) -> Iterator[_Part]:
-    """Yield the parts of a chain that get slots: between two tables of known slot, and before the first and behind the last."""
+    """Yield the parts of a chain that get slots: between two tables of known slot, and before the first and after the last."""
     anchors = [] if chain.before is None else [(-1, chain.before)]
     anchors += [(place, clear[table]) for place, table in enumerate(chain.tables) if table in clear]
     anchors += [] if chain.after is None else [(len(chain.tables), chain.after)]

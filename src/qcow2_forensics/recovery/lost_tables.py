@@ -30,7 +30,7 @@ from .placement import Placement, Use
 from .positions import file_system_starts, partitions
 from .table_search import table_words
 
-_TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, behind every L1 table
+_TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, after every L1 table
 _ALL_SUBCLUSTERS = 0xFFFF_FFFF
 _TABLES_ASKED = 16  # whether they hold compressed clusters
 _ROUNDS = 4  # of finding the file system in what was put together so far

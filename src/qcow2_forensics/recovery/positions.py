@@ -7,7 +7,7 @@
     ext superblock copy   s_block_group_nr               from the start of its file system
     XFS AGF, AGI          the number of its group        from the start of its file system
     XFS inode             its number                     from the start of its file system
-    NTFS boot sector      the size of the volume: it is the first sector, or its copy behind the volume
+    NTFS boot sector      the size of the volume: it is the first sector, or its copy after the volume
     NTFS file record      its number in the MFT          from the start of its file system, while the MFT is one run
     Btrfs superblock      bytenr                         from the start of its file system
 

@@ -1,6 +1,6 @@
 """VM states that no snapshot owns any more, found by their first bytes in clusters that nothing claims.
 
-Their order is that of a former L2 table that maps the first cluster, and of the tables behind it. Without one
+Their order is that of a former L2 table that maps the first cluster, and of the tables after it. Without one
 it is that of the clusters in the file, as far as they follow each other unclaimed.
 """
 
@@ -32,7 +32,7 @@ from .state import RecoveredState
 _MAGIC = int.from_bytes(b"QEVM\0\0\0", "big")
 _CHUNK = 4 * MiB
 _CLUSTERS_AT_ONCE = 1 << 16
-_TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, behind the L1 table
+_TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, after the L1 table
 _SIZE_AT = 24  # of the disk, in the header
 _ALL_SUBCLUSTERS = 0xFFFF_FFFF
 
@@ -91,7 +91,7 @@ def _heads(source: Source, geometry: Geometry, census: Census) -> Iterator[int]:
 
 
 def _by_tables(head: int, former: list[_Former]) -> list[_Former]:
-    """Return the former tables that map a stream: the one that begins with its first cluster, and those behind it.
+    """Return the former tables that map a stream: the one that begins with its first cluster, and those after it.
 
     ``former`` rises by first cluster, and so does what is returned.
     """

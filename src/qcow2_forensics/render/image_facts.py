@@ -67,7 +67,7 @@ def check_line(report: Report) -> str:
             parts.append(f"an unknown number of {plural(total, 'cluster')} allocated: the L1 table cannot be read")
         elif allocated <= total:
             parts.append(f"{allocated} of {plural(total, 'cluster')} allocated ({allocated / total:.1%})")
-        else:  # crafted tables, or clusters behind the disk
+        else:  # crafted tables, or clusters past the end of the disk
             parts.append(f"{plural(allocated, 'cluster')} allocated, more than the {total} of the disk")
     if check.get("compressed-clusters"):
         parts.append(f"{check['compressed-clusters']} compressed")

@@ -29,7 +29,7 @@ def data_file_residue(image: Image, data: Source, *, strict: bool = True) -> Ite
     """Yield bytes of an external data file that the image does not show.
 
     ``kind`` is ``zero-flagged`` where an entry says zeros, ``unmapped`` where the image has nothing, and
-    ``beyond-disk`` behind the disk. An entry that cannot be read raises
+    ``beyond-disk`` past the end of the disk. An entry that cannot be read raises
     :class:`FormatError` where its turn comes; when not ``strict`` it shows nothing.
     """
     ranges = _hidden(image, data, strict)

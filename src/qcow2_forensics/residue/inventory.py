@@ -149,13 +149,13 @@ class Residue(Closing):
     # --- former entries ------------------------------------------------------------------------
 
     def entries(self) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
-        """Return the former snapshot and bitmap entries in free space and behind the live tables."""
+        """Return the former snapshot and bitmap entries in free space and after the live tables."""
         return self._former.snapshots, self._former.bitmaps
 
     def _with_slack(
         self, snapshots: list[SnapshotEntry], bitmaps: list[BitmapEntry]
     ) -> tuple[list[SnapshotEntry], list[BitmapEntry]]:
-        """Add the entries behind the live tables and leave out what is still live."""
+        """Add the entries after the live tables and leave out what is still live."""
         geometry = structure_detection.Geometry.of(self.image)
         for offset, data in self._table_tails():
             if data.strip(b"\0"):

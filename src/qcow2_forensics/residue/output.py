@@ -62,7 +62,7 @@ def write(
 
     The folder appears under its name only when it is complete. ``limit`` bounds the bytes in
     files; pieces beyond it are indexed with their hash and no file. ``origin`` is asked at the end for what the index
-    says of the run.
+    records about the run.
     """
     with whole_folder(folder) as partial:
         return _fill(residue, partial, kinds, limit, advance, origin)
@@ -98,7 +98,7 @@ def _fill(
             summary.skipped += not room
             advance(piece.length)
         deleted = residue.deleted_snapshots()
-        summary.deleted = tuple(_told(item) for item in deleted)
+        summary.deleted = tuple(_described(item) for item in deleted)
         index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}')
         index.writelines(f',\n"{key}": {json.dumps(value)}' for key, value in origin().items())
         index.write("}\n")
@@ -158,7 +158,7 @@ def _deleted(deleted: list[DeletedSnapshot]) -> list[dict[str, Any]]:
     ]
 
 
-def _told(item: DeletedSnapshot) -> str:
+def _described(item: DeletedSnapshot) -> str:
     entry = item.entry
     state = item.what_is_left if item.is_gone else f"{item.what_is_left}, open as {item.selector}"
     return f"deleted snapshot {printable(entry.id)} ({printable(entry.name)}): {state}"

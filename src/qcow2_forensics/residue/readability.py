@@ -155,7 +155,7 @@ class _Examiner:
         return max([self.image.header.l1_size, *(entry.l1_size for entry in self.image.snapshots)])
 
     def numbers(self, offsets: Words) -> Counts:
-        """Return the clusters at host offsets, the last of the file for what lies behind it."""
+        """Return the clusters at host offsets, the last of the file for what follows it."""
         last = np.uint64(self.census.clusters - 1)
         numbers: Counts = np.minimum(offsets >> np.uint64(self.geometry.cluster_bits), last).astype(np.intp)
         return numbers

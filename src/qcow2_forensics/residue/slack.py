@@ -1,4 +1,4 @@
-"""Bytes inside clusters that are in use: behind the header, behind tables, and past the disk's end."""
+"""Bytes inside clusters that are in use: after the header, after tables, and past the disk's end."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def table_tails(image: Image) -> Iterator[tuple[int, int]]:
 def _tails(image: Image, tables: Iterable[tuple[int, int, str]]) -> Iterator[tuple[int, int, str]]:
     """Yield (offset, length, whose) of what follows tables, given as (offset, length, whose), in their last clusters.
 
-    Of several that end in one cluster only what follows the furthest of them is behind a table.
+    Of several that end in one cluster only what follows the furthest of them is after a table.
     """
     furthest: dict[int, tuple[int, str]] = {}  # by the end of the last cluster
     for offset, length, owner in tables:

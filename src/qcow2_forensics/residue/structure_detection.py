@@ -29,7 +29,7 @@ Counts: TypeAlias = npt.NDArray[np.intp]
 _EXTRA_LENGTHS = frozenset({0, 8, 16, 24})  # what QEMU has written
 _ID_LENGTH = 10  # decimal, QEMU counts in 32 bits
 _MOST_STATES = 8  # that share most of what a former refcount block counts
-BEHIND = 512  # bytes of the next cluster that are looked at too: entries go on behind the border
+BEHIND = 512  # bytes of the next cluster that are looked at too: entries continue past the border
 _FIRST_WORDS = 16  # of a cluster: what cannot be a table is mostly seen from these
 _FIRST_BYTES = 128
 
