@@ -1,7 +1,7 @@
 """Every ``console``, ``sh`` and ``python`` block of the pages runs, on images everybody can make.
 
 A page's blocks run in order, in one folder that holds ``demo.qcow2`` (the built-in image), ``disk.qcow2`` and,
-for docs/dfvfs.md, ``case.qcow2``: made here with QEMU, each with the deleted snapshot ``alpha``. Lines after a command are what it prints, in this order; ``...`` stands for
+for docs/dfvfs.md and docs/tsk.md, ``case.qcow2``: made here with QEMU, each with the deleted snapshot ``alpha``. Lines after a command are what it prints, in this order; ``...`` stands for
 lines left out, and a line that ends with ``...`` is the start of one. A ``text`` block after a ``python`` block is what that prints.
 What ELSEWHERE lists is left out; a command that is refused prints its sentence first, and ends with 2.
 """
@@ -59,8 +59,22 @@ ELSEWHERE = {
     "drgn": "tests/test_guest_memory_elf.py",
     "docker": "it needs Docker and OpenRelik",
     "pytest tests/test_openrelik_worker.py": "it is the test",
+    "log2timeline --storage_file case.plaso disk.qcow2": "tests/test_plaso.py",
+    "log2timeline --qcow_snapshots changed": "tests/test_plaso_changed.py",
+    "python -m dfvfs_qcow2 log2timeline": "tests/test_plaso.py",
+    "vol -q -s symbols -f case.qcow2 qcow2.changes": "it needs a kernel's symbols",
+    "vol -q -f case.qcow2 qcow2.scan": "tests/test_volatility_plugins.py",
+    "python examples/pytsk3_list_states.py": "tests/test_examples.py",
+    "qcow2-forensics diff case.qcow2 --from before-incident": "tests/test_diff_files.py",
+    "qcow2-forensics diff yesterday.qcow2 today.qcow2": "tests/test_diff_sides.py",
+    "qcow2-forensics diff seized.qcow2 restored.raw": "the same",
+    "qcow2-forensics diff disk.qcow2 --from bitmap": "the same",
+    "qcow2-forensics diff server.qcow2": "tests/test_guest_volumes.py",
+    "qcow2-forensics diff wiped.qcow2": "the same",
     "import json\nimport sys\nfrom pathlib import Path\n\nfrom dask": "tests/test_cli_audit.py runs it",
 }
+_COMMAND = re.compile(r"^(?:\$ .*|(?:qcow2-forensics|vol|log2timeline|psteal|pip|python3?|docker) .*)$", re.MULTILINE)
+_UNNAMED = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _BLOCK = re.compile(r"^```(console|python|text|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PRELUDE = "import qcow2_forensics_autoload as hook; hook.install()\n"
 
@@ -162,11 +176,17 @@ def deleted_guest(folder: Path) -> None:
     qemu.snapshot(image, "alpha", action="-d", opts=KEEP)
 
 
+def demo_as_case(folder: Path) -> None:
+    """Make ``case.qcow2`` the demo's image."""
+    shutil.copyfile(folder / "demo.qcow2", folder / "case.qcow2")
+
+
 PREPARE = {
     "README.md": demo_as_disk,
     "docs/dfvfs.md": deleted_guest,
     "docs/recovery.md": headless,
     "docs/states.md": ambiguous,
+    "docs/tsk.md": demo_as_case,
 }
 
 
@@ -188,6 +208,15 @@ def test_every_fence_is_of_a_kind_that_is_looked_at() -> None:
     for page in pages():
         kinds = re.findall(r"^```(\S*)$", (ROOT / page).read_text(), re.MULTILINE)
         assert set(kinds) <= {"", "console", "python", "text", "sh", "json"}, page
+
+
+def test_no_command_hides_in_a_block_without_a_language() -> None:
+    for page in pages():
+        # The end of a block and the start of the next look alike: those with a language go first.
+        text = re.sub(r"^```\w+\n.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+        for block in _UNNAMED.findall(text):
+            for command in _COMMAND.findall(block):
+                assert is_elsewhere(command.removeprefix("$ ")), (page, command)
 
 
 def test_no_reason_is_kept_for_a_command_that_is_gone() -> None:

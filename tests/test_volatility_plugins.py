@@ -428,6 +428,7 @@ def test_an_unknown_snapshot_is_one_warning(saved: Saved, tmp_path: Path, plugin
     assert_told(done, "no snapshot 'nope'", "1 (first), 2 (second)")
 
 
+@pytest.mark.slow
 def test_no_memory_state_is_one_warning(make_image: Callable[..., Path], tmp_path: Path) -> None:
     image = make_image("plain.qcow2", "1M")
     assert_told(vol("-f", image, *SCAN, cwd=tmp_path), "ordinary disk")
