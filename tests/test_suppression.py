@@ -239,8 +239,8 @@ def _l1_table_of_zeros(path: Path) -> None:
 
 CAPS: list[tuple[ModuleType, str, Callable[[Path], None], str]] = [
     (vm_states, "FINDINGS_PER_RULE", _two_vm_states, "VM states that were not looked at"),
-    (hidden, "VM_STATE_CLUSTERS", _clusters_behind_the_disk, "clusters behind the disk that were not looked at"),
-    (lost_tables, "LEAKED_TABLES_SEARCHED", _l1_table_of_zeros, "leaked runs not looked at for L2 tables"),
+    (hidden, "VM_STATE_CLUSTERS", _clusters_behind_the_disk, "not looked at for a VM state"),
+    (lost_tables, "LEAKED_TABLES_SEARCHED", _l1_table_of_zeros, "not looked at for L2 tables"),
 ]
 
 
@@ -257,7 +257,7 @@ def test_what_a_cap_leaves_out_is_in_the_report(
     assert of(audit(tmp_path / "disk.qcow2", "deep"), "AUDIT-LIMITED") == []
     monkeypatch.setattr(module, limit, 1)
     (limited,) = of(audit(tmp_path / "disk.qcow2", "deep"), "AUDIT-LIMITED")
-    (item,) = (item for item in limited.evidence if item.field.startswith(words))
+    (item,) = (item for item in limited.evidence if words in item.field)
     assert int(str(item.value)) > 0
 
 
