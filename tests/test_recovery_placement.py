@@ -24,6 +24,7 @@ from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, 
 from qcow2_forensics.recovery.alignment import chances, clear_slots, rising
 from qcow2_forensics.recovery.allocation import FREE, USED, PlacedDisk, VolumeMap, cluster_use
 from qcow2_forensics.recovery.ext_volume import crc32c, ext_map
+from qcow2_forensics.recovery.positions import FileSystems, empty, note_file_systems, positions
 from tests import guest_disks, qemu
 
 OFFSETS = 0x00FF_FFFF_FFFF_FE00
@@ -137,6 +138,41 @@ def test_tables_of_alike_file_systems_in_several_partitions_find_their_places(tm
     guest_disks.partitioned(disk, parts)
     data = image_of(disk, "cluster_size=4096")
     assert wrong_bytes(best(without_l1(data), tmp_path), disk) == RIGHT
+
+
+def _mft_record(runs: bytes) -> bytes:
+    """Return the record of an MFT, number 0, whose data has some packed runs."""
+    record = bytearray(1024)
+    struct.pack_into("<4sHHQHHHHII", record, 0, b"FILE", 48, 3, 0, 1, 1, 56, 1, 512, 1024)
+    struct.pack_into("<IIB", record, 56, 0x80, 64 + len(runs), 1)
+    struct.pack_into("<H", record, 56 + 32, 64)
+    record[56 + 64 : 56 + 64 + len(runs)] = runs
+    struct.pack_into("<I", record, 56 + 64 + len(runs), 0xFFFF_FFFF)
+    record[510:512] = record[1022:1024] = record[48:50] = b"\x07\x00"
+    return bytes(record)
+
+
+def test_file_records_of_a_fragmented_mft_are_placed_by_its_runs() -> None:
+    boot = bytearray(512)
+    boot[3:11], boot[510:512] = b"NTFS    ", b"\x55\xaa"
+    struct.pack_into("<HB", boot, 11, 512, 8)  # clusters of 4 KiB
+    struct.pack_into("<Qb", boot, 48, 4, 0)
+    boot[64] = 0xF6  # records of 1 KiB
+    record = bytearray(512)
+    record[:4] = b"FILE"
+
+    def belongs(known: FileSystems, number: int) -> list[int]:
+        record[0x2C:0x30] = number.to_bytes(4, "little")
+        return [position.belongs for position in positions(known, 0, bytes(record))]
+
+    known = empty()
+    note_file_systems(known, bytes(boot))
+    assert belongs(known, 70) == [4 * 4096 + 70 * 1024]  # nothing is known of its runs
+    fragmented = b"\x11\x10\x04" + b"\x21\x08\x00\x20"  # 16 clusters from 4 on, 8 from 0x2004 on
+    note_file_systems(known, _mft_record(fragmented))
+    assert belongs(known, 10) == [4 * 4096 + 10 * 1024]
+    assert belongs(known, 70) == [0x2004 * 4096 + 6 * 1024]
+    assert belongs(known, 96) == []  # past its end
 
 
 def wrong_placements(data: bytes, true: dict[int, int], folder: Path) -> list[tuple[int, str]]:

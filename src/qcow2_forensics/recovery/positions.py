@@ -8,7 +8,7 @@
     XFS AGF, AGI          the number of its group        from the start of its file system
     XFS inode             its number                     from the start of its file system
     NTFS boot sector      the size of the volume: it is the first sector, or its copy after the volume
-    NTFS file record      its number in the MFT          from the start of its file system, while the MFT is one run
+    NTFS file record      its number in the MFT          from the start of its file system, by the runs of the MFT
     Btrfs superblock      bytenr                         from the start of its file system
 
 A position counted from the start of a file system needs that start: it is taken from the partition
@@ -27,9 +27,14 @@ import numpy as np
 from ..format.header import SECTOR
 from ..limits import PARTITIONS_LOOKED_AT, MiB
 from .evidence import position_bits
+from .ntfs_volume import data_runs, with_fixups
 
 _STARTS = (0, 63 * SECTOR, MiB)  # where file systems start besides what a partition table names
 ABSOLUTE = "GPT header"  # the structure that counts from the start of the disk
+_RECORDS = (1024, 2048, 4096)  # sizes of an NTFS file record
+_NTFS_VOLUMES = 32  # that are kept: copies of a boot sector, or of the record of an MFT, say the same
+_MFT_RUNS = 128  # of each that are kept
+_ONE_RUN = 1 << 40  # clusters
 _BTRFS_MARK_AT = 0x10040
 _MAGICS = [int.from_bytes(magic, "big") for magic in (b"EFI ", b"FILE", b"XAGF", b"XAGI", b"XFSB")]
 
@@ -58,12 +63,13 @@ class FileSystems(NamedTuple):
 
     ext: set[tuple[int, int, int]]  # block size, blocks per group, first data block
     xfs: set[tuple[int, int, int, int, int]]  # block size, blocks per allocation group, and how inodes are numbered
-    ntfs: set[tuple[int, int]]  # start of the MFT in bytes, size of a record
+    ntfs: set[tuple[int, int, int]]  # start of the MFT, size of a record and of a cluster in bytes
+    mft: set[tuple[tuple[int, int], ...]]  # runs of an MFT, (first cluster, count) each, by its own record
 
 
 def empty() -> FileSystems:
     """Return that no file system is known yet."""
-    return FileSystems(set(), set(), set())
+    return FileSystems(set(), set(), set(), set())
 
 
 def note_file_systems(known: FileSystems, sectors: bytes) -> None:
@@ -76,18 +82,23 @@ def note_file_systems(known: FileSystems, sectors: bytes) -> None:
                 known.xfs.add((block, blocks, int.from_bytes(head[104:106], "big"), head[123], head[124]))
         elif head[3:11] == b"NTFS    " and head[510:512] == b"\x55\xaa":
             geometry = _ntfs_geometry(head)
-            if geometry is not None:
+            if geometry is not None and len(known.ntfs) < _NTFS_VOLUMES:
                 known.ntfs.add(geometry)
+        elif head[:4] == b"FILE" and head[0x2C:0x30] == bytes(4):
+            size = int.from_bytes(head[0x1C:0x20], "little")
+            runs = tuple(data_runs(with_fixups(sectors[at : at + size]))) if size in _RECORDS else ()
+            if runs and len(known.mft) < _NTFS_VOLUMES:
+                known.mft.add(runs[:_MFT_RUNS])
         elif head[0x38:0x3A] == b"\x53\xef" and _is_ext(head):
             known.ext.add(_ext_geometry(head))
 
 
-def _ntfs_geometry(boot: bytes) -> tuple[int, int] | None:
+def _ntfs_geometry(boot: bytes) -> tuple[int, int, int] | None:
     cluster = int.from_bytes(boot[11:13], "little") * boot[13]
     mft = int.from_bytes(boot[48:56], "little")
     size = int.from_bytes(boot[64:65], "little", signed=True)
     record = 1 << -size if -31 < size < 0 else size * cluster
-    return (mft * cluster, record) if cluster and record in (1024, 2048, 4096) else None
+    return (mft * cluster, record, cluster) if cluster and record in _RECORDS else None
 
 
 def _is_ext(block: bytes) -> bool:
@@ -122,8 +133,7 @@ def positions(known: FileSystems, seen: int, data: bytes) -> Iterator[Position]:
             yield Position(place, int.from_bytes(head[24:32], "little") * SECTOR, True, ABSOLUTE)
         elif magic == b"FILE":
             number = int.from_bytes(head[0x2C:0x30], "little")
-            for start, record in known.ntfs:
-                yield Position(place, start + number * record, False, "NTFS file record")
+            yield from (Position(place, at_, False, "NTFS file record") for at_ in _record_places(known, number))
         elif head[3:11] == b"NTFS    " and head[510:512] == b"\x55\xaa":
             yield Position(place, 0, False, "NTFS boot sector")
             last = int.from_bytes(head[40:48], "little") * int.from_bytes(head[11:13], "little")
@@ -142,6 +152,21 @@ def positions(known: FileSystems, seen: int, data: bytes) -> Iterator[Position]:
             yield Position(place, belongs, False, "ext superblock")
         elif head[0x40:0x48] == b"_BHRfS_M":
             yield Position(place, int.from_bytes(head[0x30:0x38], "little"), False, "Btrfs superblock")
+
+
+def _record_places(known: FileSystems, number: int) -> set[int]:
+    """Return where the file record with a number is; with an MFT of unknown runs, where it is if that is one run."""
+    found: set[int] = set()
+    for start, record, cluster in known.ntfs:
+        layouts = [runs for runs in known.mft if runs[0][0] * cluster == start]
+        for runs in layouts or [((start // cluster, _ONE_RUN),)]:
+            left = number * record
+            for lcn, count in runs:
+                if left < count * cluster:
+                    found.add(lcn * cluster + left)
+                    break
+                left -= count * cluster
+    return found
 
 
 def _inode_places(known: FileSystems, head: bytes) -> Iterator[int]:
