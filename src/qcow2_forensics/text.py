@@ -289,9 +289,10 @@ class Column(NamedTuple):
     right: bool = False
     width: int = 0
 
-    def cell(self, row: Mapping[str, Any]) -> str:
-        """Return the cell of ``row`` for people, safe on a terminal."""
-        return text(row.get(self.key)) if self.show is None else self.show(row)
+    @property
+    def cell(self) -> Callable[[Mapping[str, Any]], str]:
+        """What makes the cell of a row for people, safe on a terminal."""
+        return self.show or (lambda row: text(row.get(self.key)))
 
     def value(self, row: Mapping[str, Any]) -> object:
         """Return the value of ``row`` for CSV: as recorded, or as people see what is in no field by itself."""
@@ -323,7 +324,8 @@ def write_table(
     elif as_format == "csv":
         out.writelines(csv_lines(([column.value(row) for column in table] for row in rows), [c.key for c in table]))
     else:
-        lines = aligned((tuple(column.cell(row) for column in table) for row in rows), table, gap=gap)
+        cells = [column.cell for column in table]
+        lines = aligned(([cell_of(row) for cell_of in cells] for row in rows), table, gap=gap)
         out.writelines(line + "\n" for line in lines)
 
 
@@ -356,6 +358,10 @@ def aligned(cells: Iterable[Sequence[str]], table: Sequence[Column], *, gap: str
     if not all(widths[:-1]):
         lines = list(lines)
         widths = [max(columns(line[at]) for line in lines) for at in range(len(table))]
+    plain = gap.join(f"%{width if column.right else -width}s" for column, width in zip(table, widths, strict=True))
     for line in lines:
-        padded = (column.align(one, width) for column, one, width in zip(table, line, widths, strict=True))
-        yield gap.join(padded).rstrip()
+        row = plain % tuple(line)
+        if not row.isascii():  # a character may take two columns, or none
+            padded = (column.align(one, width) for column, one, width in zip(table, line, widths, strict=True))
+            row = gap.join(padded)
+        yield row.rstrip()

@@ -12,6 +12,8 @@ What each writer puts after the header, in clusters::
 
 from __future__ import annotations
 
+import itertools
+import struct
 from typing import NamedTuple
 
 from ..format.entries import named_offset
@@ -74,9 +76,9 @@ class _Tables(NamedTuple):
 def _first_two(facts: Facts, offset: int, count: int) -> tuple[int, int]:
     """Return the first two pointers that a table holds, among its first 4,096 entries; 0 for none."""
     data = facts.read(offset, min(count, 4096) * 8)
-    words = (named_offset(int.from_bytes(data[at : at + 8], "big")) for at in range(0, len(data) - 7, 8))
-    found = [word for word in words if word][:2]
-    return (*found, 0, 0)[0], (*found, 0, 0)[1]
+    words = map(named_offset, struct.unpack(f">{len(data) // 8}Q", data[: len(data) // 8 * 8]))
+    first, second, *_ = *itertools.islice(filter(None, words), 2), 0, 0
+    return first, second
 
 
 def _version1(facts: Facts) -> Layout | None:

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .. import __version__
 from ..errors import NotQcow2, Qcow2Error
 from ..format.source import remembering_sources
 from ..text import printable
@@ -61,6 +60,21 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
 
+class _Version(argparse.Action):
+    """Prints the version; only then is the module imported that knows it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from ..findings import TOOL
+
+        print(TOOL)
+        parser.exit()
+
+
+def add_image_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the positional IMAGE."""
+    parser.add_argument("image", metavar="IMAGE", help="a QCOW2 (or QCOW) image; it is only read")
+
+
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """Return the parser with the given subcommands; all of them by default."""
     parser = argparse.ArgumentParser(
@@ -69,7 +83,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"qcow2-forensics {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for command in commands:
         importlib.import_module(f".{command}", __name__).add_parser(subparsers)

@@ -15,11 +15,11 @@ from ..compare.ranges import Change, Difference
 from ..files.volumes import need_back_end
 from ..render.difference_page import render_difference
 from ..text import plural, printable, size
-from . import _diff_files, _files
+from . import _diff_files, _files, add_image_argument
 from ._diff_files import Files
 from ._sides import Sides, sides_of
 from .case import add_case_arguments, run_of, wants_run
-from .options import add_disk_arguments, add_image_argument
+from .options import add_disk_arguments
 from .output import Progress, add_output_arguments, format_of, printing_to
 
 FORMATS = ("text", "json", "jsonl", "body", "html")

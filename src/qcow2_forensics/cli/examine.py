@@ -33,7 +33,8 @@ from ._examine_plan import PAIRS, Step, deleted_memories, left_out, plan
 from ._messages import Messages
 from .audit import severity_of
 from .case import add_case_arguments, command_of, run_of
-from .options import add_disk_arguments, bytes_of, open_from, repeat_notes
+from .notes import repeat_notes
+from .options import add_disk_arguments, bytes_of, open_from
 from .output import draw_over
 
 _EPILOG = """examples:

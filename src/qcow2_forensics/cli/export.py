@@ -24,8 +24,9 @@ from ..reader.mapping import Kind
 from ..reader.salvage import SalvagedDisk, mapfile
 from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, refuse_existing, writing
 from ..text import plural, printable, size
+from . import add_image_argument
 from .case import add_hash_source_argument, now, origin_of, sources_of, write_sidecar
-from .options import add_disk_arguments, add_image_argument, open_from
+from .options import add_disk_arguments, open_from
 from .output import Progress
 
 _PIECE = 1 * MiB  # read, written and hashed at once

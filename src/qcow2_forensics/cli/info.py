@@ -12,7 +12,7 @@ from ..format.extensions import ExtensionType
 from ..format.header import MAGIC, Autoclear, Compatible, Crypt, Header, Incompatible
 from ..format.image import Image
 from ..text import printable, short_date, size, snapshot_date
-from .options import add_image_argument
+from . import add_image_argument
 
 _EPILOG = """examples:
   qcow2-forensics info disk.qcow2

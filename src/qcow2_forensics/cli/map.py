@@ -13,7 +13,8 @@ from ..reader.disk import Disk, Layer, RawDisk, layers_of
 from ..reader.host_holes import host_runs, looks_preallocated
 from ..reader.mapping import Kind
 from ..text import FORMATS, Column, hexadecimal, write_table
-from .options import add_disk_arguments, add_image_argument, open_from
+from . import add_image_argument
+from .options import add_disk_arguments, open_from
 
 _EPILOG = """examples:
   qcow2-forensics map disk.qcow2
@@ -38,7 +39,14 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-_ZEROS = (Kind.ZERO, Kind.HOLE)
+# Of each kind of extent: present, zero, data, compressed.
+_SHOWN = {
+    Kind.DATA: (True, False, True, False),
+    Kind.ZERO: (True, True, False, False),
+    Kind.HOLE: (False, True, False, False),
+    Kind.COMPRESSED: (True, False, True, True),
+    Kind.MISSING: (False, False, False, False),
+}
 
 
 class MapEntry(NamedTuple):
@@ -54,7 +62,10 @@ class MapEntry(NamedTuple):
     offset: int | None
 
     def to_dict(self) -> dict[str, int | bool]:
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        row = self._asdict()
+        if self.offset is None:
+            del row["offset"]
+        return row
 
 
 def entries(disk: Disk) -> Iterator[MapEntry]:
@@ -75,21 +86,17 @@ def entries(disk: Disk) -> Iterator[MapEntry]:
 
 def _pieces(disk: Disk) -> Iterator[MapEntry]:
     layers = list(_layers(disk))
-    for extent in disk.extents():
-        data = extent.kind in (Kind.DATA, Kind.COMPRESSED)
-        absent = extent.kind in (Kind.HOLE, Kind.MISSING)
-        layer = layers[extent.depth]
-        host = None if layer.encrypted else extent.host_offset
-        packed = extent.kind == Kind.COMPRESSED
-        zero = extent.kind in _ZEROS
-        whole = MapEntry(extent.offset, extent.length, extent.depth, not absent, zero, data, packed, host)
-        if extent.kind != Kind.DATA or host is None or layer.holes_of is None:
+    for offset, length, kind, stored, depth in disk.extents():
+        layer = layers[depth]
+        host = None if layer.encrypted else stored
+        whole = MapEntry(offset, length, depth, *_SHOWN[kind], host)
+        if kind != Kind.DATA or host is None or layer.holes_of is None:
             yield whole
             continue
         # The file below may hold nothing there: bytes never written, or past its end.
-        for run in host_runs(layer.holes_of, host, extent.length):
+        for run in host_runs(layer.holes_of, host, length):
             yield whole._replace(
-                start=extent.offset + run.offset - host,
+                start=offset + run.offset - host,
                 length=run.length,
                 zero=run.is_hole,
                 data=not run.is_hole or not layer.raw,
@@ -115,9 +122,11 @@ def _layers(top: Layer) -> Iterator[_Layer]:
 
 
 def _joins(first: MapEntry, second: MapEntry) -> bool:
-    if first[2:7] != second[2:7] or (first.offset is None) != (second.offset is None):
-        return False
-    return first.offset is None or second.offset is None or first.offset + first.length == second.offset
+    if first.offset is None or second.offset is None:
+        follows = first.offset is second.offset
+    else:
+        follows = first.offset + first.length == second.offset
+    return follows and first[2:7] == second[2:7]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ from ..reader.writer import HASHES, Writer, is_standard_output, refuse_existing,
 from ..text import printable, size
 from ._memory_facts import layout_facts, layout_lines, processor_facts, processor_lines
 from .case import add_hash_source_argument, now, origin_of, write_sidecar
-from .options import add_key_arguments, ask_passphrase, passphrases_of, show_notes
+from .notes import show_notes
+from .options import add_key_arguments, ask_passphrase, passphrases_of
 from .output import Progress
 
 if TYPE_CHECKING:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import getpass
-import logging
 import os
 import sys
 from contextlib import ExitStack
@@ -24,12 +22,6 @@ from ..reader.passphrases import (
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.states import Backing, Choice, SnapshotName, choose
 from ..text import cut, printable
-
-
-def add_image_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the positional IMAGE."""
-    parser.add_argument("image", metavar="IMAGE", help="a QCOW2 (or QCOW) image; it is only read")
-
 
 SNAPSHOT_HELP = (
     "a snapshot instead of the active state: its ID or name, index:N (from 0) or #N (from 1) for its place in the "
@@ -150,6 +142,8 @@ def ask_passphrase(name: str, member: str = "") -> bytes:
             name, f"set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or give --passphrase-file", member=member
         )
     try:
+        import getpass  # here: few images need it
+
         return os.fsencode(getpass.getpass("Passphrase: "))
     except (EOFError, UnicodeError):
         print(file=sys.stderr)  # the prompt has no end of line yet
@@ -180,6 +174,8 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
 
 def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:
     """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
+    from .notes import show_notes  # here: what only shows help needs no logging
+
     show_notes()
     disk = open_disk(
         args.image,
@@ -217,38 +213,3 @@ def open_layer(
     if disk.backing is None:
         raise Qcow2Error(f"{cut(args.image)} has no backing file")
     return disk.backing
-
-
-class _Notes(logging.Handler):
-    """Prints what the library notes of a chain on standard error, each sentence once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._shown: set[str] = set()
-
-    def forget(self) -> None:
-        """Take every sentence for one not shown yet."""
-        self._shown.clear()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        sentence = record.getMessage()
-        if sentence not in self._shown:
-            self._shown.add(sentence)
-            kind = "warning: " if record.levelno >= logging.WARNING else ""
-            print(f"qcow2-forensics: {kind}{printable(sentence)}", file=sys.stderr)
-
-
-def repeat_notes() -> None:
-    """Show notes again that were shown before: what follows is about another state or image."""
-    for handler in logging.getLogger("qcow2_forensics").handlers:
-        if isinstance(handler, _Notes):
-            handler.forget()
-
-
-def show_notes() -> None:
-    """Have the library's notes printed on standard error from now on."""
-    logger = logging.getLogger("qcow2_forensics")
-    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
-        logger.addHandler(_Notes())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False

@@ -10,8 +10,9 @@ from ..reader.resolver import COMMAND_LINE, Resolver
 from ..residue import residue
 from ..residue.model import KINDS
 from ..text import plural, printable, size
+from . import add_image_argument
 from .case import add_hash_source_argument, now, origin_of
-from .options import add_image_argument, bytes_of, existing_folder
+from .options import bytes_of, existing_folder
 from .output import Progress
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import Any
 from ..errors import Qcow2Error
 from ..reader.writer import ended_by_signals
 from ..text import cut, printable
-from .options import add_image_argument, existing_folder
+from . import add_image_argument
+from .options import existing_folder
 
 _EPILOG = """examples:
   qcow2-forensics serve disk.qcow2 --nbd case.sock

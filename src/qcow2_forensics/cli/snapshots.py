@@ -10,7 +10,8 @@ from typing import Any
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import FORMATS, Column, plural, printable, short_date, size, snapshot_date, write_table
-from .options import add_image_argument, bytes_of
+from . import add_image_argument
+from .options import bytes_of
 
 _EPILOG = """examples:
   qcow2-forensics snapshots disk.qcow2

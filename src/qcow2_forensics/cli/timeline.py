@@ -22,9 +22,9 @@ from ..reader.disk import Disk, Layer
 from ..reader.states import Choice, labels
 from ..render.timeline_page import render_timeline
 from ..text import cut, date_note, iso_time, printable, quoted, snapshot_time
-from . import _files
+from . import _files, add_image_argument
 from .case import add_case_arguments, run_of
-from .options import add_disk_arguments, add_image_argument, chosen, open_from, open_layer
+from .options import add_disk_arguments, chosen, open_from, open_layer
 from .output import Progress, add_output_arguments, format_of, printing_to
 
 FORMATS = ("body", "jsonl", "html")
