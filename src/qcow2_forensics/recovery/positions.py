@@ -19,7 +19,10 @@ not fit by chance.
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +35,7 @@ from .ntfs_volume import data_runs, with_fixups
 _STARTS = (0, 63 * SECTOR, MiB)  # where file systems start besides what a partition table names
 ABSOLUTE = "GPT header"  # the structure that counts from the start of the disk
 _RECORDS = (1024, 2048, 4096)  # sizes of an NTFS file record
-_NTFS_VOLUMES = 32  # that are kept: copies of a boot sector, or of the record of an MFT, say the same
+_NTFS_VOLUMES = 8  # that are kept: copies of a boot sector, or of the record of an MFT, say the same
 _MFT_RUNS = 128  # of each that are kept
 _ONE_RUN = 1 << 40  # clusters
 _BTRFS_MARK_AT = 0x10040
@@ -160,13 +163,19 @@ def _record_places(known: FileSystems, number: int) -> set[int]:
     for start, record, cluster in known.ntfs:
         layouts = [runs for runs in known.mft if runs[0][0] * cluster == start]
         for runs in layouts or [((start // cluster, _ONE_RUN),)]:
-            left = number * record
-            for lcn, count in runs:
-                if left < count * cluster:
-                    found.add(lcn * cluster + left)
-                    break
-                left -= count * cluster
+            ends = _ends(runs)
+            vcn, inside = divmod(number * record, cluster)
+            at = bisect_right(ends, vcn)
+            if at < len(ends):
+                lcn, count = runs[at]
+                found.add((lcn + vcn - (ends[at] - count)) * cluster + inside)
     return found
+
+
+@lru_cache(maxsize=2 * _NTFS_VOLUMES)
+def _ends(runs: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Return how many clusters of a file there are up to the end of each of its runs."""
+    return tuple(accumulate(count for _, count in runs))
 
 
 def _inode_places(known: FileSystems, head: bytes) -> Iterator[int]:
