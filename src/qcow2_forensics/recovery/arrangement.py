@@ -16,7 +16,7 @@ from .l1_tables import table_span
 from .ntfs_volume import ntfs_expected, ntfs_map
 from .partition_map import partition_map
 from .placement import Placement, Unplaced, Use, in_file_order, place
-from .positions import disk_size_of, file_system_starts, kind_at
+from .positions import disk_size_of, file_system_starts
 from .xfs_volume import xfs_map
 
 _ROUNDS = 4  # what was found in one may lead to more in the next
@@ -53,7 +53,7 @@ def arranged(
     slots = -(-size // span) if size else L1_ENTRIES
     contents = read_contents(reader, offsets, size, [placed.offset for placed in fixed if not placed.slot])
     starts, known_starts = contents.starts, contents.are_starts_known
-    tables = contents.unplaced(span, slots, {})
+    tables = contents.unplaced(span, slots)
     if not size:
         slots = _slots_by_content(reader, tables, span) or len(offsets)
 
@@ -61,21 +61,19 @@ def arranged(
         return _use(reader, geometry, placed, starts)
 
     more: dict[int, Votes] = {}  # by host offset: what file systems must have somewhere, found in a table
-    kinds: dict[int, str] = {}
     for _ in range(_ROUNDS):
         found = place(
             tables, known, slots, geometry.cluster_size, fixed=fixed, ordered=False, are_starts_known=known_starts
         )
         disk = PlacedDisk(reader, {p.slot: p.offset for p in found.placements}, span)
-        before = kinds, dict(more)
-        kinds = {at: kind for at in starts[:FILE_SYSTEM_STARTS] if (kind := kind_at(disk.read, at)) is not None}
+        before = dict(more)
         for offset, votes in _expected_votes(reader, tables, disk, starts, span).items():
             more[offset] = _joined(more.get(offset, {}), votes)
-        if (kinds, more) == before:
+        if more == before:
             break
         tables = [
             table._replace(votes=_joined(table.votes, more.get(table.offset, {})))
-            for table in contents.unplaced(span, slots, kinds)
+            for table in contents.unplaced(span, slots)
         ]
     placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed, are_starts_known=known_starts)
     return Arranged(tuple(placed.placements), tuple(t.offset for t in placed.left), tuple(in_file_order(placed, slots)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ..errors import Qcow2Error
@@ -130,11 +130,10 @@ class Contents(NamedTuple):
     starts: tuple[int, ...]
     are_starts_known: bool
 
-    def unplaced(self, span: int, count: int, kinds: Mapping[int, str]) -> list[Unplaced]:
-        """Return the tables with the slots, below ``count``, that they agree with; ``kinds`` as :func:`.positions.slots` has it."""
+    def unplaced(self, span: int, count: int) -> list[Unplaced]:
+        """Return the tables with the slots, below ``count``, that they agree with."""
         return [
-            Unplaced(offset, entries, slots(seen, self.starts, span, count, kinds))
-            for offset, entries, seen in self.tables
+            Unplaced(offset, entries, slots(seen, self.starts, span, count)) for offset, entries, seen in self.tables
         ]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -139,25 +139,28 @@ def _by_evidence(
     return found
 
 
-def _choices(tables: list[Unplaced], taken: Container[int]) -> dict[int, Choice]:
+def _choices(tables: list[Unplaced], taken: Iterable[int]) -> dict[int, Choice]:
     """Return the slot of each table for which its evidence is best, after those for which nothing else comes close.
 
-    Of two alike partitions, both of which agree with two slots, the one that has more for its slot leaves the other.
+    Of two alike partitions, both of which agree with two slots, the one that has more for its slot leaves the other. That is
+    never enough: the other may be a file system that no partition table names.
     """
-    votes = {table.offset: {s: kinds for s, kinds in table.votes.items() if s not in taken} for table in tables}
-    result: dict[int, Choice] = {}
+    votes: dict[int, Votes] = {table.offset: table.votes for table in tables}
+    result = {number: choice for number, choice in choices(votes).items() if choice.is_enough}
+    clear = result
+    gone = set(taken)
     for _ in range(_ROUNDS):
-        clear = {number: choice for number, choice in choices(votes).items() if choice.is_enough}
-        if not clear:
-            break
-        result |= clear
-        gone = {choice.slot for choice in clear.values()}
+        gone |= {choice.slot for choice in clear.values()}
         votes = {
             number: {s: kinds for s, kinds in found.items() if s not in gone}
             for number, found in votes.items()
             if number not in clear
         }
-    return choices(votes) | result
+        clear = {number: choice for number, choice in choices(votes).items() if choice.is_enough}
+        if not clear:
+            break
+        result = {number: choice._replace(margin=0.0) for number, choice in clear.items()} | result
+    return {number: choice._replace(margin=0.0) for number, choice in choices(votes).items()} | result
 
 
 def _is_in_order(tables: list[Unplaced], found: Mapping[int, Placement], cluster_size: int) -> bool:

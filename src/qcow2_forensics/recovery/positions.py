@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -38,7 +38,6 @@ _RECORDS = (1024, 2048, 4096)  # sizes of an NTFS file record
 _NTFS_VOLUMES = 8  # that are kept: copies of a boot sector, or of the record of an MFT, say the same
 _MFT_RUNS = 128  # of each that are kept
 _ONE_RUN = 1 << 40  # clusters
-_BTRFS_MARK_AT = 0x10040
 _MAGICS = [int.from_bytes(magic, "big") for magic in (b"EFI ", b"FILE", b"XAGF", b"XAGI", b"XFSB")]
 
 ReadGuest = Callable[[int, int], bytes]  # offset in the guest range of one table, length; fewer where nothing is
@@ -54,11 +53,6 @@ class Position(NamedTuple):
     belongs: int
     absolute: bool
     what: str
-
-    @property
-    def kind(self) -> str:
-        """The kind of file system that has such structures, as :func:`kind_at` names it."""
-        return self.what.partition(" ")[0]
 
 
 class FileSystems(NamedTuple):
@@ -224,21 +218,6 @@ def are_known(heads: Iterable[bytes], size: int | None) -> bool:
     return False
 
 
-def kind_at(read: Callable[[int, int], bytes | None], start: int) -> str | None:
-    """Return the kind of file system at ``start``: ext, XFS, NTFS, Btrfs or other; None where it cannot be read."""
-    head = read(start, 2048)
-    if head is None:
-        return None
-    if head[:4] == b"XFSB":
-        return "XFS"
-    if head[3:11] == b"NTFS    ":
-        return "NTFS"
-    if head[1024 + 0x38 : 1024 + 0x3A] == b"\x53\xef":
-        return "ext"
-    mark = read(start + _BTRFS_MARK_AT, 8)
-    return None if mark is None else "Btrfs" if mark == b"_BHRfS_M" else "other"
-
-
 def partitions(head: bytes) -> tuple[int, ...]:
     """Return where the partitions of a partition table in the first sectors of a disk start."""
     if head[510:512] != b"\x55\xaa" or head[3:11] == b"NTFS    ":
@@ -265,17 +244,11 @@ def partitions(head: bytes) -> tuple[int, ...]:
     return tuple(sorted(starts))
 
 
-def slots(
-    found: Iterable[Position], starts: Iterable[int], span: int, count: int, kinds: Mapping[int, str]
-) -> dict[int, dict[str, float]]:
-    """Return which L1 slots (below ``count``) some structures of one table agree with, and which structures.
-
-    ``kinds`` are the kinds of file systems at some starts, as far as they are known: others have no structures there.
-    """
+def slots(found: Iterable[Position], starts: Iterable[int], span: int, count: int) -> dict[int, dict[str, float]]:
+    """Return which L1 slots (below ``count``) some structures of one table agree with, and which structures."""
     votes: dict[int, dict[str, float]] = {}
     for position in found:
-        possible = [start for start in starts if kinds.get(start, position.kind) == position.kind]
-        for start in (0,) if position.absolute else possible:
+        for start in (0,) if position.absolute else starts:
             index, rest = divmod(start + position.belongs - position.seen, span)
             if rest == 0 and 0 <= index < count:
                 votes.setdefault(index, {})[position.what] = position_bits(span)
