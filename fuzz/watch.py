@@ -54,7 +54,8 @@ class Watch:
 
     def __init__(self, readable: Iterable[Path] = (), writable: Iterable[Path] = ()) -> None:
         self._writable = [os.path.realpath(path) for path in writable]
-        self._readable = [*self._writable, *(os.path.realpath(path) for path in readable), *trusted_folders()]
+        self._trusted = trusted_folders()
+        self._readable = [*self._writable, *(os.path.realpath(path) for path in readable), *self._trusted]
         self.seen: list[str] = []
         self.opened: set[str] = set()
 
@@ -86,8 +87,13 @@ class Watch:
                     self._change(event, _real(path))
 
     def _change(self, event: str, name: str) -> None:
-        if not _below(name, self._writable):
+        if not (_below(name, self._writable) or self._is_of_modules(name)):
             self.seen.append(f"{event} {name}")
+
+    def _is_of_modules(self, name: str) -> bool:
+        """Whether this is where the interpreter keeps what it compiled, which it writes when a module is first imported."""
+        folder = name if os.path.basename(name) == "__pycache__" else os.path.dirname(name)
+        return os.path.basename(folder) == "__pycache__" and _below(folder, self._trusted)
 
     def _open(self, path: object, _mode: object = None, flags: object = 0) -> None:
         if path is None or isinstance(path, int):
@@ -97,7 +103,7 @@ class Watch:
     def look_at(self, name: str, flags: object) -> None:
         """Look at one file that is opened, by its real path."""
         self.opened.add(name)
-        writes = isinstance(flags, int) and flags & _WRITING
+        writes = isinstance(flags, int) and flags & _WRITING and not self._is_of_modules(name)
         if not _below(name, self._writable if writes and not name.endswith(_HARMLESS) else self._readable):
             self.seen.append(f"open {name} {'to write' if writes else 'to read'}")
 

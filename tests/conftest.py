@@ -50,6 +50,12 @@ def _is_thorough(config: pytest.Config) -> bool:
     return config.option.markexpr != "not slow"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Have three workers for two processors in the quick tier: its tests wait for disks and for what they start."""
+    return None if _is_thorough(config) else (os.cpu_count() or 1) * 3 // 2
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Put property tests into both tiers, which run different numbers of examples, and the evidence case into the slow one."""
     if "evidence" in getattr(item, "fixturenames", ()):

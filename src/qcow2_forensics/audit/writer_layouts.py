@@ -12,7 +12,6 @@ What each writer puts after the header, in clusters::
 
 from __future__ import annotations
 
-import itertools
 import struct
 from typing import NamedTuple
 
@@ -76,9 +75,9 @@ class _Tables(NamedTuple):
 def _first_two(facts: Facts, offset: int, count: int) -> tuple[int, int]:
     """Return the first two pointers that a table holds, among its first 4,096 entries; 0 for none."""
     data = facts.read(offset, min(count, 4096) * 8)
-    words = map(named_offset, struct.unpack(f">{len(data) // 8}Q", data[: len(data) // 8 * 8]))
-    first, second, *_ = *itertools.islice(filter(None, words), 2), 0, 0
-    return first, second
+    words = struct.unpack(f">{len(data) // 8}Q", data[: len(data) // 8 * 8])
+    found = filter(None, map(named_offset, words))
+    return next(found, 0), next(found, 0)
 
 
 def _version1(facts: Facts) -> Layout | None:
