@@ -44,7 +44,8 @@ def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, .
     found = [block for block in system_ram.candidates(facts, made) if not _given_whole(block, made)]
     architecture, base = system_ram.architecture(facts)
     modules.exact(found, ranges, facts, made)
-    found = [block for block in found if not _placed(block, made) or _given(block, given)]
+    placed, stated = {region.block for region in made.regions}, {item.block for item in given}
+    found = [block for block in found if block.name not in placed or block.name in stated]
     whole = any(item.block in system_ram.DEFAULT_NAMES and not _waits(item.block, found) for item in given)
     order = Order([]) if whole else system_ram.system_blocks(found, ranges, facts, made)
     if not whole and (not order.blocks or (not architecture and not ranges)):
@@ -54,7 +55,8 @@ def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, .
     if order.blocks:
         _Machine(facts, ranges, pci_windows(tables), order, examiner, made).place(architecture, base)
     evidence = examiner.examine(made.regions)
-    waiting = [block for block in found if block not in order.blocks]
+    own_blocks = set(order.blocks)
+    waiting = [block for block in found if block not in own_blocks]
     if waiting:
         own = {block.name for block in order.blocks} or set(system_ram.DEFAULT_NAMES)
         end = max((region.end for region in made.regions if region.block in own), default=0)
@@ -64,16 +66,8 @@ def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, .
     return _result(architecture, facts.blocks, examiner, evidence, made)
 
 
-def _placed(block: Block, made: Placement) -> bool:
-    return any(region.block == block.name for region in made.regions)
-
-
 def _waits(name: str, found: Sequence[Block]) -> bool:
     return any(block.name == name for block in found)
-
-
-def _given(block: Block, given: Given) -> bool:
-    return any(item.block == block.name for item in given)
 
 
 def _given_whole(block: Block, made: Placement) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from ..limits import GiB
@@ -39,6 +41,7 @@ class Placement:
     regions: list[Region] = field(default_factory=list)
     """Not sorted: the certain ones come first, and later ones give way to them."""
     reasons: dict[Region, str] = field(default_factory=dict)
+    _sorted: list[Region] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
 
     def assume(self, text: str, ranges: Iterable[tuple[int, int]] = (), *, order: bool = False) -> None:
@@ -47,21 +50,26 @@ class Placement:
 
     def put(self, region: Region, reason: str) -> bool:
         """Place a region unless something else is there already; return whether it was placed."""
-        if region.end > ADDRESSES or any(
-            region.address < other.end and other.address < region.end for other in self.regions
-        ):
+        if region.end > ADDRESSES or any(True for _ in self._overlapping(region.address, region.end)):
             self.assume(f"block {quoted(region.block)} is not placed at {region.address:#x}: no room")
             return False
         self.regions.append(region)
+        insort(self._sorted, region)
         self.reasons[region] = reason
         return True
+
+    def _overlapping(self, address: int, end: int) -> Iterator[Region]:
+        """Yield the regions with bytes in a range, in order; no two regions overlap."""
+        at = max(0, bisect_left(self._sorted, address, key=itemgetter(0)) - 1)
+        while at < len(self._sorted) and self._sorted[at].address < end:
+            if address < self._sorted[at].end:
+                yield self._sorted[at]
+            at += 1
 
     def free(self, address: int, length: int) -> list[tuple[int, int]]:
         """Return the parts ``(address, length)`` of a range in which nothing is placed, in order."""
         end, parts = address + length, []
-        for region in sorted(self.regions):
-            if region.end <= address or region.address >= end:
-                continue
+        for region in self._overlapping(address, end):
             if region.address > address:
                 parts.append((address, region.address - address))
             address = max(address, region.end)
