@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -505,3 +506,61 @@ def test_bytes_sources_do_not_change_under_us() -> None:
     source = BytesSource(bytes(data))
     data[:] = bytes(512)
     assert source.read(0, 4) == b"QFI\xfb"
+
+
+_FAIL = """
+import gc, sys
+import qcow2_forensics as q
+from qcow2_forensics.memory import GuestMemory
+from tests.test_faults import unreadable_parts, unsent_memory
+failed = []
+for read in (*unreadable_parts(sys.argv[1]), unsent_memory()):
+    try:
+        read()
+    except q.Qcow2Error as error:
+        failed.append(error)  # and its traceback
+    del read
+counts = [len(failed)]
+failed.clear()
+gc.collect()
+print(*counts)
+"""
+
+
+def unreadable_parts(path: str) -> Iterator[Callable[[], object]]:
+    """Reads of several parts of which one fails: a stream, a cluster past the end of the file, and that in a backing file."""
+    for name in ("zlib", "medium", "overlay"):
+        yield lambda name=name: q.open_disk(f"{path}.{name}").read(0, 3 * 65536)  # type: ignore[misc]
+
+
+def unsent_memory() -> Callable[[], object]:
+    from tests.stream_builder import page, simple
+    from tests.test_guest_memory import open_bytes
+
+    memory = open_bytes(simple([page(0, 1, "pc.ram")], {"pc.ram": 64 * 4096}))
+    return lambda: memory.read(0, 64 * 4096)
+
+
+def test_a_read_that_failed_leaves_nothing_that_complains_later(tmp_path: Path) -> None:
+    """A buffer that is in use when it goes prints to standard error, in Python 3.13 always."""
+    path = tmp_path / "disk"
+    data = bytes(random.Random(1).choices(b"ab", k=65536))
+    (tmp_path / "raw").write_bytes(data * 3)
+    zlib, medium, overlay = (tmp_path / f"disk.{name}" for name in ("zlib", "medium", "overlay"))
+    qemu.img("convert", "-O", "qcow2", "-c", tmp_path / "raw", zlib)
+    qemu.img("convert", "-O", "qcow2", tmp_path / "raw", medium)
+    qemu.io(medium, "write -z 64k 64k")
+    for image, cluster, value in ((zlib, 1, 1 << 62 | 0x10000), (medium, 2, 0x7000_0000_0000)):
+        with q.open_disk(image) as disk:
+            entry = disk.mapping.entry_offset(cluster * 65536)
+        assert entry is not None
+        with image.open("r+b") as stream:
+            stream.seek(entry)
+            stream.write(value.to_bytes(8, "big"))  # no stream is there, or it is past the end of the file
+    qemu.create(overlay, backing=medium.name, backing_format="qcow2", cwd=tmp_path)
+    qemu.io(overlay, "write -P 7 0 4k")
+    run = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", _FAIL, path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (run.stdout, run.returncode) == ("4\n", 0), run.stderr
+    assert "Exception ignored" not in run.stderr

@@ -33,11 +33,10 @@ def read_pages(
         return data if skip == 0 and len(data) == length else data[skip : skip + length]
     # The bytes inside a BytesIO are handed out without a copy, and begin as zeros that cost nothing.
     out = io.BytesIO(bytes(pages * page_size))
-    view = out.getbuffer()
-    _fill(source, index, page_size, first, pages, pad, shift, view)
-    if skip or pages * page_size != length:
-        return bytes(view[skip : skip + length])
-    view.release()
+    with out.getbuffer() as view:
+        _fill(source, index, page_size, first, pages, pad, shift, view)
+        if skip or pages * page_size != length:
+            return bytes(view[skip : skip + length])
     return out.getvalue()
 
 

@@ -283,7 +283,9 @@ class Disk(Closing):
         length = min(len(buffer), self.size - offset)
         if length <= 0:
             return 0
-        fill(buffer[:length], self._find(offset, length), self._piece, self._prepare)
+        parts = self._find(offset, length)
+        with buffer[:length] as view:
+            fill(view, parts, self._piece, self._prepare)
         return length
 
     def _simply_stored(self, start: int, end: int, shift: int, source: Source, offset: int, length: int) -> bytes:

@@ -187,21 +187,25 @@ def fill(view: memoryview, parts: list[Part], piece: Callable[[Part], bytes], pr
 
     ``prepare`` starts to decode compressed parts from an index on, and returns the index it came to.
     """
-    start, at, prepared = parts[0].offset, 0, 0
-    for index, (offset, length, kind, host, _, _, source) in enumerate(parts):
-        if offset - start != at:
-            raise AssertionError(f"parts leave a gap or overlap at guest offset {offset:#x}")
-        place, at = view[at : at + length], at + length
-        if source is not None and host is not None:
-            if source.read_into(host, place) == length:
+    start, at, prepared, place = parts[0].offset, 0, 0, view[:0]
+    try:
+        for index, (offset, length, kind, host, _, _, source) in enumerate(parts):
+            if offset - start != at:
+                raise AssertionError(f"parts leave a gap or overlap at guest offset {offset:#x}")
+            place, at = view[at : at + length], at + length
+            if source is not None and host is not None:
+                if source.read_into(host, place) == length:
+                    continue
+            elif kind == Kind.ZERO:
+                for zeroed in range(0, length, len(_ZEROS)):
+                    place[zeroed : zeroed + len(_ZEROS)] = _ZEROS[: length - zeroed]
                 continue
-        elif kind == Kind.ZERO:
-            for zeroed in range(0, length, len(_ZEROS)):
-                place[zeroed : zeroed + len(_ZEROS)] = _ZEROS[: length - zeroed]
-            continue
-        elif kind == Kind.COMPRESSED and index >= prepared:
-            prepared = prepare(parts, index)
-        place[:] = piece(parts[index])
+            elif kind == Kind.COMPRESSED and index >= prepared:
+                prepared = prepare(parts, index)
+            place[:] = piece(parts[index])
+    except BaseException:
+        place.release()  # the traceback keeps it, and a buffer in use complains when it goes
+        raise
     if at != len(view):
         raise AssertionError(f"parts end at guest offset {start + at:#x}, {len(view) - at} bytes early")
 
