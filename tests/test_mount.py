@@ -186,7 +186,7 @@ def test_the_kernel_sleuthkit_and_cp_find_on_the_mount_what_they_find_in_the_exp
             options += ["--passphrase-file", tmp_path / "key"]
             secret = ("--object", f"secret,id=s,file={tmp_path / 'key'}")
             form = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-            qemu.run("qemu-img", "convert", *secret, "-O", "qcow2", "-o", form, disk, image)
+            qemu.img("convert", *secret, "-O", "qcow2", "-o", form, disk, image)
         else:
             qemu.run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd", disk, image)
     before = sha256(image)

@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
 import _pytest.outcomes  # noqa: E402 - after the path
-from tests import guest_disks  # noqa: E402
+from tests import guest_disks, qemu  # noqa: E402
 from tests.filesystems import MIB, need_tools  # noqa: E402
 from tests.guest_disks import Seen  # noqa: E402
 
@@ -165,9 +165,9 @@ def luks(folder: Path) -> Iterator[State]:
         disk.change(work)
         if number:  # the same volume, written to as a guest does
             options = f"driver=luks,key-secret=key,file.filename={locked}"
-            _run("qemu-img", "convert", "-n", *secret, "-f", "raw", "--target-image-opts", disk.path, options)
+            qemu.img("convert", "-n", *secret, "-f", "raw", "--target-image-opts", disk.path, options)
         else:
-            _run("qemu-img", "convert", *secret, "-O", "luks", "-o", "key-secret=key,iter-time=10", disk.path, locked)
+            qemu.img("convert", *secret, "-O", "luks", "-o", "key-secret=key,iter-time=10", disk.path, locked)
         yield State(_disk(folder, f"luks.{number}.raw", [locked]), {"/p1/luks": disk.tree()})
 
 
