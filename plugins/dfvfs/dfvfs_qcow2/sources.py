@@ -82,8 +82,7 @@ def open_source(path_spec: Any, resolver_context: Any) -> Source:
 def open_image_source(path_spec: Any, resolver_context: Any) -> tuple[Source, Source]:
     """Open the file of an image: as it is, and with the header fields that ``QCOW2_ASSUME`` states."""
     source = open_source(path_spec, resolver_context)
-    assume = assumptions_from_environment()
-    return source, assuming(source, assume) if assume else source
+    return source, assuming(source, assumptions_from_environment())
 
 
 def display_name(path_spec: Any) -> str:

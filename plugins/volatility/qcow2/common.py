@@ -86,12 +86,11 @@ class LayerSource:
             raise ReadError(f"{self.name}: {error}", offset=offset, length=length) from error
 
 
-def image_source(layer: interfaces.layers.DataLayerInterface, assume: str | None) -> Source:
-    """Return a layer as the source of an image, with the header fields that are assumed; raises :class:`Qcow2Error`."""
+def image_source(source: LayerSource, assume: str | None) -> Source:
+    """Return the file of an image with the header fields that are assumed; raises :class:`Qcow2Error`."""
     from qcow2_forensics import assuming, parse_assumptions
 
-    source = LayerSource(layer)
-    return assuming(source, parse_assumptions(assume)) if assume else source
+    return assuming(source, parse_assumptions(assume or ""))
 
 
 def _identity(path: str | None) -> tuple[int, int] | None:

@@ -104,11 +104,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         return common.LayerSource(common.add_file_layer(self.context, self.config_path, "Qcow2Evidence", str(location)))
 
     def _assumed(self, source: common.LayerSource) -> Source:
-        """Return the file of an image with the header fields that are assumed."""
-        from qcow2_forensics import assuming, parse_assumptions
-
-        assume = self._assume()
-        return assuming(source, parse_assumptions(assume)) if assume else source
+        return common.image_source(source, self._assume())
 
     def image(self) -> Image:
         """Return the QCOW2 image that was named."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from volatility3.framework import exceptions, interfaces
 from volatility3.framework.configuration import requirements
 
-from .common import ViewLayer, image_source, vollog
+from .common import LayerSource, ViewLayer, image_source, vollog
 from .options import HOW_TO_UNLOCK, backing_file, backing_folders, passphrase, without_backing
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Qcow2VmStateLayer(ViewLayer):
     def _make_view(self) -> VmState:
         from qcow2_forensics import open_vm_state
 
-        source = image_source(self.context.layers[self._base_layer], self.config.get("assume", None))
+        source = image_source(LayerSource(self.context.layers[self._base_layer]), self.config.get("assume", None))
         state = open_vm_state(source, self.config.get("snapshot", None), passphrase(self.context))
         state.read(0, 4)  # an encrypted image without its key fails here, not at the first page
         return state
@@ -81,7 +81,7 @@ class Qcow2DiskLayer(ViewLayer):
         folders, named = backing_folders(self.context), backing_file(self.context)
         resolver = LayerResolver(self.context, self.config_path, self._chain(), folders, named)
         disk = open_disk(
-            image_source(self.context.layers[self._base_layer], self.config.get("assume", None)),
+            image_source(LayerSource(self.context.layers[self._base_layer]), self.config.get("assume", None)),
             self.config.get("snapshot", None),
             passphrase(self.context),
             cast("Resolver", resolver),

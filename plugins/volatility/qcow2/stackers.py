@@ -34,9 +34,10 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         from qcow2_forensics import Qcow2Error, open_image, recovered_memory
         from qcow2_forensics.text import printable
 
-        title = printable(common.LayerSource(context.layers[layer_name]).name)
+        layer = common.LayerSource(context.layers[layer_name])
+        title = printable(layer.name)
         try:
-            source = common.image_source(context.layers[layer_name], assumptions(context))
+            source = common.image_source(layer, assumptions(context))
             found = recovered_memory(source, snapshot_option(context), virtual_size(context))
             if found is not None:
                 return _layer(context, layer_name, found)

@@ -77,8 +77,8 @@ def audit(
 
     ``depth`` is ``"triage"`` (header, extensions, snapshots, names), ``"standard"`` (all tables)
     or ``"deep"`` (free space, slack, every cluster decoded). ``resolver`` says which files named
-    by the image may be looked at. ``passphrase`` is accepted and not used: no rule decrypts. ``pictures`` adds the map of the host file and the tree of states
-    to ``Report.details``, for the page.
+    by the image may be looked at. ``passphrase`` is accepted and not used: no rule decrypts. ``pictures`` adds
+    the map of the host file and the tree of states to ``Report.details``, for the page.
     """
     wanted = Depth.parse(depth)
     rules = catalog(wanted)

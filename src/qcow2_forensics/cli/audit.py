@@ -17,7 +17,7 @@ from ..reader.writer import atomic_writer, is_standard_output, refuse_existing
 from ..render import FORMATS, render
 from ..text import printable
 from .case import add_case_arguments, audit_run, wants_run
-from .options import add_key_arguments, existing_folder, passphrases_of
+from .options import add_backing_folders, add_key_arguments, passphrases_of
 from .output import add_output_arguments, format_of
 
 EXIT_DONE = 0
@@ -66,14 +66,7 @@ def add_parser(subparsers: Any) -> None:
         type=severity_of,
         help="exit with 1 when a finding is at or above info, low, medium, high or critical (default: never)",
     )
-    parser.add_argument(
-        "--backing-dir",
-        metavar="DIR",
-        action="append",
-        type=existing_folder,
-        default=[],
-        help="a further folder in which backing and data files may be opened (repeatable)",
-    )
+    add_backing_folders(parser, "a further folder in which backing and data files may be opened (repeatable)")
     add_case_arguments(parser)
     add_key_arguments(parser)
     fleet = parser.add_argument_group("many images")

@@ -36,13 +36,9 @@ def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True
     add_key_arguments(parser)
     add_recovery_arguments(parser)
     group = parser.add_argument_group("backing and data files")
-    group.add_argument(
-        "--backing-dir",
-        metavar="DIR",
-        action="append",
-        type=existing_folder,
-        default=[],
-        help="a further folder in which files the image names may be opened, or files of the same base name that "
+    add_backing_folders(
+        group,
+        "a further folder in which files the image names may be opened, or files of the same base name that "
         "stand in for them (repeatable)",
     )
     group.add_argument(
@@ -86,7 +82,14 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def existing_folder(text: str) -> str:
+def add_backing_folders(parser: argparse._ActionsContainer, help_text: str) -> None:
+    """Add the option for further folders in which files that an image names may be."""
+    parser.add_argument(
+        "--backing-dir", metavar="DIR", action="append", type=_existing_folder, default=[], help=help_text
+    )
+
+
+def _existing_folder(text: str) -> str:
     """Return the name of a folder that an option gives; there must be one."""
     if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{printable(text)} is not a folder")

@@ -12,7 +12,7 @@ from ..residue.model import KINDS
 from ..text import plural, printable, size
 from . import add_image_argument
 from .case import add_hash_source_argument, now, origin_of
-from .options import bytes_of, existing_folder
+from .options import add_backing_folders, bytes_of
 from .output import Progress
 
 if TYPE_CHECKING:
@@ -53,14 +53,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--index-only", action="store_true", help="write the index, with hashes, and no pieces")
     add_hash_source_argument(parser)
-    parser.add_argument(
-        "--backing-dir",
-        metavar="DIR",
-        action="append",
-        type=existing_folder,
-        default=[],
-        help="a further folder in which the data file may be (repeatable)",
-    )
+    add_backing_folders(parser, "a further folder in which the data file may be (repeatable)")
     parser.set_defaults(run=run)
 
 

@@ -15,7 +15,7 @@ from ..errors import Qcow2Error
 from ..reader.writer import ended_by_signals
 from ..text import cut, printable
 from . import add_image_argument
-from .options import existing_folder
+from .options import add_backing_folders
 
 _EPILOG = """examples:
   qcow2-forensics serve disk.qcow2 --nbd case.sock
@@ -47,14 +47,7 @@ def add_parser(subparsers: Any) -> None:
         help="a Unix socket to make, or a loopback address with its port",
     )
     parser.add_argument("--passphrase-file", metavar="FILE", help="the key of an encrypted image")
-    parser.add_argument(
-        "--backing-dir",
-        metavar="DIR",
-        action="append",
-        type=existing_folder,
-        default=[],
-        help="a further folder for backing files (repeatable)",
-    )
+    add_backing_folders(parser, "a further folder for backing files (repeatable)")
     parser.set_defaults(run=run)
 
 

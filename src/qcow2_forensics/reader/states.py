@@ -158,7 +158,9 @@ def replaced(source: Source, wanted: SnapshotName, virtual_size: int | None = No
 
 
 def assuming(source: Source, assume: Mapping[str, str]) -> Source:
-    """Return ``source`` read as if its header had other fields; see :mod:`qcow2_forensics.recovery`."""
+    """Return ``source`` read as if its header had other fields, itself for none; see :mod:`qcow2_forensics.recovery`."""
+    if not assume:
+        return source
     assumed = cast("Callable[[Source, Mapping[str, str]], Source]", _imported(_ASSUMED))
     return assumed(source, assume)
 
