@@ -154,6 +154,20 @@ def test_a_journal_that_cannot_be_read_is_reported(
     assert "files may be missing from the list" in text
 
 
+def test_a_journal_without_which_alone_the_file_system_opens_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, _ = with_journal(tmp_path, [], "")
+    after, noise = tmp_path / "noise.raw", tmp_path / "noise"
+    shutil.copyfile(before, after)
+    noise.write_bytes(b"\xa5" * BLOCK)
+    debugfs(after, "jo", f"jw -b {1024 // BLOCK} {noise}", "jc")
+    code, _, text = diff(before, after, capsys)
+    assert code == 2
+    assert "with it the file system cannot be opened" in text
+    assert "in place of what they replace" not in text
+
+
 def test_a_crafted_journal_ends_at_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Descriptors without tags, as many as there is room for."""
     monkeypatch.setattr("qcow2_forensics.files.ext_journal.JOURNAL_CONTROL_BYTES", 100 * 1024)

@@ -23,7 +23,7 @@ from ..reader.disk import Layer
 from ..reader.runs import Kind
 from ..text import printable
 from . import lvm
-from .protocol import FileSystem, NoFileSystem
+from .protocol import FileSystem, Log, NoFileSystem
 from .readers import Reader, VolumeReader
 from .records import Place, Span, Volume
 from .signatures import HEAD, Signature, signature_of
@@ -209,8 +209,12 @@ class _Finder:
             return False
         log = log_of(handle, kind_of(handle), below, start)
         if log is not None and log.reader is not None:
-            image = ReaderImage(log.reader)
-            handle = open_file_system(image, start) or handle
+            replayed: Any = ReaderImage(log.reader)
+            opened = open_file_system(replayed, start)
+            if opened is None:
+                log = Log("its journal is not read: with it the file system cannot be opened", is_incomplete=True)
+            else:
+                image, handle = replayed, opened
         known = self._own_place(replace(volume, kind=kind_of(handle), backend="The Sleuth Kit"))
         self.spans[known.place] = tuple(reader.place(0, reader.size))
         system = SleuthKitFileSystem(image, known, handle, reader if depth else None)
