@@ -9,10 +9,9 @@ from itertools import islice
 
 from ..errors import Qcow2Error
 from ..format.image import Image
-from ..format.source import FileSource
+from ..format.source import FileSource, close_source
 from ..limits import FOLDER_ENTRIES_SEARCHED
 from ..text import cut, listed
-from .chain import close_source
 
 _HEADER = 104  # bytes of the shortest header that can have a data file
 _NAMED = 4  # images that the sentence lists
@@ -36,7 +35,7 @@ def images_of(path: str) -> list[tuple[str, bool]]:
 
 
 def to_open_instead(path: str) -> str:
-    """Return what to say of a file that an image beside it needs as its data file; empty for any other file."""
+    """Return a sentence that names the image to open instead of its data file; empty for a file that is none."""
     found = images_of(path)
     if not found:
         return ""
