@@ -20,8 +20,8 @@ _NAMED = 4  # images that the sentence lists
 def images_of(path: str) -> list[tuple[str, bool]]:
     """Return the names of the images in a file's folder whose data file it is, and whether as a raw disk.
 
-    Regular files of that folder are opened, no links; nothing outside is looked at. What the image names is followed
-    as for reading it: a file of the same base name may stand in.
+    Only regular files in that folder are opened, and no links. The name in an image is resolved as for reading it: a
+    file of the same base name may stand in.
     """
     try:
         with closing(FileSource(path, regular_only=True)) as wanted:
