@@ -7,7 +7,7 @@
     pages         the page records of its RAM section
     page_index    page records become a compact run index
     devices       the device sections and the registers of each processor
-    layout        which RAM block lies at which guest-physical address, why, and what the page tables say of it
+    layout        which RAM block lies at which guest-physical address, why, and what the page tables say about it
     guest_memory  GuestMemory: reading, scanning; index_cache: its cacheable form
     shared_scan   a scan of several memories in which equal pieces are scanned once
     kernel        which kernel a memory holds;  kernel_place: where it lies
