@@ -323,7 +323,7 @@ def test_salvage_writes_the_rest_and_a_map_of_what_is_missing(
     assert code == 2
     assert out.read_bytes() == wanted
     assert f"sha256 (partial) {hashlib.sha256(wanted).hexdigest()}" in text
-    assert "196608 bytes in 3 range(s)" in text
+    assert "196608 bytes in 3 ranges" in text
     assert [line.split() for line in rest.read_text().splitlines() if not line.startswith("#")][1:] == [
         ["0x00000000", "0x00010000", "+"],
         ["0x00010000", "0x00010000", "-"],
