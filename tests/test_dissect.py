@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_forensics import Qcow2Error, open_image
+from qcow2_forensics import Qcow2Error, SnapshotNotFound, open_image
 from qcow2_forensics.cli import demo
 from qcow2_forensics.reader.states import find_snapshot
 from tests import filesystems, guest_disks, qemu
@@ -30,7 +30,7 @@ from dissect.target.helpers.fsutil import TargetPath
 
 import dissect_qcow2
 from dissect_qcow2 import Qcow2Container
-from dissect_qcow2.loader import image_and_state, state_names
+from dissect_qcow2.loader import Qcow2Loader, image_and_state, state_names
 
 dissect_qcow2.register()
 
@@ -287,6 +287,9 @@ def test_every_snapshot_gets_a_path_that_opens_it(make_image: Callable[..., Path
         assert names == ["plain", "index:1", "3", "4", "5", "6", "7"]  # "2" is the ID of one and the name of another
         assert [find_snapshot(opened, name) for name in names] == list(opened.snapshots)
     assert [image_and_state(image / name) for name in names] == [(image, name) for name in names]
+    assert list(Qcow2Loader.find_all(image / "active")) == [image / "active"]
+    with pytest.raises(SnapshotNotFound, match="ambiguous"):
+        Qcow2Container(image, "active")
 
 
 def test_a_snapshot_whose_name_does_not_show_as_it_is_gets_another_path(tmp_path: Path) -> None:

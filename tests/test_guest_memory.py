@@ -25,7 +25,8 @@ from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.limits import DEFAULT_LIMITS
 from qcow2_forensics.memory import Block, GuestMemory, StreamWindow, cursor, open_guest_memory, pages
 from qcow2_forensics.memory.dump import Writer, write_lime, write_raw
-from qcow2_forensics.memory.layout import Facts, place
+from qcow2_forensics.memory.layout import place
+from qcow2_forensics.memory.system_ram import Facts
 from tests.conftest import EvidenceCase
 from tests.stream_builder import (
     EOS_FLAG,

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import pytest
 
+from qcow2_forensics import SnapshotNotFound
 from qcow2_forensics.cli import main
 from tests import qemu
 from tests.image_builder import COPIED, Builder
@@ -165,6 +166,33 @@ def test_encrypted_images_need_the_key_file(make_image: Callable[..., Path], tmp
     with served(tmp_path / "socket", f"image={image}", f"passphrase-file={tmp_path / 'key'}") as uri:
         qemu.img("convert", "-f", "raw", "-O", "raw", uri(""), tmp_path / "raw")
     assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image, secret="sesame")
+
+
+def test_keys_and_states_are_those_of_every_front_door(
+    make_image: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cryptography")
+    monkeypatch.setitem(sys.modules, "nbdkit", ModuleType("nbdkit"))
+    image = make_image("locked.qcow2", "1M", "write -P 7 0 64k", secret="sesame\n")
+    qemu.run("qemu-img", "snapshot", "--object", "secret,id=s,data=sesame\n", "-c", "active", "--image-opts",
+             f"driver=qcow2,encrypt.key-secret=s,file.filename={image}")  # fmt: skip
+    (tmp_path / "wrong").write_text("other")
+    (tmp_path / "key").write_text("sesame\n")
+    plugin = runpy.run_path(str(SCRIPT))
+    for key, value in (
+        ("image", image),
+        ("passphrase-file", tmp_path / "wrong"),
+        ("passphrase-file", tmp_path / "key"),
+    ):
+        plugin["config"](key, str(value))
+    assert plugin["opened"]("").read(0, 1) == b"\7"
+    assert plugin["opened"]("=active").read(0, 1) == b"\7"
+    with pytest.raises(SnapshotNotFound, match="ambiguous"):
+        plugin["opened"]("active")
+    plugin = runpy.run_path(str(SCRIPT))
+    plugin["config"]("image", str(image))
+    monkeypatch.setenv("QCOW2_PASSPHRASE_FILE", str(tmp_path / "key"))
+    assert plugin["opened"]("1").read(0, 1) == b"\7"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])

@@ -88,3 +88,7 @@ def test_it_is_memory_in_volatility(image: tuple[Path, Path]) -> None:
     with open_guest_memory(image[0], memory_state(image[0])) as memory:
         assert type(layer).__name__ == "QemuRamLayer"
         assert layer.read(KNOWN, 4096) == memory.read(KNOWN, 4096)
+    label = memory_state(image[0])
+    rows = volatility_tools.plugin_rows("info.Info", image[0], qcow2_snapshot=label)
+    named = [row["Value"] for row in rows if (row["Subject"], row["Item"]) == ("memory", "snapshot")]
+    assert named == [f"{label} (a VM state that nothing maps any more)"]

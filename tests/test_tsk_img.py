@@ -138,6 +138,17 @@ def test_anything_but_qcow_opens_as_a_plain_image(two: tuple[Path, Path]) -> Non
         open_image(raw, snapshot="1")
 
 
+@qemu.requires_qemu
+def test_every_state_takes_its_passphrase_from_the_environment(
+    make_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cryptography")
+    path = make_image("locked.qcow2", SIZE, "write -P 7 0 64k", secret="sesame")
+    monkeypatch.setenv("QCOW2_PASSPHRASE", "sesame")
+    assert open_image(path).read(0, 1) == b"\7"
+    assert [image.read(0, 1) for image in states(path)] == [b"\7"]
+
+
 # --- errors ------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -119,6 +120,21 @@ def test_snapshots_are_in_the_timeline_when_that_is_asked_for(saved: Saved, tmp_
     times = [line.split("|")[-1] for line in (tmp_path / "volatility.body").read_text().splitlines()]
     listed = json.loads(qemu.img("info", "--output=json", saved.image).text)["snapshots"]
     assert sorted(times) == sorted(str(item["date-sec"]) for item in listed)
+
+
+def test_changes_reads_the_earlier_memory_as_the_later_one_is_read(saved: Saved) -> None:
+    from volatility3.framework import contexts
+    from volatility3.plugins.qcow2.changes import Changes, State
+
+    memory = stack(saved.image, snapshot="second", assume="version=3", layout="pc.ram@0x0")
+    context = memory.context
+    assert type(memory).__name__ == "QemuRamLayer"
+    state = State(context, contexts.Module.create(context, "later", memory.name, 0, symbol_table_name="none").name)
+    plugin = SimpleNamespace(context=context, config_path="plugins.Changes")
+    earlier = Changes._memory(plugin, state, context.layers[memory.dependencies[0]], "first")
+    assert earlier.read(LOADED, 4096) == saved.dumps["first"][LOADED : LOADED + 4096]
+    assert earlier.config["layout"] == "pc.ram@0x0"
+    assert context.layers[earlier.dependencies[0]].config["assume"] == "version=3"
 
 
 @pytest.mark.slow

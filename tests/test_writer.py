@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import qcow2_forensics as q
 from qcow2_forensics.cli import main
 from qcow2_forensics.errors import Qcow2Error
+from qcow2_forensics.format.source import FileSource, remembering_sources
 from qcow2_forensics.reader.salvage import SalvagedDisk, mapfile
 from qcow2_forensics.reader.tree_hash import TreeHash
 from qcow2_forensics.reader.writer import Writer, atomic_writer, data_stretches, whole_folder, writing
@@ -134,6 +135,41 @@ def test_nothing_has_the_name_of_an_output_before_it_is_whole(kind: str, former:
         else:
             assert list(target.iterdir()) == [] if kind == "folder" else target.read_bytes() == b"former"
     assert (target / "file" if kind == "folder" else target).read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_keeps_its_name_when_its_replacement_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "file").write_bytes(b"former")
+    rename = Path.rename
+
+    def interrupted(path: Path, to: Path) -> Path:
+        if path.name.endswith(".partial") and Path(to) == target:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_folder(target, replace=True) as inside:
+        (inside / "file").write_bytes(b"new")
+    assert list(tmp_path.iterdir()) == [target]
+    assert (target / "file").read_bytes() == b"former"
+
+
+def test_a_folder_with_a_file_that_was_read_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / "below").mkdir(parents=True)
+    evidence = target / "below/base.raw"
+    evidence.write_bytes(b"evidence")
+    with (
+        remembering_sources(),
+        pytest.raises(Qcow2Error, match=r"base\.raw is part of the evidence"),
+        whole_folder(target, replace=True),
+    ):
+        FileSource(evidence).close()
+    assert evidence.read_bytes() == b"evidence"
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -287,7 +323,7 @@ def test_salvage_writes_the_rest_and_a_map_of_what_is_missing(
     assert code == 2
     assert out.read_bytes() == wanted
     assert f"sha256 (partial) {hashlib.sha256(wanted).hexdigest()}" in text
-    assert "196608 bytes in 3 range(s)" in text
+    assert "196608 bytes in 3 ranges" in text
     assert [line.split() for line in rest.read_text().splitlines() if not line.startswith("#")][1:] == [
         ["0x00000000", "0x00010000", "+"],
         ["0x00010000", "0x00010000", "-"],

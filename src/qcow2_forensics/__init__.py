@@ -71,11 +71,18 @@ if TYPE_CHECKING:
         choose_memory,
         leftover_name,
         memory_before,
-        memory_snapshots,
         recovered_memory,
     )
     from .reader.named_files import NamedFiles, named_files
-    from .reader.opening import MissingPolicy, Passphrase, leftover_vm_state, open_disk, open_image, open_vm_state
+    from .reader.opening import (
+        MissingPolicy,
+        Passphrase,
+        leftover_vm_state,
+        memory_snapshots,
+        open_disk,
+        open_image,
+        open_vm_state,
+    )
     from .reader.passphrases import (
         KEY_FILE_VARIABLE,
         PASSPHRASE_VARIABLE,
@@ -259,7 +266,7 @@ _LAZY = {
     "leftover_name": "reader.memory_choice",
     "leftover_vm_state": "reader.opening",
     "memory_before": "reader.memory_choice",
-    "memory_snapshots": "reader.memory_choice",
+    "memory_snapshots": "reader.opening",
     "named_files": "reader.named_files",
     "open_disk": "reader.opening",
     "open_guest_memory": "memory",

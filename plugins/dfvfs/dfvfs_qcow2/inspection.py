@@ -18,7 +18,7 @@ from qcow2_forensics import Image, SnapshotEntry, virtual_size_from_environment
 from qcow2_forensics.text import printable
 
 from .names import SnapshotKey
-from .opening import only_os_errors, passwords_of
+from .opening import only_os_errors
 from .references import PathSpecResolver
 from .sources import open_image_source, open_source
 
@@ -117,9 +117,7 @@ def audit(path_spec: Any, resolver_context: Any = None, depth: str = "standard")
     context = _context(resolver_context)
     with only_os_errors():
         source = open_source(qcow.parent, context)
-        report: Report = qcow2_forensics.audit(
-            source, depth=depth, passphrase=passwords_of(qcow) or None, resolver=PathSpecResolver(context)
-        )
+        report: Report = qcow2_forensics.audit(source, depth=depth, resolver=PathSpecResolver(context))
         return report
 
 

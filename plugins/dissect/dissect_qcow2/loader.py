@@ -60,7 +60,7 @@ def image_and_state(path: Path) -> tuple[Path, str | None] | None:
     if _is_image(path):
         return path, None
     if _is_image(path.parent):
-        return path.parent, None if path.name == "active" else path.name
+        return path.parent, path.name
     return None
 
 

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from qcow2_forensics.files import Unreadable
 
 
+def _given_or_set(passphrase: Passphrase) -> Passphrase:
+    """Return the passphrases that were given, or else those of the environment."""
+    return passphrase if passphrase is not None else passphrases_from_environment() or None
+
+
 def _is_disk(origin: PathOrSource | Layer) -> TypeGuard[Layer]:
     """Whether this is a disk already, not the file of one: only disks know their extents."""
     return hasattr(origin, "extents")
@@ -81,7 +86,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
                 else open_disk(
                     url,
                     snapshot,
-                    passphrase if passphrase is not None else passphrases_from_environment() or None,
+                    _given_or_set(passphrase),
                     resolver,
                     limits,
                     eof=eof,
@@ -122,7 +127,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
     def state(self) -> str:
         """What to call this state: the snapshot's name (its ID when it has none), ``active``, or ``recovered:N``.
 
-        With more where that is not its alone: no two states of an image are called the same.
+        More is added where another state has that name too: no two states of an image have the same label.
         """
         if not self._label and isinstance(self._disk, Disk) and self._disk.rebuilt is not None:
             self._label = self._disk.rebuilt.label
@@ -206,7 +211,7 @@ def states(
     base: Disk | None = None  # of which the other states are read without opening the image again
     for wanted in listed:
         try:
-            base = base or open_disk(origin, wanted, passphrase, resolver)
+            base = base or open_disk(origin, wanted, _given_or_set(passphrase), resolver)
             image = Img_Info(base if base.snapshot is wanted else base.at(wanted), unreadable=unreadable)
         except Qcow2Error as error:
             if recovered:  # the tables of this one are what is damaged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from volatility3.framework import contexts, exceptions, interfaces, renderers
 from volatility3.framework import plugins as construction
@@ -52,6 +52,7 @@ _KEYS = {
 }
 
 Values = tuple[str, ...]
+Layer = TypeVar("Layer")
 
 
 class State(NamedTuple):
@@ -125,25 +126,17 @@ class Changes(interfaces.plugins.PluginInterface):
 
     def _earlier(self, later: State) -> State:
         """Return the earlier state: over the same file and, where the kernel is the same, with the same symbols."""
-        from qcow2_forensics import memory_before, open_image
+        from qcow2_forensics import Qcow2Error, memory_before, open_image
 
-        state = self._vm_state_layer(later)
-        image = open_image(common.LayerSource(self.context.layers[state.config["base_layer"]]))
+        state = _layer_of(later, layers.Qcow2VmStateLayer)
+        if state is None:
+            raise Qcow2Error("the memory is not of a snapshot of a QCOW2 image")
+        file = common.LayerSource(self.context.layers[state.config["base_layer"]])
+        image = open_image(common.image_source(file, state.config.get("assume", None)))
         wanted = self.config.get("against", None)
         entry = memory_before(image, state.view.snapshot, wanted)
         name = wanted or f"index:{entry.index}"
         return self._with_the_same_symbols(later, state, name) or self._anew(state, name)
-
-    def _vm_state_layer(self, state: State) -> layers.Qcow2VmStateLayer:
-        from qcow2_forensics import Qcow2Error
-
-        waiting = [state.context.modules[state.module].layer_name]
-        while waiting:
-            layer = state.context.layers[waiting.pop()]
-            if isinstance(layer, layers.Qcow2VmStateLayer):
-                return layer
-            waiting += layer.dependencies
-        raise Qcow2Error("the memory is not of a snapshot of a QCOW2 image")
 
     def _with_the_same_symbols(self, later: State, state: layers.Qcow2VmStateLayer, name: str) -> State | None:
         """Return the earlier state when it is a Linux with the kernel of the later one; None for anything else."""
@@ -153,7 +146,7 @@ class Changes(interfaces.plugins.PluginInterface):
         paged = self.context.layers[module.layer_name]
         place = module.get_symbol("linux_banner").address
         banner = paged.read(place + module.offset, 256, pad=True).partition(b"\0")[0]
-        memory = self._memory(state.config["base_layer"], name)
+        memory = self._memory(later, state, name)
         symbols = linux_kernel.addresses(self.context.symbol_space[module.symbol_table_name].config["isf_url"])
         found = linux_kernel.place(memory.view, banner, symbols) or self._searched(module, type(paged), memory.name)
         if found is None:
@@ -188,19 +181,22 @@ class Changes(interfaces.plugins.PluginInterface):
         root = linux.LinuxIntelStacker.virtual_to_physical_address(module.get_symbol(top).address + shift)
         return kind, {"page_map_offset": root, "kernel_virtual_offset": virtual_shift}
 
-    def _memory(self, file_layer: str, snapshot: str) -> Any:
-        made: list[Any] = []
-        below = file_layer
-        for kind, settings in ((layers.Qcow2VmStateLayer, {"snapshot": snapshot}), (ram.QemuRamLayer, {})):
+    def _memory(self, later: State, state: layers.Qcow2VmStateLayer, snapshot: str) -> Any:
+        """Return the memory of another snapshot, read as the later one is: with its header fields and its layout."""
+        memory = _layer_of(later, ram.QemuRamLayer)
+        below, layer = state.config["base_layer"], None
+        for kind, settings in (
+            (layers.Qcow2VmStateLayer, {"snapshot": snapshot, "assume": state.config.get("assume", None)}),
+            (ram.QemuRamLayer, {"layout": memory and memory.config.get("layout", None)}),
+        ):
             path = interfaces.configuration.path_join(self.config_path, "earlier", kind.__name__)
-            self.context.config[interfaces.configuration.path_join(path, "base_layer")] = below
-            for key, value in settings.items():
-                self.context.config[interfaces.configuration.path_join(path, key)] = value
+            for key, value in {"base_layer": below, **settings}.items():
+                if value is not None:
+                    self.context.config[interfaces.configuration.path_join(path, key)] = value
             layer = kind(self.context, path, self.context.layers.free_layer_name(kind.__name__))
             self.context.layers.add_layer(layer)
-            made.append(layer)
             below = layer.name
-        return made[-1]
+        return layer
 
     def _anew(self, state: layers.Qcow2VmStateLayer, snapshot: str) -> State:
         """Return the earlier state as ``vol`` itself would find it, with symbols of its own."""
@@ -260,6 +256,17 @@ class Changes(interfaces.plugins.PluginInterface):
             for added in set(state.context.symbol_space) - tables:
                 state.context.symbol_space.remove(added)  # one without a producer makes other plugins fail
         return Table(tuple(column.name for column in grid.columns), rows)
+
+
+def _layer_of(state: State, kind: type[Layer]) -> Layer | None:
+    """Return the layer of a kind that a state is read through, None without one."""
+    waiting = [state.context.modules[state.module].layer_name]
+    while waiting:
+        layer = state.context.layers[waiting.pop()]
+        if isinstance(layer, kind):
+            return layer
+        waiting += layer.dependencies
+    return None
 
 
 def _drop_working_tables(context: interfaces.context.ContextInterface) -> None:

@@ -65,8 +65,9 @@ class LayerSource:
         self.location = str(getattr(layer, "location", ""))
         self.name = urllib.parse.unquote(self.location.rsplit("/", 1)[-1]) or str(layer.name)
         self.path = local_path(self.location) if self.location else None
-        self.identity: object = _identity(self.path) or self.location or None
-        self.mtime_ns = _modified(self.path)
+        status = _status(self.path)
+        self.identity: object = (status.st_dev, status.st_ino) if status is not None else self.location or None
+        self.mtime_ns = None if status is None else status.st_mtime_ns
         self.folder: str | None = None  # as of the core's FileSource
         self.stands_for = ""
         self.size = int(layer.maximum_address) + 1
@@ -93,19 +94,10 @@ def image_source(source: LayerSource, assume: str | None) -> Source:
     return assuming(source, parse_assumptions(assume or ""))
 
 
-def _identity(path: str | None) -> tuple[int, int] | None:
-    """Return what identifies a local file, None where there is none."""
+def _status(path: str | None) -> os.stat_result | None:
+    """Return what identifies a local file and when it was changed, None where there is none."""
     try:
-        status = os.stat(path) if path is not None else None
-    except (OSError, ValueError):
-        return None
-    return None if status is None else (status.st_dev, status.st_ino)
-
-
-def _modified(path: str | None) -> int | None:
-    """Return when a local file was changed, None where there is none."""
-    try:
-        return os.stat(path).st_mtime_ns if path is not None else None
+        return None if path is None else os.stat(path)
     except (OSError, ValueError):
         return None
 

@@ -21,22 +21,18 @@ ABSENT = renderers.NotAvailableValue
 
 
 class Stream:
-    """A memory stream and where it was found; ``snapshot`` is None outside of QCOW2 images."""
+    """A memory stream and where it was found.
 
-    def __init__(
-        self,
-        source: Source,
-        snapshot: SnapshotEntry | None,
-        key: str | None,
-        local: bool,
-        layout: str | None = None,
-        *,
-        leftover: bool = False,
-    ) -> None:
-        self.leftover = leftover
+    ``snapshot`` is None outside of QCOW2 images, and for a state that no snapshot lists: ``label`` chooses that,
+    ``unlisted`` says what it is.
+    """
+
+    def __init__(self, source: Source, key: str | None, local: bool, layout: str | None = None) -> None:
         self.source = source
+        self.snapshot: SnapshotEntry | None = getattr(source, "snapshot", None)
+        self.label: str = getattr(source, "label", "")
+        self.unlisted: str = getattr(source, "unlisted", "")
         self._layout = layout
-        self.snapshot = snapshot
         self._key = key
         self._local = local
 
@@ -120,7 +116,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         source = self.source()
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
-            return Stream(stream, None, *index_cache.identify(source.layer), self._layout())
+            return Stream(stream, *index_cache.identify(source.layer), self._layout())
         chosen = recovered_memory(self._assumed(source), self.wanted())
         if chosen is None:
             chosen = choice.choose(open_image(self._assumed(source)), self.wanted(), printable(source.name))
@@ -148,7 +144,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         source = self.source()
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
         if stream is not None:
-            yield Stream(stream, None, *index_cache.identify(source.layer), self._layout())
+            yield Stream(stream, *index_cache.identify(source.layer), self._layout())
             return
         image = open_image(self._assumed(source))
         choice.warn_of_problems(image, printable(source.name))
@@ -177,13 +173,10 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         key, local = index_cache.identify(source.layer)
         state = open_vm_state(self._assumed(source), wanted, passphrase(self.context))
         state.read(0, 4)
-        if isinstance(wanted, str):
-            which, entry = re.sub(r"\W", "_", wanted), None
-        else:
-            which, entry = f"{wanted.index}_{wanted.l1_table_offset}", wanted
+        which = re.sub(r"\W", "_", wanted) if isinstance(wanted, str) else f"{wanted.index}_{wanted.l1_table_offset}"
         if assume := self._assume():
             which += "_" + re.sub(r"\W", "_", assume)
-        return Stream(state, entry, key and f"{key}_{which}", local, self._layout(), leftover=entry is None)
+        return Stream(state, key and f"{key}_{which}", local, self._layout())
 
     def guarded(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """Yield rows; what goes wrong with the evidence becomes a warning, and the end of them."""

@@ -116,8 +116,8 @@ def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
     layout = memory.layout
     if stream.snapshot is not None:
         yield "memory", "snapshot", choice.describe(stream.snapshot), None, None
-    elif stream.leftover:
-        yield "memory", "snapshot", "leftover: mapped past the end of the disk, listed by no snapshot", None, None
+    elif stream.unlisted:
+        yield "memory", "snapshot", stream.unlisted, None, None
     yield "memory", "stream", "complete" if memory.complete else "cut off", None, stream.source.size
     yield "memory", "machine", printable(memory.machine) or "not recorded", None, None
     yield "memory", "architecture", memory.architecture or "unknown", None, None

@@ -124,7 +124,7 @@ def _name(stream: Stream) -> tuple[str, str]:
     from qcow2_forensics.text import printable
 
     if stream.snapshot is None:
-        return "-", "leftover" if stream.leftover else "-"
+        return "-", stream.label or "-"
     return printable(stream.snapshot.id), printable(stream.snapshot.name)
 
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import Qcow2Error
+from ..errors import Qcow2Error, reason
 from ..files.protocol import NoFileSystem
 from ..findings import Report, Severity
 from ..format.image import Image
@@ -28,7 +28,7 @@ from ..render import render
 from ..render.anchors import Anchors
 from ..render.image_facts import check_line, heading
 from ..render.rows import without_pictures
-from ..text import plural
+from ..text import plural, printable
 from . import audit, diff, memory, residue, snapshots, timeline
 
 _NOT_WHOLE = ("QCOW2-UNREADABLE", "QCOW2-AUDIT-INCOMPLETE", "QCOW2-AUDIT-LIMITED")  # the audit did not see everything
@@ -81,8 +81,6 @@ def run_audit(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
 
 
 def _sentence(title: str, evidence: Any) -> str:
-    from ..text import printable
-
     return printable("; ".join([title, *(f"{item.field}: {item.value}" for item in evidence[:5])]))
 
 
@@ -191,9 +189,6 @@ def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
 
 def attempt(work: Work, args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     """Run a part; what ends it early is its note and exit code 2, and the other parts still run."""
-    from ..errors import reason
-    from ..text import printable
-
     try:
         return work(args, folder, stem)
     except Qcow2Error as error:

@@ -43,7 +43,7 @@ def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
         unseen.append(f"the states of the image: {error}")
         states, memories = [], []
     with_files = _with_files(args, unseen) if len(states) > 1 else False
-    audit = ("audit", typed, "--depth", "deep", "--format", "html", *hashed, *case, *keys, *folders)
+    audit = ("audit", typed, "--depth", "deep", "--format", "html", *hashed, *case, *folders)
     size = _options(args, "virtual_size")
     steps = [
         Step("audit", "audit", "audit", audit, parts.run_audit),

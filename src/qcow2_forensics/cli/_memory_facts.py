@@ -16,17 +16,12 @@ _CPUS_SHOWN = 8
 
 def snapshot_of(memory: GuestMemory) -> str | None:
     """Return which snapshot the memory is of, in words; None for a stream that is in none."""
-    from ..reader.states import LEFTOVER
     from ..reader.vm_state import VmState
 
     state = memory.source
     if not isinstance(state, VmState):
         return None
-    if state.rebuilt is not None:
-        return f"{state.rebuilt.label} (a VM state that nothing maps any more)"
-    if state.snapshot is None:
-        return f"{LEFTOVER} (past the end of the disk, listed by no snapshot)"
-    return f"{cut(state.snapshot.id)} ({cut(state.snapshot.name)})"
+    return state.unlisted if state.snapshot is None else f"{cut(state.snapshot.id)} ({cut(state.snapshot.name)})"
 
 
 def layout_facts(memory: GuestMemory) -> dict[str, Any]:

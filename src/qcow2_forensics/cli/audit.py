@@ -16,13 +16,11 @@ from ..findings import EVIDENCE_LIMIT, Report, Severity
 from ..reader.writer import atomic_writer, is_standard_output, refuse_existing
 from ..render import FORMATS, render
 from ..text import printable
+from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS
 from .case import add_case_arguments, audit_run, wants_run
-from .options import add_backing_folders, add_key_arguments, passphrases_of
+from .options import add_backing_folders
 from .output import add_output_arguments, format_of
 
-EXIT_DONE = 0
-EXIT_FINDINGS = 1
-EXIT_FAILED = 2
 _UNREADABLE = "QCOW2-UNREADABLE"
 LIMITED = "QCOW2-AUDIT-LIMITED"
 
@@ -68,7 +66,13 @@ def add_parser(subparsers: Any) -> None:
     )
     add_backing_folders(parser, "a further folder in which backing and data files may be opened (repeatable)")
     add_case_arguments(parser)
-    add_key_arguments(parser)
+    parser.add_argument(
+        "--passphrase-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="taken as by the other commands, and not used: no finding needs the key",
+    )
     fleet = parser.add_argument_group("many images")
     fleet.add_argument("--files-from", metavar="LIST", help="file with one image path a line, - for standard input")
     fleet.add_argument("--jobs", metavar="N", type=_jobs, default=1, help="audit N images at a time (default: 1)")
@@ -135,7 +139,7 @@ def report_of(args: argparse.Namespace, path: str, *, wants_facts: bool = True, 
 
     started = datetime.now(UTC)
     resolver = Resolver(folders=args.backing_dir, remedies=COMMAND_LINE)
-    report = audit(path, args.depth, passphrases_of(args), resolver, pictures=pictures)
+    report = audit(path, args.depth, resolver=resolver, pictures=pictures)
     if wants_facts and not why_missing(report):
         report = replace(report, details={**report.details, "run": audit_run(args, report, path, started)})
     return report

@@ -35,41 +35,21 @@ class Step(NamedTuple):
     """One front door: what a user would type, the module it needs, and the extra that brings it."""
 
     title: str
-    command: tuple[str, ...]
+    command: str
     module: str
     extra: str
 
-    def line(self) -> str:
-        """Return the command as the user would type it."""
-        return shlex.join(self.command)
-
 
 _STEPS = (
-    Step("audit", ("qcow2-forensics", "audit", "demo.qcow2"), "qcow2_forensics", ""),
-    Step(
-        "diff",
-        ("qcow2-forensics", "diff", "demo.qcow2", "--from", "baseline", "--to", "active", "--files"),
-        "pytsk3",
-        "tsk",
-    ),
-    Step("pytsk3", ("python", "list_pytsk3.py", "demo.qcow2"), "pytsk3", "tsk"),
-    Step("volatility", ("vol", "-q", "-f", "demo.qcow2", "qcow2.snapshots.Snapshots"), "volatility3", "volatility"),
-    Step("volatility", ("vol", "-q", "-f", "demo.qcow2", "banners.Banners"), "volatility3", "volatility"),
-    Step("dfvfs", ("python", "list_dfvfs.py", "demo.qcow2"), "dfvfs", "dfvfs"),
+    Step("audit", "qcow2-forensics audit demo.qcow2", "qcow2_forensics", ""),
+    Step("diff", "qcow2-forensics diff demo.qcow2 --from baseline --to active --files", "pytsk3", "tsk"),
+    Step("pytsk3", "python list_pytsk3.py demo.qcow2", "pytsk3", "tsk"),
+    Step("volatility", "vol -q -f demo.qcow2 qcow2.snapshots.Snapshots", "volatility3", "volatility"),
+    Step("volatility", "vol -q -f demo.qcow2 banners.Banners", "volatility3", "volatility"),
+    Step("dfvfs", "python list_dfvfs.py demo.qcow2", "dfvfs", "dfvfs"),
     Step(
         "plaso",
-        (
-            "psteal",
-            "--unattended",
-            "--qcow_snapshots",
-            "all",
-            "--source",
-            "demo.qcow2",
-            "-o",
-            "dynamic",
-            "-w",
-            "timeline.csv",
-        ),
+        "psteal --unattended --qcow_snapshots all --source demo.qcow2 -o dynamic -w timeline.csv",
         "plaso",
         "plaso",
     ),
@@ -99,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     outcomes = [(step, _run_step(step, folder)) for step in _STEPS if args.only in (None, step.title)]
     print("\nSummary")
     for step, outcome in outcomes:
-        print(f"  {outcome:<14} {step.line()}")
+        print(f"  {outcome:<14} {step.command}")
     return 2 if any(outcome == "failed" for _, outcome in outcomes) else 0
 
 
@@ -117,13 +97,13 @@ def write_files(folder: Path) -> None:
 
 
 def _run_step(step: Step, folder: Path) -> str:
-    print(f"\n$ {step.line()}", flush=True)
+    print(f"\n$ {step.command}", flush=True)
     if importlib.util.find_spec(step.module) is None:
         print(f"  not installed; pip install 'qcow2-forensics[{step.extra}]'")
         return "not installed"
     command = _resolve(step.command)
     if command is None:
-        print(f"  {step.command[0]} is not on the path of this environment")
+        print(f"  {step.command.partition(' ')[0]} is not on the path of this environment")
         return "not installed"
     try:
         done = subprocess.run(
@@ -143,9 +123,9 @@ def _run_step(step: Step, folder: Path) -> str:
     return "done"
 
 
-def _resolve(command: tuple[str, ...]) -> list[str] | None:
-    """Return the command with the program of this very environment."""
-    name, *arguments = command
+def _resolve(command: str) -> list[str] | None:
+    """Return the words of a command with the program of this very environment."""
+    name, *arguments = shlex.split(command)
     if name == "python":
         return [sys.executable, *arguments]
     if name == "qcow2-forensics":

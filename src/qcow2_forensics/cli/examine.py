@@ -188,6 +188,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
     """Run every part over one image, write its page, and return what the page shows."""
     from ..render.examination_page import render_examination
+    from ..render.next_commands import commands_after
 
     started = datetime.now(UTC)
     before = _stamp(path)
@@ -208,7 +209,8 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
     report = audited.pop("report", None)
     not_seen = [{"part": "examination", "why": why} for why in unseen]
     not_seen += [{"part": part["title"], "why": _why(part["notes"])} for part in done if part["code"]]
-    run_facts = {**run_of(args, [path], started), **_without_next(audited.get("run", {}))}
+    run_facts = {**run_of(args, [path], started), **audited.get("run", {})}
+    run_facts.pop("next", None)
     data = {
         "schema": _SCHEMA,
         "image": path,
@@ -217,7 +219,7 @@ def _examine(args: Namespace, path: str, folder: Path) -> dict[str, Any]:
         "not_looked_at": not_seen,
         "left_out": left_out(args),
         "parts": done,
-        "next": _next_commands(path, done),
+        "next": commands_after(path, done),
     }
     (folder / "index.html").write_text(render_examination(data), encoding="utf-8")
     _write_json(folder / _DATA, data)
@@ -281,17 +283,6 @@ def _unlock(args: Namespace, path: str) -> list[bytes]:
 def _stamp(path: str) -> tuple[int, int]:
     status = Path(path).stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _without_next(run_facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run_facts.items() if key != "next"}
-
-
-def _next_commands(path: str, done: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return what is typed next, with what it is for."""
-    from ..render.next_commands import commands_after
-
-    return commands_after(path, done)
 
 
 def _print_summary(data: Mapping[str, Any], *, several: bool) -> None:

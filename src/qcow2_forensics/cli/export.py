@@ -167,7 +167,7 @@ def _text(summary: dict[str, Any]) -> Iterator[str]:
     missing = summary["missing"]
     if missing:
         total = sum(item["length"] for item in missing)
-        yield f"partial: {total} bytes in {len(missing)} range(s) could not be read and are zeros"
+        yield f"partial: {total} bytes in {plural(len(missing), 'range')} could not be read; zeros were written"
         for item in missing[:_MISSING_SHOWN]:
             yield f"  {item['offset']:#x}, {item['length']} bytes: {item['why']}"
         if len(missing) > _MISSING_SHOWN:

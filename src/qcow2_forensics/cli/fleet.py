@@ -41,11 +41,11 @@ from ..render.page import run_facts
 from ..render.plain import render_text
 from ..render.rows import render_csv, render_line
 from ..text import cut, plural
+from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS
 from .audit import LIMITED, left_out
 from .case import files_of, run_of, wants_run
 from .output import Progress
 
-EXIT_DONE, EXIT_FINDINGS, EXIT_FAILED = 0, 1, 2
 _HEAD = 65536  # bytes of each image that go into its identity
 _PER_WORKER = 64  # images after which a worker is replaced: memory it grew by is given back
 _CRASHED = "QCOW2-AUDIT-CRASHED"
@@ -58,8 +58,6 @@ def run_fleet(args: argparse.Namespace) -> int:
         raise Qcow2Error("several images are no single JSON document: use --format jsonl, text, csv or html")
     if args.format not in (None, "jsonl") and args.resume:
         raise Qcow2Error(f"--resume appends JSON lines: leave --format {args.format} out")
-    if args.passphrase_file and args.jobs > 1:
-        raise Qcow2Error("--passphrase-file is for one image or one job")
     if args.resume and args.output:
         raise Qcow2Error("--resume already names the output; leave -o out")
     paths = _paths(args)
@@ -329,7 +327,7 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _end_with_parent() -> None:
-    """In a worker: end when the run is killed, instead of waiting for work for ever."""
+    """Have a worker end when the run is killed, instead of waiting for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
@@ -342,7 +340,7 @@ def _exit_after(process: multiprocessing.process.BaseProcess) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Start processes and threads that Ctrl-C does not reach: the main thread alone decides."""
+    """Start processes and threads that do not get Ctrl-C, for the main thread to decide."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -28,10 +28,13 @@ _EPILOG = """examples:
   qcow2-forensics memory guest.save memory.raw --sidecar
   qcow2-forensics memory disk.qcow2
 
-IMAGE is a QCOW2 image with a memory snapshot (the latest is taken unless one is named; "leftover" is one that
-no snapshot lists any more but that is still mapped past the end of the disk), a bare QEMU migration stream, a libvirt save file, or a Proxmox state volume. "raw" is RAM at its guest-physical
-addresses, zeros where there is none; "lime" is RAM alone, with headers that carry the addresses;
-"elf" is a core file with the processors' registers, as drgn and crash open it; "stream" is QEMU's own form, with the devices and processors in it.
+IMAGE is a QCOW2 image with a memory snapshot, a bare QEMU migration stream, a libvirt save file, or a Proxmox
+state volume. The latest snapshot with memory is taken unless one is named; "leftover" is a memory that no snapshot
+lists any more, but that is still mapped past the end of the disk.
+
+Forms of OUT: "raw" is RAM at its guest-physical addresses, zeros where there is none; "lime" is RAM alone, with
+headers that carry the addresses; "elf" is a core file with the processors' registers, for drgn and crash; "stream"
+is QEMU's own form, with the devices and processors in it.
 
 The output is sparse, and gets its name only when it is whole. Its SHA-256 is printed.
 """

@@ -29,7 +29,7 @@ _EPILOG = """examples:
   fusermount -u /mnt/case
 
 Each image becomes a folder with active.raw, one raw file per snapshot, guest memory as .memory.raw,
-audit.json, and a README.txt that says what is what. It ends with Ctrl-C or "fusermount -u DIR".
+audit.json, and a README.txt that describes each file. Ctrl-C or "fusermount -u DIR" ends it.
 DIR is made when it is not there, and then removed again.
 """
 
@@ -117,7 +117,7 @@ def _open(args: argparse.Namespace, path: str) -> ImageFolder:
     def report() -> Report:
         from ..audit import audit
 
-        return audit(path, passphrase=passphrases_of(here), resolver=resolver_of(here))
+        return audit(path, resolver=resolver_of(here))
 
     def recovered() -> list[RecoveredState]:
         from ..recovery import recovered_states

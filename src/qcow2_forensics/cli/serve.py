@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qcow2Error
+from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE
 from ..reader.writer import ended_by_signals
 from ..text import cut, printable
 from . import add_image_argument
@@ -23,7 +24,8 @@ _EPILOG = """examples:
   qemu-img convert -O raw 'nbd+unix:///before-incident?socket=case.sock' before.raw
 
 The export name chooses the state: none or "active" for the disk as it is now, else an ID or a name of a
-snapshot, or recovered:1 where the image is damaged. It ends with Ctrl-C. The server is nbdkit (apt install nbdkit nbdkit-plugin-python).
+snapshot, or recovered:1 where the image is damaged. Ctrl-C ends it. The server is nbdkit
+(apt install nbdkit nbdkit-plugin-python).
 """
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _PLUGIN = Path(__file__).parent.parent / "data" / "nbdkit_plugin.py"
@@ -46,7 +48,14 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help="a Unix socket to make, or a loopback address with its port",
     )
-    parser.add_argument("--passphrase-file", metavar="FILE", help="the key of an encrypted image")
+    parser.add_argument(
+        "--passphrase-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="file with the passphrase of an encrypted image, or of one below it (repeatable: each is tried on each); "
+        f"or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}",
+    )
     add_backing_folders(parser, "a further folder for backing files (repeatable)")
     parser.set_defaults(run=run)
 
@@ -75,11 +84,10 @@ def run(args: argparse.Namespace) -> int:
     if known.returncode:
         raise Qcow2Error(_INSTALL)
     parameters = [f"image={os.path.abspath(args.image)}"]
-    if args.passphrase_file:
-        parameters.append(f"passphrase-file={os.path.abspath(args.passphrase_file)}")
+    parameters += [f"passphrase-file={os.path.abspath(path)}" for path in args.passphrase_file]
     parameters += [f"backing-dir={os.path.abspath(folder)}" for folder in args.backing_dir]
     where = listening(args.nbd)
-    # nbdkit runs the system's Python: it is given our package, and what it needs, from where they are here.
+    # nbdkit runs the system's Python: PYTHONPATH names our package and what it needs, where they are here.
     path = [str(_PLUGIN.parent.parent.parent), *(item for item in sys.path if item.endswith(("-packages", ".zip")))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [engine, "--foreground", "--readonly", *where, "python", str(_PLUGIN), *parameters]

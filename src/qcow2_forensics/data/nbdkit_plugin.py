@@ -12,8 +12,9 @@ The export name chooses the state: none or "active" for the disk as it is now, e
     qemu-img convert -O raw 'nbd+unix:///before-incident?socket=case.sock' before.raw
     sudo nbd-client -unix case.sock -N before-incident -readonly /dev/nbd0
 
-Parameters: image, passphrase-file, backing-dir (may be repeated). nbdkit runs Debian's own Python: the package must
-be installed there, or PYTHONPATH must name where it is.
+Parameters: image, passphrase-file and backing-dir, both repeatable; without a key file the passphrases are those of
+QCOW2_PASSPHRASE_FILE and QCOW2_PASSPHRASE. nbdkit runs Debian's own Python: the package must be installed there, or
+PYTHONPATH must name where it is.
 """
 
 from __future__ import annotations
@@ -33,24 +34,25 @@ API_VERSION = 2
 _EXPORTS = 10_000  # that nbdkit lists; one more and it lists none
 _DESCRIBED = 300  # characters of a name: nbdkit takes 4096 bytes, and an escaped character may need ten
 
-settings: dict[str, str] = {}
+_REMEDIES = q.Remedies("backing-dir=DIR (serve: --backing-dir DIR)")
+
+images: list[str] = []  # one
+key_files: list[str] = []
 folders: list[str] = []
 
 
 def config(key: str, value: str) -> None:
     """Take one parameter of the command line."""
-    if key == "backing-dir":
-        folders.append(value)
-    elif key in ("image", "passphrase-file"):
-        settings[key] = str(Path(value).absolute())  # nbdkit changes its folder when it goes to the background
-    else:
+    parameters = {"image": images, "passphrase-file": key_files, "backing-dir": folders}
+    if key not in parameters:
         raise RuntimeError(f"unknown parameter {key}")
+    parameters[key].append(str(Path(value).absolute()))  # nbdkit changes its folder when it goes to the background
 
 
 def config_complete() -> None:
     """Open the active state once, or else the best recovered one, so that a mistake shows at the start."""
-    if "image" not in settings:
-        raise RuntimeError("image=FILE is missing")
+    if len(images) != 1:
+        raise RuntimeError("one image=FILE is needed")
     try:
         opened("").close()
     except (q.NotQcow2, q.FormatError) as error:
@@ -63,13 +65,8 @@ def config_complete() -> None:
 
 def opened(name: str) -> q.Disk:
     """Return the state that an export name chooses."""
-    key = settings.get("passphrase-file")
-    disk = q.open_disk(
-        settings["image"],
-        None if name in ("", "active") else name,
-        Path(key).read_bytes().removesuffix(b"\n").removesuffix(b"\r") if key else None,
-        q.Resolver(folders=folders),
-    )
+    keys = q.passphrases_from_files(key_files) if key_files else q.passphrases_from_environment()
+    disk = q.open_disk(images[0], name or None, keys or None, q.Resolver(folders=folders, remedies=_REMEDIES))
     if disk.is_locked:
         disk.close()
         raise RuntimeError("the image is encrypted: passphrase-file=FILE is missing")
@@ -84,7 +81,7 @@ def thread_model() -> int:
 def list_exports(readonly: bool, is_tls: bool) -> Iterator[tuple[str, str]]:  # noqa: ARG001
     """Yield the name of every state and what it is: what opens that state alone, and shows as it is."""
     try:
-        image = q.open_image(settings["image"])
+        image = q.open_image(images[0])
     except (q.NotQcow2, q.FormatError):
         yield "recovered:1", "the best state that can be put together"
         return

@@ -20,7 +20,7 @@ from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_
 from .other_files import described
 from .rules import BACKING, BACKING_NAME, BITMAPS, DISK, EXTENSIONS, SNAPSHOTS, Problem, header_problems
 from .snapshot_table import SnapshotEntry, read_snapshot_table
-from .source import Closing, PathOrSource, Source, as_source, source_name
+from .source import Closing, PathOrSource, Source, as_source, close_source, source_name
 
 _FIRST_READ = 4 * KiB  # header, extensions and name of nearly every image
 
@@ -259,9 +259,7 @@ class Image(Closing):
     def close(self) -> None:
         """Close the source if this image opened it; closing twice is fine."""
         if self._owns_source:
-            close = getattr(self.source, "close", None)
-            if close is not None:
-                close()
+            close_source(self.source)
 
     def __repr__(self) -> str:
         return f"<Image {printable(self.name)} version {self.header.version}>"

@@ -278,6 +278,13 @@ def as_source(origin: PathOrSource) -> Source:
     return origin if getattr(type(origin), "keeps_contract", False) else CheckedSource(origin)
 
 
+def close_source(source: object) -> None:
+    """Close a source that can be closed."""
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()
+
+
 def source_name(source: object) -> str:
     """Return what to call a source in messages and evidence; not escaped."""
     return str(getattr(source, "name", "") or type(source).__name__)

@@ -7,7 +7,7 @@
     pages         the page records of its RAM section
     page_index    page records become a compact run index
     devices       the device sections and the registers of each processor
-    layout        which RAM block lies at which guest-physical address, why, and what the page tables say of it
+    layout        which RAM block lies at which guest-physical address, why, and what the page tables say about it
     guest_memory  GuestMemory: reading, scanning; index_cache: its cacheable form
     shared_scan   a scan of several memories in which equal pieces are scanned once
     kernel        which kernel a memory holds;  kernel_place: where it lies
@@ -20,7 +20,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from ..errors import NotQcow2, SnapshotNotFound
-from ..format.source import PathOrSource, Source, as_source, source_name
+from ..format.source import PathOrSource, Source, as_source, close_source, source_name
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader.opening import Passphrase, leftover_vm_state, open_disk, open_vm_state
 from ..reader.states import Leftover, SnapshotName
@@ -83,14 +83,14 @@ def open_guest_memory(
     with ExitStack() as undo:
         source = as_source(origin)
         if source is not origin:
-            undo.callback(_close, source)
+            undo.callback(close_source, source)
         stream = find_stream(source, limits=limits)
         if stream is None:
             stream = _inside_qcow2(source, snapshot, passphrase, limits)
         elif snapshot is not None:
             raise SnapshotNotFound(str(snapshot), ())
         if stream is not source:
-            undo.callback(_close, stream)
+            undo.callback(close_source, stream)
         memory = GuestMemory(stream, limits, allow_truncated=allow_truncated, layout=layout)
         memory.on_close(undo.pop_all().close)
         return memory
@@ -114,9 +114,3 @@ def _inside_qcow2(source: Source, snapshot: SnapshotName, passphrase: Passphrase
         if not left:
             raise
         return open_vm_state(source, Leftover(), passphrase, limits)
-
-
-def _close(source: Source) -> None:
-    close = getattr(source, "close", None)
-    if close is not None:
-        close()

@@ -60,7 +60,7 @@ def memory_affinities(data: bytes) -> tuple[Affinity, ...]:
 
 
 def _ranges(data: bytes, start: int) -> Iterator[Affinity]:
-    """Walk one table. Its checksum is left for the guest to fill in, but its entries must tile it."""
+    """Yield the ranges of one table. Its checksum is not set before the guest sees it, but its entries must tile it."""
     length = int.from_bytes(data[start + 4 : start + 8], "little")
     end = start + length
     if not 48 <= length <= len(data) - start or not _tiles(data, start + 48, end):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .page_index import RunIndex
+from .page_index import RunIndex, column
 from .records import Region
 
 
@@ -56,13 +56,7 @@ def _spans(
         low, high = low[begins], high[np.concatenate((begins[1:], [True]))]
         long = high - low >= minimum
         low, high = low[long], high[long]
-    return Spans(_column(low), _column(high))
-
-
-def _column(values: npt.NDArray[np.int64]) -> array[int]:
-    column = array("q")
-    column.frombytes(values.tobytes())
-    return column
+    return Spans(column(low), column(high))
 
 
 def clip(spans: Spans, address: int, length: int | None) -> Iterator[tuple[int, int]]:
@@ -80,7 +74,7 @@ def clip(spans: Spans, address: int, length: int | None) -> Iterator[tuple[int, 
 def subtract(
     pieces: Iterable[tuple[int, int]], holes: Iterable[tuple[int, int]], margin: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield what is left of sorted pieces after the inside of sorted holes, but for a margin, is taken out."""
+    """Yield what is left of sorted pieces without the inside of sorted holes; ``margin`` bytes at both ends of a hole stay."""
     waiting = iter(holes)
     hole = next(waiting, None)
     for address, length in pieces:

@@ -7,14 +7,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from ..errors import ReadError
 from ..format.source import Closing, Source
 from ..limits import DEFAULT_LIMITS, Limits, MiB
 from ..text import cut, quoted
 from . import address_ranges, tpm
 from .block_reader import read_pages
 from .given_layout import parse as parse_layout
-from .page_codecs import MISSING, decode, is_special
+from .page_codecs import MISSING, is_special, page_of
 from .page_index import RunIndex
 from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 from .stream_analysis import Analysis, analyse
@@ -82,7 +81,7 @@ class GuestMemory(Closing):
         self._page = lru_cache(_CACHED_PAGES)(self._load_page)
 
     def on_close(self, undo: Callable[[], object]) -> None:
-        """Have ``undo`` called by :meth:`close`: for whoever opened the source for this object."""
+        """Have :meth:`close` call ``undo``: for callers that opened the source for this object."""
         self._undo.append(undo)
 
     def close(self) -> None:
@@ -258,17 +257,13 @@ class GuestMemory(Closing):
 
     def _load_page(self, block: str, page: int) -> bytes:
         """Return one page, b"" when the stream does not hold it."""
-        value = self._index[block].find(page)
+        index = self._index[block]
+        value = index.find(page)
         if value == MISSING:
             return b""
-        if is_special(value):
-            return decode(self.source, value, self._index[block].deltas.get(page, ()), self.page_size)
-        if value < 0:
-            return self._zero_page if value == -1 else bytes([-1 - value]) * self.page_size
-        data = self.source.read(value, self.page_size)
-        if len(data) < self.page_size:
-            raise ReadError("the migration stream ends early", offset=value, length=self.page_size)
-        return data
+        if value == -1:
+            return self._zero_page  # one for all: thousands of pages are kept
+        return page_of(self.source, value, index.deltas.get(page, ()), self.page_size)
 
     def _map(self, region: Region, address: int, end: int) -> Iterator[MemoryRun]:
         size, index = self.page_size, self._index[region.block]

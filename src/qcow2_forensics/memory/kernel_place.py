@@ -60,10 +60,7 @@ class LinuxPlace:
 
 def entries(memory: GuestMemory) -> Iterator[Entry]:
     """Yield where the processors enter the kernel; none for those without 64-bit paging or with a nested guest running."""
-
-    def read(address: int, length: int) -> bytes:
-        return memory.read(address, length) if memory.is_valid(address, length) else b""
-
+    read = _reader(memory)
     for cpu in memory.cpus:
         if cpu.runs_nested_guest:
             continue
@@ -84,10 +81,7 @@ def place_linux(memory: GuestMemory, symbols: Mapping[str, int], banner: bytes) 
 
     ``symbols`` are addresses from the kernel's symbol file, of those of :data:`SYMBOLS` that it has.
     """
-
-    def read(address: int, length: int) -> bytes:
-        return memory.read(address, length) if memory.is_valid(address, length) else b""
-
+    read = _reader(memory)
     top = next((symbols[name] for name in _TOP_TABLES if name in symbols), None)
     if top is None or _BANNER not in symbols:
         return None
@@ -109,6 +103,10 @@ def place_linux(memory: GuestMemory, symbols: Mapping[str, int], banner: bytes) 
             ):
                 return LinuxPlace(virtual, physical, table, len(own.shifts))
     return None
+
+
+def _reader(memory: GuestMemory) -> page_tables.Reader:
+    return lambda address, length: memory.read(address, length) if memory.is_valid(address, length) else b""
 
 
 def _page_fault_handler(root: Root, table: int, read: page_tables.Reader) -> int:

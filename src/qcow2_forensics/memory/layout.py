@@ -27,8 +27,6 @@ from .placement import FOUR_GIB, Placement, tile
 from .records import Block, Layout, Region
 from .system_ram import Facts, Order
 
-__all__ = ["Facts", "place"]
-
 _LEFT_OUT = 64 << 20  # of RAM at the top of the part below 4 GiB, that the firmware keeps to itself
 
 
@@ -46,7 +44,8 @@ def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, .
     modules.exact(found, ranges, facts, made)
     placed, stated = {region.block for region in made.regions}, {item.block for item in given}
     found = [block for block in found if block.name not in placed or block.name in stated]
-    whole = any(item.block in system_ram.DEFAULT_NAMES and not _waits(item.block, found) for item in given)
+    waiting_names = {block.name for block in found}
+    whole = any(item.block in system_ram.DEFAULT_NAMES and item.block not in waiting_names for item in given)
     order = Order([]) if whole else system_ram.system_blocks(found, ranges, facts, made)
     if not whole and (not order.blocks or (not architecture and not ranges)):
         if not made.regions:
@@ -64,10 +63,6 @@ def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, .
         evidence = examiner.examine(made.regions)
     system_ram.covered_by_srat(made.regions, ranges, made)
     return _result(architecture, facts.blocks, examiner, evidence, made)
-
-
-def _waits(name: str, found: Sequence[Block]) -> bool:
-    return any(block.name == name for block in found)
 
 
 def _given_whole(block: Block, made: Placement) -> bool:
@@ -138,7 +133,7 @@ class _Machine:
             spans = [(base, total)]
             made.above = total
         self._choose_order(spans)
-        regions = self._tile(spans)
+        regions = tile(self._blocks, spans)
         if self._order.unsure:
             sizes = [block.size for block in self._blocks[self._order.kept :]]
             loose = {
@@ -171,11 +166,8 @@ class _Machine:
     def _spans(self) -> list[tuple[int, int]]:
         return [(0, self._made.below), (self._made.above_base, self._made.above)]
 
-    def _tile(self, spans: Sequence[tuple[int, int]]) -> list[Region]:
-        return tile(self._blocks, spans)
-
     def _evidence(self, spans: Sequence[tuple[int, int]]) -> Evidence | None:
-        return self._examiner.examine([*self._made.regions, *self._tile(spans)])
+        return self._examiner.examine([*self._made.regions, *tile(self._blocks, spans)])
 
     def _choose_base(self, others: Sequence[int]) -> None:
         """Take another start of the RAM above 4 GiB when the page tables fit it better."""

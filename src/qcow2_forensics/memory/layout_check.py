@@ -101,7 +101,7 @@ class Examiner:
 
 
 def conclude(examiner: Examiner, evidence: Evidence | None, made: Placement) -> tuple[list[str], list[tuple[int, int]]]:
-    """Write down what the check found; return the remaining assumptions, as sentences, and the ranges in doubt."""
+    """Record what the check found; return the remaining assumptions, as sentences, and the ranges in doubt."""
     doubts: list[tuple[int, int]] = []
     sentences: list[str] = []
     if evidence is None:

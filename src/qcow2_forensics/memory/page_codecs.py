@@ -45,15 +45,16 @@ def decode(source: Source, value: int, history: tuple[int, ...], page_size: int)
     if value < PACKED + _OFFSETS:
         return _unpacked(source, offset_of(value), page_size)
     base, *offsets = history
-    page = bytearray(_base(source, base, page_size))
+    page = bytearray(page_of(source, base, (), page_size))
     for offset in offsets:
         _apply(source, offset, page)
     return bytes(page)
 
 
-def _base(source: Source, value: int, page_size: int) -> bytes:
+def page_of(source: Source, value: int, history: tuple[int, ...], page_size: int) -> bytes:
+    """Return the page that a value of a run index stands for: stored, one byte repeated, or to be decoded."""
     if is_special(value):
-        return decode(source, value, (), page_size)
+        return decode(source, value, history, page_size)
     if value < 0:
         return bytes([-1 - value]) * page_size
     data = source.read(value, page_size)

@@ -1,4 +1,4 @@
-"""Segments become a run index: for every page of a block, its last record in the stream."""
+"""Makes a run index of segments: for every page of a block, its last record in the stream."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _one(table: Int64s, stride: int) -> RunIndex:
         first, pages, value = first[order], pages[order], value[order]
     first, pages, value = _join(first, pages, value, stride)
     deltas = _histories(table, value, stride) if bool((table[:, 2] < MISSING).any()) else None
-    return RunIndex(_column(first), _column(pages), _column(value), stride, deltas)
+    return RunIndex(column(first), column(pages), column(value), stride, deltas)
 
 
 def _last_wins(first: Int64s, ends: Int64s, value: Int64s, stride: int) -> tuple[Int64s, Int64s, Int64s]:
@@ -155,7 +155,6 @@ def _join(first: Int64s, pages: Int64s, value: Int64s, stride: int) -> tuple[Int
     return first[starts], np.add.reduceat(pages, starts), value[starts]
 
 
-def _column(values: Int64s) -> array[int]:
-    column = array("q")
-    column.frombytes(np.ascontiguousarray(values, dtype=np.int64).tobytes())
-    return column
+def column(values: Int64s) -> array[int]:
+    """Return numbers as an array of the standard library, of which looking one up makes no numpy scalar."""
+    return array("q", values.tobytes())

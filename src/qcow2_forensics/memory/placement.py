@@ -95,11 +95,11 @@ def tile(blocks: Sequence[Block], spans: Sequence[tuple[int, int]]) -> list[Regi
 
 
 def natural(block: Block) -> list[tuple[int, str]]:
-    """Sort ``node10`` after ``node9``."""
+    """Return a sort key that puts ``node10`` after ``node9``."""
     parts = re.findall(r"[0-9]{1,18}|[^0-9]+", block.name)
     return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
 
 
 def span(address: int, length: int) -> str:
-    """Return a range of addresses in words."""
+    """Return a range of addresses as text."""
     return f"{address:#x}-{address + length - 1:#x}"

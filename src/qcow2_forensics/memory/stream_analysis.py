@@ -17,11 +17,12 @@ from .page_codecs import MISSING
 from .page_index import RunIndex, build
 from .records import Block, Cpu, Device, Layout, Region
 from .sections import read_stream
+from .system_ram import Facts
 
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """Everything that was learnt from a stream; ``runs`` is parallel to ``blocks``."""
+    """Everything that the stream shows; ``runs`` is parallel to ``blocks``."""
 
     stream_size: int
     machine: str
@@ -48,10 +49,6 @@ def _need_bases(blocks: tuple[Block, ...], runs: tuple[RunIndex, ...], page_size
             )
 
 
-def _is_placed(block: Block, regions: tuple[Region, ...]) -> bool:
-    return any(region.block == block.name for region in regions)
-
-
 def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given = ()) -> Analysis:
     """Index the RAM records, walk the devices and decide the layout."""
     stream = read_stream(source, limits, allow_truncated=allow_truncated)
@@ -72,13 +69,13 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given 
     cmos = states.clock_ram() if states else None
     bodies = [*stream.early, *(states.bodies("virtio-mem") if states else ())]
     domain = bytes(getattr(source, "domain", b""))
-    facts = layout.Facts(stream.machine, blocks, cmos, read_block, cpus, bodies, module_addresses(domain, blocks))
+    facts = Facts(stream.machine, blocks, cmos, read_block, cpus, bodies, module_addresses(domain, blocks))
     architecture, placed, regions = layout.place(facts, given)
     notes = [*placed.notes, *(cut(note) for note in stream.notes)]
     notes += states.notes if states else ()
     assumptions = list(placed.assumptions)
-    shared = [block.name for block in blocks if ram.ignore_shared and not block.recorded and _is_placed(block, regions)]
-    if shared:
+    placed_blocks = {region.block for region in regions}
+    if ram.ignore_shared and (shared := [b.name for b in blocks if not b.recorded and b.name in placed_blocks]):
         assumptions.append(
             "shared memory was left out of the stream (x-ignore-shared), its content is in a file of the host: "
             + ", ".join(map(cut, shared))

@@ -30,7 +30,7 @@ class Fifo(Generic[K, V]):
                 self.entries.pop(self._order.popleft(), None)
             except IndexError:  # another thread emptied it
                 break
-        if len(self.entries) > 2 * self._kept:  # races left entries that no order names
+        if len(self.entries) > 2 * self._kept:  # entries that races left out of the order
             self.clear()
 
     def take(self, key: K) -> V | None:

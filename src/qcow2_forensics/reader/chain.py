@@ -19,7 +19,7 @@ from ..format.header import MAGIC, Crypt
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import Source, source_name
+from ..format.source import Source, close_source, source_name
 from ..limits import Limits
 from ..text import cut, quoted
 from .disk import Disk, EofPolicy, Layer, RawDisk
@@ -32,13 +32,6 @@ if TYPE_CHECKING:
 
 _BOTH = "it can be read alone, and a deep audit says where the two differ"
 MissingPolicy = Literal["refuse", "raise", "zeros"]
-
-
-def close_source(source: Source) -> None:
-    """Close a source that can be closed."""
-    close = getattr(source, "close", None)
-    if close is not None:
-        close()
 
 
 def unlocked(disk: Disk, passphrase: Passphrase) -> Decryptor:

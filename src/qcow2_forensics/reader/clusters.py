@@ -1,7 +1,7 @@
-"""Compressed clusters, decoded once, in parallel, and ahead of readers that go on.
+"""Compressed clusters, decoded once, in parallel, and ahead of sequential readers.
 
 The codecs release the interpreter lock, so a few threads decode as fast as the machine can. What
-is decoded ahead is bounded, and an error in it shows only to whoever reads that cluster.
+is decoded ahead is bounded, and an error there is raised only to whoever reads that cluster.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _shared_pool() -> ThreadPoolExecutor:
 
 
 def decode_here() -> None:
-    """Have the calling thread decode what it reads by itself, for one of several that read side by side."""
+    """Make the calling thread decode what it reads itself, without the pool: for threads that read in parallel anyway."""
     _thread.is_worker = True
 
 
@@ -131,7 +131,7 @@ class Clusters:
             try:
                 yield from (run for run in self._mapping.runs(start, end - start) if run.kind == Kind.COMPRESSED)
             except (Qcow2Error, OSError):
-                return  # whoever reads on meets it again
+                return  # the read itself reports it
 
     def _start(self, runs: Iterable[Run]) -> None:
         if self._process != os.getpid():

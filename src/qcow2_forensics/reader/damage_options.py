@@ -1,7 +1,7 @@
-"""What an examiner states of a damaged image, as text: header fields read otherwise, and the size of a disk.
+"""What an examiner states about a damaged image: header fields to assume, and the size of a disk.
 
-``QCOW2_ASSUME`` and ``QCOW2_VIRTUAL_SIZE`` say the same in tools whose own options end at their border, and in
-their worker processes.
+``QCOW2_ASSUME`` and ``QCOW2_VIRTUAL_SIZE`` state the same for tools that take no options of ours, and for worker
+processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..text import printable
 ASSUME_VARIABLE = "QCOW2_ASSUME"
 VIRTUAL_SIZE_VARIABLE = "QCOW2_VIRTUAL_SIZE"
 
-# Header fields that can be assumed, and what each may be.
+# Header fields that can be assumed, and the values of each.
 ASSUMPTIONS = {
     "compression": tuple(codec.name for codec in known_codecs()),
     "extended-l2": ("on", "off"),

@@ -2,7 +2,7 @@
 
 A :class:`Disk` refuses to guess: opening it raises the first problem that makes reading unsound,
 and a read that meets bytes it cannot vouch for raises, naming the structure and the file offset.
-Longer than other modules: one class, whose ways to read share what the last read found; a call between them would show.
+Longer than other modules: the ways to read share what the last read found, and a call between them takes time that shows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..format.header import SECTOR, Crypt
 from ..format.image import Image
 from ..format.rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import Closing, FileSource, Source, source_name
+from ..format.source import Closing, FileSource, Source, close_source, source_name
 from ..text import cut, plural, printable
 from .clusters import Clusters
 from .layers import Extent, Layer, RawDisk
@@ -80,7 +80,7 @@ class Disk(Closing):
             l1_table_offset, l1_size = snapshot.l1_table_offset, snapshot.l1_size
             if snapshot.disk_size is not None:
                 self.size = snapshot.disk_size // SECTOR * SECTOR
-        # What a snapshot says it has, its own L1 table must reach: past that is nothing to vouch for.
+        # The L1 table of a snapshot must map the whole disk that the snapshot records: nothing vouches for what is past it.
         self.mapped_end = 2**64
         if snapshot is not None and eof == "strict":
             self.mapped_end = l1_size * header.l2_span
@@ -325,11 +325,11 @@ class Disk(Closing):
         return parts
 
     def _hole_parts(self, offset: int, length: int, depth: int, below: list[tuple[int, int]]) -> Part | None:
-        """Add what the backing file answers of a range this layer does not hold to ``below``; return the rest."""
+        """Add the part of an unallocated range that the backing file answers for to ``below``; return the rest."""
         if self.backing is None:
             # Whether a missing backing file matters is decided where the range is read.
             return Part(offset, length, Kind.ZERO if self._unbacked is None else Kind.HOLE, None, 0, depth, None)
-        # Past the end of the disk (VM state) the backing file has no say.
+        # Past the end of the disk, where VM state is, the backing file plays no part.
         count = max(0, min(length, self.backing.size - offset, self.size - offset))
         if count:
             below.append((offset, count))
@@ -466,9 +466,7 @@ class Disk(Closing):
         self.image.close()
         if self.backing is not None:
             self.backing.close()
-        close = getattr(self._data, "close", None)
-        if close is not None:
-            close()
+        close_source(self._data)
 
     def __repr__(self) -> str:
         state = f"snapshot {printable(self.snapshot.id)}" if self.snapshot is not None else "active state"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import FormatError, ReadError, Unsupported, reason
-from ..format.source import Source, source_name
+from ..format.source import Source, close_source, source_name
 from ..limits import KiB, MiB
 from ..text import cut
 from .foreign_map import foreign_map
@@ -80,7 +80,7 @@ def open_foreign(kind: str, source: Source) -> ForeignDisk:
 
 
 def _has_log(source: Source) -> bool:
-    """Whether a VHDX names a log: its writer did not come to replay it. libvhdi does not look at it."""
+    """Whether a VHDX has a log that its writer has not replayed; libvhdi does not look at it."""
     heads = [head for head in (source.read(at, 64) for at in _VHDX_HEADERS) if head[:4] == b"head"]
     current = max(heads, key=lambda head: int.from_bytes(head[8:16], "little"), default=b"")
     return any(current[48:64])
@@ -155,12 +155,10 @@ class ForeignDisk:
             yield Extent(offset, end - offset, Kind.DATA, None, 0)
             return
         for run in self._map.runs(offset, end - offset):
-            yield Extent(*run, 0)
+            yield Extent(*run[:4], 0)
 
     def close(self) -> None:
         """Close handle and file; closing twice is fine."""
         with self._lock, contextlib.suppress(OSError):  # that it is closed already
             self._handle.close()
-        close = getattr(self.source, "close", None)
-        if close is not None:
-            close()
+        close_source(self.source)

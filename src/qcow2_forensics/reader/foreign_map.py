@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from ..errors import FormatError, Qcow2Error
 from ..format.source import Source, source_name
 from ..text import cut
-from .runs import Kind, joined
+from .runs import Kind, Run, coalesced
 
 _SECTOR = 512
 _TABLE_ENTRIES = 8192  # of a block allocation table, read at a time
@@ -24,19 +24,10 @@ _VMDK_COMPRESSED = 1 << 16  # of the flags: grains have heads and sizes of their
 _VMDK_AT_END = (1 << 64) - 1  # the grain directory is named by a footer
 
 
-class Stored(NamedTuple):
-    """``length`` guest bytes at ``offset``: data at ``host_offset``, or of a kind that reads as zeros."""
-
-    offset: int
-    length: int
-    kind: Kind
-    host_offset: int | None
-
-
 class ForeignMap(Protocol):
     """The allocation of a file: what a guest range consists of."""
 
-    def runs(self, offset: int, length: int) -> Iterator[Stored]: ...
+    def runs(self, offset: int, length: int) -> Iterator[Run]: ...
 
 
 def foreign_map(kind: str, source: Source, size: int) -> ForeignMap | None:
@@ -70,11 +61,11 @@ class _Table:
         """Return host offsets from block ``first`` on, None for what is not stored, and the number of the first."""
         raise NotImplementedError
 
-    def runs(self, offset: int, length: int) -> Iterator[Stored]:
-        """Yield what the range consists of; neighbours that are one are joined."""
-        return joined(self._blocks(offset, length), _join)
+    def runs(self, offset: int, length: int) -> Iterator[Run]:
+        """Yield the runs that tile a range, coalesced."""
+        return coalesced(self._blocks(offset, length))
 
-    def _blocks(self, offset: int, length: int) -> Iterator[Stored]:
+    def _blocks(self, offset: int, length: int) -> Iterator[Run]:
         end, size = offset + length, self.block_size
         first, known = 0, list[int | None]()
         while offset < end:
@@ -85,15 +76,8 @@ class _Table:
             host = None if block is None else block + inside
             kind = self.zeros if host is None else Kind.DATA
             count = min(end - offset, size - inside)
-            yield Stored(offset, count, kind, host)
+            yield Run(offset, count, kind, host)
             offset += count
-
-
-def _join(first: Stored, second: Stored) -> Stored | None:
-    here = None if first.host_offset is None else first.host_offset + first.length
-    if (first.kind, here) != (second.kind, second.host_offset):
-        return None
-    return first._replace(length=first.length + second.length)
 
 
 class _Vhd(_Table):

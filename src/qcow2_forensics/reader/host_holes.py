@@ -33,7 +33,7 @@ class HostRun(NamedTuple):
 def host_runs(source: Source, offset: int, length: int) -> Iterator[HostRun]:
     """Yield runs that tile a host range; what lies past the end of the file is a hole.
 
-    A source that is no file, or a file system that knows no holes, gives one stored run.
+    A source that is no file, or a file system without holes, gives one stored run.
     """
     end = offset + length
     stored = max(offset, min(end, source.size))

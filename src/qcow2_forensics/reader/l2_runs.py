@@ -1,4 +1,4 @@
-"""What the entries of an L2 table say, one generator per entry format.
+"""Decodes the entries of an L2 table into runs, one generator per entry format.
 
 Each yields the runs of one slice of a table between two guest offsets and raises
 :class:`FormatError` at an entry that QEMU cannot read either. ``host`` arithmetic is relative to
@@ -177,7 +177,7 @@ def _compressed(table: Table, entry: int, offset: int, length: int) -> Run:
     return Run(offset, length, Kind.COMPRESSED, host, size)
 
 
-# --- how far entries continue each other: asked of every table, answered at the speed of C ----------------
+# --- how far entries continue each other: asked for every table, so it runs at the speed of C --------------
 
 _WIDEST = 8192  # entries looked at in one go: a slice of an L2 table
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from ..format.header import SECTOR
-from ..format.source import Source, source_name
+from ..format.source import Source, close_source, source_name
 from .runs import Kind
 
 
@@ -65,6 +65,4 @@ class RawDisk:
             yield Extent(offset, end - offset, Kind.DATA, offset, 0)
 
     def close(self) -> None:
-        close = getattr(self.source, "close", None)
-        if close is not None:
-            close()
+        close_source(self.source)

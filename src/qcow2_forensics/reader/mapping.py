@@ -1,4 +1,4 @@
-"""Turns a guest range into runs that tile it exactly: data, zero, hole, compressed.
+"""Turns a guest range into runs that tile it exactly: data, zeros, unallocated, compressed.
 
 A :class:`Mapping` is one L1 table, the active one or a snapshot's, and the L2 tables under it.
 Tables are read in slices on first use and kept, within a budget, as arrays of integers.
@@ -198,18 +198,17 @@ class Mapping:
         return not self._eof_zeros and table + self._slice_bytes > self.image.file_size
 
     def _next_table(self, offset: int, end: int = 2**64) -> int:
-        """Return where the guest range without L2 tables that holds ``offset`` ends, or a place past ``end``."""
-        span = self.slice_span * self._slices_per_table
-        index = offset // span + 1
-        while index < self.l1_size and index * span < end:
+        """Return where the range without L2 tables around ``offset`` ends, or a place past ``end``."""
+        index = offset // self.table_span + 1
+        while index < self.l1_size and index * self.table_span < end:
             page = self.l1_page(index // L1_PAGE)
             first = index % L1_PAGE
             if page is not _EMPTY_L1_PAGE and any(page):
                 for at in range(first, len(page)):
                     if page[at]:
-                        return (index - first + at) * span
+                        return (index - first + at) * self.table_span
             if index - first + len(page) < min(self.l1_size, index - first + L1_PAGE):
-                return (index - first + max(first, len(page))) * span  # cut off by the end of the file
+                return (index - first + max(first, len(page))) * self.table_span  # cut off by the end of the file
             index += L1_PAGE - first
         return 2**64
 
@@ -219,19 +218,18 @@ class Mapping:
         ``offset`` itself when its own L2 table differs. Both must map the same file: what they
         share is then equal byte for byte, whether it can be read or not. Costs L1 pages only.
         """
-        span = self.slice_span * self._slices_per_table
-        index = offset // span
+        index = offset // self.table_span
         while index < max(self.l1_size, other.l1_size):
             number, first = divmod(index, L1_PAGE)
             mine, theirs = self._whole_l1_page(number), other._whole_l1_page(number)
             if mine is None or theirs is None:
-                return max(offset, index * span)  # cut off by the end of the file
+                return max(offset, index * self.table_span)  # cut off by the end of the file
             if mine != theirs:
                 for at in range(first, max(len(mine), len(theirs))):
                     one = mine[at] if at < len(mine) else 0
                     two = theirs[at] if at < len(theirs) else 0
                     if one != two and self.table_of(one) != self.table_of(two):
-                        return max(offset, (index - first + at) * span)
+                        return max(offset, (index - first + at) * self.table_span)
             index += L1_PAGE - first
         return 2**64
 
@@ -241,7 +239,7 @@ class Mapping:
         Where the L1 table cannot be read the range ends: what is there is for :meth:`runs` to say.
         """
         try:
-            if self.l1_entry(offset // (self.slice_span * self._slices_per_table)):
+            if self.l1_entry(offset // self.table_span):
                 return offset
             return self._next_table(offset)
         except FormatError:

@@ -18,7 +18,7 @@ from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
 from ..text import quoted
 from . import states
-from .opening import latest_vm_state, leftover_vm_state
+from .opening import latest_vm_state, leftover_vm_state, memory_snapshots, when_taken
 
 DISK: Final = "disk"
 
@@ -26,8 +26,8 @@ DISK: Final = "disk"
 class MemoryChoice(NamedTuple):
     """A memory, or a disk: of a snapshot, or else of a state that no snapshot lists, or the active one.
 
-    ``name`` means this very state again: a snapshot by its ID or else its place, a recovered state by its name, "" for
-    the active disk.
+    ``name`` is how to choose this state again: a snapshot by its ID or else its place, a recovered state by its name,
+    "" for the active disk.
     """
 
     is_memory: bool
@@ -40,13 +40,8 @@ class MemoryChoice(NamedTuple):
         return self.is_memory and self.snapshot is None
 
 
-def memory_snapshots(image: Image) -> list[SnapshotEntry]:
-    """Return the snapshots that hold memory, in the order of the table."""
-    return [entry for entry in image.snapshots if entry.vm_state_size]
-
-
 def leftover_name(image: Image) -> str:
-    """Return what means the VM state past the end of the disk that no snapshot lists, also where a snapshot has its name."""
+    """Return how to choose the VM state past the end of the disk that no snapshot lists, also where a snapshot has that name."""
     return states.spelled(states.names_of(image.snapshots), states.LEFTOVER)
 
 
@@ -96,16 +91,12 @@ def memory_before(image: Image, later: SnapshotEntry | None, wanted: str | None 
     if wanted:
         entry = states.find_snapshot(image, wanted)
     else:
-        before = [item for item in held if later is not None and _when(item) < _when(later)]
-        entry = max(before, key=_when, default=None)
+        before = [item for item in held if later is not None and when_taken(item) < when_taken(later)]
+        entry = max(before, key=when_taken, default=None)
     if entry is None or not entry.vm_state_size:
         lack = f"the state {quoted(wanted)} holds no memory" if wanted else "no earlier snapshot holds memory"
         raise SnapshotNotFound(wanted or "", _choices(image, held), lack=f"{lack}; snapshots that do")
     return entry
-
-
-def _when(entry: SnapshotEntry) -> tuple[int, int, int]:
-    return entry.date_sec, entry.date_nsec, entry.index
 
 
 def _name(image: Image, entry: SnapshotEntry) -> str:

@@ -13,14 +13,14 @@ _FORMAT = ",format="
 
 
 class NamedFiles(NamedTuple):
-    """Paths, and some formats, under the names that an image has for them."""
+    """Paths, and the formats given with some, by the name in the image."""
 
     files: dict[str, str]
     formats: dict[str, str]
 
 
 def named_files(pairs: Iterable[str], option: str) -> NamedFiles:
-    """Return what the pairs name; ``option`` is how errors call them."""
+    """Return the files that the pairs name; ``option`` is what errors call the pairs."""
     files: dict[str, str] = {}
     formats: dict[str, str] = {}
     for pair in pairs:

@@ -10,13 +10,13 @@ from ..errors import Qcow2Error, SnapshotNotFound
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import PathOrSource, as_source
+from ..format.source import PathOrSource, as_source, close_source
 from ..limits import DEFAULT_LIMITS, Limits
 from ..text import cut
-from .chain import MissingPolicy, Opener, close_source, note, unlocked
+from .chain import MissingPolicy, Opener, note, unlocked
 from .disk import Disk, EofPolicy
 from .passphrases import Passphrase
-from .states import LEFTOVER, Leftover, SnapshotName, assuming, choices, choose, find_snapshot, replaced
+from .states import LEFTOVER, Leftover, Rebuilt, SnapshotName, assuming, choices, choose, find_snapshot, replaced
 
 if TYPE_CHECKING:
     from .resolver import Resolver
@@ -29,9 +29,11 @@ __all__ = [
     "find_snapshot",
     "latest_vm_state",
     "leftover_vm_state",
+    "memory_snapshots",
     "open_disk",
     "open_image",
     "open_vm_state",
+    "when_taken",
 ]
 
 
@@ -68,24 +70,15 @@ def open_disk(
     is used where nothing in the file gives the size of its disk.
     """
     opener = Opener(resolver, limits, eof, missing, follow)
-    source = as_source(origin)
     with ExitStack() as undo:
-        owned = source is not origin
-        if owned:
-            undo.callback(close_source, source)
-        if assume:
-            source = assuming(source, assume)
-        rebuilt = replaced(source, snapshot, virtual_size)
+        image, rebuilt = _image(origin, snapshot, limits, assume, undo, virtual_size)
         if rebuilt is not None:
             if rebuilt.is_memory:
                 raise Qcow2Error(f"{rebuilt.label} is memory alone, it has no disk")
-            source, snapshot = rebuilt.over(source), None
-        image = Image(source, limits=limits, owns_source=owned)
-        disk = opener.disk(image, source, find_snapshot(image, snapshot))
+            snapshot = None
+        disk = opener.disk(image, image.source, find_snapshot(image, snapshot))
         undo.callback(disk.close)
-        if rebuilt is not None:
-            disk.rebuilt = rebuilt
-            note(disk, f"{cut(disk.name)}: {rebuilt.warning}", doubt=True)
+        _note_recovered(disk, rebuilt)
         newer = sum(length for _, length in getattr(image.source, "may_be_newer", ()))
         if newer:  # a deleted snapshot: its clusters were the active state's to write
             note(disk, f"{cut(disk.name)}: {newer} bytes of this deleted snapshot may be newer than it", doubt=True)
@@ -112,19 +105,12 @@ def open_vm_state(
     """
     from .vm_state import VmState, has_leftover  # here: reading a disk needs none of it
 
-    source = as_source(origin)
     with ExitStack() as undo:
-        owned = source is not origin
-        if owned:
-            undo.callback(close_source, source)
-        if assume:
-            source = assuming(source, assume)
-        rebuilt = replaced(source, snapshot)
+        image, rebuilt = _image(origin, snapshot, limits, assume, undo)
         if rebuilt is not None:
             if not rebuilt.is_memory:
                 raise Qcow2Error(f"{rebuilt.label} is a disk, it holds no memory")
-            source, snapshot = rebuilt.over(source), Leftover()
-        image = Image(source, limits=limits, owns_source=owned)
+            snapshot = Leftover()
         chosen = choose(image, snapshot)
         leftover = isinstance(chosen, Leftover)
         entry = None if leftover else latest_vm_state(image) if snapshot is None else find_snapshot(image, chosen)
@@ -134,9 +120,7 @@ def open_vm_state(
             eof=eof,
             unlocker=unlocked,
         )
-        if rebuilt is not None:
-            disk.rebuilt = rebuilt
-            note(disk, f"{cut(disk.name)}: {rebuilt.warning}", doubt=True)
+        _note_recovered(disk, rebuilt)
         if passphrase is not None:
             disk.unlock(passphrase)
         if leftover and not has_leftover(disk):
@@ -144,6 +128,32 @@ def open_vm_state(
         state = VmState(disk, leftover=leftover)
         undo.pop_all()
         return state
+
+
+def _image(
+    origin: PathOrSource,
+    wanted: SnapshotName,
+    limits: Limits,
+    assume: Mapping[str, str] | None,
+    undo: ExitStack,
+    virtual_size: int | None = None,
+) -> tuple[Image, Rebuilt | None]:
+    """Open an image, or the recovered state that replaces its header and tables; ``undo`` closes the file if it was opened here."""
+    source = as_source(origin)
+    owned = source is not origin
+    if owned:
+        undo.callback(close_source, source)
+    source = assuming(source, assume or {})
+    rebuilt = replaced(source, wanted, virtual_size)
+    if rebuilt is not None:
+        source = rebuilt.over(source)
+    return Image(source, limits=limits, owns_source=owned), rebuilt
+
+
+def _note_recovered(disk: Disk, rebuilt: Rebuilt | None) -> None:
+    if rebuilt is not None:
+        disk.rebuilt = rebuilt
+        note(disk, f"{cut(disk.name)}: {rebuilt.warning}", doubt=True)
 
 
 def leftover_vm_state(image: Image) -> int | None:
@@ -166,8 +176,18 @@ def leftover_vm_state(image: Image) -> int | None:
 
 def latest_vm_state(image: Image) -> SnapshotEntry:
     """Return the snapshot with VM state that was taken last, by its date, then by its place."""
-    held = [entry for entry in image.snapshots if entry.vm_state_size]
+    held = memory_snapshots(image)
     if not held:
         image.require("snapshots")
         raise SnapshotNotFound("", choices(image.snapshots), lack="no snapshot holds memory; the image holds")
-    return max(held, key=lambda entry: (entry.date_sec, entry.date_nsec, entry.index))
+    return max(held, key=when_taken)
+
+
+def memory_snapshots(image: Image) -> list[SnapshotEntry]:
+    """Return the snapshots that hold memory, in the order of the table."""
+    return [entry for entry in image.snapshots if entry.vm_state_size]
+
+
+def when_taken(entry: SnapshotEntry) -> tuple[int, int, int]:
+    """Return what sorts snapshots by their date, and those of one date by their place."""
+    return entry.date_sec, entry.date_nsec, entry.index

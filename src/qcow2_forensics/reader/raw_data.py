@@ -9,10 +9,9 @@ from itertools import islice
 
 from ..errors import Qcow2Error
 from ..format.image import Image
-from ..format.source import FileSource
+from ..format.source import FileSource, close_source
 from ..limits import FOLDER_ENTRIES_SEARCHED
 from ..text import cut, listed
-from .chain import close_source
 
 _HEADER = 104  # bytes of the shortest header that can have a data file
 _NAMED = 4  # images that the sentence lists
@@ -21,8 +20,8 @@ _NAMED = 4  # images that the sentence lists
 def images_of(path: str) -> list[tuple[str, bool]]:
     """Return the names of the images in a file's folder whose data file it is, and whether as a raw disk.
 
-    Regular files of that folder are opened, no links; nothing outside is looked at. What the image names is followed
-    as for reading it: a file of the same base name may stand in.
+    Only regular files in that folder are opened, and no links. The name in an image is resolved as for reading it: a
+    file of the same base name may stand in.
     """
     try:
         with closing(FileSource(path, regular_only=True)) as wanted:
@@ -36,7 +35,7 @@ def images_of(path: str) -> list[tuple[str, bool]]:
 
 
 def to_open_instead(path: str) -> str:
-    """Return what to say of a file that an image beside it needs as its data file; empty for any other file."""
+    """Return a sentence that names the image to open instead of its data file; empty for a file that is none."""
     found = images_of(path)
     if not found:
         return ""

@@ -60,7 +60,7 @@ def parse_reference(name: str, role: Role) -> Reference:
 
 
 def besides_the_file(name: str, *, named: bool) -> Reference:
-    """Return what a backing name says besides which file; of one the caller named, all of it is meant."""
+    """Return which part of its file a backing name means, and with what driver; a file the caller named is read whole."""
     try:
         reference = parse_reference(name, "backing")
     except ForbiddenReference:  # a file stands in for it, or the caller named one

@@ -39,12 +39,12 @@ __all__ = [
 ]
 
 
-BACKING_VARIABLE = "QCOW2_BACKING_DIR"  # further folders, in tools whose own options end at their border
+BACKING_VARIABLE = "QCOW2_BACKING_DIR"  # further folders, for tools that take no options of ours
 ALONE_VARIABLE = "QCOW2_NO_BACKING"  # not empty: images are read without their backing files there
 
 
 class Remedies(NamedTuple):
-    """How a front door calls what allows a reference; errors name it. Empty where there is no such option."""
+    """The options of a front door that allow a reference, as errors name them; empty where there is none."""
 
     folder: str  # names a further folder
     file: str = ""  # names the file
@@ -114,8 +114,7 @@ class Resolver:
             raise self.with_remedy(error, role, parent) from error.__cause__
 
     def _follow(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:
-        own = _folder_of(top)
-        search = _Search(name, [*self._folders, *([own] if own is not None else [])])
+        search = self._search(name, top)
         driver = None
         reference, why = self.parsed(name, role)
         if reference is not None:
@@ -138,7 +137,7 @@ class Resolver:
         raise MissingFile(role, name, dict.fromkeys(search.tried))
 
     def parsed(self, name: str, role: Role) -> tuple[Reference | None, str]:
-        """Return what a name asks for; None and the reason for one that no file is opened for, but one may stand in."""
+        """Return what a name asks for; None and the reason where only a file that stands in may be opened for it."""
         try:
             return parse_reference(name, role), ""
         except ForbiddenReference as error:
@@ -148,9 +147,11 @@ class Resolver:
 
     def stand_in(self, name: str, role: Role, parent: Source, top: Source) -> FileSource | None:
         """Return what stands in for a name in the folders that the caller or ``top`` allows, None without."""
+        return self._beside(self._search(name, top), role, parent, top)
+
+    def _search(self, name: str, top: Source) -> _Search:
         own = _folder_of(top)
-        search = _Search(name, [*self._folders, *([own] if own is not None else [])])
-        return self._beside(search, role, parent, top)
+        return _Search(name, [*self._folders, *([own] if own is not None else [])])
 
     def _beside(self, search: _Search, role: Role, parent: Source, top: Source) -> FileSource | None:
         """Return the file of the same base name in the caller's folders, or in the image's own."""

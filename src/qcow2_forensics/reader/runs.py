@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
-from ..errors import FormatError, Qcow2Error
+from ..errors import Qcow2Error
 
 L1_PAGE = 8192  # L1 entries read and kept together
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 def joined(items: Iterable[T], join: Callable[[T, T], T | None]) -> Iterator[T]:
-    """Yield items, neighbours as one where ``join`` makes one of two; those before an error come before it."""
+    """Yield items, two neighbours as one where ``join`` returns one; the items before an error come before it."""
     pending: T | None = None
     try:
         for item in items:
@@ -56,7 +56,7 @@ def joined(items: Iterable[T], join: Callable[[T, T], T | None]) -> Iterator[T]:
 
 
 def coalesced(pieces: Iterator[Run]) -> Iterator[Run]:
-    """Yield the same runs with neighbours joined that are one; the runs before a fault come before its error."""
+    """Yield the same runs, neighbours that continue each other joined; the runs before a fault come before its error."""
     pending: Run | None = None
     try:
         for run in pieces:
@@ -68,9 +68,9 @@ def coalesced(pieces: Iterator[Run]) -> Iterator[Run]:
             else:
                 yield pending
                 pending = run
-    except FormatError:
+    except Qcow2Error:
         if pending is not None:
-            yield pending  # what is right in front of the fault
+            yield pending  # what is right before the fault
         raise
     if pending is not None:
         yield pending

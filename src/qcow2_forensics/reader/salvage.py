@@ -24,7 +24,7 @@ class Missing(NamedTuple):
 
 
 def unmappable_until(layer: Layer | None, offset: int, end: int) -> int:
-    """Return how far the mapping that ``layer`` has at ``offset`` is broken; ``offset`` when it is not, or not by itself.
+    """Return up to where ``layer`` cannot map anything from ``offset`` on; ``offset`` itself where it can.
 
     A medium that fails breaks no mapping: what is beside the failing sector may be readable.
     """
@@ -56,7 +56,7 @@ def read_with_zeros(disk: Layer, offset: int, length: int, report: Callable[[Mis
 
 
 def _pieces(disk: Layer, offset: int, length: int) -> Iterator[bytes | Missing]:
-    """Yield a range in order, by halves down to what is read or not as a whole: its bytes, or what is missing."""
+    """Yield the bytes of a range in order, and what is missing, halving it down to units that are read as a whole."""
     end = min(offset + length, disk.size)
     while offset < end:
         try:

@@ -1,4 +1,4 @@
-"""Whether a file can be the one a name in an image leads to, as far as the image says anything of it."""
+"""Whether a file can be the one that a name in an image leads to, as far as the image describes it."""
 
 from __future__ import annotations
 

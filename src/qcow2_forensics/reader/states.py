@@ -201,11 +201,11 @@ def find_bitmap(image: Image, text: str) -> BitmapEntry | None:
 
 
 def _is_there(image: Image, state: Choice) -> bool:
-    """Whether the image has a state of which it need not have one."""
+    """Whether the image has the state, if it is of a kind that not every image has."""
     if isinstance(state, Backing):
         return image.backing_name is not None
     if isinstance(state, Leftover):
-        from .opening import leftover_vm_state  # it asks back what a text means
+        from .opening import leftover_vm_state  # here: it imports this module
 
         return leftover_vm_state(image) is not None
     return True
@@ -289,7 +289,7 @@ def spelled(taken: Container[str], word: str) -> str:
 
 
 def spellings(entries: Sequence[SnapshotEntry]) -> Callable[[SnapshotEntry], str]:
-    """Return what says how to write a snapshot so that it alone is meant: its ID, else its place in the table."""
+    """Return a function that gives the unambiguous spelling of a snapshot: its ID, else its place in the table."""
     taken = Counter(name for entry in entries for name in {entry.id, entry.name})
     ids = Counter(entry.id for entry in entries)
 
@@ -313,9 +313,9 @@ def choices(entries: Sequence[SnapshotEntry], some: Sequence[SnapshotEntry] = ()
 
 
 def labels(entries: Sequence[SnapshotEntry]) -> Callable[[Choice], str]:
-    """Return what says how to call a state: its name, with more where that is not its alone.
+    """Return a function that names a state: by its name, with more added where another one has that name too.
 
-    No two states of an image are called the same, and no snapshot is called as one of our words.
+    No two states of an image get the same label, and no snapshot gets one of our words.
     """
     names = Counter(entry.name or entry.id for entry in entries)
     known: dict[int, str] = {}

@@ -67,7 +67,7 @@ class VmState(Closing):
         self.stored_size = disk.stored_size
         if leftover:
             self.snapshot = None
-            self.name = f"{disk.name}[{disk.rebuilt.label if disk.rebuilt is not None else LEFTOVER}]"
+            self.name = f"{disk.name}[{self.label}]"
             self.size = leftover_size(disk)
             self.offset = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
             return
@@ -86,6 +86,21 @@ class VmState(Closing):
                 offset=self.snapshot.offset,
                 field="vm_state_size",
             )
+
+    @property
+    def label(self) -> str:
+        """How to choose this state where no snapshot lists it: ``leftover`` or ``recovered:N``; empty for a snapshot's."""
+        return "" if self.snapshot is not None else LEFTOVER if self.rebuilt is None else self.rebuilt.label
+
+    @property
+    def unlisted(self) -> str:
+        """The label with what it means, empty for a snapshot's."""
+        why = (
+            "past the end of the disk, listed by no snapshot"
+            if self.rebuilt is None
+            else "a VM state that nothing maps any more"
+        )
+        return self.label and f"{self.label} ({why})"
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes of the stream at ``offset``, fewer only at its end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import FormatError
-from ..format.source import Source, source_name
+from ..format.source import Source, close_source, source_name
 from ..text import cut
 from .references import Reference
 
@@ -39,9 +39,7 @@ class WindowSource:
 
     def close(self) -> None:
         """Close the source."""
-        close = getattr(self._source, "close", None)
-        if close is not None:
-            close()
+        close_source(self._source)
 
     def __getattr__(self, name: str) -> object:
         """Show where the file is, not what only the whole of it has, such as its descriptor."""

@@ -67,7 +67,7 @@ def data_stretches(data: bytes, offset: int = 0) -> Iterator[tuple[int, int]]:
 
 
 class Writer:
-    """Writes what follows on what, to an empty file or a pipe.
+    """Appends to an empty file or a pipe.
 
     A file gets holes where there would be blocks of zeros, and ``hashes`` names the digests of what it
     reads as. ``advance`` is called with the bytes that were counted.
@@ -136,7 +136,7 @@ class Writer:
             length -= len(piece)
 
     def store(self, offset: int, content: bytes) -> None:
-        """Write bytes to a place of the file, ahead of their turn; threads may do so side by side."""
+        """Write bytes to their place in the file, ahead of their turn; threads may do so in parallel."""
         view = memoryview(content)
         for start, end in data_stretches(content, offset):
             done = start
@@ -232,7 +232,8 @@ def atomic_writer(path: Path_, *, force: bool = False, evidence: Collection[Path
 def whole_folder(path: Path_, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new folder that gets its name when the block ends well, and is gone with all in it when not.
 
-    With ``replace`` the folder that has the name goes away when the new one is whole.
+    With ``replace`` the folder that has the name goes away when the new one is whole; one that holds a file
+    which was read as a source is refused.
     """
     target = Path(path)
     if os.path.lexists(target) and not replace:
@@ -246,15 +247,29 @@ def whole_folder(path: Path_, *, replace: bool = False) -> Iterator[Path]:
             yield partial
             with _errors_name(target):
                 if replace and target.exists():
-                    former = partial.with_name(f"{partial.name}.former")
-                    target.rename(former)
-                    partial.rename(target)
-                    shutil.rmtree(former)
+                    _replace_folder(target, partial)
                 else:
                     partial.rename(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _replace_folder(target: Path, new: Path) -> None:
+    """Give ``new`` the name of a folder, which is then removed; where that fails the folder keeps its name."""
+    for path in target.rglob("*"):
+        refuse_evidence(path)
+    former = new.with_name(f"{new.name}.former")
+    try:
+        target.rename(former)
+        new.rename(target)
+        shutil.rmtree(former)
+    except BaseException:
+        if target.exists():
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            former.rename(target)
+        raise
 
 
 @contextlib.contextmanager

@@ -24,9 +24,8 @@ from ..errors import LimitExceeded, Qcow2Error, SnapshotNotFound
 from ..format.header import MAGIC, SECTOR
 from ..format.image import Image
 from ..format.rules import DISK
-from ..format.source import PathOrSource, Source, as_source
+from ..format.source import PathOrSource, Source, as_source, close_source
 from ..limits import INNER_IMAGES_SEARCHED, RECOVERED_TABLES, RECOVERY_HINT_BYTES, Budget, MiB
-from ..reader.chain import close_source
 from ..reader.disk import Disk
 from ..reader.opening import open_disk
 from ..reader.window import WindowSource

@@ -21,7 +21,7 @@ from ...errors import FormatError, LimitExceeded, Locked, Unsupported
 from ...format.header import SECTOR
 from ...limits import Limits
 from ...text import cut
-from .sectors import sector_cipher
+from .sectors import HASHES, sector_cipher
 
 MAGIC = b"LUKS\xba\xbe"
 SLOTS = 8
@@ -32,7 +32,6 @@ _HEAD = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _SLOT = struct.Struct(">II32sII")
 HEADER_LENGTH = _HEAD.size + SLOTS * _SLOT.size  # 592
 MAX_KEY_BYTES = 64  # aes-256 in xts mode has two 32-byte keys, and nothing needs more
-_HASHES = {"md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160"}
 
 
 class LuksProblem(NamedTuple):
@@ -222,7 +221,7 @@ def _check_iterations(name: str, value: int, offset: int, limits: Limits) -> Non
 
 def _hash_name(spec: str) -> str:
     name = spec.lower()
-    if name not in _HASHES:
+    if name not in HASHES:
         raise Unsupported(f"LUKS hash {cut(spec)}")
     try:
         hashlib.new(name, usedforsecurity=False)

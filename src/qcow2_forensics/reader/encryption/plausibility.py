@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 
 def sample(disk: Disk, decryptor: Decryptor) -> Sample:
-    """Decrypt some of the sectors that a disk stores; those whose stored bytes are not random are passed over."""
+    """Decrypt some of the sectors that a disk stores; those whose stored bytes are not random are skipped."""
     sectors = plain = 0
     try:
         for run in islice(disk.mapping.runs(0, disk.size), KEY_CHECK_RUNS):

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _KEY_BYTES = {"aes": (16, 24, 32), "cast5": (16,)}
 _OTHER_CIPHERS = ("serpent", "twofish")  # QEMU has them; no library with wheels does, see docs/validation.md
-_HASHES = {"md5": 16, "sha1": 20, "sha224": 28, "sha256": 32, "sha384": 48, "sha512": 64, "ripemd160": 20}
+# Bytes of each digest.
+HASHES = {"md5": 16, "sha1": 20, "sha224": 28, "sha256": 32, "sha384": 48, "sha512": 64, "ripemd160": 20}
 _BULK_SECTORS = 8  # from here on numpy is faster than one context per sector; measured
 
 
@@ -114,8 +115,8 @@ def _iv_generator(name: str, cipher_name: str, key: bytes, block: int) -> _Ivs:
         return lambda first, count: _numbers(first, count, block, (1 << 64) - 1)
     if generator == "plain":  # wraps at 2 TiB
         return lambda first, count: _numbers(first, count, block, (1 << 32) - 1)
-    if generator == "essiv" and hash_name in _HASHES:
-        if _HASHES[hash_name] not in _KEY_BYTES[cipher_name]:
+    if generator == "essiv" and hash_name in HASHES:
+        if HASHES[hash_name] not in _KEY_BYTES[cipher_name]:
             raise Unsupported(f"essiv:{hash_name} with {cipher_name}: no such key length")
         salted = _BlockCipher(cipher_name, hashlib.new(hash_name, key, usedforsecurity=False).digest())
         return lambda first, count: salted.ecb_encrypt(_numbers(first, count, block, (1 << 64) - 1))
