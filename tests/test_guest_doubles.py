@@ -12,8 +12,11 @@ import pytest
 
 from qcow2_forensics import FileSource
 from qcow2_forensics.cli import main
+from qcow2_forensics.files import lvm
 from qcow2_forensics.files.dfvfs_files import Scanned
-from qcow2_forensics.files.volumes import open_volumes
+from qcow2_forensics.files.records import Volume
+from qcow2_forensics.files.tolerant import TolerantReader
+from qcow2_forensics.files.volumes import _Finder, open_volumes
 from qcow2_forensics.reader.disk import RawDisk
 from tests import filesystems, guest_disks
 from tests.filesystems import MIB
@@ -40,6 +43,25 @@ def group_with_a_file(folder: Path) -> tuple[Group, Path]:
     made.write("root", volume.path)
     volume.remove("small.txt")
     return made, volume.path
+
+
+def test_volumes_of_one_name_are_numbered_in_linear_time(tmp_path: Path) -> None:
+    class Counted(set[tuple[int, str]]):
+        lookups = 0
+
+        def __contains__(self, place: object) -> bool:
+            self.lookups += 1
+            return super().__contains__(place)
+
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(512))
+    finder = _Finder(TolerantReader(RawDisk(FileSource(disk))), (), lvm.Texts())
+    places = finder._places = Counted()
+    count = 2000
+    named = [finder._own_place(Volume(0, 0, "", "", f"/g/v{taken}")).inside for taken in ("~3", *[""] * count)]
+    assert len(set(named)) == count + 1
+    assert named[1:5] == ["/g/v", "/g/v~2", "/g/v~4", "/g/v~5"]
+    assert places.lookups < 3 * count
 
 
 @pytest.mark.parametrize("number", [1, 2])

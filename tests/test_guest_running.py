@@ -21,6 +21,7 @@ import pytest
 from qcow2_forensics import FileSource
 from qcow2_forensics.cli import main
 from qcow2_forensics.errors import LimitExceeded
+from qcow2_forensics.files import hfs_journal
 from qcow2_forensics.files.ext_journal import read_journal
 from qcow2_forensics.files.tolerant import TolerantReader
 from qcow2_forensics.files.volumes import open_volumes
@@ -145,13 +146,42 @@ def test_a_journal_that_cannot_be_read_is_reported(
         data[head] ^= 1
     elif damage == "length":
         struct.pack_into(">I", data, head + 16, 1 << 31)
-    else:
-        struct.pack_into("<I", data, 1024 + 0xE0, 0)
     after.write_bytes(data)
+    if damage == "inode":
+        debugfs(after, "ssv journal_inum 0")
     code, _, text = diff(before, after, capsys)
     assert code == 2
     assert "journal" in text
     assert "files may be missing from the list" in text
+
+
+@pytest.mark.parametrize("where", ["the journal's superblock", "the file system's superblock"])
+def test_an_ext_log_is_clean_only_where_its_superblocks_are_as_they_were_written(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the checksum, a damaged byte makes the journal an empty one, and the flag a file system that was unmounted."""
+    before, after = with_journal(tmp_path, [], "-c -v 3")
+    data = bytearray(after.read_bytes())
+    if where == "the journal's superblock":
+        at = data.index(b"\xc0\x3b\x39\x98\0\0\0\4")
+        data[at + 28 : at + 32] = bytes(4)  # where its first transaction is
+    else:
+        data[1024 + 0x60] &= ~4
+    after.write_bytes(data)
+    code, _, text = diff(before, after, capsys)
+    assert code == 2
+    assert "the checksum of its superblock is wrong" in text
+    assert "files may be missing from the list" in text
+
+
+def test_a_journal_with_a_feature_of_the_future_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = with_journal(tmp_path, [], "")
+    data = bytearray(after.read_bytes())
+    data[data.index(b"\xc0\x3b\x39\x98\0\0\0\4") + 41] |= 1
+    after.write_bytes(data)
+    code, _, text = diff(before, after, capsys)
+    assert code == 2
+    assert "its journal is not read: it has features that are not known" in text
 
 
 def test_a_journal_without_which_alone_the_file_system_opens_is_reported(
@@ -280,19 +310,59 @@ def xfs_volume(path: Path) -> TolerantReader:
     return TolerantReader(RawDisk(FileSource(path)))
 
 
-def test_a_new_xfs_has_nothing_in_its_log(tmp_path: Path) -> None:
+def new_xfs(folder: Path) -> Path:
     filesystems.need_tools("mkfs.xfs")
-    path = tmp_path / "xfs.raw"
+    path = folder / "xfs.raw"
     with path.open("wb") as stream:
         stream.truncate(64 * MIB)
     small = {"TEST_DIR": "1", "TEST_DEV": "1", "QA_CHECK_FS": "1"}
     subprocess.run(["mkfs.xfs", "-q", "-f", path], check=True, env={**os.environ, **small})
+    return path
+
+
+def test_a_new_xfs_has_nothing_in_its_log(tmp_path: Path) -> None:
+    path = new_xfs(tmp_path)
     assert not has_changes(xfs_volume(path))
     data = bytearray(path.read_bytes())
     record = data.index(b"\xfe\xed\xba\xbe")
     data[record + 512 + 9] &= ~0x20  # the flag of an unmount
     path.write_bytes(data)
     assert has_changes(xfs_volume(path))
+
+
+def says_clean(path: Path) -> bool:
+    """Whether an XFS log is recognised as one that holds nothing."""
+    try:
+        return not has_changes(xfs_volume(path))
+    except OSError:
+        return False
+
+
+def test_an_xfs_log_is_clean_only_where_its_last_record_is_recognised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every byte that makes the record one of an unmount, of this log and this place, is needed."""
+    pytest.importorskip("dfvfs", reason="dfVFS is absent")
+    path = new_xfs(tmp_path)
+    assert says_clean(path)
+    data = path.read_bytes()
+    record = data.index(b"\xfe\xed\xba\xbe")
+    for at in (*range(24), *range(40, 44), *range(300, 320), 512, 512 + 8, 512 + 9):
+        write(path, record + at, bytes([data[record + at] ^ 0x21]))
+        assert not says_clean(path), at
+        write(path, record + at, data[record + at : record + at + 1])
+    for content in (b"\0", b"\xff", b"log!"):
+        write(path, record, content * (MIB // len(content)))
+        assert not says_clean(path), content
+    code, _, text = diff(path, path, capsys)
+    assert code == 2
+    assert "whether its log holds changes cannot be told" in text
+
+
+def write(path: Path, at: int, data: bytes) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(data)
 
 
 @pytest.mark.slow
@@ -310,38 +380,130 @@ def test_an_xfs_log_is_clean_whenever_it_was_unmounted(tmp_path: Path) -> None:
         assert not has_changes(xfs_volume(disk.path)), number
 
 
+def restart_page(size: int, flags: int, in_use: int, number: int = 1) -> bytearray:
+    """A restart page of a log of ``size`` bytes, as Windows has it."""
+    page = bytearray(4096)
+    bits = 67 - size.bit_length()  # of sequence numbers
+    struct.pack_into("<4sHHQIIHHH", page, 0, b"RSTR", 30, 9, 0, 4096, 4096, 48, 1, 1)
+    area = struct.pack(
+        "<QHHHHIHHQIHHI", number, 1, 0xFFFF, in_use, flags, bits, 224, 64, size, 0, 48, 64, 0
+    )  # LSN, clients, free, in use, flags, sequence bits, length, client array, size, ...
+    client = struct.pack("<QQHHH6xI", 0, 0, 0xFFFF, 0xFFFF, 0, 8) + "NTFS".encode("utf-16-le").ljust(128, b"\0")
+    page[48 : 48 + len(area)] = area
+    page[112 : 112 + len(client)] = client
+    struct.pack_into("<H", page, 30, 1)
+    for sector in range(8):
+        page[sector * 512 + 510 : sector * 512 + 512] = b"\1\0"
+    return page
+
+
+class NtfsVolume:
+    """An NTFS volume whose log is written over."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        filesystems.need_tools("mkntfs", "ntfscp", "ntfsinfo")
+        self.folder = folder
+        self._capsys = capsys
+        self._volume = filesystems.make(folder, "ntfs")
+        (folder / "small").write_bytes(b"small\n")
+        self.before = self._volume.copy("before.raw").path
+        (system,) = open_volumes(RawDisk(FileSource(self.before)), "the disk").systems
+        assert system.problems == []
+        (log,) = [record for record in system.records() if record.path == "/$LogFile"]
+        self.size = log.size
+        self._at = log.spans[0].offset
+
+    def judged(self, log: bytes, at: int = 0) -> tuple[int, str, bool]:
+        """The exit code of ``diff``, what it says, and whether ntfs-3g refuses to write."""
+        data = bytearray(self.before.read_bytes())
+        data[self._at + at : self._at + at + len(log)] = log
+        after = self.folder / "after.raw"
+        after.write_bytes(data)
+        code, _, text = diff(self.before, after, self._capsys)
+        refused = subprocess.run(["ntfscp", after, self.folder / "small", "new"], capture_output=True, check=False)
+        return code, text, bool(refused.returncode)
+
+
 def test_an_unclean_ntfs_log_is_reported_as_ntfs_3g_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A restart page with a client in use, as Windows has it while a volume is mounted."""
-    filesystems.need_tools("mkntfs", "ntfscat", "ntfscp", "ntfsinfo")
-    volume = filesystems.make(tmp_path, "ntfs")
-    small = tmp_path / "small"
-    small.write_bytes(b"small\n")
-    before = volume.copy("before.raw").path
-    (system,) = open_volumes(RawDisk(FileSource(before)), "the disk").systems
-    assert system.problems == []
-    (log,) = [record for record in system.records() if record.path == "/$LogFile"]
+    volume = NtfsVolume(tmp_path, capsys)
     for flags, in_use in ((0, 0), (2, 0), (0, 0xFFFF)):
-        page = bytearray(4096)
-        bits = 67 - log.size.bit_length()  # of sequence numbers
-        struct.pack_into("<4sHHQIIHHH", page, 0, b"RSTR", 30, 9, 0, 4096, 4096, 48, 1, 1)
-        area = struct.pack(
-            "<QHHHHIHHQIHHI", 1, 1, 0xFFFF, in_use, flags, bits, 224, 64, log.size, 0, 48, 64, 0
-        )  # LSN, clients, free, in use, flags, sequence bits, length, client array, size, ...
-        client = struct.pack("<QQHHH6xI", 0, 0, 0xFFFF, 0xFFFF, 0, 8) + "NTFS".encode("utf-16-le").ljust(128, b"\0")
-        page[48 : 48 + len(area)] = area
-        page[112 : 112 + len(client)] = client
-        struct.pack_into("<H", page, 30, 1)
-        for sector in range(8):
-            page[sector * 512 + 510 : sector * 512 + 512] = b"\1\0"
-        data = bytearray(volume.path.read_bytes())
-        data[log.spans[0].offset : log.spans[0].offset + 8192] = page * 2
-        after = tmp_path / "after.raw"
-        after.write_bytes(data)
-        unclean = subprocess.run(["ntfscat", after, "/small.txt"], capture_output=True, text=True, check=False)
-        code, _, text = diff(before, after, capsys)
-        assert (code == 2) == (flags == 0 and in_use == 0), (flags, in_use, text, unclean.stderr)
+        code, text, refused = volume.judged(bytes(restart_page(volume.size, flags, in_use) * 2))
+        assert refused == (code == 2) == (flags == 0 and in_use == 0), (flags, in_use, text)
         assert ("its NTFS log is not read" in text) == (code == 2)
-        copied = tmp_path / "copied.raw"
-        copied.write_bytes(data)
-        refused = subprocess.run(["ntfscp", copied, small, "new"], capture_output=True, text=True, check=False)
-        assert bool(refused.returncode) == (code == 2), (flags, in_use, refused.stderr)
+
+
+@pytest.mark.parametrize("newer", [0, 1])
+def test_the_newer_restart_page_of_an_ntfs_log_counts(
+    newer: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    volume = NtfsVolume(tmp_path, capsys)
+    pages = [restart_page(volume.size, 2, 0, number=1), restart_page(volume.size, 0, 0, number=2)]
+    code, text, refused = volume.judged(bytes(b"".join(pages[::-1] if newer == 0 else pages)))
+    assert (code, refused) == (2, True), text
+
+
+def test_an_ntfs_log_is_clean_only_where_it_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where ntfs-3g refuses to write it is never called clean, and neither is a page that was written in part."""
+    volume = NtfsVolume(tmp_path, capsys)
+    clean = restart_page(volume.size, 2, 0)
+    torn = bytearray(clean)
+    torn[1022] ^= 1
+    garbage = random.Random(1).randbytes(8192)
+    for log, at in (
+        (bytes(8192), 0), (garbage, 0), (b"RCRD" + bytes(8188), 0), (b"BAAD" + bytes(8188), 0),
+        (b"\0", 70_000), (bytes(volume.size), 0),
+        (bytes(clean + torn), 0), (bytes(torn + clean), 0), (bytes(clean) + garbage[:4096], 0), (bytes(clean) + b"\xff" * 4096, 0),
+    ):  # fmt: skip
+        code, text, _ = volume.judged(log, at)
+        assert code == 2, (log[:4], at)
+        assert "whether its log holds changes cannot be told" in text
+        assert "files may be missing from the list" in text
+    noise = random.Random(2)
+    for _ in range(40):  # what nobody thought of
+        pages = bytearray(restart_page(volume.size, noise.choice((0, 2)), noise.choice((0, 0xFFFF))) * 2)
+        for _ in range(noise.randrange(1, 4)):
+            pages[noise.randrange(4) * 2048 % 8192 + noise.randrange(96)] = noise.randrange(256)
+        code, text, refused = volume.judged(bytes(pages))
+        assert code == 2 or not refused, pages[:96]
+
+
+# --- HFS+ -------------------------------------------------------------------------------------------
+
+
+def hfs_volume(folder: Path, journal: bytes | None, flags: int = 1) -> TolerantReader:
+    """The headers of a volume of HFS+, as Apple's technical note 1150 has them."""
+    data = bytearray(16384)
+    struct.pack_into(">2sHI4sI", data, 1024, b"H+", 4, 1 << 13 if journal is not None else 1 << 8, b"HFSJ", 2)
+    struct.pack_into(">I", data, 1024 + 40, 4096)
+    if journal is not None:
+        struct.pack_into(">I32xQQ", data, 2 * 4096, flags, 3 * 4096, 4096)
+        data[3 * 4096 : 3 * 4096 + len(journal)] = journal
+    path = folder / "hfs.raw"
+    path.write_bytes(data)
+    return TolerantReader(RawDisk(FileSource(path)))
+
+
+def journal_header(order: str, start: int, end: int) -> bytes:
+    header = bytearray(struct.pack(f"{order}2I3Q3I", 0x4A4E4C78, 0x12345678, start, end, 4096, 512, 0, 512))
+    value = 0
+    for byte in header:
+        value = ((value << 8) ^ (value + byte)) & 0xFFFF_FFFF
+    struct.pack_into(f"{order}I", header, 36, ~value & 0xFFFF_FFFF)
+    return bytes(header)
+
+
+def test_an_hfs_journal_is_clean_only_where_it_is_recognised(tmp_path: Path) -> None:
+    assert not hfs_journal.has_changes(hfs_volume(tmp_path, None), 0)
+    assert not hfs_journal.has_changes(hfs_volume(tmp_path, b"", flags=5), 0)
+    for order in "<>":
+        empty = journal_header(order, 1024, 1024)
+        assert not hfs_journal.has_changes(hfs_volume(tmp_path, empty), 0)
+        assert hfs_journal.has_changes(hfs_volume(tmp_path, journal_header(order, 512, 1024)), 0)
+        for at in range(len(empty)):
+            damaged = empty[:at] + bytes([empty[at] ^ 0x10]) + empty[at + 1 :]
+            with pytest.raises(OSError, match="no valid header"):
+                hfs_journal.has_changes(hfs_volume(tmp_path, damaged), 0)
+    for journal, flags in ((b"", 1), (empty, 2)):
+        with pytest.raises(OSError, match=r"no valid header|another device"):
+            hfs_journal.has_changes(hfs_volume(tmp_path, journal, flags), 0)

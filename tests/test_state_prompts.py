@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("dfvfs")
+pytest.importorskip("plaso")
+
+from plaso.cli import tools as plaso_tools
 
 from dfvfs_qcow2 import end_notes
 from dfvfs_qcow2.state_prompts import StatePrompts
@@ -101,4 +104,37 @@ def test_a_run_ends_with_what_the_status_window_wiped_and_one_line_about_each_au
         "pinfo --sections warnings lists the findings.",
     ]
     end_notes.notices.append("seen already")
+    end_notes.note_audit("healthy.qcow2", Counter())
+    assert end_notes.take(printed=True, attended=False) == []
     assert end_notes.take(printed=True) == end_notes.take(printed=False) == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("unattended", [False, True])
+def test_output_that_a_program_reads_is_what_the_tool_alone_prints(
+    terminal: bool, unattended: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    tool = SimpleNamespace(_unattended_mode=unattended, _output_writer=plaso_tools.StdoutOutputWriter())
+    end_notes.say(tool, "audit: 2 High in a.qcow2")
+    shown = capsys.readouterr()
+    attended = terminal and not unattended
+    assert (shown.out, shown.err) == (
+        ("audit: 2 High in a.qcow2\n\n", "") if attended else ("", "audit: 2 High in a.qcow2\n\n")
+    )
+    writer = Mediator()
+    end_notes.say(SimpleNamespace(_unattended_mode=False, _output_writer=writer._output_writer), "to a program")
+    assert writer.printed == ""
+
+
+def test_the_base_class_of_the_tools_has_its_own_options_only() -> None:
+    import argparse
+
+    from plaso.cli import image_export_tool, storage_media_tool
+
+    from dfvfs_qcow2 import plaso_options  # noqa: F401 - wraps
+
+    for tool, has_ours in ((storage_media_tool.StorageMediaTool, False), (image_export_tool.ImageExportTool, True)):
+        parser = argparse.ArgumentParser()
+        tool().AddVSSProcessingOptions(parser)
+        assert ("--qcow_snapshots" in parser.format_help()) == has_ours

@@ -1,31 +1,58 @@
-"""What a run has to say at its end, when plaso's status window has wiped what was printed before it."""
+"""What a run has to say at its end, when plaso's status window has wiped what was printed before it.
+
+At a terminal it is part of what the tool prints. Where nobody attends, or the output is read by a program, the tool
+prints what it prints without this package, and ours is on the standard error output.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from typing import Any
+
+from plaso.cli import tools
 
 from qcow2_forensics import Severity
 from qcow2_forensics.text import plural, printable
 
 _MOST = 20  # lines about audits in one run
+_HEALTHY = ": no findings in "
 
 notices: list[str] = []  # of the scan, printed before
 audits: list[str] = []  # one line an image
 
 
+def is_attended(tool: Any) -> bool:
+    """Whether a tool of plaso's prints for a person at a terminal."""
+    writer = tool._output_writer
+    return not tool._unattended_mode and isinstance(writer, tools.StdoutOutputWriter) and sys.stdout.isatty()
+
+
+def say(tool: Any, text: str) -> None:
+    """Print a text followed by an empty line."""
+    if is_attended(tool):
+        tool._output_writer.Write(f"{text}\n\n")
+    else:
+        sys.stderr.write(f"{text}\n\n")
+
+
 def note_audit(name: str, counts: Counter[Severity]) -> None:
     """Remember how many findings of each severity an image has."""
-    found = [f"{counts[severity]} {severity.label}" for severity in sorted(Severity, reverse=True) if counts[severity]]
-    audits.append(f"audit: {', '.join(found) or 'no findings'} in {printable(name)}")
+    found = ", ".join(f"{counts[item]} {item.label}" for item in sorted(Severity, reverse=True) if counts[item])
+    audits.append(f"audit: {found} in {printable(name)}" if found else f"audit{_HEALTHY}{printable(name)}")
 
 
-def take(*, printed: bool) -> list[str]:
-    """Return the texts to print, and forget them; notices only where they are no longer to be seen."""
+def take(*, printed: bool, attended: bool = True) -> list[str]:
+    """Return the texts to print, and forget them.
+
+    Notices are only among them where what was ``printed`` is no longer to be seen, healthy images only in ``attended`` runs.
+    """
     shown = [] if printed else list(notices)
-    shown += audits[:_MOST]
-    if len(audits) > _MOST:
-        shown.append(f"audit: and {plural(len(audits) - _MOST, 'more image')}")
-    if any(": no findings in " not in line for line in audits):
+    lines = [line for line in audits if attended or _HEALTHY not in line]
+    shown += lines[:_MOST]
+    if len(lines) > _MOST:
+        shown.append(f"audit: and {plural(len(lines) - _MOST, 'more image')}")
+    if any(_HEALTHY not in line for line in lines):
         shown.append("pinfo --sections warnings lists the findings.")
     notices.clear()
     audits.clear()

@@ -25,9 +25,9 @@ def _extract_events(stock_method: Any, tool: Any) -> None:
     if ARCHIVE in (tool._archive_types_string or "").split(","):
         _note_inner_audits(tool._storage_file_path)
     wiped = tool._status_view_mode == status_view.StatusView.MODE_WINDOW
-    notes = end_notes.take(printed=not wiped)
+    notes = end_notes.take(printed=not wiped, attended=end_notes.is_attended(tool))
     if notes:
-        tool._output_writer.Write("\n".join(notes) + "\n\n")
+        end_notes.say(tool, "\n".join(notes))
 
 
 def _note_inner_audits(path: str) -> None:

@@ -44,7 +44,10 @@ _HELP = (
 
 
 def _add_options(stock_method: Any, tool: Any, argument_group: Any) -> None:
+    """Add our options beside those for shadow copies, to the tools: their base class alone processes no image."""
     stock_method(tool, argument_group)
+    if type(tool) is stock.StorageMediaTool:
+        return
     argument_group.add_argument(
         "--qcow_snapshots",
         "--qcow-snapshots",
@@ -137,7 +140,7 @@ def _scan_source(stock_method: Any, tool: Any, source_path: str) -> None:
         finally:
             for notice in request.notices:
                 logger.warning(notice)
-                tool._output_writer.Write(f"{notice}\n\n")
+                end_notes.say(tool, notice)
             end_notes.notices += request.notices
 
 

@@ -29,6 +29,10 @@ _DESCRIPTOR, _COMMIT, _SUPERBLOCK_1, _SUPERBLOCK_2, _REVOCATION = 1, 2, 3, 4, 5
 _ESCAPED, _SAME_UUID, _LAST = 1, 2, 8  # flags of a tag
 _64BIT, _CHECKSUM_2, _CHECKSUM_3, _FAST_COMMIT = 2, 8, 16, 32  # incompatible features
 _FAST_COMMIT_BLOCKS = 256  # where the superblock does not say
+_KNOWN = 0x3F  # incompatible features that Linux 6.1 knows
+_HAS_SUMS = 4  # metadata_csum, in the second byte of a file system's features
+_OWN_SUM = 0x3FC  # where a file system's superblock has its checksum
+_JOURNAL_SUM = 0xFC  # where that of a journal has it
 _HEADER = 12  # magic, type, transaction
 _COMMIT_SUM = 16  # where a commit block has its checksum
 
@@ -45,8 +49,14 @@ class Journal(NamedTuple):
 
 
 def needs_recovery(superblock: bytes) -> bool:
-    """Whether a file system (its bytes from 1024) was not unmounted."""
-    return superblock[56:58] == b"\x53\xef" and bool(superblock[0x60] & 4)
+    """Whether a file system (its bytes from 1024) was not unmounted; raises ``OSError`` where that cannot be told."""
+    if superblock[56:58] != b"\x53\xef":
+        raise OSError("its superblock is not where it belongs")
+    if superblock[0x65] & _HAS_SUMS:
+        stored = int.from_bytes(superblock[_OWN_SUM : _OWN_SUM + 4], "little")
+        if crc32c(0xFFFF_FFFF, superblock[:_OWN_SUM]) != stored:
+            raise OSError("the checksum of its superblock is wrong")
+    return bool(superblock[0x60] & 4)
 
 
 def read_journal(journal: Reader) -> Journal:
@@ -58,6 +68,12 @@ def read_journal(journal: Reader) -> Journal:
     features, fast = struct.unpack_from(">I", head, 40)[0], struct.unpack_from(">I", head, 84)[0]
     if kind == _SUPERBLOCK_1:
         features = 0
+    if features & ~_KNOWN or (features & _CHECKSUM_2 and features & _CHECKSUM_3):
+        return Journal({}, 0, f"it has features that are not known: {features:#x}")
+    if features & (_CHECKSUM_2 | _CHECKSUM_3):
+        stored = struct.unpack_from(">I", head, _JOURNAL_SUM)[0]
+        if crc32c(0xFFFF_FFFF, head[:_JOURNAL_SUM] + bytes(4) + head[_JOURNAL_SUM + 4 :]) != stored:
+            return Journal({}, 0, "the checksum of its superblock is wrong")
     if not start:
         return Journal({}, 0)
     if block not in (1024, 2048, 4096, 8192, 16384, 32768, 65536) or blocks * block > journal.size:

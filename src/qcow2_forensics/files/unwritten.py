@@ -1,7 +1,8 @@
 """Changes that a file system holds in its log only: of a guest that was running, or whose machine lost its power.
 
-The journal of ext3 and ext4 is read in place of what it replaces. The logs of XFS and NTFS are not: where they hold
-changes the listing may lack what the guest did last, and says so.
+The journal of ext3 and ext4 is read in place of what it replaces. The logs of XFS, NTFS and HFS+ are not: where they hold
+changes the listing may lack what the guest did last, and says so. Nothing is said only where a log was recognised as one
+that holds none.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from typing import Any
 
 from ..errors import Qcow2Error, reason
 from ..text import plural
+from . import hfs_journal, ntfs_log, xfs_log
 from .ext_journal import ReplayedReader, needs_recovery, read_journal
 from .protocol import Log
 from .readers import Reader, Segment, VolumeReader
-from .xfs_log import has_changes as xfs_has_changes
 
 _JOURNAL_INODE = 0xE0  # where a superblock of ext has the number of it
 _LOG_FILE = 2  # of NTFS: the number of the record of $LogFile
-_RESTART_PAGES = (0, 4096)
-_NO_CLIENT, _IS_CLEAN = 0xFFFF, 2
+_HFS = ("HFS+", "HFSX")
 
 
 def log_of(handle: Any, kind: str, reader: Reader, start: int) -> Log | None:
@@ -30,19 +30,29 @@ def log_of(handle: Any, kind: str, reader: Reader, start: int) -> Log | None:
     try:
         if kind.startswith("ext"):
             return _ext(handle, reader, start)
-        return _ntfs(handle) if kind == "ntfs" else None
+        if kind == "ntfs":
+            return _not_read("NTFS") if ntfs_log.has_changes(handle.open_meta(inode=_LOG_FILE)) else None
+        return _not_read("HFS+") if kind == "hfs" and hfs_journal.has_changes(reader, start) else None
     except (OSError, RuntimeError, Qcow2Error) as error:
-        return Log(f"its log was not looked at: {reason(error)}", is_incomplete=True)
+        return _unknown(error)
 
 
 def log_by_signature(kind: str, reader: Reader) -> Log | None:
     """Return what the log of a file system that dfVFS reads holds, None when nothing. ``kind`` is by its signature."""
     try:
         if kind == "XFS":
-            return _not_read(kind) if xfs_has_changes(reader) else None
+            return _not_read(kind) if xfs_log.has_changes(reader) else None
+        if kind in _HFS:
+            return _not_read(kind) if hfs_journal.has_changes(reader, 0) else None
+        if kind == "NTFS":
+            raise OSError("it is looked at where The Sleuth Kit opens the file system")
         return _not_read(kind) if kind == "ext" and needs_recovery(reader.read(1024, 1024)) else None
     except (OSError, Qcow2Error) as error:
-        return Log(f"its log was not looked at: {reason(error)}", is_incomplete=True)
+        return _unknown(error)
+
+
+def _unknown(error: Exception) -> Log:
+    return Log(f"whether its log holds changes cannot be told: {reason(error)}", is_incomplete=True)
 
 
 def _not_read(kind: str) -> Log:
@@ -83,20 +93,3 @@ def _runs(handle: Any, inode: int, reader: Reader, start: int, block: int) -> It
         if at:
             return
     raise OSError("its journal has no blocks")
-
-
-def _ntfs(handle: Any) -> Log | None:
-    """Whether ``$LogFile`` has clients and no mark of a clean end, as ntfs-3g decides it."""
-    log = handle.open_meta(inode=_LOG_FILE)
-    newest: tuple[int, bytes] | None = None
-    for page in _RESTART_PAGES:
-        head = log.read_random(page, 512)
-        area = int.from_bytes(head[24:26], "little")
-        if head[:4] == b"RSTR" and area <= 464:
-            number = int.from_bytes(head[area : area + 8], "little")
-            newest = max(newest or (-1, b""), (number, head[area : area + 48]))
-    if newest is None:
-        return None  # it was emptied, which is how a volume is made
-    _, latest = newest
-    in_use, flags = int.from_bytes(latest[12:14], "little"), int.from_bytes(latest[14:16], "little")
-    return None if in_use == _NO_CLIENT or flags & _IS_CLEAN else _not_read("NTFS")

@@ -147,6 +147,7 @@ class _Finder:
         self._disk = reader
         self._partitions: list[tuple[int, int]] = []
         self._places: set[Place] = set()
+        self._numbered: dict[Place, int] = {}  # the last number that was given to a place
         self._passphrases = passphrases
         self._physical: list[tuple[lvm.PhysicalVolume, Volume, int]] = []
 
@@ -267,10 +268,11 @@ class _Finder:
 
     def _own_place(self, volume: Volume) -> Volume:
         """Return a volume under a name of its own: two groups may have one name, and a container several file systems."""
-        named, number = volume, 1
+        named, number = volume, self._numbered.get(volume.place, 1)
         while named.place in self._places:
             number += 1
             named = replace(volume, inside=f"{volume.inside}~{number}")
+        self._numbered[volume.place] = number
         self._places.add(named.place)
         return named
 

@@ -14,22 +14,27 @@ from .readers import Reader
 _BLOCK = 512
 _RECORD = 0xFEEDBABE
 _UNMOUNT = 0x20  # flag of an operation
+_OF_LOG = 0xAA  # client of an operation
+_VERSIONS, _FORMATS = (1, 2), (1, 2, 3)
 _SIZE_IN_HEADER = 32 << 10  # bytes of a record that one block of its header describes
 _FARTHEST = 2048  # blocks from the end of the log to the header of its last record: four times the largest record
 
 
 def has_changes(reader: Reader) -> bool:
-    """Return whether the log holds changes that may not be at their places; raises ``OSError`` and ``Qcow2Error``."""
+    """Return whether the log holds changes that may not be at their places.
+
+    Raises ``OSError`` where that cannot be told, because it is not as a log is written, and ``Qcow2Error``.
+    """
     log = _Log(reader)
-    end = log.end()
-    if end is None:
-        return False
+    end, cycle = log.end()
     for back in range(1, min(_FARTHEST, log.blocks) + 1):
         at = (end - back) % log.blocks
         record = log.read(at)
         if _number(record, 0) == _RECORD:
+            if not log.is_own(record, at, cycle):
+                raise OSError(f"the record in its block {at} is not one of this log")
             return not _is_unmount(log, at, record, back)
-    return True
+    raise OSError("no record is before its end")
 
 
 def _is_unmount(log: _Log, at: int, record: bytes, to_end: int) -> bool:
@@ -37,7 +42,8 @@ def _is_unmount(log: _Log, at: int, record: bytes, to_end: int) -> bool:
     version, length, operations, largest = (_number(record, place) for place in (8, 12, 40, 320))
     headers = max(1, -(-largest // _SIZE_IN_HEADER)) if version & 2 else 1
     operation = log.read((at + headers) % log.blocks)
-    return operations == 1 and headers + -(-length // _BLOCK) == to_end and bool(operation[9] & _UNMOUNT)
+    is_unmount = operation[8] == _OF_LOG and bool(operation[9] & _UNMOUNT)
+    return operations == 1 and headers + -(-length // _BLOCK) == to_end and is_unmount
 
 
 class _Log:
@@ -51,6 +57,7 @@ class _Log:
             raise OSError("the superblock does not say where it is")
         group, within = start >> group_bits, start & (1 << group_bits) - 1
         self._reader = reader
+        self._uuid = head[32:48]
         self._start = (group * per_group + within) * block
         self.blocks = blocks * block // _BLOCK
 
@@ -60,11 +67,13 @@ class _Log:
             raise OSError("the volume ends inside it")
         return data
 
-    def end(self) -> int | None:
-        """Return the block after the last record, None where nothing was ever written."""
+    def end(self) -> tuple[int, int]:
+        """Return the block after the last record, and the number of the round that it was written in."""
         first, last = self._round(0), self._round(self.blocks - 1)
+        if not first:
+            raise OSError("nothing was ever written to it, not even by what made the file system")
         if first == last:
-            return self.blocks if first else None
+            return self.blocks, first
         low, high = 0, self.blocks - 1  # of the first round, and of the one before
         while high - low > 1:
             middle = (low + high) // 2
@@ -72,7 +81,15 @@ class _Log:
                 low = middle
             else:
                 high = middle
-        return high
+        if not self._round(high) == last == first - 1:
+            raise OSError(f"after its block {low} comes none of the round before")
+        return high, first
+
+    def is_own(self, record: bytes, at: int, cycle: int) -> bool:
+        """Whether the header of a record names its own place, and this file system."""
+        placed = (_number(record, 4), _number(record, 16), _number(record, 20)) == (cycle, cycle, at)
+        known = _number(record, 8) in _VERSIONS and _number(record, 300) in _FORMATS
+        return placed and known and record[304:320] == self._uuid
 
     def _round(self, number: int) -> int:
         data = self.read(number)
