@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import Qcow2Error, reason
+from ..lvm import Segment
 from ..text import plural
 from .ext_journal import ReplayedReader, needs_recovery, read_journal
 from .protocol import Log
-from .readers import Reader, Segment, VolumeReader
+from .readers import Reader, VolumeReader
 from .xfs_log import has_changes as xfs_has_changes
 
 _JOURNAL_INODE = 0xE0  # where a superblock of ext has the number of it
