@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qcow2_forensics import lvm
 from qcow2_forensics.errors import LimitExceeded
-from qcow2_forensics.files import lvm
 from qcow2_forensics.files.tolerant import TolerantReader
 from qcow2_forensics.files.volumes import GuestVolumes, open_volumes
 from qcow2_forensics.format.source import BytesSource, FileSource
@@ -89,9 +89,7 @@ def test_logical_volumes_that_share_their_hidden_parts_are_a_refusal(monkeypatch
     seen = "".join(
         f'v{n}{{status=["VISIBLE"] segment1{{start_extent=0 extent_count=1 type="raid1" x="h0"}}}}' for n in range(50)
     )
-    physical = lvm.PhysicalVolume(
-        "P" * 32, TolerantReader(RawDisk(BytesSource(bytes(4096)))), lvm.parse(_group(seen + hidden).decode())
-    )
+    physical = lvm.PhysicalVolume("P" * 32, lvm.parse(_group(seen + hidden).decode()))
     with pytest.raises(LimitExceeded, match="segments of LVM volumes"):
         list(lvm.logical_volumes([physical]))
 

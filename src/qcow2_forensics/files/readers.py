@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from ..lvm import Segment
 from .records import Span
 
 
@@ -41,14 +42,6 @@ class Reader(Protocol):
     def place(self, offset: int, length: int) -> Iterator[Span]:
         """Yield where on the disk a range is."""
         ...
-
-
-class Segment(NamedTuple):
-    """``length`` bytes at ``start`` of a volume are at ``below`` of what it is made of."""
-
-    start: int
-    length: int
-    below: int
 
 
 class VolumeReader:

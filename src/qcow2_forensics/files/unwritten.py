@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import Qcow2Error, reason
+from ..lvm import Segment
 from ..text import plural
 from . import hfs_journal, ntfs_log, xfs_log
 from .ext_journal import ReplayedReader, needs_recovery, read_journal
 from .protocol import Log
-from .readers import Reader, Segment, VolumeReader
+from .readers import Reader, VolumeReader
 
 _JOURNAL_INODE = 0xE0  # where a superblock of ext has the number of it
 _LOG_FILE = 2  # of NTFS: the number of the record of $LogFile

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .. import lvm
 from ..errors import LimitExceeded, Qcow2Error
 from ..limits import BLANK_BYTES_READ, PARTITION_GAP, VOLUME_DEPTH, Budget, KiB
 from ..reader.disk import Layer
 from ..reader.runs import Kind
 from ..text import printable
-from . import lvm
 from .protocol import FileSystem, Log, NoFileSystem
 from .readers import Reader, VolumeReader
 from .records import Place, Span, Volume
@@ -135,6 +135,15 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
     return GuestVolumes(found.systems, found.unread, found.spans, reader)
 
 
+class _Physical(NamedTuple):
+    """A physical volume of LVM2, and the volume of the disk that it is in."""
+
+    found: lvm.PhysicalVolume
+    reader: Reader
+    volume: Volume
+    depth: int
+
+
 class _Finder:
     """Looks into volumes, and into what is inside them."""
 
@@ -149,7 +158,7 @@ class _Finder:
         self._places: set[Place] = set()
         self._numbered: dict[Place, int] = {}  # the last number that was given to a place
         self._passphrases = passphrases
-        self._physical: list[tuple[lvm.PhysicalVolume, Volume, int]] = []
+        self._physical: list[_Physical] = []
 
     def look_at_partition(self, volume: Volume, length: int) -> None:
         """Look into a partition, or the whole disk."""
@@ -294,36 +303,39 @@ class _Finder:
             self._not_read(reader, replace(volume, kind="LVM2"), str(error))
             return
         if physical is not None:
-            self._physical.append((physical, volume, depth))
+            self._physical.append(_Physical(physical, reader, volume, depth))
 
     def look_into_groups(self) -> None:
         """Look into the logical volumes of every physical volume found so far; call it last."""
         while self._physical:  # a logical volume may itself be a physical one
             physical, self._physical = self._physical, []
-            known: dict[str, tuple[lvm.PhysicalVolume, Volume, int]] = {}
+            known: dict[str, _Physical] = {}
             for item in physical:
-                part, volume, _ = item
-                if known.setdefault(part.uuid, item) is not item:  # a copy: LVM itself asks which one is meant
-                    why = f"its identifier {part.uuid} is that of another physical volume of this disk"
-                    self._not_read(part.reader, replace(volume, kind="LVM2"), why)
+                uuid = item.found.uuid
+                if known.setdefault(uuid, item) is not item:  # a copy: LVM itself asks which one is meant
+                    why = f"its identifier {uuid} is that of another physical volume of this disk"
+                    self._not_read(item.reader, replace(item.volume, kind="LVM2"), why)
             try:
-                for logical in lvm.logical_volumes(part for part, _, _ in known.values()):
-                    _, first, depth = known.get(logical.physical, physical[0])
-                    self._logical(logical, first, depth + 1)
+                for logical in lvm.logical_volumes(item.found for item in known.values()):
+                    parts = [(known[uuid].reader, segment) for uuid, segment in logical.parts]
+                    self._logical(logical, parts, known.get(logical.physical, physical[0]))
             except (lvm.LvmError, LimitExceeded) as error:
-                for part, volume, _ in known.values():
-                    self._not_read(part.reader, replace(volume, kind="LVM2"), str(error))
+                for item in known.values():
+                    self._not_read(item.reader, replace(item.volume, kind="LVM2"), str(error))
 
-    def _logical(self, logical: lvm.LogicalVolume, first: Volume, depth: int) -> None:
+    def _logical(
+        self, logical: lvm.LogicalVolume, parts: Sequence[tuple[Reader, lvm.Segment]], first: _Physical
+    ) -> None:
+        depth = first.depth + 1
         volume = replace(
-            first,
-            inside=f"{first.inside}/{logical.group}/{logical.name}",
+            first.volume,
+            inside=f"{first.volume.inside}/{logical.group}/{logical.name}",
             description=f"LVM2 logical volume {logical.name} of group {logical.group}",
         )
         if not logical.why and depth <= VOLUME_DEPTH:
-            self._look(VolumeReader(logical.parts), volume, depth)
+            self._look(VolumeReader(parts), volume, depth)
             return
-        spans = tuple(span for reader, segment in logical.parts for span in reader.place(segment.below, segment.length))
+        spans = tuple(span for reader, segment in parts for span in reader.place(segment.below, segment.length))
         why = logical.why or f"it is nested more than {VOLUME_DEPTH} deep"
         known = self._own_place(replace(volume, kind="LVM2"))
         self.unread.append(Unread(known, spans, printable(why), is_elsewhere=logical.is_elsewhere))

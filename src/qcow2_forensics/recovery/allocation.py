@@ -32,6 +32,7 @@ USED, FREE, UNKNOWN = 1, 0, -1
 
 _OPEN = 256  # tables kept open
 _CALL = KiB  # what one read costs beside its bytes
+_WRITTEN = 4096  # bytes that are written or left out together: a page, and what qemu-img looks at for zeros
 _BYTES_PER_BLOCK = 32  # stored bytes that allow one more block in a map, which takes a byte
 
 
@@ -129,6 +130,10 @@ def cluster_use(volumes: list[VolumeMap], slots: list[int], span: int, cluster: 
             for column, value in _clusters(volume, slot * span, span, cluster):
                 part = use[row, column : column + len(value)]
                 np.maximum(part, value, out=part)
+    if cluster < _WRITTEN:  # what is free beside something that may be stored may be stored with it
+        together = use.reshape(len(slots), -1, _WRITTEN // cluster)
+        mixed = (together != FREE).any(axis=2, keepdims=True)
+        together[mixed & (together == FREE)] = UNKNOWN
     return use
 
 

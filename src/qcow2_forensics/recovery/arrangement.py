@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from ..limits import FILE_SYSTEM_STARTS, L1_ENTRIES, PLACEMENT_TRIALS
+from ..limits import L1_ENTRIES, PLACEMENT_TRIALS
 from ..residue.structure_detection import Geometry
 from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
 from .content import TableReader, read_contents
@@ -16,10 +16,12 @@ from .l1_tables import table_span
 from .ntfs_volume import ntfs_expected, ntfs_map
 from .partition_map import partition_map
 from .placement import Placement, Unplaced, Use, in_file_order, place
-from .positions import disk_size_of, file_system_starts
+from .volumes import PlacedVolume, Volume, Volumes, disk_size_of, first_volumes, volumes_of
 from .xfs_volume import xfs_map
 
-_ROUNDS = 4  # what was found in one may lead to more in the next
+_ROUNDS = (
+    8  # what was found in one may lead to more in the next: a volume inside another, a block that a file system has
+)
 
 
 class Arranged(NamedTuple):
@@ -52,78 +54,97 @@ def arranged(
     span = table_span(geometry)
     slots = -(-size // span) if size else L1_ENTRIES
     contents = read_contents(reader, offsets, size, [placed.offset for placed in fixed if not placed.slot])
-    starts, known_starts = contents.starts, contents.are_starts_known
-    tables = contents.unplaced(span, slots)
+    volumes = Volumes(contents.volumes, are_all=True)
+    tables = contents.unplaced(span, slots, volumes)
     if not size:
         slots = _slots_by_content(reader, tables, span) or len(offsets)
-
-    def use_of(placed: Mapping[int, int]) -> Use | None:
-        return _use(reader, geometry, placed, starts)
-
+    settled: Set[int] = frozenset()  # tables that have a place by their content
     more: dict[int, Votes] = {}  # by host offset: what file systems must have somewhere, found in a table
     for _ in range(_ROUNDS):
-        found = place(
-            tables, known, slots, geometry.cluster_size, fixed=fixed, ordered=False, are_starts_known=known_starts
-        )
+        found = place(tables, known, slots, geometry.cluster_size, fixed=fixed, ordered=False)
         disk = PlacedDisk(reader, {p.slot: p.offset for p in found.placements}, span)
-        before = dict(more)
-        for offset, votes in _expected_votes(reader, tables, disk, starts, span).items():
+        before = volumes, dict(more)
+        volumes = volumes_of(disk, contents.volumes)
+        settled = {p.offset for p in found.placements}
+        for offset, votes in _expected_votes(reader, tables, settled, disk, volumes.found, span).items():
             more[offset] = _joined(more.get(offset, {}), votes)
-        if more == before:
+        if (volumes, more) == before:
             break
-        tables = [
-            table._replace(votes=_joined(table.votes, more.get(table.offset, {})))
-            for table in contents.unplaced(span, slots)
-        ]
-    placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed, are_starts_known=known_starts)
+        is_sure = contents.are_starts_known and volumes.are_all
+        tables = [_with_more(table, more, is_sure) for table in contents.unplaced(span, slots, volumes)]
+
+    def use_of(placed: Mapping[int, int]) -> Use | None:
+        return _use(reader, geometry, placed, contents.volumes)
+
+    placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed)
+    if placed.is_in_order:  # what the order gave a place may lead to more; none of it is sure
+        disk = PlacedDisk(reader, {p.slot: p.offset for p in placed.placements}, span)
+        guessed = _expected_votes(reader, tables, settled, disk, volumes_of(disk, contents.volumes).found, span)
+        if guessed:
+            tables = [_with_more(table, guessed, False) for table in tables]
+            placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed)
     return Arranged(tuple(placed.placements), tuple(t.offset for t in placed.left), tuple(in_file_order(placed, slots)))
+
+
+def _with_more(table: Unplaced, more: Mapping[int, Votes], is_sure: bool) -> Unplaced:
+    """Return a table with what file systems that were read must have in it; ``is_sure`` where nothing they were read by is a guess."""
+    expected = more.get(table.offset, {})
+    sure = table.sure | expected.keys() if is_sure else table.sure - expected.keys()
+    return table._replace(votes=_joined(table.votes, expected), sure=sure)
 
 
 def use_by_file_systems(reader: TableReader, geometry: Geometry, placed: Mapping[int, int]) -> Use | None:
     """Return which clusters the file systems use, by the tables that are placed; None where none is found."""
-    return _use(reader, geometry, placed, file_system_starts([reader.head(placed[0])] if 0 in placed else []))
+    return _use(reader, geometry, placed, first_volumes([reader.head(placed[0])] if 0 in placed else []))
 
 
-def _use(reader: TableReader, geometry: Geometry, placed: Mapping[int, int], starts: tuple[int, ...]) -> Use | None:
+def _use(reader: TableReader, geometry: Geometry, placed: Mapping[int, int], first: Sequence[Volume]) -> Use | None:
     span = table_span(geometry)
-    volumes = _volumes(PlacedDisk(reader, dict(placed), span), starts)
-    return (lambda free: cluster_use(volumes, free, span, geometry.cluster_size)) if volumes else None
+    disk = PlacedDisk(reader, dict(placed), span)
+    maps = _maps(disk, volumes_of(disk, first).found)
+    return (lambda free: cluster_use(maps, free, span, geometry.cluster_size)) if maps else None
 
 
 def _expected_votes(
-    reader: TableReader, tables: list[Unplaced], disk: PlacedDisk, starts: tuple[int, ...], span: int
+    reader: TableReader,
+    tables: list[Unplaced],
+    settled: Set[int],
+    disk: PlacedDisk,
+    volumes: Sequence[Volume],
+    span: int,
 ) -> dict[int, dict[int, dict[str, float]]]:
-    """Return what file systems must have at some places, found in tables: the kinds and bits by host offset and slot.
+    """Return what file systems must have at some places, found in tables that are not ``settled``: the bits by host offset.
 
     A clone of a file system has the same at the same distance from its own start. Unless what it must have there is known
     too, a table that has it may be of either.
     """
     waiting = PlacedDisk(reader, {at: table.offset for at, table in enumerate(tables)}, span)
-    candidates = [at for at, table in enumerate(tables) if table.offset not in disk.slots.values()]
-    expected = {start: list(_expected(disk, start)) for start in starts[:FILE_SYSTEM_STARTS]}
-    asked = {(start, item.offset - start, item.what) for start, items in expected.items() for item in items}
+    candidates = [at for at, table in enumerate(tables) if table.offset not in settled]
+    expected = [list(_expected(PlacedVolume(disk, volume))) for volume in volumes]
+    asked = [{(item.offset, item.what) for item in items} for items in expected]
     found: dict[int, dict[int, dict[str, float]]] = {}
     tried = 0
-    for start, items in expected.items():
+    for number, items in enumerate(expected):
         for item in items:
-            slot, inside = divmod(item.offset, span)
-            if slot in disk.slots or inside + item.length > span:
+            at_ = volumes[number].place(item.offset, item.length)
+            slot, inside = divmod(at_ or 0, span)
+            if at_ is None or slot in disk.slots or inside + item.length > span:
                 continue
             tried += len(candidates) * (1 + item.length // 512)
             if tried > PLACEMENT_TRIALS:
                 return found
-            alike = [
-                (other - start) // span
-                for other in starts[:FILE_SYSTEM_STARTS]
-                if (other - start) % span == 0 and (other, item.offset - start, item.what) not in asked
+            clones = [
+                volume.place(item.offset, item.length)
+                for volume, others in zip(volumes, asked, strict=True)
+                if (item.offset, item.what) not in others
             ]
+            slots = {slot, *(clone // span for clone in clones if clone is not None and clone % span == inside)}
             for at in candidates:
                 data = waiting.read(at * span + inside, item.length)
                 if data is not None and item.matches(data):
                     votes = found.setdefault(tables[at].offset, {})
-                    for distance in (0, *alike):
-                        if slot + distance not in disk.slots and slot + distance >= 0:
-                            votes.setdefault(slot + distance, {})[item.what] = EXACT
+                    for possible in slots - disk.slots.keys():
+                        votes.setdefault(possible, {})[item.what] = EXACT
     return found
 
 
@@ -131,9 +152,9 @@ def _joined(votes: Votes, more: Votes) -> Votes:
     return {slot: {**votes.get(slot, {}), **more.get(slot, {})} for slot in (*votes, *more)}
 
 
-def _expected(disk: PlacedDisk, start: int) -> Iterator[Expected]:
-    yield from ext_expected(disk, start)
-    yield from ntfs_expected(disk, start)
+def _expected(volume: PlacedVolume) -> Iterator[Expected]:
+    yield from ext_expected(volume, 0)
+    yield from ntfs_expected(volume, 0)
 
 
 def _slots_by_content(reader: TableReader, tables: list[Unplaced], span: int) -> int | None:
@@ -148,9 +169,21 @@ def _slots_by_content(reader: TableReader, tables: list[Unplaced], span: int) ->
     return None
 
 
-def _volumes(disk: PlacedDisk, starts: tuple[int, ...]) -> list[VolumeMap]:
-    """Return what is known of the file systems that start at some of the places."""
-    found = [
-        ext_map(disk, start) or ntfs_map(disk, start) or xfs_map(disk, start) for start in starts[:FILE_SYSTEM_STARTS]
-    ]
-    return [volume for volume in (*found, partition_map(disk)) if volume is not None]
+def _maps(disk: PlacedDisk, volumes: Sequence[Volume]) -> list[VolumeMap]:
+    """Return what is known of the file systems in volumes, in one map for each piece of the disk."""
+    found: list[VolumeMap] = []
+    for volume in volumes:
+        placed = PlacedVolume(disk, volume)
+        whole = ext_map(placed, 0) or ntfs_map(placed, 0) or xfs_map(placed, 0)
+        found += _pieces(whole, volume) if whole is not None else ()
+    partitioned = partition_map(disk)
+    return [*found, *([partitioned] if partitioned is not None else ())]
+
+
+def _pieces(whole: VolumeMap, volume: Volume) -> Iterator[VolumeMap]:
+    """Yield the parts of a map that are in one piece on the disk."""
+    for start, length, below in volume.segments:
+        first = -(-start // whole.block)
+        bits = whole.bits[first : (start + length) // whole.block]
+        if len(bits):
+            yield VolumeMap(below + first * whole.block - start, whole.block, bits)

@@ -23,14 +23,13 @@ from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Unplaced
 from .positions import (
     Position,
-    are_known,
     empty,
-    file_system_starts,
     note_file_systems,
     positions,
     sectors_with_structures,
     slots,
 )
+from .volumes import CONTAINERS, Holds, Volume, Volumes, are_known, first_volumes
 
 _STORED = (Kind.DATA, Kind.COMPRESSED)
 _HEAD = 64 * SECTOR
@@ -122,18 +121,30 @@ def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 class Contents(NamedTuple):
     """What is stored under some L2 tables, as far as it records its position.
 
-    ``tables`` are (host offset, entries, positions); ``starts`` is where file systems may start, and ``are_starts_known``
-    whether a partition table or the size of the disk says so.
+    ``tables`` are (host offset, entries, positions); ``volumes`` are those in which file systems may start, and
+    ``are_starts_known`` says whether a partition table or the size of the disk says so.
     """
 
     tables: list[tuple[int, U64, list[Position]]]
-    starts: tuple[int, ...]
+    volumes: tuple[Volume, ...]
     are_starts_known: bool
 
-    def unplaced(self, span: int, count: int) -> list[Unplaced]:
-        """Return the tables with the slots, below ``count``, that they agree with."""
+    def unplaced(self, span: int, count: int, volumes: Volumes) -> list[Unplaced]:
+        """Return the tables with the slots, below ``count``, that they agree with.
+
+        A slot is sure for what counts from the start of the disk, and for what counts from that of a volume whose start
+        was read, where no other volume may be hidden.
+        """
+        are_known = self.are_starts_known and volumes.are_all
+        seen = [volume for volume in volumes.found if are_known and volume.holds is not Holds.NOTHING_KNOWN]
         return [
-            Unplaced(offset, entries, slots(seen, self.starts, span, count)) for offset, entries, seen in self.tables
+            Unplaced(
+                offset,
+                entries,
+                slots(found, volumes.found, span, count),
+                frozenset(slots(found, seen, span, count)),
+            )
+            for offset, entries, found in self.tables
         ]
 
 
@@ -143,7 +154,7 @@ def read_contents(reader: TableReader, offsets: list[int], size: int | None, fir
     ``first`` are tables of the start of the disk that are placed already.
     """
     known = empty()
-    found: dict[int, list[Any]] = {}
+    seen: dict[int, list[Any]] = {}
     heads: list[bytes] = [reader.head(offset) for offset in first]
     for offset in offsets:
         kept: list[tuple[int, bytes]] = []
@@ -152,12 +163,14 @@ def read_contents(reader: TableReader, offsets: list[int], size: int | None, fir
             if at == 0:
                 heads.append(data[:_HEAD])
             kept += _structures(at, data)
-        found[offset] = kept[:PLACED_STRUCTURES]
+        seen[offset] = kept[:PLACED_STRUCTURES]
     tables = [
-        (offset, reader.entries(offset), [p for at, data in found[offset] for p in positions(known, at, data)])
+        (offset, reader.entries(offset), [p for at, data in seen[offset] for p in positions(known, at, data)])
         for offset in offsets
     ]
-    return Contents(tables, file_system_starts(heads), are_known(heads, size))
+    labels = [(p.inside, p.size) for _, _, found in tables for p in found if p.inside in CONTAINERS and p.size]
+    volumes = tuple(volume.labelled(labels) for volume in first_volumes(heads))
+    return Contents(tables, volumes, are_known(heads, size))
 
 
 def _structures(at: int, data: bytes) -> Iterator[tuple[int, bytes]]:

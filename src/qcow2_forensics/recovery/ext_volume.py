@@ -18,6 +18,7 @@ _INODE_UNINIT = 1
 _DIRECTORY = 0x4000
 _BLOCK_UNINIT = 2
 _JOURNAL_INODE = 8
+_JOURNAL_STARTS = tuple(b"\xc0\x3b\x39\x98\0\0\0" + version for version in (b"\3", b"\4"))
 _EXTENT_MAGIC = 0xF30A
 
 
@@ -91,7 +92,7 @@ def ext_expected(disk: PlacedDisk, start: int) -> Iterator[Expected]:
         if inodes <= INODES_LOOKED_AT:
             yield from _directories(disk, found, group, number * found.inodes_per_group + 1, used)
     for first, _ in _journal(disk, found):
-        yield Expected(start + first * found.block, 4, b"\xc0\x3b\x39\x98".__eq__, "ext journal")
+        yield Expected(start + first * found.block, 8, _JOURNAL_STARTS.__contains__, "ext journal")
         break
 
 

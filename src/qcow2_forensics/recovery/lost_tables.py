@@ -27,7 +27,7 @@ from .geometry import U64, compression_of
 from .l1_tables import table_span
 from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Placement, Use
-from .positions import file_system_starts, partitions
+from .structures import partitions
 from .table_search import table_words
 
 _TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, after every L1 table
@@ -125,8 +125,8 @@ def _first_places(source: Source, slot: int, hosts: U64, geometry: Geometry, clu
     """Return the places in a table to begin with: one after the other, with the gap before a first partition."""
     places = list(range(len(hosts)))
     head = b"" if slot else source.read(int(hosts[0]), min(2 * SECTOR * 32, geometry.cluster_size * len(hosts)))
-    starts = file_system_starts([head]) if len(head) >= SECTOR and partitions(head) else ()
-    first = min((start for start in starts if start), default=0) // geometry.cluster_size
+    found = partitions(head) if len(head) >= SECTOR else ()
+    first = min((partition.start for partition in found if partition.start), default=0) // geometry.cluster_size
     lead = -(-3 * SECTOR // geometry.cluster_size)  # the partition table itself
     if first <= lead or first + len(hosts) > clusters:
         return places

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,7 +28,6 @@ from .confidence import Confidence
 from .continuation import continuations, written_in_order
 from .evidence import Choice, Votes, choices
 from .geometry import U64, among
-from .positions import ABSOLUTE
 
 _ROUNDS = 3
 _ORDER = "the order in the file only"
@@ -44,18 +43,26 @@ class Placement(NamedTuple):
 
 
 class Unplaced(NamedTuple):
-    """An L2 table whose slot is to be found. ``votes`` are the slots its content agrees with, with the evidence."""
+    """An L2 table whose slot is to be found. ``votes`` are the slots its content agrees with, with the evidence.
+
+    ``sure`` are those of them for which it is known what the positions in it count from.
+    """
 
     offset: int
     entries: U64
     votes: Votes
+    sure: Set[int] = frozenset()
 
 
 class Placed(NamedTuple):
-    """Tables with a slot, each slot once and rising, and those for whose place there is no evidence, in the order of the file."""
+    """Tables with a slot, each slot once and rising, and those for whose place there is no evidence, in the order of the file.
+
+    ``is_in_order`` says that the disk was written from start to end.
+    """
 
     placements: list[Placement]
     left: list[Unplaced]
+    is_in_order: bool = False
 
 
 Use = Callable[[list[int]], Bits]  # which clusters are in use in each of some slots
@@ -71,23 +78,21 @@ def place(
     *,
     fixed: Iterable[Placement] = (),
     ordered: bool = True,
-    are_starts_known: bool = True,
 ) -> Placed:
     """Return a slot for as many tables as there is evidence for.
 
     ``known`` maps slots to the entries of tables that snapshots have there; ``slots`` is the length
     of the L1 table. ``use_of`` says which clusters the file systems use, given the tables placed so far.
     ``fixed`` are tables whose slot is known already; they keep it. Tables that are not ``ordered``, as free ones,
-    get no slot by what surrounds them in the file. Where it is not known where file systems start
-    (``are_starts_known`` is False), content that counts from their start is a guess.
+    get no slot by what surrounds them in the file.
     """
     tables = sorted(tables, key=lambda table: table.offset)
-    found = _by_evidence(tables, known, slots, fixed, are_starts_known)
+    found = _by_evidence(tables, known, slots, fixed)
     have = {placed.offset for placed in found.values()}
     waiting = [table for table in tables if table.offset not in have]
     rest: list[Placement] = []
+    in_order = ordered and _is_in_order(tables, found, cluster_size)
     if ordered and waiting:
-        in_order = _is_in_order(tables, found, cluster_size)
         for _ in range(_ROUNDS):  # what is placed may hold the bitmap of a part that is not
             before = rest
             where = {placed.slot: placed.offset for placed in (*found.values(), *before)}
@@ -101,7 +106,7 @@ def place(
     by_slot = found | {placed.slot: placed for placed in rest}
     have |= {placed.offset for placed in rest}
     left = [table for table in waiting if table.offset not in have]
-    return Placed([by_slot[slot] for slot in sorted(by_slot)], left)
+    return Placed([by_slot[slot] for slot in sorted(by_slot)], left, in_order)
 
 
 def in_file_order(placed: Placed, slots: int) -> list[Placement]:
@@ -119,7 +124,6 @@ def _by_evidence(
     known: Mapping[int, list[U64]],
     slots: int,
     fixed: Iterable[Placement],
-    are_starts_known: bool,
 ) -> dict[int, Placement]:
     """Return tables by slot whose own clusters or content say where they belong; of several the surest."""
     found = {placed.slot: placed for placed in fixed if placed.slot < slots}
@@ -131,10 +135,10 @@ def _by_evidence(
             rest.append(table)
         elif version.slot not in found or version.confidence > found[version.slot].confidence:
             found[version.slot] = version
+    sure_slots = {table.offset: table.sure for table in rest}
     for number, choice in _choices(rest, found).items():
         if choice.slot not in found:
-            is_absolute = ABSOLUTE in choice.what
-            sure = Confidence.LIKELY if choice.is_enough and (are_starts_known or is_absolute) else Confidence.GUESS
+            sure = Confidence.LIKELY if choice.is_enough and choice.slot in sure_slots[number] else Confidence.GUESS
             found[choice.slot] = Placement(choice.slot, number, sure, f"content records its position: {choice.what}")
     return found
 

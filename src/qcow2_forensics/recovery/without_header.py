@@ -36,10 +36,10 @@ from .l1_tables import (
 )
 from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Placement
-from .positions import disk_size_of
 from .refcounts import FoundRefcounts, find_refcounts
 from .state import END_OF_DATA, RecoveredState
 from .table_search import FoundTables, L1Candidate, search_tables, table_words
+from .volumes import disk_size_of
 
 
 def _with_whole_l1_tables(source: Source, tables: FoundTables) -> FoundTables:

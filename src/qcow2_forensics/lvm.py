@@ -1,4 +1,4 @@
-"""LVM2: the logical volumes of a disk as places on it.
+"""LVM2: where the logical volumes of a disk are, by the metadata of its physical volumes.
 
 A physical volume starts with a label that leads to a header, the header to a metadata area, and that
 to a text that describes the whole volume group, so that any of its physical volumes will do::
@@ -19,11 +19,10 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
-from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
-from ..text import quoted
-from .readers import Reader, Segment
+from .limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
+from .text import quoted
 
 SECTOR = 512
 _LABEL_SECTORS = 4
@@ -37,21 +36,42 @@ Value: TypeAlias = "str | int | list[str | int] | dict[str, Value]"
 Section: TypeAlias = "dict[str, Value]"
 
 
+class Reader(Protocol):
+    """Positional bytes of one volume."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes, fewer only at the end; raises ``Qcow2Error`` or ``OSError``."""
+        ...
+
+
+class Segment(NamedTuple):
+    """``length`` bytes at ``start`` of a volume are at ``below`` of what it is made of."""
+
+    start: int
+    length: int
+    below: int
+
+
 class PhysicalVolume(NamedTuple):
-    """A physical volume on the disk and the newest metadata text it holds."""
+    """A physical volume, by its UUID without dashes, and the newest metadata text it holds."""
 
     uuid: str
-    reader: Reader
     metadata: Section
 
 
 class LogicalVolume(NamedTuple):
-    """A logical volume. Where there is a reason ``why`` it cannot be read, ``parts`` say only where its bytes are."""
+    """A logical volume, in ``parts`` of physical volumes, which are named by their UUID.
+
+    Where there is a reason ``why`` it cannot be read, ``parts`` say only where its bytes are.
+    """
 
     group: str
     name: str
     size: int
-    parts: tuple[tuple[Reader, Segment], ...]
+    parts: tuple[tuple[str, Segment], ...]
     why: str
     is_elsewhere: bool = False  # a part of it is on a physical volume of another disk
     physical: str = ""  # the UUID of the first physical volume of its group on this disk
@@ -118,7 +138,7 @@ def physical_volume(reader: Reader, known: Texts | None = None) -> PhysicalVolum
             problems.append(str(error))
     if not texts:
         raise LvmError(problems[0] if problems else "it holds no metadata area")
-    return PhysicalVolume(uuid, reader, max(texts, key=_sequence))
+    return PhysicalVolume(uuid, max(texts, key=_sequence))
 
 
 def _metadata_areas(header: bytes) -> Iterator[tuple[int, int]]:
@@ -251,19 +271,21 @@ def logical_volumes(physical: Iterable[PhysicalVolume]) -> Iterator[LogicalVolum
             key = str(group.get("id", name))
             if key not in newest or _number(group, "seqno") > _number(newest[key][1], "seqno"):
                 newest[key] = name, group
-    readers = {volume.uuid: volume.reader for volume in volumes}
+    here = dict.fromkeys(volume.uuid for volume in volumes)
     for name, group in newest.values():
-        yield from _of_group(name, group, readers)
+        yield from _of_group(name, group, here)
 
 
-def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) -> Iterator[LogicalVolume]:
+def _of_group(group_name: str, group: Section, here: Mapping[str, None]) -> Iterator[LogicalVolume]:
+    """Yield the volumes of a group; ``here`` are the physical volumes of this disk."""
     extent = _number(group, "extent_size") * SECTOR
-    starts: dict[str, tuple[Reader | None, int, str]] = {}
+    starts: dict[str, tuple[str | None, int, str]] = {}
     for alias, physical in _sections(group, "physical_volumes").items():
-        uuid = str(physical.get("id", ""))
-        starts[alias] = readers.get(uuid.replace("-", "")), _number(physical, "pe_start") * SECTOR, uuid
-    held = {uuid.replace("-", "") for _, _, uuid in starts.values()}
-    first_held = next((uuid for uuid in readers if uuid in held), "")
+        shown = str(physical.get("id", ""))
+        uuid = shown.replace("-", "")
+        starts[alias] = uuid if uuid in here else None, _number(physical, "pe_start") * SECTOR, shown
+    held = {uuid for uuid, _, _ in starts.values()}
+    first_held = next((uuid for uuid in here if uuid in held), "")
     described = _sections(group, "logical_volumes")
     budget = LVM_SEGMENTS
     looked_at = Budget.up_to("segments of LVM volumes that are not read", LVM_SEGMENTS)
@@ -275,7 +297,7 @@ def _of_group(group_name: str, group: Section, readers: Mapping[str, Reader]) ->
         size = sum(_number(segment, "extent_count") for segment in _segments(volume)) * extent
         why = ""
         is_elsewhere = False
-        parts: list[tuple[Reader, Segment]] = []
+        parts: list[tuple[str, Segment]] = []
         for segment in _segments(volume):
             try:
                 parts += islice(_parts(segment, extent, starts), budget - len(parts) + 1)
@@ -306,10 +328,11 @@ def _segments(volume: Section) -> list[Section]:
     return sorted(found, key=lambda segment: _number(segment, "start_extent"))
 
 
-_Starts: TypeAlias = Mapping[str, "tuple[Reader | None, int, str]"]
+# By the name in the text: the UUID where it is on this disk, where its extents start, and the UUID as it is shown.
+_Starts: TypeAlias = Mapping[str, "tuple[str | None, int, str]"]
 
 
-def _parts(segment: Section, extent: int, starts: _Starts) -> Iterator[tuple[Reader, Segment]]:
+def _parts(segment: Section, extent: int, starts: _Starts) -> Iterator[tuple[str, Segment]]:
     """Yield where one segment's bytes are, in the order of the logical volume."""
     kind = segment.get("type")
     if kind not in ("striped", "linear"):
@@ -319,25 +342,25 @@ def _parts(segment: Section, extent: int, starts: _Starts) -> Iterator[tuple[Rea
     count = _number(segment, "stripe_count")
     if not isinstance(stripes, list) or count < 1 or len(stripes) != 2 * count:
         raise LvmError("its list of stripes is incomplete")
-    places: list[tuple[Reader, int]] = []
+    places: list[tuple[str, int]] = []
     for alias, at in zip(stripes[::2], stripes[1::2], strict=True):
-        reader, start, uuid = starts.get(str(alias), (None, 0, str(alias)))
-        if reader is None:
-            raise MissingPart(f"part of it is on physical volume {uuid[:40]}, which is not on this disk")
+        uuid, start, shown = starts.get(str(alias), (None, 0, str(alias)))
+        if uuid is None:
+            raise MissingPart(f"part of it is on physical volume {shown[:40]}, which is not on this disk")
         if not isinstance(at, int) or at < 0:
             raise LvmError("its list of stripes is incomplete")
-        places.append((reader, start + at * extent))
+        places.append((uuid, start + at * extent))
     step = length if count == 1 else _number(segment, "stripe_size") * SECTOR
     if step < SECTOR:
         raise LvmError("its stripes have no size")
     for number, at in enumerate(range(0, length, step)):
-        reader, start = places[number % count]
-        yield reader, Segment(first + at, min(step, length - at), start + number // count * step)
+        uuid, start = places[number % count]
+        yield uuid, Segment(first + at, min(step, length - at), start + number // count * step)
 
 
 def _all_parts(
     name: str, described: Mapping[str, Section], extent: int, starts: _Starts, looked_at: Budget
-) -> Iterator[tuple[Reader, Segment]]:
+) -> Iterator[tuple[str, Segment]]:
     """Yield where the bytes of a volume and of the hidden ones it is made of are, as far as they are on this disk."""
     wanted, seen = [name], {name}
     for volume in wanted:
