@@ -12,11 +12,11 @@ import pytest
 
 from qcow2_forensics import FileSource
 from qcow2_forensics.cli import main
-from qcow2_forensics.files import lvm
 from qcow2_forensics.files.dfvfs_files import Scanned
 from qcow2_forensics.files.records import Volume
 from qcow2_forensics.files.tolerant import TolerantReader
 from qcow2_forensics.files.volumes import _Finder, open_volumes
+from qcow2_forensics.format import lvm
 from qcow2_forensics.reader.disk import RawDisk
 from tests import filesystems, guest_disks
 from tests.filesystems import MIB

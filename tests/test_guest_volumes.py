@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from qcow2_forensics import FileSource, lvm, open_disk
+from qcow2_forensics import FileSource, open_disk
 from qcow2_forensics.cli import main
 from qcow2_forensics.files.protocol import FileSystem
 from qcow2_forensics.files.readers import VolumeReader
 from qcow2_forensics.files.signatures import signature_of
 from qcow2_forensics.files.tolerant import TolerantReader
 from qcow2_forensics.files.volumes import GuestVolumes, open_volumes
+from qcow2_forensics.format import lvm
 from qcow2_forensics.reader.disk import RawDisk
 from tests import guest_disks, qemu
 from tests.guest_disks import MIB, Disk, Seen

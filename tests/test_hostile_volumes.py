@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_forensics import lvm
 from qcow2_forensics.errors import LimitExceeded
 from qcow2_forensics.files.tolerant import TolerantReader
 from qcow2_forensics.files.volumes import GuestVolumes, open_volumes
+from qcow2_forensics.format import lvm
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.limits import LVM_TEXT_BYTES
 from qcow2_forensics.reader.disk import RawDisk

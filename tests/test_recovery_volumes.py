@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_forensics.lvm import Segment
+from qcow2_forensics.format.lvm import Segment
 from qcow2_forensics.recovery import Confidence
 from qcow2_forensics.recovery.volumes import Holds, Volume, volumes_of
 from tests import guest_disks, qemu

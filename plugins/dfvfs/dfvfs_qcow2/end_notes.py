@@ -1,7 +1,7 @@
 """What a run has to say at its end, when plaso's status window has wiped what was printed before it.
 
-At a terminal it is part of what the tool prints. Where nobody attends, or the output is read by a program, the tool
-prints what it prints without this package, and ours is on the standard error output.
+In an attended run it is part of what the tool prints. Where nobody attends, or a program reads what the tool writes, the
+tool prints what it prints without this package, and ours is on the standard error output.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ audits: list[str] = []  # one line an image
 
 
 def is_attended(tool: Any) -> bool:
-    """Whether a tool of plaso's prints for a person at a terminal."""
-    writer = tool._output_writer
-    return not tool._unattended_mode and isinstance(writer, tools.StdoutOutputWriter) and sys.stdout.isatty()
+    """Whether a tool of plaso's prints for a person."""
+    return not tool._unattended_mode and isinstance(tool._output_writer, tools.StdoutOutputWriter)
 
 
 def say(tool: Any, text: str) -> None:
@@ -33,6 +32,7 @@ def say(tool: Any, text: str) -> None:
     if is_attended(tool):
         tool._output_writer.Write(f"{text}\n\n")
     else:
+        sys.stdout.flush()  # what the tool said before comes before, where both go to one place
         sys.stderr.write(f"{text}\n\n")
 
 

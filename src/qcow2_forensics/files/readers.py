@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from ..lvm import Segment
+from ..format.lvm import Segment
 from .records import Span
 
 

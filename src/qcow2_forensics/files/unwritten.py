@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import Qcow2Error, reason
-from ..lvm import Segment
+from ..format.lvm import Segment
 from ..text import plural
 from . import hfs_journal, ntfs_log, xfs_log
 from .ext_journal import ReplayedReader, needs_recovery, read_journal

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import lvm
 from ..errors import LimitExceeded, Qcow2Error
+from ..format import lvm
 from ..limits import BLANK_BYTES_READ, PARTITION_GAP, VOLUME_DEPTH, Budget, KiB
 from ..reader.disk import Layer
 from ..reader.runs import Kind

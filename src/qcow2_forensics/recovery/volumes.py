@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from .. import lvm
 from ..errors import LimitExceeded, Qcow2Error
+from ..format import lvm
 from ..format.header import SECTOR
+from ..format.lvm import Segment
 from ..limits import FILE_SYSTEM_STARTS, PARTITIONS_LOOKED_AT, MiB
-from ..lvm import Segment
 from .allocation import PlacedDisk
 from .structures import (
     Partition,

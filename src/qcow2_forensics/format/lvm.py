@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple, Protocol, TypeAlias
 
-from .limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
-from .text import quoted
+from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
+from ..text import quoted
 
 SECTOR = 512
 _LABEL_SECTORS = 4
