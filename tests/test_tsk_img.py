@@ -129,6 +129,15 @@ def test_any_source_of_the_image_will_do_and_an_open_disk_stays_open(two: tuple[
 
 
 @qemu.requires_qemu
+def test_an_overlay_is_read_alone_when_that_is_asked_for(make_image: Callable[..., Path]) -> None:
+    base = make_image("base.qcow2", SIZE, "write -P 1 0 64k")
+    overlay = make_image("overlay.qcow2", SIZE, "write -P 2 64k 64k", backing=base.name, backing_format="qcow2")
+    assert Img_Info(overlay).read(0, 1) == b"\1"
+    base.unlink()
+    assert Img_Info(overlay, follow=False).read(65535, 2) == b"\0\2"
+
+
+@qemu.requires_qemu
 def test_anything_but_qcow_opens_as_a_plain_image(two: tuple[Path, Path]) -> None:
     path, raw = two
     assert type(open_image(raw)) is pytsk3.Img_Info

@@ -4,8 +4,8 @@
     tools/make_foreign_images.py FOLDER
 
 Needs e2fsprogs (mkfs.ext4, e2image), Node.js with npm, which gets @xen-orchestra/qcow2 from the npm
-registry, and FreeBSD's mkimg, which no Linux distribution packages (usr.bin/mkimg of its sources). A writer that is absent is skipped with its name. The disk of each image holds the same ext4
-file system.
+registry, and FreeBSD's mkimg, which no Linux distribution packages (usr.bin/mkimg of its sources). A writer
+that is absent is skipped with its name. The disk of each image holds an ext4 file system.
 """
 
 from __future__ import annotations

@@ -205,20 +205,14 @@ def write_in_place(path: Path, raw: Path, chance: random.Random, *, aged: bool, 
 
 
 def _write_pieces(path: Path, raw: Path, pieces: list[tuple[int, int]], folder: Path) -> None:
-    piece = folder / "piece"
     with raw.open("rb") as source:
         for start in range(0, len(pieces), 400):
             commands = []
-            with piece.open("wb") as out:
-                for at, length in pieces[start : start + 400]:
-                    source.seek(at)
-                    data = source.read(length)
-                    first, last = at // SECTOR * SECTOR, -(-(at + length) // SECTOR) * SECTOR
-                    assert first == at and last == at + length
-                    name = folder / f"p{len(commands)}"
-                    name.write_bytes(data)
-                    commands.append(f"write -q -s {name} {at} {length}")
-                out.write(b"")
+            for at, length in pieces[start : start + 400]:
+                source.seek(at)
+                name = folder / f"p{len(commands)}"
+                name.write_bytes(source.read(length))
+                commands.append(f"write -q -s {name} {at} {length}")
             run("qemu-io", "-f", "qcow2", *_commands(iter(commands)), path)
 
 
@@ -260,7 +254,7 @@ def snapshots_of(path: Path) -> int:
 
 
 def true_slots(layout: Layout) -> dict[int, int]:
-    """Return the slot of each L2 table by its host offset, NO_ENTRIES for one that says nothing."""
+    """Return the slot of each L2 table by its host offset, NO_ENTRIES for one that maps nothing."""
     return {host: NO_ENTRIES if host in layout.blank else slot for slot, host in enumerate(layout.l1) if host}
 
 
@@ -609,7 +603,8 @@ def main() -> int:
             else:
                 line["folder"] = str(folder)
         lines.append(line)
-        print(json.dumps(line), flush=True, file=arguments.out.open("a") if arguments.out else sys.stdout)
+        with arguments.out.open("a") if arguments.out else contextlib.nullcontext(sys.stdout) as out:
+            print(json.dumps(line), flush=True, file=out)
     print(summary(lines))
     return 0
 

@@ -15,6 +15,7 @@ from qcow2_forensics.audit import INCOMPLETE, LIMITED, UNREADABLE, catalog
 from qcow2_forensics.audit.rules import CHAPTERS, Rule
 from qcow2_forensics.findings import EVIDENCE_LIMIT, SCHEMA_VERSION, Severity
 from qcow2_forensics.limits import ACCOUNT_REMAINDERS, ACCOUNT_ROWS, FINDINGS_PER_RULE
+from qcow2_forensics.text import sentence
 
 _VALIDATION = {
     "QEMU-made": "on images whose state QEMU itself produced",
@@ -134,7 +135,7 @@ def _chapters(rules: dict[str, Rule]) -> Iterator[str]:
 def _entry(entry: Rule) -> Iterator[str]:
     yield f"### {entry.code}\n"
     yield f"**{entry.severity.label}** · {entry.depth.label} · {entry.validated}\n"
-    yield f"{_sentence(entry.title)} {_sentence(entry.note)}\n"
+    yield f"{sentence(entry.title)}. {sentence(entry.note)}.\n"
     if entry.when:
         yield f"- Reported when {entry.when}."
     if entry.harmless:
@@ -142,10 +143,6 @@ def _entry(entry: Rule) -> Iterator[str]:
     if entry.explained_by:
         yield f"- Accounted for by {', '.join(entry.explained_by)} when that is found too."
     yield ""
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ _HELP = (
     "Define the internal snapshots of a QCOW image that need to be processed, besides its active state. "
     'A snapshot is given by its ID or its name, or by its position in the table as "#1" (the first). Multiple '
     'snapshots can be defined as: "1,3,5", a range of positions as: "#3..#5". '
-    'All snapshots can be defined as: "all" and no snapshots as: "none", which is the default. "changed" are all '
-    "snapshots, but of each only the files that the next state and the active one have otherwise or not at all; "
-    '"changed:1,2" does so for one of two. Deleted snapshots of '
+    'All snapshots can be defined as: "all" and no snapshots as: "none", which is the default. "changed" takes all '
+    "snapshots, but of each only the files that neither the next state nor the active one has in the same way; "
+    '"changed:1,2" does so for the first of two. Deleted snapshots of '
     'which the tables survive can be defined as: "deleted", or one of them as: "deleted:NAME"; "all,deleted" is both. '
     'States put together from what is left of a damaged image can be defined as: "recovered", or one of them as: '
     '"recovered:1".'

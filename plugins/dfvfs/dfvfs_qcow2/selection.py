@@ -7,8 +7,8 @@ ID, else a name, ``#N`` for the position in the table from 1, as a hint prints i
 ``all`` are those in the snapshot table. Deleted ones are asked for by ``deleted`` (every one whose
 entry survives) or ``deleted:`` with an ID, a name or an entry's offset, also in a list:
 ``all,deleted``. States put together from what is left of a damaged image are asked for by ``recovered``
-(every one) or ``recovered:N``. ``changed:`` in front of an item asks for those files of a snapshot alone that the next
-state asked for and the active state both have otherwise or not at all; ``changed`` is ``changed:all``.
+(every one) or ``recovered:N``. ``changed:`` in front of an item asks only for the files of a snapshot that neither the
+next chosen state nor the active one has in the same way; ``changed`` is ``changed:all``.
 
 The words may be in upper case. A snapshot that is called ``all`` or as any other of these words makes the
 word ambiguous: then ``=all`` is the word, and ``name:all`` the snapshot.

@@ -82,16 +82,19 @@ def _scan(stock_method: Any, scanner: Any, scan_context: Any, *args: Any, **kwar
     text = getattr(scanner, "qcow_snapshots", None)
     selection = Selection(text) if text else selection_from_environment()
     if _nodes_wanted.get() and selection is not None and selection.wants_any:
-        for node in list(_images(scan_context.GetRootScanNode())):
+        for node in list(images(scan_context.GetRootScanNode())):
             if not scan_context.IsLockedScanNode(node.path_spec):
                 _add_snapshots(scanner, scan_context, node, selection)
 
 
-def _images(node: Any) -> Iterator[Any]:
-    if node.type_indicator == definitions.TYPE_INDICATOR_QCOW:
-        yield node
-    for sub_node in node.sub_nodes:
-        yield from _images(sub_node)
+def images(scan_node: Any) -> Iterator[Any]:
+    """Yield the scan nodes of QCOW images at and below a node, outermost first."""
+    pending = [scan_node] if scan_node is not None else []
+    while pending:
+        node = pending.pop(0)
+        if node.type_indicator == definitions.TYPE_INDICATOR_QCOW:
+            yield node
+        pending.extend(node.sub_nodes)
 
 
 def _add_snapshots(scanner: Any, scan_context: Any, node: Any, selection: Selection) -> None:

@@ -8,9 +8,10 @@ question says which state it is about.
 from __future__ import annotations
 
 from collections import Counter
+from functools import partialmethod
 from typing import Any
 
-from qcow2_forensics.text import printable
+from qcow2_forensics.text import printable, sentence
 
 _Question = tuple[object, ...]
 
@@ -34,24 +35,6 @@ class StatePrompts:
         self._asked.clear()
 
     # The names below are those of dfVFS's and plaso's mediators.
-
-    def GetAPFSVolumeIdentifiers(self, volume_system: Any, volume_identifiers: Any) -> Any:  # noqa: N802
-        return self._volumes("GetAPFSVolumeIdentifiers", volume_system, volume_identifiers)
-
-    def GetLVMVolumeIdentifiers(self, volume_system: Any, volume_identifiers: Any) -> Any:  # noqa: N802
-        return self._volumes("GetLVMVolumeIdentifiers", volume_system, volume_identifiers)
-
-    def GetPartitionIdentifiers(self, volume_system: Any, volume_identifiers: Any) -> Any:  # noqa: N802
-        return self._volumes("GetPartitionIdentifiers", volume_system, volume_identifiers)
-
-    def GetVSSStoreIdentifiers(self, volume_system: Any, volume_identifiers: Any) -> Any:  # noqa: N802
-        return self._volumes("GetVSSStoreIdentifiers", volume_system, volume_identifiers)
-
-    def GetVolumeIdentifiers(self, volume_system: Any, volume_identifiers: Any) -> Any:  # noqa: N802
-        return self._volumes("GetVolumeIdentifiers", volume_system, volume_identifiers)
-
-    def GetVolumeSnapshotIdentifiers(self, volume_system: Any, volume_identifiers: Any) -> Any:  # noqa: N802
-        return self._volumes("GetVolumeSnapshotIdentifiers", volume_system, volume_identifiers)
 
     def PromptUserForVSSCurrentVolume(self) -> Any:  # noqa: N802
         return self._answer(("PromptUserForVSSCurrentVolume",))
@@ -78,6 +61,13 @@ class StatePrompts:
         answer = self._answer(question, volume_system, volume_identifiers)
         return list(answer) if isinstance(answer, list) else answer  # callers change the list they get
 
+    GetAPFSVolumeIdentifiers = partialmethod(_volumes, "GetAPFSVolumeIdentifiers")
+    GetLVMVolumeIdentifiers = partialmethod(_volumes, "GetLVMVolumeIdentifiers")
+    GetPartitionIdentifiers = partialmethod(_volumes, "GetPartitionIdentifiers")
+    GetVSSStoreIdentifiers = partialmethod(_volumes, "GetVSSStoreIdentifiers")
+    GetVolumeIdentifiers = partialmethod(_volumes, "GetVolumeIdentifiers")
+    GetVolumeSnapshotIdentifiers = partialmethod(_volumes, "GetVolumeSnapshotIdentifiers")
+
     def _answer(self, question: _Question, *arguments: Any, keep: bool = True) -> Any:
         """Return the answer to a question: the same question comes in the same order in every state."""
         self._asked[question] += 1
@@ -85,7 +75,7 @@ class StatePrompts:
         if question in self._answers:
             return self._answers[question]
         if self._state:
-            self._mediator._output_writer.Write(f"\n{printable(self._state[:1].upper() + self._state[1:])}:\n\n")
+            self._mediator._output_writer.Write(f"\n{printable(sentence(self._state))}:\n\n")
         answer = getattr(self._mediator, str(question[0]))(*arguments)
         if keep or not answer:
             self._answers[question] = list(answer) if isinstance(answer, list) else answer

@@ -42,7 +42,7 @@ from .names import SnapshotKey, image_name
 from .opening import failures_of, notes_of
 from .segments import label_segments
 from .selection import VARIABLE, Selection
-from .source_scanner import without_snapshots
+from .source_scanner import images, without_snapshots
 from .state_prompts import StatePrompts
 
 _FAILURES = 3  # failed reads reported per image
@@ -140,16 +140,16 @@ class _StatesScan:
         except (dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
             # After it was unlocked, an image is scanned again, and nobody catches what a missing base makes of that.
             failure = _failed(str(error))
-        images = list(_images(scan_context.GetRootScanNode()))
-        found = self._snapshots(scan_context, images)
+        specs = [node.path_spec for node in images(scan_context.GetRootScanNode())]
+        found = self._snapshots(scan_context, specs)
         if self._selection is not None and self._selection.wants_recovered and not self._is_inside:
-            images = images or [_without_header(scan_context)]
-            found += [item for qcow in images for item in self._recovered(qcow, self._selection)]
-        _report_failed_reads(scanner, images, self._request)
+            specs = specs or [_without_header(scan_context)]
+            found += [item for qcow in specs for item in self._recovered(qcow, self._selection)]
+        _report_failed_reads(scanner, specs, self._request)
         if failure is not None:
             if not found:
                 raise failure
-            _tell(self._request, f"The active state could not be scanned: {failure}", logging.WARNING)
+            _notify(self._request, f"The active state could not be scanned: {failure}", logging.WARNING)
         if found and scan_context.source_type != definitions.SOURCE_TYPE_STORAGE_MEDIA_DEVICE:
             # The scan of an image without a file system in its active state may call it a file.
             if scan_context.source_type == definitions.SOURCE_TYPE_FILE:
@@ -157,24 +157,24 @@ class _StatesScan:
             scanner._source_type = definitions.SOURCE_TYPE_STORAGE_MEDIA_IMAGE
         return [*active, *found]
 
-    def _snapshots(self, scan_context: Any, images: list[Any]) -> list[Any]:
+    def _snapshots(self, scan_context: Any, specs: list[Any]) -> list[Any]:
         """Return the base path specifications in the chosen snapshots; hint at snapshots not asked for."""
         found: list[Any] = []
         missing: list[dfvfs_errors.ScannerError] = []
-        for qcow in images:
+        for qcow in specs:
             entries = _entries(qcow, self._request)
             if self._selection is None:
                 if entries:
-                    _tell(self._request, _hint(qcow, entries, self._request), logging.INFO)
+                    _notify(self._request, _hint(qcow, entries, self._request), logging.INFO)
             elif self._selection.wants_any and not scan_context.IsLockedScanNode(qcow):
                 try:
                     found += self._chosen(qcow, self._selection)
                 except dfvfs_errors.ScannerError as error:
                     missing.append(error)
-        if missing and len(missing) == len(images) and not self._is_inside:
+        if missing and len(missing) == len(specs) and not self._is_inside:
             raise missing[0]
         for failure in missing:  # another image has them
-            _tell(self._request, str(failure), logging.WARNING)
+            _notify(self._request, str(failure), logging.WARNING)
         return found
 
     def _chosen(self, qcow: Any, selection: Selection) -> list[Any]:
@@ -191,10 +191,10 @@ class _StatesScan:
         except SnapshotNotFound as error:
             raise dfvfs_errors.ScannerError(str(error)) from error
         except OSError as error:
-            _tell(self._request, f"Recovered states could not be looked for: {error}", logging.WARNING)
+            _notify(self._request, f"Recovered states could not be looked for: {error}", logging.WARNING)
             return []
         if not known:
-            _tell(self._request, "No state can be put together from tables in the file.", logging.WARNING)
+            _notify(self._request, "No state can be put together from tables in the file.", logging.WARNING)
         found: list[Any] = []
         for state in chosen:
             found += self._state(recovered_path_spec(qcow, state), SnapshotKey.of_recovered(state))
@@ -216,30 +216,20 @@ def _failed(why: str) -> dfvfs_errors.ScannerError:
     return dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(why, 500)}")
 
 
-def _report_failed_reads(scanner: Any, images: list[Any], request: Request | None) -> None:
+def _report_failed_reads(scanner: Any, specs: list[Any], request: Request | None) -> None:
     context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
-    for qcow in images:
+    for qcow in specs:
         for text in notes_of(qcow, context):
-            _tell(request, f"{printable(text, 1000)}.", logging.WARNING)
+            _notify(request, f"{printable(text, 1000)}.", logging.WARNING)
         for text in failures_of(qcow, context)[:_FAILURES]:
-            _tell(request, f"A read failed during the scan: {text}", logging.WARNING)
-
-
-def _images(scan_node: Any) -> Iterator[Any]:
-    """Yield the QCOW path specifications the scan found, outermost first."""
-    pending = [scan_node] if scan_node is not None else []
-    while pending:
-        node = pending.pop(0)
-        if node.type_indicator == definitions.TYPE_INDICATOR_QCOW:
-            yield node.path_spec
-        pending.extend(node.sub_nodes)
+            _notify(request, f"A read failed during the scan: {text}", logging.WARNING)
 
 
 def _entries(qcow: Any, request: Request | None) -> tuple[SnapshotEntry, ...]:
     try:
         return snapshots(qcow)
     except OSError as error:
-        _tell(request, f"The snapshot table could not be read: {error}", logging.WARNING)
+        _notify(request, f"The snapshot table could not be read: {error}", logging.WARNING)
         return ()
 
 
@@ -259,15 +249,15 @@ def _chosen_deleted(selection: Selection, qcow: Any, request: Request | None) ->
     except SnapshotNotFound as error:
         raise dfvfs_errors.ScannerError(str(error)) from error
     except OSError as error:
-        _tell(request, f"Deleted snapshots could not be looked for: {error}", logging.WARNING)
+        _notify(request, f"Deleted snapshots could not be looked for: {error}", logging.WARNING)
         return []
     if not known:
-        _tell(request, "No table entry of a deleted snapshot was found in the image.", logging.WARNING)
+        _notify(request, "No table entry of a deleted snapshot was found in the image.", logging.WARNING)
     for item in chosen:
         if not item.followed:
-            _tell(request, f"The {SnapshotKey.of(item.entry)} was {item.what_is_left}.", logging.WARNING)
+            _notify(request, f"The {SnapshotKey.of(item.entry)} was {item.what_is_left}.", logging.WARNING)
         elif item.readable < 1:
-            _tell(request, f"{item.readable:.0%} of the {SnapshotKey.of(item.entry)} can be read.", logging.WARNING)
+            _notify(request, f"{item.readable:.0%} of the {SnapshotKey.of(item.entry)} can be read.", logging.WARNING)
     # Where the L1 table is gone, the place of the entry would open what another snapshot put there.
     return [item.entry for item in chosen if not item.is_gone]
 
@@ -278,21 +268,20 @@ def _scan_snapshot(scanner: Any, path_spec: Any, name: str, options: Any, reques
         scan_context = scanner._ScanSourcePathSpec(path_spec)
         base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
     except (dfvfs_errors.ScannerError, dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
-        _tell(request, f"Unable to scan {name}: {printable(reason(error), 500)}", logging.WARNING)
+        _notify(request, f"Unable to scan {name}: {printable(reason(error), 500)}", logging.WARNING)
         return []
     # What has no file system comes back as it was asked for.
     base_path_specs = [item for item in base_path_specs if item.comparable != path_spec.comparable]
     if not base_path_specs:
-        _tell(request, f"No supported file system found in {name}.", logging.WARNING)
+        _notify(request, f"No supported file system found in {name}.", logging.WARNING)
     return base_path_specs
 
 
 def _hint(qcow: Any, entries: tuple[SnapshotEntry, ...], request: Request | None) -> str:
     how = request.option if request is not None and request.option else f"{VARIABLE}=all"
     inner = image_name(qcow)
-    lines = [
-        f"The image {f'{printable(inner)} ' if inner else ''}holds {len(entries)} internal snapshot(s) that are not processed; {how} processes them:"
-    ]
+    name = f" {printable(inner)}" if inner else ""
+    lines = [f"The image{name} holds {len(entries)} internal snapshot(s) that are not processed; {how} processes them:"]
     lines += [f"  {describe(entry)}" for entry in entries[:_LISTED]]
     if len(entries) > _LISTED:
         lines.append(f"  ... and {len(entries) - _LISTED} more")
@@ -305,7 +294,7 @@ def describe(entry: SnapshotEntry) -> str:
     return f"#{entry.index + 1}: {printable(entry.name, 64)} (ID {printable(entry.id, 64)}, {taken})"
 
 
-def _tell(request: Request | None, text: str, level: int) -> None:
+def _notify(request: Request | None, text: str, level: int) -> None:
     if request is not None:
         request.notices.append(text)
     else:

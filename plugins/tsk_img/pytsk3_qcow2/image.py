@@ -70,6 +70,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
         limits: Limits = DEFAULT_LIMITS,
         eof: EofPolicy = "strict",
         missing: MissingPolicy = "refuse",
+        follow: bool = True,
         unreadable: Unreadable = "raise",
         assume: Mapping[str, str] | None = None,
         virtual_size: int | None = None,
@@ -91,6 +92,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
                     limits,
                     eof=eof,
                     missing=missing,
+                    follow=follow,
                     assume=assume,
                     virtual_size=virtual_size,
                 )

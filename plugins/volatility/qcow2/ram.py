@@ -44,10 +44,10 @@ class QemuRamLayer(ViewLayer):
         memory = index_memory(stream, key, layout, on_disk=local)
         if not memory.regions:
             raise FormatError("the memory stream holds no RAM at a known address")
-        self._tell(memory)
+        self._report(memory)
         return memory
 
-    def _tell(self, memory: GuestMemory) -> None:
+    def _report(self, memory: GuestMemory) -> None:
         if not memory.complete:
             held = sum(block.recorded for block in memory.blocks) // _MIB
             total = sum(block.size for block in memory.blocks) // _MIB
