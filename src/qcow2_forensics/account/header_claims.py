@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..format.extensions import BITMAPS_EXTENSION, CRYPTO_EXTENSION, Extension, ExtensionType
-from ..format.header import V3_HEADER_LENGTH, Crypt, Header, padded
+from ..format.header import V2_LEFTOVER, V3_HEADER_LENGTH, Crypt, Header, padded
 from ..format.image import Image
 from .labels import Kind, Labels, Place
 from .spans import Spans
 
-V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))  # what old versions of QEMU left: fields of version 3
 _ROW = 48  # bytes of a feature name: type, bit, 46 of name
 _NAMES = {
     ExtensionType.BACKING_FORMAT: "backing format",
@@ -29,8 +28,9 @@ def claim_header(image: Image, labels: Labels, claims: Spans, hints: Spans) -> N
         unread = field.name in unread_fields
         label = labels.number(Place.UNUSED_FIELD if unread else Kind.HEADER, field.name)
         (hints if unread else claims).add(label, field.offset, field.offset + field.length)
-    if header.version == 2 and image.read(V2_LEFTOVER[0], 8) == V2_LEFTOVER[1]:
-        claims.add(labels.number(Kind.HEADER, "left by old versions of QEMU"), V2_LEFTOVER[0], V2_LEFTOVER[0] + 8)
+    at, left = V2_LEFTOVER
+    if header.version == 2 and image.read(at, len(left)) == left:
+        claims.add(labels.number(Kind.HEADER, "left by old versions of QEMU"), at, at + len(left))
     if header.version >= 3:
         hints.add(labels.number(Place.HEADER_PADDING), V3_HEADER_LENGTH, header.header_length)
     _claim_extensions(image, labels, claims, hints)
