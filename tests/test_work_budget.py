@@ -241,6 +241,16 @@ def test_unaligned_l2_tables_that_are_more_than_the_file_are_left_out_and_report
     assert "QCOW2-CHECK-ABORTED" in {finding.code for finding in q.audit(source)}
 
 
+def test_unaligned_l2_tables_past_the_end_of_the_disk_are_not_read_one_by_one(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=21, size=1 << 20, l1_size=2048)
+    at = builder.put(bytes(0x400000))
+    builder.raw(builder.l1 + 8, struct.pack(">2047Q", *(at + 512 * number for number in range(2047))))
+    builder.snapshot(b"1", b"memory", l1_offset=builder.put(bytes(8)), l1_size=1, vm_size=1 << 21)
+    source = Counted(builder.write(tmp_path / "disk.qcow2"))
+    q.audit(source)
+    assert source.bytes <= 4 * source.size + MiB
+
+
 @pytest.mark.parametrize("state", [0x0000DEAD, 0x00AC71F3], ids=["inactive", "active"])
 def test_key_slots_that_claim_much_key_material_have_none_of_it_read(state: int, tmp_path: Path) -> None:
     builder = Builder(cluster_bits=16, size=1 << 20, crypt_method=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..format.extensions import BITMAPS_EXTENSION, CRYPTO_EXTENSION, Extension, ExtensionType
 from ..format.header import V2_LEFTOVER, V3_HEADER_LENGTH, Crypt, Header, padded
@@ -48,7 +48,7 @@ def _unread_fields(header: Header) -> set[str]:
 
 
 def claim_name(labels: Labels, claims: Spans, hints: Spans, label: int, owner: str, name: bytes, offset: int) -> None:
-    """Claim a name at a file offset up to its NUL; what follows in its field is after the end of a name."""
+    """Claim a name at a file offset up to its NUL; the rest of its field is a remainder."""
     end = offset + (len(name) if b"\0" not in name else name.index(b"\0"))
     claims.add(label, offset, end)
     hints.add(labels.number(Place.NAME_SLACK, owner), end, offset + len(name))
@@ -94,15 +94,13 @@ def _rows(extension: Extension) -> Iterator[tuple[bytes, int]]:
 
 
 def _is_read(image: Image, extension: Extension) -> bool:
-    """Whether anything reads the content of an extension: of several of one type QEMU keeps the last."""
+    """Whether anything reads the content of an extension; of several of one type only the last counts."""
     if image.extension(extension.type) is not extension:  # type: ignore[arg-type]
         return False
-    header = image.header
-    conditions: dict[int, Callable[[], bool]] = {
-        ExtensionType.BACKING_FORMAT: lambda: True,
-        ExtensionType.FEATURE_NAMES: lambda: True,
-        ExtensionType.BITMAPS: lambda: image.bitmaps_current and extension.length == BITMAPS_EXTENSION.size,
-        ExtensionType.CRYPTO: lambda: header.crypt_method == Crypt.LUKS and extension.length == CRYPTO_EXTENSION.size,
-        ExtensionType.DATA_FILE: lambda: header.external_data,
-    }
-    return extension.type in conditions and conditions[extension.type]()
+    if extension.type == ExtensionType.BITMAPS:
+        return image.bitmaps_current and extension.length == BITMAPS_EXTENSION.size
+    if extension.type == ExtensionType.CRYPTO:
+        return image.header.crypt_method == Crypt.LUKS and extension.length == CRYPTO_EXTENSION.size
+    if extension.type == ExtensionType.DATA_FILE:
+        return image.header.external_data
+    return extension.type in (ExtensionType.BACKING_FORMAT, ExtensionType.FEATURE_NAMES)
