@@ -66,7 +66,7 @@ rule(
 )
 def compressed_slack(facts: Facts) -> Iterator[Graded]:
     streams_found, rest = Group(), Group()
-    for piece in streams.compressed_slack(facts.image, facts.census, facts.once(decoded_streams)):
+    for piece in streams.compressed_slack(facts.image, facts.once(decoded_streams)):
         (streams_found if piece.looks == "stream" else rest).add(piece)
     if streams_found.count:
         evidence = [

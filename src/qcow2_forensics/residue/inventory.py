@@ -64,15 +64,10 @@ class Residue(Closing):
 
     def __init__(self, image: Image, *, census: Census | None = None, data: Source | None = None) -> None:
         self.image = image
-        self._given = census
-        self._data = data
-        self._files = ExitStack()
+        self.data = data  # the external data file, None where there is none or it is not opened
         self.entries_left_out = 0  # former snapshot and bitmap entries found and dropped: there were too many
-
-    @property
-    def data(self) -> Source | None:
-        """The external data file, None where there is none or it is not opened."""
-        return self._data
+        self._given = census
+        self._files = ExitStack()
 
     @cached_property
     def census(self) -> Census:
@@ -111,11 +106,11 @@ class Residue(Closing):
             return
         yield from hidden.zero_flagged(self.image, self.census)
         yield from hidden.subclusters(self.image, self.census)
-        yield from streams.compressed_slack(self.image, self.census, self.decoded)
+        yield from streams.compressed_slack(self.image, self.decoded)
         yield from hidden.tail(self.image)
         yield from accounted(self.account)
-        if self.image.header.external_data and self._data is not None:
-            yield from data_file_residue(self.image, self._data, strict=False)
+        if self.image.header.external_data and self.data is not None:
+            yield from data_file_residue(self.image, self.data, strict=False)
 
     def unclaimed(self) -> Iterator[Piece]:
         """Yield what lies in clusters nothing refers to."""
@@ -163,12 +158,9 @@ class Residue(Closing):
                 snapshots += old.snapshots
                 bitmaps += old.bitmaps
                 self.entries_left_out += old.left_out
-        live = {(bitmap.name_bytes, bitmap.table_offset) for bitmap in self.image.bitmaps}
-        former = {
-            (bitmap.name_bytes, bitmap.table_offset): bitmap
-            for bitmap in bitmaps
-            if (bitmap.name_bytes, bitmap.table_offset) not in live
-        }
+        former = {(bitmap.name_bytes, bitmap.table_offset): bitmap for bitmap in bitmaps}
+        for bitmap in self.image.bitmaps:
+            former.pop((bitmap.name_bytes, bitmap.table_offset), None)
         return snapshot_entries.unknown_entries(self.image, snapshots), list(former.values())
 
     def _table_tails(self) -> Iterator[tuple[int, bytes]]:
@@ -244,9 +236,9 @@ class Residue(Closing):
     def _source(self, piece: Piece) -> Source:
         if piece.file != "data":
             return self.image.source
-        if self._data is None:
+        if self.data is None:
             raise MissingFile("data", self.image.data_file_name or "")
-        return self._data
+        return self.data
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -309,9 +301,8 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     image.require("disk")
     found = Residue(image)
     entry = found.entry_at(int(wanted, 16)) if _OFFSET.fullmatch(wanted) else None
-    former: list[
-        SnapshotEntry
-    ] = []  # an entry chosen by its offset is not compared with the others: finding those reads all free space
+    # An entry chosen by its offset is not compared with the others: finding those reads all free space.
+    former: list[SnapshotEntry] = []
     if entry is None:
         former, _ = found.entries()
         entry = snapshot_entries.choose_deleted([DeletedSnapshot(entry, False) for entry in former], wanted).entry
