@@ -14,17 +14,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fuzz import corpus
 
 import qcow2_forensics as q
 from qcow2_forensics.account import summary
+from qcow2_forensics.account.labels import Kind as LabelKind
+from qcow2_forensics.account.labels import Labels
+from qcow2_forensics.account.spans import Tile
 from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Severity
 from qcow2_forensics.render import render
 from qcow2_forensics.residue import residue
 from tests import hostile, plants, qemu
-from tests.image_builder import COPIED, EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, Poke, base_b, base_s, deflate, luks
+from tests.image_builder import (
+    COPIED,
+    EXT_BACKING_FORMAT,
+    EXT_DATA_FILE,
+    Builder,
+    Poke,
+    base_b,
+    base_s,
+    compressed_entry,
+    deflate,
+    luks,
+)
 from tests.test_residue_pieces import _covered
 from tests.tiers import quick
 
@@ -160,6 +175,16 @@ def in_a_skippable_frame(path: Path) -> int:
     return _packed(path, frame + zstd.compress(b"\x11" * CLUSTER), compression_type=1) + 8
 
 
+def in_a_skippable_frame_of_a_second_stream_like_the_first(path: Path) -> int:
+    stream = struct.pack("<II", 0x184D2A5A, len(MARK)) + MARK + zstd.compress(b"\x11" * CLUSTER)
+    builder = Builder(compression_type=1, incompatible=8)
+    start = builder.put(stream * 2)
+    for number in range(2):
+        builder.entry(number * CLUSTER, compressed_entry(start + number * len(stream), len(stream), 16))
+    builder.write(path)
+    return start + len(stream) + 8
+
+
 def behind_two_frames(path: Path) -> int:
     half = zstd.compress(b"\x11" * (CLUSTER // 2))
     start = _packed(path, half + half + MARK, compression_type=1)
@@ -257,6 +282,7 @@ PLACES: dict[str, tuple[Recipe, str]] = {
         (behind_a_stream_without_an_end, "COMPRESSED-SLACK"),
         (behind_a_longer_stream, "COMPRESSED-SLACK"),
         (in_a_skippable_frame, "COMPRESSED-SLACK"),
+        (in_a_skippable_frame_of_a_second_stream_like_the_first, "COMPRESSED-SLACK"),
         (behind_two_frames, "COMPRESSED-SLACK"),
         (luks_gap, "LUKS-SLACK"),
         (luks_salt, "LUKS-SLACK"),
@@ -425,3 +451,12 @@ def test_what_no_state_shows_and_nothing_needs_is_pointed_at(kind: str, tmp_path
     outcome = plants.try_plants(plants.KINDS[kind](chance, tmp_path), chance, 20, 2)
     assert outcome.missed == []
     assert len(outcome.counted) >= 5
+
+
+def test_totals_of_a_file_of_exbibytes_are_exact() -> None:
+    labels = Labels()
+    shown = labels.number(LabelKind.DATA)
+    size = (1 << 60) + 1
+    added = summary.Summary(labels.all, exact=False)
+    added.add(Tile(*(np.asarray([value], np.int64) for value in (0, size, shown, 1, -1))))
+    assert [length for _, length, _ in added.totals] == [size]

@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 
 import qcow2_forensics as q
 from qcow2_forensics.account import streams
+from qcow2_forensics.account.shown import ShownBytes
 from qcow2_forensics.account.streams import decode_all
+from qcow2_forensics.audit.hidden import TablesBehindDisk
 from qcow2_forensics.census import survey, take_census
 from qcow2_forensics.census.checked_metadata import read_layout
 from qcow2_forensics.cli import main
@@ -646,6 +648,27 @@ def test_a_deep_audit_decodes_all_of_what_qemu_compressed_however_far_it_expands
     with q.open_image(path) as image:
         census = take_census(image)
         assert len(decode_all(image, census).used) == census.compressed > 0
+
+
+@pytest.mark.parametrize(
+    "entry", [0, 1, 0x200, compressed_entry(0x400, 100, 9)], ids=["empty", "zeros", "data", "packed"]
+)
+def test_tables_past_the_end_of_the_disk_are_looked_at_many_at_a_time(entry: int, tmp_path: Path) -> None:
+    def steps(count: int) -> int:
+        builder = Builder(cluster_bits=9, size=SPAN, l1_size=count + 1)
+        tables = builder.put(table(entry) * count)
+        builder.raw(builder.l1 + 8, struct.pack(f">{count}Q", *range(tables, tables + count * 512, 512)))
+        with q.open_image(builder.write(tmp_path / f"{count}.qcow2")) as image:
+            events: list[str] = []
+            sys.setprofile(lambda _frame, event, _argument: events.append(event))
+            try:
+                take_census(image, [ShownBytes, TablesBehindDisk])
+            finally:
+                sys.setprofile(None)
+        return sum(event in ("call", "c_call") for event in events)
+
+    steps(64)  # imports what is imported on first use
+    assert steps(3072) - steps(1024) <= 6 * 2048  # evidence is chosen from each batch of a thousand tables
 
 
 def test_streams_like_the_one_before_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

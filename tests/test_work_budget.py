@@ -163,6 +163,20 @@ def compressed_entries_in_an_encrypted_image(builder: Builder) -> None:
     builder.raw(builder.l1, struct.pack(">1024Q", *range(tables, tables + 1024 * 512, 512)))
 
 
+def former_bitmaps_with_long_tables(builder: Builder) -> None:
+    """A thousand entries of removed bitmaps, whose tables of 256 KiB begin a cluster after each other."""
+    at = builder.l1 + 4096 * 8
+    tables = at + 1000 * 32 // 512 * 512 + 512
+    entries = (
+        struct.pack(">QIIBBHI5s3x", tables + 512 * index, 32_768, 0, 1, 16, 5, 0, b"%05d" % index)
+        for index in range(1000)
+    )
+    builder.raw(at, b"".join(entries))
+    words = range(512, 512 + (32_768 + 64_000) * 512, 512)
+    builder.put(struct.pack(f">{len(words)}Q", *words), tables)
+    builder.references.clear()  # nothing refers to any of it
+
+
 SHARING: list[Callable[[Builder], None]] = [
     one_l2_table,
     snapshot_l1_tables_at_one_place,
@@ -173,6 +187,7 @@ SHARING: list[Callable[[Builder], None]] = [
     former_streams_at_every_byte,
     deleted_snapshots_with_one_l1_table,
     deleted_snapshots_with_long_l1_tables,
+    former_bitmaps_with_long_tables,
     data_file_entries_in_turn,
     compressed_entries_in_an_encrypted_image,
 ]
@@ -227,6 +242,13 @@ def test_what_the_budget_refuses_is_a_finding(tmp_path: Path) -> None:
     assert any("L1 tables of all states" in str(item.value) for finding in incomplete for item in finding.evidence)
 
 
+def test_tables_of_removed_bitmaps_that_are_not_followed_are_counted(tmp_path: Path) -> None:
+    report = q.audit(_make(former_bitmaps_with_long_tables, tmp_path), depth="deep", limits=TIGHT)
+    (limited,) = (finding for finding in report if finding.code == "QCOW2-AUDIT-LIMITED")
+    left_out = {item.field: item.value for item in limited.evidence}
+    assert 900 < left_out["tables of former bitmaps that were not followed"] < 1000
+
+
 def test_unaligned_l2_tables_that_are_more_than_the_file_are_left_out_and_reported(tmp_path: Path) -> None:
     builder = Builder(cluster_bits=16, size=1 << 40, l1_size=2048)
     at = builder.put(bytes(0x40000))
@@ -239,6 +261,16 @@ def test_unaligned_l2_tables_that_are_more_than_the_file_are_left_out_and_report
         assert census.seen(CountedEntries).entries * 8 <= image.file_size
     assert source.bytes <= 4 * source.size + MiB
     assert "QCOW2-CHECK-ABORTED" in {finding.code for finding in q.audit(source)}
+
+
+def test_unaligned_l2_tables_past_the_end_of_the_disk_are_not_read_one_by_one(tmp_path: Path) -> None:
+    builder = Builder(cluster_bits=21, size=1 << 20, l1_size=2048)
+    at = builder.put(bytes(0x400000))
+    builder.raw(builder.l1 + 8, struct.pack(">2047Q", *(at + 512 * number for number in range(2047))))
+    builder.snapshot(b"1", b"memory", l1_offset=builder.put(bytes(8)), l1_size=1, vm_size=1 << 21)
+    source = Counted(builder.write(tmp_path / "disk.qcow2"))
+    q.audit(source)
+    assert source.bytes <= 4 * source.size + MiB
 
 
 @pytest.mark.parametrize("state", [0x0000DEAD, 0x00AC71F3], ids=["inactive", "active"])

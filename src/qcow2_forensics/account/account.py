@@ -15,6 +15,7 @@ from ..census import Census
 from ..census.columns import I64
 from ..format.header import Crypt
 from ..format.image import Image
+from ..format.rules import DISK
 from .data_claims import AllocatedData, ShownData
 from .header_claims import claim_header
 from .labels import Label, Labels, Place
@@ -31,9 +32,9 @@ _SUBCLUSTERS = 1 << 16  # clusters of extended L2 entries, 32 elements each
 class Account:
     """What each byte of one image file is.
 
-    With ``read`` data is accounted for byte by byte, which takes the ``decoded`` streams, and remainders are read;
-    without, data goes by allocation. ``census`` is None for version 1, and where it cannot be taken; ``qcow1``
-    is what was found in the tables of a version 1 image.
+    With ``read`` guest data is accounted for byte by byte, for which the ``decoded`` streams are needed, and
+    remainders are read; without it, every allocated cluster counts as guest data. ``census`` is None for version 1,
+    and where it cannot be taken; ``qcow1`` is what was found in the tables of a version 1 image.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Account:
             else:
                 self._shown = ShownData(census, self._labels, claims, hints, decoded)
         else:
-            if image.header.version == 1 and _is_sound(image):
+            if image.header.version == 1 and image.unreadable(DISK) is None:
                 self.qcow1 = Qcow1Claims(image, self._labels, claims, hints)
                 self.qcow1.all(decode=read)
             walked = self.qcow1 is not None and self.qcow1.walked
@@ -114,7 +115,3 @@ class Account:
                 data += (self._shown.rows(at, min(at + step, last)) for at in range(first, last, step))
             if start < stop:
                 yield start, stop, places, data
-
-
-def _is_sound(image: Image) -> bool:
-    return not any("disk" in problem.blocks for problem in image.header_problems)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..census.columns import I64, U64, Columns, Mask, Places
-from ..census.mapped_tables import BATCH, l2_columns, l2_offsets
+from ..census.columns import BATCH, I64, U64, Columns, Mask, Places
+from ..census.mapped_tables import l2_columns, l2_offsets
 from ..format.entries import SUBCLUSTERS
 from ..format.image import Image
 from ..format.source import Source
@@ -20,7 +20,7 @@ from .labels import Kind, Label, Labels, Place
 from .remainders import looked_at
 from .spans import Tile, joined
 
-SHOWN, ZEROS, NOTHING = range(3)
+SHOWN, ZEROS, NOTHING, PAST_END = range(4)  # what the active state makes of a guest range
 
 
 class Ranges(NamedTuple):
@@ -28,7 +28,7 @@ class Ranges(NamedTuple):
 
     starts: Places
     stops: Places
-    kinds: Places  # ZEROS or NOTHING
+    kinds: Places  # ZEROS, NOTHING or PAST_END
 
 
 class DataFileAccount:
@@ -38,14 +38,9 @@ class DataFileAccount:
         self.image = image
         self.data = data
         labels = Labels()
-        self._by_kind = np.asarray(
-            [
-                labels.number(Kind.DATA, "active state"),
-                labels.number(Place.ZERO_FLAGGED),
-                labels.number(Place.UNMAPPED),
-                labels.number(Place.PAST_STATE_END),
-            ]
-        )
+        shown = labels.number(Kind.DATA, "active state")
+        places = (Place.ZERO_FLAGGED, Place.UNMAPPED, Place.PAST_STATE_END)
+        self._labels_of_kinds = np.asarray([shown, *map(labels.number, places)])
         self.labels: list[Label] = labels.all
 
     def tiles(self) -> Iterator[Tile]:
@@ -57,10 +52,9 @@ class DataFileAccount:
             if len(ranges.starts):
                 yield self._tile(done, ranges)
                 done = int(ranges.stops[-1])
-        rest = [[end, max(end, size), len(self._by_kind) - 1]] if size > end else []
-        last = np.asarray([[end, end, 0], *rest]).T
         if done < size:
-            yield self._tile(done, Ranges(*last))
+            last = [(end, end, NOTHING), (end, size, PAST_END)]  # what lies before the first range is shown
+            yield self._tile(done, Ranges(*np.asarray(last).T))
 
     def _tile(self, done: int, ranges: Ranges) -> Tile:
         """Return ranges that are not shown, with what is shown before each."""
@@ -71,7 +65,7 @@ class DataFileAccount:
         kept = stops > starts
         starts, stops, kinds = starts[kept], stops[kept], kinds[kept]
         claims: I64 = (kinds == SHOWN).astype(np.int64)
-        rows = Tile(starts, stops, self._by_kind[kinds], claims, np.full(len(starts), -1))
+        rows = Tile(starts, stops, self._labels_of_kinds[kinds], claims, np.full(len(starts), -1))
         return joined(looked_at(self.data, rows, kinds != SHOWN))
 
 

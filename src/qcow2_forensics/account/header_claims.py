@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..format.extensions import BITMAPS_EXTENSION, CRYPTO_EXTENSION, Extension, ExtensionType
-from ..format.header import V3_HEADER_LENGTH, Crypt, Header, padded
+from ..format.header import V2_LEFTOVER, V3_HEADER_LENGTH, Crypt, Header, padded
 from ..format.image import Image
 from .labels import Kind, Labels, Place
 from .spans import Spans
 
-V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))  # what old versions of QEMU left: fields of version 3
 _ROW = 48  # bytes of a feature name: type, bit, 46 of name
 _NAMES = {
     ExtensionType.BACKING_FORMAT: "backing format",
@@ -29,8 +28,9 @@ def claim_header(image: Image, labels: Labels, claims: Spans, hints: Spans) -> N
         unread = field.name in unread_fields
         label = labels.number(Place.UNUSED_FIELD if unread else Kind.HEADER, field.name)
         (hints if unread else claims).add(label, field.offset, field.offset + field.length)
-    if header.version == 2 and image.read(V2_LEFTOVER[0], 8) == V2_LEFTOVER[1]:
-        claims.add(labels.number(Kind.HEADER, "left by old versions of QEMU"), V2_LEFTOVER[0], V2_LEFTOVER[0] + 8)
+    at, left = V2_LEFTOVER
+    if header.version == 2 and image.read(at, len(left)) == left:
+        claims.add(labels.number(Kind.HEADER, "left by old versions of QEMU"), at, at + len(left))
     if header.version >= 3:
         hints.add(labels.number(Place.HEADER_PADDING), V3_HEADER_LENGTH, header.header_length)
     _claim_extensions(image, labels, claims, hints)
@@ -48,7 +48,7 @@ def _unread_fields(header: Header) -> set[str]:
 
 
 def claim_name(labels: Labels, claims: Spans, hints: Spans, label: int, owner: str, name: bytes, offset: int) -> None:
-    """Claim a name at a file offset up to its NUL; what follows in its field is after the end of a name."""
+    """Claim a name at a file offset up to its NUL; the rest of its field is a remainder."""
     end = offset + (len(name) if b"\0" not in name else name.index(b"\0"))
     claims.add(label, offset, end)
     hints.add(labels.number(Place.NAME_SLACK, owner), end, offset + len(name))
@@ -94,15 +94,13 @@ def _rows(extension: Extension) -> Iterator[tuple[bytes, int]]:
 
 
 def _is_read(image: Image, extension: Extension) -> bool:
-    """Whether anything reads the content of an extension: of several of one type QEMU keeps the last."""
+    """Whether anything reads the content of an extension; of several of one type only the last counts."""
     if image.extension(extension.type) is not extension:  # type: ignore[arg-type]
         return False
-    header = image.header
-    conditions: dict[int, Callable[[], bool]] = {
-        ExtensionType.BACKING_FORMAT: lambda: True,
-        ExtensionType.FEATURE_NAMES: lambda: True,
-        ExtensionType.BITMAPS: lambda: image.bitmaps_current and extension.length == BITMAPS_EXTENSION.size,
-        ExtensionType.CRYPTO: lambda: header.crypt_method == Crypt.LUKS and extension.length == CRYPTO_EXTENSION.size,
-        ExtensionType.DATA_FILE: lambda: header.external_data,
-    }
-    return extension.type in conditions and conditions[extension.type]()
+    if extension.type == ExtensionType.BITMAPS:
+        return image.bitmaps_current and extension.length == BITMAPS_EXTENSION.size
+    if extension.type == ExtensionType.CRYPTO:
+        return image.header.crypt_method == Crypt.LUKS and extension.length == CRYPTO_EXTENSION.size
+    if extension.type == ExtensionType.DATA_FILE:
+        return image.header.external_data
+    return extension.type in (ExtensionType.BACKING_FORMAT, ExtensionType.FEATURE_NAMES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..errors import FormatError
-from ..format.header import Crypt
 from ..format.image import Image
 from ..reader.encryption.luks import HEADER_LENGTH, parse_luks_header
 from .header_claims import claim_name
@@ -15,9 +14,9 @@ _NUMBERS = ((0, 8), (104, 64))  # magic and version; payload offset, key length,
 
 
 def claim_luks(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
-    """Claim the LUKS header that the encryption extension names."""
+    """Claim the LUKS header that the encryption extension of a LUKS image names."""
     place = image.crypto_header
-    if image.header.crypt_method != Crypt.LUKS or place is None:
+    if place is None:
         return
     offset, length = place
     data = image.read(offset, min(length, HEADER_LENGTH))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..census.columns import I64
+from ..census.columns import I64, Mask
 from ..format.source import Source
 from ..limits import KiB, MiB
 from ..reader.host_holes import host_runs
@@ -15,14 +15,13 @@ _READ = 1 * MiB  # bytes read at once
 _GAP = 64 * KiB  # bytes between two remainders that are read over
 
 
-def looked_at(source: Source, rows: Tile, remainder: np.ndarray) -> Tile:
+def looked_at(source: Source, rows: Tile, remainder: Mask) -> Tile:
     """Return the rows with remainders cut where zeros end or begin, and their bytes that are not zero counted."""
     places = np.flatnonzero(remainder)
     if not len(places):
         return rows
     starts, stops, counts = _counted(source, rows.start[places], rows.stop[places])
-    cut = starts.repeat(1)  # where the pieces of remainders begin
-    bounds = np.unique(np.concatenate((rows.start, cut, stops)))
+    bounds = np.unique(np.concatenate((rows.start, starts, stops)))
     bounds = bounds[bounds < int(rows.stop[-1])]
     at = np.searchsorted(rows.start, bounds, side="right") - 1
     piece = np.searchsorted(starts, bounds, side="right") - 1

@@ -1,7 +1,7 @@
 """Which bytes of data clusters any state shows: whole clusters as a byte each, the others as ranges.
 
 A cluster in the middle of a disk is shown as a whole; the last one of a disk or of a VM state in part, and those
-behind it not at all::
+after it not at all::
 
     guest      | cluster | cluster | clus:ter | cluster |
     shown      [ whole   | whole   | par]:tail| past the end
@@ -14,19 +14,20 @@ import numpy.typing as npt
 
 from ..census import IndexMap, Tables
 from ..census.claims import DistinctEntries
-from ..census.columns import I64, U64, Mask
+from ..census.columns import I64, U64, Columns, Mask
 from ..format.entries import SUBCLUSTERS
 from ..format.image import Image
 
 ACTIVE, SNAPSHOT, MEMORY = 1, 2, 4  # flags of a cluster: the states that show it
 Flags = npt.NDArray[np.uint8]
+_FLAGS: Flags = np.asarray([ACTIVE, SNAPSHOT, MEMORY], np.uint8)  # of the columns of what a table shows
 
 
 class ShownBytes:
     """What the states show of the host clusters; arrays are by index of the index map.
 
-    ``parts`` are hosts, bytes and flags of clusters that are shown in part, ``past`` the hosts of those that lie
-    after the end of their state; ``streams`` are the compressed entries that are shown as a whole.
+    ``flags`` are the states that show a cluster as a whole, ``subclusters`` the subclusters that they show, and
+    ``streams`` the compressed entries that are shown as a whole.
     """
 
     def __init__(self, image: Image, clusters: IndexMap) -> None:
@@ -49,8 +50,9 @@ class ShownBytes:
         if self._external:
             return
         span = self._size * batch.entries.shape[1]
-        whole = ((batch.shown == 0) | (batch.shown == np.uint64(span))).all(axis=1) & batch.shown.any(axis=1)
-        bits = (batch.shown != 0) @ np.asarray([ACTIVE, SNAPSHOT, MEMORY], np.uint8)
+        is_shown: Mask = np.count_nonzero(batch.shown, axis=1) != 0
+        whole = ((batch.shown == 0) | (batch.shown == np.uint64(span))).all(axis=1) & is_shown
+        bits = (batch.shown != 0) @ _FLAGS
         columns = batch.columns
         hosts = columns.data_hosts
         for flag in np.unique(bits[whole]).tolist():
@@ -61,7 +63,9 @@ class ShownBytes:
             self._show(chosen[here], flag, allocated)
             if columns.has_compressed:
                 self.streams.add(columns.entries[rows][columns.compressed[rows]])
-        for row in np.flatnonzero(~whole).tolist():
+        if not is_shown.all():
+            self._unshown(columns.rows(~is_shown))
+        for row in np.flatnonzero(is_shown & ~whole).tolist():  # one or two for each state
             self._cut_table(batch, row)
 
     def _placed(self, hosts: U64) -> Mask:
@@ -74,14 +78,20 @@ class ShownBytes:
         if allocated is not None:
             np.bitwise_or.at(self.subclusters, indices, allocated.astype(np.uint32))
 
+    def _unshown(self, columns: Columns) -> None:
+        """Take in tables of which no state shows anything."""
+        hosts = columns.hosts[self._placed(columns.hosts)].astype(np.int64)
+        self._past.append(np.column_stack((hosts, hosts + self._size)))
+        self._past_streams.append(columns.entries[columns.compressed])
+
     def _cut_table(self, batch: Tables, row: int) -> None:
-        """Take in a table of which not everything is shown."""
+        """Take in a table of which a part is shown."""
         size, width = self._size, batch.entries.shape[1]
         columns = batch.columns
         starts = np.arange(width, dtype=np.int64) * size
         shown = np.clip(batch.shown[row].astype(np.int64)[None, :] - starts[:, None], 0, size)  # (entries, states)
         most = shown.max(axis=1)
-        flags = ((shown != 0) @ np.asarray([ACTIVE, SNAPSHOT, MEMORY], np.uint8)).astype(np.uint8)
+        flags = (shown != 0) @ _FLAGS
         hosts = columns.data_hosts[row]
         placed = self._placed(hosts)
         for flag in np.unique(flags[placed & (most == size)]).tolist():

@@ -25,9 +25,9 @@ START = 1 << 14  # bytes: what beginning a stream costs at least, however small 
 class Decoded(NamedTuple):
     """What decoding every live stream once showed.
 
-    ``used`` are the host bytes (start, end) that streams take, rising, ``entries`` whose each is. One that cannot
-    be decoded keeps all of its descriptor: its bytes are not residue. ``failed`` are the entries that do not give
-    exactly a cluster. ``stopped`` says that not all were decoded.
+    ``used`` are the host bytes (start, end) that streams take, in the order of their starts; ``entries`` has the
+    entry of each. A stream that cannot be decoded keeps all that its descriptor covers: those bytes are not residue.
+    ``failed`` are the entries that do not give exactly a cluster. ``stopped`` is set where not all were decoded.
     """
 
     used: list[tuple[int, int]]
@@ -42,10 +42,10 @@ class Decoded(NamedTuple):
 
 
 def decode_all(image: Image, census: Census) -> Decoded:
-    """Decode every live stream once, in their order in the file.
+    """Decode every live stream once, in the order of the file.
 
-    Streams that a writer made do not overlap, and however far they expand they are decoded. Of those
-    that share bytes, or do not decode, a small file could name any number: they have a budget.
+    Genuine streams do not overlap, and all of them are decoded, however far they expand. A small file could name
+    any number of streams that share bytes or do not decode: those have a budget.
     """
     if image.header.external_data:  # QEMU reads no streams beside a data file
         return Decoded.nothing()
@@ -58,7 +58,9 @@ def decode_all(image: Image, census: Census) -> Decoded:
     failed: list[int] = []
     stopped: LimitExceeded | None = None
     budget = _budget(image)
-    taken, last = 0, b""  # the end of the good streams so far, and the bytes of the one before
+    taken = 0  # the end of the good streams so far
+    last = b""  # the good stream before
+    parts_of_last: tuple[tuple[int, int], ...] = ()  # the ranges of it that are taken in
     for entry in entries[order].tolist():
         offset, length = compressed_descriptor(entry, bits)
         data = image.read(offset, length)
@@ -67,8 +69,7 @@ def decode_all(image: Image, census: Census) -> Decoded:
             used.append((offset, offset + length))
             whose.append(entry)
             continue
-        cost, fails = length, False
-        parts: tuple[tuple[int, int], ...] = ((0, len(last)),)
+        cost, fails, parts = length, False, parts_of_last
         if not last or not data.startswith(last):  # else a cluster like the one before
             cost += max(size, START)
             taken_in = _taken_in(codec, data, size)
@@ -77,7 +78,8 @@ def decode_all(image: Image, census: Census) -> Decoded:
                 failed.append(entry)
                 parts = codec.needed(data, size) or ((0, length),)
             else:
-                parts, last = taken_in, data[: taken_in[-1][1]]
+                parts = parts_of_last = taken_in
+                last = data[: taken_in[-1][1]]
         used += ((offset + start, offset + stop) for start, stop in parts)
         whose += [entry] * len(parts)
         if (fails or offset < taken) and (stopped := _refused(budget, cost)) is not None:
@@ -88,7 +90,8 @@ def decode_all(image: Image, census: Census) -> Decoded:
 
 def _taken_in(codec: Codec, data: bytes, size: int) -> tuple[tuple[int, int], ...] | None:
     """Return the ranges of a stream that gives exactly a cluster; None for any other."""
-    parts = None if codec.cuts else codec.needed(data, size)  # what does not cut takes nothing that is longer
+    # A codec that does not cut refuses a stream that gives more than a cluster.
+    parts = None if codec.cuts else codec.needed(data, size)
     if parts is None:
         found = codec.measure(data, size)
         parts = None if found is None else ((0, found[1]),)
@@ -98,7 +101,7 @@ def _taken_in(codec: Codec, data: bytes, size: int) -> tuple[tuple[int, int], ..
 class Taken(NamedTuple):
     """Which host bytes some streams take: rows (start, stop).
 
-    ``failed`` are the extents that do not decode, rows (offset, length). ``stopped`` says that not all were decoded.
+    ``failed`` are the extents that do not decode, rows (offset, length). ``stopped`` is set where not all were decoded.
     """
 
     used: I64

@@ -142,8 +142,10 @@ class Summary:
 
 
 def _added(sums: I64, labels: I64, values: I64, count: int) -> I64:
-    found = np.bincount(labels, weights=values, minlength=count).astype(np.int64)
-    found[: len(sums)] += sums
+    """Return the sums by label with some values added; there may be more labels by now."""
+    found = np.zeros(count, np.int64)
+    found[: len(sums)] = sums
+    np.add.at(found, labels, values)
     return found
 
 

@@ -11,7 +11,7 @@ from ..census import Census, Owner
 from ..census.claimed_clusters import merged
 from ..census.columns import I64, U64
 from ..census.state_ends import StateEnds
-from ..census.walk import L2Tables, batches, l1_chunks
+from ..census.walk import L2Tables, batches, l1_chunks, walkable
 from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
 from ..format.entries import ALL_SUBCLUSTERS_ZERO, ZERO
 from ..format.header import padded
@@ -47,7 +47,7 @@ class TableClaims:
     # --- L1 and L2 -------------------------------------------------------------------------------
 
     def _l1_tables(self) -> None:
-        """Claim the entries for the disk, those for the VM state behind it, and others that name an L2 table."""
+        """Claim the entries for the disk, those for the VM state after it, and others that name an L2 table."""
         header, snapshots = self.image.header, self.image.snapshots
         offsets = np.asarray([header.l1_table_offset] + [entry.l1_table_offset for entry in snapshots], np.uint64)
         counts = np.asarray([header.l1_size] + [entry.l1_size for entry in snapshots], np.int64)
@@ -65,7 +65,7 @@ class TableClaims:
                 self._past_end(label, rows[:, 1], np.minimum(rows[:, 2], self.image.file_size), owner)
 
     def _past_end(self, label: int, starts: I64, stops: I64, owner: str) -> None:
-        """Claim the sound ones of L1 entries that no state needs, each read once."""
+        """Claim those L1 entries that no state needs and that name an L2 table; each is read once."""
         kept = stops - starts >= 8
         if not kept.any():
             return
@@ -96,13 +96,14 @@ class TableClaims:
             self.hints.add_many(past, stops[chosen], starts[chosen] + self.size)
 
     def _left_by_savevm(self, tables: L2Tables) -> bool:
-        """Return whether the active state's tables past its disk hold what QEMU leaves there when it saves a VM state.
+        """Whether the active state's tables past its disk hold what QEMU leaves there when it saves a VM state.
 
         That is an entry that reads as zeros for each cluster of the VM state of some snapshot, and nothing else.
         """
         live = {-(-entry.vm_state_size // self.size) for entry in self.image.snapshots if entry.vm_state_size}
+        tables, complete = walkable(self.image, tables)
         zeros = 0
-        for batch in batches(self.image, tables) if live else ():
+        for batch in batches(self.image, tables) if live and complete else ():
             marks, zero = batch.entries, ZERO
             if batch.bitmaps is not None:
                 if marks.any():

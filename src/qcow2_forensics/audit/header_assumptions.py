@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..census.columns import U64, Mask, big_endian, is_packed, named_offsets
+from ..census.columns import U64, Mask, is_packed, named_offsets, table_words
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec
@@ -46,7 +46,7 @@ def other_entries(facts: Facts) -> Iterator[Evidence]:
 def extended_tables(facts: Facts, offsets: U64) -> Mask:
     """Return which tables hold sound extended L2 entries, of an image whose header says that they are standard."""
     geometry = Geometry.of(facts.image)._replace(extended_l2=True, version=3)
-    return l2_rows(_words(facts, offsets), geometry).tables
+    return l2_rows(table_words(facts.image, offsets, facts.cluster_size), geometry).tables
 
 
 def standard_tables(facts: Facts, offsets: U64, are_leaked: Callable[[U64], Mask]) -> Mask:
@@ -55,7 +55,7 @@ def standard_tables(facts: Facts, offsets: U64, are_leaked: Callable[[U64], Mask
     Every second of them would be a bitmap then, and the cluster that it names leaked, which ``are_leaked`` says of
     host offsets. No bitmap names leaked clusters but by chance.
     """
-    words = _words(facts, offsets)
+    words = table_words(facts.image, offsets, facts.cluster_size)
     second = words[:, 1::2]
     used = (second != 0) & ~is_packed(second)
     leaked = used & are_leaked(named_offsets(second).ravel()).reshape(second.shape)
@@ -63,13 +63,6 @@ def standard_tables(facts: Facts, offsets: U64, are_leaked: Callable[[U64], Mask
     sound = l2_rows(words, Geometry.of(facts.image)._replace(extended_l2=False)).tables
     found: Mask = sound & (leaks > 0) & (2 * leaks >= counts)
     return found
-
-
-def _words(facts: Facts, offsets: U64) -> U64:
-    """Return the words of tables: (tables, words of a cluster)."""
-    size = facts.cluster_size
-    data = b"".join(facts.read(offset, size).ljust(size, b"\0") for offset in offsets.tolist())
-    return big_endian(data).reshape(len(offsets), -1)
 
 
 def _first(facts: Facts, choices: tuple[str, ...], fits: Callable[[Header], bool]) -> Iterator[Evidence]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from ..census import IndexMap, Owner, Tables
+from ..census.columns import I64
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.entries import ZERO
@@ -30,7 +30,7 @@ rule = Chapter(__name__, "Hidden data and old VM states")
 # --- hidden inside clusters in use ---------------------------------------------------------------
 
 
-@rule(
+rule(
     "QCOW2-ZERO-ALLOC-DATA",
     Severity.LOW,
     "clusters marked as zeros hold data",
@@ -39,11 +39,7 @@ rule = Chapter(__name__, "Hidden data and old VM states")
     harmless="frequent where guests issue WRITE ZEROES",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
-)
-def zero_alloc_data(facts: Facts) -> Iterator[Evidence]:
-    if not facts.header.external_data:
-        for piece in hidden.zero_flagged(facts.image, facts.census):
-            yield evidence_of(piece)
+)(of_pieces(lambda facts: hidden.zero_flagged(facts.image, facts.census)))
 
 
 rule(
@@ -70,7 +66,7 @@ rule(
 )
 def compressed_slack(facts: Facts) -> Iterator[Graded]:
     streams_found, rest = Group(), Group()
-    for piece in streams.compressed_slack(facts.image, facts.census, facts.once(decoded_streams)):
+    for piece in streams.compressed_slack(facts.image, facts.once(decoded_streams)):
         (streams_found if piece.looks == "stream" else rest).add(piece)
     if streams_found.count:
         evidence = [
@@ -192,7 +188,7 @@ def vm_state_residue(facts: Facts) -> Iterator[Evidence]:
         yield from _vm_state(facts, piece.offset, f"{piece.kind} clusters")
     behind = facts.census.seen(TablesBehindDisk)
     facts.leave_out("clusters past the end of the disk that were not looked at for a VM state", behind.left_out)
-    for offset in (host for table in behind.found for host in table.hosts):
+    for offset in behind.hosts:
         if _is_unlisted_stream(facts, offset):
             yield from _vm_state(facts, offset, "active state past the end of the disk")
 
@@ -214,7 +210,7 @@ def vm_state_leftover(facts: Facts) -> Iterator[Evidence]:
 
 
 def _is_unlisted_stream(facts: Facts, offset: int) -> bool:
-    """Return whether a migration stream starts at a host offset, and no listed snapshot owns it."""
+    """Whether a migration stream starts at a host offset, and no listed snapshot owns it."""
     applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
     return not applied and facts.read(offset, 7) == b"QEVM\0\0\0"
 
@@ -227,44 +223,41 @@ def _vm_state(facts: Facts, offset: int, structure: str) -> Iterator[Evidence]:
         yield Evidence("machine", machine, offset, 512, structure)
 
 
-class _TableBehindDisk(NamedTuple):
-    """An L2 table that the active state has past the end of the disk, where QEMU puts a VM state."""
-
-    slot: int  # of the active L1 table
-    offset: int  # in the file
-    zeros: int  # entries that read as zeros and name no cluster
-    is_empty: bool  # no entry names a cluster
-    hosts: list[int]  # host offsets it names, rising
-
-
 @subscribes()
 class TablesBehindDisk:
-    """The L2 tables of the active state past the end of the disk; ``left_out`` counts host offsets not kept."""
+    """What the active state's L2 tables past the end of the disk hold, where QEMU puts a VM state.
+
+    ``hosts`` are the host offsets that they name, each table's once and rising; ``left_out`` counts those not kept.
+    """
 
     def __init__(self, image: Image, _clusters: IndexMap) -> None:
         self._first = -(-image.header.size // image.header.l2_span)
-        self._room = VM_STATE_CLUSTERS
-        self.left_out = 0  # host offsets beyond those kept
-        self.found: list[_TableBehindDisk] = []
+        self.hosts: list[int] = []
+        self.left_out = 0
+        self._empty = [np.empty((0, 3), np.int64)]
 
     def tables(self, batch: Tables) -> None:
         """Take in a batch of tables."""
-        for row in np.flatnonzero((batch.active > 0) & (batch.index >= self._first)).tolist():
-            columns = batch.columns.rows(slice(row, row + 1))
-            hosts = np.unique(columns.hosts)
-            distinct = hosts[hosts != 0]
-            bare = columns.entries == np.uint64(ZERO) if columns.bitmaps is None else columns.bitmaps != 0
-            self.found.append(
-                _TableBehindDisk(
-                    int(batch.index[row]),
-                    int(batch.offsets[row]),
-                    int(bare.sum()),
-                    not (hosts.any() or columns.has_compressed),
-                    distinct[: self._room].tolist(),
-                )
-            )
-            self.left_out += max(0, len(distinct) - self._room)
-            self._room = max(0, self._room - len(distinct))
+        rows = np.flatnonzero((batch.active > 0) & (batch.index >= self._first))
+        if not len(rows):
+            return
+        columns = batch.columns.rows(rows)
+        bare = columns.entries == np.uint64(ZERO) if columns.bitmaps is None else columns.bitmaps != 0
+        zeros = np.count_nonzero(bare, axis=1).astype(np.uint64)
+        empty = ~(columns.hosts.any(axis=1) | columns.compressed.any(axis=1)) & (zeros != 0)
+        self._empty.append(np.column_stack((batch.index[rows], batch.offsets[rows], zeros))[empty].astype(np.int64))
+        hosts = np.sort(columns.hosts, axis=1)
+        fresh = hosts != 0
+        fresh[:, 1:] &= hosts[:, 1:] != hosts[:, :-1]
+        distinct = hosts[fresh]
+        room = VM_STATE_CLUSTERS - len(self.hosts)
+        self.hosts += distinct[:room].tolist()
+        self.left_out += max(0, len(distinct) - room)
+
+    @property
+    def empty(self) -> I64:
+        """The tables that hold zero entries and name no cluster: rows (L1 slot, file offset, zero entries)."""
+        return np.concatenate(self._empty)
 
 
 @rule(
@@ -279,12 +272,12 @@ class TablesBehindDisk:
     validated=QEMU_MADE,
 )
 def vm_state_trace(facts: Facts) -> Iterator[Evidence]:
-    tables = [table for table in facts.census.seen(TablesBehindDisk).found if table.is_empty and table.zeros]
-    total = sum(table.zeros for table in tables)
+    tables = facts.census.seen(TablesBehindDisk).empty.tolist()
+    total = sum(zeros for _, _, zeros in tables)
     live = {-(-entry.vm_state_size // facts.cluster_size) for entry in facts.image.snapshots if entry.vm_state_size}
     if total and total not in live:
-        for table in tables:
-            at = facts.header.l1_table_offset + table.slot * 8
-            yield Evidence("l1_slot", table.slot, at, 8, "L1", guest_offset=table.slot * facts.header.l2_span)
-            yield Evidence("zero_entries", table.zeros, table.offset, facts.cluster_size, f"L2[{table.slot}]")
+        for slot, offset, zeros in tables:
+            at = facts.header.l1_table_offset + slot * 8
+            yield Evidence("l1_slot", slot, at, 8, "L1", guest_offset=slot * facts.header.l2_span)
+            yield Evidence("zero_entries", zeros, offset, facts.cluster_size, f"L2[{slot}]")
         yield Evidence("estimated_vm_state_size", total * facts.cluster_size)

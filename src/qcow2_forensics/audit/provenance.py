@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 from ..findings import Evidence, Severity
 from ..format.extensions import Extension, ExtensionType
-from ..format.header import KNOWN_INCOMPATIBLE, V2_HEADER_LENGTH, Compatible, Compression, FeatureName
+from ..format.header import KNOWN_INCOMPATIBLE, V2_HEADER_LENGTH, V2_LEFTOVER, Compatible, Compression, FeatureName
 from ..limits import SAMPLES
 from ..residue import content
-from ..residue.slack import V2_LEFTOVER
 from ..text import listed, plural
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded, of_fields

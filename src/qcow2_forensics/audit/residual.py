@@ -90,15 +90,15 @@ class _Survey:
     deleted: list[DeletedSnapshot] = field(default_factory=list)
     ranges: list[tuple[int, int]] = field(default_factory=list)  # (offset, length) of the first pieces
 
-    def mark(self, looks: str, clusters: set[int], size: int, taken_for: Iterable[str]) -> None:
-        """Let the pieces kept that are wholly in some clusters look like what they were, and not what they are taken for."""
+    def mark_bitmaps(self, clusters: set[int], size: int, taken_for: Iterable[str]) -> None:
+        """Have the pieces kept that are wholly in clusters of bitmaps look like bitmaps, where they look like something else."""
         for (kind, look), group in list(self.groups.items()) if clusters else ():
             if look not in taken_for:
                 continue
             for piece in group.kept:
                 if clusters.issuperset(range(piece.offset, piece.offset + piece.length, size)):
                     group.remove(piece)
-                    self.groups[kind, looks].add(replace(piece, looks=looks))
+                    self.groups[kind, "bitmap"].add(replace(piece, looks="bitmap"))
 
     def of(self, kinds: Iterable[str], looks: Iterable[str]) -> Group:
         """Return the groups of some kinds and looks as one."""
@@ -128,9 +128,11 @@ def _survey(facts: Facts) -> _Survey:
             survey.ranges.append((piece.offset, piece.length))
     survey.snapshots, survey.bitmaps = residue.entries()
     facts.leave_out("former snapshot entries that were found and not looked at", residue.entries_left_out)
-    survey.mark("bitmap", residue.former_bitmap_clusters(), facts.cluster_size, ("data", "l2"))
+    bitmaps = residue.former_bitmaps
+    facts.leave_out("tables of former bitmaps that were not followed", bitmaps.left_out)
+    survey.mark_bitmaps(bitmaps.tables | bitmaps.bits, facts.cluster_size, ("data", "l2"))
     # The table of one bitmap may name what became the table of another, as an L1 table names L2 tables.
-    survey.mark("bitmap", residue.former_bitmap_tables(), facts.cluster_size, ("l1",))
+    survey.mark_bitmaps(bitmaps.tables, facts.cluster_size, ("l1",))
     survey.deleted = examine(facts.image, survey.snapshots, facts.census, most=DELETED_SNAPSHOTS_FOLLOWED)
     not_followed = sum(not item.followed for item in survey.deleted)
     facts.leave_out("former snapshot entries whose tables were not followed", not_followed)

@@ -12,16 +12,11 @@ What each writer puts after the header, in clusters::
 
 from __future__ import annotations
 
-import struct
 from typing import NamedTuple
 
-from ..format.entries import named_offset
-from ..format.header import V2_HEADER_LENGTH
-from ..residue.slack import V2_LEFTOVER
+from ..format.entries import named_offset, parse_entries
+from ..format.header import QCOW1_HEADER_LENGTH, V2_HEADER_LENGTH, V3_HEADER_LENGTH, padded
 from .facts import Facts
-
-_CROSVM_HEADER = 104
-_QCOW1_HEADER = 48
 
 
 class Layout(NamedTuple):
@@ -49,7 +44,7 @@ class _Tables(NamedTuple):
 
     size: int  # of a cluster
     l1: int
-    behind_l1: int  # the first whole cluster
+    behind_l1: int  # the first cluster that begins after it
     refcount_table: int
     behind_refcount_table: int
     first_block: int
@@ -75,16 +70,16 @@ class _Tables(NamedTuple):
 def _first_two(facts: Facts, offset: int, count: int) -> tuple[int, int]:
     """Return the first two pointers that a table holds, among its first 4,096 entries; 0 for none."""
     data = facts.read(offset, min(count, 4096) * 8)
-    words = struct.unpack(f">{len(data) // 8}Q", data[: len(data) // 8 * 8])
-    found = filter(None, map(named_offset, words))
+    found = filter(None, map(named_offset, parse_entries(data[: len(data) // 8 * 8])))
     return next(found, 0), next(found, 0)
 
 
 def _version1(facts: Facts) -> Layout | None:
     header = facts.header
-    named = _QCOW1_HEADER + (header.backing_file_size if header.backing_file_offset == _QCOW1_HEADER else 0)
+    has_name = header.backing_file_offset == QCOW1_HEADER_LENGTH
+    behind_name = QCOW1_HEADER_LENGTH + (header.backing_file_size if has_name else 0)
     bits = header.cluster_bits, header.l2_bits
-    if header.l1_table_offset == (named + 7) // 8 * 8 and bits in ((12, 9), (9, 12)):
+    if header.l1_table_offset == padded(behind_name) and bits in ((12, 9), (9, 12)):
         return Layout("QEMU's QCOW version 1 writer", "l1_table_offset")
     if header.l1_table_offset == header.cluster_size and bits == (12, 9):
         return Layout("FreeBSD's mkimg (version 1)", "l1_table_offset")
@@ -92,17 +87,15 @@ def _version1(facts: Facts) -> Layout | None:
 
 
 def _refcounts_first(facts: Facts, tables: _Tables) -> Layout | None:
-    if facts.header.version == 3:
-        return Layout("QEMU, as it creates images", "refcount_table_offset")
-    at, known = V2_LEFTOVER
-    if facts.read(at, len(known)) == known:
-        return Layout("QEMU, as it creates images", "refcount_table_offset")
-    bare = not any(facts.read(V2_HEADER_LENGTH, 4096 - V2_HEADER_LENGTH))
-    if bare and tables.first_l2 == tables.behind_l1 and tables.second_l2 == tables.first_l2 + tables.size:
-        return Layout("Xen Orchestra's streaming writer", "refcount_table_offset")
-    if bare:
-        return Layout("QEMU or Xen Orchestra's streaming writer", "refcount_table_offset")
-    return Layout("QEMU, as it creates images", "refcount_table_offset")
+    # QEMU itself wrote bytes of version 3 behind the header of version 2 for years.
+    is_bare = facts.header.version == 2 and not any(facts.read(V2_HEADER_LENGTH, 4096 - V2_HEADER_LENGTH))
+    if not is_bare:
+        writer = "QEMU, as it creates images"
+    elif tables.first_l2 == tables.behind_l1 and tables.second_l2 == tables.first_l2 + tables.size:
+        writer = "Xen Orchestra's streaming writer"
+    else:
+        writer = "QEMU or Xen Orchestra's streaming writer"
+    return Layout(writer, "refcount_table_offset")
 
 
 def _l1_first(facts: Facts, tables: _Tables) -> Layout | None:
@@ -116,7 +109,7 @@ def _l1_first(facts: Facts, tables: _Tables) -> Layout | None:
 
 
 def _version3(facts: Facts) -> Layout | None:
-    if facts.header.header_length == _CROSVM_HEADER and not facts.image.extensions:
+    if facts.header.header_length == V3_HEADER_LENGTH and not facts.image.extensions:
         return Layout("the crosvm family (crosvm, Cloud Hypervisor)", "l1_table_offset")
     return None
 

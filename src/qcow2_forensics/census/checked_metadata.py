@@ -14,9 +14,7 @@ from ..format.extensions import BITMAPS_EXTENSION, ExtensionType, parse_bitmaps_
 from ..format.header import Crypt, padded
 from ..format.image import Image
 from ..format.rules import DISK, INT64_MAX, REFCOUNTS
-from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, parse_snapshot_head
-
-_WINDOW = 1 << 18
+from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, Window, parse_snapshot_head
 
 
 class Reason(NamedTuple):
@@ -33,7 +31,7 @@ class Reason(NamedTuple):
 
 
 class SnapshotL1(NamedTuple):
-    """The L1 table that a snapshot table entry names which the reader does not accept."""
+    """The L1 table of a snapshot table entry that the reader refuses and QEMU's check counts."""
 
     index: int  # type: ignore[assignment]  # as in SnapshotEntry
     offset: int
@@ -84,23 +82,6 @@ def read_layout(image: Image) -> Layout:
     return layout
 
 
-class _Zeros:
-    """Forward reads in chunks; past the end of the file come zeros."""
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        self._start = 0
-        self._data = b""
-
-    def read(self, offset: int, length: int) -> bytes:
-        at = offset - self._start
-        if at < 0 or at + length > len(self._data):
-            want = max(length, _WINDOW)
-            self._start, at = offset, 0
-            self._data = self._image.read(offset, want).ljust(want, b"\0")
-        return self._data[at : at + length]
-
-
 def _snapshots(image: Image, layout: Layout) -> None:
     header, limits = image.header, image.limits
     start = header.snapshots_offset
@@ -112,7 +93,7 @@ def _snapshots(image: Image, layout: Layout) -> None:
             Reason("the snapshot table is at an impossible offset", header.offset_of("snapshots_offset"))
         )
         return
-    # What the reader has parsed is kept; after its first fault the check goes on by itself.
+    # What the reader parsed is taken over; QEMU's check goes on where the reader stops.
     whole = image.snapshots
     layout.snapshots += whole
     at = whole[-1].offset + whole[-1].length if whole else start
@@ -120,10 +101,10 @@ def _snapshots(image: Image, layout: Layout) -> None:
         layout.reasons.append(Reason("the snapshot table is too large", at))
         layout.snapshot_table_length = at - start
         return
-    reader = _Zeros(image)
+    window = Window(_ZeroTail(image))
     for index in range(len(whole), header.nb_snapshots):
         at = padded(at)
-        head = parse_snapshot_head(reader.read(at, SNAPSHOT_ENTRY_LENGTH))
+        head = parse_snapshot_head(window.read(at, SNAPSHOT_ENTRY_LENGTH))
         if head.extra_length > limits.snapshot_extra_bytes:
             layout.reasons.append(Reason(f"snapshot table entry {index} has too much extra data", at))
             break
@@ -146,16 +127,14 @@ def _bitmaps(image: Image, layout: Layout) -> None:
         return
     facts = parse_bitmaps_extension(extension.data)
     layout.bitmap_directory = (facts.directory_offset, facts.directory_size)
-    in_use = int(BitmapFlag.IN_USE)
     entries, problems = image.bitmaps, tuple(p for p in image.problems if p.code == "QCOW2-BITMAP-INVALID")
-    if facts.directory_offset + facts.directory_size > image.file_size:  # which the check does not mind
+    if facts.directory_offset + facts.directory_size > image.file_size:  # QEMU reads zeros there
         entries, problems = read_bitmap_directory(_ZeroTail(image))
-    for entry in entries:
-        layout.bitmaps.append(
-            BitmapPlace(entry.offset, entry.table_offset, entry.table_size, bool(entry.flags & in_use))
-        )
-    for problem in problems:
-        layout.reasons.append(Reason(problem.message, problem.offset, bitmap=True))
+    in_use = int(BitmapFlag.IN_USE)
+    layout.bitmaps += (
+        BitmapPlace(entry.offset, entry.table_offset, entry.table_size, bool(entry.flags & in_use)) for entry in entries
+    )
+    layout.reasons += (Reason(problem.message, problem.offset, bitmap=True) for problem in problems)
 
 
 class _ZeroTail:

@@ -20,7 +20,7 @@ from .refcounts import StoredRefcounts
 from .walk import L1Chunk, L2TableCollector, L2Tables, batches, l1_chunks, walkable
 
 _ALWAYS = 1 << 22  # clusters whose arrays, at most 28 MiB, are not worth a second look
-_SHARE = 16  # a file of which a larger part is claimed has a index for every cluster
+_SHARE = 16  # where more than one cluster in so many is claimed, every cluster gets an index
 _ROWS = 1 << 20  # runs gathered before they are merged
 
 Runs = tuple[U64, U64]
@@ -51,7 +51,7 @@ def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: in
     spans = [(0, header.cluster_size), (header.snapshots_offset, layout.snapshot_table_length)]
     spans.append((header.refcount_table_offset, len(refcounts.table) * 8))
     l1_tables = [(header.l1_table_offset, min(header.l1_size, L1_ENTRIES))]
-    l1_tables += [(one.l1_table_offset, one.l1_size) for one in layout.snapshots if one.l1_size <= L1_ENTRIES]
+    l1_tables += [(entry.l1_table_offset, entry.l1_size) for entry in layout.snapshots if entry.l1_size <= L1_ENTRIES]
     spans += [(offset, count * 8) for offset, count in l1_tables]
     spans += [layout.crypto] if layout.crypto else []
     spans += [layout.bitmap_directory] if layout.bitmap_directory else []

@@ -1,7 +1,7 @@
 """Counts every claim on a host cluster, and notes every entry that breaks a rule.
 
 Follows the order and the rules of QEMU's consistency check, so that its counters come out alike;
-what that check does not look at (aliases, references the guest cannot reach) is noted beside.
+what that check does not look at (aliases, references the guest cannot reach) is noted too.
 Longer than other modules: one pass in one order over one set of counters, which any cut would have to pass on.
 """
 
@@ -106,20 +106,20 @@ class Claims:
         self.counts.add_range(index, count, weight)
         self.owners.add(slice(index, index + count), kind)
 
-    def claim_clusters(self, kind: Owner, hosts: U64, weight: U64, structure: str, positions: U64) -> None:
-        """Count whole clusters, named by the entries at file offsets ``positions``, ``weight`` times each."""
+    def bitmap_clusters(self, hosts: U64, weight: U64, positions: U64) -> None:
+        """Count the clusters that the bitmap table entries at ``positions`` name, ``weight`` times each."""
         beyond = hosts >= np.uint64(self.length)
         if beyond.any():
             self.corruptions += int(weight[beyond].sum())
             pairs = zip(
                 positions[beyond][:EVIDENCE_LIMIT].tolist(), hosts[beyond][:EVIDENCE_LIMIT].tolist(), strict=True
             )
-            items = [Item(structure, at, host, host) for at, host in pairs]
+            items = [Item("bitmap table", at, host, host) for at, host in pairs]
             self.missing(items, int(beyond.sum()), int(hosts[beyond].max()))
             hosts, weight = hosts[~beyond], weight[~beyond]
         indices = self.index_map.of(hosts >> np.uint64(self.cluster_bits))
         self.counts.add(indices, weight)
-        self.owners.add(indices, kind)
+        self.owners.add(indices, Owner.BITMAP_DATA)
 
     def missing(self, items: Iterable[Item], count: int, host: int) -> None:
         """Note references beyond the end of the file."""
@@ -326,13 +326,8 @@ class Claims:
             self.l2_issue("beyond-eof", tables, places[beyond])
             self.highest_missing = max(self.highest_missing, int(hosts[beyond].max()))
             inside = ~beyond
-            places, rows, hosts, weights, odd = (
-                places[inside],
-                rows[inside],
-                hosts[inside],
-                weights[inside],
-                odd[inside],
-            )
+            places, rows, hosts = places[inside], rows[inside], hosts[inside]
+            weights, odd = weights[inside], odd[inside]
         clusters = hosts >> np.uint64(self.cluster_bits)
         indices = self.index_map.of(clusters)
         self._add(indices, weights)

@@ -38,6 +38,7 @@ from ..format.entries import (
     ZERO,
 )
 from ..format.header import SECTOR
+from ..format.image import Image
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 I64: TypeAlias = npt.NDArray[np.int64]
@@ -48,6 +49,8 @@ _T = TypeVar("_T", bound=np.generic)
 _OFFSET, _COPIED, _ZERO = np.uint64(OFFSET_MASK), np.uint64(COPIED), np.uint64(ZERO)
 _SUBCLUSTERS = np.uint64(SUBCLUSTER_MASK)
 _NONE = np.uint64(0)
+
+BATCH = 1 << 19  # bytes of L2 tables looked at together: temporaries stay in the cache
 
 
 class EntryFormat(Protocol):
@@ -238,3 +241,16 @@ def table_offsets(l1_entries: U64, entry_format: EntryFormat) -> U64:
 def big_endian(data: bytes) -> U64:
     """Return big-endian 64-bit words in the machine's order; a cut one at the end is left out."""
     return np.frombuffer(data, dtype=">u8", count=len(data) // 8).astype(np.uint64)
+
+
+def table_words(image: Image, offsets: U64, length: int) -> U64:
+    """Return the words of tables of ``length`` bytes at some host offsets, ``(tables, words)``.
+
+    What the end of the file cuts off is zeros. Tables that follow each other in the file are one read.
+    """
+    if len(offsets) > 1 and bool((offsets[1:] - offsets[:-1] == np.uint64(length)).all()):
+        whole = len(offsets) * length
+        data = image.read(int(offsets[0]), whole).ljust(whole, b"\0")
+    else:
+        data = b"".join(image.read(offset, length).ljust(length, b"\0") for offset in offsets.tolist())
+    return big_endian(data).reshape(len(offsets), length // 8)

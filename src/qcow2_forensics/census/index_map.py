@@ -15,7 +15,7 @@ class IndexMap:
 
     Mostly that is the cluster's own number. Of a file that is huge and nearly all hole only the
     clusters that something may claim get one, given as runs; all others share the last one,
-    ``nobody``, for which nothing is ever counted::
+    ``elsewhere``, for which nothing is ever counted::
 
         runs    [0, 3)  [1000, 1002)
         index    0 1 2     3    4      and 5 for any other cluster
@@ -49,7 +49,7 @@ class IndexMap:
         return int(self.of(np.asarray([cluster], dtype=np.uint64))[0])
 
     def cluster(self, index: int) -> int:
-        """Return the cluster with an index; ``nobody`` has none."""
+        """Return the cluster with an index; ``elsewhere`` has none."""
         run = int(np.searchsorted(self._bases, index, side="right")) - 1
         return int(self._starts[run]) + index - int(self._bases[run])
 

@@ -29,24 +29,24 @@ class Item(NamedTuple):
     tree: int = -1
 
 
-def spread(places: Places, groups: Places, most: int = EVIDENCE_LIMIT) -> Places:
-    """Return up to ``most`` of some rising places, the first ones of every group; a group's places are neighbours.
+def spread(places: Places, groups: Places) -> Places:
+    """Return as many of some rising places as are listed, the first ones of every group; a group's places are neighbours.
 
     ``groups`` names the group of each place: the table that an entry is in.
     """
-    if len(places) <= most:
+    if len(places) <= EVIDENCE_LIMIT:
         return places
     starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
     rank = np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
-    chosen: Places = np.sort(np.argsort(rank, kind="stable")[:most])
+    chosen: Places = np.sort(np.argsort(rank, kind="stable")[:EVIDENCE_LIMIT])
     return places[chosen]
 
 
 @dataclass
 class Issue:
-    """Items of one kind, spread over the structures they are in; ``count`` is how many places there were.
+    """Items of one kind, spread over the structures they are in; ``count`` is how many wrong entries there were.
 
-    Sharing is not multiplied.
+    An entry of a table that several states share counts once.
     """
 
     items: Sequence[Item] = ()
@@ -56,7 +56,7 @@ class Issue:
 class Issues:
     """Issues by kind. A kind is a short word; :mod:`qcow2_forensics.audit` turns it into findings."""
 
-    def __init__(self, cluster_bits: int = 16) -> None:
+    def __init__(self, cluster_bits: int) -> None:
         self._cluster_bits = cluster_bits
         self._found: dict[str, Selection[Item]] = {}
         self._counts: dict[str, int] = {}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..reader.mapping import L1_PAGE, Mapping
-from .columns import U64, Columns, Mask, big_endian, table_offsets
-
-BATCH = 1 << 19  # bytes of L2 tables looked at together: temporaries stay in the cache
+from .columns import U64, Columns, Mask, table_offsets, table_words
 
 
 def l2_offsets(mapping: Mapping | None, page: int) -> U64:
@@ -24,7 +22,7 @@ def l2_offsets(mapping: Mapping | None, page: int) -> U64:
 
 
 def l2_columns(mapping: Mapping, tables: U64) -> tuple[Columns, Mask]:
-    """Return the L2 tables at some host offsets, a row each, and which of them cannot be read.
+    """Return the L2 tables at some host offsets, a row each, and which of them are not in the file or not aligned.
 
     The rows of those, and of tables at 0, which are none, hold nothing.
     """
@@ -35,14 +33,5 @@ def l2_columns(mapping: Mapping, tables: U64) -> tuple[Columns, Mask]:
     lost &= tables != 0
     words = np.zeros((len(tables), length // 8), dtype=np.uint64)
     kept = (tables != 0) & ~lost
-    if kept.any():
-        words[kept] = big_endian(_read(mapping, tables[kept], length)).reshape(-1, words.shape[1])
+    words[kept] = table_words(mapping.image, tables[kept], length)
     return Columns.of(words, header), lost
-
-
-def _read(mapping: Mapping, tables: U64, length: int) -> bytes:
-    """Return L2 tables inside the file one after the other, at one read where they are so in the file."""
-    first = int(tables[0])
-    if bool((np.diff(tables) == np.uint64(length)).all()):
-        return mapping.image.read_exactly(first, len(tables) * length, "the L2 tables")
-    return b"".join(mapping.image.read_exactly(table, length, "an L2 table") for table in tables.tolist())

@@ -19,9 +19,9 @@ _ORPHAN = np.uint16(Owner.DATA)
 
 @dataclass
 class Comparison:
-    """The outcome: QEMU's counters, and by how many clusters each kind of mismatch was seen.
+    """QEMU's counters, and the last cluster in use.
 
-    Kinds are issues of the census too, listed there: ``refcount-zero-metadata``,
+    The mismatches themselves are issues of the census: ``refcount-zero-metadata``,
     ``refcount-zero-data`` (mapped, but accounted free), ``refcount-low``, ``refcount-high``,
     ``leaked`` and ``refcount-past-end``.
     """
@@ -29,9 +29,9 @@ class Comparison:
     corruptions: int = 0
     leaks: int = 0
     errors: int = 0
-    orphans: int = 0  # of them, clusters of the active state that are mapped but accounted free
-    highest: int = 0  # QEMU never says that an image ends before its first cluster does
-    last: int = 0  # the same, where refcounts cannot be read too
+    orphans: int = 0  # of the corruptions, clusters that the active state maps and whose refcount is 0
+    highest: int = 0  # the last cluster claimed or counted; QEMU's check never reports less than the first
+    last: int = 0  # the same, also of clusters whose refcounts cannot be read
 
 
 def compare_refcounts(claims: Claims) -> Comparison:

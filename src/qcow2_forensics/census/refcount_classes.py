@@ -17,9 +17,8 @@ ZERO, ONE, MORE, UNREADABLE = range(4)
 _CHUNK = 1 << 20  # clusters looked up together, a multiple of four
 _ALL_ONE = 0b01010101
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
-_UNPACKED = ((np.arange(256, dtype=np.uint8)[:, None] >> _SHIFTS) & np.uint8(3)).view(np.uint32)[
-    :, 0
-]  # four bytes each
+# The four classes in each value of a byte, as the four bytes of one number.
+_UNPACKED = ((np.arange(256, dtype=np.uint8)[:, None] >> _SHIFTS) & np.uint8(3)).view(np.uint32).reshape(-1)
 
 
 class RefcountClasses:

@@ -23,10 +23,7 @@ class Counters:
     def __init__(self, length: int) -> None:
         self._counts: npt.NDArray[np.unsignedinteger] = np.zeros(length, dtype=_WIDTHS[0])
 
-    def __len__(self) -> int:
-        return len(self._counts)
-
-    def add_range(self, first: int, count: int, weight: int = 1) -> None:
+    def add_range(self, first: int, count: int, weight: int) -> None:
         """Add ``weight`` to ``count`` clusters from ``first``."""
         if count <= 0 or weight <= 0:
             return

@@ -26,17 +26,16 @@ ACTIVE, SNAPSHOTS, VM_STATES = range(3)  # columns of what is shown
 class StateEnds:
     """Where the disk and the VM state of each state end; trees are -1 for the active state, else a snapshot's index."""
 
-    def __init__(self, image: Image, snapshots: Sequence[SnapshotEntry | SnapshotL1] = ()) -> None:
+    def __init__(self, image: Image, snapshots: Sequence[SnapshotEntry | SnapshotL1]) -> None:
         self.span = image.header.l2_span
         active = image.disk_size
-        disks = [active] + [
-            active if entry.disk_size is None else entry.disk_size // SECTOR * SECTOR for entry in snapshots
-        ]
-        memories = [0] + [entry.vm_state_size for entry in snapshots]
+        sizes = (active if entry.disk_size is None else entry.disk_size // SECTOR * SECTOR for entry in snapshots)
+        disks, memories = [active, *sizes], [0, *(entry.vm_state_size for entry in snapshots)]
         self._disks = np.minimum(np.asarray(disks, np.uint64), np.uint64(_MOST)).astype(np.int64)
-        sizes = np.minimum(np.asarray(memories, np.uint64), np.uint64(_MOST >> 1)).astype(np.int64)
         self._vm_starts = -(-self._disks // self.span) * self.span
-        self._vm_ends = self._vm_starts + sizes
+        self._vm_ends = self._vm_starts + np.minimum(np.asarray(memories, np.uint64), np.uint64(_MOST >> 1)).astype(
+            np.int64
+        )
 
     def entries(self) -> I64:
         """Return how many L1 entries each state needs for its disk and its VM state, the active one first."""

@@ -1,4 +1,4 @@
-"""Takes the census: walks all metadata in the order QEMU's check has it."""
+"""Takes the census: walks all metadata in the order of QEMU's check."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def take_census(image: Image, subscribers: Iterable[type[Subscriber]] = ()) -> C
     Each of the ``subscribers`` sees the L2 tables while they are counted: see :meth:`Census.seen`.
     """
     header = image.header
+    if header.version == 1:
+        raise FormatError(
+            "QCOW version 1 has no refcounts: nothing in it says which clusters are free", field="version"
+        )
     if header.version not in (2, 3) or not 9 <= header.cluster_bits <= 21:
-        if header.version == 1:
-            raise FormatError(
-                "QCOW version 1 has no refcounts: nothing in it says which clusters are free", field="version"
-            )
         raise FormatError("the image has no known geometry to count by", field="cluster_bits")
     length = -(-image.file_size // SECTOR) * SECTOR
     clusters = -(-length // header.cluster_size)
@@ -52,7 +52,7 @@ def take_census(image: Image, subscribers: Iterable[type[Subscriber]] = ()) -> C
 
 
 class _Survey:
-    """The steps, in the order QEMU's check has them."""
+    """The steps, in the order of QEMU's check."""
 
     def __init__(self, image: Image, claims: Claims, layout: Layout, subscribers: Iterable[Subscriber]) -> None:
         self.image = image
@@ -133,14 +133,8 @@ class _Survey:
     def _snapshot_tables(self) -> U64:
         """Return the snapshots' L1 tables that can be walked, a row (offset, entries, snapshot) each."""
         snapshots, claims = self.layout.snapshots, self.claims
-        offsets, counts, numbers = (
-            np.fromiter(column, np.uint64, len(snapshots))
-            for column in (
-                (snapshot.l1_table_offset for snapshot in snapshots),
-                (snapshot.l1_size for snapshot in snapshots),
-                (snapshot.index for snapshot in snapshots),
-            )
-        )
+        rows = [(entry.l1_table_offset, entry.l1_size, entry.index) for entry in snapshots]
+        offsets, counts, numbers = np.asarray(rows, np.uint64).T
         odd = (offsets & np.uint64(claims.cluster_size - 1)) != 0
         large = ~odd & (counts > np.uint64(L1_ENTRIES))
         far = ~odd & ~large & (offsets > np.uint64(INT64_MAX) - counts * np.uint64(8))
@@ -181,7 +175,7 @@ class _Survey:
                     claims.corruptions += int(weight[mask].sum())
                     claims.issues.add(kind, self._bitmap_items(chunk.positions, entries, mask), int(mask.sum()))
                     bad.append(self._first_in_clusters(chunk.positions[mask]))
-            claims.claim_clusters(Owner.BITMAP_DATA, hosts[good], weight[good], "bitmap table", chunk.positions[good])
+            claims.bitmap_clusters(hosts[good], weight[good], chunk.positions[good])
             clusters, times = np.unique(hosts[good], return_counts=True)
             self._structures(np.repeat(clusters, np.minimum(times, 2)), Owner.BITMAP_DATA)  # twice is an overlap
         if bad:
@@ -245,7 +239,7 @@ class _Survey:
             blocks.append(np.unique(clusters))
         self._structures(np.unique(np.concatenate(blocks)) << np.uint64(claims.cluster_bits), Owner.REFCOUNT_BLOCK)
 
-    def _reftable_issue(self, kind: str, slots: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
+    def _reftable_issue(self, kind: str, slots: Places) -> None:
         if len(slots):
             self.claims.corruptions += len(slots)
             stored = self.claims.refcounts

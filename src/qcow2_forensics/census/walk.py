@@ -5,20 +5,32 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ..format.image import Image
 from ..limits import UNALIGNED_TABLES_FILE, UNALIGNED_TABLES_REPEATS, UNALIGNED_TABLES_SPARE, Budget
-from .columns import I64, U64, Columns, Mask, Places, big_endian, has_copied, has_reserved_l1, table_offsets
+from .columns import (
+    BATCH,
+    I64,
+    U64,
+    Columns,
+    Mask,
+    Places,
+    big_endian,
+    has_copied,
+    has_reserved_l1,
+    table_offsets,
+    table_words,
+)
 from .index_map import IndexMap
 from .reference_counts import Segments, weighted_segments
 from .state_ends import StateEnds
 
 _L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
 _L1_GAP = 1 << 16  # bytes between two tables that are read over
-_BATCH = 1 << 19  # bytes of L2 tables handled at once: temporaries stay in the cache
 _MERGE_ROWS = 1 << 20
 
 
@@ -112,6 +124,11 @@ class L2Tables:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    @property
+    def columns(self) -> tuple[npt.NDArray[Any], ...]:
+        """All arrays, in the order above."""
+        return self.offsets, self.active, self.snapshots, self.low, self.high, self.index, self.tree, self.shown
+
     @classmethod
     def nothing(cls) -> L2Tables:
         empty = np.zeros(0, dtype=np.uint64)
@@ -131,8 +148,7 @@ class L2Tables:
         """Return several as one, still with duplicates."""
         if len(parts) == 1:
             return parts[0]
-        columns = ((p.offsets, p.active, p.snapshots, p.low, p.high, p.index, p.tree, p.shown) for p in parts)
-        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+        return cls(*(np.concatenate(column) for column in zip(*(part.columns for part in parts), strict=True)))
 
     def merged(self) -> L2Tables:
         """Return the same with every table once, by rising offset."""
@@ -155,25 +171,16 @@ class L2Tables:
 
     def part(self, chosen: slice | Mask) -> L2Tables:
         """Return some of the tables."""
-        return L2Tables(
-            self.offsets[chosen],
-            self.active[chosen],
-            self.snapshots[chosen],
-            self.low[chosen],
-            self.high[chosen],
-            self.index[chosen],
-            self.tree[chosen],
-            self.shown[chosen],
-        )
+        return L2Tables(*(column[chosen] for column in self.columns))
 
 
 @dataclass(frozen=True)
 class Tables:
     """A batch of L2 tables: row ``i`` is the table at host offset ``offsets[i]``.
 
-    ``columns`` has a row for each. ``tree`` is who is reported as the owner: -1 the active state, else a
-    snapshot's index; ``index`` the slot of its L1 table that names the table, the lowest of several. ``shared``
-    says that slots of other numbers do too, ``active`` how many of the active L1 do, ``snapshots`` how many of
+    ``columns`` has a row for each. ``tree`` is the state that is reported as the owner: -1 the active one, else a
+    snapshot's index; ``index`` is the lowest slot of its L1 table that names the table. ``shared`` says that slots
+    with other numbers name it too, ``active`` how many slots of the active L1 table do, ``snapshots`` how many of
     snapshots'. ``shown`` is how many bytes of what a table maps are shown, in the columns of :mod:`.state_ends`.
     """
 
@@ -253,7 +260,7 @@ class Subscriber(Protocol):
 
 
 class L2TableCollector:
-    """Collects what L1 pieces name, merging now and then so that memory follows the tables."""
+    """Collects the L2 tables that pieces of L1 tables name; memory grows with the number of different ones."""
 
     def __init__(self) -> None:
         self._parts: list[L2Tables] = []
@@ -296,10 +303,9 @@ def batches(image: Image, named: L2Tables) -> Iterator[Tables]:
     """Yield L2 tables that are :func:`walkable` in batches, reading each once."""
     header = image.header
     size = header.cluster_size
-    rows = max(1, _BATCH // size)
+    rows = max(1, BATCH // size)
     for first in range(0, len(named), rows):
         part = named.part(slice(first, first + rows))
-        words = big_endian(_tables(image, part.offsets, size)).reshape(len(part), -1)
         yield Tables(
             part.offsets,
             part.index,
@@ -308,16 +314,7 @@ def batches(image: Image, named: L2Tables) -> Iterator[Tables]:
             part.snapshots,
             part.tree,
             part.shown,
-            Columns.of(words, header),
+            Columns.of(table_words(image, part.offsets, size), header),
             header.cluster_bits,
             header.l2_entry_size,
         )
-
-
-def _tables(image: Image, offsets: U64, size: int) -> bytes:
-    first = int(offsets[0])
-    if int(offsets[-1]) - first == (len(offsets) - 1) * size and len(offsets) > 1:
-        steps = offsets[1:] - offsets[:-1]
-        if bool((steps == np.uint64(size)).all()):
-            return image.read(first, len(offsets) * size).ljust(len(offsets) * size, b"\0")
-    return b"".join(image.read(offset, size).ljust(size, b"\0") for offset in offsets.tolist())

@@ -76,15 +76,6 @@ class _Piece(NamedTuple):
 _Opaque = dict[int, tuple[object, ...]]
 
 
-class _Candidate(NamedTuple):
-    """A range that the mappings cannot prove equal."""
-
-    offset: int
-    length: int
-    change: Change
-    note: str = ""
-
-
 def compare(before: Layer, after: Layer, *, progress: Callable[[int], None] | None = None) -> Iterator[Difference]:
     """Yield the ranges where ``after`` differs from ``before``, in order, whole sectors, coalesced.
 
@@ -104,7 +95,8 @@ def possible_differences(before: Layer, after: Layer) -> Iterator[Difference]:
     yield from _compare(before, after, _unread, None)
 
 
-_Settle = Callable[[Layer, Layer, "_Candidate"], Iterable[Difference]]
+# Says which parts of a range that the mappings do not prove equal are differences.
+_Settle = Callable[[Layer, Layer, Difference], Iterable[Difference]]
 
 
 def _compare(
@@ -132,11 +124,11 @@ def _differences(
         settled = position
         position = min(end, shared_until(position))
         stop = min(end, position + window)
-        window *= 2  # what tables of a few clusters say of petabytes needs few looks
+        window *= 2  # a few clusters of tables can describe petabytes
         for low, high in left_open(position, stop):
             for candidate in _candidates(before, after, low, high, cluster, opaque):
                 if candidate.change is Change.UNREADABLE:
-                    yield Difference(*candidate)
+                    yield candidate
                 else:
                     window = smallest
                     yield from settle(before, after, candidate)
@@ -173,11 +165,6 @@ def _tables(disk: Disk) -> tuple[object, ...]:
     return getattr(source, "identity", None) or id(source), _file(disk), disk.eof, disk.unbacked is not None
 
 
-def _is_one_file(before: Disk, after: Disk) -> bool:
-    """Whether two disks have their tables in one file, and their bytes too, and are read in one way."""
-    return _tables(before) == _tables(after)
-
-
 def _keys(layer: Layer | None) -> Iterator[tuple[object, ...]]:
     """Yield a key for each layer from the bottom of the chain up: equal keys are equal disks."""
     below: tuple[object, ...] = ()
@@ -210,17 +197,16 @@ def _proofs(
     one, two = list(_keys(before)), list(_keys(after))
     for over, backing, under in ((after, two[:-1], one), (before, one[:-1], two)):
         if isinstance(over, Disk) and backing == under:
-            return over.mapping.unmapped_until, DifferingTables(
-                over.mapping, None, one_file=True, blank_from=_NEVER
-            ).ranges
+            differing = DifferingTables(over.mapping, None, one_file=True, blank_from=_NEVER)
+            return over.mapping.unmapped_until, differing.ranges
     if isinstance(before, Disk) and isinstance(after, Disk):
         first, second = before.mapping, after.mapping
-        alike = (first.table_span, first.cluster_size) == (second.table_span, second.cluster_size)
         unbacked = before.unbacked is not None or after.unbacked is not None
-        if _is_one_file(before, after) and one[:-1] == two[:-1]:
+        if _tables(before) == _tables(after) and one[:-1] == two[:-1]:
             blank_from = _NEVER if unbacked else before.backing.size if before.backing is not None else 0
             differing = DifferingTables(first, second, one_file=True, blank_from=blank_from)
             return partial(first.shared_until, second), differing.ranges
+        alike = (first.table_span, first.cluster_size) == (second.table_span, second.cluster_size)
         if alike and len(one) == len(two) == 1 and not unbacked:
             return lambda offset: offset, DifferingTables(first, second, one_file=False, blank_from=0).ranges
     return lambda offset: offset, lambda start, end: [(start, end)]
@@ -257,10 +243,10 @@ def _pieces(layer: Layer, offset: int, length: int, opaque: _Opaque) -> Iterator
             if rest < run.length:
                 yield _Piece(run.offset + rest, run.length - rest, None, False)
     if mapped < offset + length:
-        layer.read(mapped, SECTOR)  # raises: past the L1 table of a snapshot is nothing to vouch for
+        layer.read(mapped, SECTOR)  # raises: what lies past the L1 table of a snapshot is unknown
 
 
-def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, opaque: _Opaque) -> Iterator[_Candidate]:
+def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, opaque: _Opaque) -> Iterator[Difference]:
     """Yield the parts of a range whose pieces are not the same in both, or may not be."""
     while start < end:
         try:
@@ -270,7 +256,7 @@ def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, o
             while True:
                 length = min(left.length, right.length)
                 if left.content != right.content:
-                    yield _Candidate(left.offset, length, _change(left, right))
+                    yield Difference(left.offset, length, _change(left, right))
                 start = left.offset + length
                 if start >= end:
                     return
@@ -279,7 +265,7 @@ def _unproven(before: Layer, after: Layer, start: int, end: int, cluster: int, o
         except Qcow2Error as error:
             until = max(unmappable_until(layer, start, end) for layer in (before, after))
             until = min(end, max(until, (start // cluster + 1) * cluster))
-            yield _Candidate(start, until - start, Change.UNREADABLE, reason(error))
+            yield Difference(start, until - start, Change.UNREADABLE, reason(error))
             start = until
 
 
@@ -300,12 +286,12 @@ def _rest(piece: _Piece, taken: int) -> _Piece:
 
 def _candidates(
     before: Layer, after: Layer, start: int, end: int, cluster: int, opaque: _Opaque
-) -> Iterator[_Candidate]:
-    """Yield what the mappings leave open."""
+) -> Iterator[Difference]:
+    """Yield the ranges that the mappings do not prove equal."""
     for outer in _unproven(before, after, start, end, cluster, opaque):
         if opaque and outer.change is not Change.UNREADABLE:
             # What differs from a shared layer may still be proved equal by looking into that layer.
-            yield from _unproven(before, after, outer.offset, outer.offset + outer.length, cluster, {})
+            yield from _unproven(before, after, outer.offset, outer.end, cluster, {})
         else:
             yield outer
 
@@ -313,15 +299,14 @@ def _candidates(
 # --- what the bytes say ------------------------------------------------------------------------
 
 
-def _unread(before: Layer, after: Layer, candidate: _Candidate) -> Iterator[Difference]:  # noqa: ARG001
-    """Leave open whether the bytes differ."""
-    yield Difference(*candidate)
+def _unread(before: Layer, after: Layer, candidate: Difference) -> Iterator[Difference]:  # noqa: ARG001
+    """Take a range as different without reading it."""
+    yield candidate
 
 
-def _unequal_bytes(before: Layer, after: Layer, candidate: _Candidate) -> Iterator[Difference]:
-    end = candidate.offset + candidate.length
-    for offset in range(candidate.offset, end, _CHUNK):
-        yield from _unequal_chunk(before, after, offset, min(_CHUNK, end - offset), candidate.change)
+def _unequal_bytes(before: Layer, after: Layer, candidate: Difference) -> Iterator[Difference]:
+    for offset in range(candidate.offset, candidate.end, _CHUNK):
+        yield from _unequal_chunk(before, after, offset, min(_CHUNK, candidate.end - offset), candidate.change)
 
 
 def _unequal_chunk(before: Layer, after: Layer, offset: int, length: int, change: Change) -> Iterator[Difference]:

@@ -7,7 +7,7 @@ the masks in its loops, where a call would cost as much as the read.
 
 from __future__ import annotations
 
-import struct
+import sys
 from array import array
 
 from .header import SECTOR
@@ -44,11 +44,6 @@ def is_compressed(entry: int) -> bool:
     return bool(entry & COMPRESSED)
 
 
-def is_copied(entry: int) -> bool:
-    """Whether an L1 or L2 entry says that the refcount of its cluster is one."""
-    return bool(entry & COPIED)
-
-
 def has_reserved_l1_bits(entry: int) -> bool:
     """Whether an L1 entry has bits set that have no meaning."""
     return bool(entry & L1_RESERVED)
@@ -61,15 +56,15 @@ def has_reserved_bitmap_bits(entry: int) -> bool:
 
 def stored_extent(entry: int, cluster_bits: int) -> tuple[int, int]:
     """Return (host offset, size) in bytes of what an L2 entry maps: a cluster, or a compressed one; offset 0 is none."""
-    return (
-        compressed_descriptor(entry, cluster_bits) if entry & COMPRESSED else (entry & OFFSET_MASK, 1 << cluster_bits)
-    )
+    if entry & COMPRESSED:
+        return compressed_descriptor(entry, cluster_bits)
+    return entry & OFFSET_MASK, 1 << cluster_bits
 
 
-def end_of_data(entry: int, cluster_size: int, bitmap: int | None = None) -> int:
+def end_of_data(entry: int, cluster_size: int, bitmap: int | None) -> int:
     """Return up to where in its cluster an L2 entry that is not compressed shows stored bytes.
 
-    ``bitmap`` is the second word of an extended entry.
+    ``bitmap`` is the second word of an extended entry, None for any other.
     """
     if bitmap is None:
         return 0 if entry & ZERO else cluster_size
@@ -95,12 +90,9 @@ def qcow1_compressed_descriptor(entry: int, cluster_bits: int) -> tuple[int, int
 
 
 def parse_entries(data: bytes) -> array[int]:
-    """Return big-endian 64-bit table entries as an array of Python-readable integers."""
+    """Return big-endian 64-bit table entries in the machine's byte order."""
     table = array("Q")
     table.frombytes(data)
-    if _SWAP:
+    if sys.byteorder == "little":
         table.byteswap()
     return table
-
-
-_SWAP = struct.pack("=H", 1) != struct.pack(">H", 1)

@@ -91,14 +91,12 @@ def read_extensions(image: Metadata) -> tuple[tuple[Extension, ...], tuple[Probl
     while at + 8 <= len(area):
         kind = int.from_bytes(area[at : at + 4], "big")
         length = int.from_bytes(area[at + 4 : at + 8], "big")
-        if kind == ExtensionType.END:
-            if length > end - at - 8:  # QEMU refuses it, but nothing depends on it
-                problems.append(_extension_problem(at, kind, length, "reaches past the header extension area"))
-            break
         if length > end - at - 8:
-            problems.append(
-                _extension_problem(at, kind, length, "reaches past the header extension area", *_unread(found))
-            )
+            # QEMU refuses an end mark with such a length too, but nothing depends on that length.
+            parts = () if kind == ExtensionType.END else _unread(found)
+            problems.append(_extension_problem(at, kind, length, "reaches past the header extension area", *parts))
+            break
+        if kind == ExtensionType.END:
             break
         if len(found) == image.limits.header_extensions:
             problems.append(_too_many_extensions(at, image.limits.header_extensions, _unread(found)))

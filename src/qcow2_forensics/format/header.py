@@ -63,7 +63,7 @@ class Compression(enum.IntEnum):
 
 
 class HeaderField(NamedTuple):
-    """Where a header field is: byte offset, :mod:`struct` format, length in bytes."""
+    """Where a header field is: byte offset, and the :mod:`struct` format that gives its length."""
 
     name: str
     offset: int
@@ -114,7 +114,10 @@ _QCOW1 = (
 QCOW1_HEADER_LENGTH = 48
 V2_HEADER_LENGTH = 72
 V3_HEADER_LENGTH = 104
-_MOST_BITS = 64  # a header may claim 2^32 - 1: as a power of two, half a gigabyte of one number
+_MOST_BITS = 64  # a header may claim 2^32 - 1; two to that power is a number of half a gigabyte
+
+# What old versions of QEMU left behind a version 2 header: refcount_order 4 and header_length 104, as in version 3.
+V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))
 
 
 class Header(NamedTuple):
@@ -161,7 +164,7 @@ class Header(NamedTuple):
     @property
     def cluster_size(self) -> int:
         """Bytes per cluster."""
-        return 1 << (min(_MOST_BITS, self.cluster_bits))
+        return 1 << min(self.cluster_bits, _MOST_BITS)
 
     @property
     def extended_l2(self) -> bool:
@@ -212,7 +215,7 @@ def parse_header(data: bytes) -> Header:
     if version == 1:
         values["header_length"] = QCOW1_HEADER_LENGTH
         values["refcount_order"] = 0
-        # A guard for nonsense bits; image.py refuses them with a reason.
+        # Larger numbers are not shifted by; the rules refuse them with a reason.
         if values["cluster_bits"] <= 63 and values["l2_bits"] <= 63:
             span = 1 << (values["cluster_bits"] + values["l2_bits"])
             values["l1_size"] = -(-values["size"] // span)

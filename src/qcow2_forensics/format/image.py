@@ -208,7 +208,7 @@ class Image(Closing):
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything wrong with header, extensions, snapshot table and bitmap directory."""
+        """Everything wrong with header, extensions, snapshot table and bitmap directory, in this order."""
         problems = self.header_problems
         if any(DISK in problem.blocks and problem.field in ("version", "cluster_bits") for problem in problems):
             return problems

@@ -34,7 +34,7 @@ DISK = "disk"
 SNAPSHOTS = "snapshots"
 BITMAPS = "bitmaps"
 REFCOUNTS = "refcounts"
-EXTENSIONS = "extensions"  # those that the walk did not come to
+EXTENSIONS = "extensions"  # those that could not be read
 BACKING = "backing"  # the name of the backing file
 
 BACKING_NAME = "backing file name"  # the field of a problem that QEMU does not see: it reads zeros there
@@ -50,8 +50,8 @@ class Problem(NamedTuple):
 
     ``code`` is the finding it belongs to; ``blocks`` names what cannot be read soundly because of
     it: ``"disk"``, ``"snapshots"``, ``"snapshot:<index>"``, ``"bitmaps"``, ``"refcounts"``,
-    ``"extensions"``, ``"backing"`` (its name) or nothing. ``limit`` is set where a number is above a limit; ``unsupported`` where the value is
-    not wrong but unknown here.
+    ``"extensions"``, ``"backing"`` (its name) or nothing. ``limit`` is set where a number is above a
+    limit, ``unsupported`` where the value is not wrong but unknown here.
     """
 
     code: str

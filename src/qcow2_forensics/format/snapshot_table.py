@@ -26,7 +26,7 @@ class SnapshotEntry(NamedTuple):
 
     ``vm_state_size`` is the 64-bit field where the extra data has it, the 32-bit one elsewhere;
     ``disk_size`` and ``icount`` are None when the extra data does not reach them. Dates are
-    seconds and nanoseconds of the epoch as the host's clock had them.
+    seconds and nanoseconds since 1970 by the host's clock.
     """
 
     index: int  # type: ignore[assignment]  # hides a method of tuple that nobody calls on an entry
@@ -79,9 +79,9 @@ class SnapshotHead(NamedTuple):
         return SNAPSHOT_ENTRY_LENGTH + self.extra_length + self.id_length + self.name_length
 
 
-def parse_snapshot_head(data: bytes, at: int = 0) -> SnapshotHead:
-    """Return the fixed part of the entry at ``data[at:]``, which must hold at least 40 bytes."""
-    return SnapshotHead._make(_SNAPSHOT.unpack_from(data, at))
+def parse_snapshot_head(data: bytes) -> SnapshotHead:
+    """Return the fixed part of an entry; ``data`` must be its 40 bytes."""
+    return SnapshotHead._make(_SNAPSHOT.unpack(data))
 
 
 def build_snapshot_entry(index: int, offset: int, head: SnapshotHead, tail: bytes) -> SnapshotEntry:
@@ -111,7 +111,7 @@ def build_snapshot_entry(index: int, offset: int, head: SnapshotHead, tail: byte
 
 
 def read_snapshot_table(image: Metadata) -> tuple[tuple[SnapshotEntry, ...], tuple[Problem, ...]]:
-    """Parse the snapshot table up to its first entry that cannot be."""
+    """Parse the snapshot table up to the first entry that cannot be parsed."""
     header, limits = image.header, image.limits
     if header.version == 1 or header.nb_snapshots == 0:
         return (), ()
@@ -122,11 +122,11 @@ def read_snapshot_table(image: Metadata) -> tuple[tuple[SnapshotEntry, ...], tup
         return (), ()  # the header's own problem says so
     found: list[SnapshotEntry] = []
     problems: list[Problem] = []
-    reader = _Window(image)
+    window = Window(image)
     unaligned, most_l1 = header.cluster_size - 1, limits.l1_bytes // 8
     at = header.snapshots_offset
     for index in range(header.nb_snapshots):
-        problem = _read_snapshot(reader, index, at, found, limits, header)
+        problem = _read_snapshot(window, index, at, found, limits, header)
         if problem is not None:
             problems.append(problem)
             break
@@ -145,7 +145,7 @@ def read_snapshot_table(image: Metadata) -> tuple[tuple[SnapshotEntry, ...], tup
     return tuple(found), tuple(problems)
 
 
-class _Window:
+class Window:
     """Forward reads in chunks: one read for a small table, bounded memory for a huge one."""
 
     def __init__(self, image: Metadata) -> None:
@@ -153,37 +153,34 @@ class _Window:
         self._start = 0
         self._data = b""
 
-    def look(self, offset: int, length: int) -> tuple[bytes, int]:
-        """Return data and where in it ``offset`` is; ``length`` bytes follow there unless the file ends."""
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``offset``, fewer only at the end of the file."""
         at = offset - self._start
         if at < 0 or at + length > len(self._data):
             self._start, at = offset, 0
             self._data = self._image.read(offset, max(length, _CHUNK))
-        return self._data, at
+        return self._data[at : at + length]
 
 
 def _read_snapshot(
-    reader: _Window, index: int, at: int, found: list[SnapshotEntry], limits: Limits, header: Header
+    window: Window, index: int, at: int, found: list[SnapshotEntry], limits: Limits, header: Header
 ) -> Problem | None:
-    data, start = reader.look(at, SNAPSHOT_ENTRY_LENGTH)
-    if len(data) < start + SNAPSHOT_ENTRY_LENGTH:
+    fixed = window.read(at, SNAPSHOT_ENTRY_LENGTH)
+    if len(fixed) < SNAPSHOT_ENTRY_LENGTH:
         return _table_problem(at, "snapshot", index, f"snapshot table entry {index} lies past the end of the file")
-    head = parse_snapshot_head(data, start)
+    head = parse_snapshot_head(fixed)
     if head.extra_length > limits.snapshot_extra_bytes:
         text = f"snapshot table entry {index} has too much extra data"
         return _table_problem(
             at + _EXTRA_SIZE_AT, "extra_data_size", head.extra_length, text, limit=limits.snapshot_extra_bytes
         )
-    length = head.total_length
-    if len(data) < start + length:
-        data, start = reader.look(at, length)
-    if len(data) < start + length:
+    data = window.read(at, head.total_length)
+    if len(data) < head.total_length:
         return _table_problem(at, "snapshot", index, f"snapshot table entry {index} reaches past the end of the file")
     if header.version >= 3 and head.extra_length < 16:
         text = f"snapshot table entry {index} lacks the extra data version 3 requires"
         return _table_problem(at + _EXTRA_SIZE_AT, "extra_data_size", head.extra_length, text)
-    tail = data[start + SNAPSHOT_ENTRY_LENGTH : start + length]
-    found.append(build_snapshot_entry(index, at, head, tail))
+    found.append(build_snapshot_entry(index, at, head, data[SNAPSHOT_ENTRY_LENGTH:]))
     return None
 
 

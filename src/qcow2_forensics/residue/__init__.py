@@ -5,7 +5,7 @@
     with residue("disk.qcow2") as found:
         for piece in found.pieces():          # runs: offset, length, kind, what it looks like
             found.open(piece).read()          # and streams
-        found.deleted_snapshots()             # former states that can still be opened
+        found.deleted_snapshots()             # snapshots that no table lists, many of which can be opened
     open_disk("disk.qcow2", snapshot="deleted:2")
 
 ``reader.states`` asks :func:`select_deleted` here what ``deleted:X`` means.

@@ -1,4 +1,4 @@
-"""What a stretch of bytes looks like: how much of it is there, how random, which file it starts."""
+"""What a run of bytes looks like: how much of it is not zeros, its entropy, and the kind of file it begins."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Content(NamedTuple):
 
 
 def describe(data: bytes) -> Content:
-    """Return the facts about ``data``, whose start is the place signatures are looked for."""
+    """Return the facts about ``data``; signatures are looked for at its start."""
     import numpy as np  # here: triage of a clean header never gets so far
 
     counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
@@ -82,9 +82,9 @@ def describe(data: bytes) -> Content:
 
 
 def histograms(data: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Return how often each byte value occurs in each group of rows of bytes, given the number of each row's group from 0 on, rising.
+    """Return how often each byte value occurs in each group of rows of bytes: ``(groups, 256)``.
 
-    Two bytes are counted at once where a group has many rows.
+    ``groups`` is the number of each row's group, from 0 on and rising. In groups of many rows bytes are counted in pairs.
     """
     import numpy as np
 
@@ -137,7 +137,7 @@ def _rows_with(data: np.ndarray, offset: int, magic: bytes) -> np.ndarray:
 
 
 def signature(data: bytes) -> str:
-    """Return the name of what ``data`` starts as, empty when nothing matches."""
+    """Return the name of the kind of file that ``data`` begins, empty when nothing matches."""
     head = data[:LONGEST]
     if head[:2] == b"MZ" and (at := int.from_bytes(head[60:64], "little")) and head[at : at + 4] == b"PE\0\0":
         return "PE"

@@ -46,11 +46,11 @@ class Looks(NamedTuple):
     def data(cls, count: int) -> Looks:
         """Return the looks of clusters that are not tables."""
         zeros = np.zeros(count, np.intp)
-        return cls(np.zeros(count, np.int8), zeros, zeros.copy(), np.zeros(count, np.bool_))
+        return cls(zeros.astype(np.int8), zeros, zeros.copy(), zeros.astype(np.bool_))
 
     def of(self, rows: Counts | Mask) -> Looks:
         """Return the looks of some of the clusters."""
-        return Looks(self.looks[rows], self.entries[rows], self.intact[rows], self.zero_only[rows])
+        return Looks._make(column[rows] for column in self)
 
 
 class Seen(NamedTuple):
@@ -75,14 +75,9 @@ class FormerTables:
     @classmethod
     def joined(cls, parts: Sequence[FormerTables]) -> FormerTables:
         """Join several, whose offsets rise from one to the next."""
-        looks = [Looks.data(0), *(part.looks for part in parts)]
-        columns = Looks(
-            np.concatenate([one.looks for one in looks]),
-            np.concatenate([one.entries for one in looks]),
-            np.concatenate([one.intact for one in looks]),
-            np.concatenate([one.zero_only for one in looks]),
-        )
-        return cls(np.concatenate([np.empty(0, np.intp), *(part.offsets for part in parts)]), columns)
+        offsets = np.concatenate([np.empty(0, np.intp), *(part.offsets for part in parts)])
+        columns = zip(Looks.data(0), *(part.looks for part in parts), strict=True)
+        return cls(offsets, Looks._make(map(np.concatenate, columns)))
 
     def at(self, offsets: Counts) -> Looks:
         """Return what the clusters at some offsets look like."""

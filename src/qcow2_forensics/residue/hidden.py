@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, IndexMap, Subscriber, Tables
+from ..census.columns import I64, Mask
 from ..format.entries import SUBCLUSTER_MASK, SUBCLUSTERS
 from ..format.image import Image
 from ..format.source import Source
@@ -22,9 +23,6 @@ from . import live_mappings
 from .host_ranges import HostRange, piece_of, pieces
 from .model import Piece
 from .structure_detection import Words
-
-Flags = npt.NDArray[np.bool_]
-I64 = npt.NDArray[np.int64]
 
 _TOGETHER = 1 << 14  # clusters whose subclusters are looked at at once
 
@@ -87,7 +85,7 @@ class Mapped(NamedTuple):
         return Mapped(*(column[kept] for column in self))
 
 
-def _mapped(census: Census, wanted: Callable[[Tables], Flags], known: Flags) -> Mapped:
+def _mapped(census: Census, wanted: Callable[[Tables], Mask], known: Mask) -> Mapped:
     """Return the host clusters of wanted entries that are in the file and not known yet, and note them as known."""
     bits = census.image.header.cluster_bits
     parts = [np.zeros((3, 0), np.int64)]
@@ -130,7 +128,7 @@ def zero_flagged(image: Image, census: Census) -> Iterator[Piece]:
     clusters, bits = census.index_map, np.uint64(image.header.cluster_bits)
     shown = np.zeros(clusters.length, np.bool_)  # by index: read as data by some state
 
-    def flagged(batch: Tables) -> Flags:
+    def flagged(batch: Tables) -> Mask:
         hosts = batch.columns.data_hosts
         shown[clusters.of(np.minimum(hosts[hosts != 0] >> bits, np.uint64(clusters.clusters)))] = True
         return batch.columns.zero_flags & _placed(image, batch.columns.hosts)
@@ -164,8 +162,8 @@ def _dead(image: Image, census: Census, mapped: Mapped, allocated: npt.NDArray[n
         yield from _ranges(image, dead, part, "subcluster")
 
 
-def _placed(image: Image, offsets: Words) -> Flags:
-    placed: Flags = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
+def _placed(image: Image, offsets: Words) -> Mask:
+    placed: Mask = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
     placed &= offsets < np.uint64(image.file_size)
     return placed
 

@@ -33,15 +33,8 @@ class HostRange(NamedTuple):
     snapshot: str = ""
 
 
-def continued(ranges: Iterable[HostRange]) -> Iterator[HostRange]:
-    """Yield ranges, those joined that are of one kind and follow each other in the file and in the guest's disk.
-
-    What came before an error is yielded before it.
-    """
-    return joined(ranges, _join)
-
-
 def _join(first: HostRange, second: HostRange) -> HostRange | None:
+    """Return two ranges of one kind as one where they follow each other in the file and in the guest's disk."""
     guest = None if first.guest_offset is None else first.guest_offset + first.length
     if (second.offset, second.kind, second.guest_offset) != (first.offset + first.length, first.kind, guest):
         return None
@@ -51,9 +44,9 @@ def _join(first: HostRange, second: HostRange) -> HostRange | None:
 def pieces(read: Read, ranges: Iterable[HostRange], cluster_size: int) -> Iterator[Piece]:
     """Yield what ranges hold, given in the order of the file.
 
-    A piece ends at a cluster of zeros, and where a cluster starts as a file of a known kind.
+    A piece ends at a cluster of zeros, and where a cluster begins as a file of a known kind does.
     """
-    for found in continued(ranges):
+    for found in joined(ranges, _join):
         growing: _Growing | None = None
         for offset, part in _parts(read, found, cluster_size):
             holds_bytes = part.count(0) < len(part)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
 
 from ..account.account import Account
 from ..account.shown import ShownBytes
 from ..account.streams import Decoded, decode_all
 from ..census import Census, take_census
+from ..census.claims import DistinctEntries
 from ..census.columns import big_endian, table_offsets
 from ..errors import MissingFile, Qcow2Error
 from ..format.bitmap_directory import BitmapEntry
@@ -27,6 +30,7 @@ from ..limits import (
     FORMER_BITMAP_TABLE_ENTRIES,
     FORMER_BITMAPS_FOLLOWED,
     FORMER_ENTRIES,
+    Budget,
     Limits,
 )
 from ..reader.disk import Disk
@@ -55,6 +59,14 @@ class _Former(NamedTuple):
     bitmaps: list[BitmapEntry]
 
 
+class FormerBitmaps(NamedTuple):
+    """Host offsets of unclaimed clusters that removed bitmaps used; ``left_out`` counts tables that were not followed."""
+
+    tables: set[int]
+    bits: set[int]
+    left_out: int
+
+
 class Residue(Closing):
     """The residue of one image: a context manager over runs that can be read.
 
@@ -64,15 +76,10 @@ class Residue(Closing):
 
     def __init__(self, image: Image, *, census: Census | None = None, data: Source | None = None) -> None:
         self.image = image
-        self._given = census
-        self._data = data
-        self._files = ExitStack()
+        self.data = data  # the external data file, None where there is none or it is not opened
         self.entries_left_out = 0  # former snapshot and bitmap entries found and dropped: there were too many
-
-    @property
-    def data(self) -> Source | None:
-        """The external data file, None where there is none or it is not opened."""
-        return self._data
+        self._given = census
+        self._files = ExitStack()
 
     @cached_property
     def census(self) -> Census:
@@ -111,11 +118,11 @@ class Residue(Closing):
             return
         yield from hidden.zero_flagged(self.image, self.census)
         yield from hidden.subclusters(self.image, self.census)
-        yield from streams.compressed_slack(self.image, self.census, self.decoded)
+        yield from streams.compressed_slack(self.image, self.decoded)
         yield from hidden.tail(self.image)
         yield from accounted(self.account)
-        if self.image.header.external_data and self._data is not None:
-            yield from data_file_residue(self.image, self._data, strict=False)
+        if self.image.header.external_data and self.data is not None:
+            yield from data_file_residue(self.image, self.data, strict=False)
 
     def unclaimed(self) -> Iterator[Piece]:
         """Yield what lies in clusters nothing refers to."""
@@ -163,12 +170,9 @@ class Residue(Closing):
                 snapshots += old.snapshots
                 bitmaps += old.bitmaps
                 self.entries_left_out += old.left_out
-        live = {(bitmap.name_bytes, bitmap.table_offset) for bitmap in self.image.bitmaps}
-        former = {
-            (bitmap.name_bytes, bitmap.table_offset): bitmap
-            for bitmap in bitmaps
-            if (bitmap.name_bytes, bitmap.table_offset) not in live
-        }
+        former = {(bitmap.name_bytes, bitmap.table_offset): bitmap for bitmap in bitmaps}
+        for bitmap in self.image.bitmaps:
+            former.pop((bitmap.name_bytes, bitmap.table_offset), None)
         return snapshot_entries.unknown_entries(self.image, snapshots), list(former.values())
 
     def _table_tails(self) -> Iterator[tuple[int, bytes]]:
@@ -204,29 +208,28 @@ class Residue(Closing):
             self.image, snapshots, self.census, most=DELETED_SNAPSHOTS_FOLLOWED, read_data=read_data
         )
 
-    def former_bitmap_clusters(self) -> set[int]:
-        """Return the host offsets of unclaimed clusters that removed bitmaps used: tables and bits."""
-        bits = (words[words != 0].tolist() for _, words in self._former_bitmap_tables())
-        return self.former_bitmap_tables() | self._unclaimed(itertools.chain.from_iterable(bits))
-
-    def former_bitmap_tables(self) -> set[int]:
-        """Return the host offsets of unclaimed clusters that held the tables of removed bitmaps."""
-        size = self.image.cluster_size
-        tables = (range(at, at + 8 * len(words), size) for at, words in self._former_bitmap_tables())
-        return self._unclaimed(itertools.chain.from_iterable(tables))
-
-    def _former_bitmap_tables(self) -> Iterator[tuple[int, Words]]:
-        """Yield the offset of each removed bitmap's table, and what it names now."""
-        for entry in self.entries()[1][:FORMER_BITMAPS_FOLLOWED]:
-            length = entry.table_size * 8
-            if entry.table_size > FORMER_BITMAP_TABLE_ENTRIES or entry.table_offset + length > self.image.file_size:
+    @cached_property
+    def former_bitmaps(self) -> FormerBitmaps:
+        """The unclaimed clusters that the tables of removed bitmaps are in, and those that they name."""
+        image = self.image
+        budget = Budget("bytes of the tables of removed bitmaps", image.file_size, image.limits)
+        tables, bits, left_out = DistinctEntries(), DistinctEntries(), 0
+        places = sorted({(entry.table_offset, entry.table_size) for entry in self.entries()[1]})
+        inside = [(offset, count) for offset, count in places if offset + count * 8 <= image.file_size]
+        for number, (offset, count) in enumerate(inside):
+            if number >= FORMER_BITMAPS_FOLLOWED or count > FORMER_BITMAP_TABLE_ENTRIES or count * 8 > budget.left:
+                left_out += 1
                 continue
-            data = self.image.read(entry.table_offset, length)
-            yield entry.table_offset, table_offsets(big_endian(data), self.image.header)
+            budget.spend(count * 8)
+            tables.add(np.arange(offset, offset + count * 8, image.cluster_size, dtype=np.uint64))
+            bits.add(table_offsets(big_endian(image.read(offset, count * 8)), image.header))
+        return FormerBitmaps(self._unclaimed(tables.result()), self._unclaimed(bits.result()), left_out)
 
-    def _unclaimed(self, offsets: Iterable[int]) -> set[int]:
-        size = self.image.cluster_size
-        return {offset for offset in set(offsets) if offset % size == 0 and not self.census.owner(offset)}
+    def _unclaimed(self, offsets: Words) -> set[int]:
+        """Return those of some host offsets where clusters begin that nothing refers to."""
+        numbers = offsets // np.uint64(self.image.cluster_size)
+        kept = (offsets % np.uint64(self.image.cluster_size) == 0) & (numbers < np.uint64(self.census.clusters))
+        return set(offsets[kept][~self.census.is_claimed(numbers[kept])].tolist())
 
     # --- streams -------------------------------------------------------------------------------
 
@@ -244,9 +247,9 @@ class Residue(Closing):
     def _source(self, piece: Piece) -> Source:
         if piece.file != "data":
             return self.image.source
-        if self._data is None:
+        if self.data is None:
             raise MissingFile("data", self.image.data_file_name or "")
-        return self._data
+        return self.data
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -309,9 +312,8 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     image.require("disk")
     found = Residue(image)
     entry = found.entry_at(int(wanted, 16)) if _OFFSET.fullmatch(wanted) else None
-    former: list[
-        SnapshotEntry
-    ] = []  # an entry chosen by its offset is not compared with the others: finding those reads all free space
+    # An entry chosen by its offset is not compared with the others: finding those reads all free space.
+    former: list[SnapshotEntry] = []
     if entry is None:
         former, _ = found.entries()
         entry = snapshot_entries.choose_deleted([DeletedSnapshot(entry, False) for entry in former], wanted).entry

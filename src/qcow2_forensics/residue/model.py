@@ -30,9 +30,9 @@ KINDS = (
 class Piece:
     """A run of bytes nothing points at, of one kind and one appearance.
 
-    ``kind`` says why it is residue (one of :data:`KINDS`), ``looks``
-    what it looks like: ``data``, ``l1``, ``l2``, ``refcount-table``,
-    ``refcounts``, ``snapshot-table``, ``bitmap-directory`` or ``vm-state``. Offsets are in ``file`` ("" is the image itself).
+    ``kind`` says why it is residue (one of :data:`KINDS`), ``looks`` what it looks like: ``data``, ``text``, ``stream``,
+    ``l1``, ``l2``, ``refcount-table``, ``refcounts``, ``snapshot-table``, ``bitmap-directory`` or ``vm-state``. Offsets are
+    in ``file`` ("" is the image itself).
     """
 
     offset: int

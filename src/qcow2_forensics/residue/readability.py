@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
+from ..census.claimed_clusters import merged
 from ..census.columns import Columns, big_endian, compressed_extents, table_offsets
+from ..census.reference_counts import ranges
 from ..errors import LimitExceeded
 from ..format.image import Image
 from ..format.rules import INT64_MAX
@@ -38,10 +40,9 @@ def examine(
     """Follow the tables of former entries and return how much of each disk is still readable.
 
     Of more than ``most`` entries those whose L1 tables lead somewhere are followed; the others are returned unfollowed.
-
     Without ``read_data`` the data clusters are not read: those that hold zeros count as intact.
-    An L1 table counts as gone where that of a later former snapshot was. Raises
-    :class:`LimitExceeded` where the L1 tables of the live states overlap without end.
+    An L1 table counts as gone where a later former snapshot had its own in the same place. Raises
+    :class:`LimitExceeded` where the L1 tables of the live states overlap so often that they are not read.
     """
     examiner = _Examiner(image, census, read_data)
     l1_tables = _L1Tables.of(image, former)
@@ -62,7 +63,7 @@ def examine(
     return found
 
 
-def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[SnapshotEntry] = ()) -> None:
+def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[SnapshotEntry]) -> None:
     """Make ``image`` refuse what a deleted snapshot no longer owns.
 
     After this the image answers for this one state only: it is for a disk of its own. Raises
@@ -80,7 +81,7 @@ def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[S
 
 
 class _L1Tables(NamedTuple):
-    """Where the L1 tables of former snapshots were, and when; without those that hold something else now."""
+    """Where the L1 tables of former snapshots were, and their dates; those that hold something else now are left out."""
 
     starts: Words
     stops: Words
@@ -94,7 +95,7 @@ class _L1Tables(NamedTuple):
         return cls(starts, starts + lengths, np.array([_date(entry) for entry in entries], np.uint64))
 
     def overwrote(self, entry: SnapshotEntry) -> bool:
-        """Whether a later snapshot's L1 table was written where this one's was, once that had been let go."""
+        """Whether a later snapshot's L1 table was written where this one's was, after it had been freed."""
         start = min(entry.l1_table_offset, INT64_MAX)
         overlap = (self.starts < np.uint64(start + entry.l1_size * 8)) & (self.stops > np.uint64(start))
         return bool((overlap & (self.dates > _date(entry))).any())
@@ -113,10 +114,7 @@ class _Live(NamedTuple):
 
     def of(self, slots: Counts) -> tuple[Counts, Counts]:
         """Return which of some slots, rising, and which table, for every table that is in one of them."""
-        first = np.searchsorted(self.slots, slots)
-        counts = np.searchsorted(self.slots, slots, "right") - first
-        rows = np.repeat(np.arange(len(slots)), counts)
-        return rows, np.arange(len(rows)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        return ranges(np.searchsorted(self.slots, slots), np.searchsorted(self.slots, slots, "right"))
 
 
 class _Examiner:
@@ -133,7 +131,7 @@ class _Examiner:
         self._read_data = read_data
 
     def _live(self) -> _Live:
-        """Return the tables of live states, as many as may be read: what only later ones hold is not shared then."""
+        """Return the tables of live states, as many as may be read; what only the others hold counts as not shared."""
         slots, offsets, dates = [np.empty(0, np.intp)], [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         room = self.l2_bytes.left // self.image.cluster_size
         for state, table in live_mappings.l1_tables(self.image):
@@ -216,7 +214,7 @@ class _Examination:
         self.newer: list[tuple[Counts, int]] | None = None  # where that is: guest offsets, and bytes at each
 
     def result(self) -> DeletedSnapshot:
-        """Return what became of the entry; raises :class:`LimitExceeded` for crafted tables without end."""
+        """Return what became of the entry; raises :class:`LimitExceeded` where its tables are more than may be read."""
         l1_table = self._l1_table()
         if l1_table is None:
             return DeletedSnapshot(self._entry, l1_intact=False)
@@ -226,7 +224,7 @@ class _Examination:
         step = max(1, _ENTRIES // self._image.header.l2_entries)
         for at in range(0, len(slots), step):
             self._tables(slots[at : at + step], l1_table[slots[at : at + step]])
-        if self._entry.disk_size is not None:  # what a snapshot says it has, its L1 table must reach
+        if self._entry.disk_size is not None:  # what its L1 table does not cover of its disk cannot be read
             self._unreadable += max(0, self._size - self._entry.l1_size * self._span)
         waiting = np.concatenate(self._waiting)
         for at in range(0, len(waiting), step):
@@ -354,11 +352,11 @@ class _Examination:
         return self._examiner.census.index_map.of(numbers.astype(np.uint64))
 
     def _streams_left(self, slots: Counts, offsets: Words) -> None:
-        """Count the compressed clusters no live state maps: whole only in host clusters that were never let go.
+        """Count the compressed clusters no live state maps: they are whole only in host clusters that were never freed.
 
-        QEMU writes streams one after the other, and never over one while its host cluster holds
-        another that is in use. A stream that the entry and a live state share is one of those; yet
-        the active state may have let go of all of them, and have put one of the same length there since.
+        QEMU writes streams one after the other, and never over one while its host cluster holds another that is in
+        use, such as one that the entry and a live state share. Yet the active state may have freed all of them, and
+        have written one of the same length there since.
         """
         columns = self._columns(self._examiner.l2_tables(offsets))
         left = columns.compressed & ~self._mapped(slots, columns.named)[0]
@@ -394,7 +392,7 @@ class _Examination:
         return guests
 
     def _refuse(self, reason: int, hosts: Words, guests: Counts, length: int | None = None) -> None:
-        """Have host clusters refused, and the guest bytes they hold counted."""
+        """Count the guest bytes of some host clusters as unreadable, and have reads of these clusters refused."""
         self._unreadable += self._bytes(guests, length)
         if self._refusals is not None:
             self._refusals.add_clusters(reason, hosts)
@@ -404,16 +402,14 @@ class _Examination:
         return int(np.clip(self._size - guests, 0, length or self._cluster_size).sum())
 
 
-def _joined(ranges: Sequence[tuple[Counts, int]]) -> tuple[tuple[int, int], ...]:
+def _joined(clusters: Sequence[tuple[Counts, int]]) -> tuple[tuple[int, int], ...]:
     """Return (offset, length) of guest ranges, rising, neighbours as one."""
-    none = np.zeros(0, np.int64)
-    starts = np.concatenate([none, *(guests for guests, _ in ranges)])
-    stops = np.concatenate([none, *(guests + length for guests, length in ranges)])
-    order = np.argsort(starts, kind="stable")
-    starts, stops = starts[order], np.maximum.accumulate(stops[order])
-    first = np.flatnonzero(np.concatenate([np.ones(min(1, len(starts)), np.bool_), starts[1:] > stops[:-1]]))
-    last = np.append(first[1:] - 1, len(starts) - 1)[: len(first)]
-    return tuple(zip(starts[first].tolist(), (stops[last] - starts[first]).tolist(), strict=True))
+    if not clusters:
+        return ()
+    starts = np.concatenate([guests for guests, _ in clusters]).astype(np.uint64)
+    stops = np.concatenate([guests + length for guests, length in clusters]).astype(np.uint64)
+    starts, stops = merged(starts, stops)
+    return tuple(zip(starts.tolist(), (stops - starts).tolist(), strict=True))
 
 
 def _date(entry: SnapshotEntry) -> np.uint64:

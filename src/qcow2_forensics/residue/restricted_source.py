@@ -24,7 +24,7 @@ _UNSORTED = 1 << 18  # clusters gathered before duplicates are removed: crafted 
 
 
 class Refusals:
-    """Gathers what must not be read, an array at a time; of what is refused twice the first reason holds."""
+    """Gathers clusters that must not be read, an array at a time; of one that is added twice the first reason is kept."""
 
     def __init__(self, cluster_size: int) -> None:
         self._cluster_size = cluster_size

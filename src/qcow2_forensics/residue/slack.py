@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..format.extensions import BITMAPS_EXTENSION, ExtensionType, parse_bitmaps_extension
-from ..format.header import V2_HEADER_LENGTH, padded
+from ..format.header import V2_HEADER_LENGTH, V2_LEFTOVER, padded
 from ..format.image import Image
 from .host_ranges import piece_of
 from .model import Piece
-
-# What old versions of QEMU left behind a version 2 header: refcount_order 4 and header_length 104,
-# as if it were version 3.
-V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))
 
 
 def header_slack(image: Image) -> Iterator[Piece]:

@@ -11,17 +11,16 @@ found in free space can be opened like a live one::
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import FormatError, SnapshotNotFound
-from ..format.entries import has_reserved_l1_bits, named_offset
+from ..format.entries import has_reserved_l1_bits, named_offset, parse_entries
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import cut
 
-BOGUS = 4  # rank of an L1 table whose entries are none
+BOGUS = 4  # rank of what holds no L1 entries
 _L1_HEAD = 512  # bytes of a former L1 table that show whether it leads anywhere
 
 
@@ -117,7 +116,7 @@ def unknown_entries(image: Image, entries: Iterable[SnapshotEntry]) -> list[Snap
 def most_plausible(image: Image, entries: Sequence[SnapshotEntry], most: int) -> list[SnapshotEntry]:
     """Return up to ``most`` entries, in their order: first one for each L1 table that leads somewhere.
 
-    Bogus entries cost nothing to make; an L1 table with a pointer into the file has to be stored.
+    Anybody can make bogus entries; an L1 table that leads into the file has to be stored for each.
     """
     if len(entries) <= most:
         return list(entries)
@@ -139,7 +138,7 @@ def most_plausible(image: Image, entries: Sequence[SnapshotEntry], most: int) ->
 def l1_rank(image: Image, entry: SnapshotEntry) -> int:
     """Return 0 for an L1 table whose first entries lead into the file, 2 for one of zeros, ``BOGUS`` for any other."""
     data = image.read(entry.l1_table_offset, min(entry.l1_size * 8, _L1_HEAD)) if entry.l1_size else b""
-    words = [word for (word,) in struct.iter_unpack(">Q", data[: len(data) // 8 * 8]) if word]
+    words = [word for word in parse_entries(data[: len(data) // 8 * 8]) if word]
     if not words:
         return 2
     sound = all(

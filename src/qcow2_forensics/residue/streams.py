@@ -1,7 +1,7 @@
 """Compressed clusters: how many bytes each stream really takes, and what lies between them.
 
 A descriptor counts whole sectors, so its last one usually holds the next stream too. Only decoding
-shows where a stream ends (:mod:`..account.streams`); what no live stream consumes may be an overwritten one.
+shows where a stream ends (:mod:`..account.streams`); what no live stream takes may be an overwritten one.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..account.streams import START, Decoded, decode_all
-from ..census import Census
+from ..account.streams import START, Decoded
 from ..format.codecs import Codec, codec_of
 from ..format.image import Image
 from ..limits import FORMER_STREAM_PLACES, Budget
@@ -19,14 +18,12 @@ from .host_ranges import piece_of
 from .model import Piece
 
 
-def compressed_slack(image: Image, census: Census, decoded: Decoded | None = None) -> Iterator[Piece]:
-    """Yield bytes of host clusters in use for compressed data that no live stream consumes.
+def compressed_slack(image: Image, decoded: Decoded) -> Iterator[Piece]:
+    """Yield bytes of host clusters in use for compressed data that no live stream takes.
 
     ``looks`` is ``stream`` when something there decompresses to exactly one cluster; ``signature``
-    is then the SHA-256 of that cluster. ``decoded`` is what :func:`decode_all` found, if known. Raises
-    :class:`LimitExceeded` where that stopped.
+    is then the SHA-256 of that cluster. Raises :class:`LimitExceeded` where not all live streams were decoded.
     """
-    decoded = decoded or decode_all(image, census)
     if decoded.stopped is not None:
         raise decoded.stopped
     codec = codec_of(image.header.compression_type)
@@ -63,8 +60,8 @@ def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> I
         return
     at = place = 0
     tries, border = FORMER_STREAM_PLACES, image.cluster_size - start % image.cluster_size
-    # Streams follow each other: one starts where the gap starts, or where another one ends; after
-    # reuse of a part, anywhere. Every byte of a short gap is tried, of a long one the first bytes of each cluster.
+    # Streams follow each other, so one starts where the gap starts or where another one ends; where a part was
+    # reused, anywhere. Every byte of a short gap is tried, of a long one the first bytes of each cluster.
     while place < len(data):
         if not tries or place >= border:
             place, tries, border = max(place, border), FORMER_STREAM_PLACES, border + image.cluster_size

@@ -1,8 +1,7 @@
 """Recognises QCOW2's own structures in bytes nothing points at any more.
 
-Each function takes the bytes and the image's :class:`Geometry` and answers None when they cannot
-be that structure. A former table keeps the exact rules of a live one: aligned offsets inside the
-file and reserved bits zero, which guest data does not satisfy by chance.
+A former table obeys the same rules as a live one: its offsets are aligned and inside the file, its reserved bits are
+zero. Guest data does not meet them by chance. Which offsets are possible follows from the image's :class:`Geometry`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census.columns import Columns, big_endian, has_reserved_l1, table_offsets
-from ..format.bitmap_directory import BitmapEntry, parse_bitmap_entry
+from ..format.bitmap_directory import DIRTY_TRACKING_BITMAP, BitmapEntry, parse_bitmap_entry
 from ..format.entries import ZERO
 from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, build_snapshot_entry, parse_snapshot_head
@@ -56,9 +55,9 @@ class Geometry(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What table-like clusters hold, of which each is a row of words."""
+    """What clusters hold that may be tables, each a row of words."""
 
-    sound: Mask  # rows all of whose entries can be genuine; of a blank row too
+    sound: Mask  # rows all of whose entries can be genuine; rows of zeros too
     entries: Counts
     zero_plain: Counts
     compressed: Counts
@@ -71,19 +70,13 @@ class Rows(NamedTuple):
 
     @property
     def telling(self) -> Mask:
-        """Which rows hold no lone word, which may be anything: a small number, a flag."""
+        """Which rows have several entries, or one that names a cluster; any other lone word may be anything."""
         telling: Mask = (self.entries > 1) | ((self.zero_plain == 0) & self.targets.any(axis=1))
         return telling
 
     def only(self, which: Mask) -> Rows:
         """Return these facts of some of the rows."""
-        return Rows(
-            self.sound[which],
-            self.entries[which],
-            self.zero_plain[which],
-            self.compressed[which],
-            self.targets[which],
-        )
+        return Rows._make(column[which] for column in self)
 
 
 Rule = Callable[[Words, Geometry], Rows]
@@ -143,13 +136,14 @@ def _plausible(offsets: Words, geometry: Geometry) -> Mask:
 
 
 def refcount_rows(data: Bytes, refcount_order: int) -> Mask:
-    """Return which rows of bytes may be former refcount blocks: whole small numbers, at least half of them the same.
+    """Return which rows of bytes may be former refcount blocks: small numbers, at least half of them the same.
 
-    That is 1 without snapshots, and one more for each snapshot that shares what is there. The width may be
-    another than today's: changing it leaves blocks of the former one behind.
+    That number is 1 without snapshots, and one more for each snapshot that shares the clusters. The width may be
+    another than today's: changing it leaves blocks of the former width behind.
     """
     found = np.zeros(len(data), np.bool_)
-    # Counts of 8 bits look like anything, narrower ones more so; they count only where in use, and if mostly 1.
+    # Anything may look like refcounts of 8 bits, and even more like narrower ones: 8 bits are believed only where
+    # the image has that width, and if most are 1; narrower ones never are.
     orders = (3, 4, 5, 6) if refcount_order == 3 else (4, 5, 6)
     narrow = data[:, :_FIRST_BYTES].view(f">u{1 << orders[0] - 3}")  # small numbers are small in halves too
     rows = np.flatnonzero(narrow.max(axis=1) <= FORMER_REFCOUNT)
@@ -190,14 +184,14 @@ def find_entries(data: bytes, base: int, geometry: Geometry) -> Entries:
 def entry_places(
     words: Words, geometry: Geometry, starts: int | None = None
 ) -> tuple[dict[int, list[int]], dict[int, list[int]], int]:
-    """Return where in which rows of words the numbers are those of a snapshot or a bitmap entry, in bytes.
+    """Return where snapshot entries and bitmap entries may be, in bytes, by row of words: their numbers are possible ones.
 
-    The bytes there are still to be looked at; those of no other place need be. Entries start in the
-    first ``starts`` words of a row. The number is that of the places above the limit for a row, which are left out.
+    The rest of each entry is still to be checked. Entries start in the first ``starts`` words of a row. Last comes how
+    many places were left out, because a row has more than the limit.
     """
     table, width = words.reshape(-1), words.shape[1]
-    # The first field of both is the offset of a table: rare, and found at once.
-    # Below the end of the file and not 0, which less one is the largest number.
+    # The first field of both is the offset of a table, which few words can be. 0 less one is the largest number, so
+    # that one comparison finds what is neither 0 nor past the end of the file.
     places = np.flatnonzero(table - np.uint64(1) < np.uint64(max(geometry.file_size, 1) - 1))
     places = places[_plausible(table[places], geometry)]
     places = places[places % width < (starts or width)]
@@ -214,7 +208,7 @@ def _by_row(places: Counts, width: int) -> dict[int, list[int]]:
 
 
 def _snapshot_places(table: Words, places: Counts) -> Counts:
-    """Return where the numbers of a snapshot table entry are sane: crafted bytes must not cost more than that."""
+    """Return where the numbers of a snapshot table entry are possible; only those places are looked at in full."""
     sizes, dates, extra = table[places + 1], table[places + 2], table[places + 4] & np.uint64(0xFFFF_FFFF)
     l1_sizes, ids, names = sizes >> np.uint64(32), sizes >> np.uint64(16) & np.uint64(0xFFFF), sizes & np.uint64(0xFFFF)
     sane = (l1_sizes - np.uint64(1) < L1_ENTRIES) & (ids - np.uint64(1) < _ID_LENGTH)
@@ -232,19 +226,19 @@ def _bitmap_places(table: Words, places: Counts) -> Counts:
 
 
 def snapshot_entries_at(data: bytes, places: Iterable[int], base: int, geometry: Geometry) -> list[SnapshotEntry]:
-    """Return the sane snapshot table entries at some places of ``data``."""
+    """Return the snapshot table entries at some places of ``data`` all of whose fields are possible."""
     found = (snapshot_entry_at(data, at, base, geometry) for at in places)
     return [entry for entry in found if entry is not None]
 
 
 def bitmap_entries_at(data: bytes, places: Iterable[int], base: int, geometry: Geometry) -> list[BitmapEntry]:
-    """Return the sane bitmap directory entries at some places of ``data``."""
+    """Return the bitmap directory entries at some places of ``data`` all of whose fields are possible."""
     found = (_bitmap_entry_at(data, at, base, geometry) for at in places)
     return [entry for entry in found if entry is not None]
 
 
 def snapshot_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> SnapshotEntry | None:
-    """Return the snapshot table entry at ``data[at:]`` when all of its fields are sane."""
+    """Return the snapshot table entry at ``data[at:]`` when all of its fields are possible."""
     fixed = data[at : at + SNAPSHOT_ENTRY_LENGTH]
     if len(fixed) < SNAPSHOT_ENTRY_LENGTH:
         return None
@@ -275,15 +269,13 @@ def _sane_name(name: bytes) -> bool:
 
 
 def _bitmap_entry_at(data: bytes, at: int, base: int, geometry: Geometry) -> BitmapEntry | None:
-    if geometry.version < 3:
-        return None
-    entry = parse_bitmap_entry(data, at, base + at)
+    entry = parse_bitmap_entry(data, at, base + at) if geometry.version >= 3 else None
     return entry if entry is not None and _sane_bitmap(entry) else None
 
 
 def _sane_bitmap(entry: BitmapEntry) -> bool:
     return (
-        entry.type == 1
+        entry.type == DIRTY_TRACKING_BITMAP
         and entry.table_size > 0
         and not entry.flags & ~7
         and 9 <= entry.granularity_bits <= 31
