@@ -22,7 +22,7 @@ from qcow2_forensics.errors import (
 )
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.reader.mapping import Kind
-from qcow2_forensics.reader.resolver import parse_reference
+from qcow2_forensics.reader.references import parse_reference
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, Poke, base_b, empty
 from tests.matrix import pattern_file

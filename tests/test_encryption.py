@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import qcow2_forensics as q
 from qcow2_forensics.format.header import Header
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
-from qcow2_forensics.reader.encryption import LuksHeader, method_name, parse_luks_header, sectors, unlock
+from qcow2_forensics.reader.encryption import method_name, sectors, unlock
+from qcow2_forensics.reader.encryption.luks import LuksHeader, parse_luks_header
 from qcow2_forensics.reader.encryption.sectors import sector_cipher
 from tests import qemu
 from tests.tiers import every

@@ -218,7 +218,9 @@ def test_plaso_refuses_what_cannot_be_stated_before_it_reads(monkeypatch: pytest
     _set(monkeypatch, None, "")
     monkeypatch.setenv(VIRTUAL_SIZE_VARIABLE, "")  # so that what the tool sets is undone afterwards
     monkeypatch.setenv(ASSUME_VARIABLE, "")
-    tool: Any = storage_media_tool.StorageMediaTool()
+    tool: Any = type(
+        "Tool", (storage_media_tool.StorageMediaTool,), {}
+    )()  # the base class alone has no options of ours
     parser = argparse.ArgumentParser()
     tool.AddVSSProcessingOptions(parser)
     for arguments in (["--qcow_virtual_size", "large"], ["--qcow_assume", "version=9"]):

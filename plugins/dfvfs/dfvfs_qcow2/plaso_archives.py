@@ -124,9 +124,4 @@ def _scan(scanner: Any, qcow: Any, request: Request) -> list[Any]:
     return found
 
 
-def register() -> None:
-    """Wrap the method, once."""
-    wrap_method(stock.EventExtractionWorker, "_ExtractContentFromDataStream", _extract_content)
-
-
-register()
+wrap_method(stock.EventExtractionWorker, "_ExtractContentFromDataStream", _extract_content)

@@ -94,10 +94,5 @@ def _process_file_entry(stock_method: Any, worker: Any, mediator: Any, entry: An
         stock_method(worker, mediator, entry)
 
 
-def register() -> None:
-    """Wrap the methods, once."""
-    wrap_method(stock.EventExtractionWorker, "_ProcessDirectory", _process_directory)
-    wrap_method(stock.EventExtractionWorker, "_ProcessFileEntry", _process_file_entry)
-
-
-register()
+wrap_method(stock.EventExtractionWorker, "_ProcessDirectory", _process_directory)
+wrap_method(stock.EventExtractionWorker, "_ProcessFileEntry", _process_file_entry)

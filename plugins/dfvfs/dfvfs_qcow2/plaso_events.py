@@ -25,9 +25,4 @@ def _produce_event_data(stock_method: Any, mediator: Any, event_data: Any, *args
     stock_method(mediator, event_data, *args, **kwargs)
 
 
-def register() -> None:
-    """Wrap the method, once."""
-    wrap_method(stock.ParserMediator, "ProduceEventData", _produce_event_data)
-
-
-register()
+wrap_method(stock.ParserMediator, "ProduceEventData", _produce_event_data)

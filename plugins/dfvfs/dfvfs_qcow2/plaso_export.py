@@ -32,10 +32,5 @@ def _extract_file_entry(
         stock_method(tool, file_entry, destination_path, *args, **kwargs)
 
 
-def register() -> None:
-    """Wrap the methods, once."""
-    wrap_method(stock.ImageExportTool, "_CreateSanitizedDestination", _create_destination)
-    wrap_method(stock.ImageExportTool, "_ExtractFileEntry", _extract_file_entry)
-
-
-register()
+wrap_method(stock.ImageExportTool, "_CreateSanitizedDestination", _create_destination)
+wrap_method(stock.ImageExportTool, "_ExtractFileEntry", _extract_file_entry)

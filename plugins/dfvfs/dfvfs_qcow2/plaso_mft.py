@@ -95,10 +95,5 @@ def _parse_record(stock_method: Any, parser: Any, mediator: Any, record: Any) ->
     stock_method(parser, mediator, record)
 
 
-def register() -> None:
-    """Wrap the methods, once."""
-    wrap_method(stock.NTFSMFTParser, "ParseFileObject", _parse_file)
-    wrap_method(stock.NTFSMFTParser, "_ParseMFTEntry", _parse_record)
-
-
-register()
+wrap_method(stock.NTFSMFTParser, "ParseFileObject", _parse_file)
+wrap_method(stock.NTFSMFTParser, "_ParseMFTEntry", _parse_record)

@@ -51,48 +51,34 @@ def _add_options(stock_method: Any, tool: Any, argument_group: Any) -> None:
     argument_group.add_argument(
         "--qcow_snapshots",
         "--qcow-snapshots",
-        dest="qcow_snapshots",
-        action="store",
         metavar="SNAPSHOTS",
-        type=str,
-        default=None,
         help=_HELP,
     )
     argument_group.add_argument(
         "--qcow_backing_dir",
         "--qcow-backing-dir",
-        dest="qcow_backing_dir",
         action="append",
         metavar="FOLDER",
-        type=str,
         default=[],
         help="A further folder in which the backing and data files of a QCOW image may be opened (repeatable).",
     )
     argument_group.add_argument(
         "--qcow_no_backing",
         "--qcow-no-backing",
-        dest="qcow_no_backing",
         action="store_true",
-        default=False,
         help="Read a QCOW image without its backing file: what the image does not hold reads as zeros.",
     )
     argument_group.add_argument(
         "--qcow_virtual_size",
         "--qcow-virtual-size",
-        dest="qcow_virtual_size",
-        action="store",
         metavar="BYTES",
-        type=str,
-        default=None,
         help="The size of a recovered disk where nothing in a damaged QCOW image gives it, as 20G.",
     )
     argument_group.add_argument(
         "--qcow_assume",
         "--qcow-assume",
-        dest="qcow_assume",
         action="append",
         metavar="FIELD=VALUE",
-        type=str,
         default=[],
         help="Read a QCOW image as if its header said so, as extended-l2=on or compression=zstd (repeatable).",
     )
@@ -144,14 +130,6 @@ def _scan_source(stock_method: Any, tool: Any, source_path: str) -> None:
             end_notes.notices += request.notices
 
 
-def register() -> None:
-    """Wrap the methods, once."""
-    for name, function in (
-        ("AddVSSProcessingOptions", _add_options),
-        ("_ParseVSSProcessingOptions", _parse_options),
-        ("ScanSource", _scan_source),
-    ):
-        wrap_method(stock.StorageMediaTool, name, function)
-
-
-register()
+wrap_method(stock.StorageMediaTool, "AddVSSProcessingOptions", _add_options)
+wrap_method(stock.StorageMediaTool, "_ParseVSSProcessingOptions", _parse_options)
+wrap_method(stock.StorageMediaTool, "ScanSource", _scan_source)

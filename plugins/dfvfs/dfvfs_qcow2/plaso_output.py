@@ -20,10 +20,5 @@ def _look_up(stock_method: Any, mediator: Any, data_type: str) -> Any:
     return stock_method(mediator, data_type)
 
 
-def register() -> None:
-    """Wrap the methods, once."""
-    wrap_method(stock.OutputMediator, "GetMessageFormatter", _look_up)
-    wrap_method(stock.OutputMediator, "GetSourceMapping", _look_up)
-
-
-register()
+wrap_method(stock.OutputMediator, "GetMessageFormatter", _look_up)
+wrap_method(stock.OutputMediator, "GetSourceMapping", _look_up)

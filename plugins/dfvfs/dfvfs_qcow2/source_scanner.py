@@ -114,10 +114,5 @@ def _add_snapshots(scanner: Any, scan_context: Any, node: Any, selection: Select
             logger.warning("%s: %s", printable(display_name(path_spec)), error)
 
 
-def register() -> None:
-    """Wrap the methods, once."""
-    wrap_method(stock.SourceScanner, "Scan", _scan)
-    wrap_method(stock.SourceScanner, "ScanForVolumeSystem", _scan_for_volume_system)
-
-
-register()
+wrap_method(stock.SourceScanner, "Scan", _scan)
+wrap_method(stock.SourceScanner, "ScanForVolumeSystem", _scan_for_volume_system)

@@ -1,4 +1,4 @@
-"""Wraps methods of classes that are not ours, once."""
+"""Wraps methods of classes that are not ours, once: the modules that do so end with it, and work by being imported."""
 
 from __future__ import annotations
 

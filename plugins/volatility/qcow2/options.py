@@ -25,6 +25,23 @@ HOW_TO_UNLOCK = f"give --qcow2-key-file, or set {PASSPHRASE_VARIABLE} or {KEY_FI
 SCAN_ZEROS_VARIABLE = "QCOW2_SCAN_ZEROS"
 
 _PATH = "automagic.Qcow2Options."
+_TEXTS = {
+    "qcow2_snapshot": "Snapshot of a QCOW2 image to analyse: its ID or name, or 'disk' for the virtual disk",
+    "qcow2_key_file": f"File with the passphrase of an encrypted QCOW2 image, or several separated as in PATH (or set "
+    f"{KEY_FILE_VARIABLE}, or {PASSPHRASE_VARIABLE} to the passphrase)",
+    "qcow2_backing_folder": "Further folder in which backing files of a QCOW2 image may lie, or several separated as in "
+    "PATH (or set QCOW2_BACKING_DIR)",
+    "qcow2_backing_file": "File to open for a name in a QCOW2 image: NAME=PATH[,format=FORMAT]",
+    "qcow2_virtual_size": "Size of a recovered QCOW2 disk where nothing in the file gives it: 20G, or bytes (or set "
+    "QCOW2_VIRTUAL_SIZE)",
+    "qcow2_assume": "Read a QCOW2 image as if its header said so: FIELD=VALUE[,...], as extended-l2=on or "
+    "compression=zstd (or set QCOW2_ASSUME)",
+    "qcow2_layout": "Where RAM blocks of a QEMU memory stream lie: BLOCK@ADDRESS[,...], as qcow2.info lists them",
+}
+_FLAGS = {
+    "qcow2_no_backing": "Read QCOW2 disks without their backing files (or set QCOW2_NO_BACKING)",
+    "qcow2_scan_zeros": "Scan the zero pages of QCOW2 memory too, where skipping them cannot change a result",
+}
 
 
 class Qcow2Options(interfaces.automagic.AutomagicInterface):
@@ -36,56 +53,13 @@ class Qcow2Options(interfaces.automagic.AutomagicInterface):
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
         # Names unlike any plugin's: argparse would let a plugin's default overwrite ours in silence.
         return [
-            requirements.StringRequirement(
-                name="qcow2_snapshot",
-                description="Snapshot of a QCOW2 image to analyse: its ID or name, or 'disk' for the virtual disk",
-                optional=True,
+            *(
+                requirements.StringRequirement(name=name, description=text, optional=True)
+                for name, text in _TEXTS.items()
             ),
-            requirements.StringRequirement(
-                name="qcow2_key_file",
-                description=f"File with the passphrase of an encrypted QCOW2 image, or several separated as in PATH (or "
-                f"set {KEY_FILE_VARIABLE}, or {PASSPHRASE_VARIABLE} to the passphrase)",
-                optional=True,
-            ),
-            requirements.StringRequirement(
-                name="qcow2_backing_folder",
-                description="Further folder in which backing files of a QCOW2 image may lie, or several separated as in "
-                "PATH (or set QCOW2_BACKING_DIR)",
-                optional=True,
-            ),
-            requirements.StringRequirement(
-                name="qcow2_backing_file",
-                description="File to open for a name in a QCOW2 image: NAME=PATH[,format=FORMAT]",
-                optional=True,
-            ),
-            requirements.BooleanRequirement(
-                name="qcow2_no_backing",
-                description="Read QCOW2 disks without their backing files (or set QCOW2_NO_BACKING)",
-                optional=True,
-                default=False,
-            ),
-            requirements.StringRequirement(
-                name="qcow2_virtual_size",
-                description="Size of a recovered QCOW2 disk where nothing in the file gives it: 20G, or bytes (or set "
-                "QCOW2_VIRTUAL_SIZE)",
-                optional=True,
-            ),
-            requirements.StringRequirement(
-                name="qcow2_assume",
-                description="Read a QCOW2 image as if its header said so: FIELD=VALUE[,...], as extended-l2=on or "
-                "compression=zstd (or set QCOW2_ASSUME)",
-                optional=True,
-            ),
-            requirements.StringRequirement(
-                name="qcow2_layout",
-                description="Where RAM blocks of a QEMU memory stream lie: BLOCK@ADDRESS[,...], as qcow2.info lists them",
-                optional=True,
-            ),
-            requirements.BooleanRequirement(
-                name="qcow2_scan_zeros",
-                description="Scan the zero pages of QCOW2 memory too, where skipping them cannot change a result",
-                optional=True,
-                default=False,
+            *(
+                requirements.BooleanRequirement(name=name, description=text, optional=True, default=False)
+                for name, text in _FLAGS.items()
             ),
         ]
 

@@ -11,7 +11,7 @@ from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Graded, graded, of_fields
 
 if TYPE_CHECKING:
-    from ..reader.encryption import LuksHeader
+    from ..reader.encryption.luks import LuksHeader
 
 rule = Chapter(__name__, "Encryption")
 
@@ -34,7 +34,7 @@ def _luks(facts: Facts) -> LuksHeader | None:
     area = _area(facts)
     if area is None:
         return None
-    from ..reader.encryption import parse_luks_header  # hashlib and OpenSSL: only where there is such a header
+    from ..reader.encryption.luks import parse_luks_header  # hashlib and OpenSSL: only where there is such a header
 
     return parse_luks_header(facts.read(area[0], _HEADER), area[1])
 
@@ -120,7 +120,7 @@ def luks_erased_slot(facts: Facts) -> Iterator[Evidence]:
     found, area = _sound(facts), _area(facts)
     if found is None or area is None:
         return
-    from ..reader.encryption import STRIPES
+    from ..reader.encryption.luks import STRIPES
 
     header, at = found
     for slot in header.slots:

@@ -11,7 +11,7 @@ from ..findings import Evidence, Severity
 from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
 from ..limits import JSON_MEMBERS_LISTED
-from ..reader.resolver import json_options
+from ..reader.references import json_options
 from ..text import is_plain
 from .facts import Facts
 from .reference_names import CHAIN_DEEP, Member, Name, chain, is_beside, names

@@ -54,10 +54,13 @@ Evidence is only ever read. "qcow2-forensics COMMAND --help" shows more examples
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviations: ``--passphrase SECRET`` must not pass for the option with a file name."""
+    """Keeps the lines of a page of examples, and takes no abbreviations.
+
+    ``--passphrase SECRET`` must not pass for the option with a file name.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 class _Version(argparse.Action):

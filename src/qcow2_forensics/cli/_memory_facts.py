@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..text import cut, plural, printable, size
@@ -62,16 +63,7 @@ def processor_facts(memory: GuestMemory) -> dict[str, Any]:
         ],
         "five_level_paging": kernel.uses_five_levels(memory),
         "devices": list(dict.fromkeys(device.name for device in memory.devices)),
-        "kernel": None
-        if found is None
-        else {
-            "system": found.system,
-            "identity": found.identity,
-            "address": found.address,
-            "symbol_file": found.symbol_file,
-            "package": found.package,
-            "commands": list(found.commands),
-        },
+        "kernel": None if found is None else {**asdict(found), "commands": list(found.commands)},
     }
 
 

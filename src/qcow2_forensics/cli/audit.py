@@ -41,7 +41,6 @@ def add_parser(subparsers: Any) -> None:
         help="examine images and report findings",
         description="Examine images: integrity, hidden and residual data, references, provenance. Images are only read.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="QCOW2 (or QCOW) images; they are only read")
     parser.add_argument(
@@ -58,12 +57,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_output_arguments(parser, "the report")
     parser.add_argument("-v", "--verbose", action="store_true", help="text: show all evidence that was kept")
-    parser.add_argument(
-        "--fail-on",
-        metavar="SEVERITY",
-        type=severity_of,
-        help="exit with 1 when a finding is at or above info, low, medium, high or critical (default: never)",
-    )
+    add_fail_on_argument(parser)
     add_backing_folders(parser, "a further folder in which backing and data files may be opened (repeatable)")
     add_case_arguments(parser)
     parser.add_argument(
@@ -84,8 +78,17 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def severity_of(text: str) -> Severity:
-    """Return the severity that an option names."""
+def add_fail_on_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the exit code of findings."""
+    parser.add_argument(
+        "--fail-on",
+        metavar="SEVERITY",
+        type=_severity,
+        help="exit with 1 when a finding is at or above info, low, medium, high or critical (default: never)",
+    )
+
+
+def _severity(text: str) -> Severity:
     try:
         return Severity.parse(text)
     except ValueError as error:

@@ -64,7 +64,6 @@ def add_parser(subparsers: Any) -> None:
         description="Write a small evidence image to a folder, then run the audit, Volatility 3, dfVFS, plaso and "
         "pytsk3 on it, as far as they are installed, and show what each finds.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="DIR", nargs="?", default="qcow2-demo", help="default: ./qcow2-demo")
     parser.add_argument("--only", choices=sorted({step.title for step in _STEPS}), help="run one front door only")

@@ -47,7 +47,6 @@ def add_parser(subparsers: Any) -> None:
         help="show what differs between two states",
         description="Show which guest ranges, and which files, differ between two states of one image.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
     parser.add_argument(

@@ -291,7 +291,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Open a small built-in image through each framework of this environment, and show whether the "
         "plug-in works and what to do if not. Exit code 0: active in every framework that is installed; 1: not.",
         epilog="examples:\n  qcow2-forensics doctor\n  qcow2-forensics doctor --format json\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     parser.set_defaults(run=run)

@@ -31,7 +31,7 @@ from . import _examine_parts as parts
 from . import _files
 from ._examine_plan import PAIRS, Step, deleted_memories, left_out, plan
 from ._messages import Messages
-from .audit import severity_of
+from .audit import add_fail_on_argument
 from .case import add_case_arguments, command_of, run_of
 from .notes import repeat_notes
 from .options import add_disk_arguments, bytes_of, open_from
@@ -67,7 +67,6 @@ def add_parser(subparsers: Any) -> None:
         "deleted snapshots and recovered states, what changed from state to state, the timeline, what each memory "
         "is, and an index of residue. Images are only read.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="QCOW2 (or QCOW) images; they are only read")
     parser.add_argument("folder", metavar="DIR", help="the folder to create")
@@ -85,12 +84,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--limit", metavar="BYTES", type=bytes_of, help="with --pieces: stop writing files after so many bytes"
     )
-    parser.add_argument(
-        "--fail-on",
-        metavar="SEVERITY",
-        type=severity_of,
-        help="exit with 1 when a finding is at or above info, low, medium, high or critical (default: never)",
-    )
+    add_fail_on_argument(parser)
     add_case_arguments(parser)
     add_disk_arguments(parser, snapshot=False)
     _files.add_guest_arguments(parser)

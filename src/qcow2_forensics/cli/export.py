@@ -55,7 +55,6 @@ def add_parser(subparsers: Any) -> None:
         help="write a state of the disk to a raw file or a pipe",
         description="Write the disk, as it is or as a snapshot has it, to a sparse raw file or a pipe.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
     parser.add_argument("output", metavar="OUT", help='the raw file to write; "-" for standard output')

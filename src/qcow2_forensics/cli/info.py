@@ -11,8 +11,9 @@ from ..format.codecs import known_codecs
 from ..format.extensions import ExtensionType
 from ..format.header import MAGIC, Autoclear, Compatible, Crypt, Header, Incompatible
 from ..format.image import Image
-from ..text import printable, short_date, size, snapshot_date
+from ..text import printable, short_date, size
 from . import add_image_argument
+from .snapshots import facts_of
 
 _EPILOG = """examples:
   qcow2-forensics info disk.qcow2
@@ -30,7 +31,6 @@ def add_parser(subparsers: Any) -> None:
         help="show what the header says",
         description="Show every fact of the header, its extensions and its tables, with file offsets.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
     parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")
@@ -49,7 +49,7 @@ def collect(image: Image) -> dict[str, Any]:
     """Return what one image records about itself; its text as the image has it."""
     header = image.header
     sane = not any(problem.field in ("version", "cluster_bits") for problem in image.header_problems)
-    facts: dict[str, Any] = {
+    return {
         "file": image.name,
         "file_size": image.file_size,
         "version": header.version,
@@ -88,30 +88,13 @@ def collect(image: Image) -> dict[str, Any]:
             {"code": problem.code, "message": problem.message, "offset": problem.offset} for problem in image.problems
         ],
     }
-    return facts
 
 
 def _snapshots(image: Image) -> list[dict[str, Any]] | None:
     """Return the snapshots, None where nothing of their table can be read."""
     if not image.snapshots and image.unreadable("snapshots"):
         return None
-    return [
-        {
-            "id": entry.id,
-            "name": entry.name,
-            "offset": entry.offset,
-            "l1_table_offset": entry.l1_table_offset,
-            "l1_size": entry.l1_size,
-            "date": snapshot_date(entry.date_sec, entry.date_nsec),
-            "date_sec": entry.date_sec,
-            "date_nsec": entry.date_nsec,
-            "vm_clock_nsec": entry.vm_clock_nsec,
-            "vm_state_size": entry.vm_state_size,
-            "disk_size": entry.disk_size,
-            "icount": entry.icount,
-        }
-        for entry in image.snapshots
-    ]
+    return [facts_of(entry) for entry in image.snapshots]
 
 
 def _bitmaps(image: Image) -> list[dict[str, Any]] | None:

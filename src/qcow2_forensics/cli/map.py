@@ -31,7 +31,6 @@ def add_parser(subparsers: Any) -> None:
         help="show where guest ranges are stored",
         description="Show for every guest range whether it is data, zeros or nothing, and where it is stored.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
     add_disk_arguments(parser)

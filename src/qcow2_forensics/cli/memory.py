@@ -48,7 +48,6 @@ def add_parser(subparsers: Any) -> None:
         description="Write the guest-physical memory that a snapshot or a save file holds. Without OUT, print its layout, "
         "the processors' registers, the kernel, and the symbols that Volatility needs for it.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("image", metavar="IMAGE", help="a QCOW2 image or a memory stream; it is only read")
     parser.add_argument(

@@ -41,7 +41,6 @@ def add_parser(subparsers: Any) -> None:
         help="show every state as a read-only raw file in a folder (FUSE)",
         description="Mount images: each state of the disk, and guest memory, as a read-only raw file.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="QCOW2 (or QCOW) images; they are only read")
     parser.add_argument("folder", metavar="DIR", help="an empty folder, or one to make")

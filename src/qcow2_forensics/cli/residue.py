@@ -37,7 +37,6 @@ def add_parser(subparsers: Any) -> None:
         description="Write everything nothing points at to a folder: leaked and free clusters, former tables, slack, "
         "data under zero flags, overwritten compressed clusters, trailing data.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
     parser.add_argument("folder", metavar="DIR", help="the folder to create")

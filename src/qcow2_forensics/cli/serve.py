@@ -39,7 +39,6 @@ def add_parser(subparsers: Any) -> None:
         help="serve every state over NBD, read-only",
         description="Serve every state of an image as a read-only NBD export, through nbdkit.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
     parser.add_argument(

@@ -30,7 +30,6 @@ def add_parser(subparsers: Any) -> None:
         help="list internal snapshots",
         description="List the internal snapshots of an image; with --deleted also those no table lists any more.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")

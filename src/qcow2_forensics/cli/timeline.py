@@ -65,7 +65,6 @@ def add_parser(subparsers: Any) -> None:
         help="print every dated fact for timeline tools",
         description="Print snapshot times and the file times of every state, as a body file or for Timesketch.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser)
     parser.add_argument(

@@ -21,23 +21,7 @@ from typing import NamedTuple
 from ..errors import ForbiddenReference, MissingFile, Qcow2Error
 from ..format.source import FileSource, Source, source_name
 from .confined import Folder, LeavesFolders, NotRegular, folder, is_below, open_below
-from .references import Reference, Role, base_name, json_options, parse_reference
-
-__all__ = [
-    "ALONE_VARIABLE",
-    "BACKING_VARIABLE",
-    "COMMAND_LINE",
-    "PYTHON",
-    "Reference",
-    "Remedies",
-    "Resolver",
-    "Role",
-    "base_name",
-    "folders_from_environment",
-    "json_options",
-    "parse_reference",
-]
-
+from .references import Reference, Role, base_name, parse_reference
 
 BACKING_VARIABLE = "QCOW2_BACKING_DIR"  # further folders, for tools that take no options of ours
 ALONE_VARIABLE = "QCOW2_NO_BACKING"  # not empty: images are read without their backing files there

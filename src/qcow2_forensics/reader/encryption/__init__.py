@@ -20,19 +20,8 @@ from typing import Protocol
 from ...errors import FormatError, Unsupported
 from ...format.header import SECTOR, Crypt, Header
 from ...limits import Limits
-from .luks import STRIPES, KeySlot, LuksHeader, LuksProblem, parse_luks_header, recover_key
+from .luks import recover_key
 from .sectors import SectorCipher, sector_cipher
-
-__all__ = [
-    "STRIPES",
-    "Decryptor",
-    "KeySlot",
-    "LuksHeader",
-    "LuksProblem",
-    "method_name",
-    "parse_luks_header",
-    "unlock",
-]
 
 _NAMES = {Crypt.NONE: "none", Crypt.AES: "legacy AES", Crypt.LUKS: "LUKS"}
 
@@ -44,23 +33,17 @@ class Decryptor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _LegacyAes:
-    """Method 1: sectors are numbered by where the guest sees them."""
+class _Numbered:
+    """Sectors numbered by where the guest sees them (method 1), or by where they are stored (method 2).
+
+    The payload offset of a LUKS header plays no part.
+    """
 
     cipher: SectorCipher
+    by_guest: bool
 
-    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes:  # noqa: ARG002 - the protocol
-        return self.cipher.decrypt(data, guest_offset // SECTOR)
-
-
-@dataclass(frozen=True, slots=True)
-class _Luks:
-    """Method 2: sectors are numbered by where they are stored; the payload offset plays no part."""
-
-    cipher: SectorCipher
-
-    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes:  # noqa: ARG002 - the protocol
-        return self.cipher.decrypt(data, host_offset // SECTOR)
+    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes:
+        return self.cipher.decrypt(data, (guest_offset if self.by_guest else host_offset) // SECTOR)
 
 
 def method_name(header: Header) -> str:
@@ -85,10 +68,10 @@ def unlock(
     """
     secret = passphrase.encode("utf-8", "surrogateescape") if isinstance(passphrase, str) else passphrase
     if header.crypt_method == Crypt.AES:
-        return _LegacyAes(sector_cipher("aes", "cbc-plain64", secret[:16].ljust(16, b"\0")))
+        return _Numbered(sector_cipher("aes", "cbc-plain64", secret[:16].ljust(16, b"\0")), by_guest=True)
     if header.crypt_method != Crypt.LUKS:
         raise Unsupported(f"encryption {method_name(header)}")
     if crypto_header is None:
         raise FormatError("LUKS encryption without a LUKS header extension", field="crypt_method")
     luks, key = recover_key(read, *crypto_header, secret, limits)
-    return _Luks(sector_cipher(luks.cipher_name, luks.cipher_mode, key))
+    return _Numbered(sector_cipher(luks.cipher_name, luks.cipher_mode, key), by_guest=False)

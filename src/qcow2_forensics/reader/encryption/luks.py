@@ -14,7 +14,7 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...errors import FormatError, LimitExceeded, Locked, Unsupported
@@ -106,9 +106,7 @@ def parse_luks_header(data: bytes, length: int | None = None) -> LuksHeader:
         uuid=_text(head[10]),
         slots=slots,
     )
-    problems = (*_head_problems(header, data), *_slot_problems(header, length))
-    values = {name: getattr(header, name) for name in header.__slots__}
-    return LuksHeader(**{**values, "problems": problems})
+    return replace(header, problems=(*_head_problems(header, data), *_slot_problems(header, length)))
 
 
 def _text(field: bytes) -> str:

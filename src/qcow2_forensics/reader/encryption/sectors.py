@@ -17,6 +17,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import FormatError, Unsupported
@@ -66,7 +67,7 @@ class _BlockCipher:
         library = _library()
         self.modes = library.modes
         self._context = library.Cipher
-        self._algorithm = library.aes(key) if name == "aes" else library.cast5(key)
+        self._algorithm = library.ciphers[name](key)
         self.size: int = self._algorithm.block_size // 8
 
     def decryptor(self, mode: Any) -> Any:
@@ -81,27 +82,17 @@ class _BlockCipher:
         return stored
 
 
-class _Library:
-    """What is used of ``cryptography``; its ciphers have no common home across versions."""
-
-    def __init__(self) -> None:
+@cache
+def _library() -> SimpleNamespace:
+    """Return what is used of ``cryptography``; its ciphers have no common home across versions."""
+    try:
         from cryptography.hazmat.decrepit.ciphers.algorithms import CAST5
         from cryptography.hazmat.primitives.ciphers import Cipher, modes
         from cryptography.hazmat.primitives.ciphers.algorithms import AES
-
-        self.Cipher = Cipher
-        self.modes = modes
-        self.aes = AES
-        self.cast5 = CAST5
-
-
-@cache
-def _library() -> _Library:
-    try:
-        return _Library()
     except ImportError as error:
         feature = "encrypted images without the cryptography library: pip install 'qcow2-forensics[luks]'"
         raise Unsupported(feature) from error
+    return SimpleNamespace(Cipher=Cipher, modes=modes, ciphers={"aes": AES, "cast5": CAST5})
 
 
 # --- from sector numbers to vectors ------------------------------------------------------------
@@ -141,22 +132,23 @@ def _numbers(first: int, count: int, block: int, mask: int) -> bytes:
 # --- the modes ---------------------------------------------------------------------------------
 
 
-class _Ecb:
-    """No vector: equal blocks look equal."""
+class _Mode:
+    """A block mode: a cipher, and what makes the vectors of sectors."""
 
-    def __init__(self, block: _BlockCipher, key: bytes, ivs: _Ivs) -> None:  # noqa: ARG002 - as the other modes
+    def __init__(self, block: _BlockCipher, key: bytes, ivs: _Ivs) -> None:  # noqa: ARG002 - xts alone has two keys
         self._block = block
+        self._ivs = ivs
+
+
+class _Ecb(_Mode):
+    """No vector: equal blocks look equal."""
 
     def decrypt(self, data: bytes, first_sector: int) -> bytes:  # noqa: ARG002 - ecb ignores the number
         return self._block.ecb_decrypt(data)
 
 
-class _Cbc:
+class _Cbc(_Mode):
     """Each block is chained to the stored one before it, the first to the vector."""
-
-    def __init__(self, block: _BlockCipher, key: bytes, ivs: _Ivs) -> None:  # noqa: ARG002 - as the other modes
-        self._block = block
-        self._ivs = ivs
 
     def decrypt(self, data: bytes, first_sector: int) -> bytes:
         count = len(data) // SECTOR
@@ -168,12 +160,8 @@ class _Cbc:
         return _by_sector(self._block, self._block.modes.CBC, ivs, data)
 
 
-class _Ctr:
+class _Ctr(_Mode):
     """A stream: the vector is the big-endian counter of the sector's first block."""
-
-    def __init__(self, block: _BlockCipher, key: bytes, ivs: _Ivs) -> None:  # noqa: ARG002 - as the other modes
-        self._block = block
-        self._ivs = ivs
 
     def decrypt(self, data: bytes, first_sector: int) -> bytes:
         ivs = self._ivs(first_sector, len(data) // SECTOR)
@@ -190,14 +178,13 @@ class _Ctr:
                 yield (counter & ((1 << 8 * size) - 1)).to_bytes(size, "big")
 
 
-class _Xts:
+class _Xts(_Mode):
     """Each block is masked before and after with a tweak: the encrypted vector, doubled per block."""
 
     def __init__(self, block: _BlockCipher, key: bytes, ivs: _Ivs) -> None:
+        super().__init__(block, key, ivs)
         half = len(key) // 2
-        self._block = block
         self._tweak = _BlockCipher("aes", key[half:])
-        self._ivs = ivs
         # OpenSSL has no aes-192 in this mode, though LUKS allows it; the bulk way needs no such mode.
         self._whole = None if half == 24 else _BlockCipher("aes", key)
 
