@@ -289,6 +289,14 @@ def test_code_is_not_found_on_the_near_miss(code: str, tmp_path: Path) -> None:
     assert not found(path, code)
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["damaged", "near miss"])
+@pytest.mark.parametrize("code", CASES)
+def test_no_damage_to_one_structure_contradicts_the_geometry(code: str, which: int, tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    CASES[code][which](path)
+    assert not found(path, "QCOW2-GEOMETRY-CONTRADICTED")
+
+
 def test_every_rule_of_these_modules_has_a_case() -> None:
     own = {
         code for code, entry in catalog().items() if entry.section in ("header", "integrity", "lost_tables", "overlap")

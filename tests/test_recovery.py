@@ -5,6 +5,7 @@ The images are made by qemu-img; the damage is done here, byte by byte, by the o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,8 @@ import pytest
 
 from qcow2_forensics import audit, open_disk
 from qcow2_forensics.cli import main
-from qcow2_forensics.errors import LimitExceeded, SnapshotNotFound
+from qcow2_forensics.errors import LimitExceeded, Qcow2Error, SnapshotNotFound
+from qcow2_forensics.findings import Severity
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.limits import L1_ENTRIES, Budget
 from qcow2_forensics.reader.parts import gatherable
@@ -276,6 +278,9 @@ def test_overlapping_l1_tables_of_snapshots_are_refused_not_read_again_and_again
         recovered_states(path)
 
 
+GEOMETRY = "QCOW2-GEOMETRY-CONTRADICTED"
+
+
 def _compression_cleared(data: bytearray) -> None:
     data[79] &= ~8
     data[104] = 0
@@ -293,6 +298,10 @@ def _cluster_size_wrong(data: bytearray) -> None:
     data[23] += 1
 
 
+def _cluster_bits(bits: int) -> Any:
+    return lambda data: data.__setitem__(slice(20, 24), bits.to_bytes(4, "big"))
+
+
 def _version_lowered(data: bytearray) -> None:
     data[7] = 2
 
@@ -306,6 +315,17 @@ def _version_lowered(data: bytearray) -> None:
         ("compat=1.1", False, _version_lowered, "QCOW2-ZERO-FLAG-V2", "version=3"),
         ("cluster_size=64k", False, _extended_l2_set, "QCOW2-L2-TABLE-LOST", "extended-l2=off"),
         ("cluster_size=2M", False, _extended_l2_set, "QCOW2-L2-TABLE-LOST", "extended-l2=off"),
+        ("cluster_size=4k", False, _extended_l2_set, GEOMETRY, "extended-l2=off"),
+        ("cluster_size=4k", True, _extended_l2_set, GEOMETRY, "extended-l2=off"),
+        ("cluster_size=16k", True, _extended_l2_set, GEOMETRY, "extended-l2=off"),
+        ("cluster_size=4k", False, _cluster_bits(13), GEOMETRY, "cluster-size=4096"),
+        ("cluster_size=4k", False, _cluster_bits(16), GEOMETRY, "cluster-size=4096"),
+        ("cluster_size=4k", False, _cluster_bits(40), GEOMETRY, "cluster-size=4096"),
+        ("cluster_size=4k,compat=0.10", False, _cluster_bits(9), GEOMETRY, "cluster-size=4096"),
+        ("cluster_size=64k", False, _cluster_bits(15), GEOMETRY, "cluster-size=65536"),
+        ("cluster_size=64k", True, _cluster_bits(12), GEOMETRY, "cluster-size=65536"),
+        ("cluster_size=64k", True, _cluster_bits(17), GEOMETRY, "cluster-size=65536"),
+        ("cluster_size=16k,extended_l2=on", False, _cluster_bits(17), GEOMETRY, "cluster-size=16384"),
     ],
 )
 def test_a_finding_proposes_the_assumption_with_which_the_export_is_right(
@@ -345,6 +365,34 @@ def test_a_wrong_header_field_is_read_as_the_examiner_states_it(
     path.write_bytes(data)
     with open_disk(path, assume=assume) as disk:
         assert disk.read(0, disk.size) == raw.read_bytes()
+
+
+@pytest.mark.parametrize(("bits", "order"), [(16, 3), (16, 5), (16, 40), (8, 4), (1, 4), (64, 4)])
+def test_a_finding_names_the_width_that_the_refcounts_have(bits: int, order: int, raw: Path, tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    data = converted(raw, path, "-o", f"cluster_size=4k,refcount_bits={bits}")
+    assert GEOMETRY not in [found.code for found in audit(path)]
+    data[96:100] = order.to_bytes(4, "big")
+    path.write_bytes(data)
+    (finding,) = [found for found in audit(path) if found.code == GEOMETRY]
+    assert finding.severity is Severity.MEDIUM
+    assert finding.evidence[1].value == bits.bit_length() - 1
+
+
+def test_no_geometry_is_contradicted_by_damage_to_refcounts_and_tables(raw: Path, tmp_path: Path) -> None:
+    """Bytes of metadata are overwritten one after the other, so that the check finds something each time."""
+    path = tmp_path / "image.qcow2"
+    data = converted(raw, path, "-o", "cluster_size=4k")
+    chance = random.Random(3)
+    places = [block * 4096 + chance.randrange(256) for block in range(5) for _ in range(8)]
+    for at in places:
+        if 20 <= at < 24 or 72 <= at < 80 or 96 <= at < 100 or at < 8:
+            continue
+        broken = bytearray(data)
+        broken[at] ^= 1 << chance.randrange(8)
+        path.write_bytes(broken)
+        with contextlib.suppress(Qcow2Error):
+            assert GEOMETRY not in [found.code for found in audit(path)], hex(at)
 
 
 def test_no_other_entries_are_proposed_for_extended_tables_that_lost_clusters(raw: Path, tmp_path: Path) -> None:

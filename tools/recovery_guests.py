@@ -7,9 +7,12 @@ file system of the kernel through a block device to ``qemu-nbd``, of any QEMU re
 
     python tools/recovery_guests.py --guests 20 --seed 1 --out guests.jsonl
     python tools/recovery_guests.py --qemu /srv/bullseye --qemu /srv/trixie --layout cloned --how aged
+    python tools/recovery_guests.py --layout lvm --layout grown --layout logical
 
 ``--qemu`` names the root folder of another system whose QEMU writes the images, besides this machine's own; it is also the
 installed system that is copied. Needs root, loop devices, FUSE, ``qemu-storage-daemon`` and the tools of the file systems.
+LVM2's own tools make logical volumes, one behind the other (``lvm``) or one of them in two pieces (``grown``), whose file systems are
+put together from files, since no device mapper is asked for: such disks are converted ones.
 Every line of the output is one damaged image. The oracle is ``qemu-img convert`` of the intact image.
 """
 
@@ -36,9 +39,14 @@ from recovery_trial import MIB, SECTOR, Damaged, Made
 
 import qcow2_forensics as q
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from tests import guest_disks
+
 GIB = 1 << 30
 FILES_JUDGED = 64  # of 256, chosen by a hash of their names
-LAYOUTS = ("bare", "single", "two", "cloned")
+LAYOUTS = ("bare", "single", "two", "cloned", "lvm", "grown", "logical")
+EXTENT = 4 * MIB  # of LVM
+IN_PIECES = ("lvm", "grown")
 LOCAL = (
     "/usr/share/doc",
     "/usr/share/man",
@@ -70,10 +78,21 @@ class Qemu(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One partition, in bytes."""
+    """Where one file system is on the disk: (start, length) of its pieces, in bytes."""
 
-    start: int
-    length: int
+    pieces: tuple[tuple[int, int], ...]
+
+    @property
+    def start(self) -> int:
+        return self.pieces[0][0]
+
+    @property
+    def length(self) -> int:
+        return sum(length for _, length in self.pieces)
+
+
+def whole(start: int, length: int) -> Part:
+    return Part(((start, length),))
 
 
 class Guest(NamedTuple):
@@ -89,10 +108,31 @@ class Guest(NamedTuple):
 
     def parts(self) -> list[Part]:
         if self.layout == "bare":
-            return [Part(0, self.size)]
+            return [whole(0, self.size)]
+        if self.layout in IN_PIECES:  # after the start of the partition, and LVM's own first MiB
+            half = (self.size - 4 * MIB - EXTENT) // 2 // EXTENT * EXTENT
+            first = half // 2 // EXTENT * EXTENT if self.layout == "grown" else half
+            root = [(2 * MIB, first), (2 * MIB + first + half, half - first)]
+            return [Part(tuple(root[: 2 if self.layout == "grown" else 1])), whole(2 * MIB + first, half)]
         count = 1 if self.layout == "single" else 2
-        length = (self.size - 2 * MIB) // count // MIB * MIB
-        return [Part(MIB + number * length, length) for number in range(count)]
+        length = (self.size - 4 * MIB) // count // MIB * MIB
+        gap = MIB if self.layout == "logical" else 0  # the table of the logical partition
+        return [whole(MIB + number * (length + gap), length) for number in range(count)]
+
+    def table(self) -> str:
+        """Return the partition table as sfdisk wants it."""
+        parts = self.parts()
+        if self.layout in IN_PIECES:
+            kind = "8e" if self.size // MIB % 2 else "E6D6D379-F507-44C2-A23C-238F2A3DF928"
+            return (
+                f"label: {'dos' if kind == '8e' else 'gpt'}\nstart=1MiB, size={self.size // MIB - 3}MiB, type={kind}\n"
+            )
+        lines = [f"start={part.start // SECTOR}, size={part.length // SECTOR}, type=linux" for part in parts]
+        if self.layout == "logical":
+            first = parts[1].start // MIB - 1
+            lines.insert(1, f"start={first}MiB, size={parts[1].length // MIB + 1}MiB, type=5")
+            return "\n".join(["label: dos", *(line.replace("linux", "83") for line in lines), ""])
+        return "\n".join(["label: gpt", *lines, ""])
 
 
 # --- a disk that the kernel mounts ----------------------------------------------------------------
@@ -136,6 +176,7 @@ def _wait(ready: Callable[[], bool]) -> None:
 @contextlib.contextmanager
 def device(disk: Path, part: Part) -> Iterator[str]:
     """Yield a loop device over one partition."""
+    assert len(part.pieces) == 1
     command = ["losetup", "--show", "-f", "-o", str(part.start), "--sizelimit", str(part.length), str(disk)]
     for attempt in range(20):  # others look for a free device too
         made = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -235,6 +276,55 @@ def use(folder: Path, guest: Guest, chance: random.Random, number: int) -> None:
     (folder / f"log {number}").write_bytes(b"".join(f"{line} started\n".encode() for line in range(30_000)))
 
 
+def partition(disk: Path, guest: Guest, folder: Path) -> None:
+    """Write the partition table, and the metadata of volumes inside a partition."""
+    if guest.layout == "bare":
+        return
+    subprocess.run(["sfdisk", "-q", str(disk)], input=guest.table().encode(), check=True, capture_output=True)
+    if guest.layout not in IN_PIECES:
+        return
+    root, home = guest.parts()
+    with device(disk, whole(MIB, guest.size - 3 * MIB)) as name:
+        group = guest_disks.Group([Path(name)], folder)
+        group.lvm(["pvcreate", "-q", "-y", "{0}"], ["vgcreate", "-q", "vg0", "{0}"])
+        guest_disks.create_volume(group, "root", root.pieces[0][1])
+        guest_disks.create_volume(group, "home", home.length)
+        if len(root.pieces) > 1:
+            group.lvm(["lvextend", "-q", "-L", f"{root.length}b", "vg0/root"])
+        for part, volume in ((root, "root"), (home, "home")):
+            found = tuple((MIB + extent.offset, extent.length) for extent in group.extents(volume))
+            assert found == part.pieces, (found, part)
+
+
+def put_together(folder: Path, raw: Path, guest: Guest, chance: random.Random) -> None:
+    """Make a raw disk with volumes in several pieces from file systems in files of their own, which were used twice."""
+    with raw.open("wb") as out:
+        out.truncate(guest.size)
+    partition(raw, guest, folder)
+    for part in guest.parts():
+        volume, inside = folder / "volume.raw", whole(0, part.length)
+        with volume.open("wb") as out:
+            out.truncate(part.length)
+        make_file_system(guest.fs, volume, inside)
+        with mounted(guest.fs, volume, inside, folder) as place:
+            install(place, guest, chance, 45 * MIB)
+        for number in range(2):
+            with mounted(guest.fs, volume, inside, folder) as place:
+                use(place, guest, chance, number)
+        done = 0
+        with volume.open("rb") as source, raw.open("r+b") as target:
+            segments = trial.data_segments(volume)
+            for start, length in part.pieces:
+                for at, count in segments:
+                    first, last = max(at, done), min(at + count, done + length)
+                    if first < last:
+                        source.seek(first)
+                        target.seek(start + first - done)
+                        target.write(source.read(last - first))
+                done += length
+        volume.unlink()
+
+
 def make_guest(folder: Path, guest: Guest, chance: random.Random) -> Made:
     """Return the intact image with its raw disk."""
     path = folder / "image.qcow2"
@@ -251,11 +341,14 @@ def make_guest(folder: Path, guest: Guest, chance: random.Random) -> Made:
         guest.size,
     )
     parts = guest.parts()
+    if guest.layout == "grown":
+        raw = folder / "grown.raw"
+        put_together(folder, raw, guest, chance)
+        packed = ["-c"] if "compression" in guest.options else []
+        guest.qemu.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *packed, "-o", text, raw, path)
+        return Made(path, raw, guest.fs, guest.cluster, guest.how, guest.options)
     with attached(guest.qemu, path, folder) as disk:
-        if guest.layout != "bare":
-            lines = [f"start={part.start // SECTOR}, size={part.length // SECTOR}, type=linux" for part in parts]
-            script = "\n".join(["label: gpt", *lines, ""]).encode()
-            subprocess.run(["sfdisk", "-q", str(disk)], input=script, check=True, capture_output=True)
+        partition(disk, guest, folder)
         for number, part in enumerate(parts):
             if number and guest.layout == "cloned":
                 with device(disk, parts[0]) as source, device(disk, part) as target:
@@ -327,19 +420,20 @@ class Files:
     def _tsk(self, stream: Any, part: Part) -> Iterator[tuple[str, str]]:
         import pytsk3
 
+        volume = _Part(stream, part)
+
         class Image(pytsk3.Img_Info):  # type: ignore[misc]
             def __init__(self) -> None:
-                self.size = stream.seek(0, os.SEEK_END)
                 super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
 
             def read(self, offset: int, length: int) -> bytes:
-                stream.seek(offset)
-                return bytes(stream.read(length))
+                volume.seek(offset)
+                return volume.read(length)
 
             def get_size(self) -> int:
-                return int(self.size)
+                return volume.get_size()
 
-        file_system = pytsk3.FS_Info(Image(), offset=part.start)
+        file_system = pytsk3.FS_Info(Image())
         pending = [("", file_system.open_dir("/"))]
         seen: set[int] = set()
         while pending:
@@ -381,7 +475,7 @@ class Files:
 
 
 class _Part:
-    """One partition of a stream as a file object."""
+    """One file system of a stream as a file object."""
 
     def __init__(self, stream: Any, part: Part) -> None:
         self._stream, self._part, self._at = stream, part, 0
@@ -397,10 +491,18 @@ class _Part:
         return self._part.length
 
     def read(self, size: int = -1) -> bytes:
-        size = self._part.length - self._at if size < 0 else size
-        self._stream.seek(self._part.start + self._at)
-        data = bytes(self._stream.read(max(0, min(size, self._part.length - self._at))))
-        self._at += len(data)
+        left = self._part.length - self._at
+        left = left if size < 0 else max(0, min(size, left))
+        data, before = b"", 0
+        for start, length in self._part.pieces:
+            inside = self._at - before
+            before += length
+            if 0 <= inside < length and left:
+                self._stream.seek(start + inside)
+                piece = bytes(self._stream.read(min(left, length - inside)))
+                data += piece
+                left -= len(piece)
+                self._at += len(piece)
         return data
 
 
@@ -444,8 +546,10 @@ def guests(chance: random.Random, arguments: argparse.Namespace) -> Iterator[Gue
             cluster = max(cluster, 16384)
         fs = (arguments.fs or ["ext4", "ntfs", "xfs"])[number % len(arguments.fs or "123")]
         low, high = SIZES[cluster]
-        layout = chance.choice(arguments.layout or ["bare", "single", "single", "two"])
-        low = max(low, (320 if fs == "xfs" else 160) * MIB * (2 if layout in ("two", "cloned") else 1) + 64 * MIB)
+        layout = chance.choice(arguments.layout or ["bare", "single", "single", "two", "lvm", "logical", "grown"])
+        if layout == "grown":
+            how = "converted"
+        low = max(low, (320 if fs == "xfs" else 160) * MIB * (1 if layout in ("bare", "single") else 2) + 64 * MIB)
         size = chance.randrange(low, max(high, low + MIB), MIB)
         yield Guest(system, fs, layout, how, cluster, options, size)
         number += 1

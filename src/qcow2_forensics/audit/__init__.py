@@ -38,6 +38,7 @@ _MODULES = {
     "header": Depth.TRIAGE,
     "integrity": Depth.STANDARD,
     "lost_tables": Depth.STANDARD,
+    "contradicted_geometry": Depth.STANDARD,
     "overlap": Depth.STANDARD,
     "residual": Depth.DEEP,
     "hidden": Depth.STANDARD,

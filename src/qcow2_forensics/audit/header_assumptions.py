@@ -15,6 +15,7 @@ from ..findings import Evidence
 from ..format.codecs import Codec
 from ..format.header import Header
 from ..format.image import Image
+from ..format.rules import header_problems
 from ..residue.structure_detection import Geometry, l2_rows
 from .facts import Facts
 
@@ -41,6 +42,11 @@ def other_entries(facts: Facts) -> Iterator[Evidence]:
     is_extended = facts.header.extended_l2
     choice = "extended-l2=off" if is_extended else "extended-l2=on"
     yield from _first(facts, (choice,), lambda header: header.extended_l2 != is_extended)
+
+
+def proposed(facts: Facts, choice: str) -> Iterator[Evidence]:
+    """Yield that a field can be assumed; nothing where the header is not valid with it."""
+    yield from _first(facts, (choice,), lambda header: not list(header_problems(header, facts.limits, [])))
 
 
 def extended_tables(facts: Facts, offsets: U64) -> Mask:

@@ -77,7 +77,7 @@ def find_geometry(source: Source, *, most: int | None = None) -> FoundGeometry |
             weak[is_extended] += [min(int(value), 21) for value in few.tolist()][:GEOMETRY_SECTORS]
         if len(streams) < GEOMETRY_STREAMS:
             streams += _compressed_entries(sectors.words)[: GEOMETRY_STREAMS - len(streams)]
-    decoded = _decoded_size(source, streams)
+    decoded = decoded_size(source, streams)
     if decoded is not None:
         bits_, kind = decoded
         return FoundGeometry(bits_, False, kind, f"compressed clusters decode to {1 << bits_} bytes each")
@@ -165,7 +165,7 @@ def _compressed_entries(words: U64) -> list[int]:
     return found
 
 
-def _decoded_size(source: Source, entries: list[int]) -> tuple[int, int] | None:
+def decoded_size(source: Source, entries: list[int], least: int = 2) -> tuple[int, int] | None:
     """Return cluster_bits and compression type that decode several compressed entries, None where none does."""
     votes: Counter[tuple[int, int]] = Counter()
     for entry in entries:
@@ -181,7 +181,7 @@ def _decoded_size(source: Source, entries: list[int]) -> tuple[int, int] | None:
     if not votes:
         return None
     ((found, count),) = votes.most_common(1)
-    return found if count >= min(2, len(entries)) else None
+    return found if count >= min(least, len(entries)) else None
 
 
 def compression_of(data: bytes, size: int) -> int | None:

@@ -123,6 +123,7 @@ _COMMANDS: dict[str, Callable[[Finding, str], str]] = {
     "QCOW2-EXTERNAL-DATA": _NAMES,
     "QCOW2-FEATURES": _NAMES,
     "QCOW2-GATEKEEPER": _NAMES,
+    "QCOW2-GEOMETRY-CONTRADICTED": _assuming(_simple("snapshots {} --recovered")),
     "QCOW2-HEADER-SLACK": _residue("header-slack"),
     "QCOW2-INTERNAL-SNAPSHOTS": _simple("snapshots {}"),
     "QCOW2-L1-SLACK": _residue("l1-slack"),
