@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from qcow2_forensics.format.lvm import Segment
+from qcow2_forensics.limits import Budget
 from qcow2_forensics.recovery import Confidence
-from qcow2_forensics.recovery.volumes import Holds, Volume, volumes_of
+from qcow2_forensics.recovery.volumes import Holds, Volume, pieces_of, volumes_of
 from tests import guest_disks, qemu
 from tests.filesystems import MIB, SECTOR, need_tools
 from tests.test_hostile_volumes import _group, _linear, _physical
@@ -192,6 +193,17 @@ def test_a_physical_volume_that_holds_itself_ends(tmp_path: Path) -> None:
     found, are_all = volumes_in(data, tmp_path, [Volume.at(0, len(data))])
     assert len(found) < 100
     assert not are_all
+
+
+def test_pieces_of_volumes_inside_volumes_are_bounded() -> None:
+    """Each of many segments is the whole of a volume in many pieces."""
+    count = 1000
+    below = Volume(tuple(Segment(n, 1, 2 * n) for n in range(count)), count)
+    room = Budget.up_to("pieces", 10 * count)
+    asked = (Segment(n * count, count, 0) for n in range(100))
+    assert pieces_of(below, asked, room) == ()
+    assert next(asked).start <= 12 * count * count
+    assert pieces_of(below, [Segment(0, 2, 3)], Budget.up_to("pieces", 2)) == (Segment(0, 1, 6), Segment(1, 1, 8))
 
 
 def test_a_chain_of_logical_partitions_that_leads_back_ends(tmp_path: Path) -> None:

@@ -82,12 +82,15 @@ class LvmError(ValueError):
 
 
 class Texts:
-    """Metadata texts of one disk, each parsed once: every physical volume of a group holds the same."""
+    """Metadata texts of one disk, each parsed once: every physical volume of a group holds the same.
 
-    def __init__(self) -> None:
+    ``sections`` keeps what was parsed, by its SHA-256, for a disk that is looked at again.
+    """
+
+    def __init__(self, sections: dict[bytes, Section] | None = None) -> None:
         self._read = Budget.up_to("bytes read of LVM metadata", LVM_TEXT_READS * LVM_TEXT_BYTES)
         self._parsed = Budget.up_to("bytes of different LVM metadata", LVM_TEXT_BYTES)
-        self._sections: dict[bytes, Section] = {}
+        self._sections = {} if sections is None else sections
 
     def read(self, reader: Reader, offset: int, length: int) -> bytes:
         """Return bytes of a text; raises :class:`LimitExceeded` where texts are read again and again."""

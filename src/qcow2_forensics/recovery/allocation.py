@@ -7,6 +7,7 @@ is not placed, blocks that are allocated and seldom written) has no say.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -125,9 +126,13 @@ def cluster_use(volumes: list[VolumeMap], slots: list[int], span: int, cluster: 
     """Return (slots, clusters of a table) which clusters hold something that is in use."""
     per_slot = span // cluster
     use = np.full((len(slots), per_slot), UNKNOWN, np.int8)
-    for row, slot in enumerate(slots):
-        for volume in volumes:
-            for column, value in _clusters(volume, slot * span, span, cluster):
+    rows = sorted(range(len(slots)), key=slots.__getitem__)
+    ordered = [slots[row] for row in rows]
+    for volume in volumes:
+        last = volume.start + len(volume.bits) * volume.block - 1
+        first = bisect_left(ordered, volume.start // span)
+        for row in rows[first : bisect_right(ordered, last // span)]:
+            for column, value in _clusters(volume, slots[row] * span, span, cluster):
                 part = use[row, column : column + len(value)]
                 np.maximum(part, value, out=part)
     if cluster < _WRITTEN:  # what is free beside something that may be stored may be stored with it

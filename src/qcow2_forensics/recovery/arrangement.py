@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
+from ..format.lvm import Section
 from ..limits import L1_ENTRIES, PLACEMENT_TRIALS
 from ..residue.structure_detection import Geometry
 from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
@@ -59,12 +60,13 @@ def arranged(
     if not size:
         slots = _slots_by_content(reader, tables, span) or len(offsets)
     settled: Set[int] = frozenset()  # tables that have a place by their content
+    sections: dict[bytes, Section] = {}
     more: dict[int, Votes] = {}  # by host offset: what file systems must have somewhere, found in a table
     for _ in range(_ROUNDS):
         found = place(tables, known, slots, geometry.cluster_size, fixed=fixed, ordered=False)
         disk = PlacedDisk(reader, {p.slot: p.offset for p in found.placements}, span)
         before = volumes, dict(more)
-        volumes = volumes_of(disk, contents.volumes)
+        volumes = volumes_of(disk, contents.volumes, sections)
         settled = {p.offset for p in found.placements}
         for offset, votes in _expected_votes(reader, tables, settled, disk, volumes.found, span).items():
             more[offset] = _joined(more.get(offset, {}), votes)
@@ -74,12 +76,14 @@ def arranged(
         tables = [_with_more(table, more, is_sure) for table in contents.unplaced(span, slots, volumes)]
 
     def use_of(placed: Mapping[int, int]) -> Use | None:
-        return _use(reader, geometry, placed, contents.volumes)
+        return _use(reader, geometry, placed, contents.volumes, sections)
 
     placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed)
     if placed.is_in_order:  # what the order gave a place may lead to more; none of it is sure
         disk = PlacedDisk(reader, {p.slot: p.offset for p in placed.placements}, span)
-        guessed = _expected_votes(reader, tables, settled, disk, volumes_of(disk, contents.volumes).found, span)
+        guessed = _expected_votes(
+            reader, tables, settled, disk, volumes_of(disk, contents.volumes, sections).found, span
+        )
         if guessed:
             tables = [_with_more(table, guessed, False) for table in tables]
             placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed)
@@ -95,13 +99,19 @@ def _with_more(table: Unplaced, more: Mapping[int, Votes], is_sure: bool) -> Unp
 
 def use_by_file_systems(reader: TableReader, geometry: Geometry, placed: Mapping[int, int]) -> Use | None:
     """Return which clusters the file systems use, by the tables that are placed; None where none is found."""
-    return _use(reader, geometry, placed, first_volumes([reader.head(placed[0])] if 0 in placed else []))
+    return _use(reader, geometry, placed, first_volumes([reader.head(placed[0])] if 0 in placed else []), {})
 
 
-def _use(reader: TableReader, geometry: Geometry, placed: Mapping[int, int], first: Sequence[Volume]) -> Use | None:
+def _use(
+    reader: TableReader,
+    geometry: Geometry,
+    placed: Mapping[int, int],
+    first: Sequence[Volume],
+    sections: dict[bytes, Section],
+) -> Use | None:
     span = table_span(geometry)
     disk = PlacedDisk(reader, dict(placed), span)
-    maps = _maps(disk, volumes_of(disk, first).found)
+    maps = _maps(disk, volumes_of(disk, first, sections).found)
     return (lambda free: cluster_use(maps, free, span, geometry.cluster_size)) if maps else None
 
 

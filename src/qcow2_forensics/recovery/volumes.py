@@ -21,7 +21,7 @@ from ..errors import LimitExceeded, Qcow2Error
 from ..format import lvm
 from ..format.header import SECTOR
 from ..format.lvm import Segment
-from ..limits import FILE_SYSTEM_STARTS, PARTITIONS_LOOKED_AT, MiB
+from ..limits import FILE_SYSTEM_STARTS, LVM_SEGMENTS, PARTITIONS_LOOKED_AT, Budget, MiB
 from .allocation import PlacedDisk
 from .structures import (
     Partition,
@@ -208,11 +208,15 @@ def disk_size_of(read: ReadGuest) -> tuple[int, str] | None:
 # --- volumes inside others ------------------------------------------------------------------------
 
 
-def volumes_of(disk: PlacedDisk, first: Sequence[Volume]) -> Volumes:
-    """Return volumes and those inside them, as far as tables are placed; crafted ones end with a number of volumes."""
+def volumes_of(disk: PlacedDisk, first: Sequence[Volume], sections: dict[bytes, lvm.Section] | None = None) -> Volumes:
+    """Return volumes and those inside them, as far as tables are placed; crafted ones end with a number of volumes.
+
+    ``sections`` keeps LVM2 metadata that was parsed.
+    """
     found: list[Volume] = []
     are_all = True
-    texts = lvm.Texts()
+    texts = lvm.Texts(sections)
+    room = Budget.up_to("pieces of volumes inside volumes", LVM_SEGMENTS)
     pending = list(first)
     while pending:
         physical: list[tuple[lvm.PhysicalVolume, Volume]] = []
@@ -238,12 +242,13 @@ def volumes_of(disk: PlacedDisk, first: Sequence[Volume]) -> Volumes:
             elif raid is not None and raid.data:
                 holds = Holds.MIRRORED_DATA
                 are_all &= raid.level == _MIRROR
-                data = tuple(volume.part([Segment(0, raid.data_size, raid.data)])) if raid.level == _MIRROR else ()
-                pending += [Volume(data, raid.data_size)] if data else []
+                if raid.level == _MIRROR:
+                    data = pieces_of(volume, [Segment(0, raid.data_size, raid.data)], room)
+                    pending += [Volume(data, raid.data_size)] if data else []
             elif volume.holds_volumes:  # its label is lost, or nobody reads it
                 are_all = False
             found.append(volume._replace(holds=holds))
-        inside_, are_read = _logical_volumes(physical)
+        inside_, are_read = _logical_volumes(physical, room)
         pending += inside_
         are_all &= are_read
     return Volumes(tuple(found), are_all)
@@ -274,19 +279,30 @@ def _physical(placed: PlacedVolume, texts: lvm.Texts) -> lvm.PhysicalVolume | No
         return None
 
 
-def _logical_volumes(physical: Sequence[tuple[lvm.PhysicalVolume, Volume]]) -> tuple[list[Volume], bool]:
+def pieces_of(volume: Volume, segments: Iterable[Segment], room: Budget) -> tuple[Segment, ...]:
+    """Return segments of what is in a volume as segments of the disk, none where there is no room for them."""
+    found = []
+    try:
+        for piece in volume.part(segments):
+            room.spend(1)
+            found.append(piece)
+    except LimitExceeded:
+        return ()
+    return tuple(found)
+
+
+def _logical_volumes(physical: Sequence[tuple[lvm.PhysicalVolume, Volume]], room: Budget) -> tuple[list[Volume], bool]:
     """Return the logical volumes that are in one piece after another on some physical ones, and whether that is all."""
     below = {part.uuid: volume for part, volume in reversed(physical)}
     are_all = len(below) == len(physical)  # a clone has the same UUIDs
     found: list[Volume] = []
     try:
         for logical in lvm.logical_volumes(part for part, _ in physical):
-            segments = [
-                piece for uuid, segment in logical.parts if not logical.why for piece in below[uuid].part([segment])
-            ]
-            are_all &= bool(segments)
-            if segments:
-                found.append(Volume(tuple(sorted(segments)), logical.size))
+            pieces = [pieces_of(below[uuid], [segment], room) for uuid, segment in logical.parts if not logical.why]
+            is_read = bool(pieces) and all(pieces)
+            are_all &= is_read
+            if is_read:
+                found.append(Volume(tuple(sorted(piece for some in pieces for piece in some)), logical.size))
     except (lvm.LvmError, LimitExceeded):
         are_all = False
     return found, are_all
