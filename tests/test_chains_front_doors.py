@@ -187,6 +187,8 @@ def _command_line(case: Case, tmp: Path) -> bytes:
         code = main(arguments)
     if code:
         raise OSError(errors.getvalue())
+    for sentence in errors.getvalue().splitlines():  # printed here, logged by the other doors
+        logging.getLogger("qcow2_forensics").info("%s", sentence)
     return (tmp / "exported").read_bytes()[:512]
 
 

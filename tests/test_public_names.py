@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 import qcow2_forensics as q
+from tests.image_builder import Builder
 
 CONTRACT = {
     "open_image",
@@ -91,6 +92,19 @@ def test_a_disk_that_nobody_holds_closes_its_file_at_once() -> None:
 
 def test_importing_the_package_imports_none_of_its_modules() -> None:
     code = "import sys, qcow2_forensics; print([name for name in sys.modules if name.startswith('qcow2_forensics.')])"
+    assert _fresh(code) == "[]"
+
+
+def test_a_command_imports_nothing_for_what_it_is_not_asked_to_do(tmp_path: Path) -> None:
+    image = Builder().write(tmp_path / "a.qcow2")
+    code = (
+        "import contextlib, io, sys\n"
+        "from qcow2_forensics.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    main(['diff', {str(image)!r}, '--from', 'active'])\n"
+        "print([name for name in sys.modules if name.startswith(('qcow2_forensics.files', 'qcow2_forensics.render'))"
+        " or name in ('hashlib', 'logging', 'qcow2_forensics.census.survey', 'qcow2_forensics.findings')])"
+    )
     assert _fresh(code) == "[]"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import NotQcow2, Qcow2Error
 from ..format.source import remembering_sources
 from ..text import printable
+from .notes import showing_notes
 
 COMMANDS = (
     "examine",
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
         args.given = given
-        with remembering_sources():
+        with remembering_sources(), showing_notes():
             return int(args.run(args))
     except NotQcow2 as error:
         path = getattr(args, "image", None)
@@ -150,7 +151,12 @@ def _tables_hint(path: object) -> str:
     )
 
 
+def complain(sentence: str) -> None:
+    """Print what could not be done on standard error."""
+    print(f"qcow2-forensics: {sentence}", file=sys.stderr)
+
+
 def fail(message: str) -> int:
     """Print one sentence on standard error and return the exit code for failure."""
-    print(f"qcow2-forensics: {message}", file=sys.stderr)
+    complain(message)
     return EXIT_FAILED

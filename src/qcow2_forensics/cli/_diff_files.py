@@ -50,6 +50,73 @@ class Files:
         """2 where files may differ that are not listed."""
         return 2 if self.is_incomplete or any(item.hides_changes for item in self.unread) else 0
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """The counts of changed bytes that are in no file that is listed, for JSON."""
+        return {
+            "bytes_in_no_file": self.outside,
+            "bytes_in_unread_volumes": self.in_unread_volumes,
+        }
+
+    @property
+    def volume_dicts(self) -> list[dict[str, Any]]:
+        """The volumes for JSON: those that are read, and those that are not with their changed bytes."""
+        read = [{**volume_dict(volume), "read": True} for volume in self.volumes]
+        unread = [
+            {**unread_dict(item.unread), "read": False, "changed_bytes": item.changed_bytes} for item in self.unread
+        ]
+        return [*read, *unread]
+
+    @property
+    def change_dicts(self) -> Iterator[dict[str, Any]]:
+        """The changes for JSON, one after the other."""
+        return map(_change_dict, self.changes)
+
+    def gaps(self) -> Iterator[str]:
+        """Yield what keeps the list from being complete, in words that are safe on a terminal."""
+        for item in self.unread:
+            if item.hides_changes:
+                where = volume_label(item.unread.volume)
+                differing = (
+                    f"{format_size(item.changed_bytes)} differ in" if item.changed_bytes else "files may differ in"
+                )
+                yield f"{differing} {where}, whose files are not listed"
+        if self.is_incomplete:
+            yield "parts of the file systems could not be read: files may be missing from the list"
+
+    def text_lines(self) -> Iterator[str]:
+        """Yield the lines about files."""
+        for item in self.unread:
+            if item.changed_bytes or item.hides_changes:
+                amount = f"{format_size(item.changed_bytes)} of it in " if item.changed_bytes else ""
+                yield f"{amount}{volume_label(item.unread.volume)}: {_unread_reason(item)}"
+        if self.outside and (self.changes or self.unread or self.is_marked):
+            yield f"{format_size(self.outside)} of it in no file: file system structures or free space"
+        if self.is_marked and self.outside:
+            yield "names, times and owners in those structures may have been written, and small files in NTFS records"
+        if self.changes:
+            yield from _table(self.changes)
+        elif self.is_marked:
+            yield "no file that is listed has blocks in marked ranges"
+        elif self.exit_code:
+            yield "no files differ where files could be listed"
+        else:
+            yield "no files differ"
+
+    def page_rows(self) -> Iterator[FileRow]:
+        """Yield the changes as rows of the page."""
+        for change, cells in zip(self.changes, _rows(self.changes), strict=True):
+            digests = zip(("before", "after"), change.sha256, strict=True)
+            yield FileRow(cells[0], cells, tuple((state, digest) for state, digest in digests if digest is not None))
+
+    def body_lines(self, before: str, after: str) -> Iterator[str]:
+        """Yield the changes as lines of a body file; ``before`` and ``after`` are the labels of the states."""
+        for change in self.changes:
+            state = before if change.change == FileChange.REMOVED else after
+            yield body_line(
+                change.shown, f"[{change.change}, {printable(state)}] {printable(change.shown.volume.prefix)}"
+            )
+
 
 def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Difference]) -> Files:
     """Return what differs in the files of two states, or which files are in ranges that a bitmap marks."""
@@ -95,7 +162,7 @@ def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Differ
 # --- JSON ------------------------------------------------------------------------------------------
 
 
-def file_dict(change: Changed) -> dict[str, Any]:
+def _change_dict(change: Changed) -> dict[str, Any]:
     """Return one change for JSON."""
     record = change.shown
     shown: dict[str, Any] = {
@@ -112,21 +179,6 @@ def file_dict(change: Changed) -> dict[str, Any]:
     return {**shown, "note": change.note} if change.note else shown
 
 
-def volume_dicts(files: Files) -> list[dict[str, Any]]:
-    """Return the volumes for JSON: those that are read, and those that are not with their changed bytes."""
-    read = [{**volume_dict(volume), "read": True} for volume in files.volumes]
-    unread = [{**unread_dict(item.unread), "read": False, "changed_bytes": item.changed_bytes} for item in files.unread]
-    return [*read, *unread]
-
-
-def totals(files: Files) -> dict[str, int]:
-    """Return the counts of changed bytes that are in no file that is listed."""
-    return {
-        "bytes_in_no_file": files.outside,
-        "bytes_in_unread_volumes": files.in_unread_volumes,
-    }
-
-
 # --- text ------------------------------------------------------------------------------------------
 
 _COLUMNS = (
@@ -138,26 +190,6 @@ _COLUMNS = (
     Column("what", "what"),
 )
 _LEFT = {Recoverable.YES: "content recoverable", Recoverable.PARTLY: "content partly recoverable"}
-
-
-def text_lines(files: Files) -> Iterator[str]:
-    """Yield the lines about files."""
-    for item in files.unread:
-        if item.changed_bytes or item.hides_changes:
-            amount = f"{format_size(item.changed_bytes)} of it in " if item.changed_bytes else ""
-            yield f"{amount}{volume_label(item.unread.volume)}: {_unread_reason(item)}"
-    if files.outside and (files.changes or files.unread or files.is_marked):
-        yield f"{format_size(files.outside)} of it in no file: file system structures or free space"
-    if files.is_marked and files.outside:
-        yield "names, times and owners in those structures may have been written, and small files in NTFS records"
-    if files.changes:
-        yield from _table(files.changes)
-    elif files.is_marked:
-        yield "no file that is listed has blocks in marked ranges"
-    elif files.exit_code:
-        yield "no files differ where files could be listed"
-    else:
-        yield "no files differ"
 
 
 def _unread_reason(item: NotCompared) -> str:
@@ -190,17 +222,3 @@ def _rows(changes: Iterable[Changed]) -> Iterator[tuple[str, ...]]:
             path = f"{printable(change.before.full_path, LONGEST_PATH)} -> {path}"
         shown = printable("; ".join(part for part in (what, change.note) if part))
         yield str(change.change), path, record.address, size, short_time(record.times.modified), shown
-
-
-def page_rows(files: Files) -> Iterator[FileRow]:
-    """Yield the changes as rows of the page."""
-    for change, cells in zip(files.changes, _rows(files.changes), strict=True):
-        digests = zip(("before", "after"), change.sha256, strict=True)
-        yield FileRow(cells[0], cells, tuple((state, digest) for state, digest in digests if digest is not None))
-
-
-def body_lines(files: Files, before: str, after: str) -> Iterator[str]:
-    """Yield the changes as lines of a body file; ``before`` and ``after`` are the labels of the states."""
-    for change in files.changes:
-        state = before if change.change == FileChange.REMOVED else after
-        yield body_line(change.shown, f"[{change.change}, {printable(state)}] {printable(change.shown.volume.prefix)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from ..files.records import FileRecord, Volume
@@ -15,25 +14,9 @@ from ..text import iso_time, printable
 LONGEST_PATH = 8192  # characters shown of one
 
 
-def add_guest_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options about the volumes in the guest."""
-    parser.add_argument(
-        "--guest-passphrase-file",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="file with a passphrase to try on LUKS and BitLocker volumes inside the guest (repeatable)",
-    )
-
-
 def volumes_of(args: argparse.Namespace, disk: Layer, name: str) -> GuestVolumes:
     """Return the volumes of a state, with the passphrases that the options give."""
     return open_volumes(disk, name, passphrases_from_files(args.guest_passphrase_file))
-
-
-def complain(sentence: str) -> None:
-    """Print what could not be done on standard error."""
-    print(f"qcow2-forensics: {sentence}", file=sys.stderr)
 
 
 def volume_label(volume: Volume) -> str:

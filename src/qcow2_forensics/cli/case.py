@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
-import platform
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Qcow2Error
-from ..findings import TOOL, Report
 from ..format.source import FileSource, Source, source_name
 from ..limits import MiB
 from ..reader.disk import Disk
-from ..reader.writer import atomic_writer
-from ..render.next_commands import next_command
 from ..text import iso_time
 from .output import Progress
+
+if TYPE_CHECKING:
+    from ..findings import Report
 
 _PIECE = 4 * MiB
 _LIBRARIES = ("numpy", "backports.zstd", "pytsk3", "dfvfs")
@@ -65,6 +62,8 @@ def wants_run(args: argparse.Namespace) -> bool:
 
 def audit_run(args: argparse.Namespace, report: Report, path: str, started: datetime) -> dict[str, Any]:
     """Return the facts of an audit as plain data; hashing reads every file whole."""
+    from ..render.next_commands import next_command
+
     facts = run_of(args, (path, *report.details.get("files", ())), started, hashed=args.hash)
     commands = {finding.code: next_command(finding, path, report.depth) for finding in reversed(report.findings)}
     return {**facts, "next": commands}
@@ -74,6 +73,10 @@ def run_of(
     args: argparse.Namespace, paths: Iterable[str], started: datetime, *, hashed: bool = False
 ) -> dict[str, Any]:
     """Return the facts of a run over some files as plain data."""
+    import platform
+
+    from ..findings import TOOL
+
     facts = {
         "case": args.case,
         "examiner": args.examiner,
@@ -104,6 +107,8 @@ def files_of(paths: Iterable[str], *, hashed: bool) -> list[dict[str, Any]]:
 
 def command_of(args: argparse.Namespace) -> str:
     """Return the command line of a run as it can be typed again."""
+    import shlex
+
     given = getattr(args, "given", None)
     return shlex.join(["qcow2-forensics", *(sys.argv[1:] if given is None else given)])
 
@@ -122,6 +127,8 @@ def _hash_of_file(path: str) -> dict[str, Any]:
 
 def _hash(source: Source) -> dict[str, Any]:
     """Return the SHA-256 of a source, or why there is none."""
+    import hashlib
+
     digest = hashlib.sha256()
     try:
         with Progress("hash", source.size) as progress:
@@ -143,6 +150,8 @@ def now() -> str:
 
 def origin_of(args: argparse.Namespace, sources: Iterable[tuple[str, object]], started: str) -> dict[str, Any]:
     """Return what an output is from: ``sources`` that were read by their role, the tool, the command, the times."""
+    from ..findings import TOOL
+
     hashed = getattr(args, "hash_source", False)
     files = [{"role": role, **_identity(source, hashed)} for role, source in sources if isinstance(source, Source)]
     return {"source": files, "tool": TOOL, "command": command_of(args), "started": started, "finished": now()}
@@ -174,5 +183,7 @@ def _identity(source: Source, hashed: bool) -> dict[str, Any]:
 
 def write_sidecar(path: str, facts: Mapping[str, Any], *, force: bool) -> None:
     """Write the facts of an output beside it, as JSON."""
+    from ..reader.writer import atomic_writer
+
     with atomic_writer(path, force=force) as file:
         file.write(json.dumps(facts, indent=1).encode() + b"\n")

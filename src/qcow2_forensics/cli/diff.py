@@ -9,18 +9,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..compare.ranges import Change, Difference
-from ..files.volumes import need_back_end
-from ..render.difference_page import render_difference
 from ..text import plural, printable, size
-from . import _diff_files, _files, add_image_argument
-from ._diff_files import Files
+from . import add_image_argument, complain
 from ._sides import Sides, sides_of
 from .case import add_case_arguments, run_of, wants_run
-from .options import add_disk_arguments
+from .options import add_disk_arguments, add_guest_arguments
 from .output import Progress, add_output_arguments, format_of, printing_to
+
+if TYPE_CHECKING:
+    from ._diff_files import Files
 
 FORMATS = ("text", "json", "jsonl", "body", "html")
 
@@ -74,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_output_arguments(parser, "the differences")
     add_disk_arguments(parser, snapshot=False)
-    _files.add_guest_arguments(parser)
+    add_guest_arguments(parser)
     add_case_arguments(parser, hashes=False)
     parser.set_defaults(run=run)
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             _PRINTERS[args.format](args, result, started)
     for note in result.notes:
-        _files.complain(note)
+        complain(note)
     return result.code
 
 
@@ -111,16 +111,24 @@ def compared(args: argparse.Namespace, stack: ExitStack) -> Compared:
     """Compare what the options mean; the states stay open until ``stack`` ends."""
     files = args.files or args.hash or args.format == "body"
     if files:
+        from ..files.volumes import need_back_end
+
         need_back_end()
     sides = sides_of(args, stack)
     notes = list(sides.warnings)
     with Progress("compare", min(sides.before.disk.size, sides.after.disk.size)) as progress:
         found = list(sides.ranges(progress.advance))  # shown when the progress line is gone
-    listed = _diff_files.compare_files(args, sides, found) if files else None
-    notes += [*listed.notes, *_unread(listed)] if listed else ()
+    listed = _listed(args, sides, found) if files else None
+    notes += [*listed.notes, *listed.gaps()] if listed else ()
     notes += _not_compared(_unreadable(found))
     code = 0 if sides.is_trusted and not _unreadable(found) else 2
     return Compared(sides, found, listed, notes, max(code, listed.exit_code if listed else 0))
+
+
+def _listed(args: argparse.Namespace, sides: Sides, found: list[Difference]) -> Files:
+    from ._diff_files import compare_files  # here: most comparisons are of ranges alone
+
+    return compare_files(args, sides, found)
 
 
 # --- ranges --------------------------------------------------------------------------------------
@@ -129,11 +137,11 @@ def compared(args: argparse.Namespace, stack: ExitStack) -> Compared:
 def _print_as_found(args: argparse.Namespace, sides: Sides) -> int:
     """Print ranges as they are found; return the exit code."""
     for warning in sides.warnings:
-        _files.complain(warning)
+        complain(warning)
     with Progress("compare", min(sides.before.disk.size, sides.after.disk.size)) as progress:
         unreadable = _print_ranges(args, sides, sides.ranges(progress.advance))
     for note in _not_compared(unreadable):
-        _files.complain(note)
+        complain(note)
     return 2 if unreadable or not sides.is_trusted else 0
 
 
@@ -190,16 +198,6 @@ def _not_compared(unreadable: int) -> Iterator[str]:
         yield f"{plural(unreadable, 'range')} could not be read and {were} not compared"
 
 
-def _unread(listed: Files) -> Iterator[str]:
-    for item in listed.unread:
-        if item.hides_changes:
-            where = _files.volume_label(item.unread.volume)
-            differing = f"{size(item.changed_bytes)} differ in" if item.changed_bytes else "files may differ in"
-            yield f"{differing} {where}, whose files are not listed"
-    if listed.is_incomplete:
-        yield "parts of the file systems could not be read: files may be missing from the list"
-
-
 # --- formats -----------------------------------------------------------------------------------------
 
 
@@ -229,15 +227,17 @@ def as_dict(args: argparse.Namespace, result: Compared, started: datetime) -> di
     shown["summary"] = _totals(*_counted(result.found))
     shown["ranges"] = [_range_dict(item) for item in result.found]
     if result.listed is not None:
-        shown["summary"] |= _diff_files.totals(result.listed)
-        shown["volumes"] = _diff_files.volume_dicts(result.listed)
-        shown["files"] = [_diff_files.file_dict(change) for change in result.listed.changes]
+        shown["summary"] |= result.listed.totals
+        shown["volumes"] = result.listed.volume_dicts
+        shown["files"] = list(result.listed.change_dicts)
     return shown
 
 
 def as_page(args: argparse.Namespace, result: Compared, started: datetime) -> str:
     """Return what ``--format html`` prints."""
-    rows = None if result.listed is None else _diff_files.page_rows(result.listed)
+    from ..render.difference_page import render_difference
+
+    rows = None if result.listed is None else result.listed.page_rows()
     return render_difference(as_dict(args, result, started), rows, notes=result.notes)
 
 
@@ -247,7 +247,7 @@ def _print_text(args: argparse.Namespace, result: Compared, _started: datetime) 
     for item in result.found:
         if item.change is Change.UNREADABLE:
             print(_range_line(item))
-    for line in _diff_files.text_lines(result.listed) if result.listed else ():
+    for line in result.listed.text_lines() if result.listed else ():
         print(line)
 
 
@@ -264,17 +264,17 @@ def _print_lines(args: argparse.Namespace, result: Compared, _started: datetime)
     print(json.dumps(_states_dict(args, result.sides)))
     for item in result.found:
         print(json.dumps({"record": "range", **_range_dict(item)}))
-    for volume in _diff_files.volume_dicts(listed) if listed else ():
+    for volume in listed.volume_dicts if listed else ():
         print(json.dumps({"record": "volume", **volume}))
-    for change in listed.changes if listed else ():
-        print(json.dumps({"record": "file", **_diff_files.file_dict(change)}))
-    outside = _diff_files.totals(listed) if listed else {}
+    for change in listed.change_dicts if listed else ():
+        print(json.dumps({"record": "file", **change}))
+    outside = listed.totals if listed else {}
     print(json.dumps({"record": "summary", **_totals(*_counted(result.found)), **outside}))
 
 
 def _print_body(_args: argparse.Namespace, result: Compared, _started: datetime) -> None:
     before, after = result.sides.before.label, result.sides.after.label
-    for line in _diff_files.body_lines(result.listed, before, after) if result.listed else ():
+    for line in result.listed.body_lines(before, after) if result.listed else ():
         print(line)
 
 

@@ -28,13 +28,12 @@ from ..findings import Severity
 from ..reader.writer import whole_folder
 from ..text import cut, plural, printable
 from . import _examine_parts as parts
-from . import _files
 from ._examine_plan import PAIRS, Step, deleted_memories, left_out, plan
 from ._messages import Messages
 from .audit import add_fail_on_argument
 from .case import add_case_arguments, command_of, run_of
 from .notes import repeat_notes
-from .options import add_disk_arguments, bytes_of, open_from
+from .options import add_disk_arguments, add_guest_arguments, bytes_of, open_from
 from .output import draw_over
 
 _EPILOG = """examples:
@@ -87,7 +86,7 @@ def add_parser(subparsers: Any) -> None:
     add_fail_on_argument(parser)
     add_case_arguments(parser)
     add_disk_arguments(parser, snapshot=False)
-    _files.add_guest_arguments(parser)
+    add_guest_arguments(parser)
     parser.set_defaults(run=run)
 
 

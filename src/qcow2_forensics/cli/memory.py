@@ -14,7 +14,6 @@ from ..reader.writer import HASHES, Writer, is_standard_output, refuse_existing,
 from ..text import printable, size
 from ._memory_facts import layout_facts, layout_lines, processor_facts, processor_lines
 from .case import add_hash_source_argument, now, origin_of, write_sidecar
-from .notes import show_notes
 from .options import add_key_arguments, ask_passphrase, passphrases_of
 from .output import Progress
 
@@ -123,7 +122,6 @@ def open_memory(args: argparse.Namespace) -> GuestMemory:
     """Open the memory that the options mean, asking for a passphrase when it is locked."""
     from ..memory import open_guest_memory
 
-    show_notes()
     wanted = partial(
         open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
     )

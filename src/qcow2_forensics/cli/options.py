@@ -82,6 +82,17 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_guest_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the volumes in the guest."""
+    parser.add_argument(
+        "--guest-passphrase-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="file with a passphrase to try on LUKS and BitLocker volumes inside the guest (repeatable)",
+    )
+
+
 def add_backing_folders(parser: argparse._ActionsContainer, help_text: str) -> None:
     """Add the option for further folders in which files that an image names may be."""
     parser.add_argument(
@@ -177,9 +188,6 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
 
 def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:
     """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
-    from .notes import show_notes  # here: what only shows help needs no logging
-
-    show_notes()
     disk = open_disk(
         args.image,
         snapshot if snapshot is not None else getattr(args, "snapshot", None),

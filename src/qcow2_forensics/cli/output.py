@@ -11,7 +11,6 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TextIO
 
-from ..reader.writer import atomic_writer, is_standard_output
 from ..text import columns, fit, printable, size
 
 _FORMAT_OF_SUFFIX = {".htm": "html", ".txt": "text"}
@@ -36,7 +35,12 @@ def format_of(args: argparse.Namespace, known: Sequence[str]) -> str | None:
 @contextlib.contextmanager
 def printing_to(args: argparse.Namespace, evidence: Collection[str]) -> Iterator[None]:
     """Have what is printed in the block go where ``--output`` says; a file gets its name when the block ends well."""
-    if args.output is None or is_standard_output(args.output):
+    if args.output is None:
+        yield
+        return
+    from ..reader.writer import atomic_writer, is_standard_output  # here: most output goes to a terminal or a pipe
+
+    if is_standard_output(args.output):
         yield
         return
     with atomic_writer(args.output, force=args.force, evidence=evidence) as file:

@@ -22,9 +22,9 @@ from ..reader.disk import Disk, Layer
 from ..reader.states import Choice, labels
 from ..render.timeline_page import render_timeline
 from ..text import cut, date_note, iso_time, printable, quoted, snapshot_time
-from . import _files, add_image_argument
+from . import _files, add_image_argument, complain
 from .case import add_case_arguments, run_of
-from .options import add_disk_arguments, chosen, open_from, open_layer
+from .options import add_disk_arguments, add_guest_arguments, chosen, open_from, open_layer
 from .output import Progress, add_output_arguments, format_of, printing_to
 
 FORMATS = ("body", "jsonl", "html")
@@ -87,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_output_arguments(parser, "the timeline")
     add_disk_arguments(parser, snapshot=False)
-    _files.add_guest_arguments(parser)
+    add_guest_arguments(parser)
     add_case_arguments(parser, hashes=False)
     parser.set_defaults(run=run)
 
@@ -107,11 +107,11 @@ def _print(args: argparse.Namespace) -> int:
         code = write(args, Output(events.append, lambda _: None, notes.append))
         print(as_page(args, events, notes, started), end="")
         for note in notes:
-            _files.complain(note)
+            complain(note)
         return code
     if args.format == "body":
-        return write(args, Output(None, print, _files.complain))
-    return write(args, Output(lambda event: print(json.dumps(event)), None, _files.complain))
+        return write(args, Output(None, print, complain))
+    return write(args, Output(lambda event: print(json.dumps(event)), None, complain))
 
 
 class Output(NamedTuple):

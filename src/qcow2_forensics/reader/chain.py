@@ -23,6 +23,7 @@ from ..format.source import Source, close_source, source_name
 from ..limits import Limits
 from ..text import cut, quoted
 from .disk import Disk, EofPolicy, Layer, RawDisk
+from .notes import log_note
 
 if TYPE_CHECKING:
     from .encryption import Decryptor
@@ -84,10 +85,8 @@ def _most_plausible(disk: Disk, found: list[Decryptor]) -> Decryptor:
 
 def note(disk: Disk, sentence: str, *, doubt: bool) -> None:
     """Add to a disk's notes and log it: as a warning where the bytes are in doubt."""
-    import logging  # here: few images need it
-
     disk.note(sentence)
-    logging.getLogger("qcow2_forensics").log(logging.WARNING if doubt else logging.INFO, "%s", sentence)
+    log_note(sentence, doubt=doubt)
 
 
 class Opener:

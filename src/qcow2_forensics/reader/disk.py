@@ -255,13 +255,9 @@ class Disk(Closing):
             return b""
         part = self._parts.around(offset)
         if part is None and not self._encrypted:
-            start, end, _, _ = self._run
-            wanted = max(length, 2 * (end - start)) if start <= offset <= end else length
-            run = self.mapping.plain_run(offset, wanted)
-            if run is not None and offset + length <= run[1]:
-                data = self._simply_stored(*run, self._host, offset, length)
-                if data:
-                    return data
+            data = self._read_plain(offset, length)
+            if data:
+                return data
         parts = self._find(offset, length) if part is None else None
         part = part or self._parts.around(offset)
         if part is not None and part.source is not None and part.host_offset is not None:
@@ -293,6 +289,26 @@ class Disk(Closing):
         self._run = (start, min(end, self.size), shift, source)
         data = source.read(offset + shift, length)
         return data if len(data) == length else b""  # what is past the end of the file is not simply stored
+
+    def _read_plain(self, offset: int, length: int) -> bytes:
+        """Return the bytes of a range that is simply stored in this layer, in however many runs; none where it is not.
+
+        Nothing of it is kept but the last run: finding several again takes no longer than keeping them.
+        """
+        start, end, _, _ = self._run
+        wanted = max(length, 2 * (end - start)) if start <= offset <= end else length
+        parts: list[Part] = []
+        at, end = offset, offset + length
+        while at < end:
+            run = self.mapping.plain_run(at, wanted)
+            if run is None:
+                return b""
+            start, stop, shift = run
+            if stop >= end and not parts:
+                return self._simply_stored(start, stop, shift, self._host, offset, length)
+            parts.append(Part(at, min(stop, end) - at, Kind.DATA, at + shift, 0, 0, self._gatherable))
+            at, wanted = stop, end - stop
+        return gathered(parts, self._piece, self._prepare)
 
     def _find(self, offset: int, length: int) -> list[Part]:
         """Return the parts that tile a range, through the whole chain."""

@@ -12,7 +12,6 @@ What is done in each case is in :mod:`.without_header` and :mod:`.with_header`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -27,6 +26,7 @@ from ..format.rules import DISK
 from ..format.source import PathOrSource, Source, as_source, close_source
 from ..limits import INNER_IMAGES_SEARCHED, RECOVERED_TABLES, RECOVERY_HINT_BYTES, Budget, MiB
 from ..reader.disk import Disk
+from ..reader.notes import log_note
 from ..reader.opening import open_disk
 from ..reader.window import WindowSource
 from ..residue.structure_detection import Geometry
@@ -123,7 +123,7 @@ class _Recovery:
             if not found:
                 raise
             note = f"more states may be left, which were not looked for: {error}"
-            logging.getLogger("qcow2_forensics").warning("%s", note)
+            log_note(note, doubt=True)
             found = [replace(state, notes=(*state.notes, note), is_search_complete=False) for state in found]
         return found
 

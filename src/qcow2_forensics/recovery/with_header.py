@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from ..format.entries import named_offset
 from ..format.image import Image
 from ..format.source import Source
 from ..limits import Budget
+from ..reader.notes import log_note
 from ..residue.structure_detection import Geometry
 from .arrangement import arranged, use_by_file_systems
 from .confidence import Confidence
@@ -61,7 +61,7 @@ def _census(image: Image) -> Census | None:
     try:
         return take_census(image)
     except LimitExceeded as error:
-        logging.getLogger("qcow2_forensics").warning("lost L2 tables and VM states are not looked for: %s", error)
+        log_note(f"lost L2 tables and VM states are not looked for: {error}", doubt=True)
         return None
 
 
