@@ -298,6 +298,17 @@ def test_link_that_leads_outside_is_reported_as_refused(tmp_path: Path) -> None:
     assert [item.field for item in finding.evidence] == ["backing_file", "refused"]
 
 
+def test_a_data_file_that_is_refused_is_not_read(tmp_path: Path) -> None:
+    """A file of that name beside the image is too short to be the raw data file that is named elsewhere."""
+    path = tmp_path / "disk.qcow2"
+    data_file(b"/nowhere/d.raw", autoclear=2)(path)
+    Poke(path).l2(0, 1 << 63)  # the first cluster of the data file
+    (tmp_path / "d.raw").write_bytes(b"LUKS\xba\xbe\0\1" + bytes(70_000))
+    (finding,) = found(path, "DATAFILE-NAME")
+    assert "refused" in {item.field for item in finding.evidence}
+    assert not found(path, "NESTED-IMAGE")
+
+
 def test_gatekeepers_refuse_what_they_refuse(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     backing(b"base.qcow2", None)(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_forensics.audit import audit
+from qcow2_forensics.audit import audit, figures
 from qcow2_forensics.findings import Finding, Severity
 from qcow2_forensics.format.image import Image
 from tests import qemu
@@ -381,6 +381,16 @@ def test_pictures_cover_the_file_and_every_state(tmp_path: Path) -> None:
     kinds = [(state["kind"], state.get("name")) for state in details["lineage"]["states"]]
     assert kinds == [("deleted", "alpha"), ("snapshot", "beta"), ("active", "active state")]
     assert set(audit(path, "deep").details) == {"account"}
+
+
+def test_lineage_counts_the_snapshots_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = create(tmp_path / "disk.qcow2")
+    for name in "abc":
+        qemu.snapshot(path, name)
+    monkeypatch.setattr(figures, "_STATES", 2)
+    lineage = audit(path, pictures=True).details["lineage"]
+    assert [state["name"] for state in lineage["states"]] == ["b", "c", "active state"]
+    assert lineage["left_out"] == 1
 
 
 def test_lineage_follows_the_clusters_not_the_clock(tmp_path: Path) -> None:

@@ -254,6 +254,14 @@ def test_branches_of_the_tree_have_columns_of_their_own() -> None:
     assert columns_used[2] == columns_used[4] != columns_used[0]
 
 
+def test_states_that_the_tree_does_not_have_are_counted() -> None:
+    states = [{"kind": "snapshot", "id": str(number), "parent": None} for number in range(STATES + 5)]
+    lineage = {"states": states, "left_out": 7}
+    page = render(Report({"path": "x"}, (), None, "deep", {"lineage": lineage}), "html")
+    assert f"{STATES + 12} states" in page
+    assert "and 12 more states" in page
+
+
 def test_tree_with_crafted_parents_is_drawn_all_the_same() -> None:
     states = [{"kind": "snapshot", "id": "1", "parent": parent} for parent in (5, -1, "x", 2, None)] * 100
     page = render(Report({"path": "x"}, (), None, "deep", {"lineage": {"states": states}}), "html")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from ..account.account import Account
@@ -14,10 +13,9 @@ from ..account.streams import Decoded
 from ..account.summary import Summary
 from ..errors import Qcow2Error, Unsupported, reason
 from ..findings import Severity
-from ..format.source import FileSource
 from ..residue.accounted import cut_streams, kind_of, pieces_of
 from .facts import Facts, subscribes
-from .reference_names import chain
+from .reference_names import opened_data_file
 from .residual import Group, finding_of
 from .rules import CRAFTED, Chapter, Depth, Graded
 from .undecodable_streams import decoded_streams
@@ -54,7 +52,7 @@ def accounted(facts: Facts) -> Accounted:
 
 
 def _reported_here(label: Label, version: int) -> str:
-    """Return the kind of pieces that a remainder is; "" where a rule of another chapter reports it."""
+    """Return which kind of piece a remainder is; "" where a rule of another chapter reports it."""
     known = label.what in (Place.REFCOUNTS_PAST_END, Place.UNKNOWN_EXTRA)
     known |= label == Label(Place.LUKS_SLOT, KEY_MATERIAL)
     known |= label.what is Place.UNUSED_EXTENSION and label.owner.startswith("0x")  # of an unknown type
@@ -82,20 +80,17 @@ def details(facts: Facts) -> dict[str, Any]:
 def _data_file(facts: Facts) -> Iterator[dict[str, Any]]:
     from ..account.data_file import DataFileAccount
 
-    member = chain(facts).data
-    if member is None or member.status != "found" or not member.path:
-        return
-    with ExitStack() as files:
-        try:
-            data = FileSource(member.path, regular_only=True)
-            files.callback(data.close)
+    try:
+        with opened_data_file(facts) as data:
+            if data is None:
+                return
             account = DataFileAccount(facts.image, data)
             summary = Summary(account.labels, file="data", exact=True)
             for tiled in account.tiles():
                 summary.add(tiled)
             yield summary.to_dict()
-        except (Qcow2Error, OSError) as error:
-            yield {"file": "data", "error": reason(error)}
+    except (Qcow2Error, OSError) as error:
+        yield {"file": "data", "error": reason(error)}
 
 
 def _of_kind(*kinds: str) -> Callable[[Facts], Iterator[Graded]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..findings import Evidence, Severity
 from ..format.header import Crypt
 from .facts import Facts
-from .rules import QEMU_MADE, Chapter, Graded, graded, of_fields
+from .rules import QEMU_MADE, Chapter, of_fields
 
 if TYPE_CHECKING:
     from ..reader.encryption.luks import LuksHeader
@@ -124,10 +124,10 @@ def luks_erased_slot(facts: Facts) -> Iterator[Evidence]:
 
     header, at = found
     for slot in header.slots:
-        length = min(header.material_bytes(slot), facts.limits.luks_payload_bytes)
-        if slot.stripes != STRIPES:  # reported with the header; what it claims has no sane measure
+        if slot.is_active or slot.stripes != STRIPES:  # other stripes are reported with the header
             continue
-        if slot.is_active or not slot.key_material_offset > 0 or slot.key_material_offset + length > area[1]:
+        length = min(header.material_bytes(slot), facts.limits.luks_payload_bytes)
+        if not slot.key_material_offset or slot.key_material_offset + length > area[1]:
             continue
         data = facts.read(at + slot.key_material_offset, length)
         if any(data):
@@ -145,23 +145,18 @@ def luks_erased_slot(facts: Facts) -> Iterator[Evidence]:
     when="ECB or CTR mode, the plain generator on more than 2 TiB, MD5, or an active slot below 1,000 iterations",
     validated=QEMU_MADE,
 )
-def weak_crypto(facts: Facts) -> Iterator[Evidence | Graded]:
+def weak_crypto(facts: Facts) -> Iterator[Evidence]:
     found = _sound(facts)
     if found is None:
         return
     header, at = found
     mode, _, generator = header.cipher_mode.partition("-")
-    weak = []
     if mode in ("ecb", "ctr"):
-        weak.append(Evidence("cipher_mode", header.cipher_mode, at + 40, 32, "LUKS header"))
+        yield Evidence("cipher_mode", header.cipher_mode, at + 40, 32, "LUKS header")
     if generator == "plain" and facts.header.size > _TWO_TIB:
-        weak.append(Evidence("ivgen", header.cipher_mode, at + 40, 32, "LUKS header"))
+        yield Evidence("ivgen", header.cipher_mode, at + 40, 32, "LUKS header")
     if header.hash_spec == "md5":
-        weak.append(Evidence("hash", header.hash_spec, at + 72, 32, "LUKS header"))
-    weak += [
-        Evidence(f"slot_{slot.index}_iterations", slot.iterations, at + slot.offset + 4, 4, "LUKS header")
-        for slot in header.slots
-        if slot.is_active and slot.iterations < _FEW_ITERATIONS
-    ]
-    if weak:
-        yield graded(weak)
+        yield Evidence("hash", header.hash_spec, at + 72, 32, "LUKS header")
+    for slot in header.slots:
+        if slot.is_active and slot.iterations < _FEW_ITERATIONS:
+            yield Evidence(f"slot_{slot.index}_iterations", slot.iterations, at + slot.offset + 4, 4, "LUKS header")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import Owner
+from ..census.claimed_clusters import merged
 from ..census.columns import compressed_extents, without_copied
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
@@ -77,7 +78,8 @@ def compression_bomb(facts: Facts) -> Iterator[Graded]:
     if guest < 64 * MiB:
         return
     starts, lengths = compressed_extents(unique, facts.header)
-    stored = _union(starts, starts + lengths)
+    first, end = merged(starts, starts + lengths)
+    stored = int((end - first).sum())
     ratio = guest // max(stored, 1)
     if ratio <= 500:
         return
@@ -89,18 +91,14 @@ def compression_bomb(facts: Facts) -> Iterator[Graded]:
     nested = _nested(facts, unique)
     if nested:
         evidence.append(Evidence("content_starts_as", nested))
-    severity = (
-        None
-        if nested or ratio > codec_of(facts.header.compression_type).best_ratio(facts.cluster_size)
-        else Severity.LOW
-    )
-    yield graded(evidence, severity=severity)
+    best = codec_of(facts.header.compression_type).best_ratio(facts.cluster_size)
+    yield graded(evidence, severity=None if nested or ratio > best else Severity.LOW)
 
 
 def _nested(facts: Facts, entries: np.ndarray) -> str:
     """Return the signature of compressed files that clusters begin with, empty for none.
 
-    All are looked at up to a limit, of more every second, third and so on: one among many must not hide.
+    Up to a limit all clusters are looked at; of more as many, evenly spread.
     """
     for entry in evenly(entries, SAMPLED_CONTENT // facts.cluster_size).tolist():
         host, length = compressed_descriptor(entry, facts.header.cluster_bits)
@@ -112,11 +110,3 @@ def _nested(facts: Facts, entries: np.ndarray) -> str:
         if found:
             return found
     return ""
-
-
-def _union(starts: np.ndarray, ends: np.ndarray) -> int:
-    """Return how many bytes the ranges cover together."""
-    order = np.argsort(starts, kind="stable")
-    starts, ends = starts[order].astype(np.int64), np.maximum.accumulate(ends[order].astype(np.int64))
-    before = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
-    return int((ends - np.maximum(starts, before)).clip(min=0).sum())

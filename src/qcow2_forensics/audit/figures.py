@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..account.account import Account
 from ..census import Census, Owner
 from ..census.columns import without_copied
+from ..census.reference_counts import ranges
 from ..errors import Qcow2Error
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import CLUSTERS_DRAWN, L1_ENTRIES_COMPARED, L2_TABLES_COMPARED, SNAPSHOTS_DRAWN, STATES_COMPARED, MiB
@@ -25,6 +26,7 @@ from .residual import survey_of
 from .rules import Depth
 
 CELLS = 2048  # squares of the map
+_STATES = 1000  # snapshots of the tree, the latest
 
 _FREE, _LEAKED, _RESIDUE, _HEADER, _REFCOUNTS, _TABLE, _BITMAPS, _CRYPTO, _ACTIVE, _COMPRESSED, _SHARED = range(11)
 _FIRST_SNAPSHOT = 11
@@ -177,9 +179,7 @@ def _by_bytes(picture: dict[str, Any], classes: npt.NDArray[np.uint8], account: 
     for rows in account.tiles():
         chosen = (rows.claims == 0) & (rows.nonzero >= 0)
         starts, stops, nonzero = rows.start[chosen], rows.stop[chosen], rows.nonzero[chosen] > 0
-        parts = (stops - 1) // size - starts // size + 1  # clusters that each touches
-        row = np.repeat(np.arange(len(starts)), parts)
-        cluster = starts[row] // size + np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts)
+        row, cluster = ranges(starts // size, (stops - 1) // size + 1)  # each with the clusters it touches
         length = np.minimum(stops[row], (cluster + 1) * size) - np.maximum(starts[row], cluster * size)
         kept = ~outside[classes[cluster]]
         row, cluster, length = row[kept], cluster[kept], length[kept]
@@ -200,13 +200,17 @@ def _by_bytes(picture: dict[str, Any], classes: npt.NDArray[np.uint8], account: 
 
 
 def lineage(facts: Facts) -> dict[str, Any]:
-    """Return the states of the disk in order of time, each with the earlier one it shares most with."""
+    """Return the states of the disk in order of time, each with the earlier one it shares most with.
+
+    ``left_out`` counts the earliest snapshots, where there are more than are drawn.
+    """
     nodes: list[dict[str, Any]] = []
     if facts.image.backing_name:
         nodes.append({"kind": "backing", "name": facts.image.backing_name, "note": "backing file", "parent": None})
     root = 0 if nodes else None
     states: list[live_mappings.State] = []
-    for entry, note in _history(facts):
+    history = _history(facts)
+    for entry, note in history[-_STATES:]:
         kind = "deleted" if entry.index < 0 else "snapshot"
         ident, name = shortened(entry.id), shortened(entry.name)
         nodes.append({"kind": kind, "id": ident, "name": name, "date": _shown_date(entry), "note": note})
@@ -216,7 +220,7 @@ def lineage(facts: Facts) -> dict[str, Any]:
     first = len(nodes) - len(states)
     for number, parent in enumerate(_parents(facts, states)):
         nodes[first + number]["parent"] = root if parent is None else first + parent
-    return {"states": nodes}
+    return {"states": nodes, "left_out": max(0, len(history) - _STATES)}
 
 
 def _history(facts: Facts) -> list[tuple[SnapshotEntry, str]]:
@@ -224,8 +228,7 @@ def _history(facts: Facts) -> list[tuple[SnapshotEntry, str]]:
     if facts.depth >= Depth.DEEP:
         for item in survey_of(facts).deleted:
             found.append((item.entry, f"in no table, {item.what_is_left}"))
-    found.sort(key=lambda item: (item[0].date_sec, item[0].date_nsec))
-    return found[-1000:]
+    return sorted(found, key=lambda item: (item[0].date_sec, item[0].date_nsec))
 
 
 def _shown_date(entry: SnapshotEntry) -> str:
@@ -240,13 +243,13 @@ def _parents(facts: Facts, states: list[live_mappings.State]) -> list[int | None
     """Return for each state the earlier one with most clusters at the same places, None for none."""
     compared = states[-STATES_COMPARED:]
     skipped = len(states) - len(compared)
-    parents: list[int | None] = [None if index == 0 else index - 1 for index in range(skipped)]
-    in_order: list[int | None] = [None if index == 0 else index - 1 for index in range(len(states))]
+    in_order = [None if index == 0 else index - 1 for index in range(len(states))]
     if sum(state.l1_size for state in compared) > L1_ENTRIES_COMPARED:
         return in_order
     l1_tables = [live_mappings.l1_table(facts.image, state) for state in compared]
     if sum(int(np.count_nonzero(table)) for table in l1_tables) > L2_TABLES_COMPARED:
         return in_order
+    parents = in_order[:skipped]
     cache: dict[int, npt.NDArray[np.uint64]] = {}
     for index, table in enumerate(l1_tables):
         shares = [_shared(facts, table, other, cache) for other in l1_tables[:index]]
@@ -277,9 +280,7 @@ def _entries(facts: Facts, offset: int, cache: dict[int, npt.NDArray[np.uint64]]
     found = cache.get(offset)
     if found is None:
         table = live_mappings.l2_table(facts.image, offset)
-        found = np.empty(0, np.uint64)
-        if table is not None:
-            found = without_copied(table.entries)
+        found = np.empty(0, np.uint64) if table is None else without_copied(table.entries)
         if len(cache) < 256:
             cache[offset] = found
     return found

@@ -10,6 +10,7 @@ from ..findings import Evidence, Severity
 from ..format.extensions import ExtensionType
 from ..format.header import (
     MAGIC,
+    QCOW1_HEADER_LENGTH,
     V2_HEADER_LENGTH,
     V3_HEADER_LENGTH,
     Compatible,
@@ -225,7 +226,7 @@ def header_invalid(facts: Facts) -> Iterator[Evidence | Graded]:
 
 def _cut_header(facts: Facts) -> Iterator[Evidence]:
     version = facts.header.version
-    needed = {1: 48, 2: V2_HEADER_LENGTH}.get(version, V3_HEADER_LENGTH)
+    needed = {1: QCOW1_HEADER_LENGTH, 2: V2_HEADER_LENGTH}.get(version, V3_HEADER_LENGTH)
     if facts.image.file_size < needed:
         words = f"file size: the header of version {version} has {needed} bytes"
         yield Evidence(words, facts.image.file_size, len(MAGIC), needed - len(MAGIC), "header")
@@ -250,17 +251,15 @@ def _tables_outside(facts: Facts) -> Iterator[Evidence]:
     harmless="the end mark may be missing where the backing file name follows immediately",
 )
 def extension_invalid(facts: Facts) -> Iterator[Evidence]:
-    image = facts.image
-    problems = facts.problems("QCOW2-EXTENSION-INVALID")
-    for problem in problems:
+    for problem in facts.problems("QCOW2-EXTENSION-INVALID"):
         yield facts.problem_evidence(problem, "header extension")
     seen: Counter[int] = Counter()
-    for extension in image.extensions:
+    for extension in facts.image.extensions:
         seen[extension.type] += 1
         if seen[extension.type] > 1:
             words = f"header extension {extension.type:#010x} comes again"
             yield Evidence(words, extension.type, extension.offset, 8 + extension.length, "header extension")
-    if image.extensions and not any(problem.field == "extension" and not image.extensions for problem in problems):
+    if facts.image.extensions:
         yield from _missing_end(facts)
 
 

@@ -8,16 +8,14 @@ import numpy as np
 
 from ..census import IndexMap, Owner, Tables
 from ..census.columns import I64
-from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.entries import ZERO
 from ..format.image import Image
-from ..format.source import FileSource
 from ..limits import VM_STATE_CLUSTERS
 from ..reader.opening import leftover_vm_state
 from ..residue import Piece, hidden, live_mappings, streams
 from .facts import Facts, subscribes
-from .reference_names import chain
+from .reference_names import opened_data_file
 from .residual import Group, finding_of, survey_of
 from .residue_evidence import evidence_of, of_pieces
 from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
@@ -121,18 +119,9 @@ def _hidden_in_data_file(facts: Facts) -> tuple[Group, Group]:
     from ..residue.data_file import data_file_residue
 
     flagged, unmapped = Group(), Group()
-    member = chain(facts).data
-    if member is None or member.status != "found" or not member.path:
-        return flagged, unmapped
-    try:
-        data = FileSource(member.path, regular_only=True)
-    except (Qcow2Error, OSError):
-        return flagged, unmapped
-    try:
-        for piece in data_file_residue(facts.image, data):
+    with opened_data_file(facts) as data:
+        for piece in data_file_residue(facts.image, data) if data is not None else ():
             (flagged if piece.kind == "zero-flagged" else unmapped).add(piece)
-    finally:
-        data.close()
     return flagged, unmapped
 
 

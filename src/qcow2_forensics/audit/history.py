@@ -119,15 +119,8 @@ def snapshot_vm_state_invalid(facts: Facts) -> Iterator[Evidence]:
             shown = state.head[:16].hex(" ")
             yield Evidence("starts_with", shown, state.host, 16, "VM state", state.offset, shortened(entry.id))
     for entry in facts.image.snapshots:
-        if (
-            entry.extra_length >= 8
-            and entry.vm_state_size < 1 << 32
-            and entry.vm_state_size32
-            not in (
-                0,
-                entry.vm_state_size,
-            )
-        ):
+        differs = entry.vm_state_size32 not in (0, entry.vm_state_size)
+        if differs and entry.extra_length >= 8 and entry.vm_state_size < 1 << 32:
             yield _field(entry, "vm_state_size32", entry.vm_state_size32)
             yield _field(entry, "vm_state_size", entry.vm_state_size)
 

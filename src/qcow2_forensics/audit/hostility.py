@@ -9,12 +9,12 @@ from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.rules import MAX_DISK_BYTES
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import Source
+from ..format.source import BytesSource
 from ..limits import MiB
 from ..reader.disk import Disk
 from ..reader.foreign import probe
 from .facts import Facts, shortened
-from .reference_names import chain, names
+from .reference_names import names, opened_data_file
 from .rules import DERIVED, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
 from .trailers import trailers
 
@@ -92,9 +92,8 @@ def _absurd_l1(entry: SnapshotEntry) -> Evidence:
 def _absurd_bitmaps(facts: Facts) -> Iterator[Evidence]:
     header = facts.header
     for bitmap in facts.image.bitmaps:
-        bits = -(-header.size >> bitmap.granularity_bits) if bitmap.granularity_bits < 64 else 1
-        clusters = -(-abs(bits) // 8 // header.cluster_size)
-        if bitmap.table_size > 4 * abs(clusters) + 4:
+        needed = -(-header.size >> bitmap.granularity_bits + 3 + header.cluster_bits)  # a bit each, in whole clusters
+        if bitmap.table_size > 4 * needed + 4:
             yield Evidence("bitmap_table_size", bitmap.table_size, bitmap.offset + 8, 4, "bitmap directory")
 
 
@@ -123,26 +122,18 @@ def nested_image(facts: Facts) -> Iterator[Evidence | Graded]:
         yield evidence
 
 
-def _guest_head(facts: Facts) -> Source | None:
-    """Return the first sector of the active disk where this image (or its data file) holds it plainly."""
+def _guest_head(facts: Facts) -> BytesSource | None:
+    """Return the first sector of the active disk where this image (or its data file) stores it unencrypted."""
     image = facts.image
     if image.header.crypt_method:
         return None
-    from ..format.source import BytesSource, FileSource
-
-    data = None
     try:
-        if image.header.external_data:
-            member = chain(facts).data
-            if member is None or not member.path:
+        with opened_data_file(facts) as data:
+            if image.header.external_data and data is None:
                 return None
-            data = FileSource(member.path, regular_only=True)
-        return BytesSource(Disk(image, data=data).read(0, 512))
+            return BytesSource(Disk(image, data=data).read(0, 512))
     except (Qcow2Error, OSError):
         return None  # other rules say why the disk cannot be read
-    finally:
-        if data is not None:
-            data.close()
 
 
 @rule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,11 +73,6 @@ def evenly(places: npt.NDArray[Number], most: int = EVIDENCE_LIMIT) -> npt.NDArr
 # --- metadata against metadata -------------------------------------------------------------------
 
 
-class _Pair(NamedTuple):
-    first: Evidence
-    second: Evidence
-
-
 @rule(
     "QCOW2-METADATA-OVERLAP",
     Severity.CRITICAL,
@@ -87,20 +82,21 @@ class _Pair(NamedTuple):
     depth=STANDARD,
 )
 def metadata_overlap(facts: Facts) -> Iterator[Graded]:
-    pairs, count = _overlaps(facts)
+    found, count = _overlaps(facts)
     if count:
-        yield graded([item for pair in pairs for item in pair], count=count)
+        yield graded(found, count=count)
 
 
-def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
+def _overlaps(facts: Facts) -> tuple[list[Evidence], int]:
+    """Return structures that overlap, two by two, and how many such pairs there are."""
     structures = facts.census.structures
     starts = np.concatenate([one.offsets for one in structures])
     lengths = np.concatenate([one.lengths for one in structures])
     kinds = np.concatenate([np.full(len(one.offsets), int(one.owner), dtype=np.int64) for one in structures])
     order = np.lexsort((kinds, starts))
     starts, lengths, kinds = starts[order], lengths[order], kinds[order]
-    # Whole clusters: what shares a cluster with metadata is on it. An offset that no file reaches
-    # is cut off before the sum could overflow.
+    # Whole clusters: what is in the same cluster as a structure overlaps it. Offsets past the end of any file are
+    # lowered, so that the sum does not overflow.
     size = np.uint64(facts.cluster_size)
     ends = (np.minimum(starts, np.uint64(2**62)) + lengths + size - np.uint64(1)) // size * size
     furthest_end = np.maximum.accumulate(ends)
@@ -111,10 +107,10 @@ def _overlaps(facts: Facts) -> tuple[list[_Pair], int]:
         name = structure_of(Owner(int(kinds[at])))
         return Evidence("structure", name, int(starts[at]), int(lengths[at]), name)
 
-    pairs = [
-        _Pair(structure_at(int(furthest[at - 1])), structure_at(int(at))) for at in evenly(hits, EVIDENCE_LIMIT // 2)
-    ]
-    return pairs, len(hits)
+    found: list[Evidence] = []
+    for at in evenly(hits, EVIDENCE_LIMIT // 2).tolist():
+        found += (structure_at(int(furthest[at - 1])), structure_at(at))
+    return found, len(hits)
 
 
 # --- aliases -------------------------------------------------------------------------------------
@@ -220,9 +216,7 @@ def truncated(facts: Facts) -> Iterator[Graded]:
     missing = [item_evidence(facts, item, describe_value(item)) for item in lost]
     # Of a table, whose value is its length, all is expected; of a cluster its first byte.
     least = max(((item.host or 0) + (item.value if item.offset is None else 1) for item in lost), default=0)
-    if census.issues["beyond-eof"].count > len(
-        census.issues["beyond-eof"].items
-    ):  # a missing tail, and not all are kept
+    if census.issues["beyond-eof"].count > len(census.issues["beyond-eof"].items):  # not all items are kept
         least = max(least, census.highest_missing + 1)
     length = facts.header.header_length
     if end < length <= facts.cluster_size:  # a longer one is no header, whatever the file's size

@@ -75,9 +75,7 @@ class StoredClusters:
     needs="census",
 )
 def plaintext_content(facts: Facts) -> Iterator[Evidence]:
-    if not facts.header.crypt_method or facts.header.external_data:
-        return
-    if facts.cluster_size < _SAMPLE:
+    if not facts.header.crypt_method or facts.header.external_data or facts.cluster_size < _SAMPLE:
         return
     hosts = facts.census.seen(StoredClusters).offsets()
     found: Selection[tuple[int, float]] = Selection()

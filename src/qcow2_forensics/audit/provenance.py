@@ -80,8 +80,6 @@ def _signs(facts: Facts) -> Iterator[Evidence]:
     reading = _header_reading(facts)
     if reading is not None:
         yield reading
-    for problem in facts.problems("QCOW2-REFTABLE-INVALID"):
-        yield facts.problem_evidence(problem, "refcount table")
     first = facts.read(header.refcount_table_offset, 8)
     if header.refcount_table_offset and len(first) == 8 and first[0] & 0x80:
         at = header.refcount_table_offset
@@ -211,8 +209,8 @@ def unknown_incompatible(facts: Facts) -> Iterator[Evidence]:
     unknown = facts.header.incompatible_features & ~KNOWN_INCOMPATIBLE
     if facts.header.version >= 3 and unknown:
         yield facts.field("incompatible_features", f"{unknown:#x}")
+        table = _feature_table(facts)
         for number, row in enumerate(facts.image.feature_names):
-            table = _feature_table(facts)
             if table is not None and row.kind == 0 and row.bit < 64 and unknown >> row.bit & 1:
                 yield Evidence(_row_name(row), row.name.decode("utf-8", "surrogateescape"), *_row_place(table, number))
 
@@ -252,10 +250,11 @@ def unknown_extension(facts: Facts) -> Iterator[Evidence | Graded]:
             evidence.append(
                 Evidence("starts_with", start.hex(" "), extension.data_offset, len(start), "header extension")
             )
-        signature = content.signature(extension.data)
-        if extension.length > 256 or signature or content.is_text(extension.data):
-            looks = signature or ("text" if content.is_text(extension.data) else "data")
-            evidence.append(Evidence("looks_like", looks, extension.data_offset, extension.length, "header extension"))
+        looks = content.signature(extension.data) or ("text" if content.is_text(extension.data) else "")
+        if extension.length > 256 or looks:
+            evidence.append(
+                Evidence("looks_like", looks or "data", extension.data_offset, extension.length, "header extension")
+            )
             yield graded(evidence, severity=Severity.MEDIUM)
         else:
             yield from evidence

@@ -7,8 +7,8 @@ import posixpath
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from ..errors import ForbiddenReference, MissingFile, NotQcow2, Qcow2Error, reas
 from ..format.extensions import ExtensionType
 from ..format.header import SECTOR
 from ..format.image import Image
-from ..format.source import Source
+from ..format.source import FileSource, Source
 from ..reader.foreign import probe
 from ..reader.references import Role, besides_the_file
 from ..reader.resolver import Resolver
@@ -103,7 +103,7 @@ Status = Literal["found", "missing", "refused", "broken", "loop", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file a name leads to, and what it is; only ``found`` members were opened."""
+    """One file a name leads to, and what it is; only what is ``found`` may be read."""
 
     role: Role
     name: str
@@ -125,9 +125,14 @@ class Member:
 class Chain:
     """Everything the names lead to, nearest first; ``length`` counts the image itself."""
 
-    backing: tuple[Member, ...] = field(default=())
-    data: Member | None = None
-    length: int = 1
+    backing: tuple[Member, ...]
+    data: Member | None
+    length: int
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The backing files and the data file."""
+        return (*self.backing, *((self.data,) if self.data is not None else ()))
 
 
 def chain(facts: Facts) -> Chain:
@@ -138,13 +143,21 @@ def chain(facts: Facts) -> Chain:
 def files_followed(facts: Facts) -> list[str]:
     """Return the paths of the backing and data files that were opened, nearest first."""
     try:
-        if not facts.has_geometry or not names(facts):
-            return []
-        links = chain(facts)
+        members = chain(facts).members if facts.has_geometry and names(facts) else ()
     except (Qcow2Error, OSError):
         return []
-    members = (*links.backing, *((links.data,) if links.data else ()))
     return [member.path for member in members if member.status == "found" and member.path]
+
+
+@contextmanager
+def opened_data_file(facts: Facts) -> Iterator[FileSource | None]:
+    """Open the external data file until the block ends; None where there is none that may be read."""
+    member = chain(facts).data
+    if member is None or member.status != "found" or not member.path:
+        yield None
+        return
+    with closing(FileSource(member.path, regular_only=True)) as data:
+        yield data
 
 
 def _chain(facts: Facts) -> Chain:

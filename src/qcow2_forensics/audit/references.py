@@ -84,7 +84,7 @@ def ref_traversal(facts: Facts) -> Iterator[Evidence | Graded]:
 def ref_remote(facts: Facts) -> Iterator[Evidence]:
     for name in names(facts):
         if name.protocol and name.protocol not in {"file", "json", *_DEVICE_DRIVERS}:
-            yield _evidence(name, value=name.text)
+            yield _evidence(name)
             yield _evidence(name, "protocol", name.protocol)
 
 
@@ -157,8 +157,7 @@ def ref_obfuscated(facts: Facts) -> Iterator[Evidence]:
     when="the file a name means is the image itself or an image that led to it",
 )
 def ref_self(facts: Facts) -> Iterator[Evidence]:
-    links = chain(facts)
-    for member in (*links.backing, *((links.data,) if links.data else ())):
+    for member in chain(facts).members:
         if member.status == "loop":
             yield Evidence(f"{member.role}_file", member.name, structure="chain", file=member.path)
 
@@ -174,8 +173,7 @@ def ref_self(facts: Facts) -> Iterator[Evidence]:
     validated=CRAFTED,
 )
 def ref_stand_in(facts: Facts) -> Iterator[Evidence]:
-    links = chain(facts)
-    for member in (*links.backing, *((links.data,) if links.data else ())):
+    for member in chain(facts).members:
         if member.stands_in and member.status == "found":
             yield Evidence(f"{member.role}_file", member.name, structure="chain", file=member.path)
 

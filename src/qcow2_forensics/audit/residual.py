@@ -12,10 +12,10 @@ from ..format.bitmap_directory import BitmapEntry
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import DELETED_SNAPSHOTS_FOLLOWED, RESIDUE_RANGES_DRAWN
 from ..residue import Piece
-from ..text import snapshot_date
+from ..text import plural, snapshot_date
 from .facts import Facts
-from .residue_evidence import entries_of, evidence_of
-from .rules import CRAFTED, QEMU_MADE, Chapter, Depth, Graded, graded
+from .residue_evidence import evidence_of
+from .rules import CRAFTED, QEMU_MADE, Chapter, Depth, Graded, RuleFunction, graded
 
 if TYPE_CHECKING:
     from ..residue import DeletedSnapshot
@@ -203,7 +203,26 @@ def trailing_data(facts: Facts) -> Iterator[Graded]:
 # --- former tables -------------------------------------------------------------------------------
 
 
-@rule(
+def _tables(looks: str) -> RuleFunction:
+    """Return a rule that lists former tables of one kind."""
+
+    def function(facts: Facts) -> Iterator[Graded]:
+        group = survey_of(facts).of(["free", "leaked", "trailing"], [looks])
+        if group.count:
+            severity = None if group.telling else Severity.LOW
+            evidence = [evidence_of(piece)._replace(value=_contents(piece)) for piece in group.kept]
+            yield graded(evidence, severity=severity, confidence="likely", count=group.count)
+
+    return function
+
+
+def _contents(piece: Piece) -> str:
+    return (
+        f"{plural(piece.entries, 'entry', 'entries')}, {piece.intact} of their first targets unused since and not empty"
+    )
+
+
+rule(
     "QCOW2-RESIDUAL-L1",
     Severity.MEDIUM,
     "a former L1 table",
@@ -213,12 +232,10 @@ def trailing_data(facts: Facts) -> Iterator[Graded]:
     harmless="growing a disk moves its L1 table",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
-)
-def residual_l1(facts: Facts) -> Iterator[Evidence | Graded]:
-    yield from _tables(facts, "l1")
+)(_tables("l1"))
 
 
-@rule(
+rule(
     "QCOW2-RESIDUAL-L2",
     Severity.MEDIUM,
     "a former L2 table",
@@ -227,22 +244,7 @@ def residual_l1(facts: Facts) -> Iterator[Evidence | Graded]:
     harmless="tables of zero flags alone are common",
     depth=Depth.DEEP,
     validated=QEMU_MADE,
-)
-def residual_l2(facts: Facts) -> Iterator[Evidence | Graded]:
-    yield from _tables(facts, "l2")
-
-
-def _tables(facts: Facts, looks: str) -> Iterator[Graded]:
-    group = survey_of(facts).of(["free", "leaked", "trailing"], [looks])
-    if not group.count:
-        return
-    severity = None if group.telling else Severity.LOW
-    evidence = [evidence_of(piece)._replace(value=_contents(piece)) for piece in group.kept]
-    yield graded(evidence, severity=severity, confidence="likely", count=group.count)
-
-
-def _contents(piece: Piece) -> str:
-    return f"{entries_of(piece)}, {piece.intact} of their first targets unused since and not empty"
+)(_tables("l2"))
 
 
 @rule(
@@ -283,7 +285,6 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Graded]:
     for item in survey_of(facts).deleted:
         if not item.l1_intact or not item.intact + item.shared + item.compressed:
             continue
-        whole = item.complete and not item.unreadable_bytes
         entry = item.entry
         evidence = [
             Evidence("open_as", item.selector, entry.offset, entry.length, "former snapshot table", snapshot=entry.id),
@@ -299,8 +300,8 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Graded]:
         ]
         yield graded(
             evidence,
-            severity=None if whole else Severity.MEDIUM,
-            title="" if whole else "a deleted snapshot can be read in part",
+            severity=None if item.complete else Severity.MEDIUM,
+            title="" if item.complete else "a deleted snapshot can be read in part",
             confidence="likely",
         )
 

@@ -6,13 +6,9 @@ from collections.abc import Callable, Iterable
 
 from ..findings import Evidence
 from ..residue import Piece
+from ..text import plural
 from .facts import Facts, shortened
 from .rules import RuleFunction
-
-
-def entries_of(piece: Piece) -> str:
-    """Return how many entries a former table has, in words."""
-    return f"{piece.entries} entr{'y' if piece.entries == 1 else 'ies'}"
 
 
 def evidence_of(piece: Piece) -> Evidence:
@@ -21,7 +17,7 @@ def evidence_of(piece: Piece) -> Evidence:
     if piece.signature and piece.looks != "stream":
         words.append(piece.signature)
     if piece.entries:
-        words.append(entries_of(piece))
+        words.append(plural(piece.entries, "entry", "entries"))
     words.append(f"starts {piece.first[:23]}")  # eight bytes
     return Evidence(
         piece.looks,

@@ -252,15 +252,14 @@ def _finding(entry: Rule, item: Graded, cluster_size: int) -> Finding:
 
 
 def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Return the findings with ``explained_by`` filled in, worst first; those that others account for go last among equals."""
+    """Return the findings with ``explained_by`` filled in, worst first; of equals, those that others explain come last."""
     collected = list(findings)
     present = {finding.code for finding in collected}
     linked = []
     for finding in collected:
         entry = RULES.get(finding.code)
         causes = entry.explained_by if entry else ()
-        found = [code for code in causes if code in present and code != finding.code]
-        words = tuple(dict.fromkeys(found))
-        linked.append(dataclasses.replace(finding, explained_by=words))
+        found = tuple(dict.fromkeys(code for code in causes if code in present))
+        linked.append(dataclasses.replace(finding, explained_by=found))
     linked.sort(key=lambda finding: (-finding.severity, bool(finding.explained_by)))
     return tuple(linked)

@@ -49,7 +49,7 @@ def identity(facts: Facts, name: str) -> dict[str, Any]:
     known["backing_file"] = _readable(lambda: image.backing_name)
     known["backing_format"] = _readable(lambda: image.backing_format)
     known["data_file"] = _readable(lambda: image.data_file_name) if header.external_data else None
-    known["encryption"] = {0: None, 1: "aes", 2: "luks"}.get(header.crypt_method, str(header.crypt_method))
+    known["encryption"] = image.encryption.lower() or None
     known["refcount_bits"] = header.refcount_bits if header.version > 1 and header.refcount_order <= 6 else None
     known["unreadable"] = _readable(lambda: list(image.unreadable_facts)) if facts.has_geometry else None
     return known

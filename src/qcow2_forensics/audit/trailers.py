@@ -43,18 +43,23 @@ def trailers(image: Image) -> Iterator[Trailer]:
             yield found._replace(offset=start + found.offset)
 
 
+def _from_the_end(data: bytes, magic: bytes) -> Iterator[int]:
+    """Yield where a magic is, from the end of the data on."""
+    at = data.rfind(magic)
+    while at >= 0:
+        yield at
+        at = data.rfind(magic, 0, at)
+
+
 def _zip(data: bytes) -> Trailer | None:
     """Return the ZIP end record that a reader takes: the last one whose directory is where it says."""
-    at = data.rfind(_ZIP)
-    while at >= 0:
+    for at in _from_the_end(data, _ZIP):
         record = data[at : at + _ZIP_RECORD]
         if len(record) == _ZIP_RECORD:
             size = int.from_bytes(record[12:16], "little")
-            length = _ZIP_RECORD + int.from_bytes(record[20:22], "little")
-            length = min(length, len(data) - at)
+            length = min(_ZIP_RECORD + int.from_bytes(record[20:22], "little"), len(data) - at)
             if _has_directory(data, at, size):
                 return Trailer("ZIP end record", at, length, len(data) - at - length)
-        at = data.rfind(_ZIP, 0, at)
     return None
 
 
@@ -68,24 +73,20 @@ def _has_directory(data: bytes, at: int, size: int) -> bool:
 
 def _vhd(data: bytes) -> Trailer | None:
     """Return a VHD footer whose checksum is right; readers take the last whole sector of the file."""
-    at = data.rfind(_VHD)
-    while at >= 0:
+    for at in _from_the_end(data, _VHD):
         footer = data[at : at + _VHD_FOOTER].ljust(_VHD_FOOTER, b"\0")
         total = ~(sum(footer) - sum(footer[64:68])) & 0xFFFF_FFFF
         if int.from_bytes(footer[64:68], "big") == total:
             length = min(_VHD_FOOTER, len(data) - at)
             return Trailer("VHD footer", at, length, len(data) - at - length)
-        at = data.rfind(_VHD, 0, at)
     return None
 
 
 def _dmg(data: bytes) -> Trailer | None:
     """Return a DMG trailer: version 4, and its own length."""
-    at = data.rfind(_DMG)
-    while at >= 0:
+    for at in _from_the_end(data, _DMG):
         trailer = data[at : at + 12]
         if trailer[4:] == (4).to_bytes(4, "big") + _DMG_TRAILER.to_bytes(4, "big"):
             length = min(_DMG_TRAILER, len(data) - at)
             return Trailer("DMG trailer", at, length, len(data) - at - length)
-        at = data.rfind(_DMG, 0, at)
     return None

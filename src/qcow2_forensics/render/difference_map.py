@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..format.header import SECTOR
+
 _CELLS = 1024  # squares at most
-_SECTOR = 512
 
 # The classes of colours that the map of the host file has.
 _COLOURS = {
@@ -22,7 +23,7 @@ _COLOURS = {
 
 def difference_map(disk_size: int, ranges: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the picture of rising guest ranges: per square, how many of its sectors have which change."""
-    sectors = -(-disk_size // _SECTOR)
+    sectors = -(-disk_size // SECTOR)
     per_cell = 1
     while per_cell * _CELLS < sectors:
         per_cell *= 2
@@ -31,7 +32,7 @@ def difference_map(disk_size: int, ranges: Iterable[Mapping[str, Any]]) -> dict[
     totals = dict.fromkeys(_COLOURS, 0)
     for item in ranges:
         change = item["change"]
-        at, end = item["offset"] // _SECTOR, min(-(-(item["offset"] + item["length"]) // _SECTOR), sectors)
+        at, end = item["offset"] // SECTOR, min(-(-(item["offset"] + item["length"]) // SECTOR), sectors)
         totals[change] += max(0, end - at)
         while at < end:
             cell = at // per_cell
@@ -45,7 +46,7 @@ def difference_map(disk_size: int, ranges: Iterable[Mapping[str, Any]]) -> dict[
         shares = [[places[change], count] for change, count in cell.items()]
         shown.append([*shares, [0, equal]] if equal > 0 or not shares else shares)
     return {
-        "cluster_size": _SECTOR,
+        "cluster_size": SECTOR,
         "per_cell": per_cell,
         "owners": [["free", "equal"], *([colour, change] for change, colour in _COLOURS.items())],
         "counts": [sectors - sum(totals.values()), *totals.values()],

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..findings import Severity
-from ..text import cut, html_only, markup, plural, sentence, shown_value, size
+from ..text import cut, html_only, listed, markup, plural, sentence, shown_value, size
 from .fleet_page import render_fleet
 from .page import badge, page, run_facts, table
 
@@ -67,11 +67,7 @@ def by_reason(items: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     grouped: dict[str, list[str]] = {}
     for item in items:
         grouped.setdefault(item["why"], []).append(item["part"])
-    rows = []
-    for why, names in grouped.items():
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        rows.append((", ".join(cut(name, 100) for name in names[:_NAMED]) + more, why))
-    return rows
+    return [(listed([cut(name, 100) for name in names], _NAMED), why) for why, names in grouped.items()]
 
 
 # --- what was found --------------------------------------------------------------------------------
@@ -180,7 +176,7 @@ def _changes(parts: Sequence[Part]) -> Iterator[str]:
     if rows:
         yield "<h2>What changed from state to state</h2>"
         columns = ("from → to", "ranges", "bytes", "files", "pages")
-        yield from _folded(columns, rows, "pair of states", narrow=("ranges", "bytes"))
+        yield from _folded(columns, rows, "pair of states", "pairs of states", narrow=("ranges", "bytes"))
 
 
 def _change(part: Part) -> Sequence[str]:
@@ -282,11 +278,15 @@ def _links(parts: Iterable[Part], kind: str = "") -> str:
 
 
 def _folded(
-    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], noun: str, *, narrow: Iterable[str] = ()
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[str]]],
+    noun: str,
+    many: str = "",
+    *,
+    narrow: Iterable[str] = (),
 ) -> Iterator[str]:
-    """Yield a table that is folded where it is long."""
+    """Yield a table that is folded where it is long; ``many`` is the plural of its noun, as of :func:`.text.plural`."""
     if len(rows) > _FOLDED:
-        many = f"{noun.replace('pair', 'pairs', 1)}" if noun.startswith("pair") else ""
         yield f"<details><summary>{plural(len(rows), noun, many)}</summary>"
     yield from table(columns, rows[:_ROWS], narrow=narrow)
     if len(rows) > _ROWS:

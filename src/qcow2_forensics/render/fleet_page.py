@@ -34,7 +34,7 @@ def _worst(report: Mapping[str, Any]) -> int:
 
 def _head(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     worst = Counter(_worst(report) for report in images)
-    yield f"<h1>{len(images)} image{'s' * (len(images) != 1)}</h1><p>"
+    yield f"<h1>{plural(len(images), 'image')}</h1><p>"
     for severity in sorted(Severity, reverse=True):
         if worst[severity]:
             yield badge(severity, f"{worst[severity]} with {severity.label}")

@@ -12,20 +12,20 @@ from .allocation_map import draw_map
 from .anchors import Anchors
 from .image_facts import check_line, heading
 from .next_commands import next_command
-from .page import badge, page, run_facts
+from .page import badge, page, run_facts, table
 from .plain import summary
 from .state_tree import draw_tree
 
-ITEMS = 20  # evidence items printed per finding; the JSON has them all
+_ITEMS = 20  # evidence items printed per finding; the JSON has them all
 _FOLDED = 8  # findings of one code in a row that are still shown one by one
 _LONG_TREE = 40  # states
 _COLUMNS = 10  # of a table of folded findings
 
 
-def render_html(report: Report, *, items: int = ITEMS) -> str:
+def render_html(report: Report) -> str:
     """Return the page. Everything from evidence is escaped; the page allows itself no scripts."""
     anchors = Anchors(report)
-    parts = [*_head(report), *_figures(report, anchors), *_findings(report, anchors, items)]
+    parts = [*_head(report), *_figures(report, anchors), *_findings(report, anchors)]
     return page(_title(report), parts, (finding.severity for finding in report.findings))
 
 
@@ -64,7 +64,8 @@ def _figures(report: Report, anchors: Anchors) -> Iterator[str]:
     states = lineage.get("states", ())
     if len(states) > 1:
         open_ = "" if len(states) > _LONG_TREE else " open"
-        yield f"<section><h2>States of the disk</h2><details{open_}><summary>{len(states)} states</summary>"
+        count = len(states) + lineage.get("left_out", 0)
+        yield f"<section><h2>States of the disk</h2><details{open_}><summary>{count} states</summary>"
         yield f"<div class='wide'>{draw_tree(lineage, anchors.states)}</div></details>"
         yield (
             "<p class='quiet'>In order of time. The format stores no parents: a line joins each state "
@@ -72,7 +73,7 @@ def _figures(report: Report, anchors: Anchors) -> Iterator[str]:
         )
 
 
-def _findings(report: Report, anchors: Anchors, items: int) -> Iterator[str]:
+def _findings(report: Report, anchors: Anchors) -> Iterator[str]:
     yield "<h2>Findings</h2>"
     if not report.findings:
         yield "<p>No findings.</p>"
@@ -87,7 +88,7 @@ def _findings(report: Report, anchors: Anchors, items: int) -> Iterator[str]:
                 yield from _folded(alike, report, anchors)
             else:
                 for finding in alike:
-                    yield from _finding(finding, report, anchors, items)
+                    yield from _finding(finding, report, anchors)
         yield "</section>"
 
 
@@ -96,14 +97,14 @@ def _summary(finding: Finding, number: int = 1) -> str:
     return f"<summary>{sentence(markup(finding.title))} <code>{markup(finding.code)}</code>{times}</summary>"
 
 
-def _finding(finding: Finding, report: Report, anchors: Anchors, items: int) -> Iterator[str]:
+def _finding(finding: Finding, report: Report, anchors: Anchors) -> Iterator[str]:
     open_ = "" if finding.severity is Severity.INFO else " open"
     yield f'<article class="s-{finding.severity.label.lower()}" id="{anchors.finding(finding)}"><details{open_}>'
     yield _summary(finding)
     yield from _words(finding, report)
     if finding.evidence:
         size = report.image.get("cluster_size")
-        shown: Selection[Evidence] = Selection(items)
+        shown: Selection[Evidence] = Selection(_ITEMS)
         for item in finding.evidence:
             shown.add(item, place_of(item, size if isinstance(size, int) else 65536))
         yield from _evidence(shown.items, anchors)
@@ -147,21 +148,14 @@ def _folded(findings: Sequence[Finding], report: Report, anchors: Anchors) -> It
 
 
 _EVIDENCE_COLUMNS = ("field", "value", "offset", "length", "structure", "guest", "snapshot", "file")
+_NARROW = ("field", "offset", "length", "guest", "snapshot")
 
 
 def _evidence(items: Sequence[Evidence], anchors: Anchors) -> Iterator[str]:
     rows = [_cells(item, anchors) for item in items]
     used = [index for index in range(len(_EVIDENCE_COLUMNS)) if any(row[index] for row in rows)]
-    yield "<div class='scroll'><table><thead><tr>"
-    yield "".join(f"<th>{_EVIDENCE_COLUMNS[index]}</th>" for index in used) + "</tr></thead><tbody>"
-    for row in rows:
-        cells = (f"<td data-l='{_EVIDENCE_COLUMNS[index]}'{_class(index)}>{row[index]}</td>" for index in used)
-        yield f"<tr>{''.join(cells)}</tr>"
-    yield "</tbody></table></div>"
-
-
-def _class(index: int) -> str:
-    return "" if _EVIDENCE_COLUMNS[index] in ("value", "structure", "file") else ' class="n"'
+    columns = [_EVIDENCE_COLUMNS[index] for index in used]
+    yield from table(columns, (("", [row[index] for index in used]) for row in rows), narrow=_NARROW)
 
 
 def _link(anchor: str, shown: str) -> str:

@@ -19,12 +19,12 @@ def heading(report: Report) -> str:
         parts.append(f"{size(image['file_size'])} file")
     if isinstance(image.get("cluster_size"), int):
         parts.append(f"{size(image['cluster_size'])} clusters")
-    for key, one, many in (("snapshots", "snapshot", "snapshots"), ("bitmaps", "bitmap", "bitmaps")):
+    for key, one in (("snapshots", "snapshot"), ("bitmaps", "bitmap")):
         count = image.get(key)
         if isinstance(count, int) and count:
-            parts.append(f"{count} {one if count == 1 else many}")
+            parts.append(plural(count, one))
         elif count is None and key in image:
-            parts.append(f"an unknown number of {many}")
+            parts.append(f"an unknown number of {key}")
     unread = image.get("unreadable") or ()
     if image.get("backing_file"):
         parts.append("with a backing file")
@@ -58,7 +58,7 @@ def check_line(report: Report) -> str:
     if check is None:
         return ""
     names = (("corruptions", "corruption"), ("leaks", "leak"), ("check-errors", "check error"))
-    problems = [f"{check[key]} {one}{'s' * (check[key] != 1)}" for key, one in names if check.get(key)]
+    problems = [plural(check[key], one) for key, one in names if check.get(key)]
     total = check.get("total-clusters") or 0
     allocated = check.get("allocated-clusters") or 0
     parts = [", ".join(problems) if problems else "no errors"]

@@ -119,7 +119,7 @@ _COMMANDS: dict[str, Callable[[Finding, str], str]] = {
     "QCOW2-COMPRESSED-INVALID": _assuming(_bytes_at),
     "QCOW2-COMPRESSED-SLACK": _residue("compressed-slack"),
     "QCOW2-DATAFILE-NAME": _CHAIN,
-    "QCOW2-ENCRYPTED": _simple("info {}"),
+    "QCOW2-ENCRYPTED": _NAMES,
     "QCOW2-EXTERNAL-DATA": _NAMES,
     "QCOW2-FEATURES": _NAMES,
     "QCOW2-GATEKEEPER": _NAMES,

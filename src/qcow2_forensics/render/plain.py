@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Report, Severity
-from ..text import hexadecimal, sentence, shown_value, size, text, wrap
+from ..text import hexadecimal, plural, sentence, shown_value, size, text, wrap
 from .account import lines as account_lines
 from .image_facts import check_line, heading, name
 
-DEFAULT_WIDTH = 100
 ITEMS = 5  # evidence items shown per finding; -v shows all that were kept
 _COLOURS = {
     Severity.CRITICAL: "\x1b[1;37;41m",
@@ -22,7 +21,7 @@ _COLOURS = {
 _PLAIN = "\x1b[0m"
 
 
-def render_text(report: Report, *, width: int = DEFAULT_WIDTH, colour: bool = False, items: int = ITEMS) -> str:
+def render_text(report: Report, *, width: int = 100, colour: bool = False, items: int = ITEMS) -> str:
     """Return the report as text; nothing from evidence can reach the terminal unescaped.
 
     ``items`` is how many evidence items each finding shows; Info findings are one line each
@@ -96,7 +95,7 @@ def evidence_line(item: Evidence) -> str:
     if item.offset is not None:
         places.append(f"at {hexadecimal(item.offset)}")
     if item.length:
-        places.append(f"{item.length} byte{'s' * (item.length > 1)}")
+        places.append(plural(item.length, "byte"))
     if item.structure:
         places.append(text(item.structure, 100))
     if item.guest_offset is not None:

@@ -1,9 +1,9 @@
 """The states of the disk as a picture: backing file, snapshots in order, and the active state.
 
-Takes the ``lineage`` entry of a report's details: ``{"states": [...]}`` in order of time, each
+Takes the ``lineage`` entry of a report's details: ``{"states": [...], "left_out": 0}`` in order of time, each
 ``{"kind": "backing" | "snapshot" | "deleted" | "active", "id", "name", "date", "note", "parent"}``
 where ``parent`` is the index of the state it shares most with, or None. QCOW2 stores no parents;
-the tree is inferred and the page says so.
+the tree is inferred and the page says so. ``left_out`` counts earlier snapshots that are not among the states.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LANES = 12  # columns; branches beyond them share the last
 STATES = 200  # drawn; a longer history is cut with a note
 
 
-def draw_tree(data: Mapping[str, Any], links: Mapping[int, str] | None = None) -> str:
+def draw_tree(data: Mapping[str, Any], links: Mapping[int, str]) -> str:
     """Return the figure: one row per state, branches in columns of their own.
 
     ``links`` are the anchors that rows lead to; every row has the anchor ``s`` and its number.
@@ -34,10 +34,11 @@ def draw_tree(data: Mapping[str, Any], links: Mapping[int, str] | None = None) -
     parts = [f'<svg class="tree" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="States of the disk">']
     parts += _edges(states, lanes)
     for row, state in enumerate(states):
-        parts += _node(state, row, lanes[row], labels, (links or {}).get(row))
+        parts += _node(state, row, lanes[row], labels, links.get(row))
     parts.append("</svg>")
-    if len(data["states"]) > STATES:
-        parts.append(f"<p class='quiet'>and {plural(len(data['states']) - STATES, 'more state')}</p>")
+    more = len(data["states"]) - len(states) + data.get("left_out", 0)
+    if more:
+        parts.append(f"<p class='quiet'>and {plural(more, 'more state')}</p>")
     return "\n".join(parts)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from ..text import html_only, markup, plural
+from ..text import html_only, listed, markup, plural
 from .page import page, run_facts, table
 from .stylesheet import KINDS
 
@@ -111,7 +111,5 @@ def _section(facts: Sequence[Fact], folded: bool) -> Iterator[str]:
 
 def _row(fact: Fact) -> tuple[str, Sequence[str]]:
     time = fact.date[11:19] if fact.time % 1_000_000 == 0 else fact.date[11:26]
-    named = ", ".join(markup(state, 80) for state in fact.states[:_STATES])
-    if len(fact.states) > _STATES:
-        named += f" and {len(fact.states) - _STATES} more"
+    named = listed([markup(state, 80) for state in fact.states], _STATES)
     return f"s-{fact.kind}", (markup(time), markup(", ".join(fact.names)), markup(fact.message, 8192), named)

@@ -32,12 +32,11 @@ _KINDS = {
 
 
 def kind_of(label: Label, version: int) -> str:
-    """Return the kind of pieces that a remainder is; "" where another search finds them."""
+    """Return which kind of piece a remainder is; "" where another search finds it."""
     if not isinstance(label.what, Place):
         return ""
-    if version == 1 and label.what is not Place.NOT_WALKED:
-        return _KINDS.get(label.what, "unaccounted")
-    return _KINDS.get(label.what, "")
+    others = "unaccounted" if version == 1 and label.what is not Place.NOT_WALKED else ""
+    return _KINDS.get(label.what, others)
 
 
 def pieces_of(account: Account, tiled: Tile, wanted_kind: Callable[[Label, int], str] = kind_of) -> Iterator[Piece]:
