@@ -15,7 +15,7 @@ from ..text import printable, size
 from ._memory_facts import layout_facts, layout_lines, processor_facts, processor_lines
 from .case import add_hash_source_argument, now, origin_of, write_sidecar
 from .notes import show_notes
-from .options import add_key_arguments, ask_passphrase, passphrases_of
+from .options import add_assume_argument, add_key_arguments, ask_passphrase, passphrases_of
 from .output import Progress
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--allow-truncated", action="store_true", help="take what a stream holds that ends early")
     parser.add_argument("--no-hash", action="store_true", help="do not compute the SHA-256 of OUT")
     add_key_arguments(parser)
+    add_assume_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -125,7 +126,12 @@ def open_memory(args: argparse.Namespace) -> GuestMemory:
 
     show_notes()
     wanted = partial(
-        open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
+        open_guest_memory,
+        args.image,
+        args.snapshot,
+        allow_truncated=args.allow_truncated,
+        layout=args.layout,
+        assume=dict(args.assume),
     )
     passphrase = passphrases_of(args)
     try:

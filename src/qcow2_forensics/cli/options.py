@@ -65,7 +65,18 @@ def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True
 def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for damaged images that :func:`open_from` reads."""
     group = parser.add_argument_group("damaged images")
+    add_assume_argument(group)
     group.add_argument(
+        "--virtual-size",
+        metavar="BYTES",
+        type=bytes_of,
+        help="the size of a recovered disk where nothing in the file gives it, as 20G",
+    )
+
+
+def add_assume_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the option that states what a damaged header should say."""
+    parser.add_argument(
         "--assume",
         metavar="FIELD=VALUE",
         action="append",
@@ -73,12 +84,6 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help=f"read the image as if its header said so: compression={'|'.join(ASSUMPTIONS['compression'])}, "
         "extended-l2=on|off, version=2|3, cluster-size=BYTES (repeatable)",
-    )
-    group.add_argument(
-        "--virtual-size",
-        metavar="BYTES",
-        type=bytes_of,
-        help="the size of a recovered disk where nothing in the file gives it, as 20G",
     )
 
 
