@@ -5,6 +5,7 @@ The images are made by qemu-img, whose raw disk is the oracle; the damage is don
 
 from __future__ import annotations
 
+import json
 import random
 import runpy
 import struct
@@ -210,6 +211,8 @@ def test_memory_is_read_with_the_assumed_header_field(tmp_path: Path) -> None:
     code, _, errors = run_command(["memory", str(path), str(out), "--assume", "extended-l2=on"])
     assert code == 0, errors
     assert out.read_bytes()[::PAGE] == bytes(range(pages))
+    run_command(["examine", str(path), str(tmp_path / "case"), "--no-files", "--assume", "extended-l2=on"])
+    assert json.loads((tmp_path / "case" / "memory-1.json").read_text())["ram_bytes"] == pages * PAGE
 
 
 def test_the_nbd_plug_in_reads_an_image_alone_where_the_environment_says_so(
