@@ -115,11 +115,11 @@ def _inside_qcow2(
     except SnapshotNotFound:
         if snapshot is not None:
             raise
-        disk = open_disk(source, None, passphrase, limits=limits, follow=False, assume=assume)
-        if not disk.is_locked and disk.read(0, len(MAGIC)) == MAGIC:
-            return disk
-        left = leftover_vm_state(disk.image)
-        disk.close()
-        if not left:
-            raise
+        with ExitStack() as undo:
+            disk = undo.enter_context(open_disk(source, None, passphrase, limits=limits, follow=False, assume=assume))
+            if not disk.is_locked and disk.read(0, len(MAGIC)) == MAGIC:
+                undo.pop_all()
+                return disk
+            if not leftover_vm_state(disk.image):
+                raise
         return open_vm_state(source, Leftover(), passphrase, limits, assume=assume)
