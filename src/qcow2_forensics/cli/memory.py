@@ -139,7 +139,7 @@ def open_memory(args: argparse.Namespace) -> GuestMemory:
     except Locked:
         if passphrase is not None:
             raise
-        return wanted(passphrase=ask_passphrase("encrypted image"))
+        return wanted(passphrase=ask_passphrase())
 
 
 def _device(memory: GuestMemory, name: str | None) -> bytes | None:

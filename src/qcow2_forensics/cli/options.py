@@ -143,11 +143,13 @@ def passphrases_of(args: argparse.Namespace) -> list[bytes] | None:
     ] or None
 
 
-def ask_passphrase(name: str, member: str = "") -> bytes:
+def ask_passphrase(member: str = "") -> bytes:
     """Ask on the terminal; raises :class:`Locked` where there is none."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise Locked(
-            name, f"set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or give --passphrase-file", member=member
+            "encrypted image",
+            f"set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or give --passphrase-file",
+            member=member,
         )
     try:
         import getpass  # here: few images need it
@@ -155,7 +157,7 @@ def ask_passphrase(name: str, member: str = "") -> bytes:
         return os.fsencode(getpass.getpass("Passphrase: "))
     except (EOFError, UnicodeError):
         print(file=sys.stderr)  # the prompt has no end of line yet
-        raise Locked(name, "no passphrase was typed", member=member) from None
+        raise Locked("encrypted image", "no passphrase was typed", member=member) from None
 
 
 def unlock_by_asking(disk: Disk) -> list[bytes]:
@@ -165,7 +167,7 @@ def unlock_by_asking(disk: Disk) -> list[bytes]:
         member = disk.locked_member
         if asked:
             print(f"The next one is for {printable(member)}.", file=sys.stderr)
-        asked.append(ask_passphrase("encrypted image", member))
+        asked.append(ask_passphrase(member))
         try:
             disk.unlock(asked[-1])
         except Locked as error:
