@@ -136,10 +136,10 @@ def open_memory(args: argparse.Namespace) -> GuestMemory:
     passphrase = passphrases_of(args)
     try:
         return wanted(passphrase=passphrase)
-    except Locked:
+    except Locked as error:
         if passphrase is not None:
             raise
-        return wanted(passphrase=ask_passphrase())
+        return wanted(passphrase=ask_passphrase(error.method, error.member))
 
 
 def _device(memory: GuestMemory, name: str | None) -> bytes | None:

@@ -143,11 +143,11 @@ def passphrases_of(args: argparse.Namespace) -> list[bytes] | None:
     ] or None
 
 
-def ask_passphrase(member: str = "") -> bytes:
+def ask_passphrase(method: str, member: str) -> bytes:
     """Ask on the terminal; raises :class:`Locked` where there is none."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise Locked(
-            "encrypted image",
+            method,
             f"set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or give --passphrase-file",
             member=member,
         )
@@ -157,7 +157,7 @@ def ask_passphrase(member: str = "") -> bytes:
         return os.fsencode(getpass.getpass("Passphrase: "))
     except (EOFError, UnicodeError):
         print(file=sys.stderr)  # the prompt has no end of line yet
-        raise Locked("encrypted image", "no passphrase was typed", member=member) from None
+        raise Locked(method, "no passphrase was typed", member=member) from None
 
 
 def unlock_by_asking(disk: Disk) -> list[bytes]:
@@ -167,7 +167,7 @@ def unlock_by_asking(disk: Disk) -> list[bytes]:
         member = disk.locked_member
         if asked:
             print(f"The next one is for {printable(member)}.", file=sys.stderr)
-        asked.append(ask_passphrase(member))
+        asked.append(ask_passphrase(disk.locked_method, member))
         try:
             disk.unlock(asked[-1])
         except Locked as error:

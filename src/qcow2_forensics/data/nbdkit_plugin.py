@@ -37,6 +37,7 @@ _EXPORTS = 10_000  # that nbdkit lists; one more and it lists none
 _DESCRIBED = 300  # characters of a name: nbdkit takes 4096 bytes, and an escaped character may need ten
 
 _REMEDIES = q.Remedies("backing-dir=DIR (serve: --backing-dir DIR)", alone=f"{q.ALONE_VARIABLE}=1")
+_UNLOCK = f"give passphrase-file=FILE (serve: --passphrase-file FILE), or set {q.PASSPHRASE_VARIABLE} or {q.KEY_FILE_VARIABLE}"
 
 images: list[str] = []  # one
 key_files: list[str] = []
@@ -79,7 +80,7 @@ def opened(name: str) -> q.Disk:
     )
     if disk.is_locked:
         disk.close()
-        raise RuntimeError("the image is encrypted: passphrase-file=FILE is missing")
+        raise q.Locked(disk.locked_method, _UNLOCK, member=disk.locked_member)
     return disk
 
 
