@@ -116,7 +116,7 @@ def test_a_useless_answer_is_one_sentence(
 
 def test_without_a_terminal_nobody_is_asked(encrypted: Path, tmp_path: Path) -> None:
     reported = one_sentence(run("export", encrypted, tmp_path / "out"))
-    assert "QCOW2_PASSPHRASE" in reported
+    assert "(LUKS): set QCOW2_PASSPHRASE" in reported
     assert "--passphrase-file" in reported
 
 

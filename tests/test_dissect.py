@@ -183,7 +183,7 @@ def test_an_encrypted_image_takes_its_passphrase_from_the_keychain(
     image = make_image("locked.qcow2", "1M", "write -P 7 0 64k", secret="sesame")
     with pytest.raises(ContainerError) as failure:
         container.open(image)
-    assert "-K" in str(failure.value.__cause__)
+    assert "(LUKS): dissect's keychain holds no passphrase; give -K" in str(failure.value.__cause__)
     for value in ("wrong", "sesame"):
         keychain.register_key(keychain.KeyType.PASSPHRASE, value)
     with container.open(image) as opened:

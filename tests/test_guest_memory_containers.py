@@ -16,6 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,8 +24,8 @@ from pathlib import Path
 
 import pytest
 
-from qcow2_forensics import open_image
-from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, SnapshotNotFound, Unsupported
+from qcow2_forensics import Disk, open_image
+from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, ReadError, SnapshotNotFound, Unsupported
 from qcow2_forensics.format.source import BytesSource, FileSource
 from qcow2_forensics.limits import DEFAULT_LIMITS
 from qcow2_forensics.memory import GuestMemory, containers, find_stream, open_guest_memory
@@ -244,6 +245,38 @@ def test_the_handed_in_source_stays_open_and_an_opened_one_is_closed(tmp_path: P
     assert isinstance(inner, FileSource)
     with pytest.raises(OSError, match=r"."):
         inner.read(0, 4)
+
+
+@pytest.mark.parametrize("packing", [0, 1])
+def test_closing_the_memory_frees_the_file_it_was_decompressed_into(packing: int) -> None:
+    data = libvirt(PACKERS[packing](STREAM) if packing else STREAM, packing)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        memory = open_guest_memory(file)
+        assert memory.read(0, PAGE) == CONTENT
+        window = memory.source
+        memory.close()
+        if packing:
+            with pytest.raises(ValueError, match="closed"):
+                window.read(0, 1)
+        else:
+            assert window.read(0, 1) == b"Q"
+
+
+def test_a_disk_that_cannot_be_read_is_closed(make_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def unreadable(self: Disk, offset: int, length: int, /) -> bytes:
+        raise ReadError("gone", offset=offset, length=length)
+
+    def close(self: Disk) -> None:
+        events.append("closed")
+
+    monkeypatch.setattr(Disk, "read", unreadable)
+    monkeypatch.setattr(Disk, "close", close)
+    with pytest.raises(ReadError, match="gone"):
+        open_guest_memory(make_image("disk.qcow2", "1M"))
+    assert events == ["closed"]
 
 
 def test_an_xz_file_of_several_streams_with_padding_is_read() -> None:

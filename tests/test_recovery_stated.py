@@ -5,26 +5,35 @@ The images are made by qemu-img, whose raw disk is the oracle; the damage is don
 
 from __future__ import annotations
 
+import json
 import random
+import runpy
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from fuzz.targets import run_command
 
 from qcow2_forensics import (
+    ALONE_VARIABLE,
     ASSUME_VARIABLE,
     VIRTUAL_SIZE_VARIABLE,
     Qcow2Error,
     assumptions_from_environment,
+    data,
     open_disk,
+    open_guest_memory,
+    open_image,
     parse_assumptions,
     parse_size,
     virtual_size_from_environment,
 )
 from tests import qemu
+from tests.stream_builder import PAGE, page, simple
 
 MIB = 1 << 20
 SIZE = 6 * MIB
@@ -57,11 +66,15 @@ def unflagged(raw: Path, tmp_path: Path) -> Path:
     """An image with extended L2 entries of which the feature bit was cleared."""
     path = tmp_path / "unflagged.qcow2"
     qemu.img("convert", "-O", "qcow2", "-o", "extended_l2=on", raw, path)
+    _clear_extended(path)
+    return path
+
+
+def _clear_extended(path: Path) -> None:
     with path.open("r+b") as file:
         (features,) = struct.unpack(">Q", file.read(80)[72:])
         file.seek(72)
         file.write(struct.pack(">Q", features & ~16))
-    return path
 
 
 # --- the doors: state, virtual size, header fields -------------------------------------------------
@@ -135,6 +148,15 @@ def _set(environment: pytest.MonkeyPatch, size: int | None, assume: str) -> None
             environment.delenv(name, raising=False)
 
 
+def nbd_export(path: Path, state: str | None, size: int | None, assume: str, environment: pytest.MonkeyPatch) -> bytes:
+    _set(environment, size, assume)
+    environment.setitem(sys.modules, "nbdkit", ModuleType("nbdkit"))
+    plugin = runpy.run_path(str(Path(data.__path__[0], "nbdkit_plugin.py")))
+    plugin["config"]("image", str(path))
+    with plugin["opened"](state or "") as disk:
+        return bytes(disk.read(0, disk.size))
+
+
 DOORS: list[Door] = [
     python_disk,
     command_export,
@@ -142,6 +164,7 @@ DOORS: list[Door] = [
     volatility_layer,
     dfvfs_path_spec,
     dissect_container,
+    nbd_export,
 ]
 
 
@@ -158,6 +181,51 @@ def test_an_assumed_header_field_counts(
     door: Door, unflagged: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert door(unflagged, None, None, "extended-l2=on", monkeypatch) == raw.read_bytes()
+
+
+def test_memory_is_read_with_the_assumed_header_field(tmp_path: Path) -> None:
+    pages = 40  # more than one cluster: the first entry of a table reads the same either way
+    stream = simple(
+        [page(number, bytes([number]) * 16 + bytes(PAGE - 16), "pc.ram") for number in range(pages)],
+        {"pc.ram": pages * PAGE},
+    )
+    padded = stream.ljust(-(-len(stream) // 512) * 512, b"\0")
+    (tmp_path / "stream").write_bytes(padded)
+    path = tmp_path / "disk.qcow2"
+    qemu.img("create", "-f", "qcow2", "-o", "extended_l2=on", path, "8M")
+    qemu.io(path, f"write -b -s {tmp_path / 'stream'} 0 {len(padded)}")
+    qemu.snapshot(path, "one")
+    with open_image(path) as image:
+        (entry,) = image.snapshots
+    with path.open("r+b") as file:  # qemu-io wrote a state of which no snapshot knows the size
+        file.seek(entry.offset + 32)
+        file.write(struct.pack(">I", len(padded)))
+        file.seek(entry.offset + 40)
+        file.write(struct.pack(">Q", len(padded)))
+    _clear_extended(path)
+    with pytest.raises(Qcow2Error):
+        open_guest_memory(path)
+    with open_guest_memory(path, assume={"extended-l2": "on"}) as memory:
+        assert [memory.read(number * PAGE, 1)[0] for number in range(pages)] == list(range(pages))
+    out = tmp_path / "memory.raw"
+    code, _, errors = run_command(["memory", str(path), str(out), "--assume", "extended-l2=on"])
+    assert code == 0, errors
+    assert out.read_bytes()[::PAGE] == bytes(range(pages))
+    run_command(["examine", str(path), str(tmp_path / "case"), "--no-files", "--assume", "extended-l2=on"])
+    assert json.loads((tmp_path / "case" / "memory-1.json").read_text())["ram_bytes"] == pages * PAGE
+
+
+def test_the_nbd_plug_in_reads_an_image_alone_where_the_environment_says_so(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "overlay.qcow2"
+    qemu.img("create", "-f", "qcow2", "-b", raw, "-F", "raw", path)
+    raw_elsewhere = path.with_name("gone")
+    qemu.img("rebase", "-u", "-b", raw_elsewhere, "-F", "raw", path)
+    with pytest.raises(Qcow2Error, match=f"{ALONE_VARIABLE}=1"):
+        nbd_export(path, None, None, "", monkeypatch)
+    monkeypatch.setenv(ALONE_VARIABLE, "1")
+    assert nbd_export(path, None, None, "", monkeypatch) == bytes(SIZE)
 
 
 def test_a_disk_of_unknown_size_says_which_option_states_it(headless: Path) -> None:

@@ -69,8 +69,8 @@ def _snapshot(guest: Running) -> Path:
     return guest.disk
 
 
-def _migrated(*capabilities: str, rounds: int = 0) -> Callable[[Running], Path]:
-    return lambda guest: guest.migrate(capabilities=capabilities, rounds=rounds)
+def _migrated(*capabilities: str) -> Callable[[Running], Path]:
+    return lambda guest: guest.migrate(capabilities=capabilities)
 
 
 def _libvirt(guest: Running) -> Path:

@@ -108,7 +108,7 @@ def _unlock(disk: Disk) -> None:
     keys += passphrases_from_environment()
     if not keys:
         why = f"dissect's keychain holds no passphrase; give -K or -Kv, or set {KEY_FILE_VARIABLE}"
-        raise Locked("encrypted image", why, member=disk.locked_member)
+        raise Locked(disk.locked_method, why, member=disk.locked_member)
     disk.unlock(keys)
 
 

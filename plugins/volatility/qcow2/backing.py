@@ -14,7 +14,7 @@ from volatility3.framework.layers import physical
 from .common import LayerSource, add_file_layer, local_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from qcow2_forensics import FileSource, NamedFiles, Role, Source
 
@@ -74,9 +74,9 @@ class LayerResolver:
         self,
         context: interfaces.context.ContextInterface,
         config_path: str,
-        known: Iterable[str] = (),
-        folders: Iterable[str] = (),
-        named: NamedFiles | None = None,
+        known: Sequence[str],
+        folders: Sequence[str],
+        named: NamedFiles,
     ) -> None:
         from qcow2_forensics import ALONE_VARIABLE, BACKING_VARIABLE, Remedies, Resolver
 
@@ -85,11 +85,11 @@ class LayerResolver:
             "--qcow2-backing-file NAME=PATH",
             f"--qcow2-no-backing (or {ALONE_VARIABLE}=1)",
         )
-        self.files, formats = named if named is not None else ({}, {})
+        self.files, formats = named
         self._policy = Resolver(folders=folders, files=self.files, formats=formats, remedies=self.remedies)
         self._context = context
         self._config_path = config_path
-        self._known = list(known)
+        self._known = known
         self.names: list[str] = []
 
     def open(self, name: str, role: Role, parent: Source, top: Source) -> tuple[Source, str | None]:

@@ -27,7 +27,7 @@ WORTH_A_FILE = 512 * 1024 * 1024  # bytes of guest memory below which indexing i
 _kept: dict[str, bytes] = {}
 
 
-def index_memory(stream: Source, key: str | None, layout: str | None = None, *, on_disk: bool) -> GuestMemory:
+def index_memory(stream: Source, key: str | None, layout: str | None, *, on_disk: bool) -> GuestMemory:
     """Return the guest memory of a stream, indexed now or before; ``key`` None keeps nothing.
 
     ``layout`` states where RAM blocks lie, as :class:`GuestMemory` has it.

@@ -32,6 +32,7 @@ def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
     """Return the parts to run over an image, and why some are not."""
     typed = _typed(path)
     keys = _options(args, "passphrase_file")
+    memory = [*keys, *_options(args, "assume")]
     folders = _options(args, "backing_dir")
     case = _options(args, "case", "examiner", "note")
     disk = [*keys, *folders, *_options(args, "backing_file", "no_backing", "eof", "assume", "virtual_size")]
@@ -68,7 +69,7 @@ def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
             f"{plural(len(memories) - _MEMORIES, 'memory', 'memories')} before the last {_MEMORIES}: qcow2-forensics memory shows one by one"
         )
     for number, state in list(enumerate(memories, 1))[-_MEMORIES:]:
-        command = ("memory", typed, f"--snapshot={state.choice}", "--summary", "json", *keys)
+        command = ("memory", typed, f"--snapshot={state.choice}", "--summary", "json", *memory)
         steps.append(Step("memory", f"memory of {state.label}", f"memory-{number}", command, parts.run_memory))
     what = _options(args, "limit") if args.pieces else ["--index-only"]
     command = ("residue", typed, "residue", *what, *folders)
@@ -87,8 +88,8 @@ def deleted_memories(args: Namespace, path: str, rows: Iterable[Mapping[str, Any
         unseen.append(f"the memories of {len(held) - _MEMORIES} deleted snapshots: there are too many")
     steps = []
     for number, row in enumerate(held[:_MEMORIES], 1):
-        keys = _options(args, "passphrase_file")
-        command = ("memory", _typed(path), f"--snapshot={row['open_as']}", "--summary", "json", *keys)
+        read_as = _options(args, "passphrase_file", "assume")
+        command = ("memory", _typed(path), f"--snapshot={row['open_as']}", "--summary", "json", *read_as)
         title = f"memory of the deleted snapshot {row['name'] or row['id']}"
         steps.append(Step("memory", title, f"memory-deleted-{number}", command, parts.run_deleted_memory))
     return steps

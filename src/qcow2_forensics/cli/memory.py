@@ -14,7 +14,7 @@ from ..reader.writer import HASHES, Writer, is_standard_output, refuse_existing,
 from ..text import printable, size
 from ._memory_facts import layout_facts, layout_lines, processor_facts, processor_lines
 from .case import add_hash_source_argument, now, origin_of, write_sidecar
-from .options import add_key_arguments, ask_passphrase, passphrases_of
+from .options import add_assume_argument, add_key_arguments, ask_passphrase, passphrases_of
 from .output import Progress
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--allow-truncated", action="store_true", help="take what a stream holds that ends early")
     parser.add_argument("--no-hash", action="store_true", help="do not compute the SHA-256 of OUT")
     add_key_arguments(parser)
+    add_assume_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -123,15 +124,20 @@ def open_memory(args: argparse.Namespace) -> GuestMemory:
     from ..memory import open_guest_memory
 
     wanted = partial(
-        open_guest_memory, args.image, args.snapshot, allow_truncated=args.allow_truncated, layout=args.layout
+        open_guest_memory,
+        args.image,
+        args.snapshot,
+        allow_truncated=args.allow_truncated,
+        layout=args.layout,
+        assume=dict(args.assume),
     )
     passphrase = passphrases_of(args)
     try:
         return wanted(passphrase=passphrase)
-    except Locked:
+    except Locked as error:
         if passphrase is not None:
             raise
-        return wanted(passphrase=ask_passphrase("encrypted image"))
+        return wanted(passphrase=ask_passphrase(error.method, error.member))
 
 
 def _device(memory: GuestMemory, name: str | None) -> bytes | None:

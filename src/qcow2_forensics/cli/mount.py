@@ -111,7 +111,7 @@ def _open(args: argparse.Namespace, path: str) -> ImageFolder:
         from ..memory import open_guest_memory
         from ..mount.files import MemoryContent
 
-        return MemoryContent(open_guest_memory(path, selector, passphrases_of(here)))
+        return MemoryContent(open_guest_memory(path, selector, passphrases_of(here), assume=dict(args.assume)))
 
     def report() -> Report:
         from ..audit import audit

@@ -65,7 +65,18 @@ def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True
 def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for damaged images that :func:`open_from` reads."""
     group = parser.add_argument_group("damaged images")
+    add_assume_argument(group)
     group.add_argument(
+        "--virtual-size",
+        metavar="BYTES",
+        type=bytes_of,
+        help="the size of a recovered disk where nothing in the file gives it, as 20G",
+    )
+
+
+def add_assume_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the option that states what a damaged header should say."""
+    parser.add_argument(
         "--assume",
         metavar="FIELD=VALUE",
         action="append",
@@ -73,12 +84,6 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help=f"read the image as if its header said so: compression={'|'.join(ASSUMPTIONS['compression'])}, "
         "extended-l2=on|off, version=2|3, cluster-size=BYTES (repeatable)",
-    )
-    group.add_argument(
-        "--virtual-size",
-        metavar="BYTES",
-        type=bytes_of,
-        help="the size of a recovered disk where nothing in the file gives it, as 20G",
     )
 
 
@@ -149,11 +154,13 @@ def passphrases_of(args: argparse.Namespace) -> list[bytes] | None:
     ] or None
 
 
-def ask_passphrase(name: str, member: str = "") -> bytes:
+def ask_passphrase(method: str, member: str) -> bytes:
     """Ask on the terminal; raises :class:`Locked` where there is none."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise Locked(
-            name, f"set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or give --passphrase-file", member=member
+            method,
+            f"set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or give --passphrase-file",
+            member=member,
         )
     try:
         import getpass  # here: few images need it
@@ -161,7 +168,7 @@ def ask_passphrase(name: str, member: str = "") -> bytes:
         return os.fsencode(getpass.getpass("Passphrase: "))
     except (EOFError, UnicodeError):
         print(file=sys.stderr)  # the prompt has no end of line yet
-        raise Locked(name, "no passphrase was typed", member=member) from None
+        raise Locked(method, "no passphrase was typed", member=member) from None
 
 
 def unlock_by_asking(disk: Disk) -> list[bytes]:
@@ -171,7 +178,7 @@ def unlock_by_asking(disk: Disk) -> list[bytes]:
         member = disk.locked_member
         if asked:
             print(f"The next one is for {printable(member)}.", file=sys.stderr)
-        asked.append(ask_passphrase("encrypted image", member))
+        asked.append(ask_passphrase(disk.locked_method, member))
         try:
             disk.unlock(asked[-1])
         except Locked as error:

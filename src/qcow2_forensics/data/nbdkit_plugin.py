@@ -13,12 +13,14 @@ The export name chooses the state: none or "active" for the disk as it is now, e
     sudo nbd-client -unix case.sock -N before-incident -readonly /dev/nbd0
 
 Parameters: image, passphrase-file and backing-dir, both repeatable; without a key file the passphrases are those of
-QCOW2_PASSPHRASE_FILE and QCOW2_PASSPHRASE. nbdkit runs Debian's own Python: the package must be installed there, or
+QCOW2_PASSPHRASE_FILE and QCOW2_PASSPHRASE. QCOW2_BACKING_DIR, QCOW2_NO_BACKING, QCOW2_ASSUME and QCOW2_VIRTUAL_SIZE
+count as everywhere. nbdkit runs Debian's own Python: the package must be installed there, or
 PYTHONPATH must name where it is.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,8 @@ API_VERSION = 2
 _EXPORTS = 10_000  # that nbdkit lists; one more and it lists none
 _DESCRIBED = 300  # characters of a name: nbdkit takes 4096 bytes, and an escaped character may need ten
 
-_REMEDIES = q.Remedies("backing-dir=DIR (serve: --backing-dir DIR)")
+_REMEDIES = q.Remedies("backing-dir=DIR (serve: --backing-dir DIR)", alone=f"{q.ALONE_VARIABLE}=1")
+_UNLOCK = f"give passphrase-file=FILE (serve: --passphrase-file FILE), or set {q.PASSPHRASE_VARIABLE} or {q.KEY_FILE_VARIABLE}"
 
 images: list[str] = []  # one
 key_files: list[str] = []
@@ -66,10 +69,18 @@ def config_complete() -> None:
 def opened(name: str) -> q.Disk:
     """Return the state that an export name chooses."""
     keys = q.passphrases_from_files(key_files) if key_files else q.passphrases_from_environment()
-    disk = q.open_disk(images[0], name or None, keys or None, q.Resolver(folders=folders, remedies=_REMEDIES))
+    disk = q.open_disk(
+        images[0],
+        name or None,
+        keys or None,
+        q.Resolver(folders=[*folders, *q.folders_from_environment()], remedies=_REMEDIES),
+        follow=not os.environ.get(q.ALONE_VARIABLE),
+        assume=q.assumptions_from_environment(),
+        virtual_size=q.virtual_size_from_environment(),
+    )
     if disk.is_locked:
         disk.close()
-        raise RuntimeError("the image is encrypted: passphrase-file=FILE is missing")
+        raise q.Locked(disk.locked_method, _UNLOCK, member=disk.locked_member)
     return disk
 
 

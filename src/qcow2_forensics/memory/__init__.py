@@ -17,6 +17,7 @@ The package needs numpy, so nothing that reads disks imports it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from ..errors import NotQcow2, SnapshotNotFound
@@ -68,6 +69,7 @@ def open_guest_memory(
     *,
     allow_truncated: bool = False,
     layout: str | None = None,
+    assume: Mapping[str, str] | None = None,
 ) -> GuestMemory:
     """Open the guest memory in a qcow2 snapshot (the latest that holds any when None) or in a stream file.
 
@@ -75,7 +77,8 @@ def open_guest_memory(
     what None means where no snapshot holds memory.
 
     ``origin`` is a qcow2 image, a bare migration stream, a libvirt save file or a Proxmox state volume,
-    which may itself be a qcow2 disk. ``layout`` states where RAM blocks lie, as :class:`GuestMemory` has it.
+    which may itself be a qcow2 disk. ``layout`` states where RAM blocks lie, as :class:`GuestMemory` has it; ``assume``
+    is what a damaged header should say, as in :func:`open_disk`.
     Close the result, or use it as a context manager.
 
     Raises what :func:`open_vm_state` and :class:`GuestMemory` raise.
@@ -86,7 +89,7 @@ def open_guest_memory(
             undo.callback(close_source, source)
         stream = find_stream(source, limits=limits)
         if stream is None:
-            stream = _inside_qcow2(source, snapshot, passphrase, limits)
+            stream = _inside_qcow2(source, snapshot, passphrase, limits, assume)
         elif snapshot is not None:
             raise SnapshotNotFound(str(snapshot), ())
         if stream is not source:
@@ -96,21 +99,27 @@ def open_guest_memory(
         return memory
 
 
-def _inside_qcow2(source: Source, snapshot: SnapshotName, passphrase: Passphrase, limits: Limits) -> Source:
+def _inside_qcow2(
+    source: Source,
+    snapshot: SnapshotName,
+    passphrase: Passphrase,
+    limits: Limits,
+    assume: Mapping[str, str] | None,
+) -> Source:
     """Return the stream of a snapshot, or the disk itself when that is what holds a stream."""
     try:
-        return open_vm_state(source, snapshot, passphrase, limits)
+        return open_vm_state(source, snapshot, passphrase, limits, assume=assume)
     except NotQcow2 as error:
         name = cut(source_name(source))
         raise NotQcow2(f"{name} is neither a QCOW2 image nor a QEMU memory stream") from error
     except SnapshotNotFound:
         if snapshot is not None:
             raise
-        disk = open_disk(source, None, passphrase, limits=limits, follow=False)
-        if not disk.is_locked and disk.read(0, len(MAGIC)) == MAGIC:
-            return disk
-        left = leftover_vm_state(disk.image)
-        disk.close()
-        if not left:
-            raise
-        return open_vm_state(source, Leftover(), passphrase, limits)
+        with ExitStack() as undo:
+            disk = undo.enter_context(open_disk(source, None, passphrase, limits=limits, follow=False, assume=assume))
+            if not disk.is_locked and disk.read(0, len(MAGIC)) == MAGIC:
+                undo.pop_all()
+                return disk
+            if not leftover_vm_state(disk.image):
+                raise
+        return open_vm_state(source, Leftover(), passphrase, limits, assume=assume)

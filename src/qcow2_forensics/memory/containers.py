@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Final, Protocol, cast
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
-from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, source_name
+from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, close_source, source_name
 from ..limits import (
     DEFAULT_LIMITS,
     LIBVIRT_DESCRIPTION_BYTES,
@@ -60,9 +60,11 @@ class StreamWindow:
     description of the machine in a libvirt save file, which is XML.
     """
 
-    def __init__(self, source: Source, start: int, size: int, domain: bytes = b"", kept: Path | None = None) -> None:
+    def __init__(
+        self, source: Source, start: int, size: int, domain: bytes = b"", *, decompressed: bool = False
+    ) -> None:
         self.domain = domain
-        self._kept = kept
+        self._decompressed = decompressed  # for this window alone
         self.source = source
         self.start = start
         self.size = size
@@ -75,8 +77,13 @@ class StreamWindow:
 
     def discard(self) -> None:
         """Delete the file that the stream was decompressed into, if it was: for a stream that turned out unusable."""
-        if self._kept is not None:
-            self._kept.unlink(missing_ok=True)
+        if self._decompressed and isinstance(self.source, FileSource):
+            Path(self.source.path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close what the stream was decompressed into; a file that holds the stream as it is stays its owner's."""
+        if self._decompressed:
+            close_source(self.source)
 
 
 class _TemporarySource(StreamSource):
@@ -126,8 +133,7 @@ def _libvirt(source: Source, head: bytes, cache_dir: str | os.PathLike[str] | No
         words = f"of format {packing}" if packing else "without a QEMU stream"
         raise Unsupported(f"libvirt save file {words}")
     unpacked = _unpacked(window, opener, cache_dir, limits)
-    kept = Path(unpacked.path) if isinstance(unpacked, FileSource) and unpacked.path else None
-    return StreamWindow(unpacked, 0, unpacked.size, domain, kept)
+    return StreamWindow(unpacked, 0, unpacked.size, domain, decompressed=True)
 
 
 class _Decoder(Protocol):

@@ -49,7 +49,7 @@ def _need_bases(blocks: tuple[Block, ...], runs: tuple[RunIndex, ...], page_size
             )
 
 
-def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given = ()) -> Analysis:
+def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given) -> Analysis:
     """Index the RAM records, walk the devices and decide the layout."""
     stream = read_stream(source, limits, allow_truncated=allow_truncated)
     ram = stream.ram

@@ -81,7 +81,7 @@ def choose_memory(image: Image, wanted: str | None) -> MemoryChoice | None:
     return MemoryChoice(True, entry, _name(image, entry))
 
 
-def memory_before(image: Image, later: SnapshotEntry | None, wanted: str | None = None) -> SnapshotEntry:
+def memory_before(image: Image, later: SnapshotEntry | None, wanted: str | None) -> SnapshotEntry:
     """Return the snapshot with memory that is named, or else the latest one taken before ``later``.
 
     Raises :class:`SnapshotNotFound`.

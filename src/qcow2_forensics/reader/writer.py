@@ -50,7 +50,7 @@ class IsEvidence(Qcow2Error):
         super().__init__(f"{cut(str(path))} is part of the evidence, which is never written to")
 
 
-def data_stretches(data: bytes, offset: int = 0) -> Iterator[tuple[int, int]]:
+def data_stretches(data: bytes, offset: int) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of what of ``data`` is not aligned blocks of zeros; ``offset`` is its place in the file."""
     start, first = 0, -offset % _BLOCK
     heads = data[first::_BLOCK]  # the first byte of every aligned block: nearly all blocks of data show here
