@@ -148,8 +148,8 @@ def text_lines(files: Files) -> Iterator[str]:
             yield f"{amount}{volume_label(item.unread.volume)}: {_unread_reason(item)}"
     if files.outside and (files.changes or files.unread or files.is_marked):
         yield f"{format_size(files.outside)} of it in no file: file system structures or free space"
-    if files.is_marked and files.outside:
-        yield "names, times and owners in those structures may have been written, and small files in NTFS records"
+    if files.is_marked and (files.outside or any(change.shown.full_path.endswith("/$MFT") for change in files.changes)):
+        yield "names, times and owners may have been written too: they are in file system structures that are marked"
     if files.changes:
         yield from _table(files.changes)
     elif files.is_marked:
