@@ -81,9 +81,9 @@ class Disk:
         return Disk(path, self.kind)
 
     @contextlib.contextmanager
-    def mounted(self, *, writing: bool = False) -> Iterator[Path]:
-        """The folder under which the file system is mounted."""
-        folder = self.path.with_name(f"{self.path.name}-mounted")
+    def mounted(self, *, writing: bool = False, on: Path | None = None) -> Iterator[Path]:
+        """The folder under which the file system is mounted: ``on``, or one beside it."""
+        folder = on or self.path.with_name(f"{self.path.name}-mounted")
         folder.mkdir(exist_ok=True)
         mode = "rw" if writing else "ro"
         loop = ""
@@ -157,14 +157,14 @@ def _tree(folder: Path) -> Iterator[tuple[str, Seen]]:
             )
 
 
-def make(folder: Path, kind: str, size: int, name: str = "") -> Disk:
+def make(folder: Path, kind: str, size: int, name: str = "", options: Sequence[str] = ()) -> Disk:
     """An empty file system in a raw file."""
     need_mounts()
     need_tools(_MAKERS[kind][0])
     path = folder / (name or f"{kind}.raw")
     with path.open("wb") as stream:
         stream.truncate(size)
-    run(*_MAKERS[kind], path, **(_SMALL_XFS if kind == "xfs" else {}))
+    run(*_MAKERS[kind], *options, path, **(_SMALL_XFS if kind == "xfs" else {}))
     return Disk(path, kind)
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from qcow2_forensics import FileSource
 from qcow2_forensics.cli import main
 from qcow2_forensics.files.lines import body_line, fls_line
 from qcow2_forensics.files.protocol import FileSystem
+from qcow2_forensics.files.sleuthkit import SleuthKitFileSystem
 from qcow2_forensics.files.volumes import open_volumes
 from qcow2_forensics.reader.disk import RawDisk
 from tests import filesystems, guest_disks, qemu
@@ -65,6 +67,48 @@ def test_deleted_records_of_ntfs_are_listed_as_fls_does(ntfs: tuple[Disk, Disk])
         listed = filesystems.sleuthkit("fls", disk.path, 0, "-r", "-p").splitlines()
         assert sorted(fls_line(record) for record in system.records()) == sorted(listed)
         assert not system.problems
+
+
+def test_files_without_a_name_are_listed_as_fls_does_where_the_library_fails(
+    tmp_path: Path,
+) -> None:
+    """A removed folder without content is one that some releases of The Sleuth Kit end in an error about."""
+
+    def fill(folder: Path) -> None:
+        (folder / "folder").mkdir()
+        for number in range(30):
+            (folder / "folder" / f"file {number}").write_bytes(content(number))
+
+    def empty(folder: Path) -> None:
+        for path in sorted((folder / "folder").iterdir()):
+            path.unlink()
+        (folder / "folder").rmdir()
+
+    disk = guest_disks.make(tmp_path, "ext4", 16 * MIB).change(fill).change(empty)
+    expected = sorted(filesystems.sleuthkit("fls", disk.path, 0, "-r", "-p").splitlines())
+    assert sum("$OrphanFiles/" in line for line in expected) > 20
+    system = system_of(disk.path)
+    assert isinstance(system, SleuthKitFileSystem)
+    handle = system.handle
+    for wrapped in (handle, WithoutOrphans(handle)):
+        system.handle = wrapped
+        assert sorted(fls_line(record) for record in system.records()) == expected
+    assert not system.is_incomplete
+
+
+class WithoutOrphans:
+    """A file system whose folder of orphans does not open."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+    def open_dir(self, inode: int) -> Any:
+        if inode == self._handle.info.last_inum:
+            raise OSError("unknown libtsk error")
+        return self._handle.open_dir(inode=inode)
 
 
 def test_thousands_of_ntfs_records_are_those_of_fls(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
     tools/make_guest_disks.py FOLDER                    # all kinds that this machine can make
     tools/make_guest_disks.py FOLDER xfs lvm --check    # two of them, and what diff and timeline say of them
+    tools/make_guest_disks.py FOLDER lvm --bitmaps      # what diff says of the bitmap that QEMU keeps between two states
     tools/make_guest_disks.py FOLDER ntfs --plaso       # rows of log2timeline: raw disk, all, changed
 
 Needs root and loop devices. Of each kind FOLDER then has KIND.qcow2 with the snapshots ``one``, ``two`` and
@@ -30,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
 import _pytest.outcomes  # noqa: E402 - after the path
-from tests import guest_disks, qemu  # noqa: E402
+from tests import guest_bitmaps, guest_disks, qemu  # noqa: E402
 from tests.filesystems import MIB, need_tools  # noqa: E402
 from tests.guest_disks import Seen  # noqa: E402
 
@@ -297,6 +298,12 @@ def _check_timeline(kind: str, folder: Path, name: str, state: State) -> Iterato
                 yield f"{kind} {name}: {place}{path}: {row} in the timeline, {item.size, item.modified // 10**9} in the kernel"
 
 
+def bitmaps(kind: str, folder: Path, states: list[State]) -> list[str]:
+    """Return where ``diff --from bitmap:NAME --files`` says something else than the kernel, of each step."""
+    raws, trees = [state.raw for state in states], [state.trees for state in states]
+    return [] if kind in UNREAD else list(guest_bitmaps.check(kind, folder, raws, trees, _passphrase(folder)))
+
+
 # --- plaso -----------------------------------------------------------------------------------------
 
 
@@ -367,6 +374,9 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help=", ".join(KINDS))
     parser.add_argument("--check", action="store_true", help="compare diff --files and timeline with the kernel")
     parser.add_argument(
+        "--bitmaps", action="store_true", help="compare what diff says of a dirty bitmap with the kernel"
+    )
+    parser.add_argument(
         "--plaso", action="store_true", help="compare log2timeline's rows of the image and the raw disk"
     )
     options = parser.parse_args()
@@ -381,6 +391,7 @@ def main() -> int:
             continue
         print(f"{kind}: {sum(len(tree) for tree in states[-1].trees.values())} names", flush=True)
         wrong += check(kind, folder, states) if options.check else []
+        wrong += bitmaps(kind, folder, states) if options.bitmaps else []
         wrong += plaso(kind, folder, states) if options.plaso else []
     print("\n".join(wrong[:100]) or "as the kernel has it")
     return 1 if wrong else 0

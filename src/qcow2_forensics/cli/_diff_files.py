@@ -92,8 +92,9 @@ class Files:
                 yield f"{amount}{volume_label(item.unread.volume)}: {_unread_reason(item)}"
         if self.outside and (self.changes or self.unread or self.is_marked):
             yield f"{format_size(self.outside)} of it in no file: file system structures or free space"
-        if self.is_marked and self.outside:
-            yield "names, times and owners in those structures may have been written, and small files in NTFS records"
+        in_table = any(change.shown.full_path.endswith("/$MFT") for change in self.changes)
+        if self.is_marked and (self.outside or in_table):
+            yield "names, times and owners may have been written too: they are in file system structures that are marked"
         if self.changes:
             yield from _table(self.changes)
         elif self.is_marked:

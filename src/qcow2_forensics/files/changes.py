@@ -1,8 +1,7 @@
 """Which files two states of one disk differ in.
 
-Names are matched by path, then by what stays when a file is renamed. Content is compared by the
-changed disk ranges where both states keep it in the same place, and read only where that says
-nothing. What is reported is what was seen: a name that is gone, bytes that differ.
+Names are matched by path, then by what stays when a file is renamed. Content is compared by the changed disk ranges
+where both states keep it in the same place, and read only where that says nothing. What is reported is what was seen.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class FileChange(enum.StrEnum):
     RENAMED = "renamed"
     CONTENT = "content changed"
     METADATA = "metadata changed"
-    MARKED = "marked"  # of one state: its blocks are in ranges that a bitmap marks as written
+    MARKED = "marked"  # of one state: its blocks, or the record with its content, are in ranges that a bitmap marks
     DELETED = "deleted"  # a deleted entry that the first state does not have, allocated or deleted
 
 
@@ -171,15 +170,20 @@ def file_changes(
 def marked_files(state: StateFiles, ranges: Iterable[tuple[int, int]], *, hashed: bool = False) -> Iterator[Changed]:
     """Yield the files and folders in use whose blocks are in ranges that a bitmap marks as written.
 
+    Content that is inside a record of NTFS counts as changed where that record is marked.
+
     A range that was written may hold parts of several files, and what it held before is not known.
     """
     touched = Spans((*ranges, *state.replaced))
     for place in sorted(state.systems):
         for record in state.records[place]:
-            changed_bytes = touched.overlap(Spans(record.spans)) if record.allocated and not record.virtual else 0
+            if not record.allocated or record.virtual:
+                continue
+            changed_bytes = touched.overlap(Spans((*record.spans, *record.metadata)))
             if changed_bytes:
                 digest = _digest(state.systems[place], record) if hashed else None
-                yield Changed(FileChange.MARKED, None, record, changed_bytes=changed_bytes, sha256=(None, digest))
+                note = "its content is in its file system record" if record.metadata else ""
+                yield Changed(FileChange.MARKED, None, record, (), None, note, changed_bytes, (None, digest))
 
 
 def outside_files(before: StateFiles, after: StateFiles, ranges: Iterable[tuple[int, int]]) -> int:

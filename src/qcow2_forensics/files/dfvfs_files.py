@@ -26,6 +26,7 @@ from .protocol import FileSystem, Visits
 from .readers import Reader
 from .records import RESOURCE_FORK, FileRecord, Span, Times, Volume
 from .spans import Spans
+from .xfs_inodes import stored_times
 
 _CHUNK = 1 << 20  # of file content read at a time
 _WINDOW = 64 << 10  # bytes read at once where a library asks for a few; a power of two
@@ -262,6 +263,9 @@ class DfvfsFileSystem(FileSystem):
         letter = _LETTERS.get(entry.entry_type, "-")
         inode = int(getattr(stat, "inode_number", None) or getattr(entry.path_spec, "identifier", None) or 0)
         spans, sparse, resident = self._spans(entry, letter)
+        times = Times(*(_time(entry, f"{name}_time") for name in ("modification", "access", "change", "creation")))
+        if self.volume.kind == "xfs" and min(times) < 0:
+            times = stored_times(self._reader, inode)
         return FileRecord(
             volume=self.volume,
             path=path,
@@ -275,7 +279,7 @@ class DfvfsFileSystem(FileSystem):
             mode=int(getattr(stat, "mode", None) or 0) & 0o7777,
             uid=_identifier(getattr(stat, "owner_identifier", None)),
             gid=_identifier(getattr(stat, "group_identifier", None)),
-            times=Times(*(_time(entry, f"{name}_time") for name in ("modification", "access", "change", "creation"))),
+            times=times,
             link=str(entry.link or "") if letter == "l" else "",
             spans=spans,
             sparse=sparse,

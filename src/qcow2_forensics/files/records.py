@@ -64,7 +64,8 @@ class FileRecord:
 
     ``allocated`` is about the name, ``in_use`` about the metadata it points to: a deleted name
     whose metadata is in use again says nothing about the old file. ``spans`` are the disk bytes of
-    the content; ``resident`` content is inside the metadata instead, ``sparse`` content is nowhere.
+    the content; ``resident`` content is inside the metadata instead, which is in the bytes ``metadata``
+    where they are known, and ``sparse`` content is nowhere.
     ``has_metadata`` is False where nothing but the name is left.
     """
 
@@ -87,6 +88,7 @@ class FileRecord:
     stream: str = ""
     spans: tuple[Span, ...] = ()
     resident: bool = False
+    metadata: tuple[Span, ...] = ()
     sparse: bool = False
 
     @property

@@ -15,28 +15,28 @@ import pytsk3
 from ..errors import reason
 from ..limits import FILE_BYTES, FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
 from ..text import printable
+from .ntfs_records import RecordPlaces, name_times, record_size
+from .orphans import orphans
 from .partitions import partitions
 from .protocol import FileSystem, NoFileSystem, Visits
-from .records import NTFS_FILE_NAME, RESOURCE_FORK, FileRecord, Span, Times, Volume
+from .records import RESOURCE_FORK, FileRecord, Span, Times, Volume
 from .spans import Spans
+from .stored_times import StoredTimes
 
 if TYPE_CHECKING:
     from .readers import Reader
 
 _CHUNK = 1 << 20  # of file content read at a time
-_SECOND = 1_000_000_000  # nanoseconds
 
 # Letters as The Sleuth Kit prints them, by its enumeration values.
 _NAME_LETTERS = "-pcdbrlshwvV"
 _META_LETTERS = "-rdpcblhswvV"
 _NTFS_DATA, _NTFS_INDEX = 128, 144
-_FILE_NAME_BYTES = 66  # of a $FILE_NAME attribute before the name itself
-_SHORT_NAME = 2  # name space of a $FILE_NAME attribute that holds the short form of another
+_NO_TIMES = Times()
 _VIRTUAL_DIRECTORY = 11  # a name made up by The Sleuth Kit
 _UNALLOCATED = 2  # flag of names and of metadata
 _RESIDENT = 4  # flag of an attribute whose bytes are in the metadata
 _NO_BLOCKS = 3  # flags of a run: filler or sparse
-_FILETIME_EPOCH = 116_444_736_000_000_000  # 1970 in units of 100 ns since 1601
 
 
 class SleuthKitFileSystem(FileSystem):
@@ -53,10 +53,14 @@ class SleuthKitFileSystem(FileSystem):
         self.handle = handle
         self._reader = reader
         self._visits = Visits()
+        self._named: set[int] = set()  # inodes that names lead to
         self._failed = 0  # how many ranges were unreadable before the current reading
         self._block = int(handle.info.block_size)
         self._largest = max(FILE_BYTES, 4 * int(image.get_size()))
         self._ntfs = volume.kind == "ntfs"
+        self._start = 0 if reader else volume.offset  # in the image
+        self._records: RecordPlaces | None = None
+        self._times = StoredTimes(image, self._start, volume.kind, self._doubt)
         # Where a run's address is no place on the disk.
         self._placed = volume.kind not in ("logical", "yaffs2")
 
@@ -65,6 +69,7 @@ class SleuthKitFileSystem(FileSystem):
     def records(self, *, names: bool = False) -> Iterator[FileRecord]:
         root = int(self.handle.info.root_inum)
         self._visits = Visits()
+        self._named = set()
         self._visits.enter(root, again=False)
         count = 0
         for record in self._walk(self._directory(root, "/"), "", (root,)):
@@ -82,6 +87,15 @@ class SleuthKitFileSystem(FileSystem):
         except (OSError, RuntimeError) as error:
             self._problem(path, error, deleted=deleted)
             return []
+
+    def _orphans(self, inode: int, path: str) -> list[Any]:
+        """Return the entries of a folder that The Sleuth Kit makes up, or what would be in it where that fails."""
+        try:
+            return list(self.handle.open_dir(inode=inode))
+        except (OSError, RuntimeError) as error:
+            if int(self.handle.info.last_inum) > FILE_SYSTEM_ENTRIES:
+                self._problem(path, error, deleted=True)
+            return list(orphans(self.handle, self._named, FILE_SYSTEM_ENTRIES))
 
     def _problem(self, path: str, error: BaseException, *, deleted: bool = False) -> None:
         """Note what could not be listed; a deleted entry does not make the list incomplete."""
@@ -107,6 +121,7 @@ class SleuthKitFileSystem(FileSystem):
             held = entry if entry.info.meta is not None else self._metadata(name, here, orphans) or entry
             meta = held.info.meta
             self._visits.count(again)
+            self._named.add(inode)
             yield from self._of_entry(name, held, here)
             if meta is None or not _is_directory(name, meta) or inode in above:
                 continue
@@ -126,7 +141,7 @@ class SleuthKitFileSystem(FileSystem):
                 continue
             listed_again = self._visits.enter(inode, again)
             deleted = bool(int(name.flags) & _UNALLOCATED)
-            below = self._directory(inode, here, deleted=deleted)
+            below = self._orphans(inode, here) if made_up else self._directory(inode, here, deleted=deleted)
             yield from self._walk(below, here, (*above, inode), orphans=made_up, again=listed_again)
 
     def _metadata(self, name: Any, path: str, orphan: bool) -> pytsk3.File | None:
@@ -156,23 +171,41 @@ class SleuthKitFileSystem(FileSystem):
             yield self._record(name, None, path, None)
             return
         attributes = self._attributes(entry, path)
+        times = self._times.of(entry, attributes)
         if not self._ntfs:
             content = next((item for item in attributes if int(item.info.type) in _CONTENT_TYPES), None)
-            yield self._record(name, meta, path, content)
+            yield self._record(name, meta, path, content, times)
             for attribute in attributes:
                 if int(attribute.info.type) == _RESOURCE_FORK and int(attribute.info.size):
-                    yield self._record(name, meta, path, attribute)
+                    yield self._record(name, meta, path, attribute, times)
             return
         streams = 0
         for attribute in attributes:
             kind = int(attribute.info.type)
             if kind in (_NTFS_DATA, _NTFS_INDEX):
                 streams += 1
-                yield self._record(name, meta, path, attribute)
+                record = self._record(name, meta, path, attribute, times)
+                places = self._metadata_places(entry, record.inode, attributes) if record.resident else ()
+                yield replace(record, metadata=places) if places else record
         if not streams:
-            yield self._record(name, meta, path, None)
-        for attribute, times in self._name_attribute(entry, name, attributes):
-            yield replace(self._record(name, meta, path, attribute), times=times)
+            yield self._record(name, meta, path, None, times)
+        for attribute, kept in name_times(entry, name, attributes):
+            yield self._record(name, meta, path, attribute, kept)
+
+    def _doubt(self, error: BaseException) -> None:
+        self._problem("", error, deleted=True)
+
+    def _metadata_places(self, entry: pytsk3.File, inode: int, attributes: list[pytsk3.Attribute]) -> tuple[Span, ...]:
+        """Return where the records of a file on NTFS are."""
+        try:
+            if self._records is None:
+                table = next(item for item in self.handle.open_meta(inode=0) if int(item.info.type) == _NTFS_DATA)
+                size = record_size(self.image.read(self._start, 512), self._block)
+                self._records = RecordPlaces(self._spans(table, "/$MFT") or (), size)
+            return tuple(self._records.of_file(entry, inode, attributes))
+        except (OSError, RuntimeError, StopIteration) as error:
+            self._problem("/$MFT", error)
+            return ()
 
     def _attributes(self, entry: pytsk3.File, path: str) -> list[pytsk3.Attribute]:
         try:
@@ -181,7 +214,7 @@ class SleuthKitFileSystem(FileSystem):
             self._problem(path, error)
             return []
 
-    def _record(self, name: Any, meta: Any, path: str, attribute: Any) -> FileRecord:
+    def _record(self, name: Any, meta: Any, path: str, attribute: Any, times: Times = _NO_TIMES) -> FileRecord:
         record = FileRecord(
             volume=self.volume,
             path=path,
@@ -200,7 +233,7 @@ class SleuthKitFileSystem(FileSystem):
             mode=int(meta.mode),
             uid=int(meta.uid),
             gid=int(meta.gid),
-            times=_times(meta),
+            times=times,
             sequence=int(meta.seq),
             link=_text(meta.link or b"") if _is_link(meta) else "",
         )
@@ -235,35 +268,6 @@ class SleuthKitFileSystem(FileSystem):
         if self._reader is None:
             return tuple(Span(self.volume.offset + at, length) for at, length in blocks)
         return tuple(span for at, length in blocks for span in self._reader.place(at, length))
-
-    def _name_attribute(
-        self, entry: pytsk3.File, name: Any, attributes: list[pytsk3.Attribute]
-    ) -> Iterator[tuple[pytsk3.Attribute, Times]]:
-        """Yield the $FILE_NAME attribute of this very name and its times, which tools seldom can set.
-
-        A record has one for each of its names, and another one for the short form of a name.
-        """
-        held: list[tuple[bool, pytsk3.Attribute, Times]] = []
-        stored = _text(name.name or b"").encode("utf-16-le", "surrogatepass")
-        for attribute in attributes:
-            if int(attribute.info.type) != NTFS_FILE_NAME or int(attribute.info.size) < _FILE_NAME_BYTES:
-                continue
-            try:
-                size = min(int(attribute.info.size), _FILE_NAME_BYTES + 2 * 255)
-                data = entry.read_random(0, size, NTFS_FILE_NAME, int(attribute.info.id))
-            except (OSError, RuntimeError):
-                continue
-            if len(data) < _FILE_NAME_BYTES or data[65] == _SHORT_NAME:
-                continue
-            parent = int.from_bytes(data[:6], "little")
-            created, modified, changed, accessed = (
-                _filetime(int.from_bytes(data[at : at + 8], "little")) for at in (8, 16, 24, 32)
-            )
-            own = parent == int(name.par_addr) and data[66 : 66 + 2 * data[64]] == stored
-            held.append((own, attribute, Times(modified, accessed, changed, created)))
-        own_only = [item for item in held if item[0]]
-        for _, attribute, times in own_only[:1] or held:
-            yield attribute, times
 
     # --- content -----------------------------------------------------------------------------
 
@@ -374,16 +378,3 @@ def _is_directory(name: Any, meta: Any) -> bool:
 
 def _is_link(meta: Any) -> bool:
     return _letter(_META_LETTERS, int(meta.type)) == "l"
-
-
-def _times(meta: Any) -> Times:
-    return Times(
-        *(
-            int(getattr(meta, name)) * _SECOND + int(getattr(meta, f"{name}_nano"))
-            for name in ("mtime", "atime", "ctime", "crtime")
-        )
-    )
-
-
-def _filetime(value: int) -> int:
-    return (value - _FILETIME_EPOCH) * 100 if value else 0
