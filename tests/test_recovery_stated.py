@@ -102,6 +102,14 @@ def pytsk3_class(path: Path, state: str | None, size: int | None, assume: str, _
         return bytes(image.read(0, image.get_size()))
 
 
+def pytsk3_states(path: Path, state: str | None, size: int | None, assume: str, _: pytest.MonkeyPatch) -> bytes:
+    module = pytest.importorskip("pytsk3_qcow2")
+    recovered = state is not None
+    found = module.states(str(path), recovered=recovered, virtual_size=size, assume=parse_assumptions(assume))
+    image = next(found)
+    return bytes(image.read(0, image.get_size()))
+
+
 def volatility_layer(path: Path, state: str | None, size: int | None, assume: str, _: pytest.MonkeyPatch) -> bytes:
     pytest.importorskip("volatility3")
     from tests import volatility_tools
@@ -161,6 +169,7 @@ DOORS: list[Door] = [
     python_disk,
     command_export,
     pytsk3_class,
+    pytsk3_states,
     volatility_layer,
     dfvfs_path_spec,
     dissect_container,

@@ -191,11 +191,14 @@ def states(
     *,
     unreadable: Unreadable = "raise",
     recovered: bool = False,
+    follow: bool = True,
+    assume: Mapping[str, str] | None = None,
+    virtual_size: int | None = None,
 ) -> Iterator[Img_Info]:
     """Yield every state of an image: each snapshot in the order of its table, then the active one.
 
     ``recovered`` adds the states that can be put together from what is left of a damaged image, which needs no
-    header and reads the whole file. ``unreadable`` is that of :class:`Img_Info`.
+    header and reads the whole file. The other options are those of :class:`Img_Info`.
     Each is open until the caller closes it or lets it go. ``state.state`` is what to call it. Where the
     snapshot table cannot be read to its end, ``IOError`` follows the states that can be; with ``recovered``, a warning.
     """
@@ -213,7 +216,7 @@ def states(
     base: Disk | None = None  # of which the other states are read without opening the image again
     for wanted in listed:
         try:
-            base = base or open_disk(origin, wanted, _given_or_set(passphrase), resolver)
+            base = base or open_disk(origin, wanted, _given_or_set(passphrase), resolver, follow=follow, assume=assume)
             image = Img_Info(base if base.snapshot is wanted else base.at(wanted), unreadable=unreadable)
         except Qcow2Error as error:
             if recovered:  # the tables of this one are what is damaged
@@ -227,15 +230,17 @@ def states(
     if unread is not None:
         logging.getLogger("pytsk3_qcow2").warning("snapshots are missing: %s", unread.error())
     if recovered:
-        yield from _recovered(origin, passphrase, resolver, unreadable)
+        from qcow2_forensics.recovery import recovered_states
 
-
-def _recovered(
-    origin: PathOrSource, passphrase: Passphrase, resolver: Resolver | None, unreadable: Unreadable
-) -> Iterator[Img_Info]:
-    """Yield the recovered states that are disks."""
-    from qcow2_forensics.recovery import recovered_states
-
-    for state in recovered_states(origin):
-        if not state.is_memory:
-            yield Img_Info(origin, snapshot=state, passphrase=passphrase, resolver=resolver, unreadable=unreadable)
+        for state in recovered_states(origin, virtual_size=virtual_size):
+            if not state.is_memory:
+                yield Img_Info(
+                    origin,
+                    snapshot=state,
+                    passphrase=passphrase,
+                    resolver=resolver,
+                    follow=follow,
+                    unreadable=unreadable,
+                    assume=assume,
+                    virtual_size=virtual_size,
+                )

@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = f"{printable(str(error.filename))}: " if error.filename else ""
         return fail(f"{name}{printable(str(error.strerror or error))}")
     except KeyboardInterrupt:
-        print("qcow2-forensics: interrupted", file=sys.stderr)
+        complain("interrupted")
         return EXIT_INTERRUPTED
 
 
@@ -152,7 +152,7 @@ def _tables_hint(path: object) -> str:
 
 
 def complain(sentence: str) -> None:
-    """Print what could not be done on standard error."""
+    """Print a sentence about the run on standard error."""
     print(f"qcow2-forensics: {sentence}", file=sys.stderr)
 
 

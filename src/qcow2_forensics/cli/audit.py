@@ -16,7 +16,7 @@ from ..findings import EVIDENCE_LIMIT, Report, Severity
 from ..reader.writer import atomic_writer, is_standard_output, refuse_existing
 from ..render import FORMATS, render
 from ..text import printable
-from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS
+from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS, complain
 from .case import add_case_arguments, audit_run, wants_run
 from .options import add_backing_folders
 from .output import add_output_arguments, format_of
@@ -123,7 +123,7 @@ def _one(args: argparse.Namespace, path: str) -> int:
     )
     missing = why_missing(report)
     if missing:
-        print(f"qcow2-forensics: {missing}", file=sys.stderr)
+        complain(missing)
         return EXIT_FAILED
     if args.output:
         with atomic_writer(args.output, force=args.force, evidence=[path]) as stream:
@@ -132,7 +132,7 @@ def _one(args: argparse.Namespace, path: str) -> int:
         sys.stdout.write(_rendered(args, report, wanted, sys.stdout))
         sys.stdout.flush()
     for line in left_out(report):
-        print(f"qcow2-forensics: {line}", file=sys.stderr)
+        complain(line)
     return exit_code(report, args.fail_on)
 
 

@@ -28,6 +28,7 @@ from ..findings import Severity
 from ..reader.writer import whole_folder
 from ..text import cut, plural, printable
 from . import _examine_parts as parts
+from . import complain
 from ._examine_plan import PAIRS, Step, deleted_memories, left_out, plan
 from ._messages import Messages
 from .audit import add_fail_on_argument
@@ -288,6 +289,6 @@ def _print_summary(data: Mapping[str, Any], *, several: bool) -> None:
     name = f"{printable(data['image'])}: " if several else ""
     rows = by_reason(data["not_looked_at"])
     for what, why in rows[:_REASONS]:
-        print(f"qcow2-forensics: {name}not looked at: {printable(what)}: {why}", file=sys.stderr)
+        complain(f"{name}not looked at: {printable(what)}: {why}")
     if len(rows) > _REASONS:
-        print(f"qcow2-forensics: {name}{len(rows) - _REASONS} more reasons are on the page", file=sys.stderr)
+        complain(f"{name}{len(rows) - _REASONS} more reasons are on the page")

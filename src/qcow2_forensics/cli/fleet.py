@@ -41,7 +41,7 @@ from ..render.page import run_facts
 from ..render.plain import render_text
 from ..render.rows import render_csv, render_line
 from ..text import cut, plural
-from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS
+from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS, complain
 from .audit import LIMITED, left_out
 from .case import files_of, run_of, wants_run
 from .output import Progress
@@ -94,15 +94,14 @@ def run_fleet(args: argparse.Namespace) -> int:
         if args.format == "html":
             out.write(render_fleet(reports, extra=run_facts(facts)))
     failed = sum(result.failed for result in results)
-    print(f"qcow2-forensics: {_summary(results)}", file=sys.stderr)
+    complain(_summary(results))
     if incomplete:
-        print(
-            f"qcow2-forensics: {plural(incomplete, 'report')} of this run {'lists' if incomplete == 1 else 'list'} less "
-            f"than was found: see the counts of findings, and {LIMITED}",
-            file=sys.stderr,
+        complain(
+            f"{plural(incomplete, 'report')} of this run {'lists' if incomplete == 1 else 'list'} less "
+            f"than was found: see the counts of findings, and {LIMITED}"
         )
     if failed:
-        print(f"qcow2-forensics: {failed} of {plural(len(paths), 'image')} could not be audited", file=sys.stderr)
+        complain(f"{failed} of {plural(len(paths), 'image')} could not be audited")
     if args.fail_on is not None and any(result.worst >= args.fail_on for result in results):
         return EXIT_FINDINGS
     return EXIT_FAILED if failed else EXIT_DONE

@@ -13,6 +13,7 @@ from ..reader.disk import Disk
 from ..reader.opening import open_disk
 from ..reader.states import SnapshotName
 from ..text import cut, printable
+from . import complain
 from .options import add_disk_arguments, open_from, passphrases_of, resolver_of
 
 if TYPE_CHECKING:
@@ -71,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
             folder = undo.enter_context(_open(args, str(Path(path).absolute())))
             folders[names.of(folder.name)] = folder
             for sentence in folder.missing:
-                print(f"qcow2-forensics: not served: {sentence}", file=sys.stderr)
+                complain(f"not served: {sentence}")
         missing = any(folder.missing for folder in folders.values())
         undo.enter_context(_mount_point(point))
         print(f"{printable(str(point))}: {', '.join(folders)}; Ctrl-C or fusermount -u ends it", file=sys.stderr)
         serve(
             {name: folder.files for name, folder in folders.items()},
             str(point),
-            lambda sentence: print(f"qcow2-forensics: {sentence}", file=sys.stderr),
+            complain,
             foreground=not args.background,
             allow_other=args.allow_other,
             label=safe_name(next(iter(folders))) or "qcow2",

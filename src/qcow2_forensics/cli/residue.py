@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..residue import residue
 from ..residue.model import KINDS
 from ..text import plural, printable, size
-from . import add_image_argument
+from . import add_image_argument, complain
 from .case import add_hash_source_argument, now, origin_of
 from .options import add_backing_folders, bytes_of
 from .output import Progress
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     for line in summary.deleted:
         print(line)
     if summary.skipped and not args.index_only:
-        print(f"qcow2-forensics: in the index only: {plural(summary.skipped, 'piece')}", file=sys.stderr)
+        complain(f"in the index only: {plural(summary.skipped, 'piece')}")
     return 0
 
 

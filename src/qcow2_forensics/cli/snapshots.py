@@ -10,7 +10,7 @@ from typing import Any
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import FORMATS, Column, plural, printable, short_date, size, snapshot_date, write_table
-from . import add_image_argument
+from . import add_image_argument, complain
 from .options import bytes_of
 
 _EPILOG = """examples:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         write_table(rows, _TABLE, args.format, sys.stdout)
     if problem is not None:
-        print(f"qcow2-forensics: {problem.error()}", file=sys.stderr)
+        complain(str(problem.error()))
         return 2
     return 0
 
@@ -131,7 +131,7 @@ def _deleted(image: Image) -> list[dict[str, Any]]:
     not_followed = sum(not item.followed for item in found)
     for count, what in ((not_followed, "not followed into their tables"), (residue.entries_left_out, "left out")):
         if count:
-            print(f"qcow2-forensics: {count} former snapshot entries were {what}: there are too many", file=sys.stderr)
+            complain(f"{count} former snapshot entries were {what}: there are too many")
     for item in found:
         left = {
             "open_as": None if item.is_gone else item.selector,
