@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from tests import qemu
+from tests.image_builder import PASSPHRASE
 from tests.matrix import commands
 
 MiB = 1 << 20
 SIZE = 4 * MiB
-SECRET = "correct horse"
+SECRET = PASSPHRASE  # one passphrase for all, so that one image made by QEMU serves all
 UNMAP = {"discard": "unmap"}
 
 

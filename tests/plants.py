@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import qcow2_forensics as q
 from tests import qemu
+from tests.image_builder import PASSPHRASE
 
 CHECKED = ("table entries past the end of the disk",)  # no state reads them, and qemu-img check looks at most of them
 LENGTH = 64  # bytes of a plant
-SECRET = "correct horse"
+SECRET = PASSPHRASE  # one passphrase for all, so that one image made by QEMU serves all
 KiB, MiB = 1 << 10, 1 << 20
 
 

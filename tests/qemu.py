@@ -28,6 +28,8 @@ import pytest
 
 TIMEOUT = 60.0  # seconds; QEMU hangs for ever on some hostile images
 _TEMPLATE_SIZE = "1M"
+_NO_TEMPLATE = {"data_file", "preallocation", "nocow"}  # options with which an image is more than one small file
+_NO_FLUSH = {"cache.no-flush": "on"}  # nothing that a test writes need outlast a power failure
 RETRIES = 50  # creating LUKS fails at random on busy machines, see _flaky
 REQUIRED = os.environ.get("QCOW2_REQUIRE_QEMU") == "1"
 
@@ -217,8 +219,9 @@ def create(
     if backing_format is not None:
         args += ["-F", backing_format]
     args.append(os.fspath(path))
-    if wanted.get("encrypt.format") == "luks" and backing is None and "data_file" not in options:
-        return _copy_of_template(args[:-1], path, size, secret, is_plain=not options)
+    if fmt in ("qcow", "qcow2") and backing is None and cwd is None and options.keys().isdisjoint(_NO_TEMPLATE):
+        is_luks = wanted.get("encrypt.format") == "luks"
+        return _copy_of_template(args[:-1], path, size, secret, any_size=is_luks and not options)
     if size is not None:
         args.append(str(size))
     img("create", "-q", *args, cwd=cwd)
@@ -226,23 +229,39 @@ def create(
 
 
 def _copy_of_template(
-    args: list[str], path: Path, size: int | str | None, secret: str | None, *, is_plain: bool
+    args: list[str], path: Path, size: int | str | None, secret: str | None, *, any_size: bool
 ) -> Path:
-    """Copy a LUKS image made by the same command before; QEMU takes two seconds to measure how fast it derives keys.
+    """Copy an image made by the same command before.
 
-    Small images of all sizes come from one: only the size in their headers differs.
+    QEMU takes two seconds to measure how fast it derives LUKS keys, so that small images of all sizes come from one
+    (``any_size``): only the size in their headers differs.
     """
-    wanted, size = size, _TEMPLATE_SIZE if is_plain and _is_small(size) else size
+    wanted, size = size, _TEMPLATE_SIZE if any_size and _is_small(size) else size
     name = hashlib.sha256(repr((args, size)).encode()).hexdigest()[:16]
     template = templates / name
     if not template.exists():
         own = templates / f"{name}.{os.getpid()}"
         img("create", "-q", *args, own, *([] if size is None else [str(size)]), timeout=10 * TIMEOUT)
         own.replace(template)  # other workers may be making the same one
-    shutil.copyfile(template, path)
+    _copy_sparse(template, path)
     if size != wanted:
         resize(path, str(wanted), secret=secret)
     return path
+
+
+def _copy_sparse(source: Path, target: Path) -> None:
+    """Copy a file with its holes, so that both take the same room."""
+    with source.open("rb") as old, target.open("wb") as new:
+        end = os.fstat(old.fileno()).st_size
+        new.truncate(end)
+        at = 0
+        while at < end:
+            try:
+                start = os.lseek(old.fileno(), at, os.SEEK_DATA)
+            except OSError:  # no data follows
+                return
+            at = os.lseek(old.fileno(), start, os.SEEK_HOLE)
+            os.pwrite(new.fileno(), os.pread(old.fileno(), at - start, start), start)
 
 
 def _is_small(size: int | str | None) -> bool:
@@ -265,7 +284,8 @@ def io(
     """Run qemu-io commands such as ``write -P 0x11 0 64k`` on an image, all in one process."""
     options, name = _target(path, fmt, secret, opts)
     # With --image-opts the format is inside the name; qemu-io takes no -f then.
-    args = [*options, *(["-r", "-U"] if read_only else [])]
+    is_killed = any(command.startswith(("abort", "sigraise")) for command in commands)  # what is left then is asked for
+    args = [*options, *(["-r", "-U"] if read_only else [] if is_killed else ["-t", "unsafe"])]
     for command in commands:
         args += ["-c", command]
     outcome = run("qemu-io", *args, name, check=check, timeout=timeout, cwd=cwd)
@@ -278,21 +298,19 @@ def snapshot(
     path: Name, name: str, *, action: str = "-c", opts: Options | None = None, secret: str | None = None
 ) -> None:
     """Create (``-c``), delete (``-d``) or apply (``-a``) an internal snapshot."""
-    if secret is None and not opts:
-        img("snapshot", action, name, path)
-        return
-    options, target = _target(path, "qcow2", secret, opts)
+    options, target = _target(path, "qcow2", secret, {**_NO_FLUSH, **(opts or {})})
     img("snapshot", *options, action, name, target)
 
 
 def bitmap(path: Name, action: str, name: str, *args: str) -> None:
     """Run ``qemu-img bitmap``; ``action`` is ``--add``, ``--remove``, ``--disable`` and so on."""
-    img("bitmap", action, *args, path, name)
+    options, target = _target(path, "qcow2", None, _NO_FLUSH)
+    img("bitmap", action, *args, *options, target, name)
 
 
 def amend(path: Name, *, secret: str | None = None, **options: object) -> None:
     """Change options of an existing image."""
-    target, name = _target(path, "qcow2", secret, None)
+    target, name = _target(path, "qcow2", secret, _NO_FLUSH)
     img("amend", *target, "-o", _joined(options), name)
 
 
@@ -309,7 +327,7 @@ def resize(
     extra = ["--shrink"] if shrink else []
     if preallocation:
         extra += ["--preallocation", preallocation]
-    target, name = _target(path, fmt, secret, None)
+    target, name = _target(path, fmt, secret, _NO_FLUSH)
     img("resize", "-q", *target, *extra, name, str(size))
 
 

@@ -13,11 +13,11 @@ from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Finding, Severity
 from qcow2_forensics.format.image import Image
 from tests import qemu
-from tests.image_builder import Poke, base_b
+from tests.image_builder import PASSPHRASE, Poke, base_b
 
 pytestmark = qemu.requires_qemu
 Recipe = Callable[[Path], object]
-SECRET = "correct horse"
+SECRET = PASSPHRASE  # one passphrase for all, so that one image made by QEMU serves all
 
 
 def found(path: Path, code: str, depth: str = "deep") -> list[Finding]:
@@ -91,6 +91,27 @@ def text_called_encrypted(path: Path) -> None:
 
 
 def second_slot(path: Path) -> None:
+    path.write_bytes(_second_slot())
+
+
+@functools.cache
+def _second_slot() -> bytes:
+    return _made(_add_slot)
+
+
+@functools.cache
+def _erased_slot() -> bytes:
+    return _made(_add_and_erase_slot)
+
+
+def _made(recipe: Recipe) -> bytes:
+    """Return what a recipe writes; QEMU takes half a second for each slot it adds."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe(Path(folder) / "disk.qcow2")
+        return (Path(folder) / "disk.qcow2").read_bytes()
+
+
+def _add_slot(path: Path) -> None:
     luks()(path)
     add = {"encrypt.new-secret": "key0", "encrypt.keyslot": 1, "encrypt.iter-time": 10, "encrypt.state": "active"}
     qemu.amend(path, secret=SECRET, **add)
@@ -98,6 +119,10 @@ def second_slot(path: Path) -> None:
 
 def erased_slot(path: Path) -> None:
     """A passphrase was added and taken away again."""
+    path.write_bytes(_erased_slot())
+
+
+def _add_and_erase_slot(path: Path) -> None:
     second_slot(path)
     qemu.amend(path, secret=SECRET, **{"encrypt.keyslot": 1, "encrypt.state": "inactive"})
 

@@ -83,7 +83,7 @@ def _overlay(path: Path) -> None:
 
 
 def _encrypted(path: Path) -> None:
-    qemu.create(path, "1M", secret="pw", **{"encrypt.format": "aes"})
+    qemu.create(path, "1M", secret="pw", encrypt={"format": "aes"})
 
 
 def _data_file(*edits: Callable[[Poke], object]) -> Recipe:

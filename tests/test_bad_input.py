@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import qcow2_forensics as q
 from tests import qemu
+from tests.command_line import Done, called, run
 from tests.image_builder import EXT_CRYPTO, Builder, Poke, empty
 from tests.tiers import every
+from tests.work import lines_run
 
 COMMANDS = ["info", "map", "snapshots", "audit"]
 
 
-def _run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qcow2_forensics", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
-
-
-def _one_sentence(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
+def _one_sentence(done: Done) -> str:
+    assert done.code == 2, done.out + done.err
+    lines = done.err.strip().splitlines()
+    assert len(lines) == 1, done.err
     assert lines[0].startswith("qcow2-forensics: ")
     return lines[0]
 
@@ -50,7 +44,7 @@ def test_what_is_no_image_is_one_sentence_and_exit_code_2(tmp_path: Path, comman
         path.mkdir()
     elif kind != "missing":
         path.write_bytes(b"" if kind == "empty" else b"just some text\n" * 100)
-    assert str(path) in _one_sentence(_run(command, path))
+    assert str(path) in _one_sentence(called(command, path))
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text"])
@@ -60,12 +54,12 @@ def test_export_of_what_is_no_image_leaves_no_output(tmp_path: Path, kind: str) 
         path.mkdir()
     elif kind != "missing":
         path.write_bytes(b"" if kind == "empty" else b"QFI\xfb")
-    _one_sentence(_run("export", path, out))
+    _one_sentence(called("export", path, out))
     assert sorted(item.name for item in tmp_path.iterdir()) == ([] if kind == "missing" else [kind])
 
 
 def test_a_missing_backing_file_names_it_and_where_it_was_looked_for(overlay: Path) -> None:
-    message = _one_sentence(_run("map", overlay))
+    message = _one_sentence(run("map", overlay))
     assert "base.qcow2" in message
     assert str(overlay.parent) in message
     with pytest.raises(q.MissingFile) as caught:
@@ -74,8 +68,8 @@ def test_a_missing_backing_file_names_it_and_where_it_was_looked_for(overlay: Pa
 
 
 def test_no_backing_reads_the_file_alone(overlay: Path) -> None:
-    done = _run("map", overlay, "--no-backing")
-    assert done.returncode == 0, done.stderr
+    done = called("map", overlay, "--no-backing")
+    assert done.code == 0, done.err
 
 
 def test_a_missing_backing_file_can_raise_only_where_it_is_needed(overlay: Path) -> None:
@@ -94,7 +88,7 @@ def test_a_truncated_image_is_an_error_with_a_file_offset(tmp_path: Path) -> Non
     qemu.create(path, "4M")
     qemu.io(path, "write -P 0x41 0 4M")
     os.truncate(path, path.stat().st_size // 2)
-    message = _one_sentence(_run("export", path, out))
+    message = _one_sentence(called("export", path, out))
     assert "file offset 0x" in message
     assert not out.exists()
 
@@ -104,7 +98,7 @@ def test_an_unknown_snapshot_lists_the_choices(tmp_path: Path) -> None:
     path = tmp_path / "s.qcow2"
     qemu.create(path, "1M")
     qemu.snapshot(path, "first")
-    message = _one_sentence(_run("map", path, "--snapshot", "nope"))
+    message = _one_sentence(called("map", path, "--snapshot", "nope"))
     assert "1 (first)" in message
     with pytest.raises(q.SnapshotNotFound) as caught:
         q.open_disk(path, "nope")
@@ -131,15 +125,15 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
     path, out = tmp_path / "d.qcow2", tmp_path / "out.raw"
     qemu.create(path, "1M")
     out.write_bytes(b"precious")
-    assert "exists" in _one_sentence(_run("export", path, out))
+    assert "exists" in _one_sentence(called("export", path, out))
     assert out.read_bytes() == b"precious"
-    assert _run("export", path, out, "--force").returncode == 0
+    assert called("export", path, out, "--force").code == 0
     assert out.read_bytes() == bytes(2**20)
 
 
 def test_a_wrong_command_line_is_exit_code_2() -> None:
-    assert _run("export").returncode == 2
-    assert _run("nonsense").returncode == 2
+    assert called("export").code == 2
+    assert run("nonsense").code == 2
 
 
 @pytest.mark.parametrize(
@@ -160,25 +154,42 @@ def test_a_wrong_command_line_is_exit_code_2() -> None:
     ],
 )
 def test_every_command_has_help_with_examples(command: str) -> None:
-    done = _run(command, "--help")
-    assert done.returncode == 0
-    assert "example" in done.stdout.lower(), done.stdout
+    done = called(command, "--help")
+    assert done.code == 0
+    assert "example" in done.out.lower(), done.out
 
 
 # --- much of a small thing ------------------------------------------------------------------------
 
 
+def _with_snapshots(path: Path, count: int) -> Path:
+    """Write an image with so many equal entries in its snapshot table."""
+    end = -(-empty(path).stat().st_size // 65536) * 65536
+    entry = struct.pack(">QIHHIIQII", 0x10000, 1, 1, 7, 0, 0, 0, 0, 16) + bytes(16) + b"1aaaaaaa"
+    Poke(path).cut(end).append(entry * count).u32(60, count).u64(64, end)
+    return path
+
+
 @qemu.requires_qemu
 def test_an_unknown_name_among_65536_snapshots_is_a_short_message(tmp_path: Path) -> None:
-    path = empty(tmp_path / "disk")
-    end = -(-path.stat().st_size // 65536) * 65536
-    entry = struct.pack(">QIHHIIQII", 0x10000, 1, 1, 7, 0, 0, 0, 0, 16) + bytes(16) + b"1aaaaaaa"
-    Poke(path).cut(end).append(entry * 65536).u32(60, 65536).u64(64, end)
-    started = time.process_time()
+    path = _with_snapshots(tmp_path / "disk", 65536)
     with pytest.raises(q.SnapshotNotFound, match=r"and 65516 more$") as caught:
         q.open_disk(path, "nope")
     assert len(str(caught.value)) < 1000
-    assert time.process_time() - started < 10
+
+
+@qemu.requires_qemu
+def test_a_snapshot_costs_no_more_to_look_for_among_thousands(tmp_path: Path) -> None:
+    def look_for_none(count: int) -> int:
+        path = _with_snapshots(tmp_path / f"{count}", count)
+
+        def look() -> None:
+            with pytest.raises(q.SnapshotNotFound):
+                q.open_disk(path, "nope")
+
+        return lines_run(look)
+
+    assert look_for_none(4096) < 10 * look_for_none(512)
 
 
 @pytest.mark.parametrize("kind", [0x12345678, EXT_CRYPTO])

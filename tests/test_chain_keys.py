@@ -46,8 +46,8 @@ def read_all(path: Path, **options: object) -> bytes:
 @pytest.mark.parametrize(
     ("below", "above"),
     [
-        ((LUKS, "low"), (LUKS, "top")),
-        ((LUKS, "low"), None),
+        pytest.param((LUKS, "low"), (LUKS, "top"), marks=pytest.mark.slow),
+        pytest.param((LUKS, "low"), None, marks=pytest.mark.slow),
         ((AES, "low"), (LUKS, "top")),
         ((AES, "low"), (AES, "top")),
     ],

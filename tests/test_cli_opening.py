@@ -14,29 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import qemu
+from tests import command_line, qemu
+from tests.command_line import COMMAND, ENVIRONMENT, called
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_DATA_FILE, PASSPHRASE, Poke, base_b, empty, luks
 
 pytestmark = qemu.requires_qemu
 
 MiB = 1 << 20
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "QCOW2_PASSPHRASE"} | {
-    "PYTHONPATH": os.pathsep.join(sys.path)
-}
-COMMAND = [sys.executable, "-m", "qcow2_forensics"]
-
-
-def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
-    """Run the command without a terminal; returns exit code, output, errors."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=120,
-        check=False,
-        env=ENVIRONMENT | environment,
-    )
-    return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
 
 def on_terminal(*arguments: object, typed: bytes, **environment: str) -> tuple[int, str]:
@@ -115,7 +99,7 @@ def test_a_useless_answer_is_one_sentence(
 
 
 def test_without_a_terminal_nobody_is_asked(encrypted: Path, tmp_path: Path) -> None:
-    reported = one_sentence(run("export", encrypted, tmp_path / "out"))
+    reported = one_sentence(command_line.run("export", encrypted, tmp_path / "out"))
     assert "(LUKS): set QCOW2_PASSPHRASE" in reported
     assert "--passphrase-file" in reported
 
@@ -123,8 +107,8 @@ def test_without_a_terminal_nobody_is_asked(encrypted: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_the_file_and_the_environment_give_the_passphrase(end: bytes, encrypted: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(PASSPHRASE.encode() + end)
-    assert run("export", encrypted, tmp_path / "one", "--passphrase-file", tmp_path / "key")[0] == 0
-    assert run("export", encrypted, tmp_path / "two", QCOW2_PASSPHRASE=PASSPHRASE)[0] == 0
+    assert called("export", encrypted, tmp_path / "one", "--passphrase-file", tmp_path / "key")[0] == 0
+    assert called("export", encrypted, tmp_path / "two", QCOW2_PASSPHRASE=PASSPHRASE)[0] == 0
     assert same(encrypted, tmp_path / "one", secret=PASSPHRASE)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
@@ -133,24 +117,24 @@ def test_the_file_and_the_environment_give_the_passphrase(end: bytes, encrypted:
 def test_the_file_wins_over_the_environment(encrypted: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(PASSPHRASE)
     key = ["--passphrase-file", tmp_path / "key"]
-    assert run("export", encrypted, tmp_path / "out", *key, QCOW2_PASSPHRASE="wrong")[0] == 0
+    assert called("export", encrypted, tmp_path / "out", *key, QCOW2_PASSPHRASE="wrong")[0] == 0
 
 
 def test_only_one_newline_at_the_end_of_the_file_is_dropped(encrypted: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(PASSPHRASE + "\n\n")
     assert "encrypted" in one_sentence(
-        run("map", encrypted, "--snapshot", "active", "--passphrase-file", tmp_path / "key")
+        called("map", encrypted, "--snapshot", "active", "--passphrase-file", tmp_path / "key")
     )
 
 
 @pytest.mark.parametrize("what", ["missing", "folder", "/dev/zero"])
 def test_a_passphrase_file_that_is_none_is_one_sentence(what: str, encrypted: Path, tmp_path: Path) -> None:
     key = {"missing": tmp_path / "gone", "folder": tmp_path}.get(what, Path(what))
-    one_sentence(run("map", encrypted, "--passphrase-file", key))
+    one_sentence(called("map", encrypted, "--passphrase-file", key))
 
 
 def test_no_option_takes_the_passphrase_itself(encrypted: Path) -> None:
-    code, out, err = run("map", encrypted, "--passphrase", PASSPHRASE)
+    code, out, err = called("map", encrypted, "--passphrase", PASSPHRASE)
     # argparse takes a unique prefix: the words are read as the name of a file, and never as the secret.
     assert code == 2
     assert out == ""
@@ -183,20 +167,20 @@ def case(tmp_path: Path) -> Path:
 
 
 def test_a_name_that_leads_elsewhere_needs_leave(case: Path, tmp_path: Path) -> None:
-    assert "../store/base.qcow2" in one_sentence(run("export", case, tmp_path / "out"))
+    assert "../store/base.qcow2" in one_sentence(called("export", case, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("folders", [["store"], ["case", "store"], ["."]])
 def test_backing_dir_gives_leave_and_repeats(folders: list[str], case: Path, tmp_path: Path) -> None:
     options = [item for folder in folders for item in ("--backing-dir", tmp_path / folder)]
-    assert run("export", case, tmp_path / "out", *options)[0] == 0
+    assert called("export", case, tmp_path / "out", *options)[0] == 0
     assert same(case, tmp_path / "out")
 
 
 def test_backing_dir_finds_a_file_of_the_same_name(case: Path, tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
     (tmp_path / "store" / "base.qcow2").rename(tmp_path / "moved" / "base.qcow2")
-    assert run("export", case, tmp_path / "out", "--backing-dir", tmp_path / "moved")[0] == 0
+    assert called("export", case, tmp_path / "out", "--backing-dir", tmp_path / "moved")[0] == 0
     assert (tmp_path / "out").read_bytes()[:65536] == b"\x11" * 65536
 
 
@@ -204,7 +188,7 @@ def test_backing_dir_finds_a_file_of_the_same_name(case: Path, tmp_path: Path) -
 def test_backing_file_names_the_file(name: str, case: Path, tmp_path: Path) -> None:
     place = tmp_path / name
     shutil.copyfile(tmp_path / "store" / "base.qcow2", place)
-    assert run("export", case, tmp_path / "out", "--backing-file", f"../store/base.qcow2={place}")[0] == 0
+    assert called("export", case, tmp_path / "out", "--backing-file", f"../store/base.qcow2={place}")[0] == 0
     assert same(case, tmp_path / "out")
 
 
@@ -212,7 +196,7 @@ def test_backing_file_takes_names_with_an_equals_sign(tmp_path: Path) -> None:
     base_b(tmp_path / "x=y")
     path = empty(tmp_path / "disk")
     Poke(path).names([(EXT_BACKING_FORMAT, b"qcow2")], b"/no=where/base=1")
-    assert run("export", path, tmp_path / "out", "--backing-file", f"/no=where/base=1={tmp_path}/x=y")[0] == 0
+    assert called("export", path, tmp_path / "out", "--backing-file", f"/no=where/base=1={tmp_path}/x=y")[0] == 0
     assert (tmp_path / "out").read_bytes()[:65536] == b"\x11" * 65536
 
 
@@ -229,14 +213,14 @@ def test_backing_file_repeats_for_every_layer_and_for_the_data_file(tmp_path: Pa
         *("--backing-file", f"nbd://far/low={tmp_path}/one/low"),
         *("--backing-file", f"{tmp_path}/one/low.data={tmp_path}/two/moved"),
     ]
-    assert run("export", path, tmp_path / "out", *options)[0] == 0
+    assert called("export", path, tmp_path / "out", *options)[0] == 0
     assert (tmp_path / "out").read_bytes() == wanted
-    assert "low.data" in one_sentence(run("export", path, tmp_path / "more", *options[:2]))
+    assert "low.data" in one_sentence(called("export", path, tmp_path / "more", *options[:2]))
 
 
 @pytest.mark.parametrize("option", ["nothing", "../store/base.qcow2=/no/such/file", "../store/base.qcow2=/dev/zero"])
 def test_a_backing_file_that_cannot_be_is_one_sentence(option: str, case: Path, tmp_path: Path) -> None:
-    one_sentence(run("export", case, tmp_path / "out", "--backing-file", option))
+    one_sentence(called("export", case, tmp_path / "out", "--backing-file", option))
     assert not (tmp_path / "out").exists()
 
 
@@ -245,23 +229,23 @@ def test_backing_file_gives_its_format(case: Path, tmp_path: Path) -> None:
     raw = tmp_path / "copy.raw"
     qemu.img("convert", "-O", "raw", tmp_path / "store" / "base.qcow2", raw)
     name = "../store/base.qcow2"
-    assert run("export", case, tmp_path / "out", "--backing-file", f"{name}={raw},format=raw")[0] == 0
+    assert called("export", case, tmp_path / "out", "--backing-file", f"{name}={raw},format=raw")[0] == 0
     assert same(case, tmp_path / "out")
-    assert "copy.raw" in one_sentence(run("export", case, tmp_path / "two", "--backing-file", f"{name}={raw}"))
+    assert "copy.raw" in one_sentence(called("export", case, tmp_path / "two", "--backing-file", f"{name}={raw}"))
     whole = ["--backing-file", f"{name}={tmp_path}/copy,format=x"]  # a file of that name is there
-    assert run("export", case, tmp_path / "three", *whole)[0] == 0
+    assert called("export", case, tmp_path / "three", *whole)[0] == 0
     assert same(case, tmp_path / "three")
 
 
 def test_a_stand_in_is_one_warning(case: Path, tmp_path: Path) -> None:
     shutil.copyfile(tmp_path / "store" / "base.qcow2", tmp_path / "case" / "base.qcow2")
-    code, _, err = run("export", case, tmp_path / "out")
+    code, _, err = called("export", case, tmp_path / "out")
     assert code == 0
     assert err.startswith("qcow2-forensics: warning: ")
     assert err.count("\n") == 1
     assert "'../store/base.qcow2'" in err
     assert same(case, tmp_path / "out")
-    code, out, err = run("audit", case, "--format", "json")
+    code, out, err = called("audit", case, "--format", "json")
     assert "QCOW2-REF-STAND-IN" in out
 
 
@@ -272,7 +256,7 @@ def test_a_stand_in_is_one_warning(case: Path, tmp_path: Path) -> None:
 def test_a_refusal_names_the_option_that_cures_it(name: str, options: str, tmp_path: Path) -> None:
     path = empty(tmp_path / "disk")
     Poke(path).names([(EXT_BACKING_FORMAT, b"qcow2")], name.encode())
-    sentence = one_sentence(run("export", path, tmp_path / "out"))
+    sentence = one_sentence(called("export", path, tmp_path / "out"))
     assert options in sentence
     assert "of disk" in sentence
 
@@ -291,20 +275,20 @@ def test_each_member_takes_its_own_key_file(tmp_path: Path) -> None:
     for key in ("low", "high"):
         (tmp_path / key).write_bytes(key.encode() + b"\r\n")
     keys = [item for key in ("low", "high") for item in ("--passphrase-file", tmp_path / key)]
-    code, _, err = run("export", path, tmp_path / "out", *keys)
+    code, _, err = called("export", path, tmp_path / "out", *keys)
     assert code == 0, err
     assert err.count("which cannot tell a wrong passphrase") == 2
     assert (tmp_path / "out").read_bytes()[:131072] == b"\x01" * 65536 + b"\x09" * 65536
     paths = os.pathsep.join(str(tmp_path / key) for key in ("low", "high"))
-    assert run("export", path, tmp_path / "two", QCOW2_PASSPHRASE_FILE=paths)[0] == 0
+    assert called("export", path, tmp_path / "two", QCOW2_PASSPHRASE_FILE=paths)[0] == 0
     assert (tmp_path / "two").read_bytes() == (tmp_path / "out").read_bytes()
-    code, _, err = run("export", path, tmp_path / "three", QCOW2_PASSPHRASE="high")
+    code, _, err = called("export", path, tmp_path / "three", QCOW2_PASSPHRASE="high")
     assert "warning: " in err
     assert "may be one" in err
 
 
 def test_no_backing_reads_the_file_alone(case: Path, tmp_path: Path) -> None:
-    assert run("export", case, tmp_path / "out", "--no-backing")[0] == 0
+    assert called("export", case, tmp_path / "out", "--no-backing")[0] == 0
     assert (tmp_path / "out").read_bytes() == bytes(65536) + b"\x09" * 65536 + bytes(MiB - 131072)
 
 
@@ -312,7 +296,7 @@ def test_no_backing_still_reads_the_data_file(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk", "1M", data_file=tmp_path / "own.data")
     Poke(path).names([(EXT_DATA_FILE, b"own.data")])
     qemu.io(path, "write -P 7 0 64k", cwd=tmp_path)
-    assert run("export", path, tmp_path / "out", "--no-backing")[0] == 0
+    assert called("export", path, tmp_path / "out", "--no-backing")[0] == 0
     assert (tmp_path / "out").read_bytes()[:65536] == b"\x07" * 65536
 
 
@@ -327,13 +311,13 @@ def test_eof_zeros_reads_as_qemu_and_says_what_it_filled(cut: int, reported: str
     path = empty(tmp_path / "disk")
     Poke(path).names([(EXT_BACKING_FORMAT, b"qcow2")], b"base.qcow2")
     for image in (tmp_path / "base.qcow2", path):
-        one_sentence(run("export", image, tmp_path / "out"))
-        one_sentence(run("export", image, tmp_path / "out", "--eof", "strict"))
-        code, out, err = run("export", image, tmp_path / "out", "--eof", "zeros", "--format", "json", "--force")
+        one_sentence(called("export", image, tmp_path / "out"))
+        one_sentence(called("export", image, tmp_path / "out", "--eof", "strict"))
+        code, out, err = called("export", image, tmp_path / "out", "--eof", "zeros", "--format", "json", "--force")
         assert code == 0, err
         assert json.loads(out)[reported] > 0  # also where the cut file is further down the chain
         assert same(image, tmp_path / "out")
-        assert "past the end" in run("export", image, tmp_path / "out", "--eof", "zeros", "--force")[1]
+        assert "past the end" in called("export", image, tmp_path / "out", "--eof", "zeros", "--force")[1]
 
 
 # --- terminals and files --------------------------------------------------------------------------
@@ -342,23 +326,23 @@ def test_eof_zeros_reads_as_qemu_and_says_what_it_filled(cut: int, reported: str
 def test_a_terminal_without_unicode_is_shown_escapes(tmp_path: Path) -> None:
     path = empty(tmp_path / "disk")
     Poke(path).names([(EXT_BACKING_FORMAT, b"qcow2")], "b\u00e4se\u2713.qcow2".encode())
-    code, out, err = run("info", path, PYTHONIOENCODING="ascii")
+    code, out, err = command_line.run("info", path, PYTHONIOENCODING="ascii")
     assert (code, err) == (0, "")
     assert "b\\xe4se\\u2713" in out
-    assert "Traceback" not in run("export", path, tmp_path / "out", PYTHONIOENCODING="ascii")[2]
+    assert "Traceback" not in command_line.run("export", path, tmp_path / "out", PYTHONIOENCODING="ascii")[2]
 
 
 def test_a_disk_no_file_can_hold_fails_before_anything_is_read(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk", "2048P", cluster_size="2M")
     for extra in ([], ["--no-hash"]):
-        one_sentence(run("export", path, tmp_path / "out", *extra))
+        one_sentence(called("export", path, tmp_path / "out", *extra))
         assert sorted(item.name for item in tmp_path.iterdir()) == ["disk"]
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "\u00e9" * 127], ids=["ascii", "two bytes each"])
 def test_an_output_may_have_as_long_a_name_as_there_can_be(name: str, tmp_path: Path) -> None:
     path = base_b(tmp_path / "disk")
-    assert run("export", path, tmp_path / name)[0] == 0
+    assert called("export", path, tmp_path / name)[0] == 0
     assert same(path, tmp_path / name)
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -287,7 +287,7 @@ def test_a_file_swapped_for_a_link_is_never_the_other_file(
     swapper = threading.Thread(target=swap)
     swapper.start()
     try:
-        outcomes = set(_openings(source, 1000))
+        outcomes = set(_openings(source, 400))
     finally:
         stop.set()
         swapper.join()

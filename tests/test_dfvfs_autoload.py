@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import plaso_tools
-from tests.tiers import quick
+from tests.tiers import every, quick
 
 pytest.importorskip("dfvfs")
 
@@ -57,7 +57,10 @@ def test_any_module_imported_first_leaves_the_back_end_active() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["dfvfs_qcow2.path_spec", "dfvfs_qcow2.file_io", "dfvfs_qcow2.resolver_helper", "dfvfs_qcow2.volume_scanner"],
+    every(
+        4,
+        ["dfvfs_qcow2.path_spec", "dfvfs_qcow2.file_io", "dfvfs_qcow2.resolver_helper", "dfvfs_qcow2.volume_scanner"],
+    ),
 )
 def test_our_own_modules_may_be_imported_first_too(module: str) -> None:
     script = f"import {module}, dfvfs.resolver_helpers, dfvfs_qcow2; assert dfvfs_qcow2.is_active()"

@@ -16,7 +16,7 @@ from qcow2_forensics.cli import demo
 from qcow2_forensics.reader.states import find_snapshot
 from tests import filesystems, guest_disks, qemu
 from tests.guest_disks import need_mounts
-from tests.image_builder import EXT_BACKING_FORMAT, Builder, Poke, empty
+from tests.image_builder import EXT_BACKING_FORMAT, PASSPHRASE, Builder, Poke, empty
 from tests.tiers import every
 
 pytest.importorskip("dissect.target", reason="dissect.target is absent")
@@ -180,14 +180,14 @@ def test_an_encrypted_image_takes_its_passphrase_from_the_keychain(
     make_image: Callable[..., Path], keys: list[keychain.Key]
 ) -> None:
     pytest.importorskip("cryptography")
-    image = make_image("locked.qcow2", "1M", "write -P 7 0 64k", secret="sesame")
+    image = make_image("locked.qcow2", "1M", "write -P 7 0 64k", secret=PASSPHRASE)
     with pytest.raises(ContainerError) as failure:
         container.open(image)
     assert "(LUKS): dissect's keychain holds no passphrase; give -K" in str(failure.value.__cause__)
-    for value in ("wrong", "sesame"):
+    for value in ("wrong", PASSPHRASE):
         keychain.register_key(keychain.KeyType.PASSPHRASE, value)
     with container.open(image) as opened:
-        assert contents(opened) == qemu.raw_bytes(image, secret="sesame")
+        assert contents(opened) == qemu.raw_bytes(image, secret=PASSPHRASE)
 
 
 def inside(files: dict[str, Path]) -> VirtualFilesystem:

@@ -27,7 +27,7 @@ import qcow2_forensics as q
 from qcow2_forensics.errors import ForbiddenReference, MissingFile, Qcow2Error
 from tests import hostile, qemu, traps
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_DATA_FILE, Builder, base_b
-from tests.tiers import quick
+from tests.tiers import every, quick
 from tests.traps import TRAPS
 
 pytestmark = qemu.requires_qemu
@@ -185,7 +185,7 @@ def _edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return EDGES[name]
 
 
-@pytest.mark.parametrize("name", quick(NAMES, [*hostile.REPRESENTATIVE[::2], *traps.REPRESENTATIVE[::2]]))
+@pytest.mark.parametrize("name", quick(NAMES, [*hostile.REPRESENTATIVE[::4], *traps.REPRESENTATIVE[::2]]))
 def test_an_image_makes_nobody_open_anything_else(name: str, edge: Callable[[Path], None], gallery: Gallery) -> None:
     path = gallery.paths[name]
     with watching(Watch(readable=[path.parent])) as watch:
@@ -401,7 +401,7 @@ def test_the_image_itself_may_not_be_a_fifo_or_character_device(tmp_path: Path) 
     ],
     ids=ascii,
 )
-@pytest.mark.parametrize("data", [False, True], ids=["backing", "data"])
+@pytest.mark.parametrize("data", every(2, [False, True]), ids=["backing", "data"])
 def test_strange_names_are_refused_or_missing(name: bytes, data: bool, case: Path, tmp_path: Path) -> None:
     _secret(tmp_path)
     (case / "base.raw").write_bytes(b"OURS" * 65536)

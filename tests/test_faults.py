@@ -113,7 +113,12 @@ def _of_file_systems(disk: q.Disk) -> TolerantReader:
     ("zeros", "error"),
     [
         pytest.param(SalvagedDisk, _BAD_SECTOR, id="salvage"),
-        pytest.param(SalvagedDisk, OSError(errno.EIO, "I/O error"), id="salvage of a source of the caller's"),
+        pytest.param(
+            SalvagedDisk,
+            OSError(errno.EIO, "I/O error"),
+            id="salvage of a source of the caller's",
+            marks=pytest.mark.slow,
+        ),
         # tests/test_tsk_img.py has what is quick of the file systems
         pytest.param(_of_file_systems, _BAD_SECTOR, id="file systems", marks=pytest.mark.slow),
         pytest.param(

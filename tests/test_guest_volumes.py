@@ -23,8 +23,8 @@ from qcow2_forensics.files.volumes import GuestVolumes, open_volumes
 from qcow2_forensics.format import lvm
 from qcow2_forensics.reader.disk import RawDisk
 from tests import guest_disks, qemu
+from tests.command_line import called
 from tests.guest_disks import MIB, Disk, Seen
-from tests.tiers import every
 
 pytest.importorskip("pytsk3", reason="pytsk3 is absent")
 
@@ -228,6 +228,7 @@ def test_logical_volumes_over_several_partitions_are_read(lvm_states: list[tuple
         }
 
 
+@pytest.mark.slow
 def test_content_in_logical_volumes_is_where_the_records_say(lvm_states: list[tuple[Path, dict[str, Disk]]]) -> None:
     raw, _ = lvm_states[0]
     data = raw.read_bytes()
@@ -239,6 +240,7 @@ def test_content_in_logical_volumes_is_where_the_records_say(lvm_states: list[tu
 
 
 @qemu.requires_qemu
+@pytest.mark.slow
 def test_changes_in_logical_volumes_are_named(
     tmp_path: Path, lvm_states: list[tuple[Path, dict[str, Disk]]], diff: Diff
 ) -> None:
@@ -384,7 +386,8 @@ def test_a_logical_volume_that_claims_more_than_its_disk_holds_is_not_made_up(tm
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("nested", every(2, [False, True]), ids=["ext4", "LVM2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("nested", [False, True], ids=["ext4", "LVM2"])
 def test_luks_volumes_are_read_with_a_passphrase_and_named_without(tmp_path: Path, nested: bool, diff: Diff) -> None:
     pytest.importorskip("dfvfs", reason="dfVFS is absent")
     guest_disks.need_tools("sfdisk")
@@ -439,7 +442,6 @@ def test_luks_volumes_are_read_with_a_passphrase_and_named_without(tmp_path: Pat
     assert result["summary"]["bytes_in_unread_volumes"] == 0
 
 
-@pytest.mark.slow
 @qemu.requires_qemu
 def test_luks_is_read_in_a_process_that_has_used_dfvfs_for_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("dfvfs", reason="dfVFS is absent")
@@ -455,6 +457,10 @@ def test_luks_is_read_in_a_process_that_has_used_dfvfs_for_nothing_else(tmp_path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "/luks/kept.txt|" in done.stdout
+    without = called("timeline", image)
+    assert without.code == 2
+    assert "it is encrypted and it needs a passphrase" in without.err
+    assert "kept.txt" not in without.out
 
 
 # --- what nobody reads -------------------------------------------------------------------------------

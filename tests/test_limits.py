@@ -22,6 +22,7 @@ from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.limits import DEFAULT_LIMITS, Limits
 from qcow2_forensics.reader.bitmaps import dirty_ranges
 from tests import qemu, stream_builder
+from tests.image_builder import PASSPHRASE
 from tests.stream_builder import PAGE
 
 FIELDS = list(Limits._fields)
@@ -36,7 +37,9 @@ def _attempt(work: Callable[[], object]) -> str:
 
 
 def _disk_bytes(path: Path, limits: Limits, snapshot: int | None = None) -> str:
-    with q.open_disk(path, None if snapshot is None else f"index:{snapshot}", b"pass", limits=limits) as disk:
+    with q.open_disk(
+        path, None if snapshot is None else f"index:{snapshot}", PASSPHRASE.encode(), limits=limits
+    ) as disk:
         return str(zlib.crc32(disk.read(0, disk.size)))
 
 
@@ -184,10 +187,7 @@ def test_caches_of_any_size_give_the_same_bytes_and_keep_to_it(value: int, tmp_p
 @qemu.requires_qemu
 def test_luks_iterations_and_payload_hold_on_both_sides(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    path = tmp_path / "luks.qcow2"
-    secret = ["--object", "secret,id=s,data=pass"]
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,cluster_size=64k"
-    qemu.img("create", *secret, "-q", "-f", "qcow2", "-o", options, path, "64k")
+    path = qemu.create(tmp_path / "luks.qcow2", "1M", secret=PASSPHRASE)
     with q.open_image(path) as image:
         assert image.crypto_header is not None
         offset, payload = image.crypto_header[:2]
@@ -197,7 +197,10 @@ def test_luks_iterations_and_payload_hold_on_both_sides(tmp_path: Path) -> None:
     rounds += sum(int.from_bytes(slot[4:8], "big") for slot in slots if slot[:4] == b"\x00\xac\x71\xf3")
     for name, wanted in (("luks_iterations", rounds), ("luks_payload_bytes", payload)):
         assert not _attempt(lambda n=name, w=wanted: _disk_bytes(path, Limits(**{n: w}))).startswith("Lim"), name  # type: ignore[misc]
-        with pytest.raises(q.LimitExceeded), q.open_disk(path, None, b"pass", limits=Limits(**{name: wanted - 1})):
+        with (
+            pytest.raises(q.LimitExceeded),
+            q.open_disk(path, None, PASSPHRASE.encode(), limits=Limits(**{name: wanted - 1})),
+        ):
             pass
 
 

@@ -11,7 +11,7 @@ import qcow2_forensics as q
 from qcow2_forensics.cli.map import entries
 from tests import qemu
 from tests.matrix import ENCRYPTED, PLAIN, Scenario, View, make
-from tests.tiers import every
+from tests.tiers import every, quick
 
 pytestmark = qemu.requires_qemu
 
@@ -45,12 +45,12 @@ def compare(scenario: Scenario, folder: Path) -> None:
                 assert qemu.as_map_json(got, expected) == expected
 
 
-@pytest.mark.parametrize("scenario", every(13, PLAIN), ids=lambda scenario: scenario.id)
+@pytest.mark.parametrize("scenario", every(26, PLAIN), ids=lambda scenario: scenario.id)
 def test_plain_images_read_and_map_as_in_qemu(scenario: Scenario, tmp_path: Path) -> None:
     compare(scenario, tmp_path)
 
 
-@pytest.mark.parametrize("scenario", every(3, ENCRYPTED), ids=lambda scenario: scenario.id)
+@pytest.mark.parametrize("scenario", quick(ENCRYPTED, ENCRYPTED[:1]), ids=lambda scenario: scenario.id)
 def test_encrypted_images_read_and_map_as_in_qemu(scenario: Scenario, tmp_path: Path) -> None:
     pytest.importorskip("cryptography", reason="cryptography is absent")
     compare(scenario, tmp_path)

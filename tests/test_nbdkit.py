@@ -22,7 +22,7 @@ import pytest
 from qcow2_forensics import SnapshotNotFound
 from qcow2_forensics.cli import main
 from tests import qemu
-from tests.image_builder import COPIED, Builder
+from tests.image_builder import COPIED, PASSPHRASE, Builder
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "src" / "qcow2_forensics" / "data" / "nbdkit_plugin.py"
@@ -151,7 +151,7 @@ def test_a_file_in_which_no_state_is_left_is_refused_at_the_start(tmp_path: Path
 
 def test_encrypted_images_need_the_key_file(make_image: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    image = make_image("locked.qcow2", "1M", "write -P 7 0 64k", secret="sesame")
+    image = make_image("locked.qcow2", "1M", "write -P 7 0 64k", secret=PASSPHRASE)
     without = subprocess.run(
         command(tmp_path / "none", f"image={image}"),
         env=environment(),
@@ -162,10 +162,10 @@ def test_encrypted_images_need_the_key_file(make_image: Callable[..., Path], tmp
     )
     assert without.returncode
     assert "(LUKS): give passphrase-file=FILE" in without.stderr
-    (tmp_path / "key").write_text("sesame\n")
+    (tmp_path / "key").write_text(f"{PASSPHRASE}\n")
     with served(tmp_path / "socket", f"image={image}", f"passphrase-file={tmp_path / 'key'}") as uri:
         qemu.img("convert", "-f", "raw", "-O", "raw", uri(""), tmp_path / "raw")
-    assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image, secret="sesame")
+    assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image, secret=PASSPHRASE)
 
 
 def test_keys_and_states_are_those_of_every_front_door(

@@ -21,7 +21,6 @@ pytest.importorskip("dfvfs")
 from dfvfs.helpers import volume_scanner
 from dfvfs.path import factory
 from dfvfs.resolver import context, resolver
-from plaso.parsers import ntfs
 
 import dfvfs_qcow2
 from dfvfs_qcow2 import later_states, plaso_changed
@@ -187,6 +186,8 @@ def mft_rows(root: Any) -> list[str]:
     spec = factory.Factory.NewPathSpec("NTFS", location="\\$MFT", parent=root.parent)
     entry = resolver.Resolver.OpenFileEntry(spec, resolver_context=resolver_context)
     mediator = Rows(entry, resolver_context)
+    from plaso.parsers import ntfs  # brings all parsers, which takes two seconds
+
     ntfs.NTFSMFTParser().ParseFileObject(mediator, entry.GetFileObject())
     return mediator.rows
 

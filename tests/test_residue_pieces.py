@@ -82,7 +82,7 @@ def _unwritten_remainders(made: plants.Made) -> list[str]:
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("kind", quick(plants.KINDS, [kind for kind in plants.KINDS if kind != "luks"]))
+@pytest.mark.parametrize("kind", quick(plants.KINDS, ["plain", "extended", "snapshots", "qcow1", "data_file"]))
 def test_every_remainder_that_is_not_zeros_is_in_a_piece(kind: str, tmp_path: Path) -> None:
     chance = random.Random(f"{kind}-pieces")
     made = plants.KINDS[kind](chance, tmp_path)
@@ -104,7 +104,7 @@ def test_extra_data_and_extensions_of_unknown_meaning_are_pieces(tmp_path: Path)
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
+@pytest.mark.parametrize("number", every(3, range(len(CASES))), ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
 def test_every_residual_finding_has_its_pieces(number: int, tmp_path: Path) -> None:
     code, make, severity = CASES[number]
     if severity is None or f"QCOW2-{code}" not in RESIDUAL:

@@ -21,7 +21,7 @@ from qcow2_forensics.residue.host_ranges import HostRange, piece_of, pieces
 from tests import qemu
 from tests.matrix import commands
 from tests.test_residue_pieces import unwritten
-from tests.tiers import quick
+from tests.tiers import every, quick
 
 MiB = 1 << 20
 HOST = 0x00FF_FFFF_FFFF_FE00
@@ -113,7 +113,7 @@ def _joined(image: Image, units: Iterable[Unit]) -> list[tuple[int, int, int]]:
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", quick(range(20), range(len(OPTIONS))))
 def test_hidden_bytes_are_joined_while_host_and_guest_go_on(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     options = OPTIONS[seed % len(OPTIONS)]
@@ -173,7 +173,7 @@ def test_bytes_of_a_data_file_that_the_image_does_not_show_are_one_piece(tmp_pat
 
 @qemu.requires_qemu
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", every(3, range(3)))
 def test_bytes_between_streams_are_joined_across_clusters(seed: int, kind: str, tmp_path: Path) -> None:
     chance = random.Random(seed)
     raw, path = tmp_path / "raw", tmp_path / "disk.qcow2"

@@ -27,7 +27,7 @@ from volatility3.framework.layers import scanners
 from qcow2_forensics import open_disk, open_image, open_vm_state
 from qcow2_forensics.format.source import BytesSource
 from tests import machines, qemu, stream_builder
-from tests.image_builder import Poke
+from tests.image_builder import PASSPHRASE, Poke
 from tests.machines import MiB
 from tests.tiers import quick
 from tests.volatility_tools import (
@@ -176,8 +176,14 @@ SCANNERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCANNERS)
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    ("name", "zeros"),
+    quick(
+        [(name, zeros) for name in SCANNERS for zeros in (False, True)],
+        [("bytes", True), ("regex", False), ("unbounded regex", False), ("strings", False)],
+        unpack=True,
+    ),
+)
 def test_scans_find_what_they_find_in_qemus_dump(saved: Saved, name: str, zeros: bool) -> None:
     layer = stack(saved.image, snapshot="second", scan_zeros=zeros)
     expected = found(raw_layer(saved.dumps["second"]), SCANNERS[name]())
@@ -520,7 +526,7 @@ def sealed(request: pytest.FixtureRequest, stream: bytes, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("sealed")
     length = -(-len(stream) // 512) * 512
     (folder / "stream").write_bytes(stream.ljust(length, b"\0"))
-    secret = "open sesame"
+    secret = PASSPHRASE
     image = qemu.create(folder / "sealed.qcow2", "8M", secret=secret, encrypt={"format": request.param})
     qemu.io(image, f"write -b -s {folder / 'stream'} 0 {length}", secret=secret)
     qemu.snapshot(image, "memory", secret=secret)
@@ -538,7 +544,7 @@ def test_encrypted_vm_state_is_the_memory_qemu_dumped(
     assert len(messages) == 1
     assert "encrypted" in messages[0]
     pytest.importorskip("cryptography", reason="cryptography is absent")
-    monkeypatch.setenv("QCOW2_PASSPHRASE", "open sesame")
+    monkeypatch.setenv("QCOW2_PASSPHRASE", PASSPHRASE)
     layer = stack(sealed)
     assert layer.context.layers["Qcow2VmStateLayer"].config["snapshot"] == "1"
     assert without_vga(all_bytes(layer)) == without_vga(saved.dumps["second"])
@@ -553,8 +559,8 @@ def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("luks")
     stream = sparse_stream(2 * MiB, {300: b"m" * 4096})
     (folder / "stream").write_bytes(stream.ljust(-(-len(stream) // 512) * 512, b"\0"))
-    image = qemu.create(folder / "luks.qcow2", "8M", secret="open sesame")
-    qemu.io(image, f"write -s {folder / 'stream'} 0 {(folder / 'stream').stat().st_size}", secret="open sesame")
+    image = qemu.create(folder / "luks.qcow2", "8M", secret=PASSPHRASE)
+    qemu.io(image, f"write -s {folder / 'stream'} 0 {(folder / 'stream').stat().st_size}", secret=PASSPHRASE)
     return image
 
 
@@ -570,11 +576,11 @@ def test_locked_memory_opens_with_a_key_file_or_the_environment(
     encrypted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cryptography", reason="cryptography is absent")
-    (tmp_path / "key").write_text("open sesame\n")
+    (tmp_path / "key").write_text(f"{PASSPHRASE}\n")
     layer = stack(encrypted, key_file=str(tmp_path / "key"))
     assert layer.read(300 * 4096, 4096) == b"m" * 4096
-    assert "sesame" not in repr(dict(layer.build_configuration()))
-    monkeypatch.setenv("QCOW2_PASSPHRASE", "open sesame")
+    assert PASSPHRASE not in repr(dict(layer.build_configuration()))
+    monkeypatch.setenv("QCOW2_PASSPHRASE", PASSPHRASE)
     assert isinstance(stack(encrypted), ram.QemuRamLayer)
 
 

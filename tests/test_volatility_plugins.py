@@ -286,6 +286,7 @@ def test_a_whole_vmstatedump_is_what_the_memory_command_writes(tmp_path: Path) -
     assert (written.name, written.read_bytes()) == ("snapshot-2.raw", (tmp_path / "memory.raw").read_bytes())
 
 
+@pytest.mark.slow
 def test_the_progress_line_shows_no_control_characters_of_the_image(
     damaged: Callable[..., Path], tmp_path: Path
 ) -> None:

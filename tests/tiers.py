@@ -19,12 +19,12 @@ from _pytest.mark.structures import ParameterSet
 T = TypeVar("T")
 
 
-def quick(rows: Iterable[T], chosen: Collection[T]) -> list[ParameterSet]:
+def quick(rows: Iterable[T], chosen: Collection[T], *, unpack: bool = False) -> list[ParameterSet]:
     """Return all rows, those that are not ``chosen`` marked slow; what is chosen must be among them."""
     rows = list(rows)
     missing = [row for row in chosen if row not in rows]
     assert not missing, missing
-    return [_row(row, slow=row not in chosen) for row in rows]
+    return [_row(row, slow=row not in chosen, unpack=unpack) for row in rows]
 
 
 def every(step: int, rows: Iterable[T], *, unpack: bool = False) -> list[ParameterSet]:
