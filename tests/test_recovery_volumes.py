@@ -221,4 +221,8 @@ def test_volumes_that_are_not_read_leave_starts_unknown(tmp_path: Path) -> None:
     assert volumes_in(data, tmp_path, [Volume.at(0, len(data))]) == ([], False)
     announced = Volume.at(0, MIB)._replace(holds_volumes=True)
     assert volumes_in(bytes(MIB), tmp_path, [announced]) == ([], False)
+    assert volumes_in(b"XFSB" + bytes(MIB - 4), tmp_path, [announced]) == (
+        [],
+        True,
+    )  # the superblock of its RAID is at the end
     assert volumes_in(bytes(MIB), tmp_path, [Volume.at(0, MIB)]) == ([], True)

@@ -234,17 +234,21 @@ def volumes_of(disk: PlacedDisk, first: Sequence[Volume], sections: dict[bytes, 
             head = placed.read(0, min(_HEAD + SECTOR, placed.size)) or b""
             holds = Holds.FILE_SYSTEM if holds_file_system(head) else Holds.NOTHING_KNOWN if head else volume.holds
             raid = next(filter(None, (raid_member(head[at : at + SECTOR]) for at in _RAID_AT)), None)
-            if _label_in(head):
+            part = _physical(placed, texts) if _label_in(head) else None
+            if part is not None:
                 holds = Holds.LOGICAL_VOLUMES
-                part = _physical(placed, texts)
-                are_all &= part is not None
-                physical += [(part, volume)] if part is not None else []
+                physical.append((part, volume))
             elif raid is not None and raid.data:
                 holds = Holds.MIRRORED_DATA
                 are_all &= raid.level == _MIRROR
                 if raid.level == _MIRROR:
                     data = pieces_of(volume, [Segment(0, raid.data_size, raid.data)], room)
                     pending += [Volume(data, raid.data_size)] if data else []
+            elif holds is Holds.FILE_SYSTEM:  # a label beside it is a former one
+                pass
+            elif _label_in(head):
+                holds = Holds.LOGICAL_VOLUMES
+                are_all = False
             elif volume.holds_volumes:  # its label is lost, or nobody reads it
                 are_all = False
             found.append(volume._replace(holds=holds))
