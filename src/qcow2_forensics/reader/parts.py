@@ -17,7 +17,7 @@ import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 from ..errors import Qcow2Error
 from ..format.source import Source
@@ -32,7 +32,6 @@ _ZEROS = memoryview(bytes(1 << 16))
 _ALLOCATE_MIN = 1 << 16  # bytes below which zeros cost less than the call that does without them
 
 
-@runtime_checkable
 class Gatherable(Protocol):
     """A source that can read into a buffer of the caller's, as :class:`FileSource` does."""
 
@@ -138,7 +137,7 @@ def gatherable(source: Source) -> Gatherable | None:
     # Of its own class: a wrapper that refuses or replaces ranges passes other names on to the source behind it.
     if not hasattr(type(source), "read_into") or not hasattr(os, "preadv"):
         return None
-    return source if isinstance(source, Gatherable) else None
+    return cast("Gatherable", source)  # the rest of the protocol is any source's
 
 
 def layer_parts(layer: Layer, depth: int, offset: int, length: int) -> Iterator[Part]:
