@@ -123,11 +123,13 @@ def _name_snapshots(facts: Facts, classes: npt.NDArray[np.uint8]) -> list[list[s
     only = classes == _FIRST_SNAPSHOT
     classes[only] = last
     for batch in facts.census.tables():
-        for row in np.flatnonzero(batch.tree >= 0).tolist():
-            number = min(_FIRST_SNAPSHOT + int(batch.tree[row]), last)
-            hosts = batch.columns.hosts[row] >> np.uint64(facts.header.cluster_bits)
-            hosts = hosts[hosts < len(classes)].astype(np.intp)
-            classes[hosts[classes[hosts] == last]] = number
+        rows = np.flatnonzero((batch.tree >= 0) & (batch.tree < len(snapshots)))
+        hosts = (batch.columns.hosts[rows] >> np.uint64(facts.header.cluster_bits)).reshape(-1)
+        numbers = np.repeat(_FIRST_SNAPSHOT + batch.tree[rows], batch.entries.shape[1]).astype(np.uint8)
+        inside = hosts < len(classes)
+        hosts, numbers = hosts[inside].astype(np.intp), numbers[inside]
+        free = classes[hosts] == last
+        classes[hosts[free][::-1]] = numbers[free][::-1]  # of several snapshots the first
     return labels
 
 
@@ -140,14 +142,11 @@ def _mark_vm_states(facts: Facts, classes: npt.NDArray[np.uint8], number: int) -
     for batch in facts.census.tables():
         known = batch.tree < len(snapshots)
         behind = batch.index.astype(np.int64) >= firsts[np.where(known, batch.tree + 1, 0)]
-        for row in np.flatnonzero(behind & known).tolist():
-            hosts = batch.columns.data_hosts[row] >> np.uint64(header.cluster_bits)
-            hosts = hosts[(hosts != 0) & (hosts < len(classes))].astype(np.intp)
-            data = hosts[
-                (classes[hosts] >= _FIRST_SNAPSHOT) | (classes[hosts] == _ACTIVE) | (classes[hosts] == _SHARED)
-            ]
-            classes[data] = number
-            found |= len(data) > 0
+        hosts = batch.columns.data_hosts[behind & known] >> np.uint64(header.cluster_bits)
+        hosts = hosts[(hosts != 0) & (hosts < len(classes))].astype(np.intp)
+        of_data = (classes[hosts] >= _FIRST_SNAPSHOT) | (classes[hosts] == _ACTIVE) | (classes[hosts] == _SHARED)
+        classes[hosts[of_data]] = number
+        found |= bool(of_data.any())
     return found
 
 

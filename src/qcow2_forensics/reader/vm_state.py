@@ -41,11 +41,12 @@ def leftover_offset(disk: Disk) -> int | None:
 
 
 def has_leftover(disk: Disk) -> bool:
-    """Return whether what lies past the end of the disk begins as a migration stream; True where it is encrypted and locked."""
-    header = disk.image.header
-    if not leftover_size(disk):
+    """Whether what is mapped past the end of the disk begins as a migration stream; also where it is encrypted and locked."""
+    start = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
+    # The start first: there may be any number of tables past the end of the disk.
+    if not disk.is_locked and (leftover_offset(disk) is None or disk.read_mapped(start, len(_MAGIC)) != _MAGIC):
         return False
-    return disk.is_locked or disk.read_mapped(vm_state_offset(header.size, header.l2_span), len(_MAGIC)) == _MAGIC
+    return leftover_size(disk) > 0
 
 
 def vm_state_offset(disk_size: int, l2_span: int) -> int:
