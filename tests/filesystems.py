@@ -20,8 +20,8 @@ from tests import qemu
 SECTOR = 512
 MIB = 1 << 20
 KINDS = ("ext4", "ext2", "fat12", "fat32", "ntfs")
-_TOOLS = {"ext4": "mkfs.ext4", "ext2": "mkfs.ext2", "fat12": "mkfs.fat", "fat32": "mkfs.fat", "ntfs": "mkntfs"}
-_HELPERS = {"ext4": "debugfs", "ext2": "debugfs", "fat12": "mcopy", "fat32": "mcopy", "ntfs": "ntfscp"}
+TOOLS = {"ext4": "mkfs.ext4", "ext2": "mkfs.ext2", "fat12": "mkfs.fat", "fat32": "mkfs.fat", "ntfs": "mkntfs"}
+HELPERS = {"ext4": "debugfs", "ext2": "debugfs", "fat12": "mcopy", "fat32": "mcopy", "ntfs": "ntfscp"}
 
 
 def need_tools(*tools: str) -> None:
@@ -98,7 +98,7 @@ class Made:
 
 def make(folder: Path, kind: str, name: str = "", *, populated: bool = True) -> Made:
     """Make a file system of a kind with a few files: small, large, sparse-looking, in folders."""
-    need_tools(_TOOLS[kind], _HELPERS[kind])
+    need_tools(TOOLS[kind], HELPERS[kind])
     path = folder / (name or f"{kind}.raw")
     size = {"ext4": 12, "ext2": 12, "fat12": 4, "fat32": 36, "ntfs": 8}[kind] * MIB
     with path.open("wb") as stream:
@@ -106,7 +106,7 @@ def make(folder: Path, kind: str, name: str = "", *, populated: bool = True) -> 
     if kind.startswith("ext"):
         # Inodes of 128 bytes keep no creation times.
         extra = ["-I", "128"] if kind == "ext2" else []
-        qemu.run(_TOOLS[kind], "-q", "-F", "-b", "1024", *extra, path)
+        qemu.run(TOOLS[kind], "-q", "-F", "-b", "1024", *extra, path)
     elif kind == "ntfs":
         qemu.run("mkntfs", "-q", "-F", "-p", "0", "-H", "16", "-S", "63", "-s", "512", path)
     else:

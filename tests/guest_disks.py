@@ -24,7 +24,7 @@ from tests import qemu
 from tests.filesystems import MIB, SECTOR, need_tools
 
 _SMALL_XFS = {"TEST_DIR": "1", "TEST_DEV": "1", "QA_CHECK_FS": "1"}  # mkfs.xfs then makes less than 300 MiB
-_MAKERS = {
+MAKERS = {
     "xfs": ["mkfs.xfs", "-q", "-f"],
     "btrfs": ["mkfs.btrfs", "-q", "-f", "-m", "single"],
     "ext4": ["mkfs.ext4", "-q", "-F"],
@@ -160,11 +160,11 @@ def _tree(folder: Path) -> Iterator[tuple[str, Seen]]:
 def make(folder: Path, kind: str, size: int, name: str = "", options: Sequence[str] = ()) -> Disk:
     """An empty file system in a raw file."""
     need_mounts()
-    need_tools(_MAKERS[kind][0])
+    need_tools(MAKERS[kind][0])
     path = folder / (name or f"{kind}.raw")
     with path.open("wb") as stream:
         stream.truncate(size)
-    run(*_MAKERS[kind], *options, path, **(_SMALL_XFS if kind == "xfs" else {}))
+    run(*MAKERS[kind], *options, path, **(_SMALL_XFS if kind == "xfs" else {}))
     return Disk(path, kind)
 
 
