@@ -25,6 +25,7 @@ from tests import qemu
 
 # How many examples a property test runs: few in the README's command, many in the slow tests.
 QUICK_EXAMPLES, THOROUGH_EXAMPLES = 12, 100
+LONG = 2.0  # seconds of processor time; what takes more is named at the end of a quick run, and fails nothing
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,8 +73,18 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print one line for each reason tests were skipped, in place of a line for each test."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Note how much processor time a test takes, with that of the programs it runs."""
+    before = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("processor time", sum(os.times()[:4]) - before))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print one line for each reason tests were skipped, and one for each test that may be too long for the quick tier."""
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
         for report in terminalreporter.getreports("skipped")
@@ -81,6 +92,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     )
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"skipped {count}: {reason}")
+    for report in [] if _is_thorough(config) else terminalreporter.getreports("passed"):
+        seconds = dict(report.user_properties).get("processor time", 0)
+        if seconds > LONG:
+            terminalreporter.write_line(f"took {seconds:.1f} s of processor time, slow? {report.nodeid}")
 
 
 @pytest.fixture

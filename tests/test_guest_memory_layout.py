@@ -82,6 +82,7 @@ def test_ram_of_an_amd_guest_that_qemu_moved_to_1_tib_is_found_there(tmp_path: P
         assert wrong_pages(guest, memory) == []
 
 
+@pytest.mark.slow
 def test_page_tables_alone_show_that_ram_is_at_1_tib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qcow2_forensics.memory.layout.pci_windows", lambda _tables: ())
     machine = paging("amd", AMD, tables(TIB + 5 * MiB), (*LOW, (TIB, 256 * MiB)))
@@ -129,6 +130,7 @@ def test_an_examiner_can_move_a_part_of_a_block(tmp_path: Path) -> None:
         assert memory.read(512 * MiB + 4 * MiB, MiB) == guest.memory(100 * MiB, MiB)
 
 
+@pytest.mark.slow
 def test_modules_of_two_sizes_fill_what_the_direct_map_has(tmp_path: Path) -> None:
     one, two = 4 * GiB + 512 * MiB, 4 * GiB + 128 * MiB
     args = (*Q35, *memory_backend("ma", "128M"), *memory_backend("mb", "256M"))
@@ -140,6 +142,7 @@ def test_modules_of_two_sizes_fill_what_the_direct_map_has(tmp_path: Path) -> No
         assert wrong_pages(guest, memory) == []
 
 
+@pytest.mark.slow
 def test_a_module_beside_virtio_mem_takes_the_place_that_is_left(tmp_path: Path) -> None:
     args = ("-M", "q35", "-m", "256M,slots=4,maxmem=8G", *memory_backend("vm0", "256M"), *memory_backend("dm", "128M"))
     args += ("-device", "virtio-mem-pci,memdev=vm0,requested-size=128M,memaddr=0x100000000")
@@ -167,6 +170,7 @@ def test_nodes_of_one_size_are_ordered_by_the_page_tables(node_blocks: tuple[str
         assert wrong_pages(guest, memory) == []
 
 
+@pytest.mark.slow
 def test_nodes_of_one_size_without_page_tables_are_in_doubt(tmp_path: Path) -> None:
     args = ("-M", "q35", "-m", "384")
     for name in ("b2", "b0", "b1"):
@@ -179,6 +183,7 @@ def test_nodes_of_one_size_without_page_tables_are_in_doubt(tmp_path: Path) -> N
         assert wrong_pages(guest, memory) == []
 
 
+@pytest.mark.slow
 def test_a_size_that_cmos_cannot_hold_exactly_is_taken_from_the_stream(tmp_path: Path) -> None:
     args = ("-M", "pc,max-ram-below-4g=1G", "-m", "1100004k")
     machine = Machine("odd", args, loads=((GiB - 2 * MiB, MiB), (4 * GiB, MiB)))

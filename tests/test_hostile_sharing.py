@@ -231,7 +231,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("shape", quick(_SHAPES, ["plain", "version 2"]))
+@pytest.mark.parametrize("shape", quick(_SHAPES, ["plain"]))
 def test_what_whole_tables_prove_equal_is_what_their_runs_prove_equal(shape: str) -> None:
     @given(st.data(), st.sampled_from([None, 0.5, 1.5, 2]))
     def hold(data: st.DataObject, backing: float | None) -> None:
@@ -440,7 +440,7 @@ CROWDS = {
 }
 
 
-@pytest.mark.parametrize("name", every(4, CROWDS))
+@pytest.mark.parametrize("name", quick(CROWDS, ["bitmap tables of one entry"]))
 def test_crowds_of_tables_are_counted_together(name: str, tmp_path: Path) -> None:
     source = Counted(FileSource(CROWDS[name](tmp_path / "crowd.qcow2")))
     tracemalloc.start()
@@ -629,7 +629,7 @@ def test_streams_that_a_cut_image_lost_are_all_reported_and_use_up_no_allowance(
 
 
 @qemu.requires_qemu
-@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+@pytest.mark.parametrize("kind", every(2, ["zstd", "zlib"]))
 @pytest.mark.parametrize("cluster_size", quick(["4k", "64k", "2M"], ["64k"]))
 def test_a_deep_audit_decodes_all_of_what_qemu_compressed_however_far_it_expands(
     kind: str, cluster_size: str, tmp_path: Path

@@ -30,7 +30,7 @@ from qcow2_forensics.reader.mapping import Kind
 from tests import qemu
 from tests.image_builder import COMPRESSED, COPIED, ZERO, Builder, compressed_entry, deflate
 from tests.matrix import AES, Scenario, make
-from tests.tiers import every
+from tests.tiers import every, quick
 
 pytestmark = qemu.requires_qemu
 
@@ -56,7 +56,7 @@ class Case:
     options: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=SCENARIOS)
+@pytest.fixture(scope="module", params=quick(SCENARIOS, SCENARIOS.keys() - {"plain", "large clusters"}))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     scenario = SCENARIOS[request.param]
     if scenario.encrypt:
@@ -244,7 +244,11 @@ def random_entry(generator: random.Random, host: int, stream: int, extended: boo
     return entry, bitmap
 
 
-@pytest.mark.parametrize(("version", "extended"), [(2, False), (3, False), (3, True)], ids=["2", "3", "3-extended"])
+@pytest.mark.parametrize(
+    ("version", "extended"),
+    every(2, [(2, False), (3, False), (3, True)], unpack=True),
+    ids=["2", "3", "3-extended"],
+)
 @pytest.mark.parametrize("seed", every(6, range(6)))
 def test_random_entries_read_as_in_qemu_cluster_by_cluster(
     seed: int, version: int, extended: bool, tmp_path: Path

@@ -146,8 +146,8 @@ def test_a_saved_configuration_of_a_plugin_gives_the_same_rows_without_its_file(
     assert rows("-c", str(config), "qcow2.registers.Registers", cwd=tmp_path) == first
 
 
-def test_info_shows_the_layout(saved: Saved, tmp_path: Path) -> None:
-    found = rows("-f", saved.image, "qcow2.info.Info", cwd=tmp_path)
+def test_info_shows_the_layout(saved: Saved) -> None:
+    found = plugin_rows("info.Info", saved.image)
     facts = {(row["Subject"], row["Item"]): row for row in found}
     assert facts["memory", "machine"]["Value"].startswith("pc-i440fx")
     assert facts["layout", "decided by"]["Value"] == "cmos, order by single"
@@ -160,8 +160,8 @@ def test_info_of_an_image_without_memory_is_about_the_image(make_image: Callable
     assert {row["Subject"] for row in found} == {"image"}
 
 
-def test_registers_are_those_qemu_shows(saved: Saved, tmp_path: Path) -> None:
-    found = rows("-f", saved.image, "qcow2.registers.Registers", cwd=tmp_path)
+def test_registers_are_those_qemu_shows(saved: Saved) -> None:
+    found = plugin_rows("registers.Registers", saved.image)
     shown = saved.registers[0]
     told = {row["Register"]: row["Value"] for row in found if row["CPU"] == 0}
     common = {name for name in shown if name in told}
@@ -174,6 +174,7 @@ def test_one_register_may_be_asked_for(saved: Saved, tmp_path: Path) -> None:
     assert [row["Register"] for row in found] == ["cr3"]
 
 
+@pytest.mark.slow
 def test_vmstatedump_writes_what_qemu_dumped(saved: Saved, tmp_path: Path) -> None:
     found = rows("--qcow2-snapshot", "first", "-f", saved.image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path)
     assert found[0]["Bytes"] == SIZE
@@ -191,6 +192,7 @@ def test_vmstatedump_writes_the_stream_and_a_block(saved: Saved, tmp_path: Path)
     assert data[-16:-11] == b"\xea\x5b\xe0\x00\xf0"  # the jump every PC BIOS starts with
 
 
+@pytest.mark.slow
 def test_vmstatedump_that_cannot_write_all_leaves_nothing_under_its_name(saved: Saved, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, before[1]))  # as a disk that is full: an error of write()
