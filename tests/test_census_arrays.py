@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qcow2_forensics import open_image
 from qcow2_forensics.census.guest_tags import GuestTags
@@ -18,6 +20,7 @@ from qcow2_forensics.census.owner_codes import OwnerCodes
 from qcow2_forensics.census.owners import Owner
 from qcow2_forensics.census.refcount_classes import MORE, ONE, UNREADABLE, RefcountClasses
 from qcow2_forensics.census.refcounts import StoredRefcounts
+from qcow2_forensics.census.reference_counts import distinct, is_among
 from qcow2_forensics.limits import MiB
 
 from . import qemu
@@ -177,3 +180,13 @@ def test_memory_follows_a_few_bytes_a_cluster(tmp_path: Path, depth: str) -> Non
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     quarter, whole = map(int, run.stdout.split())
     assert whole + (whole - quarter) * (16 - 2) / (2 - 0.5) < 1024
+
+
+_NUMBERS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 4))
+
+
+@given(_NUMBERS, _NUMBERS)
+def test_different_values_and_those_among_others_are_those_of_numpy(values: list[int], others: list[int]) -> None:
+    one, two = np.asarray(values, np.uint64), np.asarray(others, np.uint64)
+    assert np.array_equal(distinct(one), np.unique(one))
+    assert np.array_equal(is_among(one, two), np.isin(one, two))

@@ -26,6 +26,7 @@ import qcow2_forensics as q
 from qcow2_forensics.account import streams
 from qcow2_forensics.account.shown import ShownBytes
 from qcow2_forensics.account.streams import decode_all
+from qcow2_forensics.audit import lost_tables, undecodable_streams
 from qcow2_forensics.audit.hidden import TablesBehindDisk
 from qcow2_forensics.census import survey, take_census
 from qcow2_forensics.census.checked_metadata import read_layout
@@ -669,6 +670,43 @@ def test_tables_past_the_end_of_the_disk_are_looked_at_many_at_a_time(entry: int
 
     steps(64)  # imports what is imported on first use
     assert steps(3072) - steps(1024) <= 6 * 2048  # evidence is chosen from each batch of a thousand tables
+
+
+def test_of_thousands_of_lost_tables_those_that_are_listed_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = Builder(cluster_bits=9, size=2000 * SPAN)
+    tables = builder.put(b"\xa5" * 512 * 2000)
+    builder.raw(builder.l1, struct.pack(">2000Q", *range(tables, tables + 2000 * 512, 512)))
+    looked_at: list[object] = []
+    described = lost_tables._evidence
+    monkeypatch.setattr(lost_tables, "_evidence", lambda *about: looked_at.append(about) or described(*about))
+    report = q.audit(builder.write(tmp_path / "lost.qcow2"))
+    (finding,) = (finding for finding in report if finding.code == "QCOW2-L2-TABLE-LOST")
+    assert finding.count == 2000
+    assert len(looked_at) == len(finding.evidence) <= 100
+
+
+def test_streams_past_the_end_of_the_file_are_reported_and_not_looked_at_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = Builder(cluster_bits=9, size=64 * SPAN)
+    for number in range(64 * 64):
+        builder.entry(number * 512, compressed_entry((1 << 40) + number * 512, 100, 9))
+    asked: list[int] = []
+    fault = undecodable_streams._fault
+    monkeypatch.setattr(undecodable_streams, "_fault", lambda facts, entry: asked.append(entry) or fault(facts, entry))
+    path = builder.write(tmp_path / "cut.qcow2")
+    with q.open_image(path) as image:
+        source = image.source = Counted(image.source)
+        census = take_census(image)
+        source.reads = 0
+        found = decode_all(image, census)
+        assert (len(found.failed), len(found.used), source.reads) == (4096, 4096, 0)
+        assert found.used[0] == (1 << 40, (1 << 40) + 512)
+    report = q.audit(path, depth="deep")
+    assert [finding.count for finding in report if finding.code == "QCOW2-COMPRESSED-INVALID"] == [4096]
+    assert len(asked) <= 100  # for the words of those that are listed
 
 
 def test_streams_like_the_one_before_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..census import Census, Owner
 from ..census.columns import I64, compressed_extents
+from ..census.reference_counts import is_among
 from ..format.entries import SUBCLUSTERS
 from .labels import Kind, Labels, Place
 from .shown import ACTIVE, SNAPSHOT, ShownBytes
@@ -69,11 +70,11 @@ class ShownData:
         used = np.asarray(decoded.used, np.int64).reshape(-1, 2)
         past = self._seen.past_streams()
         if len(past):
-            used = used[~np.isin(entries, past)]
+            used = used[~is_among(entries, past)]
             offsets, lengths = compressed_extents(past, header)
             hints.add_many(labels.number(Place.PAST_STATE_END, "compressed"), offsets, offsets + lengths)
         every = self._census.compressed_entries
-        unread = every[~np.isin(every, entries) & ~np.isin(every, past)]
+        unread = every[~is_among(every, entries) & ~is_among(every, past)]
         if len(unread):
             offsets, lengths = compressed_extents(unread, header)
             used = np.concatenate((used, np.column_stack((offsets, offsets + lengths)).astype(np.int64)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..census.columns import I64, Mask
+from ..census.reference_counts import distinct
 from ..format.source import Source
 from ..limits import KiB, MiB
 from ..reader.host_holes import host_runs
@@ -21,7 +22,7 @@ def looked_at(source: Source, rows: Tile, remainder: Mask) -> Tile:
     if not len(places):
         return rows
     starts, stops, counts = _counted(source, rows.start[places], rows.stop[places])
-    bounds = np.unique(np.concatenate((rows.start, starts, stops)))
+    bounds = distinct(np.concatenate((rows.start, starts, stops)))
     bounds = bounds[bounds < int(rows.stop[-1])]
     at = np.searchsorted(rows.start, bounds, side="right") - 1
     piece = np.searchsorted(starts, bounds, side="right") - 1
@@ -60,7 +61,7 @@ def _pieces(source: Source, at: int, size: int, starts: I64, stops: I64) -> I64:
         return np.empty((0, 3), np.int64)
     starts, stops = np.maximum(starts, first), np.minimum(stops, last)
     blocks = np.arange(-(-first // BLOCK) * BLOCK, last, BLOCK)
-    bounds = np.unique(np.concatenate((starts, stops, blocks)))
+    bounds = distinct(np.concatenate((starts, stops, blocks)))
     which = np.searchsorted(starts, bounds[:-1], side="right") - 1
     inside = (which >= 0) & (bounds[:-1] < stops[which])
     counts = np.add.reduceat((data != 0).astype(np.int64), bounds[:-1] - first)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..census import IndexMap, Tables
 from ..census.claims import DistinctEntries
 from ..census.columns import I64, U64, Columns, Mask
+from ..census.reference_counts import distinct, is_among
 from ..format.entries import SUBCLUSTERS
 from ..format.image import Image
 
@@ -55,7 +56,7 @@ class ShownBytes:
         bits = (batch.shown != 0) @ _FLAGS
         columns = batch.columns
         hosts = columns.data_hosts
-        for flag in np.unique(bits[whole]).tolist():
+        for flag in distinct(bits[whole]).tolist():
             rows = np.flatnonzero(whole & (bits == flag))
             chosen = hosts if len(rows) == len(hosts) else hosts[rows]
             here = self._placed(chosen)
@@ -94,7 +95,7 @@ class ShownBytes:
         flags = (shown != 0) @ _FLAGS
         hosts = columns.data_hosts[row]
         placed = self._placed(hosts)
-        for flag in np.unique(flags[placed & (most == size)]).tolist():
+        for flag in distinct(flags[placed & (most == size)]).tolist():
             here = placed & (most == size) & (flags == flag)
             self._show(hosts[here], flag, columns.allocated_bits[row][here] if self.extended else None)
         for place in np.flatnonzero(placed & (most > 0) & (most < size)).tolist():
@@ -145,14 +146,14 @@ class ShownBytes:
 
     def past_streams(self) -> U64:
         """Return the compressed entries that no state shows."""
-        past = np.unique(np.concatenate([*self._past_streams, np.empty(0, np.uint64)]))
+        past = distinct(np.concatenate([*self._past_streams, np.empty(0, np.uint64)]))
         cut = np.concatenate([*self._cut, np.empty((0, 2), np.uint64)])[:, 0]
-        return past[~np.isin(past, self.streams.result()) & ~np.isin(past, cut)]
+        return past[~is_among(past, self.streams.result()) & ~is_among(past, cut)]
 
     def cut_streams(self) -> list[tuple[int, int]]:
         """Return compressed entries of which only the first bytes are shown, and how many."""
         cut = np.concatenate([*self._cut, np.empty((0, 2), np.uint64)])
         most: dict[int, int] = {}
-        for entry, shown in cut[~np.isin(cut[:, 0], self.streams.result())].tolist():
+        for entry, shown in cut[~is_among(cut[:, 0], self.streams.result())].tolist():
             most[entry] = max(shown, most.get(entry, 0))
         return [*most.items()]

@@ -52,7 +52,9 @@ def decode_all(image: Image, census: Census) -> Decoded:
     codec = codec_of(image.header.compression_type)
     size, bits = image.cluster_size, image.header.cluster_bits
     entries = census.compressed_entries
-    order = np.argsort(compressed_extents(entries, image.header)[0], kind="stable")
+    entries = entries[np.argsort(compressed_extents(entries, image.header)[0], kind="stable")]
+    offsets, lengths = compressed_extents(entries, image.header)
+    inside = int(np.searchsorted(offsets, np.uint64(image.file_size)))  # how many begin in the file
     used: list[tuple[int, int]] = []
     whose: list[int] = []
     failed: list[int] = []
@@ -61,14 +63,9 @@ def decode_all(image: Image, census: Census) -> Decoded:
     taken = 0  # the end of the good streams so far
     last = b""  # the good stream before
     parts_of_last: tuple[tuple[int, int], ...] = ()  # the ranges of it that are taken in
-    for entry in entries[order].tolist():
+    for entry in entries[:inside].tolist():
         offset, length = compressed_descriptor(entry, bits)
         data = image.read(offset, length)
-        if not data:
-            failed.append(entry)
-            used.append((offset, offset + length))
-            whose.append(entry)
-            continue
         cost, fails, parts = length, False, parts_of_last
         if not last or not data.startswith(last):  # else a cluster like the one before
             cost += max(size, START)
@@ -85,6 +82,11 @@ def decode_all(image: Image, census: Census) -> Decoded:
         if (fails or offset < taken) and (stopped := _refused(budget, cost)) is not None:
             break
         taken = taken if fails else max(taken, offset + parts[-1][1])
+    else:
+        lost = entries[inside:].tolist()
+        failed += lost
+        whose += lost
+        used += zip(offsets[inside:].tolist(), (offsets + lengths)[inside:].tolist(), strict=True)
     return Decoded(used, whose, np.asarray(failed, dtype=np.uint64), stopped)
 
 

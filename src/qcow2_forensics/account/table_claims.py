@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ..census import Census, Owner
 from ..census.claimed_clusters import merged
 from ..census.columns import I64, U64
+from ..census.reference_counts import is_among
 from ..census.state_ends import StateEnds
 from ..census.walk import L2Tables, batches, l1_chunks, walkable
 from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
@@ -76,7 +77,7 @@ class TableClaims:
         trees = np.zeros(len(starts), np.int64)
         for chunk in l1_chunks(self.image, starts.astype(np.uint64), ((stops - starts) // 8).astype(np.uint64), trees):
             clean = (chunk.tables != 0) & ~chunk.reserved
-            clean &= np.isin(chunk.tables, self.census.named.offsets)
+            clean &= is_among(chunk.tables, self.census.named.offsets)
             if clean.any():
                 self.claims.add_many(label, *merged(chunk.positions[clean], chunk.positions[clean] + np.uint64(8)))
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..census import Owner
 from ..census.claimed_clusters import merged
 from ..census.columns import compressed_extents, without_copied
+from ..census.reference_counts import distinct
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.codecs import codec_of
@@ -50,8 +51,8 @@ def amplification(facts: Facts) -> Iterator[Evidence]:
         per_table = (batch.columns.hosts != 0) | batch.columns.compressed
         counts = per_table.sum(axis=1).astype(np.int64)
         mapped += int((counts * slots).sum())
-        unique.append(np.unique(without_copied(batch.entries[per_table & (slots > 0)[:, None]])))
-    stored = len(np.unique(np.concatenate(unique))) if unique else 0
+        unique.append(distinct(without_copied(batch.entries[per_table & (slots > 0)[:, None]])))
+    stored = len(distinct(np.concatenate(unique))) if unique else 0
     if mapped >= 1000 and mapped > 100 * stored:
         yield Evidence("clusters_mapped", mapped, structure="active state")
         yield Evidence("clusters_stored", stored, structure="active state")

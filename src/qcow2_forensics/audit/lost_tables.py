@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def l2_table_lost(facts: Facts) -> Iterator[Graded]:
     if not leaks and not any(census.issues[kind].count for kind in _SYMPTOMS):
         return
     leaked = _Leaked(facts)
-    found: Selection[Evidence] = Selection()
+    found: Selection[_Lost] = Selection()
     is_extended = facts.header.extended_l2
     misread = 0  # tables that are sound with entries of the other kind
     for batch in census.tables():
@@ -80,14 +81,25 @@ def l2_table_lost(facts: Facts) -> Iterator[Graded]:
         elif bool(foreign.any()) and not is_extended:
             misread += int(extended_tables(facts, batch.offsets[foreign]).sum())
         for row in np.flatnonzero(blank | foreign).tolist():
-            count = leaked.behind(int(batch.offsets[row]))
+            offset = int(batch.offsets[row])
+            count = leaked.behind(offset)
             if foreign[row] or count >= _LEAKS:
-                found.add(_evidence(facts, batch, row, count), int(batch.offsets[row]))
+                found.add(_Lost(offset, int(batch.index[row]), int(batch.tree[row]), count), offset)
     if not found.count:
         return
     proposed = tuple(other_entries(facts)) if misread == found.count else ()
     title, note = (_MISREAD[is_extended], _MISREAD_NOTE) if proposed else ("", "")
-    yield graded([*proposed, *found.items], title=title, note=note, count=found.count)
+    items = (_evidence(facts, lost) for lost in found.items)
+    yield graded([*proposed, *items], title=title, note=note, count=found.count)
+
+
+class _Lost(NamedTuple):
+    """A table that was lost: its host offset, the L1 slot and the state that name it, and leaked clusters after it."""
+
+    offset: int
+    slot: int
+    tree: int
+    leaked: int
 
 
 def _blank(batch: Tables) -> Mask:
@@ -122,18 +134,15 @@ def _foreign(facts: Facts, batch: Tables) -> Mask:
     return foreign
 
 
-def _evidence(facts: Facts, batch: Tables, row: int, leaked: int) -> Evidence:
-    offset, index = int(batch.offsets[row]), int(batch.index[row])
-    span = facts.header.l2_span
-    parts = [f"holds {_looks(facts, offset)}"]
-    if any(run.is_hole for run in host_runs(facts.image.source, offset, facts.cluster_size)):
+def _evidence(facts: Facts, lost: _Lost) -> Evidence:
+    span, length = facts.header.l2_span, facts.cluster_size
+    parts = [f"holds {_looks(facts, lost.offset)}"]
+    if any(run.is_hole for run in host_runs(facts.image.source, lost.offset, length)):
         parts.append("the host file has a hole there")
-    parts.append(f"{leaked} leaked clusters between it and the next table")
+    parts.append(f"{lost.leaked} leaked clusters between it and the next table")
     parts.append(f"maps {size(span)} of the guest disk")
-    owner = snapshot_id(facts, int(batch.tree[row]))
-    return Evidence(
-        f"L2 table of L1 entry {index}", "; ".join(parts), offset, facts.cluster_size, "L2", index * span, owner
-    )
+    words, owner = f"L2 table of L1 entry {lost.slot}", snapshot_id(facts, lost.tree)
+    return Evidence(words, "; ".join(parts), lost.offset, length, "L2", lost.slot * span, owner)
 
 
 def _looks(facts: Facts, offset: int) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..census import IndexMap, Tables
 from ..census.columns import Places
+from ..census.reference_counts import distinct
 from ..findings import Evidence, Selection, Severity
 from ..format.header import SECTOR
 from ..format.image import Image
@@ -61,7 +62,7 @@ class StoredClusters:
 
     def offsets(self) -> Places:
         """Return them, each once, rising."""
-        return np.unique(np.concatenate(self._parts)) if self._parts else np.empty(0, np.intp)
+        return distinct(np.concatenate(self._parts)) if self._parts else np.empty(0, np.intp)
 
 
 @rule(

@@ -9,7 +9,9 @@ import numpy as np
 
 from ..account.streams import Decoded, decode_all
 from ..census import Tables
+from ..census.columns import compressed_extents
 from ..census.issues import spread
+from ..census.reference_counts import is_among
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec, codec_of, known_codecs
@@ -41,10 +43,14 @@ def undecodable(facts: Facts) -> Iterator[Deferred | Graded]:
     if other is not None:
         yield _mistaken(facts, decoded, other)
         return
-    bad = np.asarray([entry for entry in decoded.failed.tolist() if _fault(facts, entry)], dtype=np.uint64)
+    lost = compressed_extents(decoded.failed, facts.header)[0] >= np.uint64(
+        facts.image.file_size
+    )  # zeros do not decode
+    faulty = [entry for entry in decoded.failed[~lost].tolist() if _fault(facts, entry)]
+    bad = np.concatenate((decoded.failed[lost], np.asarray(faulty, np.uint64)))
     if len(bad):
         for tables in facts.census.tables():
-            places, width = np.flatnonzero(np.isin(tables.entries, bad)), tables.entries.shape[1]
+            places, width = np.flatnonzero(is_among(tables.entries, bad)), tables.entries.shape[1]
             shown = spread(places, places // width)
             for more, place in zip(range(len(shown) - 1, -1, -1), shown.tolist(), strict=True):
                 row, column = divmod(place, width)

@@ -22,7 +22,7 @@ from .owner_codes import OwnerCodes
 from .owners import Owner
 from .refcount_classes import RefcountClasses
 from .refcounts import StoredRefcounts
-from .reference_counts import Counters, ranges, weighted_segments
+from .reference_counts import Counters, distinct, ranges, weighted_segments
 from .walk import L1Chunk, L2Tables, Tables
 
 _SHORT_RUN = 8  # clusters of one structure
@@ -462,13 +462,13 @@ class DistinctEntries:
 
     def add(self, entries: U64) -> None:
         """Take in entries in any order."""
-        self._parts.append(np.unique(entries))
+        self._parts.append(distinct(entries))
         self._waiting += len(self._parts[-1])
         if self._waiting > max(_WAITING, len(self._parts[0])):
             self._merge()
 
     def _merge(self) -> None:
-        self._parts, self._waiting = [np.unique(np.concatenate(self._parts))], 0
+        self._parts, self._waiting = [distinct(np.concatenate(self._parts))], 0
 
     def result(self) -> U64:
         """Return every value once, rising."""

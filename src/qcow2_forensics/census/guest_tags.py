@@ -98,7 +98,7 @@ class GuestTags:
         chunks = (indices >> np.uint64(_BITS)).astype(np.intp)
         missing = chunks[self._row[chunks] == 0]
         if len(missing):
-            self._store(np.unique(missing))
+            self._store(distinct(missing))
         places = (self._row[chunks].astype(np.intp) << _BITS) | (indices & np.uint64(_CHUNK - 1)).astype(np.intp)
         stored = self._rows.reshape(-1)
         known = stored[places]

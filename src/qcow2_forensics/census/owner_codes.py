@@ -8,6 +8,7 @@ import numpy.typing as npt
 from .columns import I64, U64, windows
 from .index_map import IndexMap, Values
 from .owners import Owner
+from .reference_counts import distinct
 
 Codes = npt.NDArray[np.unsignedinteger]
 
@@ -41,7 +42,7 @@ class OwnerCodes:
             step = self._lengthened(int(owner))
         found = step[codes]
         if not found.all():
-            for code in np.unique(codes[found == 0]).tolist():
+            for code in distinct(codes[found == 0]).tolist():
                 step[code] = self._number(self._combinations[code] | int(owner))
             found = step[codes]
         self._cut(width)[where] = found

@@ -21,6 +21,7 @@ from .columns import U64, Mask, Places, has_reserved_bitmap, has_reserved_refcou
 from .issues import Item, spread
 from .owners import Owner
 from .refcounts import StoredRefcounts
+from .reference_counts import distinct
 from .state_ends import StateEnds
 from .walk import L2TableCollector, L2Tables, Subscriber, batches, l1_chunks, walkable
 
@@ -236,8 +237,8 @@ class _Survey:
             self._reftable_issue("reftable-shared", part[np.minimum(after, np.uint64(most)) != 1])
             claims.counts.add(indices, 1)
             claims.owners.add(indices, Owner.REFCOUNT_BLOCK)
-            blocks.append(np.unique(clusters))
-        self._structures(np.unique(np.concatenate(blocks)) << np.uint64(claims.cluster_bits), Owner.REFCOUNT_BLOCK)
+            blocks.append(distinct(clusters))
+        self._structures(distinct(np.concatenate(blocks)) << np.uint64(claims.cluster_bits), Owner.REFCOUNT_BLOCK)
 
     def _reftable_issue(self, kind: str, slots: Places) -> None:
         if len(slots):

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census.columns import big_endian
+from ..census.reference_counts import distinct
 from ..format.image import Image
 from ..limits import MiB
 from . import structure_detection
@@ -45,8 +46,8 @@ class Targets:
     def look(self, numbers: Counts) -> npt.NDArray[np.uint8]:
         """Return what is to be known of some clusters of the file."""
         pages, places = numbers // _PAGE, numbers % _PAGE
-        self._remember(np.unique(pages[self._pages[pages] == 0]))
-        unknown = np.unique(numbers[self._known[self._pages[pages], places] == 0])
+        self._remember(distinct(pages[self._pages[pages] == 0]))
+        unknown = distinct(numbers[self._known[self._pages[pages], places] == 0])
         step = max(1, _READ // self._image.cluster_size)
         for at in range(0, len(unknown), step):
             some = unknown[at : at + step]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..census import Census
 from ..census.claimed_clusters import merged
 from ..census.columns import Columns, big_endian, compressed_extents, table_offsets
-from ..census.reference_counts import ranges
+from ..census.reference_counts import distinct, ranges
 from ..errors import LimitExceeded
 from ..format.image import Image
 from ..format.rules import INT64_MAX
@@ -367,7 +367,7 @@ class _Examination:
             newer |= claimed & (held & _KEPT == 0)
             reused, punched = claimed & (held == 0), ~claimed & self._examiner.punched(numbers)
             for reason, which in ((REUSED, reused), (PUNCHED, punched)):
-                hosts = np.unique(numbers[which]).astype(np.uint64) << np.uint64(self._image.header.cluster_bits)
+                hosts = distinct(numbers[which]).astype(np.uint64) << np.uint64(self._image.header.cluster_bits)
                 self._refuse(reason, hosts, np.empty(0, np.intp))
             lost |= reused
             holes |= punched

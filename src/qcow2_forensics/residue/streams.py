@@ -29,6 +29,8 @@ def compressed_slack(image: Image, decoded: Decoded) -> Iterator[Piece]:
     codec = codec_of(image.header.compression_type)
     budget = Budget("decoded bytes of former streams that are bad", image.file_size, image.limits)
     for start, stop in _gaps(image, decoded.used):
+        if start >= image.file_size:
+            break
         yield from _gap(image, start, stop, codec, budget)
 
 
