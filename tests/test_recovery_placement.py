@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, recovered_states
 from qcow2_forensics.recovery.alignment import chances, clear_slots, rising
-from qcow2_forensics.recovery.allocation import FREE, USED, PlacedDisk, VolumeMap, cluster_use
+from qcow2_forensics.recovery.allocation import FREE, UNKNOWN, USED, PlacedDisk, VolumeMap, cluster_use
 from qcow2_forensics.recovery.ext_volume import crc32c, ext_map
+from qcow2_forensics.recovery.placement import slots_by_use
 from qcow2_forensics.recovery.positions import FileSystems, empty, note_file_systems, positions
 from tests import guest_disks, qemu, work
 from tests.tiers import every, quick
@@ -374,6 +375,21 @@ def test_clusters_of_deleted_files_make_free_clusters_say_little() -> None:
     use = np.full((4, 64), FREE, np.int8)
     assert chances(stored, use)[FREE] > 0.8
     assert chances(stored[:0], use[:0])[FREE] < 0.1
+
+
+def test_deleted_files_that_are_still_stored_do_not_move_tables_to_where_nothing_is_known() -> None:
+    """Four tables store all of their clusters, of which half are free or all; positions say where the first and the last are."""
+    stored = np.ones((4, 64), np.bool_)
+    use = np.full((6, 64), UNKNOWN, np.int8)
+    use[[1, 5], :32], use[[1, 5], 32:] = USED, FREE
+    use[2], use[4] = FREE, USED
+    votes = np.zeros((4, 6))
+    votes[0, 1] = votes[3, 5] = 1e7
+    assert slots_by_use(stored, use, votes, rising(votes)) == [1, 2, 4, 5]
+    assert slots_by_use(stored[1:3], use[2:5], np.zeros((2, 3)), None) == [
+        1,
+        2,
+    ]  # nothing says that free clusters are stored
 
 
 def test_a_cluster_is_in_use_where_one_of_its_blocks_is_and_unknown_where_one_may_be() -> None:

@@ -357,6 +357,9 @@ def make_guest(folder: Path, guest: Guest, chance: random.Random) -> Made:
             make_file_system(guest.fs, disk, part)
             with mounted(guest.fs, disk, part, folder) as place:
                 install(place, guest, chance, 90 * MIB // len(parts))
+    if guest.how == "converted" and chance.random() < 0.5:  # what was deleted is still stored
+        with attached(guest.qemu, path, folder) as disk, mounted(guest.fs, disk, parts[0], folder) as place:
+            use(place, guest, chance, 0)
     if guest.how == "aged":
         has_snapshots = chance.random() < 0.5
         for number in range(3):

@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..limits import PLACEMENT_CELLS, PLACEMENT_WORK
-from .allocation import FREE, USED, Bits
+from .allocation import FREE, UNKNOWN, USED, Bits
 
 Scores = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 # How likely it is that a cluster is stored, of what is in use and of what is free, before a table of known place says so.
 _STORED = {USED: 0.93, FREE: 0.04}
+_OF_UNKNOWN = 0.5
 _WEIGHT = 32.0  # clusters that this assumption counts as
 _RANGE = 0.02, 0.98  # no observation is certain
 MARGIN = 8.0  # natural units by which the best slot of a table has to be better than its second
@@ -37,24 +38,25 @@ def chances(stored: Mask, use: Bits) -> dict[int, float]:
     A guest that deletes files leaves clusters stored that are free; then the free ones say little.
     """
     result: dict[int, float] = {}
-    for kind, assumed in _STORED.items():
+    for kind, assumed in (*_STORED.items(), (UNKNOWN, _OF_UNKNOWN)):
         seen = stored[use == kind]
         share = (float(seen.sum()) + _WEIGHT * assumed) / (len(seen) + _WEIGHT)
         result[kind] = min(max(share, _RANGE[0]), _RANGE[1])
+    result[UNKNOWN] = max(result[UNKNOWN], result[FREE])  # most of it is allocated, as a journal
     return result
 
 
-def fits(stored: Mask, use: Bits) -> Scores | None:
+def fits(stored: Mask, use: Bits, stored_chances: Mapping[int, float]) -> Scores | None:
     """Return (tables, slots) how much better each slot fits with the table than without one; None for too much work.
 
-    ``stored``: (tables, clusters), ``use``: (slots, clusters).
+    ``stored``: (tables, clusters), ``use``: (slots, clusters); ``stored_chances`` are those of :func:`chances`.
     """
     if _is_too_much(stored, use):
         return None
     gain = np.zeros(use.shape)
-    for kind, chance in _STORED.items():
+    for kind, chance in stored_chances.items():
         gain[use == kind] = math.log(chance / (1 - chance))
-    # With the table every cluster counts as it is; without it, all of them are not stored. What is not known has no say.
+    # With the table every cluster counts as it is; without it, all of them are not stored.
     result: Scores = stored.astype(np.float64) @ gain.T
     return result
 
@@ -68,7 +70,8 @@ def agreements(stored: Mask, use: Bits, stored_chances: Mapping[int, float]) -> 
     if _is_too_much(stored, use):
         return None
     yes, no = np.zeros(use.shape), np.zeros(use.shape)
-    for kind, chance in stored_chances.items():
+    for kind in _STORED:  # what is not known has no say
+        chance = stored_chances[kind]
         yes[use == kind], no[use == kind] = math.log(2 * chance), math.log(2 * (1 - chance))
     result: Scores = stored.astype(np.float64) @ (yes - no).T + no.sum(axis=1)
     return result

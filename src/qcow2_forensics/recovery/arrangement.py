@@ -10,7 +10,7 @@ from ..limits import L1_ENTRIES, PLACEMENT_TRIALS
 from ..residue.structure_detection import Geometry
 from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
 from .content import TableReader, read_contents
-from .evidence import EXACT, Votes
+from .evidence import EXACT, GUESSED, Votes
 from .ext_volume import ext_expected, ext_map
 from .geometry import U64
 from .l1_tables import table_span
@@ -85,9 +85,14 @@ def arranged(
             reader, tables, settled, disk, volumes_of(disk, contents.volumes, sections).found, span
         )
         if guessed:
-            tables = [_with_more(table, guessed, False) for table in tables]
+            weak = {at: _weakened(votes) for at, votes in guessed.items()}
+            tables = [_with_more(table, weak, False) for table in tables]
             placed = place(tables, known, slots, geometry.cluster_size, use_of, fixed=fixed)
     return Arranged(tuple(placed.placements), tuple(t.offset for t in placed.left), tuple(in_file_order(placed, slots)))
+
+
+def _weakened(votes: Votes) -> Votes:
+    return {slot: dict.fromkeys(kinds, GUESSED) for slot, kinds in votes.items()}
 
 
 def _with_more(table: Unplaced, more: Mapping[int, Votes], is_sure: bool) -> Unplaced:

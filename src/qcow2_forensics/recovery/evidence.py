@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 ENOUGH = 8.0  # bits: a wrong place agrees by chance once in 256
 EXACT = 16.0  # bits of content that a file system says is at one place: a checksum or an inode number, not a position
+GUESSED = 4.0  # bits of the same where the file system was read through tables that are guesses
 _ALIGNMENT = 4096  # bytes: blocks of most file systems
 
 Votes = Mapping[int, Mapping[str, float]]  # slot: the kinds of structures that agree with it, and the bits of each

@@ -7,6 +7,7 @@ directories and the journal begin.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..limits import FILE_SYSTEM_GROUPS, INODES_LOOKED_AT
@@ -61,9 +62,9 @@ def ext_map(disk: PlacedDisk, start: int) -> VolumeMap | None:
         if group.flags & _BLOCK_UNINIT:
             volume.bits[first : first + count] = 0
         else:
-            bitmap = disk.read(start + group.block_bitmap * found.block, -(-count // 8))
-            if bitmap is not None and any(bitmap):
-                set_bits(volume, first, bitmap)
+            bitmap = disk.read(start + group.block_bitmap * found.block, found.per_group // 8)
+            if bitmap is not None and _is_bitmap(found, group, bitmap):
+                set_bits(volume, first, bitmap[: -(-count // 8)])
         used = -(-(found.inodes_per_group - group.unused_inodes) * found.inode_size // found.block)
         whole = -(-found.inodes_per_group * found.inode_size // found.block)
         tables.append((group.inode_table + used, whole - used))
@@ -78,7 +79,7 @@ def ext_expected(disk: PlacedDisk, start: int) -> Iterator[Expected]:
     found = _superblock(disk, start)
     if found is None or not disk.takes(found.blocks):
         return
-    mask = 0xFFFF_FFFF if found.descriptor_size >= 64 else 0xFFFF
+    mask = _mask(found)
     inodes = 0
     for number, group in _groups(disk, found):
         if found.seed is not None and not group.flags & _BLOCK_UNINIT:
@@ -96,11 +97,22 @@ def ext_expected(disk: PlacedDisk, start: int) -> Iterator[Expected]:
         break
 
 
+def _is_bitmap(found: _Super, group: _Group, bitmap: bytes) -> bool:
+    """Whether a block is the bitmap of a group, by its checksum where there are such: a wrong table may be in its place."""
+    if found.seed is None or not any(bitmap):
+        return any(bitmap)
+    return _checksum(found.seed, bitmap) & _mask(found) == group.block_bitmap_sum
+
+
+def _mask(found: _Super) -> int:
+    return 0xFFFF_FFFF if found.descriptor_size >= 64 else 0xFFFF
+
+
 def _bitmap(found: _Super, block: int, bits: int, recorded: int, mask: int, what: str) -> Expected:
     seed = found.seed or 0
 
     def matches(data: bytes) -> bool:
-        return any(data) and crc32c(seed, data) & mask == recorded
+        return any(data) and _checksum(seed, data) & mask == recorded
 
     return Expected(found.start + block * found.block, bits // 8, matches, f"ext {what}")
 
@@ -134,6 +146,9 @@ def crc32c(value: int, data: bytes) -> int:
     for byte in data:
         value = value >> 8 ^ _CRC32C[(value ^ byte) & 0xFF]
     return value
+
+
+_checksum = lru_cache(maxsize=4096)(crc32c)  # of the bitmaps of a disk that is looked at again
 
 
 def _crc32c_row(value: int) -> int:

@@ -26,11 +26,12 @@ from .allocation import Bits
 from .chains import arrange, chains_of, trusted_steps
 from .confidence import Confidence
 from .continuation import continuations, written_in_order
-from .evidence import Choice, Votes, choices
+from .evidence import ENOUGH, Choice, Votes, choices
 from .geometry import U64, among
 
 _ROUNDS = 3
 _ORDER = "the order in the file only"
+_OUTWEIGHS = 1e7  # natural units: more than all clusters of a table, whose use is no evidence of each by itself
 
 
 class Placement(NamedTuple):
@@ -256,18 +257,38 @@ def _fitting(tables: list[Unplaced], free: range, use: Use | None) -> list[Place
     """Place tables in order in the free slots that their content agrees with, and whose use fits what they store."""
     chosen = None
     if free and len(free) * len(tables) <= PLACEMENT_PAIRS:
-        scores = fits(_stored(tables), use(list(free))) if use is not None else None
-        if scores is None:
-            scores = np.zeros((len(tables), len(free)))
+        scores = np.zeros((len(tables), len(free)))
         for row, table in enumerate(tables):  # a position may be that of several file systems; the order decides
             for slot, kinds in table.votes.items():
                 if slot in free:
-                    scores[row, slot - free.start] += math.log(2) * sum(kinds.values())
+                    bits = sum(kinds.values())
+                    scores[row, slot - free.start] = math.log(2) * bits + (_OUTWEIGHS if bits >= ENOUGH else 0.0)
         chosen = rising(scores) if scores.any() else None
+        if use is not None:
+            chosen = slots_by_use(_stored(tables), use(list(free)), scores, chosen)
     if chosen is None:
         return _in_order(tables, free, Confidence.GUESS, _ORDER)
     why = "what it stores agrees with the file systems there, in the order of the file"
     return _in_order(tables, [free[column] for column in chosen], Confidence.GUESS, why)
+
+
+def slots_by_use(
+    stored: npt.NDArray[np.bool_], use: Bits, votes: npt.NDArray[np.float64], chosen: list[int] | None
+) -> list[int] | None:
+    """Return the slots that fit best by ``votes`` (tables, slots) and by what is stored of what is in use.
+
+    How much of what is free is stored differs: deleted files may all be there still. It is counted where tables are
+    by their votes, then where they are by both.
+    """
+    rows = [row for row, slot in enumerate(chosen or ()) if votes[row, slot] > 0]
+    for _ in range(_ROUNDS):
+        slots = [(chosen or [])[row] for row in rows]
+        scores = fits(stored, use, chances(stored[rows], use[slots]))
+        found = rising(scores + votes) if scores is not None else None
+        if found is None or found == chosen:
+            break
+        chosen, rows = found, list(range(len(found)))
+    return chosen
 
 
 def _surrounded(
