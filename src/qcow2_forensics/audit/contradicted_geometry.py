@@ -16,7 +16,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..findings import Evidence, Severity
-from ..format.entries import COMPRESSED, L1_RESERVED, L2_RESERVED, named_offset, refcount_block_offset
+from ..format.entries import (
+    has_reserved_l1_bits,
+    has_reserved_l2_bits,
+    is_compressed,
+    named_offset,
+    refcount_block_offset,
+)
 from ..format.header import SECTOR
 from ..text import size
 from .facts import Facts
@@ -108,7 +114,7 @@ def _sample(facts: Facts) -> _Sample:
     data = facts.read(header.l1_table_offset, 8 * count)
     entries = [int.from_bytes(data[at : at + 8], "big") for at in range(0, len(data) - 7, 8)]
     used = [entry for entry in entries if entry]
-    is_sound = not any(entry & L1_RESERVED or named_offset(entry) >= end for entry in used)
+    is_sound = not any(has_reserved_l1_bits(entry) or named_offset(entry) >= end for entry in used)
     tables = tuple(dict.fromkeys(named_offset(entry) for entry in used)) if is_sound else ()
     words: list[int] = []
     for offset in tables[:: -(-len(tables) // _TABLES) or 1]:
@@ -119,24 +125,22 @@ def _sample(facts: Facts) -> _Sample:
 
 def _is_standard(word: int, end: int) -> bool:
     """Whether a word is an entry with a host cluster of its own in the file."""
-    return not word & (COMPRESSED | L2_RESERVED) and 0 < named_offset(word) < end
+    return not is_compressed(word) and not has_reserved_l2_bits(word) and 0 < named_offset(word) < end
 
 
 def _implied_bits(facts: Facts, sample: _Sample) -> int | None:
     """Return the cluster_bits that host offsets or streams imply and that the refcounts agree with, None where nothing does."""
     header, end = facts.header, facts.image.file_size
     entries = [word for word in sample.words[:: 2 if header.extended_l2 else 1] if word]
-    packed = [word for word in entries if word & COMPRESSED]
+    packed = [word for word in entries if is_compressed(word)]
     if len(packed) == len(entries) and len(packed) >= _STREAMS:
         from ..recovery.geometry import decoded_size
 
         decoded = decoded_size(facts.image.source, packed[: 2 * _STREAMS], _STREAMS)
         return decoded[0] if decoded is not None and _are_counted(facts, decoded[0], sample.tables) else None
     hosts = {named_offset(word) for word in entries if _is_standard(word, end)}
-    unused = sum(named_offset(word) == 0 for word in entries)  # zero clusters
-    if len(hosts) < _LEAST or len([word for word in entries if _is_standard(word, end)]) + unused + len(packed) < len(
-        entries
-    ):
+    are_entries = all(is_compressed(word) or not named_offset(word) or _is_standard(word, end) for word in entries)
+    if len(hosts) < _LEAST or not are_entries:
         return None
     joined = 0
     for offset in (*hosts, *sample.tables, header.l1_table_offset, header.refcount_table_offset):
@@ -154,7 +158,7 @@ def _are_standard(facts: Facts, sample: _Sample) -> bool:
     second = [word for word in sample.words[1::2] if word]
     if header.cluster_bits not in _BITS:
         return False
-    if len(second) >= _STREAMS and all(word & COMPRESSED for word in second):
+    if len(second) >= _STREAMS and all(map(is_compressed, second)):
         from ..recovery.geometry import decoded_size
 
         decoded = decoded_size(facts.image.source, second[: 2 * _STREAMS], _STREAMS)

@@ -49,6 +49,11 @@ def has_reserved_l1_bits(entry: int) -> bool:
     return bool(entry & L1_RESERVED)
 
 
+def has_reserved_l2_bits(entry: int) -> bool:
+    """Whether an L2 entry that is not compressed has bits set that have no meaning."""
+    return bool(entry & L2_RESERVED)
+
+
 def has_reserved_bitmap_bits(entry: int) -> bool:
     """Whether a bitmap table entry has bits set that have no meaning: without a cluster, bit 0 has one."""
     return bool(entry & BITMAP_TABLE_RESERVED or (entry & OFFSET_MASK and entry & BITMAP_ALL_ONES))
