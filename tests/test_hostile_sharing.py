@@ -702,8 +702,7 @@ def test_streams_past_the_end_of_the_file_are_reported_and_not_looked_at_one_by_
         census = take_census(image)
         source.reads = 0
         found = decode_all(image, census)
-        assert (len(found.failed), len(found.used), source.reads) == (4096, 4096, 0)
-        assert found.used[0] == (1 << 40, (1 << 40) + 512)
+        assert (len(found.failed), found.used, source.reads) == (4096, [], 0)
     report = q.audit(path, depth="deep")
     assert [finding.count for finding in report if finding.code == "QCOW2-COMPRESSED-INVALID"] == [4096]
     assert len(asked) <= 100  # for the words of those that are listed

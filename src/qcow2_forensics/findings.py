@@ -108,9 +108,8 @@ T = TypeVar("T")
 class Selection(Generic[T]):
     """At most ``limit`` items out of any number, spread over the places they were found in.
 
-    Every place keeps its first items. Where there are more places than room, every second, then every
-    fourth of them is kept. Items of no
-    place (``None``), which describe all of them, are dropped last.
+    Every place keeps its first items. Where there are more places than room, every second of them is kept, then
+    every fourth. Items of no place (``None``), which describe all of them, are dropped last.
     """
 
     def __init__(self, limit: int = EVIDENCE_LIMIT) -> None:

@@ -130,7 +130,7 @@ def shown_value(field: str, value: Value) -> str:
     if "offset" in field or field in {"host", "guest", "mask", "value", "target"} or re.search(_ENTRY, field):
         return f"{value:#x}"
     if field.endswith("_nsec"):
-        return f"{value} ({value / 1_000_000_000:.3f} s)"
+        return f"{value} ({value / _SECOND:.3f} s)"
     if field.endswith(("size", "bytes", "length")) and abs(value) >= 10 * 1024:
         return f"{value} ({size(value)})"
     return str(value)
@@ -152,7 +152,7 @@ def size(count: int) -> str:
 
 
 def snapshot_time(seconds: int, nanoseconds: int) -> int:
-    """Return when a snapshot was taken, in nanoseconds of the epoch.
+    """Return when a snapshot was taken, in nanoseconds since 1970.
 
     A recorded fraction of a second or more is no fraction: then the second alone counts, and
     :func:`snapshot_date` reports what was recorded.
@@ -163,8 +163,8 @@ def snapshot_time(seconds: int, nanoseconds: int) -> int:
 def snapshot_date(seconds: int, nanoseconds: int, *, fraction: bool = True) -> str:
     """Return the date of a snapshot in UTC, as ``2026-11-29T21:05:07.250000Z``.
 
-    QEMU records microseconds; what is finer is shown in full. ``fraction`` may be left out. A fraction that cannot be one is shown
-    as recorded: ``2026-11-29T21:05:07Z (nsec 1500000000 out of range)``.
+    QEMU records microseconds; finer fractions are shown in full. Without ``fraction`` none is. One that is out of range
+    is shown as recorded: ``2026-11-29T21:05:07Z (nsec 1500000000 out of range)``.
     """
     from datetime import UTC, datetime  # here: reading a disk needs none of it
 
@@ -187,7 +187,7 @@ def short_date(seconds: int, nanoseconds: int) -> str:
 
 
 def iso_time(nanoseconds: int) -> str | None:
-    """Return a time of a file, in nanoseconds of the epoch, as RFC 3339; None for none or one that no calendar holds."""
+    """Return a time of a file, in nanoseconds since 1970, as RFC 3339; None for 0 and for one that no calendar holds."""
     from datetime import UTC, datetime, timedelta  # here: reading a disk needs none of it
 
     if not nanoseconds:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..census import Census, Owner
 from ..census.columns import I64, compressed_extents
-from ..census.reference_counts import is_among
+from ..census.reference_counts import distinct, is_among
 from ..format.entries import SUBCLUSTERS
 from .labels import Kind, Labels, Place
 from .shown import ACTIVE, SNAPSHOT, ShownBytes
@@ -74,7 +74,7 @@ class ShownData:
             offsets, lengths = compressed_extents(past, header)
             hints.add_many(labels.number(Place.PAST_STATE_END, "compressed"), offsets, offsets + lengths)
         every = self._census.compressed_entries
-        unread = every[~is_among(every, entries) & ~is_among(every, past)]
+        unread = every[~is_among(every, distinct(entries)) & ~is_among(every, past)]
         if len(unread):
             offsets, lengths = compressed_extents(unread, header)
             used = np.concatenate((used, np.column_stack((offsets, offsets + lengths)).astype(np.int64)))

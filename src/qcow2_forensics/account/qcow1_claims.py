@@ -10,7 +10,7 @@ import numpy as np
 from ..census.claimed_clusters import merged
 from ..census.columns import I64, U64, Columns, Mask, Places, big_endian, compressed_extents
 from ..census.issues import Issues, Item
-from ..census.reference_counts import is_among
+from ..census.reference_counts import distinct, is_among
 from ..errors import LimitExceeded
 from ..findings import EVIDENCE_LIMIT
 from ..format.header import SECTOR
@@ -147,7 +147,11 @@ class Qcow1Claims:
     def _undecodable(self, streams: I64, failed: I64) -> None:
         """Note the entries of streams that do not decode: ``streams`` as of :meth:`_packed`, ``failed`` as extents."""
         extents = {(offset, offset + length) for offset, length in failed.tolist()}
-        found = [row for row in streams[is_among(streams[:, 0], failed[:, 0])].tolist() if (row[0], row[1]) in extents]
+        found = [
+            row
+            for row in streams[is_among(streams[:, 0], distinct(failed[:, 0]))].tolist()
+            if (row[0], row[1]) in extents
+        ]
         if found:
             self.issues.add("undecodable", (self._stream(*row) for row in found), len(found))
 

@@ -147,7 +147,7 @@ class ShownBytes:
     def past_streams(self) -> U64:
         """Return the compressed entries that no state shows."""
         past = distinct(np.concatenate([*self._past_streams, np.empty(0, np.uint64)]))
-        cut = np.concatenate([*self._cut, np.empty((0, 2), np.uint64)])[:, 0]
+        cut = distinct(np.concatenate([*self._cut, np.empty((0, 2), np.uint64)])[:, 0])
         return past[~is_among(past, self.streams.result()) & ~is_among(past, cut)]
 
     def cut_streams(self) -> list[tuple[int, int]]:

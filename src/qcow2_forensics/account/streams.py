@@ -16,6 +16,7 @@ from ..census.columns import I64, compressed_extents
 from ..errors import LimitExceeded
 from ..format.codecs import Codec, codec_of
 from ..format.entries import compressed_descriptor
+from ..format.header import padded
 from ..format.image import Image
 from ..limits import Budget
 
@@ -27,6 +28,7 @@ class Decoded(NamedTuple):
 
     ``used`` are the host bytes (start, end) that streams take, in the order of their starts; ``entries`` has the
     entry of each. A stream that cannot be decoded keeps all that its descriptor covers: those bytes are not residue.
+    Streams that begin after the last cluster of the file have no bytes and are left out.
     ``failed`` are the entries that do not give exactly a cluster. ``stopped`` is set where not all were decoded.
     """
 
@@ -54,7 +56,11 @@ def decode_all(image: Image, census: Census) -> Decoded:
     entries = census.compressed_entries
     entries = entries[np.argsort(compressed_extents(entries, image.header)[0], kind="stable")]
     offsets, lengths = compressed_extents(entries, image.header)
-    inside = int(np.searchsorted(offsets, np.uint64(image.file_size)))  # how many begin in the file
+    # How many begin in the file, and how many in its clusters, of which the last one may be cut off.
+    inside, in_clusters = np.searchsorted(
+        offsets, np.asarray([image.file_size, padded(image.file_size, size)], np.uint64)
+    )
+    lost = entries[:0]
     used: list[tuple[int, int]] = []
     whose: list[int] = []
     failed: list[int] = []
@@ -83,11 +89,10 @@ def decode_all(image: Image, census: Census) -> Decoded:
             break
         taken = taken if fails else max(taken, offset + parts[-1][1])
     else:
-        lost = entries[inside:].tolist()
-        failed += lost
-        whose += lost
-        used += zip(offsets[inside:].tolist(), (offsets + lengths)[inside:].tolist(), strict=True)
-    return Decoded(used, whose, np.asarray(failed, dtype=np.uint64), stopped)
+        lost, cut = entries[inside:], slice(inside, in_clusters)
+        whose += entries[cut].tolist()
+        used += zip(offsets[cut].tolist(), (offsets + lengths)[cut].tolist(), strict=True)
+    return Decoded(used, whose, np.concatenate((np.asarray(failed, np.uint64), lost)), stopped)
 
 
 def _taken_in(codec: Codec, data: bytes, size: int) -> tuple[tuple[int, int], ...] | None:

@@ -11,7 +11,7 @@ from ..account.streams import Decoded, decode_all
 from ..census import Tables
 from ..census.columns import compressed_extents
 from ..census.issues import spread
-from ..census.reference_counts import is_among
+from ..census.reference_counts import distinct, is_among
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec, codec_of, known_codecs
@@ -47,7 +47,7 @@ def undecodable(facts: Facts) -> Iterator[Deferred | Graded]:
         facts.image.file_size
     )  # zeros do not decode
     faulty = [entry for entry in decoded.failed[~lost].tolist() if _fault(facts, entry)]
-    bad = np.concatenate((decoded.failed[lost], np.asarray(faulty, np.uint64)))
+    bad = distinct(np.concatenate((decoded.failed[lost], np.asarray(faulty, np.uint64))))
     if len(bad):
         for tables in facts.census.tables():
             places, width = np.flatnonzero(is_among(tables.entries, bad)), tables.entries.shape[1]

@@ -119,9 +119,8 @@ def distinct(values: npt.NDArray[_N]) -> npt.NDArray[_N]:
     return ordered[fresh]
 
 
-def is_among(values: npt.NDArray[_N], others: npt.NDArray[_N]) -> Mask:
-    """Return which values are among others, as ``numpy.isin`` does by means of ``numpy.unique``."""
-    known = distinct(others)
+def is_among(values: npt.NDArray[_N], known: npt.NDArray[_N]) -> Mask:
+    """Return which values are among known ones, which rise; ``numpy.isin`` would sort, or hash, these each time."""
     if not len(known):
         return np.zeros(values.shape, np.bool_)
     among: Mask = known[np.minimum(known.searchsorted(values), len(known) - 1)] == values
