@@ -12,6 +12,7 @@ file names, and backing names such as ``file:x``, from the folder it runs in: ``
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -239,10 +240,12 @@ def _copy_of_template(
     wanted, size = size, _TEMPLATE_SIZE if any_size and _is_small(size) else size
     name = hashlib.sha256(repr((args, size)).encode()).hexdigest()[:16]
     template = templates / name
-    if not template.exists():
-        own = templates / f"{name}.{os.getpid()}"
-        img("create", "-q", *args, own, *([] if size is None else [str(size)]), timeout=10 * TIMEOUT)
-        own.replace(template)  # other workers may be making the same one
+    with (templates / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be making the same one
+        if not template.exists():
+            own = templates / f"{name}.{os.getpid()}"
+            img("create", "-q", *args, own, *([] if size is None else [str(size)]), timeout=10 * TIMEOUT)
+            own.replace(template)
     _copy_sparse(template, path)
     if size != wanted:
         resize(path, str(wanted), secret=secret)

@@ -14,7 +14,7 @@ from qcow2_forensics.limits import DEFAULT_LIMITS
 from qcow2_forensics.reader import passphrases
 from qcow2_forensics.reader.encryption.luks import recover_key
 from tests import qemu
-from tests.image_builder import EXT_BACKING_FORMAT, Poke
+from tests.image_builder import EXT_BACKING_FORMAT, PASSPHRASE, Poke
 
 pytestmark = [qemu.requires_qemu]
 pytest.importorskip("cryptography", reason="cryptography is absent")
@@ -22,6 +22,7 @@ pytest.importorskip("cryptography", reason="cryptography is absent")
 MiB = 1 << 20
 CRYPTO = 0x0537BE77  # the extension with the place of the LUKS header
 AES = {"format": "aes"}
+TOP = PASSPHRASE  # of an image that is made once for all tests
 LUKS = {"format": "luks", "iter-time": "10"}
 WANTED = b"\x01" * (256 << 10) + b"\x02" * (512 << 10) + bytes(256 << 10)
 
@@ -46,10 +47,10 @@ def read_all(path: Path, **options: object) -> bytes:
 @pytest.mark.parametrize(
     ("below", "above"),
     [
-        pytest.param((LUKS, "low"), (LUKS, "top"), marks=pytest.mark.slow),
+        pytest.param((LUKS, "low"), (LUKS, TOP), marks=pytest.mark.slow),
         pytest.param((LUKS, "low"), None, marks=pytest.mark.slow),
-        ((AES, "low"), (LUKS, "top")),
-        ((AES, "low"), (AES, "top")),
+        ((AES, "low"), (LUKS, TOP)),
+        ((AES, "low"), (AES, TOP)),
     ],
     ids=["LUKS on LUKS", "plain on LUKS", "LUKS on AES", "AES on AES"],
 )
@@ -57,11 +58,11 @@ def test_each_member_takes_its_own_of_several_passphrases(
     below: tuple[dict[str, str], str], above: tuple[dict[str, str], str] | None, tmp_path: Path
 ) -> None:
     path = chain(tmp_path, below, above)
-    keys = {"base": "low", "disk": "top"}
-    for given in (["wrong", "top", "low"], ["low", b"top"], lambda name: keys[Path(name).name]):
+    keys = {"base": "low", "disk": TOP}
+    for given in (["wrong", TOP, "low"], ["low", TOP.encode()], lambda name: keys[Path(name).name]):
         assert read_all(path, passphrase=given) == WANTED
     with q.open_disk(path) as disk:  # one after the other, as prompts and plaso give them
-        for key in ("low", "top"):
+        for key in ("low", TOP):
             if disk.is_locked:
                 try:
                     disk.unlock(key)
@@ -72,16 +73,16 @@ def test_each_member_takes_its_own_of_several_passphrases(
 
 
 def test_the_error_names_the_member_that_no_key_opens(tmp_path: Path) -> None:
-    path = chain(tmp_path, (LUKS, "low"), (LUKS, "top"))
+    path = chain(tmp_path, (LUKS, "low"), (LUKS, TOP))
     with pytest.raises(Locked, match=r"^base is encrypted \(LUKS\)") as caught:
-        q.open_disk(path, passphrase=["top", "other"])
+        q.open_disk(path, passphrase=[TOP, "other"])
     assert caught.value.member == str(tmp_path / "base")
     with pytest.raises(Locked, match=r"^disk is encrypted \(LUKS\): no key slot accepts any of the 2"):
         q.open_disk(path, passphrase=["low", "other"])
     with q.open_disk(path) as disk:
         assert disk.locked_member == str(path)
         with pytest.raises(Locked):
-            disk.unlock("top")
+            disk.unlock(TOP)
         assert disk.locked_member == str(tmp_path / "base")
         with pytest.raises(Locked, match="base"):
             disk.read(0, 1)
@@ -91,9 +92,9 @@ def test_the_error_names_the_member_that_no_key_opens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_legacy_aes_says_what_speaks_for_the_key(wrong: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = chain(tmp_path, (AES, "low"), (AES, "top"))
+    path = chain(tmp_path, (AES, "low"), (AES, TOP))
     caplog.set_level(logging.INFO, "qcow2_forensics")
-    with q.open_disk(path, passphrase="top" if wrong else ["top", "low"]) as disk:
+    with q.open_disk(path, passphrase=TOP if wrong else [TOP, "low"]) as disk:
         notes = disk.notes
         assert (disk.read(0, disk.size) == WANTED) == (not wrong)
     assert len(notes) == 2

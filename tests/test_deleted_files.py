@@ -111,6 +111,7 @@ class WithoutOrphans:
         return self._handle.open_dir(inode=inode)
 
 
+@pytest.mark.slow
 def test_thousands_of_ntfs_records_are_those_of_fls(tmp_path: Path) -> None:
     guest_disks.need_tools("ntfs-3g")
 

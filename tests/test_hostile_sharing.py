@@ -441,7 +441,8 @@ CROWDS = {
 }
 
 
-@pytest.mark.parametrize("name", quick(CROWDS, ["bitmap tables of one entry"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CROWDS)
 def test_crowds_of_tables_are_counted_together(name: str, tmp_path: Path) -> None:
     source = Counted(FileSource(CROWDS[name](tmp_path / "crowd.qcow2")))
     tracemalloc.start()

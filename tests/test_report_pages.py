@@ -16,7 +16,7 @@ from qcow2_forensics.render.difference_map import difference_map
 from qcow2_forensics.render.difference_page import FILES, RANGES, FileRow, render_difference
 from qcow2_forensics.render.timeline_page import ROWS, render_timeline
 from tests.pages import check_page
-from tests.work import lines_run
+from tests.work import assert_proportional
 
 HOSTILE = "\x1b[31m<script>alert(1)</script>\u202egpj\x00' onload='x\" &amp; \udcff"
 Run = Callable[..., str]
@@ -98,10 +98,7 @@ def test_very_many_facts_of_an_image_cost_what_they_are() -> None:
         "data_type": "qcow2:snapshot",
     }
     events = [{**shared, "timestamp": number, "message": f"n{number}."} for number in range(16_384)]
-    few, many = (
-        lines_run(lambda count=count: render_timeline(events[:count], "disk.qcow2")) for count in (2048, 16_384)
-    )
-    assert many < 10 * few
+    assert_proportional(lambda count: render_timeline(events[:count], "disk.qcow2"), 2048, 16_384)
     assert f"{16_384 - ROWS} earlier times of the image" in render_timeline(events, "disk.qcow2")
 
 

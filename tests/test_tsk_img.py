@@ -22,7 +22,7 @@ from qcow2_forensics.files.spans import Spans
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.filesystems import KINDS, make, sleuthkit
-from tests.image_builder import COPIED, Builder
+from tests.image_builder import COPIED, PASSPHRASE, Builder
 from tests.tiers import every
 
 pytsk3 = pytest.importorskip("pytsk3", reason="pytsk3 is absent")
@@ -153,8 +153,8 @@ def test_every_state_takes_its_passphrase_from_the_environment(
     make_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cryptography")
-    path = make_image("locked.qcow2", SIZE, "write -P 7 0 64k", secret="sesame")
-    monkeypatch.setenv("QCOW2_PASSPHRASE", "sesame")
+    path = make_image("locked.qcow2", SIZE, "write -P 7 0 64k", secret=PASSPHRASE)
+    monkeypatch.setenv("QCOW2_PASSPHRASE", PASSPHRASE)
     assert open_image(path).read(0, 1) == b"\7"
     assert [image.read(0, 1) for image in states(path)] == [b"\7"]
 

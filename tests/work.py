@@ -53,3 +53,10 @@ def lines_run(function: Callable[[], object]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def assert_proportional(work: Callable[[int], object], few: int, many: int) -> None:
+    """Fail where doing much takes over a quarter more lines than doing little lets expect, and then at once."""
+    lines = lines_run(lambda: work(few))
+    with at_most(lines * many // few * 5 // 4):
+        work(many)
