@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from tests import guest_disks, qemu
 from tests.filesystems import MIB, SECTOR
 from tests.guest_disks import Seen
@@ -33,6 +35,8 @@ def exported(image: Path) -> Iterator[Path]:
     """The disk of an image as a file: reads and writes are QEMU's, and so is the bitmap."""
     qemu.need("qemu-storage-daemon")
     guest_disks.need_mounts()
+    if not Path("/dev/fuse").exists():
+        pytest.skip("/dev/fuse is absent")
     disk = image.with_suffix(".fuse")
     disk.touch()
     node = f"driver=qcow2,node-name=disk,file.driver=file,file.filename={image}"

@@ -57,6 +57,34 @@ def test_two_files_are_compared_whatever_their_formats(tmp_path: Path, second: s
     assert named(diff(after, before)) == {"/added.bin": "removed", "/letters.txt": "added"}
 
 
+@pytest.mark.parametrize("failing", [1, 2], ids=["before", "after"])
+def test_names_below_a_folder_that_one_state_cannot_list_are_neither_added_nor_removed(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qcow2_forensics.files.sleuthkit import SleuthKitFileSystem
+
+    one = make(tmp_path, "ext4")
+    two = one.copy("two.raw")
+    two.put("added.txt", b"added")
+    two.remove("letters.txt")
+    calls = []
+    listed = SleuthKitFileSystem._directory
+
+    def directory(system: SleuthKitFileSystem, inode: int, path: str, *, deleted: bool = False) -> list[Any]:
+        calls.append(path)
+        if path == "/folder" and calls.count(path) == failing:
+            system._problem(path, OSError("it does not open"), deleted=deleted)
+            return []
+        return listed(system, inode, path, deleted=deleted)
+
+    monkeypatch.setattr(SleuthKitFileSystem, "_directory", directory)
+    assert main(["diff", str(one.path), str(two.path), "--files", "--format", "json"]) == 2
+    streams = capsys.readouterr()
+    changes = {path: change for path, change in named(json.loads(streams.out)).items() if change != "deleted"}
+    assert changes == {"/added.txt": "added", "/letters.txt": "removed"}
+    assert "of the other state not compared, in folders that are not listed" in streams.err
+
+
 @qemu.requires_qemu
 def test_states_of_two_files_are_chosen_in_each(tmp_path: Path, diff: Diff) -> None:
     one = make(tmp_path, "ext4")

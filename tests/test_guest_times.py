@@ -81,6 +81,25 @@ def test_times_are_those_of_the_kernel(kind: str, tmp_path: Path, capsys: pytest
         }
 
 
+@pytest.mark.parametrize("kind", ["ext4", "ntfs"])
+def test_a_change_of_century_alone_is_a_difference(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Sleuth Kit shows both dates alike: by their low 32 bits, or not at all."""
+    before = dated(tmp_path, *KINDS[kind])
+    after = before.copy("after.raw")
+
+    def set_back(mounted: Path) -> None:
+        os.utime(mounted / "2106", (10, 10) if kind == "ext4" else (-(2**32), -(2**32)))
+
+    after.change(set_back)
+    capsys.readouterr()
+    assert main(["diff", str(before.path), str(after.path), "--files"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "/2106" in line]
+    assert line.startswith("metadata changed")
+    assert "modified" in line
+
+
 def test_times_that_cannot_be_looked_up_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = dated(tmp_path, *KINDS["ext4"])
     monkeypatch.setattr("qcow2_forensics.files.ext_inodes.ExtInodes._table", lambda *_: 0)

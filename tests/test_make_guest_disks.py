@@ -14,6 +14,10 @@ import pytest
 
 from tests import guest_disks, qemu
 
+KINDS = (
+    *("ext4", "xfs", "btrfs", "ntfs", "exfat", "lvm", "lvm-plain", "luks", "swap"),
+    *("luks-in-lvm", "lvm-in-luks", "hybrid", "ntfs-short", "hfsplus"),
+)
 TOOL = Path(__file__).parent.parent / "tools" / "make_guest_disks.py"
 
 
@@ -31,7 +35,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @qemu.requires_qemu
-@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "ntfs", "exfat", "lvm", "lvm-plain", "luks", "swap"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_listed_is_what_the_kernel_shows(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("dfvfs", reason="dfVFS is absent")
     guest_disks.need_mounts()

@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
 import _pytest.outcomes  # noqa: E402 - after the path
-from tests import guest_bitmaps, guest_disks, qemu  # noqa: E402
+from tests import guest_bitmaps, guest_disks, guest_kernel, qemu  # noqa: E402
 from tests.filesystems import MIB, need_tools  # noqa: E402
 from tests.guest_disks import Seen  # noqa: E402
 
@@ -158,18 +159,95 @@ def lvm(folder: Path, *, extended: bool = True) -> Iterator[State]:
 
 def luks(folder: Path) -> Iterator[State]:
     """XFS in a LUKS volume in a partition."""
-    need_tools("qemu-img")
     disk = guest_disks.make(folder, "xfs", 64 * MIB, "luks-plain.raw")
     locked = folder / "luks-volume.raw"
-    secret = ("--object", f"secret,id=key,data={PASSPHRASE}")
     for number, work in enumerate(WORK):
-        disk.change(work)
-        if number:  # the same volume, written to as a guest does
-            options = f"driver=luks,key-secret=key,file.filename={locked}"
-            qemu.img("convert", "-n", *secret, "-f", "raw", "--target-image-opts", disk.path, options)
-        else:
-            qemu.img("convert", *secret, "-O", "luks", "-o", "key-secret=key,iter-time=10", disk.path, locked)
+        _lock(disk.change(work).path, locked)
         yield State(_disk(folder, f"luks.{number}.raw", [locked]), {"/p1/luks": disk.tree()})
+
+
+def _lock(plain: Path, locked: Path) -> None:
+    """Encrypt a volume, or write what it is now to the encrypted one, as a guest does."""
+    need_tools("qemu-img")
+    secret = ("--object", f"secret,id=key,data={PASSPHRASE}")
+    if locked.exists():
+        options = f"driver=luks,key-secret=key,file.filename={locked}"
+        qemu.img("convert", "-n", *secret, "-f", "raw", "--target-image-opts", plain, options)
+    else:
+        qemu.img("convert", *secret, "-O", "luks", "-o", "key-secret=key,iter-time=10", plain, locked)
+
+
+def luks_in_lvm(folder: Path) -> Iterator[State]:
+    """ext4 in LUKS in a logical volume."""
+    made = guest_disks.group(folder, [64 * MIB])
+    guest_disks.create_volume(made, "secret", 40 * MIB)
+    disk = guest_disks.make(folder, "ext4", 24 * MIB, "luks-in-lvm-plain.raw")
+    locked = folder / "luks-in-lvm-volume.raw"
+    locked.unlink(missing_ok=True)
+    for number, work in enumerate(WORK):
+        _lock(disk.change(work).path, locked)
+        made.write("secret", locked)
+        raw = _disk(folder, f"luks-in-lvm.{number}.raw", made.devices)
+        yield State(raw, {"/p1/vg0/secret/luks": disk.tree()})
+
+
+def lvm_in_luks(folder: Path) -> Iterator[State]:
+    """ext4 and XFS in logical volumes in LUKS."""
+    made = guest_disks.group(folder, [112 * MIB])
+    inside = {}
+    for name, kind, size in (("root", "ext4", 32), ("data", "xfs", 64)):
+        guest_disks.create_volume(made, name, size * MIB)
+        inside[name] = guest_disks.make(folder, kind, size * MIB, f"lvm-in-luks-{name}.raw")
+    locked = folder / "lvm-in-luks-volume.raw"
+    locked.unlink(missing_ok=True)
+    for number, work in enumerate(WORK):
+        for name, disk in inside.items():
+            made.write(name, disk.change(work).path)
+        _lock(made.devices[0], locked)
+        trees = {f"/p1/luks/vg0/{name}": disk.tree() for name, disk in inside.items()}
+        yield State(_disk(folder, f"lvm-in-luks.{number}.raw", [locked]), trees)
+
+
+def hybrid(folder: Path) -> Iterator[State]:
+    """ext4 and NTFS on a disk with a GPT and an MBR that lists the same partitions."""
+    need_tools("sgdisk")
+    disks = [guest_disks.make(folder, kind, 24 * MIB, f"hybrid-{kind}.raw") for kind in ("ext4", "ntfs")]
+    for number, work in enumerate(WORK):
+        for disk in disks:
+            disk.change(_with_streams(work) if disk.kind == "ntfs" else work)
+        raw = _disk(folder, f"hybrid.{number}.raw", [disk.path for disk in disks])
+        _run("sgdisk", "--disk-guid=8b1f24f3-3b8e-4a5c-9d5e-7d3e6a0c1b2f", "--hybrid=1:2", raw)
+        yield State(raw, {f"/p{place}": disk.tree() for place, disk in enumerate(disks, 1)})
+
+
+def short_names(folder: Path) -> Iterator[State]:
+    """NTFS where every file with a long name has a short one too."""
+    disk = guest_disks.make(folder, "ntfs", 32 * MIB, "ntfs-short-volume.raw")
+
+    shortened_before: set[str] = set()
+
+    def shortened(work: Callable[[Path], None]) -> Callable[[Path], None]:
+        def changed(place: Path) -> None:
+            _with_streams(work)(place)
+            for number, path in enumerate(sorted(place.rglob("*.*")), 1):
+                if " " in path.name and path.is_file() and path.name not in shortened_before:
+                    name = f"F{number:06}.{path.suffix[1:4].upper()}"
+                    os.setxattr(path, "system.ntfs_dos_name", name.encode())
+                    shortened_before.add(path.name)
+
+        return changed
+
+    for number, work in enumerate(WORK):
+        disk.change(shortened(work))
+        yield State(_disk(folder, f"ntfs-short.{number}.raw", [disk.path]), {"/p1": disk.tree()})
+
+
+def hfsplus(folder: Path) -> Iterator[State]:
+    """HFS+ of macOS, written to by a kernel under emulation: see tests/guest_kernel.py."""
+    volume = guest_kernel.hfs_volume(folder)
+    for number, work in enumerate(guest_kernel.WORK):
+        tree = guest_kernel.change(volume, "hfsplus", work)
+        yield State(_disk(folder, f"hfsplus.{number}.raw", [volume]), {"/p1": tree})
 
 
 def swap(folder: Path) -> Iterator[State]:
@@ -197,6 +275,11 @@ KINDS: dict[str, Callable[[Path], Iterator[State]]] = {
     "lvm": lvm,
     "lvm-plain": functools.partial(lvm, extended=False),  # libvslvm reads no extended volumes, nor does plaso
     "luks": luks,
+    "luks-in-lvm": luks_in_lvm,
+    "lvm-in-luks": lvm_in_luks,
+    "hybrid": hybrid,
+    "ntfs-short": short_names,
+    "hfsplus": hfsplus,
     "swap": swap,
 }
 
@@ -227,7 +310,7 @@ def check(kind: str, folder: Path, states: list[State]) -> list[str]:
             print(f"  {names[0]}..{names[1]}: not read: {', '.join(item['type'] or '?' for item in unread)}")
             continue
         found = _paths(report)
-        expected = _expected(before, after)
+        expected = {path for path in _expected(before, after) if not path.startswith(report["unlisted"])}
         wrong += [f"{kind} {names}: not reported: {path}" for path in sorted(expected - found)]
         wrong += [
             f"{kind} {names}: reported, but the kernel shows no change: {path}" for path in sorted(found - expected)
@@ -249,7 +332,12 @@ def _report(image: Path, before: str, after: str, passphrase: Path) -> dict[str,
     if done.returncode not in (0, 2):
         raise RuntimeError(done.stderr)
     result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return {**result, "unlisted": _unlisted(done.stderr)}
+
+
+def _unlisted(messages: str) -> tuple[str, ...]:
+    """Return the folders that are reported as not listed: pytsk3 20260715 cannot list some of HFS+."""
+    return tuple(f"{path}/" for path in re.findall(r": (/p\d\S*): .*Unable to open directory", messages))
 
 
 def _paths(report: dict[str, Any]) -> set[str]:
@@ -289,7 +377,7 @@ def _check_timeline(kind: str, folder: Path, name: str, state: State) -> Iterato
             rows[path.partition(" -> ")[0]] = int(columns[6]), int(columns[8])
     for place, tree in state.trees.items():
         for path, item in tree.items():
-            if item.type != "r":
+            if item.type != "r" or f"{place}{path}".startswith(_unlisted(done.stderr)):
                 continue
             row = next((row for shown, row in rows.items() if shown.endswith(f"{place}{path}")), None)
             if row is None:
@@ -312,7 +400,7 @@ def plaso(kind: str, folder: Path, states: list[State]) -> list[str]:
     from tests import plaso_tools
     from tests.plaso_tools import Variant
 
-    options = ("--volumes", "all", *(("--credential", f"password:{PASSPHRASE}") if kind == "luks" else ()))
+    options = ("--volumes", "all", *(("--credential", f"password:{PASSPHRASE}") if "luks" in kind else ()))
     runs: dict[str, plaso_tools.Run] = {}
     lines: dict[str, list[str]] = {}
     for name, image, wanted in (

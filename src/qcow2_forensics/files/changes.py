@@ -16,6 +16,7 @@ from ..errors import reason
 from ..text import printable
 from .protocol import FileSystem
 from .records import FileRecord, Place, Span, Times
+from .renames import renames
 from .spans import Spans
 from .volumes import GuestVolumes, Unread
 
@@ -91,7 +92,7 @@ class StateFiles:
     @property
     def problems(self) -> list[str]:
         """What could not be listed or read."""
-        return [problem for system in self.systems.values() for problem in system.problems]
+        return [problem for system in self.systems.values() for problem in system.all_problems()]
 
     @property
     def replaced(self) -> Iterator[Span]:
@@ -226,13 +227,14 @@ class _Pair:
     def changes(self) -> Iterator[Changed]:
         removed = {key: record for key, record in self._old.items() if key not in self._new}
         added = {key: record for key, record in self._new.items() if key not in self._old}
-        renamed = dict(_renames(removed, added))
+        renamed = dict(renames(removed, added))
         for key, new in self._new.items():
             old = self._old.get(key)
             if old is None:
                 source = renamed.get(key)
                 if source is None:
-                    yield Changed(FileChange.ADDED, None, new)
+                    if not _hides(self._old_system, new):
+                        yield Changed(FileChange.ADDED, None, new)
                 else:
                     fields, note = self._differing(removed[source], new)
                     yield Changed(FileChange.RENAMED, removed[source], new, ("path", *fields), note=note)
@@ -242,7 +244,8 @@ class _Pair:
                 yield Changed(FileChange.CONTENT, old, new, fields, note=note)
             elif fields:
                 yield Changed(FileChange.METADATA, old, new, fields)
-        gone = {key: record for key, record in removed.items() if key not in set(renamed.values())}
+        left = removed.keys() - set(renamed.values())
+        gone = {key: old for key, old in removed.items() if key in left and not _hides(self._new_system, old)}
         yield from self._removed(gone)
         yield from self._newly_deleted(gone)
 
@@ -277,6 +280,8 @@ class _Pair:
         for record in self._new_deleted:
             identity = _identity(record)
             if (record.path, identity) in known or identity in reported or not record.inode:
+                continue
+            if _hides(self._old_system, record):
                 continue
             if identity in inodes and not record.path.startswith("/$OrphanFiles/"):
                 continue  # an old name of a file that is still there
@@ -326,6 +331,11 @@ class _Pair:
         return _digest(self._old_system, change.before), _digest(self._new_system, change.after)
 
 
+def _hides(system: FileSystem | None, record: FileRecord) -> bool:
+    """Whether a state may have a file, because a folder above it could not be listed there; it is counted."""
+    return system is not None and system.hides(record.path)
+
+
 def _stream_differs(one: FileSystem | None, old: FileRecord, two: FileSystem | None, new: FileRecord) -> bool:
     if one is None or two is None:
         return True
@@ -372,29 +382,3 @@ def _identity(record: FileRecord) -> tuple[int, str]:
 
 def _share(left: int, total: int) -> Recoverable:
     return Recoverable.YES if left == total else Recoverable.PARTLY if left else Recoverable.NO
-
-
-def _renames(removed: dict[Key, FileRecord], added: dict[Key, FileRecord]) -> Iterator[tuple[Key, Key]]:
-    """Yield (new key, old key) of files that kept inode or blocks, and age, under another name."""
-    by_inode = {(record.inode, record.stream, record.type, record.sequence): key for key, record in removed.items()}
-    by_place = {(record.spans, record.size): key for key, record in removed.items() if record.spans}
-    taken: set[Key] = set()
-    for key, record in added.items():
-        candidates = (
-            by_inode.get((record.inode, record.stream, record.type, record.sequence)),
-            by_place.get((record.spans, record.size)) if record.spans else None,
-        )
-        for candidate in candidates:
-            if candidate is not None and candidate not in taken and _same_age(removed[candidate], record):
-                taken.add(candidate)
-                yield key, candidate
-                break
-
-
-def _same_age(old: FileRecord, new: FileRecord) -> bool:
-    """Whether two records can be one file: an inode used again has times and blocks of its own."""
-    if old.type != new.type or (old.times.created and new.times.created and old.times.created != new.times.created):
-        return False
-    if old.spans and new.spans:
-        return old.spans[0].offset == new.spans[0].offset
-    return not old.spans and not new.spans and (old.size, old.times.modified) == (new.size, new.times.modified)

@@ -214,7 +214,7 @@ class DfvfsFileSystem(FileSystem):
             yield record
 
     def _problem(self, path: str, error: BaseException) -> None:
-        self.is_incomplete = True
+        self.note_unlisted(path)
         self.problems.append(printable(f"{self.volume.prefix}{path}: {_reason(error)}", limit=8192))
 
     def _walk(self, folder: Any, path: str, above: tuple[int, ...], *, again: bool = False) -> Iterator[FileRecord]:

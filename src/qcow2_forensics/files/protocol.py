@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..text import printable
+from ..text import plural, printable
 from .readers import Reader
 from .records import FileRecord, Span, Volume
 
@@ -84,6 +84,8 @@ class FileSystem(ABC):
         self.problems: list[str] = []
         self.is_incomplete = False  # names that are in use may be missing from the listing
         self.replaced: tuple[Span, ...] = ()  # of the disk, in place of which its journal is read
+        self._unlisted: set[str] = set()  # folders in use whose names are not all known, without the slash at the end
+        self._not_compared = 0
 
     def take_log(self, log: Log | None) -> None:
         """Keep what is known of the log of the file system."""
@@ -91,6 +93,29 @@ class FileSystem(ABC):
             self.problems.append(printable(f"{self.volume.prefix or 'the whole disk'}: {log.sentence}", limit=8192))
             self.is_incomplete |= log.is_incomplete
             self.replaced = log.replaced
+
+    def note_unlisted(self, path: str) -> None:
+        """Remember that names in use may be missing from a folder."""
+        self.is_incomplete = True
+        self._unlisted.add(path.rstrip("/"))
+
+    def hides(self, path: str) -> bool:
+        """Return whether a folder above a path could not be listed: the path is then counted as not compared."""
+        places = (at for at, letter in enumerate(path) if letter == "/") if self._unlisted else ()
+        hidden = any(path[:at] in self._unlisted for at in places)
+        self._not_compared += hidden
+        return hidden
+
+    def all_problems(self) -> list[str]:
+        """Return the problems, and how many names of another state were not compared."""
+        if not self._not_compared:
+            return self.problems
+        names = plural(self._not_compared, "name")
+        where = self.volume.prefix or "the whole disk"
+        return [
+            *self.problems,
+            f"{printable(where)}: {names} of the other state not compared, in folders that are not listed",
+        ]
 
     @abstractmethod
     def records(self, *, names: bool = False) -> Iterator[FileRecord]:

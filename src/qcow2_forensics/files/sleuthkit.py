@@ -99,7 +99,8 @@ class SleuthKitFileSystem(FileSystem):
 
     def _problem(self, path: str, error: BaseException, *, deleted: bool = False) -> None:
         """Note what could not be listed; a deleted entry does not make the list incomplete."""
-        self.is_incomplete |= not deleted
+        if not deleted:
+            self.note_unlisted(path)
         why = (reason(error) or type(error).__name__).splitlines()[0]
         self.problems.append(printable(f"{self.volume.prefix}{path}: {why}", limit=8192))
 
