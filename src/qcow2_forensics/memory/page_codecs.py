@@ -53,10 +53,9 @@ def decode(source: Source, value: int, history: tuple[int, ...], page_size: int)
 
 def page_of(source: Source, value: int, history: tuple[int, ...], page_size: int) -> bytes:
     """Return the page that a value of a run index stands for: stored, one byte repeated, or to be decoded."""
-    if is_special(value):
-        return decode(source, value, history, page_size)
     if value < 0:
-        return bytes([-1 - value]) * page_size
+        special = is_special(value)
+        return decode(source, value, history, page_size) if special else bytes([-1 - value]) * page_size
     data = source.read(value, page_size)
     if len(data) < page_size:
         raise ReadError("the migration stream ends early", offset=value, length=page_size)
