@@ -108,3 +108,19 @@ def test_times_that_cannot_be_looked_up_are_reported(tmp_path: Path, monkeypatch
     (problem,) = system.problems
     assert "dates before 1970 and after 2038 may be missing or wrong" in problem
     assert not system.is_incomplete
+
+
+def test_an_xfs_time_that_cannot_be_looked_up_is_reported_and_the_listing_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("dfvfs", reason="dfVFS is absent")
+    disk = dated(tmp_path, *KINDS["xfs, 32 bit"])
+
+    def broken(*_: object) -> None:
+        raise OSError("inode 7 is not where it belongs")
+
+    monkeypatch.setattr("qcow2_forensics.files.dfvfs_files.stored_times", broken)
+    (system,) = open_volumes(RawDisk(FileSource(disk.path)), "the disk").systems
+    assert {record.path for record in system.records()} == {"/1902", "/1966", "/1969", "/1970", "/2009"}
+    assert len(system.problems) == 3
+    assert all("dates before 1970 may be two seconds early" in problem for problem in system.problems)

@@ -199,6 +199,7 @@ PLACEMENT_WORK = 1 << 34  # multiplications for that: some seconds
 PLACEMENT_CELLS = 1 << 27  # tables times slots of one arrangement, a byte each
 
 # Files of the guest, and mounts
+ORPHAN_INODES = 2_000_000  # looked at for files without a name, where the library does not list them
 FILE_SYSTEM_ENTRIES = 20_000_000  # records of one file system; more is a damaged one
 FOLDER_DEPTH = 512  # directories inside each other; more is a damaged file system
 FILE_BYTES = 1 << 30  # bytes of a file that are read however small the disk

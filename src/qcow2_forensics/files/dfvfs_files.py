@@ -30,6 +30,7 @@ from .xfs_inodes import stored_times
 
 _CHUNK = 1 << 20  # of file content read at a time
 _WINDOW = 64 << 10  # bytes read at once where a library asks for a few; a power of two
+_MOST_IN_DOUBT = 1000  # files of which is reported that a time may be wrong
 _SECOND = 1_000_000_000  # nanoseconds
 _FRACTIONS = {"10ms": 10_000_000, "1ms": 1_000_000, "1us": 1000, "100ns": 100, "1ns": 1}
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, dfvfs_errors.Error)
@@ -196,6 +197,7 @@ class DfvfsFileSystem(FileSystem):
         self._file = file
         self._root = spec
         self._visits = Visits()
+        self._times_in_doubt = 0
         self._system = resolver.Resolver.OpenFileSystem(spec, resolver_context=resolver_context)
 
     # --- listing -----------------------------------------------------------------------------
@@ -265,7 +267,14 @@ class DfvfsFileSystem(FileSystem):
         spans, sparse, resident = self._spans(entry, letter)
         times = Times(*(_time(entry, f"{name}_time") for name in ("modification", "access", "change", "creation")))
         if self.volume.kind == "xfs" and min(times) < 0:
-            times = stored_times(self._reader, inode)
+            try:
+                times = stored_times(self._reader, inode)
+            except OSError as error:
+                self._times_in_doubt += 1
+                if self._times_in_doubt <= _MOST_IN_DOUBT:
+                    more = ", and others" if self._times_in_doubt == _MOST_IN_DOUBT else ""
+                    sentence = f"{self.volume.prefix}{path}{more}: dates before 1970 may be two seconds early: {error}"
+                    self.problems.append(printable(sentence, limit=8192))
         return FileRecord(
             volume=self.volume,
             path=path,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytsk3
 
 from ..errors import reason
-from ..limits import FILE_BYTES, FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
+from ..limits import FILE_BYTES, FILE_SYSTEM_ENTRIES, FOLDER_DEPTH, ORPHAN_INODES
 from ..text import printable
 from .ntfs_records import RecordPlaces, name_times, record_size
 from .orphans import orphans
@@ -93,9 +93,9 @@ class SleuthKitFileSystem(FileSystem):
         try:
             return list(self.handle.open_dir(inode=inode))
         except (OSError, RuntimeError) as error:
-            if int(self.handle.info.last_inum) > FILE_SYSTEM_ENTRIES:
+            if int(self.handle.info.last_inum) > ORPHAN_INODES:
                 self._problem(path, error, deleted=True)
-            return list(orphans(self.handle, self._named, FILE_SYSTEM_ENTRIES))
+            return list(orphans(self.handle, self._named, ORPHAN_INODES))
 
     def _problem(self, path: str, error: BaseException, *, deleted: bool = False) -> None:
         """Note what could not be listed; a deleted entry does not make the list incomplete."""
