@@ -95,15 +95,24 @@ def test_importing_the_package_imports_none_of_its_modules() -> None:
     assert _fresh(code) == "[]"
 
 
-def test_a_command_imports_nothing_for_what_it_is_not_asked_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "unwanted"),
+    [
+        ("diff {} --from active", ("files", "render", "census.survey", "findings")),
+        ("info {}", ("files", "render", "census", "findings", "reader.disk", "reader.resolver")),
+    ],
+)
+def test_a_command_imports_nothing_for_what_it_is_not_asked_to_do(
+    command: str, unwanted: tuple[str, ...], tmp_path: Path
+) -> None:
     image = Builder().write(tmp_path / "a.qcow2")
     code = (
         "import contextlib, io, sys\n"
         "from qcow2_forensics.cli import main\n"
         "with contextlib.redirect_stdout(io.StringIO()):\n"
-        f"    main(['diff', {str(image)!r}, '--from', 'active'])\n"
-        "print([name for name in sys.modules if name.startswith(('qcow2_forensics.files', 'qcow2_forensics.render'))"
-        " or name in ('hashlib', 'logging', 'qcow2_forensics.census.survey', 'qcow2_forensics.findings')])"
+        f"    main({[item.format(image) for item in command.split()]})\n"
+        f"unwanted = ('hashlib', 'logging', *('qcow2_forensics.' + name for name in {unwanted}))\n"
+        "print([name for name in sys.modules if name.startswith(unwanted)])"
     )
     assert _fresh(code) == "[]"
 

@@ -11,7 +11,6 @@ from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import FORMATS, Column, plural, printable, short_date, size, snapshot_date, write_table
 from . import add_image_argument, complain
-from .options import bytes_of
 
 _EPILOG = """examples:
   qcow2-forensics snapshots disk.qcow2
@@ -25,6 +24,8 @@ _NAME_SHOWN = 40  # characters of an ID or a name in the table for people
 
 def add_parser(subparsers: Any) -> None:
     """Add ``snapshots`` to the command line."""
+    from .options import bytes_of  # here: info takes the facts of a snapshot from this module, and opens no disk
+
     parser = subparsers.add_parser(
         "snapshots",
         help="list internal snapshots",
