@@ -72,6 +72,7 @@ def test_each_member_takes_its_own_of_several_passphrases(
             assert disk.read(0, disk.size) == WANTED
 
 
+@pytest.mark.slow
 def test_the_error_names_the_member_that_no_key_opens(tmp_path: Path) -> None:
     path = chain(tmp_path, (LUKS, "low"), (LUKS, TOP))
     with pytest.raises(Locked, match=r"^base is encrypted \(LUKS\)") as caught:

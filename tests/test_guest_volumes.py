@@ -210,6 +210,7 @@ def lvm_states(tmp_path: Path) -> list[tuple[Path, dict[str, Disk]]]:
     return found
 
 
+@pytest.mark.slow
 def test_logical_volumes_over_several_partitions_are_read(lvm_states: list[tuple[Path, dict[str, Disk]]]) -> None:
     for raw, inside in lvm_states:
         found = volumes_of(raw)
@@ -442,6 +443,7 @@ def test_luks_volumes_are_read_with_a_passphrase_and_named_without(tmp_path: Pat
     assert result["summary"]["bytes_in_unread_volumes"] == 0
 
 
+@pytest.mark.slow
 @qemu.requires_qemu
 def test_luks_is_read_in_a_process_that_has_used_dfvfs_for_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("dfvfs", reason="dfVFS is absent")

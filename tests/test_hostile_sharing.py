@@ -147,6 +147,7 @@ def test_tables_that_map_nothing_are_distinguished_from_those_that_map_zeros_as_
 _ANY_TABLE = st.sampled_from([ZEROS, ZEROS_TOO, HOLES, HOLES_TOO, table(0, 1), b"", "data"])
 
 
+@pytest.mark.slow
 @given(st.lists(_ANY_TABLE, min_size=1, max_size=6), st.integers(0, 6 * SPAN), st.integers(1, 6 * SPAN))
 def test_runs_are_what_the_clusters_say_one_by_one(contents: list[bytes | str], start: int, length: int) -> None:
     builder = Builder(cluster_bits=9, size=6 * SPAN)

@@ -168,6 +168,7 @@ def test_encrypted_images_need_the_key_file(make_image: Callable[..., Path], tmp
     assert (tmp_path / "raw").read_bytes() == qemu.raw_bytes(image, secret=PASSPHRASE)
 
 
+@pytest.mark.slow
 def test_keys_and_states_are_those_of_every_front_door(
     make_image: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

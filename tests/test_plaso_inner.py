@@ -211,6 +211,7 @@ def inner_files(host: Path) -> Any:
     return factory.Factory.NewPathSpec("EXT", location="/", parent=spec)
 
 
+@pytest.mark.slow
 @qemu.requires_qemu
 def test_a_locked_volume_hides_no_other(locked: Path) -> None:
     image = inner_files(locked).parent.parent.parent

@@ -315,7 +315,7 @@ def _version_lowered(data: bytearray) -> None:
 @pytest.mark.parametrize(
     ("options", "compress", "rewrite", "code", "proposed"),
     every(
-        2,
+        4,
         [
             ("compression_type=zstd", True, _compression_cleared, "QCOW2-COMPRESSED-INVALID", "compression=zstd"),
             ("compression_type=zstd", True, _version_lowered, "QCOW2-COMPRESSED-INVALID", "version=3"),

@@ -454,6 +454,7 @@ def test_no_memory_state_is_one_warning(make_image: Callable[..., Path], tmp_pat
     assert_told(vol("-f", image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path), "with memory")
 
 
+@pytest.mark.slow
 def test_a_truncated_image_is_one_warning(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "short.qcow2").write_bytes(saved.image.read_bytes()[: saved.image.stat().st_size // 2])
     assert_told(vol("-f", "short.qcow2", *SCAN, cwd=tmp_path, every_stacker=True), "past the end of the file")
