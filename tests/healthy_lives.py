@@ -193,7 +193,7 @@ class Life:
 
     def shrink(self) -> None:
         """A smaller one."""
-        self._resize(SIZE, "--shrink")
+        self._resize(SIZE, shrink=True)
 
     def add_bitmap(self) -> None:
         """A bitmap, and writes that it notes."""
@@ -240,10 +240,6 @@ class Life:
         plain = [command for command in commands if " -c " not in command or self.combination.compresses]
         qemu.io(self.path, *plain, secret=self.combination.secret, opts=opts, check=check)
 
-    def _resize(self, size: int, *extra: str) -> None:
-        target = ["-f", "qcow2", str(self.path)]
-        if self.combination.secret:
-            name = f"driver=qcow2,file.filename={self.path},encrypt.key-secret=key0"
-            target = ["--object", f"secret,id=key0,data={SECRET}", "--image-opts", name]
-        qemu.img("resize", "-q", *extra, *target, str(size))
+    def _resize(self, size: int, *, shrink: bool = False) -> None:
+        qemu.resize(self.path, size, shrink=shrink, secret=self.combination.secret)
         self.size = size
