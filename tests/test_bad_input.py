@@ -170,6 +170,7 @@ def _with_snapshots(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @qemu.requires_qemu
 def test_an_unknown_name_among_65536_snapshots_is_a_short_message(tmp_path: Path) -> None:
     path = _with_snapshots(tmp_path / "disk", 65536)
@@ -189,7 +190,7 @@ def test_a_snapshot_costs_no_more_to_look_for_among_thousands(tmp_path: Path) ->
     assert_proportional(look_for_none, 512, 4096)
 
 
-@pytest.mark.parametrize("kind", [0x12345678, EXT_CRYPTO])
+@pytest.mark.parametrize("kind", every(2, [0x12345678, EXT_CRYPTO]))
 def test_header_extensions_are_counted_to_a_limit(kind: int, tmp_path: Path) -> None:
     most = q.DEFAULT_LIMITS.header_extensions
     path = Builder(cluster_bits=21).write(tmp_path / "disk")

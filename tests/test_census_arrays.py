@@ -102,6 +102,7 @@ def _owners(codes: OwnerCodes, start: int, stop: int) -> np.ndarray:
     return np.repeat(owners, stops - starts)
 
 
+@pytest.mark.slow
 def test_owners_are_those_of_a_plain_array() -> None:
     rng, codes, dense = np.random.default_rng(4), OwnerCodes(3000), np.zeros(3000, np.uint16)
     for step in range(400):  # far more combinations than fit a byte

@@ -767,6 +767,7 @@ def _crowded(count: int, values: int = 8000) -> Facts:
     )
 
 
+@pytest.mark.slow
 def test_thousands_of_blocks_and_devices_cost_little() -> None:
     facts = {count: _crowded(count, 100) for count in (256, 2048)}
     assert_proportional(lambda count: place(facts[count]), 256, 2048)

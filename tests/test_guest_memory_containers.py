@@ -295,6 +295,7 @@ def test_an_xz_file_that_announces_a_huge_dictionary_is_refused_before_it_takes_
         open_guest_memory(BytesSource(libvirt(bytes(body), packing=3)))
 
 
+@pytest.mark.slow
 def test_a_file_that_decompresses_without_end_is_refused_by_its_own_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_processor_without_paging_is_no_answer() -> None:
     assert place_linux(memory, SYMBOLS, BANNER) is None
 
 
+@pytest.mark.slow
 def test_random_registers_and_tables_end_in_an_answer_or_in_none() -> None:
     source = random.Random(3)
     for _ in range(40):

@@ -504,6 +504,7 @@ VOLUMES: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.slow
 @qemu.requires_qemu
 def test_one_readable_partition_does_not_silence_the_others(tmp_path: Path, diff: Diff) -> None:
     pytest.importorskip("dfvfs", reason="dfVFS is absent")

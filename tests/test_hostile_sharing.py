@@ -834,6 +834,7 @@ def test_refcount_blocks_counted_in_pieces_are_those_counted_at_once(slots: list
         assert counted() == whole
 
 
+@pytest.mark.slow
 def test_refcount_blocks_with_gaps_between_them_are_read_together() -> None:
     first, count = len(_blank_image()), 3000
     block = struct.pack(">256H", *[1] * 256)

@@ -218,6 +218,7 @@ def _reads_equal(work: tuple[str, str, int]) -> int:
     return 125
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fuse")
 def test_eight_processes_read_at_random_and_get_the_right_bytes(
     make_image: Callable[..., Path], tmp_path: Path

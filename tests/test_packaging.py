@@ -134,7 +134,7 @@ def needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
 
 
-both = pytest.mark.parametrize("kind", quick(["installed", "editable"], ["installed"]))
+both = pytest.mark.parametrize("kind", quick(["installed", "editable"], []))
 
 
 def sources(folder: str) -> set[str]:
@@ -217,6 +217,7 @@ def test_what_every_extra_installs_is_imported_by_something() -> None:
             assert re.search(rf"\b(?:import|from) {re.escape(module)}\b|[\"']{re.escape(module)}[\"']", code), package
 
 
+@pytest.mark.slow
 def test_source_distribution_holds_tests_and_no_leftovers(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]

@@ -273,6 +273,7 @@ def test_snapshot_entries_that_name_more_than_a_file_can_store_cost_no_memory(l1
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_overlapping_l1_tables_of_snapshots_are_refused_not_read_again_and_again(tmp_path: Path) -> None:
     builder = Builder(cluster_bits=16, size=1 << 20)
     builder.data(0, b"\x11" * 65536)
@@ -389,6 +390,7 @@ def test_a_finding_names_the_width_that_the_refcounts_have(bits: int, order: int
     assert finding.evidence[1].value == bits.bit_length() - 1
 
 
+@pytest.mark.slow
 def test_no_geometry_is_contradicted_by_damage_to_refcounts_and_tables(raw: Path, tmp_path: Path) -> None:
     """Bytes of metadata are overwritten one after the other, so that the check finds something each time."""
     path = tmp_path / "image.qcow2"

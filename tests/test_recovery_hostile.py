@@ -35,6 +35,7 @@ from qcow2_forensics.recovery.xfs_volume import xfs_map
 from qcow2_forensics.residue.structure_detection import Geometry
 from tests.image_builder import COPIED, Builder
 from tests.test_work_budget import Counted
+from tests.tiers import every
 
 states_module = sys.modules[recovered_states.__module__]
 
@@ -89,7 +90,7 @@ CRAFTED = [
 ]
 
 
-@pytest.mark.parametrize("make", CRAFTED, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", every(2, CRAFTED), ids=lambda make: make.__name__)
 def test_looking_for_states_reads_a_bounded_multiple_of_the_file_or_refuses(
     make: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_headers_that_share_a_long_l1_table_cost_memory_for_no_more_than_is_kept
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_states_found_before_the_budget_is_used_up_are_listed_with_a_note(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -281,6 +281,7 @@ def test_a_table_of_zeros_is_not_called_certain_while_clusters_have_no_owner(tmp
     assert wrong_bytes(state, raw)["certain"] == 0
 
 
+@pytest.mark.slow
 def test_the_active_state_comes_before_those_of_snapshots_whose_l1_tables_are_whole(tmp_path: Path) -> None:
     disk = ext4(tmp_path)
     image_of(disk, "cluster_size=4096")
@@ -399,6 +400,7 @@ def test_a_cluster_is_in_use_where_one_of_its_blocks_is_and_unknown_where_one_ma
     assert cluster_use([volume], [0], 5 * 4096, 4096).tolist() == [[-1, 0, 1, -1, -1]]
 
 
+@pytest.mark.slow
 def test_a_file_of_crafted_tables_ends_within_the_budget(tmp_path: Path) -> None:
     """Every cluster is an L2 table that maps the first clusters: much to look at for few bytes."""
     cluster = 4096

@@ -90,6 +90,7 @@ def test_the_timeline_keeps_the_facts_of_the_image_and_the_latest_of_files() -> 
     assert f"f{2 * ROWS - 1}." not in page
 
 
+@pytest.mark.slow
 def test_very_many_facts_of_an_image_cost_what_they_are() -> None:
     shared = {
         "datetime": "2026-05-04T09:00:00+00:00",

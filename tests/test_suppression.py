@@ -184,6 +184,7 @@ def test_evidence_is_spread_over_the_tables_that_are_hit(tmp_path: Path) -> None
         assert hit == set(tables[1:]), code
 
 
+@pytest.mark.slow
 def test_findings_above_the_limit_per_code_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = base_b(tmp_path / "disk.qcow2")
     size = -(-path.stat().st_size // 65536) * 65536

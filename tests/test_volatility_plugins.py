@@ -315,6 +315,7 @@ def test_the_progress_line_shows_no_control_characters_of_the_image(
     assert b"\x1b" not in shown
 
 
+@pytest.mark.slow
 def test_a_search_of_all_snapshots_finds_what_is_in_each(saved: Saved) -> None:
     found = plugin_rows("scan.Scan", saved.image, pattern="Linux version 9[^\n]+")
     assert [(row["Snapshot"], row["Address"]) for row in found] == [
