@@ -21,7 +21,6 @@ from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import as_strided
 
 from ..format.entries import (
     BITMAP_ALL_ONES,
@@ -50,7 +49,7 @@ _OFFSET, _COPIED, _ZERO = np.uint64(OFFSET_MASK), np.uint64(COPIED), np.uint64(Z
 _SUBCLUSTERS = np.uint64(SUBCLUSTER_MASK)
 _NONE = np.uint64(0)
 
-BATCH = 1 << 19  # bytes of L2 tables looked at together: temporaries stay in the cache
+BATCH = 1 << 20  # bytes of L2 tables looked at together: temporaries stay in the cache
 
 
 class EntryFormat(Protocol):
@@ -184,7 +183,8 @@ def windows(values: npt.NDArray[_T], width: int) -> npt.NDArray[_T]:
     by the numbers of their elements.
     """
     step = values.strides[0]
-    return as_strided(values, (len(values) - width + 1, width), (step, step))
+    # numpy's own functions for this take longer than reading a run does.
+    return np.ndarray((len(values) - width + 1, width), values.dtype, values, 0, (step, step))
 
 
 def named_offsets(entries: U64) -> U64:

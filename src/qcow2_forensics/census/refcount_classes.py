@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -15,10 +16,21 @@ Bytes = npt.NDArray[np.uint8]
 
 ZERO, ONE, MORE, UNREADABLE = range(4)
 _CHUNK = 1 << 20  # clusters looked up together, a multiple of four
-_ALL_ONE = 0b01010101
+_ALL_ONE = 0b01010101  # the class 1 four times; also the lower bit of any
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
 # The four classes in each value of a byte, as the four bytes of one number.
 _UNPACKED = ((np.arange(256, dtype=np.uint8)[:, None] >> _SHIFTS) & np.uint8(3)).view(np.uint32).reshape(-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _bits_that_count(width: int) -> Bytes:
+    """Return which bits of packed classes :meth:`RefcountClasses.copied_fits` looks at: of a run of ``width`` clusters.
+
+    By whether the run is copied, and where in its first byte it starts.
+    """
+    count, run = -(-width // 4) + 1, (1 << 2 * width) - 1
+    inside = np.stack([np.frombuffer((run << 2 * at).to_bytes(count, "little"), np.uint8) for at in range(4)])
+    return np.stack([inside & np.uint8(_ALL_ONE), inside])
 
 
 class RefcountClasses:
@@ -37,8 +49,11 @@ class RefcountClasses:
         for first in range(0, count, _CHUNK):
             last = min(first + _CHUNK, count)
             part = classes(first, last)
-            quads = np.append(part, np.zeros(-len(part) % 4, dtype=np.uint8)).reshape(-1, 4)
-            packed = quads[:, 0] | quads[:, 1] << 2 | quads[:, 2] << 4 | quads[:, 3] << 6
+            if len(part) % 4:
+                part = np.append(part, np.zeros(-len(part) % 4, dtype=np.uint8))
+            quads = part.view("<u4")  # four classes in each, in the lowest bits of its bytes
+            quads = quads | quads >> np.uint32(6)
+            packed = (quads | quads >> np.uint32(12)).astype(np.uint8)
             self._packed[first // 4 : first // 4 + len(packed)] = packed
 
     def _looked_up(self, first: int, last: int) -> Bytes:
@@ -61,11 +76,11 @@ class RefcountClasses:
             copied           ok                     bits ^ 01 is 0 for each cluster
             not copied  ok        ok                bits & 01 is 0 for each cluster
         """
-        count, run = -(-width // 4) + 1, (1 << 2 * width) - 1
-        inside = np.stack([np.frombuffer((run << 2 * at).to_bytes(count, "little"), np.uint8) for at in range(4)])
-        packed = windows(self._packed, count)[starts >> np.uint64(2)]
-        wrong = np.where(copied[:, None], packed ^ np.uint8(_ALL_ONE), packed & np.uint8(_ALL_ONE))
-        fits: Mask = ~(wrong & inside[starts & np.uint64(3)]).any(axis=1)
+        bits = _bits_that_count(width)
+        packed = windows(self._packed, bits.shape[2])[starts >> np.uint64(2)]
+        packed ^= (copied * np.uint8(_ALL_ONE))[:, None]
+        packed &= bits[copied.astype(np.intp), starts & np.uint64(3)]
+        fits: Mask = ~packed.any(axis=1)
         return fits
 
     def _of_clusters(self, clusters: U64) -> Bytes:
@@ -81,7 +96,9 @@ class RefcountClasses:
             if not readable:
                 part[:] = UNREADABLE
             elif values is not None:
-                np.minimum(values, values.dtype.type(MORE), out=part, casting="unsafe")
+                np.add(
+                    (values != 0).view(np.uint8), (values > 1).view(np.uint8), out=part
+                )  # 0, 1, and MORE for the rest
         return classes
 
     def part(self, start: int, stop: int) -> Bytes:
