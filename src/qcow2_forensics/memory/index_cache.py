@@ -156,10 +156,11 @@ def _check(
     for start, count, what in zip(first, pages, value, strict=True):
         if start < end or count < 1 or start + count > limit or what == MISSING:
             raise _unfit("runs")
-        if is_special(what) and (count != 1 or not 0 <= offset_of(what) < stream_size):
+        if what >= 0:
+            if what + (count - 1) * stride + page_size > stream_size:
+                raise _unfit("runs outside of the stream")
+        elif what < MISSING and (count != 1 or not 0 <= offset_of(what) < stream_size):  # as is_special() has it
             raise _unfit("encoded pages outside of the stream")
-        if what >= 0 and what + (count - 1) * stride + page_size > stream_size:
-            raise _unfit("runs outside of the stream")
         end = start + count
 
 
