@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..format.entries import stored_extent
 from ..format.image import Image
 from ..limits import UNALIGNED_TABLES_FILE, UNALIGNED_TABLES_REPEATS, UNALIGNED_TABLES_SPARE, Budget
 from .columns import (
@@ -26,6 +27,7 @@ from .columns import (
     table_words,
 )
 from .index_map import IndexMap
+from .issues import Item
 from .reference_counts import Segments, weighted_segments
 from .state_ends import StateEnds
 
@@ -232,6 +234,14 @@ class Tables:
     def guest_offset(self, row: int, column: int) -> int:
         """Return the guest offset an entry maps."""
         return (int(self.index[row]) * int(self.entries.shape[1]) + column) << self.cluster_bits
+
+    def item(self, row: int, column: int, host: int | None = None) -> Item:
+        """Return an entry as an item of evidence; ``host`` is the offset concerned, where that is not what it names."""
+        entry = int(self.entries[row, column])
+        if host is None:
+            host, _ = stored_extent(entry, self.cluster_bits)
+        where, guest = self.entry_offset(row, column), self.guest_offset(row, column)
+        return Item("L2", where, entry, host, guest, int(self.tree[row]))
 
     def guest_clusters(self, places: Places) -> U64:
         """Return the guest cluster numbers of flat places in ``entries``."""
