@@ -17,13 +17,10 @@ from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
 from ..format.entries import ALL_SUBCLUSTERS_ZERO, ZERO
 from ..format.header import padded
 from ..format.image import Image
-from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH
+from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SNAPSHOT_KNOWN_EXTRA
 from .header_claims import claim_name
 from .labels import Kind, Labels, Place
 from .spans import Spans
-
-_VM_SIZE_AT = 32  # in a snapshot table entry
-_KNOWN_EXTRA = 24  # bytes of a snapshot's extra data: VM state size, disk size, instruction count
 
 
 class TableClaims:
@@ -138,12 +135,13 @@ class TableClaims:
         unused = self.labels.number(Place.UNUSED_FIELD, "vm_state_size")
         for entry in self.image.snapshots:
             at = entry.offset + SNAPSHOT_ENTRY_LENGTH
-            known = min(entry.extra_length, _KNOWN_EXTRA)
+            known = min(entry.extra_length, SNAPSHOT_KNOWN_EXTRA)
             # The 32-bit size of a VM state is read where the extra data has no 64-bit one.
             if known >= 8 and entry.vm_state_size32 not in (0, entry.vm_state_size):
-                self.claims.add(label, entry.offset, entry.offset + _VM_SIZE_AT)
-                self.hints.add(unused, entry.offset + _VM_SIZE_AT, entry.offset + _VM_SIZE_AT + 4)
-                self.claims.add(label, entry.offset + _VM_SIZE_AT + 4, at + known)
+                place, length = entry.place_of("vm_state_size32")
+                self.claims.add(label, entry.offset, place)
+                self.hints.add(unused, place, place + length)
+                self.claims.add(label, place + length, at + known)
             else:
                 self.claims.add(label, entry.offset, at + known)
             self.hints.add(extra, at + known, at + entry.extra_length)
