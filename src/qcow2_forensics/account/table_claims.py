@@ -8,9 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Owner
-from ..census.claimed_clusters import merged
-from ..census.columns import I64, U64
-from ..census.reference_counts import is_among
+from ..census.arrays import I64, U64, distinct_rows, is_among, merged, run_starts
 from ..census.state_ends import StateEnds
 from ..census.walk import L2Tables, batches, l1_chunks, walkable
 from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
@@ -58,7 +56,7 @@ class TableClaims:
             label = self.labels.number(Kind.L1, owner)
             rows = np.column_stack((starts[chosen], meant[chosen], stops[chosen]))[kept]
             if len(rows):
-                rows = np.unique(rows, axis=0) if len(rows) > 1 else rows  # a table that several entries name is one
+                rows = distinct_rows(rows)  # a table that several entries name is one
                 self.claims.add_many(label, rows[:, 0], rows[:, 1])
                 self._past_end(label, rows[:, 1], np.minimum(rows[:, 2], self.image.file_size), owner)
 
@@ -192,7 +190,7 @@ class TableClaims:
             found.append(np.column_stack((chunk.tables[sound], left[sound].astype(np.uint64))))
         rows = np.concatenate([*found, np.empty((0, 2), np.uint64)]).astype(np.int64)
         rows = rows[np.lexsort((-rows[:, 1], rows[:, 0]))]
-        rows = rows[np.concatenate(([True], rows[1:, 0] != rows[:-1, 0]))[: len(rows)]]
+        rows = rows[run_starts(rows[:, 0])]
         self.claims.add_many(label, rows[:, 0], rows[:, 0] + rows[:, 1])
         self.hints.add_many(past, rows[:, 0] + rows[:, 1], rows[:, 0] + self.size)
 

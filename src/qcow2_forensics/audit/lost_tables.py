@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import Tables
-from ..census.columns import I64, U64, Mask, big_endian
+from ..census.arrays import I64, U64, Mask
+from ..census.columns import big_endian
 from ..findings import Evidence, Selection, Severity
 from ..limits import LEAKED_TABLES_SEARCHED
 from ..reader.host_holes import host_runs

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..account.streams import Decoded, decode_all
 from ..census import Tables
+from ..census.arrays import distinct, is_among
 from ..census.columns import compressed_extents
 from ..census.issues import spread
-from ..census.reference_counts import distinct, is_among
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec, codec_of, known_codecs

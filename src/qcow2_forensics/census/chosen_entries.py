@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .columns import U64, Mask, Places
+from .arrays import U64, Mask, Places
 from .issues import Item, spread
 from .walk import Tables
 

@@ -15,19 +15,19 @@ from ..findings import EVIDENCE_LIMIT
 from ..format.entries import named_offset
 from ..format.image import Image
 from .aliases import Aliases
+from .arrays import U64, DistinctValues, Mask, Places, ranges, weighted_segments
 from .chosen_entries import ChosenEntries
-from .columns import U64, Mask, Places, compressed_extents, has_copied, without_copied
+from .columns import compressed_extents, has_copied, without_copied
 from .index_map import IndexMap
 from .issues import Issues, Item, spread
 from .owner_codes import OwnerCodes
 from .owners import Owner
 from .refcount_classes import RefcountClasses
 from .refcounts import StoredRefcounts
-from .reference_counts import Counters, distinct, ranges, weighted_segments
+from .reference_counts import Counters
 from .walk import L1Chunk, L2Tables, Tables
 
 _SHORT_RUN = 8  # clusters of one structure
-_WAITING = 1 << 20  # entries gathered before they are merged
 _LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than one by one
 
 
@@ -54,7 +54,7 @@ class Claims:
         self.fragmented = 0
         self.compressed = 0
         self.compressed_entries = 0  # of all states
-        self.streams = DistinctEntries()  # compressed entries of all states
+        self.streams = DistinctValues()  # compressed entries of all states
         self.mapped_clusters = 0  # guest clusters with host bytes, every reference counted
         # These have an element for each host cluster that the index map knows.
         self.counts = Counters(index_map.length)
@@ -409,27 +409,3 @@ class Claims:
     def checked(self) -> int:
         """How many clusters the check compares: those of the file, and one more if a claim reaches into it."""
         return self.clusters + (self.counts[self.index_map.at(self.clusters)] > 0)
-
-
-class DistinctEntries:
-    """Gathers table entries, each value once; memory grows with the number of different ones."""
-
-    def __init__(self) -> None:
-        self._parts: list[U64] = []
-        self._waiting = 0
-
-    def add(self, entries: U64) -> None:
-        """Take in entries in any order."""
-        self._parts.append(distinct(entries))
-        self._waiting += len(self._parts[-1])
-        if self._waiting > max(_WAITING, len(self._parts[0])):
-            self._merge()
-
-    def _merge(self) -> None:
-        self._parts, self._waiting = [distinct(np.concatenate(self._parts))], 0
-
-    def result(self) -> U64:
-        """Return every value once, rising."""
-        if len(self._parts) > 1:
-            self._merge()
-        return self._parts[0] if self._parts else np.zeros(0, np.uint64)

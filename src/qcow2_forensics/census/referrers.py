@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..format.entries import stored_extent
-from .columns import U64, Mask
+from .arrays import U64, Mask
 from .issues import Item
 from .walk import Tables
 

@@ -13,22 +13,10 @@ import numpy.typing as npt
 from ..format.entries import stored_extent
 from ..format.image import Image
 from ..limits import UNALIGNED_TABLES_FILE, UNALIGNED_TABLES_REPEATS, UNALIGNED_TABLES_SPARE, Budget
-from .columns import (
-    BATCH,
-    I64,
-    U64,
-    Columns,
-    Mask,
-    Places,
-    big_endian,
-    has_copied,
-    has_reserved_l1,
-    table_offsets,
-    table_words,
-)
+from .arrays import I64, U64, Mask, Places, Segments, run_starts, weighted_segments
+from .columns import BATCH, Columns, big_endian, has_copied, has_reserved_l1, table_offsets, table_words
 from .index_map import IndexMap
 from .issues import Item
-from .reference_counts import Segments, weighted_segments
 from .state_ends import StateEnds
 
 _L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
@@ -159,7 +147,7 @@ class L2Tables:
         # The active state, tree -1, comes first among equals and so is the owner that is reported.
         order = np.lexsort((self.index, self.tree, self.offsets))
         offsets = self.offsets[order]
-        starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
+        starts = run_starts(offsets)
         return L2Tables(
             offsets[starts],
             np.add.reduceat(self.active[order], starts),
