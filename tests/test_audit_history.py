@@ -13,7 +13,7 @@ from qcow2_forensics.audit.vm_states import machine_type
 from qcow2_forensics.findings import Finding, Severity
 from qcow2_forensics.format.image import Image
 from tests import qemu
-from tests.image_builder import S_SNAPSHOT_STEP, S_SNAPSHOTS, Poke, base_b, base_s
+from tests.image_builder import S_SNAPSHOT_STEP, S_SNAPSHOTS, Builder, Poke, base_b, base_s
 
 pytestmark = qemu.requires_qemu
 Recipe = Callable[[Path], object]
@@ -188,6 +188,18 @@ def test_memory_snapshot_names_its_machine_and_a_changed_one_is_invalid(tmp_path
     assert host is not None
     Poke(path).write(host, b"XXXX")
     assert severity(path, "SNAPSHOT-VMSTATE-INVALID") is Severity.MEDIUM
+
+
+def test_a_vm_state_size_without_extra_data_is_the_field_of_32_bits(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    builder = Builder(size=1 << 20, version=2)
+    builder.snapshot(b"1", b"a name longer than a size", l1_offset=0x30000, l1_size=1, vm_size=4096, extra=b"")
+    builder.write(path)
+    (finding,) = found(path, "SNAPSHOT-VMSTATE-INVALID")
+    with Image(path) as image:
+        at = image.snapshots[0].offset
+    (item,) = (item for item in finding.evidence if item.field == "vm_state_size")
+    assert (item.value, item.offset, item.length) == (4096, at + 32, 4)
 
 
 def test_machine_name_with_a_crafted_length_is_not_read() -> None:

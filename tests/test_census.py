@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from qcow2_forensics.audit import audit
 from qcow2_forensics.census import Census, Owner, claimed_clusters, claims, take_census
+from qcow2_forensics.census.arrays import sum_by, weighted_segments
 from qcow2_forensics.census.index_map import IndexMap
 from qcow2_forensics.census.refcounts import StoredRefcounts, decode
-from qcow2_forensics.census.reference_counts import Counters, sum_by, weighted_segments
+from qcow2_forensics.census.reference_counts import Counters
 from qcow2_forensics.errors import FormatError
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.format.source import BytesSource

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics import open_image
+from qcow2_forensics.census.arrays import distinct, distinct_rows, is_among, run_starts
 from qcow2_forensics.census.guest_tags import GuestTags
 from qcow2_forensics.census.index_map import IndexMap
 from qcow2_forensics.census.owner_codes import OwnerCodes
 from qcow2_forensics.census.owners import Owner
 from qcow2_forensics.census.refcount_classes import MORE, ONE, UNREADABLE, RefcountClasses
 from qcow2_forensics.census.refcounts import StoredRefcounts
-from qcow2_forensics.census.reference_counts import distinct, is_among
 from qcow2_forensics.limits import MiB
 
 from . import qemu
@@ -191,3 +191,15 @@ def test_different_values_and_those_among_others_are_those_of_numpy(values: list
     one, two = np.asarray(values, np.uint64), np.asarray(others, np.uint64)
     assert np.array_equal(distinct(one), np.unique(one))
     assert np.array_equal(is_among(one, distinct(two)), np.isin(one, two))
+
+
+@given(st.lists(st.integers(0, 5)))
+def test_runs_of_equal_neighbours_start_where_a_value_differs_from_the_one_before(values: list[int]) -> None:
+    expected = [at for at, value in enumerate(values) if at == 0 or value != values[at - 1]]
+    assert run_starts(np.asarray(values, np.uint64)).tolist() == expected
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 3))))
+def test_different_rows_are_those_of_a_set_in_order(rows: list[tuple[int, int]]) -> None:
+    found = distinct_rows(np.asarray(rows, np.int64).reshape(-1, 2))
+    assert [tuple(row) for row in found.tolist()] == sorted(set(rows))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2_forensics.census.columns import U64
+from qcow2_forensics.census.arrays import U64
 from qcow2_forensics.format.entries import COMPRESSED, COPIED
 from qcow2_forensics.recovery import Confidence, recovered_states
 from qcow2_forensics.recovery.chains import arrange, chains_of, trusted_steps

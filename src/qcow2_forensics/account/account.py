@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import Census
-from ..census.columns import I64
+from ..census.arrays import I64
 from ..format.header import Crypt
 from ..format.image import Image
 from ..format.rules import DISK

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Owner
-from ..census.columns import I64, compressed_extents
-from ..census.reference_counts import distinct, is_among
+from ..census.arrays import I64, distinct, distinct_rows, is_among
+from ..census.columns import compressed_extents
 from ..format.entries import SUBCLUSTERS
 from .labels import Kind, Labels, Place
 from .shown import ACTIVE, SNAPSHOT, ShownBytes
@@ -79,7 +79,7 @@ class ShownData:
             offsets, lengths = compressed_extents(unread, header)
             used = np.concatenate((used, np.column_stack((offsets, offsets + lengths)).astype(np.int64)))
         if len(used):  # several entries may name one stream, and a writer's streams do not overlap
-            used = np.unique(used, axis=0)
+            used = distinct_rows(used)
             claims.add_many(labels.number(Kind.COMPRESSED), used[:, 0], used[:, 1])
 
     def rows(self, first: int, last: int) -> I64:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..census.columns import BATCH, I64, U64, Columns, Mask, Places
+from ..census.arrays import I64, U64, Mask, Places
+from ..census.columns import BATCH, Columns
 from ..census.mapped_tables import l2_columns, l2_offsets
 from ..format.entries import SUBCLUSTERS
 from ..format.image import Image

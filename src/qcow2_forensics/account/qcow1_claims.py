@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..census.claimed_clusters import merged
-from ..census.columns import I64, U64, Columns, Mask, Places, big_endian, compressed_extents
+from ..census.arrays import I64, U64, Mask, Places, distinct, is_among, merged
+from ..census.columns import Columns, big_endian, compressed_extents
 from ..census.issues import Issues, Item
-from ..census.reference_counts import distinct, is_among
 from ..errors import LimitExceeded
 from ..findings import EVIDENCE_LIMIT
 from ..format.header import SECTOR

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..census.columns import I64, Mask
-from ..census.reference_counts import distinct
+from ..census.arrays import I64, Mask, distinct
 from ..format.source import Source
 from ..limits import KiB, MiB
 from ..reader.host_holes import host_runs

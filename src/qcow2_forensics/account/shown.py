@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import IndexMap, Tables
-from ..census.claims import DistinctEntries
-from ..census.columns import I64, U64, Columns, Mask
-from ..census.reference_counts import distinct, is_among
+from ..census.arrays import I64, U64, DistinctValues, Mask, distinct, distinct_rows, is_among, run_starts
+from ..census.columns import Columns
 from ..format.entries import SUBCLUSTERS
 from ..format.image import Image
 
@@ -40,7 +39,7 @@ class ShownBytes:
         self.extended = header.extended_l2
         self.flags: Flags = np.zeros(clusters.length, np.uint8)
         self.subclusters = np.zeros(clusters.length if self.extended else 0, np.uint32)
-        self.streams = DistinctEntries()
+        self.streams = DistinctValues()
         self._parts: list[I64] = []
         self._past: list[I64] = []
         self._past_streams: list[U64] = []
@@ -135,14 +134,14 @@ class ShownBytes:
             rows = rows[~known]
         if len(rows):
             rows = rows[np.argsort(rows[:, 0], kind="stable")]
-            first = np.flatnonzero(np.concatenate(([True], rows[1:, 0] != rows[:-1, 0])))
+            first = run_starts(rows[:, 0])
             stops, flags = np.maximum.reduceat(rows[:, 1], first), np.bitwise_or.reduceat(rows[:, 2], first)
             rows = np.column_stack((rows[first, 0], stops, flags))
         return rows
 
     def past(self) -> I64:
         """Return the ranges of clusters that are mapped past the end of a state: rows (start, stop)."""
-        return np.unique(np.concatenate([*self._past, np.empty((0, 2), np.int64)]), axis=0)
+        return distinct_rows(np.concatenate([*self._past, np.empty((0, 2), np.int64)]))
 
     def past_streams(self) -> U64:
         """Return the compressed entries that no state shows."""

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..census.columns import I64, U64, Mask
-from ..census.reference_counts import distinct, weighted_segments
+from ..census.arrays import I64, U64, Mask, Places, distinct, weighted_segments
 
 _END = 1 << 62  # offsets beyond are past the end of every file
 
@@ -116,7 +115,7 @@ def tile(start: int, stop: int, claims: I64, hints: I64, places: I64) -> Tile:
     return joined(Tile(left, bounds[1:], label, covers, np.full(len(left), -1)))
 
 
-def _covering(starts: I64, ends: I64, places: I64) -> tuple[npt.NDArray[np.intp], Mask]:
+def _covering(starts: I64, ends: I64, places: I64) -> tuple[Places, Mask]:
     """Return which disjoint range each place may lie in, and whether it does."""
     if not len(starts):
         return np.zeros(len(places), np.intp), np.zeros(len(places), np.bool_)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ..census import Census
-from ..census.columns import I64, compressed_extents
+from ..census.arrays import I64, U64, distinct_rows
+from ..census.columns import compressed_extents
 from ..errors import LimitExceeded
 from ..format.codecs import Codec, codec_of
 from ..format.entries import compressed_descriptor
@@ -34,7 +34,7 @@ class Decoded(NamedTuple):
 
     used: list[tuple[int, int]]
     entries: list[int]
-    failed: npt.NDArray[np.uint64]
+    failed: U64
     stopped: LimitExceeded | None
 
     @classmethod
@@ -125,7 +125,7 @@ def taken_by(image: Image, offsets: I64, lengths: I64) -> Taken:
     found: list[tuple[int, int]] = []
     failed: list[tuple[int, int]] = []
     stopped: LimitExceeded | None = None
-    for offset, length in np.unique(np.column_stack((offsets, lengths)), axis=0).tolist():
+    for offset, length in distinct_rows(np.column_stack((offsets, lengths))).tolist():
         parts: tuple[tuple[int, int], ...] | None = None
         refused = _refused(budget, length + max(image.cluster_size, START))
         if refused is None:

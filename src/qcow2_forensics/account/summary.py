@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..census.columns import I64
+from ..census.arrays import I64
 from ..limits import ACCOUNT_REMAINDERS, ACCOUNT_ROWS
 from .labels import Label
 from .spans import Tile

@@ -8,22 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Owner
-from ..census.claimed_clusters import merged
-from ..census.columns import I64, U64
-from ..census.reference_counts import is_among
+from ..census.arrays import I64, U64, distinct_rows, is_among, merged, run_starts
 from ..census.state_ends import StateEnds
 from ..census.walk import L2Tables, batches, l1_chunks, walkable
 from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
 from ..format.entries import ALL_SUBCLUSTERS_ZERO, ZERO
 from ..format.header import padded
 from ..format.image import Image
-from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH
+from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SNAPSHOT_KNOWN_EXTRA
 from .header_claims import claim_name
 from .labels import Kind, Labels, Place
 from .spans import Spans
-
-_VM_SIZE_AT = 32  # in a snapshot table entry
-_KNOWN_EXTRA = 24  # bytes of a snapshot's extra data: VM state size, disk size, instruction count
 
 
 class TableClaims:
@@ -61,7 +56,7 @@ class TableClaims:
             label = self.labels.number(Kind.L1, owner)
             rows = np.column_stack((starts[chosen], meant[chosen], stops[chosen]))[kept]
             if len(rows):
-                rows = np.unique(rows, axis=0) if len(rows) > 1 else rows  # a table that several entries name is one
+                rows = distinct_rows(rows)  # a table that several entries name is one
                 self.claims.add_many(label, rows[:, 0], rows[:, 1])
                 self._past_end(label, rows[:, 1], np.minimum(rows[:, 2], self.image.file_size), owner)
 
@@ -138,12 +133,13 @@ class TableClaims:
         unused = self.labels.number(Place.UNUSED_FIELD, "vm_state_size")
         for entry in self.image.snapshots:
             at = entry.offset + SNAPSHOT_ENTRY_LENGTH
-            known = min(entry.extra_length, _KNOWN_EXTRA)
+            known = min(entry.extra_length, SNAPSHOT_KNOWN_EXTRA)
             # The 32-bit size of a VM state is read where the extra data has no 64-bit one.
             if known >= 8 and entry.vm_state_size32 not in (0, entry.vm_state_size):
-                self.claims.add(label, entry.offset, entry.offset + _VM_SIZE_AT)
-                self.hints.add(unused, entry.offset + _VM_SIZE_AT, entry.offset + _VM_SIZE_AT + 4)
-                self.claims.add(label, entry.offset + _VM_SIZE_AT + 4, at + known)
+                place, length = entry.place_of("vm_state_size32")
+                self.claims.add(label, entry.offset, place)
+                self.hints.add(unused, place, place + length)
+                self.claims.add(label, place + length, at + known)
             else:
                 self.claims.add(label, entry.offset, at + known)
             self.hints.add(extra, at + known, at + entry.extra_length)
@@ -194,7 +190,7 @@ class TableClaims:
             found.append(np.column_stack((chunk.tables[sound], left[sound].astype(np.uint64))))
         rows = np.concatenate([*found, np.empty((0, 2), np.uint64)]).astype(np.int64)
         rows = rows[np.lexsort((-rows[:, 1], rows[:, 0]))]
-        rows = rows[np.concatenate(([True], rows[1:, 0] != rows[:-1, 0]))[: len(rows)]]
+        rows = rows[run_starts(rows[:, 0])]
         self.claims.add_many(label, rows[:, 0], rows[:, 0] + rows[:, 1])
         self.hints.add_many(past, rows[:, 0] + rows[:, 1], rows[:, 0] + self.size)
 

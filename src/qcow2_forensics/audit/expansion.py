@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import Owner
-from ..census.claimed_clusters import merged
+from ..census.arrays import distinct, merged
 from ..census.columns import compressed_extents, without_copied
-from ..census.reference_counts import distinct
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.codecs import codec_of

@@ -12,6 +12,7 @@ from ..findings import Evidence
 from ..format.header import Header
 from ..format.image import Image
 from ..format.rules import Problem
+from ..format.snapshot_table import SnapshotEntry
 from ..limits import DEFAULT_LIMITS, REPORTED_CHARACTERS, Limits
 from ..reader.resolver import Resolver
 from ..text import Value
@@ -26,6 +27,12 @@ T = TypeVar("T")
 def shortened(text: str) -> str:
     """Return a text from evidence for a report: a very long one is cut and says so."""
     return text if len(text) <= REPORTED_CHARACTERS else f"{text[:REPORTED_CHARACTERS]}... ({len(text)} characters)"
+
+
+def snapshot_field(entry: SnapshotEntry, name: str, value: Value, place: str = "") -> Evidence:
+    """Return a field of a snapshot table entry as evidence; ``place`` is the field meant, where ``name`` is not its name."""
+    at, length = entry.place_of(place or name)
+    return Evidence(name, value, at, length, "snapshot table", snapshot=shortened(entry.id))
 
 
 # What rules want to see of every L2 table while the census is taken: from which depth on, and of which images.

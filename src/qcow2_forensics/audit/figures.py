@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from ..account.account import Account
 from ..census import Census, Owner
+from ..census.arrays import U64, ranges
 from ..census.columns import without_copied
-from ..census.reference_counts import ranges
 from ..errors import Qcow2Error
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import CLUSTERS_DRAWN, L1_ENTRIES_COMPARED, L2_TABLES_COMPARED, SNAPSHOTS_DRAWN, STATES_COMPARED, MiB
@@ -249,7 +249,7 @@ def _parents(facts: Facts, states: list[live_mappings.State]) -> list[int | None
     if sum(int(np.count_nonzero(table)) for table in l1_tables) > L2_TABLES_COMPARED:
         return in_order
     parents = in_order[:skipped]
-    cache: dict[int, npt.NDArray[np.uint64]] = {}
+    cache: dict[int, U64] = {}
     for index, table in enumerate(l1_tables):
         shares = [_shared(facts, table, other, cache) for other in l1_tables[:index]]
         best = max(shares, default=0)
@@ -260,9 +260,9 @@ def _parents(facts: Facts, states: list[live_mappings.State]) -> list[int | None
 
 def _shared(
     facts: Facts,
-    one: npt.NDArray[np.uint64],
-    other: npt.NDArray[np.uint64],
-    cache: dict[int, npt.NDArray[np.uint64]],
+    one: U64,
+    other: U64,
+    cache: dict[int, U64],
 ) -> int:
     length = min(len(one), len(other))
     both = np.flatnonzero((one[:length] != 0) & (other[:length] != 0)).tolist()
@@ -275,7 +275,7 @@ def _shared(
     return total
 
 
-def _entries(facts: Facts, offset: int, cache: dict[int, npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:
+def _entries(facts: Facts, offset: int, cache: dict[int, U64]) -> U64:
     found = cache.get(offset)
     if found is None:
         table = live_mappings.l2_table(facts.image, offset)

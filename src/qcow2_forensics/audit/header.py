@@ -20,8 +20,8 @@ from ..format.header import (
 )
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import FINDINGS_PER_RULE
-from ..text import snapshot_date
-from .facts import Facts, shortened
+from ..text import Value, snapshot_date
+from .facts import Facts, shortened, snapshot_field
 from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded, of_fields
 
 rule = Chapter(__name__, "Header, extensions and the tables they name")
@@ -146,24 +146,21 @@ def snapshot(facts: Facts) -> Iterator[Graded]:
 
 
 def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
-    ident = shortened(entry.id)
-
-    def field(name: str, value: int | str | None, at: int, length: int) -> Evidence:
-        return Evidence(name, value, entry.offset + at, length, "snapshot table", None, ident)
-
-    id_at = 40 + entry.extra_length
-    yield field("id", ident, id_at, len(entry.id_bytes))
-    yield field("name", shortened(entry.name), id_at + len(entry.id_bytes), len(entry.name_bytes))
-    yield field("date", snapshot_date(entry.date_sec, entry.date_nsec), 16, 8)
-    yield field("vm_clock_nsec", entry.vm_clock_nsec, 24, 8)
-    yield field("l1_table_offset", entry.l1_table_offset, 0, 8)
-    yield field("l1_size", entry.l1_size, 8, 4)
-    yield field("vm_state_size", entry.vm_state_size, *((40, 8) if entry.extra_length >= 8 else (32, 4)))
-    if entry.disk_size is not None:
-        yield field("disk_size", entry.disk_size, 48, 8)
-    if entry.icount is not None:
-        yield field("icount", entry.icount, 56, 8)
-    yield field("extra_data_size", entry.extra_length, 36, 4)
+    known: dict[str, Value] = {
+        "id": shortened(entry.id),
+        "name": shortened(entry.name),
+        "date": snapshot_date(entry.date_sec, entry.date_nsec),
+        "vm_clock_nsec": entry.vm_clock_nsec,
+        "l1_table_offset": entry.l1_table_offset,
+        "l1_size": entry.l1_size,
+        "vm_state_size": entry.vm_state_size,
+        "disk_size": entry.disk_size,
+        "icount": entry.icount,
+        "extra_data_size": entry.extra_length,
+    }
+    for name, value in known.items():
+        if value is not None:
+            yield snapshot_field(entry, name, value)
 
 
 @rule(
@@ -341,7 +338,7 @@ def snapshot_l1_alias(facts: Facts) -> Iterator[Deferred]:
 
 def _alias(entry: SnapshotEntry, other: str | None) -> Evidence:
     words = f"l1_table_offset, also of {'the active state' if other is None else f'snapshot {shortened(other)}'}"
-    return Evidence(words, entry.l1_table_offset, entry.offset, 8, "snapshot table", None, shortened(entry.id))
+    return snapshot_field(entry, words, entry.l1_table_offset, "l1_table_offset")
 
 
 @rule(

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..census.columns import U64, Mask, is_packed, named_offsets, table_words
+from ..census.arrays import U64, Mask
+from ..census.columns import is_packed, named_offsets, table_words
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import IndexMap, Owner, Tables
-from ..census.columns import I64
+from ..census.arrays import I64
 from ..findings import Evidence, Severity
 from ..format.entries import ZERO
 from ..format.image import Image

@@ -12,11 +12,11 @@ from ..findings import Evidence, Severity
 from ..format.bitmap_directory import BitmapEntry, BitmapFlag
 from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
-from ..format.snapshot_table import SnapshotEntry
+from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SNAPSHOT_KNOWN_EXTRA, SnapshotEntry
 from ..limits import BITMAP_TABLE_ENTRIES_COUNTED, BITMAPS_COUNTED, DIRTY_RANGES_LISTED
 from ..reader.bitmaps import ClusterBits, dirty_ranges, dirty_totals
 from ..text import cut, is_plain, listed, snapshot_date
-from .facts import Facts, shortened
+from .facts import Facts, shortened, snapshot_field
 from .reference_names import mtime_of
 from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
 from .vm_states import MAGIC, machine_type, vm_state_heads
@@ -25,38 +25,6 @@ rule = Chapter(__name__, "Snapshots and bitmaps: history")
 
 _TABLE = "snapshot table"
 _IDS_LISTED = 50  # snapshots, and gaps between them, in one finding
-_KNOWN_EXTRA = 24  # bytes of extra data the format defines
-
-
-# Where each fixed field of an entry is: offset in the entry, length in bytes.
-_PLACES = {
-    "l1_table_offset": (0, 8),
-    "l1_size": (8, 4),
-    "date": (16, 4),
-    "date_nsec": (20, 4),
-    "vm_state_size32": (32, 4),
-    "extra_data_size": (36, 4),
-    "vm_state_size": (40, 8),
-    "disk_size": (48, 8),
-    "icount": (56, 8),
-}
-
-
-def _field(entry: SnapshotEntry, name: str, value: int | str | None) -> Evidence:
-    at, length = _PLACES.get(name, (0, entry.length))
-    if at + length > entry.length:
-        at, length = 0, entry.length
-    return Evidence(name, value, entry.offset + at, length, _TABLE, snapshot=shortened(entry.id))
-
-
-def _id_field(entry: SnapshotEntry) -> Evidence:
-    at = entry.offset + 40 + entry.extra_length
-    return Evidence("id", shortened(entry.id), at, len(entry.id_bytes), _TABLE, snapshot=shortened(entry.id))
-
-
-def _name_field(entry: SnapshotEntry) -> Evidence:
-    at = entry.offset + 40 + entry.extra_length + len(entry.id_bytes)
-    return Evidence("name", shortened(entry.name), at, len(entry.name_bytes), _TABLE, snapshot=shortened(entry.id))
 
 
 # --- VM state ------------------------------------------------------------------------------------
@@ -73,10 +41,10 @@ def _name_field(entry: SnapshotEntry) -> Evidence:
 def snapshot_vm_state(facts: Facts) -> Iterator[Evidence]:
     for state in facts.once(vm_state_heads):
         entry = state.entry
-        place = _field(entry, "vm_state_size", entry.vm_state_size)
         if entry.extra_length < 8:
-            place = _field(entry, "vm_state_size32", entry.vm_state_size32)
-        yield place
+            yield snapshot_field(entry, "vm_state_size32", entry.vm_state_size32)
+        else:
+            yield snapshot_field(entry, "vm_state_size", entry.vm_state_size)
         yield Evidence(
             "vm_state_offset",
             state.offset,
@@ -111,7 +79,7 @@ def snapshot_vm_state_invalid(facts: Facts) -> Iterator[Evidence]:
     for state in facts.once(vm_state_heads):
         entry = state.entry
         if state.why:
-            yield _field(entry, "vm_state_size", entry.vm_state_size)
+            yield snapshot_field(entry, "vm_state_size", entry.vm_state_size)
             yield Evidence(
                 "error", state.why, structure="VM state", guest_offset=state.offset, snapshot=shortened(entry.id)
             )
@@ -121,8 +89,8 @@ def snapshot_vm_state_invalid(facts: Facts) -> Iterator[Evidence]:
     for entry in facts.image.snapshots:
         differs = entry.vm_state_size32 not in (0, entry.vm_state_size)
         if differs and entry.extra_length >= 8 and entry.vm_state_size < 1 << 32:
-            yield _field(entry, "vm_state_size32", entry.vm_state_size32)
-            yield _field(entry, "vm_state_size", entry.vm_state_size)
+            yield snapshot_field(entry, "vm_state_size32", entry.vm_state_size32)
+            yield snapshot_field(entry, "vm_state_size", entry.vm_state_size)
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -170,13 +138,21 @@ def snapshot_order(facts: Facts) -> Iterator[Deferred]:
         ident, name = entry.id_bytes, entry.name_bytes
         number = int(ident) if _decimal(entry) else -1
         if number < highest or ident in ids:
-            yield Deferred(partial(_id_field, entry), entry.offset)
+            yield Deferred(partial(_id, entry), entry.offset)
         else:
             highest = number
         if name in names or not name or not _readable(name):
-            yield Deferred(partial(_name_field, entry), entry.offset)
+            yield Deferred(partial(_name, entry), entry.offset)
         ids.add(ident)
         names.add(name)
+
+
+def _id(entry: SnapshotEntry) -> Evidence:
+    return snapshot_field(entry, "id", shortened(entry.id))
+
+
+def _name(entry: SnapshotEntry) -> Evidence:
+    return snapshot_field(entry, "name", shortened(entry.name))
 
 
 def _readable(text: bytes) -> bool:
@@ -202,15 +178,19 @@ def snapshot_clock(facts: Facts) -> Iterator[Evidence]:
         odd = entry.date_nsec >= 1_000_000_000 or entry.date_nsec % 1000
         before = previous is not None and (entry.date_sec, entry.date_nsec) < (previous.date_sec, previous.date_nsec)
         if entry.date_sec == 0 or entry.date_sec > latest or before:
-            yield _field(entry, "date", snapshot_date(entry.date_sec, entry.date_nsec))
+            yield _date(entry)
         if odd:
-            yield _field(entry, "date_nsec", entry.date_nsec)
+            yield snapshot_field(entry, "date_nsec", entry.date_nsec)
         previous = entry
     newest = max(facts.image.snapshots, key=lambda entry: entry.date_sec, default=None)
     # A copy may carry the time of its making, never one before what it holds.
     if newest is not None and mtime is not None and mtime + 1 < newest.date_sec <= latest:
-        yield _field(newest, "date", snapshot_date(newest.date_sec, newest.date_nsec))
+        yield _date(newest)
         yield Evidence("file_mtime", mtime)
+
+
+def _date(entry: SnapshotEntry) -> Evidence:
+    return snapshot_field(entry, "date", snapshot_date(entry.date_sec, entry.date_nsec), "date_sec")
 
 
 @rule(
@@ -224,7 +204,7 @@ def snapshot_clock(facts: Facts) -> Iterator[Evidence]:
 def snapshot_size_changed(facts: Facts) -> Iterator[Evidence]:
     for entry in facts.image.snapshots:
         if entry.disk_size is not None and entry.disk_size != facts.header.size:
-            yield _field(entry, "disk_size", entry.disk_size)
+            yield snapshot_field(entry, "disk_size", entry.disk_size)
 
 
 @rule(
@@ -248,7 +228,7 @@ def snapshot_writer(facts: Facts) -> Iterator[Evidence]:
             # Each value once, where it is first: tables are long, writers few.
             if value is not None and len(seen) < 100 and (name, value) not in seen:
                 seen.add((name, value))
-                yield _field(entry, name, value)
+                yield snapshot_field(entry, name, value)
 
 
 @rule(
@@ -260,12 +240,11 @@ def snapshot_writer(facts: Facts) -> Iterator[Evidence]:
 )
 def snapshot_unknown_extra(facts: Facts) -> Iterator[Evidence]:
     for entry in facts.image.snapshots:
-        if entry.extra_length > _KNOWN_EXTRA:
-            at = entry.offset + 40 + _KNOWN_EXTRA
-            shown = entry.extra[_KNOWN_EXTRA : _KNOWN_EXTRA + 64].hex(" ")
-            yield Evidence(
-                "extra_data", shown, at, entry.extra_length - _KNOWN_EXTRA, _TABLE, snapshot=shortened(entry.id)
-            )
+        unknown = entry.extra[SNAPSHOT_KNOWN_EXTRA:]
+        if unknown:
+            at = entry.offset + SNAPSHOT_ENTRY_LENGTH + SNAPSHOT_KNOWN_EXTRA
+            shown = unknown[:64].hex(" ")
+            yield Evidence("extra_data", shown, at, len(unknown), _TABLE, snapshot=shortened(entry.id))
 
 
 # --- bitmaps -------------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ from functools import partial
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
 from ..format.rules import MAX_DISK_BYTES
-from ..format.snapshot_table import SnapshotEntry
 from ..format.source import BytesSource
 from ..limits import MiB
 from ..reader.disk import Disk
 from ..reader.foreign import probe
-from .facts import Facts, shortened
+from .facts import Facts, snapshot_field
 from .reference_names import names, opened_data_file
 from .rules import DERIVED, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
 from .trailers import trailers
@@ -82,11 +81,7 @@ def _absurd_snapshots(facts: Facts) -> Iterator[Deferred]:
             continue
         mapped = (entry.disk_size or size) + entry.vm_state_size
         if entry.l1_size > 4 * (-(-mapped // span) + 1):
-            yield Deferred(partial(_absurd_l1, entry), entry.offset)
-
-
-def _absurd_l1(entry: SnapshotEntry) -> Evidence:
-    return Evidence("l1_size", entry.l1_size, entry.offset + 8, 4, "snapshot table", snapshot=shortened(entry.id))
+            yield Deferred(partial(snapshot_field, entry, "l1_size", entry.l1_size), entry.offset)
 
 
 def _absurd_bitmaps(facts: Facts) -> Iterator[Evidence]:

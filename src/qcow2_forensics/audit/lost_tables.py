@@ -11,13 +11,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from ..census import Tables
-from ..census.columns import I64, U64, Mask, big_endian
-from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
+from ..census.arrays import I64, U64, Mask
+from ..census.columns import big_endian
+from ..findings import Evidence, Selection, Severity
 from ..limits import LEAKED_TABLES_SEARCHED
 from ..reader.host_holes import host_runs
 from ..residue import content
@@ -213,7 +215,7 @@ def l1_table_lost(facts: Facts) -> Iterator[Graded]:
         return
     if bool((census.named.active > 0).any()):
         return
-    found: Selection[int] = Selection(EVIDENCE_LIMIT)
+    found: Selection[int] = Selection()
     for offset in _leaked_tables(facts):
         found.add(offset, offset)
     if found.count:
@@ -228,14 +230,12 @@ def l1_table_lost(facts: Facts) -> Iterator[Graded]:
 
 def _leaked_tables(facts: Facts) -> Iterator[int]:
     """Yield the host offsets of leaked clusters that hold sound L2 entries."""
-    geometry, room = Geometry.of(facts.image), LEAKED_TABLES_SEARCHED
-    for offset, length in facts.census.leaked():
-        for place in range(offset, offset + length, facts.cluster_size):
-            if not room:
-                facts.leave_out("leaked runs not looked at for L2 tables", 1)
-                return
-            room -= 1
-            data = facts.read(place, facts.cluster_size)
-            rows = l2_rows(big_endian(data.ljust(facts.cluster_size, b"\0")).reshape(1, -1), geometry)
-            if rows.tables[0] and rows.telling[0]:
-                yield place
+    geometry, size = Geometry.of(facts.image), facts.cluster_size
+    clusters = (place for run in facts.census.leaked() for place in range(run.offset, run.offset + run.length, size))
+    for place in islice(clusters, LEAKED_TABLES_SEARCHED):
+        data = facts.read(place, size)
+        rows = l2_rows(big_endian(data.ljust(size, b"\0")).reshape(1, -1), geometry)
+        if rows.tables[0] and rows.telling[0]:
+            yield place
+    count = int(facts.census.leaked_runs[:, 1].sum()) // size
+    facts.leave_out("leaked clusters not looked at for L2 tables", count - LEAKED_TABLES_SEARCHED)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
-from ..census.reference_counts import ranges
+from ..census.arrays import ranges
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.entries import end_of_data, is_compressed, stored_extent
 from .applied_vm_state import applied_vm_state

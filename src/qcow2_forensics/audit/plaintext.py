@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..census import IndexMap, Tables
-from ..census.columns import Places
-from ..census.reference_counts import distinct
+from ..census.arrays import Places, distinct
 from ..findings import Evidence, Selection, Severity
 from ..format.header import SECTOR
 from ..format.image import Image

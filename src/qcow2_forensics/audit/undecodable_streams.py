@@ -9,16 +9,16 @@ import numpy as np
 
 from ..account.streams import Decoded, decode_all
 from ..census import Tables
+from ..census.arrays import distinct, is_among
 from ..census.columns import compressed_extents
 from ..census.issues import spread
-from ..census.reference_counts import distinct, is_among
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec, codec_of, known_codecs
 from ..format.entries import compressed_descriptor
 from ..format.header import SECTOR
 from ..limits import SAMPLES
-from .entry_evidence import snapshot_id
+from .entry_evidence import item_evidence
 from .facts import Facts
 from .header_assumptions import other_compression
 from .overlap import evenly
@@ -95,16 +95,9 @@ def _mistaken(facts: Facts, decoded: Decoded, other: Codec) -> Graded:
 
 
 def _evidence(facts: Facts, tables: Tables, row: int, column: int) -> Evidence:
-    snapshot = snapshot_id(facts, int(tables.tree[row]))
-    entry, at, guest = (
-        int(tables.entries[row, column]),
-        tables.entry_offset(row, column),
-        tables.guest_offset(row, column),
-    )
-    host, size = compressed_descriptor(entry, tables.cluster_bits)
-    return Evidence(
-        f"entry of a stream at {host:#x}, {size} bytes: {_fault(facts, entry)}", entry, at, 8, "L2", guest, snapshot
-    )
+    item = tables.item(row, column)
+    host, length = compressed_descriptor(item.value, tables.cluster_bits)
+    return item_evidence(facts, item, f"entry of a stream at {host:#x}, {length} bytes: {_fault(facts, item.value)}")
 
 
 def _fault(facts: Facts, entry: int) -> str | None:

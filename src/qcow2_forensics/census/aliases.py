@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..findings import EVIDENCE_LIMIT
-from .columns import U64, Mask
+from .arrays import U64, Mask
 from .guest_tags import GuestTags
 
 _STREAMS = 1 << 20  # remembered; a colliding one displaces another, which can hide an alias, never invent one

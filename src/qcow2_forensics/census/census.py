@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..format.image import Image
+from .arrays import I64, U64, Mask
 from .checked_metadata import Layout, Reason
 from .claims import Claims
-from .columns import I64, U64, Mask
 from .index_map import IndexMap, Values
 from .issues import Issues, Item
 from .owners import Owner, Range

@@ -13,8 +13,8 @@ import numpy as np
 from ..format.image import Image
 from ..format.rules import INT64_MAX
 from ..limits import L1_ENTRIES
+from .arrays import U64, merged
 from .checked_metadata import Layout
-from .columns import U64
 from .index_map import IndexMap
 from .refcounts import StoredRefcounts
 from .walk import L1Chunk, L2TableCollector, L2Tables, batches, l1_chunks, walkable
@@ -115,13 +115,3 @@ class _Gathered:
         self._parts, self._rows, self._added = [runs], 0, 0
         self.room = self._most - int((runs[1] - runs[0]).sum())
         return runs
-
-
-def merged(starts: U64, stops: U64) -> Runs:
-    """Return runs [start, stop), in any order, as rising ones that neither overlap nor touch."""
-    if not bool(((starts[1:] >= starts[:-1]) & (stops[1:] >= stops[:-1])).all()):  # most tables are in order
-        order = np.argsort(starts, kind="stable")
-        starts, stops = starts[order], np.maximum.accumulate(stops[order])
-    fresh = np.concatenate(([True], starts[1:] > stops[:-1]))
-    last = np.append(np.flatnonzero(fresh)[1:] - 1, len(starts) - 1)
-    return starts[fresh], stops[last]

@@ -12,21 +12,22 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from ..findings import EVIDENCE_LIMIT
-from ..format.entries import named_offset, stored_extent
+from ..format.entries import named_offset
 from ..format.image import Image
 from .aliases import Aliases
-from .columns import U64, Mask, Places, compressed_extents, has_copied, without_copied
+from .arrays import U64, DistinctValues, Mask, Places, ranges, weighted_segments
+from .chosen_entries import ChosenEntries
+from .columns import compressed_extents, has_copied, without_copied
 from .index_map import IndexMap
 from .issues import Issues, Item, spread
 from .owner_codes import OwnerCodes
 from .owners import Owner
 from .refcount_classes import RefcountClasses
 from .refcounts import StoredRefcounts
-from .reference_counts import Counters, distinct, ranges, weighted_segments
+from .reference_counts import Counters
 from .walk import L1Chunk, L2Tables, Tables
 
 _SHORT_RUN = 8  # clusters of one structure
-_WAITING = 1 << 20  # entries gathered before they are merged
 _LINEAR_WIDTH = 256  # entries: shorter tables are faster handled together than one by one
 
 
@@ -53,7 +54,7 @@ class Claims:
         self.fragmented = 0
         self.compressed = 0
         self.compressed_entries = 0  # of all states
-        self.streams = DistinctEntries()  # compressed entries of all states
+        self.streams = DistinctValues()  # compressed entries of all states
         self.mapped_clusters = 0  # guest clusters with host bytes, every reference counted
         # These have an element for each host cluster that the index map knows.
         self.counts = Counters(index_map.length)
@@ -130,44 +131,40 @@ class Claims:
 
     def l1_entries(self, chunk: L1Chunk, *, active: bool) -> None:
         """Check the entries of a piece of an L1 table; what they name is counted by :meth:`l2_tables`."""
-        reserved = chunk.reserved
-        if reserved.any():
-            self.corruptions += int(chunk.weight[reserved].sum())
-            self._l1_issue("reserved-bits", chunk, reserved)
-        targets = chunk.tables
-        odd = (targets & np.uint64(self.cluster_size - 1)) != 0
-        if odd.any():
-            self.corruptions += int(chunk.weight[odd].sum())
-            self._l1_issue("unaligned", chunk, odd)
-        beyond = targets >= np.uint64(self.length)
-        if beyond.any():
-            self.corruptions += int(chunk.weight[beyond].sum())
-            self._l1_issue("beyond-eof", chunk, beyond)
-            self.highest_missing = max(self.highest_missing, int(targets[beyond].max()))
-        empty = targets == 0
-        if empty.any():
-            self._l1_issue("l1-at-zero", chunk, empty)
+        tables = chunk.tables
+        beyond = tables >= np.uint64(self.length)
+        self._l1_corrupt("reserved-bits", chunk, chunk.reserved)
+        self._l1_corrupt("unaligned", chunk, self._is_unaligned(tables))
+        self._l1_corrupt("beyond-eof", chunk, beyond)
+        self._missing_hosts(tables[beyond])
+        self._l1_note("l1-at-zero", chunk, tables == 0)
         if active:
-            self._l1_copied(chunk, targets)
+            single, readable = self.refcount_classes.single(tables >> np.uint64(self.cluster_bits))
+            self._l1_corrupt("copied-flag", chunk, (chunk.copied != single) & readable & (tables != 0))
 
-    def _l1_copied(self, chunk: L1Chunk, targets: U64) -> None:
-        single, readable = self.refcount_classes.single(targets >> np.uint64(self.cluster_bits))
-        wrong = (chunk.copied != single) & readable & (targets != 0)
-        if wrong.any():
-            self.corruptions += int(wrong.sum())
-            self._l1_issue("copied-flag", chunk, wrong)
+    def _l1_corrupt(self, kind: str, chunk: L1Chunk, mask: Mask) -> None:
+        self.corruptions += int(chunk.weight[mask].sum())
+        self._l1_note(kind, chunk, mask)
 
-    def _l1_issue(self, kind: str, chunk: L1Chunk, mask: Mask) -> None:
-        def items() -> Iterator[Item]:
-            span = self.image.header.l2_span
-            places = np.flatnonzero(mask)
-            for place in spread(places, chunk.positions[places].astype(np.int64) >> self.cluster_bits).tolist():
-                entry = int(chunk.entries[place])
-                guest = int(chunk.index[place]) * span
-                tree, host = int(chunk.tree[place]), named_offset(entry)
-                yield Item("L1", int(chunk.positions[place]), entry, host, guest, tree)
+    def _l1_note(self, kind: str, chunk: L1Chunk, mask: Mask) -> None:
+        if mask.any():
+            self.issues.add(kind, self._l1_items(chunk, np.flatnonzero(mask)), int(mask.sum()))
 
-        self.issues.add(kind, items(), int(mask.sum()))
+    def _l1_items(self, chunk: L1Chunk, places: Places) -> Iterator[Item]:
+        span = self.image.header.l2_span
+        for place in spread(places, chunk.positions[places].astype(np.int64) >> self.cluster_bits).tolist():
+            entry = int(chunk.entries[place])
+            guest, tree = int(chunk.index[place]) * span, int(chunk.tree[place])
+            yield Item("L1", int(chunk.positions[place]), entry, named_offset(entry), guest, tree)
+
+    def _is_unaligned(self, hosts: U64) -> Mask:
+        odd: Mask = (hosts & np.uint64(self.cluster_size - 1)) != 0
+        return odd
+
+    def _missing_hosts(self, hosts: U64) -> None:
+        """Note host offsets beyond the end of the file."""
+        if len(hosts):
+            self.highest_missing = max(self.highest_missing, int(hosts.max()))
 
     def l2_tables(self, named: L2Tables) -> None:
         """Count the clusters of the L2 tables themselves."""
@@ -175,7 +172,7 @@ class Claims:
         bits, one = np.uint64(self.cluster_bits), np.uint64(1)
         clusters = inside.offsets >> bits
         weights = inside.active + inside.snapshots
-        odd = (inside.offsets & np.uint64(self.cluster_size - 1)) != 0
+        odd = self._is_unaligned(inside.offsets)
         indices, second = self.index_map.of(clusters), self.index_map.of(clusters[odd] + one)
         for owner, mask in ((Owner.L2, inside.active != 0), (Owner.SNAPSHOT_L2, inside.snapshots != 0)):
             self.owners.add(indices[mask], owner)
@@ -192,18 +189,17 @@ class Claims:
         columns = tables.columns
         if not columns.entries.any() and (columns.bitmaps is None or not columns.bitmaps.any()):
             return
-        weight = tables.active + tables.snapshots
         if columns.has_compressed:
-            self._compressed(tables, weight)
-        self._corrupt("reserved-bits", tables, columns.reserved, weight)
+            self._compressed(ChosenEntries.where(tables, columns.compressed))
+        self._corrupt("reserved-bits", ChosenEntries.where(tables, columns.reserved))
         mapped = columns.present
         if self.data_file and not self.extended:
             mapped = mapped & ((columns.hosts != 0) | ~columns.zero_flags)
-        self._subclusters(tables, mapped, weight)
+        self._subclusters(tables, mapped)
         self._odd_entries(tables, mapped)
-        places = np.flatnonzero(mapped)
-        if len(places):
-            self._mapped(tables, places, columns.hosts.reshape(-1)[places], weight)
+        found = ChosenEntries.where(tables, mapped)
+        if len(found):
+            self._mapped(found)
 
     def _linear_tables(self, tables: Tables) -> Tables:
         """Count the tables that map one unbroken run of clusters; return the others.
@@ -258,220 +254,158 @@ class Claims:
         known &= self.refcount_classes.copied_fits(starts, width, copied)
         return known
 
-    def _corrupt(self, kind: str, tables: Tables, mask: Mask, weight: U64) -> None:
-        if mask.any():
-            self.corruptions += int((mask.sum(axis=1).astype(np.uint64) * weight).sum())
-            self.l2_issue(kind, tables, np.flatnonzero(mask))
+    def _corrupt(self, kind: str, found: ChosenEntries) -> None:
+        """Note entries that break a rule of QEMU's check."""
+        if len(found):
+            self.corruptions += int(found.references.sum())
+            self._note(kind, found)
 
-    def l2_issue(self, kind: str, tables: Tables, places: Places) -> None:
-        """Note entries of a batch, given as flat places in it."""
-        width = tables.entries.shape[1]
+    def _note(self, kind: str, found: ChosenEntries) -> None:
+        """Note entries, of which QEMU's check may see nothing wrong."""
+        if len(found):
+            self.issues.add(kind, found.items(), len(found))
 
-        def items() -> Iterator[Item]:
-            for place in spread(places, places // width).tolist():
-                row, column = divmod(place, width)
-                entry = int(tables.entries[row, column])
-                where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
-                host, _ = stored_extent(entry, self.cluster_bits)
-                yield Item("L2", where, entry, host, guest, int(tables.tree[row]))
-
-        self.issues.add(kind, items(), len(places))
-
-    def _subclusters(self, tables: Tables, mapped: Mask, weight: U64) -> None:
+    def _subclusters(self, tables: Tables, mapped: Mask) -> None:
         columns = tables.columns
         if columns.bitmaps is None or not columns.bitmaps.any():
             return
         allocated = columns.allocated_bits
-        self._corrupt("subcluster", tables, ((allocated & columns.zero_bits) != 0) & mapped, weight)
+        both = ((allocated & columns.zero_bits) != 0) & mapped
         # Compressed entries with a bitmap are counted where compressed entries are.
-        self._corrupt("subcluster", tables, (allocated != 0) & ~mapped & ~columns.compressed, weight)
+        nowhere = (allocated != 0) & ~mapped & ~columns.compressed
+        for wrong in (both, nowhere):
+            self._corrupt("subcluster", ChosenEntries.where(tables, wrong))
 
     def _odd_entries(self, tables: Tables, mapped: Mask) -> None:
         """Note what QEMU's check does not look at."""
         columns = tables.columns
         if self.extended:
             # One with other reserved bits too is reported already.
-            self._note("extended-bit-0", tables, columns.bit_zero & ~columns.reserved)
+            self._note("extended-bit-0", ChosenEntries.where(tables, columns.bit_zero & ~columns.reserved))
         elif self.version < 3:
-            self._note("zero-flag-v2", tables, columns.zero_flags)
+            self._note("zero-flag-v2", ChosenEntries.where(tables, columns.zero_flags))
         plain = ~mapped & ~columns.compressed & (columns.entries != 0) & ~columns.zero_flags
-        self._note("alloc-at-zero", tables, plain)
+        self._note("alloc-at-zero", ChosenEntries.where(tables, plain))
 
-    def _note(self, kind: str, tables: Tables, mask: Mask) -> None:
-        if mask.any():
-            self.l2_issue(kind, tables, np.flatnonzero(mask))
-
-    def _mapped(self, tables: Tables, places: Places, hosts: U64, weight: U64) -> None:
-        """Count normal and zero-flagged allocated clusters; ``places`` are flat and rising."""
-        width = tables.entries.shape[1]
-        rows = places // width
-        active = tables.active[rows]
-        weights = weight[rows]
-        self.allocated += int(active.sum())
-        self.mapped_clusters += int(weights.sum())
-        self.fragmented += int(active[1:][self._breaks(rows, hosts)].sum())
-        odd = (hosts & np.uint64(self.cluster_size - 1)) != 0
-        if odd.any():
-            self.corruptions += int(weights[odd].sum())
-            self.l2_issue("unaligned", tables, places[odd])
-        self._copied(tables, places, rows, hosts)
-        self._unreachable(tables, places, rows)
+    def _mapped(self, found: ChosenEntries) -> None:
+        """Count normal and zero-flagged allocated clusters."""
+        self.allocated += int(found.active.sum())
+        self.mapped_clusters += int(found.references.sum())
+        self.fragmented += int(found.active[1:][self._breaks(found)].sum())
+        self._corrupt("unaligned", found.part(self._is_unaligned(found.hosts)))
+        self._copied(found)
+        self._unreachable(found)
         if self.data_file:
-            guest = tables.guest_clusters(places) << np.uint64(self.cluster_bits)
-            self.l2_issue_if("datafile-mismatch", tables, places, hosts != guest)
+            at_guest = found.hosts == found.guests << np.uint64(self.cluster_bits)
+            self._note("datafile-mismatch", found.part(~at_guest))
             return
-        beyond = hosts >= np.uint64(self.length)
+        beyond = found.hosts >= np.uint64(self.length)
         if beyond.any():
-            self.corruptions += int(weights[beyond].sum())
-            self.l2_issue("beyond-eof", tables, places[beyond])
-            self.highest_missing = max(self.highest_missing, int(hosts[beyond].max()))
-            inside = ~beyond
-            places, rows, hosts = places[inside], rows[inside], hosts[inside]
-            weights, odd = weights[inside], odd[inside]
-        clusters = hosts >> np.uint64(self.cluster_bits)
+            self._beyond_end(found.part(beyond), found.hosts[beyond])
+            found = found.part(~beyond)
+        clusters = found.hosts >> np.uint64(self.cluster_bits)
         indices = self.index_map.of(clusters)
-        self._add(indices, weights)
-        self._own(tables, rows, indices, Owner.DATA, Owner.SNAPSHOT_DATA)
-        clash = self.aliases.plain(indices, tables.guest_clusters(places))
-        self._note_aliases(tables, places, rows, clusters, clash)
+        self._count(found, indices, Owner.DATA, Owner.SNAPSHOT_DATA)
+        self._aliased(found, clusters, self.aliases.plain(indices, found.guests))
+        odd = self._is_unaligned(found.hosts)
         if odd.any():
             second = self.index_map.of(clusters[odd] + np.uint64(1))
-            self._add(second, weights[odd])
-            self._own(tables, rows[odd], second, Owner.DATA, Owner.SNAPSHOT_DATA)
+            self._count(found.part(odd), second, Owner.DATA, Owner.SNAPSHOT_DATA)
 
-    def l2_issue_if(self, kind: str, tables: Tables, places: Places, mask: Mask) -> None:
-        """Note the masked ones of some entries."""
-        if mask.any():
-            self.l2_issue(kind, tables, places[mask])
-
-    def _breaks(self, rows: Places, hosts: U64) -> Mask:
+    def _breaks(self, found: ChosenEntries) -> Mask:
         """Return where, within a table, a cluster does not follow the one mapped before it."""
-        step = hosts[1:] - hosts[:-1]
-        broken: Mask = (step != np.uint64(self.cluster_size)) & (rows[1:] == rows[:-1])
+        step = found.hosts[1:] - found.hosts[:-1]
+        broken: Mask = (step != np.uint64(self.cluster_size)) & (found.rows[1:] == found.rows[:-1])
         return broken
 
-    def _add(self, indices: U64, weights: U64) -> None:
-        if len(indices):
-            first = int(weights[0])
-            self.counts.add(indices, first if bool((weights == weights[0]).all()) else weights)
+    def _beyond_end(self, found: ChosenEntries, hosts: U64) -> None:
+        self._corrupt("beyond-eof", found)
+        self._missing_hosts(hosts)
 
-    def _own(self, tables: Tables, rows: Places, indices: U64, active: Owner, snapshot: Owner) -> None:
-        for owner, shares in ((active, tables.active), (snapshot, tables.snapshots)):
+    def _count(self, found: ChosenEntries, indices: U64, active: Owner, snapshot: Owner) -> None:
+        """Count the host cluster of each entry, given by its index, for the states that map it."""
+        if not len(found):
+            return
+        weights, first = found.references, int(found.references[0])
+        self.counts.add(indices, first if bool((weights == weights[0]).all()) else weights)
+        for owner, shares in ((active, found.tables.active), (snapshot, found.tables.snapshots)):
             if shares.all():
                 self.owners.add(indices, owner)
             elif shares.any():
-                self.owners.add(indices[shares[rows] != 0], owner)
+                self.owners.add(indices[shares[found.rows] != 0], owner)
 
-    def _copied(self, tables: Tables, places: Places, rows: Places, hosts: U64) -> None:
+    def _copied(self, found: ChosenEntries) -> None:
         """Compare the copied flags of the active state with the refcounts on disk."""
+        tables = found.tables
         if not tables.active.any():
             return
         _, table_readable = self.refcount_classes.single(tables.offsets >> np.uint64(self.cluster_bits))
-        flags = tables.columns.copied.reshape(-1)[places]
+        flags = found.of(tables.columns.copied)
         if self.data_file:
             wrong = ~flags
         else:
-            single, readable = self.refcount_classes.single(hosts >> np.uint64(self.cluster_bits))
+            single, readable = self.refcount_classes.single(found.hosts >> np.uint64(self.cluster_bits))
             wrong = (flags != single) & readable
         looked_at = (tables.active != 0) & table_readable & (tables.offsets != 0)
-        wrong &= looked_at[rows]
-        if wrong.any():
-            self.corruptions += int(tables.active[rows[wrong]].sum())
-            self.l2_issue("copied-flag", tables, places[wrong])
+        wrongly_flagged = found.part(wrong & looked_at[found.rows])
+        self.corruptions += int(wrongly_flagged.active.sum())
+        self._note("copied-flag", wrongly_flagged)
 
-    def _unreachable(self, tables: Tables, places: Places, rows: Places) -> None:
+    def _unreachable(self, found: ChosenEntries) -> None:
         """Note what the active state maps past the end of the disk, zero-flagged clusters left out."""
-        width = tables.entries.shape[1]
+        tables = found.tables
         first = -(-self.disk_size // self.cluster_size)
-        if int(tables.index.max() + np.uint64(1)) * width <= first:
+        if int(tables.index.max() + np.uint64(1)) * tables.entries.shape[1] <= first:
             return
-        guest = tables.guest_clusters(places)
-        past = (guest >= np.uint64(first)) & (tables.active[rows] != 0)
-        past &= ~tables.columns.zero_flags.reshape(-1)[places]
-        self.l2_issue_if("beyond-end", tables, places, past)
+        past = (found.guests >= np.uint64(first)) & (found.active != 0) & ~found.of(tables.columns.zero_flags)
+        self._note("beyond-end", found.part(past))
 
-    def _note_aliases(self, tables: Tables, places: Places, rows: Places, clusters: U64, clash: Mask) -> None:
-        clash = clash | tables.shared[rows]
+    def _aliased(self, found: ChosenEntries, clusters: U64, clash: Mask) -> None:
+        clash = clash | found.tables.shared[found.rows]
         if clash.any():
             self.aliases.keep(clusters[clash])
-            self.l2_issue("alias", tables, places[clash])
+            self._note("alias", found.part(clash))
 
-    # --- compressed clusters ---------------------------------------------------------------------
-
-    def _compressed(self, tables: Tables, weight: U64) -> None:
-        packed = tables.columns.compressed
-        self.streams.add(tables.entries[packed])
+    def _compressed(self, found: ChosenEntries) -> None:
+        columns = found.tables.columns
+        entries = found.of(columns.entries)
+        self.streams.add(entries)
         if self.encrypted:
-            self._note("compressed-encrypted", tables, packed)
-        self._corrupt("compressed-copied", tables, packed & tables.columns.copied, weight)
+            self._note("compressed-encrypted", found)
+        self._corrupt("compressed-copied", found.part(found.of(columns.copied)))
         if self.data_file:
-            self._corrupt("compressed-data-file", tables, packed, weight)
+            self._corrupt("compressed-data-file", found)
             return
-        if tables.bitmaps is not None:
-            odd = packed & (tables.bitmaps != 0)
-            self._corrupt("subcluster", tables, odd, weight)
-            packed = packed & ~odd
-        places = np.flatnonzero(packed)
-        if not len(places):
+        if columns.bitmaps is not None:
+            odd = found.of(columns.bitmaps) != 0
+            self._corrupt("subcluster", found.part(odd))
+            found, entries = found.part(~odd), entries[~odd]
+        if not len(found):
             return
-        width = tables.entries.shape[1]
-        rows = places // width
-        entries = tables.entries.reshape(-1)[places]
-        active = int(tables.active[rows].sum())
+        active, references = int(found.active.sum()), int(found.references.sum())
         self.allocated += active
         self.compressed += active
-        self.compressed_entries += int(weight[rows].sum())
         self.fragmented += active
-        weights = weight[rows]
-        self.mapped_clusters += int(weights.sum())
+        self.compressed_entries += references
+        self.mapped_clusters += references
         offsets, sizes = compressed_extents(entries, self.image.header)
         if self.cluster_bits < 14:
-            self.l2_issue_if("compressed-high-bits", tables, places, offsets >> np.uint64(56) != 0)
-        self._unreachable(tables, places, rows)
+            self._note("compressed-high-bits", found.part(offsets >> np.uint64(56) != 0))
+        self._unreachable(found)
         beyond = offsets + sizes >= np.uint64(self.length + self.cluster_size)
         if beyond.any():
-            self.corruptions += int(weights[beyond].sum())
-            self.l2_issue("beyond-eof", tables, places[beyond])
-            self.highest_missing = max(self.highest_missing, int(offsets[beyond].max()))
-        inside = ~beyond
-        places, rows, weights = places[inside], rows[inside], weights[inside]
-        offsets, sizes = offsets[inside], sizes[inside]
-        clash = self.aliases.streams(offsets, tables.guest_clusters(places))
-        self._note_aliases(tables, places, rows, offsets >> np.uint64(self.cluster_bits), clash)
+            self._beyond_end(found.part(beyond), offsets[beyond])
+            found, offsets, sizes = found.part(~beyond), offsets[~beyond], sizes[~beyond]
         bits, one = np.uint64(self.cluster_bits), np.uint64(1)
         clusters, last = offsets >> bits, (offsets + sizes - one) >> bits
-        while len(clusters):
+        self._aliased(found, clusters, self.aliases.streams(offsets, found.guests))
+        while len(found):
             indices = self.index_map.of(clusters)
-            self.counts.add(indices, weights)
-            self._own(tables, rows, indices, Owner.DATA | Owner.COMPRESSED, Owner.SNAPSHOT_DATA | Owner.COMPRESSED)
+            self._count(found, indices, Owner.DATA | Owner.COMPRESSED, Owner.SNAPSHOT_DATA | Owner.COMPRESSED)
             more = clusters < last
-            clusters, last, weights, rows = clusters[more] + one, last[more], weights[more], rows[more]
+            found, clusters, last = found.part(more), clusters[more] + one, last[more]
 
     @property
     def checked(self) -> int:
         """How many clusters the check compares: those of the file, and one more if a claim reaches into it."""
         return self.clusters + (self.counts[self.index_map.at(self.clusters)] > 0)
-
-
-class DistinctEntries:
-    """Gathers table entries, each value once; memory grows with the number of different ones."""
-
-    def __init__(self) -> None:
-        self._parts: list[U64] = []
-        self._waiting = 0
-
-    def add(self, entries: U64) -> None:
-        """Take in entries in any order."""
-        self._parts.append(distinct(entries))
-        self._waiting += len(self._parts[-1])
-        if self._waiting > max(_WAITING, len(self._parts[0])):
-            self._merge()
-
-    def _merge(self) -> None:
-        self._parts, self._waiting = [distinct(np.concatenate(self._parts))], 0
-
-    def result(self) -> U64:
-        """Return every value once, rising."""
-        if len(self._parts) > 1:
-            self._merge()
-        return self._parts[0] if self._parts else np.zeros(0, np.uint64)

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ..format.entries import (
     BITMAP_ALL_ONES,
@@ -38,12 +37,7 @@ from ..format.entries import (
 )
 from ..format.header import SECTOR
 from ..format.image import Image
-
-U64: TypeAlias = npt.NDArray[np.uint64]
-I64: TypeAlias = npt.NDArray[np.int64]
-Mask: TypeAlias = npt.NDArray[np.bool_]
-Places: TypeAlias = npt.NDArray[np.intp]
-_T = TypeVar("_T", bound=np.generic)
+from .arrays import U64, Mask, Places
 
 _OFFSET, _COPIED, _ZERO = np.uint64(OFFSET_MASK), np.uint64(COPIED), np.uint64(ZERO)
 _SUBCLUSTERS = np.uint64(SUBCLUSTER_MASK)
@@ -174,17 +168,6 @@ def compressed_extents(entries: U64, entry_format: EntryFormat) -> tuple[U64, U6
     offsets = entries & np.uint64((1 << (70 - bits)) - 1)
     sectors = ((entries & np.uint64(COMPRESSED - 1)) >> split) + np.uint64(1)
     return offsets, sectors * np.uint64(SECTOR) - (offsets & np.uint64(SECTOR - 1))
-
-
-def windows(values: npt.NDArray[_T], width: int) -> npt.NDArray[_T]:
-    """Return every ``width`` neighbours of a one-dimensional array: row ``i`` begins at element ``i``; nothing is copied.
-
-    Indexed with the rows where runs begin, it reads or writes these runs as a whole, many times faster than
-    by the numbers of their elements.
-    """
-    step = values.strides[0]
-    # numpy's own functions for this take longer than reading a run does.
-    return np.ndarray((len(values) - width + 1, width), values.dtype, values, 0, (step, step))
 
 
 def named_offsets(entries: U64) -> U64:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .columns import I64, U64, Mask
-from .reference_counts import distinct, ranges
+from .arrays import I64, U64, Mask, distinct, ranges
 
 _BITS = 8
 _CHUNK = 1 << _BITS  # clusters
@@ -107,7 +106,7 @@ class GuestTags:
         clash: Mask = ((known != 0) & (known != tags)) | (stored[places] != tags)
         return clash
 
-    def _store(self, chunks: npt.NDArray[np.int64]) -> None:
+    def _store(self, chunks: I64) -> None:
         """Write out the tags of some different chunks that have no row yet."""
         chunks = chunks[self._row[chunks] == 0]
         needed = self._used + len(chunks)

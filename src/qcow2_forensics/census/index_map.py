@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .columns import U64
+from .arrays import U64
 
 Values = npt.NDArray[np.unsignedinteger]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..findings import EVIDENCE_LIMIT, Selection
 from ..limits import ISSUES_PER_BATCH
-from .columns import Places
+from .arrays import Places, run_starts
 
 
 class Item(NamedTuple):
@@ -36,7 +36,7 @@ def spread(places: Places, groups: Places) -> Places:
     """
     if len(places) <= EVIDENCE_LIMIT:
         return places
-    starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
+    starts = run_starts(groups)
     rank = np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
     chosen: Places = np.sort(np.argsort(rank, kind="stable")[:EVIDENCE_LIMIT])
     return places[chosen]

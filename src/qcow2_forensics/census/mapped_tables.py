@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..reader.mapping import L1_PAGE, Mapping
-from .columns import U64, Columns, Mask, table_offsets, table_words
+from .arrays import U64, Mask
+from .columns import Columns, table_offsets, table_words
 
 
 def l2_offsets(mapping: Mapping | None, page: int) -> U64:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .columns import I64, U64, windows
+from .arrays import I64, U64, distinct, windows
 from .index_map import IndexMap, Values
 from .owners import Owner
-from .reference_counts import distinct
 
 Codes = npt.NDArray[np.unsignedinteger]
 

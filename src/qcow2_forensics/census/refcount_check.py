@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..findings import EVIDENCE_LIMIT
+from .arrays import Places
 from .claims import Claims
-from .columns import Places
 from .issues import Item, spread
 from .owners import METADATA, Owner
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .columns import U64, Mask, windows
+from .arrays import U64, Mask, windows
 from .index_map import IndexMap
 from .refcounts import StoredRefcounts
 

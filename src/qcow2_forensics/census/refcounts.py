@@ -11,7 +11,8 @@ import numpy.typing as npt
 from ..format.image import Image
 from ..format.rules import INT64_MAX, REFCOUNTS
 from ..reader.cache import Fifo
-from .columns import U64, refcount_block_offsets
+from .arrays import I64, U64, Mask, run_starts
+from .columns import refcount_block_offsets
 
 Block = npt.NDArray[np.unsignedinteger]
 Window = tuple[int, int, Block | None, bool]
@@ -41,7 +42,7 @@ class StoredRefcounts:
         self.table: U64 = np.frombuffer(data, dtype=">u8").astype(np.uint64)
         self.offsets: U64 = refcount_block_offsets(self.table)
         bad = (self.offsets & np.uint64(header.cluster_size - 1)) != 0
-        self.unreadable: npt.NDArray[np.bool_] = bad | (self.offsets > np.uint64(INT64_MAX - header.cluster_size))
+        self.unreadable: Mask = bad | (self.offsets > np.uint64(INT64_MAX - header.cluster_size))
         room = max(4, _CACHE_BYTES // (self.per_block * max(1, self.bits // 8)))
         self._blocks: Fifo[int, Block] = Fifo(room)
 
@@ -54,7 +55,7 @@ class StoredRefcounts:
             self._blocks.add(offset, found)
         return found
 
-    def used(self, blocks: U64) -> npt.NDArray[np.int64]:
+    def used(self, blocks: U64) -> I64:
         """Return how many refcounts are above 0 in each block of a sorted list of aligned host offsets."""
         size = self.cluster_size
         counts = np.zeros(len(blocks), np.int64)
@@ -100,7 +101,7 @@ class StoredRefcounts:
                 yield start, stop, block[first : first + stop - start], True
             start = stop
 
-    def lookup(self, clusters: U64) -> tuple[U64, npt.NDArray[np.bool_]]:
+    def lookup(self, clusters: U64) -> tuple[U64, Mask]:
         """Return the refcounts of clusters anywhere, and which of them could be read."""
         slots = clusters // np.uint64(self.per_block)
         inside = slots < np.uint64(len(self.table))
@@ -114,7 +115,7 @@ class StoredRefcounts:
         blocks[~readable[places]] = 0
         blocks[blocks >= np.uint64(self._image.file_size)] = 0  # zeros, however many there are
         order = np.argsort(blocks, kind="stable")
-        starts = np.flatnonzero(np.concatenate(([True], blocks[order][1:] != blocks[order][:-1])))
+        starts = run_starts(blocks[order])
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
             offset = int(blocks[order[start]])
             if offset:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
-
 import numpy as np
 import numpy.typing as npt
 
-from .columns import I64, U64, Mask, windows
-
-_N = TypeVar("_N", bound=np.integer)
+from .arrays import I64, U64, sum_by, windows
 
 _WIDTHS = (np.uint8, np.uint16, np.uint32, np.uint64)
 _MOST = {np.dtype(width).itemsize: int(np.iinfo(width).max) for width in _WIDTHS}
@@ -71,7 +67,7 @@ class Counters:
         """Every count, a view."""
         return self._counts
 
-    def at(self, clusters: U64 | npt.NDArray[np.int64]) -> U64:
+    def at(self, clusters: U64 | I64) -> U64:
         """Return the counts of some clusters."""
         return self._counts[clusters].astype(np.uint64)
 
@@ -100,72 +96,3 @@ class Counters:
             if len(found) >= limit:
                 break
         return found
-
-
-def sum_by(keys: U64, weights: U64) -> tuple[U64, U64]:
-    """Return the distinct keys, rising, and the sum of the weights of each; exact in 64 bits."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    return ordered[starts], np.add.reduceat(weights[order], starts)
-
-
-def distinct(values: npt.NDArray[_N]) -> npt.NDArray[_N]:
-    """Return the different values, rising, as ``numpy.unique`` does: that hashes, and takes up to 80 times as long."""
-    ordered = values.copy()
-    ordered.sort()
-    fresh = np.ones(len(ordered), np.bool_)
-    np.not_equal(ordered[1:], ordered[:-1], out=fresh[1:])
-    return ordered[fresh]
-
-
-def is_among(values: npt.NDArray[_N], known: npt.NDArray[_N]) -> Mask:
-    """Return which values are among known ones, which rise; ``numpy.isin`` would sort, or hash, these each time."""
-    if not len(known):
-        return np.zeros(values.shape, np.bool_)
-    among: Mask = known[np.minimum(known.searchsorted(values), len(known) - 1)] == values
-    return among
-
-
-def ranges(starts: I64, stops: I64) -> tuple[I64, I64]:
-    """Return the numbers of all ranges, one range after the other, and before them which range each is of."""
-    lengths = stops - starts
-    which = np.repeat(np.arange(len(starts)), lengths)
-    ends = np.cumsum(lengths)
-    return which, np.arange(int(lengths.sum())) + np.repeat(stops - ends, lengths)
-
-
-class Segments(NamedTuple):
-    """Disjoint rising byte ranges, one array a column, that ``weight`` intervals cover each.
-
-    ``owner`` is the number of one of them and ``origin`` where that one begins.
-    """
-
-    start: I64
-    end: I64
-    weight: I64
-    owner: I64
-    origin: I64
-
-
-def weighted_segments(table: I64) -> Segments:
-    """Sweep intervals, a row ``(start, end, owner)`` each: however they repeat or overlap, every byte comes once.
-
-    Of several that cover a segment the owner is the one that reaches furthest, the first of equals.
-    """
-    table = table[table[:, 1] > table[:, 0]]
-    if len(table) < 2:  # the L1 table of an image without snapshots, for one
-        starts, ends, owners = table.T
-        return Segments(starts, ends, np.ones_like(starts), owners, starts)
-    starts, ends, owners = table[table[:, 0].argsort(kind="stable")].T
-    reach = np.maximum.accumulate(ends)
-    further = np.concatenate(([True], reach[1:] > reach[:-1]))
-    furthest = np.maximum.accumulate(np.where(further, np.arange(len(starts)), 0))
-    places = distinct(np.concatenate((starts, ends)))
-    steps = np.bincount(places.searchsorted(starts), minlength=len(places))
-    steps -= np.bincount(places.searchsorted(ends), minlength=len(places))
-    weight = steps.cumsum()[:-1]
-    chosen = furthest[starts.searchsorted(places[:-1], side="right") - 1]
-    columns = (places[:-1], places[1:], weight, owners[chosen], starts[chosen])
-    covered = weight > 0
-    return Segments(*columns) if covered.all() else Segments(*(column[covered] for column in columns))

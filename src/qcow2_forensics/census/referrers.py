@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..format.entries import stored_extent
-from .columns import U64, Mask
+from .arrays import U64, Mask
 from .issues import Item
 from .walk import Tables
 
@@ -33,10 +33,8 @@ def referrers(census: Census, clusters: set[int], limit: int) -> dict[int, list[
                 return found
             entry = int(tables.entries[row, column])
             for cluster in _clusters(entry, tables.cluster_bits) & searched:
-                where, guest = tables.entry_offset(row, column), tables.guest_offset(row, column)
-                host = cluster << tables.cluster_bits
                 items = found.setdefault(cluster, [])
-                items.append(Item("L2", where, entry, host, guest, int(tables.tree[row])))
+                items.append(tables.item(row, column, cluster << tables.cluster_bits))
                 if len(items) == share:
                     searched.discard(cluster)
         if len(searched) < before:

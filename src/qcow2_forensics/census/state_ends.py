@@ -15,8 +15,8 @@ import numpy as np
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
+from .arrays import I64, U64
 from .checked_metadata import SnapshotL1
-from .columns import I64, U64
 
 _MOST = 1 << 62  # bytes; larger sizes are no sizes
 

@@ -13,15 +13,15 @@ from ..format.header import SECTOR
 from ..format.image import Image
 from ..format.rules import INT64_MAX
 from ..limits import HOST_CLUSTERS, L1_ENTRIES
+from .arrays import U64, Mask, Places, distinct, run_starts
 from .census import Census, Structures
 from .checked_metadata import BitmapPlace, Layout, Reason, read_layout
 from .claimed_clusters import index_map_for
 from .claims import Claims
-from .columns import U64, Mask, Places, has_reserved_bitmap, has_reserved_refcount_table_bits
+from .columns import has_reserved_bitmap, has_reserved_refcount_table_bits
 from .issues import Item, spread
 from .owners import Owner
 from .refcounts import StoredRefcounts
-from .reference_counts import distinct
 from .state_ends import StateEnds
 from .walk import L2TableCollector, L2Tables, Subscriber, batches, l1_chunks, walkable
 
@@ -263,9 +263,8 @@ def _occurrence(values: U64) -> U64:
     """Return, for each value, how many times it has come so far, itself included."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
-    starts = np.concatenate(([True], ordered[1:] != ordered[:-1]))
-    positions = np.arange(len(values))
-    since = positions - np.maximum.accumulate(np.where(starts, positions, 0)) + 1
+    starts = run_starts(ordered)
+    since = np.arange(1, len(values) + 1) - np.repeat(starts, np.diff(starts, append=len(values)))
     counts = np.zeros(len(values), dtype=np.uint64)
     counts[order] = since.astype(np.uint64)
     return counts

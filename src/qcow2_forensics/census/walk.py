@@ -10,23 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..format.entries import stored_extent
 from ..format.image import Image
 from ..limits import UNALIGNED_TABLES_FILE, UNALIGNED_TABLES_REPEATS, UNALIGNED_TABLES_SPARE, Budget
-from .columns import (
-    BATCH,
-    I64,
-    U64,
-    Columns,
-    Mask,
-    Places,
-    big_endian,
-    has_copied,
-    has_reserved_l1,
-    table_offsets,
-    table_words,
-)
+from .arrays import I64, U64, Mask, Places, Segments, run_starts, weighted_segments
+from .columns import BATCH, Columns, big_endian, has_copied, has_reserved_l1, table_offsets, table_words
 from .index_map import IndexMap
-from .reference_counts import Segments, weighted_segments
+from .issues import Item
 from .state_ends import StateEnds
 
 _L1_CHUNK = 1 << 19  # bytes of an L1 table handled at once: temporaries stay in the cache
@@ -157,7 +147,7 @@ class L2Tables:
         # The active state, tree -1, comes first among equals and so is the owner that is reported.
         order = np.lexsort((self.index, self.tree, self.offsets))
         offsets = self.offsets[order]
-        starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
+        starts = run_starts(offsets)
         return L2Tables(
             offsets[starts],
             np.add.reduceat(self.active[order], starts),
@@ -232,6 +222,14 @@ class Tables:
     def guest_offset(self, row: int, column: int) -> int:
         """Return the guest offset an entry maps."""
         return (int(self.index[row]) * int(self.entries.shape[1]) + column) << self.cluster_bits
+
+    def item(self, row: int, column: int, host: int | None = None) -> Item:
+        """Return an entry as an item of evidence; ``host`` is the offset concerned, where that is not what it names."""
+        entry = int(self.entries[row, column])
+        if host is None:
+            host, _ = stored_extent(entry, self.cluster_bits)
+        where, guest = self.entry_offset(row, column), self.guest_offset(row, column)
+        return Item("L2", where, entry, host, guest, int(self.tree[row]))
 
     def guest_clusters(self, places: Places) -> U64:
         """Return the guest cluster numbers of flat places in ``entries``."""

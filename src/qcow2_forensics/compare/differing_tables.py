@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..census.columns import BATCH, U64, Mask, Places, without_copied
+from ..census.arrays import U64, Mask, Places
+from ..census.columns import BATCH, without_copied
 from ..census.mapped_tables import l2_columns, l2_offsets
 from ..errors import Qcow2Error
 from ..format.header import SECTOR

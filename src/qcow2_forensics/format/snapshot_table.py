@@ -14,11 +14,24 @@ from .extensions import Metadata
 from .header import Header, padded
 from .rules import INT64_MAX, SNAPSHOTS, Problem, snapshot_part
 
-_L1_SIZE_AT, _EXTRA_SIZE_AT = 8, 36  # of the fields, in an entry
 _CHUNK = 256 * KiB
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
 _SNAPSHOT_EXTRA = struct.Struct(">QQq")  # vm_state_size, disk_size, icount
 SNAPSHOT_ENTRY_LENGTH = _SNAPSHOT.size  # 40
+SNAPSHOT_KNOWN_EXTRA = _SNAPSHOT_EXTRA.size  # 24: bytes of extra data that have a meaning
+_FIELDS = {  # where each is: offset in the entry and length, in bytes
+    "l1_table_offset": (0, 8),
+    "l1_size": (8, 4),
+    "date": (16, 8),
+    "date_sec": (16, 4),
+    "date_nsec": (20, 4),
+    "vm_clock_nsec": (24, 8),
+    "vm_state_size32": (32, 4),
+    "extra_data_size": (36, 4),
+    "vm_state_size": (40, 8),
+    "disk_size": (48, 8),
+    "icount": (56, 8),
+}
 
 
 class SnapshotEntry(NamedTuple):
@@ -58,6 +71,19 @@ class SnapshotEntry(NamedTuple):
     @property
     def extra_length(self) -> int:
         return len(self.extra)
+
+    def place_of(self, field: str) -> tuple[int, int]:
+        """Return the file offset and the length of a field that the entry has, by the name used here or in the format."""
+        if field == "vm_state_size" and self.extra_length < 8:
+            field = "vm_state_size32"
+        id_at = SNAPSHOT_ENTRY_LENGTH + self.extra_length
+        if field == "id":
+            at, length = id_at, len(self.id_bytes)
+        elif field == "name":
+            at, length = id_at + len(self.id_bytes), len(self.name_bytes)
+        else:
+            at, length = _FIELDS[field]
+        return self.offset + at, length
 
 
 class SnapshotHead(NamedTuple):
@@ -172,14 +198,18 @@ def _read_snapshot(
     if head.extra_length > limits.snapshot_extra_bytes:
         text = f"snapshot table entry {index} has too much extra data"
         return _table_problem(
-            at + _EXTRA_SIZE_AT, "extra_data_size", head.extra_length, text, limit=limits.snapshot_extra_bytes
+            at + _FIELDS["extra_data_size"][0],
+            "extra_data_size",
+            head.extra_length,
+            text,
+            limit=limits.snapshot_extra_bytes,
         )
     data = window.read(at, head.total_length)
     if len(data) < head.total_length:
         return _table_problem(at, "snapshot", index, f"snapshot table entry {index} reaches past the end of the file")
     if header.version >= 3 and head.extra_length < 16:
         text = f"snapshot table entry {index} lacks the extra data version 3 requires"
-        return _table_problem(at + _EXTRA_SIZE_AT, "extra_data_size", head.extra_length, text)
+        return _table_problem(at + _FIELDS["extra_data_size"][0], "extra_data_size", head.extra_length, text)
     found.append(build_snapshot_entry(index, at, head, data[SNAPSHOT_ENTRY_LENGTH:]))
     return None
 
@@ -197,5 +227,5 @@ def _snapshot_rules(header: Header, limits: Limits, entry: SnapshotEntry) -> Ite
     if entry.l1_size * 8 > limits.l1_bytes:
         text = f"the L1 table of snapshot table entry {entry.index} is too large"
         yield _table_problem(
-            entry.offset + _L1_SIZE_AT, "l1_size", entry.l1_size, text, part, limit=limits.l1_bytes // 8
+            entry.place_of("l1_size")[0], "l1_size", entry.l1_size, text, part, limit=limits.l1_bytes // 8
         )

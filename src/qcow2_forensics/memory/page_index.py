@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..census.arrays import distinct, is_among
 from .page_codecs import DELTA, MISSING, Deltas
 
 Int64s = npt.NDArray[np.int64]
@@ -98,7 +99,7 @@ def _histories(table: Int64s, final: Int64s, stride: int) -> dict[int, tuple[int
     ``table`` (segments, 3) is in the order of the stream; ``final`` are the values that count in the end.
     """
     is_delta = (table[:, 2] >= DELTA) & (table[:, 2] < MISSING)
-    wanted = np.unique(table[is_delta & np.isin(table[:, 2], final), 0])
+    wanted = distinct(table[is_delta & is_among(table[:, 2], distinct(final)), 0])
     found: dict[int, tuple[int, ...]] = {}
     low = np.searchsorted(wanted, table[:, 0])
     high = np.searchsorted(wanted, table[:, 0] + table[:, 1])
@@ -131,7 +132,7 @@ def _last_wins(first: Int64s, ends: Int64s, value: Int64s, stride: int) -> tuple
     A segment covers at most as many cells as it has pages, and each page cost the stream a record, so
     the work is bounded by the length of the stream whatever it says.
     """
-    edges = np.unique(np.concatenate((first, ends)))
+    edges = distinct(np.concatenate((first, ends)))
     owner = np.full(len(edges) - 1, -1, dtype=np.int64)
     low = np.searchsorted(edges, first).tolist()
     high = np.searchsorted(edges, ends).tolist()

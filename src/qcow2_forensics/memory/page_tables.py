@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..census.arrays import distinct
 from ..limits import PAGE_TABLES
 from .records import Cpu
 
@@ -163,8 +164,8 @@ class _Walker:
         leaves = self._leaves or [(_empty(), _empty(), _empty())]
         virtual, physical, length = (np.concatenate(column) for column in zip(*leaves, strict=True))
         return Walk(
-            sound=np.unique(np.concatenate([_empty(), *self._sound])),
-            broken=np.unique(np.concatenate([_empty(), *self._broken])),
+            sound=distinct(np.concatenate([_empty(), *self._sound])),
+            broken=distinct(np.concatenate([_empty(), *self._broken])),
             lost=np.array(sorted(self._lost), np.uint64),
             virtual=virtual,
             physical=physical,

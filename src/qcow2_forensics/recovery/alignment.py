@@ -18,11 +18,11 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from ..census.arrays import Mask
 from ..limits import PLACEMENT_CELLS, PLACEMENT_WORK
 from .allocation import FREE, UNKNOWN, USED, Bits
 
 Scores = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 # How likely it is that a cluster is stored, of what is in use and of what is free, before a table of known place says so.
 _STORED = {USED: 0.93, FREE: 0.04}

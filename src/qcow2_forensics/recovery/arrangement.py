@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
+from ..census.arrays import U64
 from ..format.lvm import Section
 from ..limits import L1_ENTRIES, PLACEMENT_TRIALS
 from ..residue.structure_detection import Geometry
@@ -12,7 +13,6 @@ from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
 from .content import TableReader, read_contents
 from .evidence import EXACT, GUESSED, Votes
 from .ext_volume import ext_expected, ext_map
-from .geometry import U64
 from .l1_tables import table_span
 from .ntfs_volume import ntfs_expected, ntfs_map
 from .partition_map import partition_map

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from ..census.arrays import U64
 from ..errors import Qcow2Error
 from ..format.entries import COPIED
 from ..format.header import SECTOR
@@ -15,7 +16,6 @@ from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.opening import open_disk
 from ..residue.structure_detection import Geometry
-from .geometry import U64
 from .header import l1_fields, new_header
 from .l1_tables import entries_of, table_span
 from .metered_source import MeteredSource

@@ -15,16 +15,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from ..census.arrays import I64, U64, distinct
 from ..census.columns import is_packed, named_offsets
-from .geometry import U64
 
 _TABLES_BETWEEN = 4  # clusters between: an L2 table, a refcount block, and their copies after a snapshot
 _VERSIONS = 256  # pairs of two tables and their versions in snapshots: crafted tables repeat
 
 
-def host_offsets(entries: U64, cluster_size: int) -> npt.NDArray[np.int64]:
+def host_offsets(entries: U64, cluster_size: int) -> I64:
     """Return where in the file the cluster or the stream of each entry starts; 0 for none."""
     streams = np.uint64((1 << 62 - (cluster_size.bit_length() - 9)) - 1)
     return np.where(is_packed(entries), entries & streams, named_offsets(entries)).astype(np.int64)
@@ -34,7 +33,7 @@ def continuations(tables: Sequence[U64], cluster_size: int) -> list[tuple[int, i
     """Return pairs of numbers of tables, (entries,) each: the second goes on where the first ends."""
     ends = _by_offset(tables, -1, cluster_size)
     begins = _by_offset(tables, 0, cluster_size)
-    last, first = np.unique(ends[:, 0]), np.unique(begins[:, 0])
+    last, first = distinct(ends[:, 0]), distinct(begins[:, 0])
     at = np.searchsorted(first, last, "right")
     last, at = last[at < len(first)], at[at < len(first)]
     near = first[at] - last <= (1 + _TABLES_BETWEEN) * cluster_size
@@ -53,19 +52,19 @@ def continuations(tables: Sequence[U64], cluster_size: int) -> list[tuple[int, i
     return result
 
 
-def _at(rows: npt.NDArray[np.int64], host: int) -> list[int]:
+def _at(rows: I64, host: int) -> list[int]:
     low, high = np.searchsorted(rows[:, 0], [host, host + 1])
     numbers: list[int] = rows[low:high, 1].tolist()
     return numbers
 
 
-def _by_offset(tables: Sequence[U64], column: int, cluster_size: int) -> npt.NDArray[np.int64]:
+def _by_offset(tables: Sequence[U64], column: int, cluster_size: int) -> I64:
     """Return (tables, 2) the host offset of one entry of each table that has it, and the table's number, by offset."""
     entries = np.array([table[column] for table in tables], np.uint64)
     hosts = host_offsets(entries, cluster_size)
     used = np.flatnonzero(hosts)
     rows = np.stack([hosts[used], used], axis=1)
-    ordered: npt.NDArray[np.int64] = rows[np.argsort(rows[:, 0], kind="stable")]
+    ordered: I64 = rows[np.argsort(rows[:, 0], kind="stable")]
     return ordered
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from ..census.arrays import I64, U64, Mask
 from ..census.columns import is_packed, named_offsets
 from ..format.codecs import known_codecs
 from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, ZERO, compressed_descriptor
@@ -21,9 +21,6 @@ from ..format.header import SECTOR
 from ..format.source import Source
 from ..limits import GEOMETRY_SECTORS, GEOMETRY_STREAMS, KiB, MiB
 from .metered_source import stored_pieces
-
-U64: TypeAlias = npt.NDArray[np.uint64]
-Mask: TypeAlias = npt.NDArray[np.bool_]
 
 CLUSTER_BITS = range(9, 22)
 _CHUNK = 8 * MiB
@@ -44,16 +41,8 @@ class FoundGeometry(NamedTuple):
 class _Sectors(NamedTuple):
     """Sectors that may be part of a table: their words (n, 64) and where they are."""
 
-    offsets: npt.NDArray[np.int64]
+    offsets: I64
     words: U64
-
-
-def among(values: npt.NDArray[np.integer[Any]], ordered: npt.NDArray[np.integer[Any]]) -> Mask:
-    """Return which of some values are in an array that rises, of the same type."""
-    if not len(ordered):
-        return np.zeros(len(values), np.bool_)
-    found: Mask = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
-    return found
 
 
 def find_geometry(source: Source, *, most: int | None = None) -> FoundGeometry | None:
@@ -127,7 +116,7 @@ def _possible(words: U64, file_size: int) -> Mask:
     return possible
 
 
-def _common_bits(words: U64, file_size: int, *, extended: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _common_bits(words: U64, file_size: int, *, extended: bool) -> tuple[I64, I64]:
     """Return for each sector the power of two that divides its host offsets, and how many differ; 0 where none."""
     bitmaps = np.zeros(1, np.uint64)
     if extended:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
+from ..census.arrays import U64, is_among
 from ..census.columns import named_offsets
 from ..errors import LimitExceeded
 from ..format.entries import COPIED
@@ -16,7 +17,6 @@ from ..limits import DEFAULT_LIMITS, L1_ENTRIES, RECOVERY_TABLE_BYTES, Budget, M
 from ..residue.structure_detection import Geometry, l1_rows
 from ..text import plural
 from .confidence import Confidence
-from .geometry import U64, among
 from .placement import Placement
 from .refcounts import FoundRefcounts
 from .table_search import FoundTables, L1Candidate, table_words
@@ -76,7 +76,7 @@ def is_l1(table: U64, tables: FoundTables) -> bool:
     """Whether most of what an L1 table names still looks like L2 tables."""
     targets = named_offsets(table).astype(np.int64)
     targets = targets[targets != 0]
-    return bool(among(targets, tables.l2).mean() >= 0.5) if len(targets) else False
+    return bool(is_among(targets, tables.l2).mean() >= 0.5) if len(targets) else False
 
 
 def own_clusters(image: Image) -> set[int]:
@@ -101,7 +101,7 @@ def placements_of(table: L1Candidate, tables: FoundTables, refcounts: FoundRefco
     """Yield the slots of an L1 table that was found by its form."""
     counted = refcounts is not None and bool(refcounts.of(table.offset))
     used = np.flatnonzero(table.targets)
-    are_tables = among(table.targets[used].astype(np.int64), tables.l2)
+    are_tables = is_among(table.targets[used].astype(np.int64), tables.l2)
     for index, target, is_table in zip(used.tolist(), table.targets[used].tolist(), are_tables.tolist(), strict=True):
         if not is_table:
             why = "the L1 table names it, but it does not look like an L2 table: it may hold no entries, or be overwritten"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..census import Census
+from ..census.arrays import U64
 from ..census.columns import is_packed
 from ..format.entries import COPIED
 from ..format.header import SECTOR
@@ -23,7 +24,7 @@ from ..residue.structure_detection import Geometry, l2_rows
 from .allocation import Bits
 from .confidence import Confidence
 from .content import TableReader
-from .geometry import U64, compression_of
+from .geometry import compression_of
 from .l1_tables import table_span
 from .patched_source import REBUILT_AT, PatchedSource
 from .placement import Placement, Use

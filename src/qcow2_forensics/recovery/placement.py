@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..census.arrays import U64, Mask, distinct, is_among, run_starts
 from ..census.columns import is_packed, named_offsets
 from ..format.entries import ZERO
 from ..limits import PLACEMENT_PAIRS
@@ -27,7 +28,6 @@ from .chains import arrange, chains_of, trusted_steps
 from .confidence import Confidence
 from .continuation import continuations, written_in_order
 from .evidence import ENOUGH, Choice, Votes, choices
-from .geometry import U64, among
 
 _ROUNDS = 3
 _ORDER = "the order in the file only"
@@ -185,12 +185,12 @@ class _Versions:
         slots = np.concatenate([none, *(np.full(np.count_nonzero(named), slot, np.uint64) for slot, named in tables)])
         places = np.concatenate([none, *(np.flatnonzero(named).astype(np.uint64) for _, named in tables)])
         # A key for each host offset at a place of a table, and the lowest and highest slot of the tables that have it there.
-        self._hosts = np.unique(hosts)
+        self._hosts = distinct(hosts)
         self._span = np.uint64(max((len(named) for _, named in tables), default=1))
         keys = self._key(hosts, places)
         order = np.lexsort((slots, keys))
         keys, slots = keys[order], slots[order]
-        first = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
+        first = run_starts(keys)
         self._keys, self._lowest = keys[first], slots[first]
         self._highest = slots[np.append(first[1:], len(keys))[: len(first)] - 1]
 
@@ -205,11 +205,11 @@ class _Versions:
         if not len(self._keys):
             return None
         used = np.flatnonzero(hosts)
-        used = used[among(hosts[used], self._hosts)]
+        used = used[is_among(hosts[used], self._hosts)]
         keys = self._key(hosts[used], used.astype(np.uint64))
-        keys = keys[among(keys, self._keys)]
+        keys = keys[is_among(keys, self._keys)]
         at = np.searchsorted(self._keys, keys)
-        slots = np.unique(np.concatenate([self._lowest[at], self._highest[at]]))
+        slots = distinct(np.concatenate([self._lowest[at], self._highest[at]]))
         if len(slots) != 1:
             return None
         index, count = int(slots[0]), len(keys)
@@ -272,9 +272,7 @@ def _fitting(tables: list[Unplaced], free: range, use: Use | None) -> list[Place
     return _in_order(tables, [free[column] for column in chosen], Confidence.GUESS, why)
 
 
-def slots_by_use(
-    stored: npt.NDArray[np.bool_], use: Bits, votes: npt.NDArray[np.float64], chosen: list[int] | None
-) -> list[int] | None:
+def slots_by_use(stored: Mask, use: Bits, votes: npt.NDArray[np.float64], chosen: list[int] | None) -> list[int] | None:
     """Return the slots that fit best by ``votes`` (tables, slots) and by what is stored of what is in use.
 
     How much of what is free is stored differs: deleted files may all be there still. It is counted where tables are
@@ -318,12 +316,12 @@ def _surrounded(
     return [Placement(slot, waiting[at].offset, Confidence.GUESS, why) for at, (slot, why) in arranged.items()]
 
 
-def _stored(tables: list[Unplaced]) -> npt.NDArray[np.bool_]:
+def _stored(tables: list[Unplaced]) -> Mask:
     return np.stack([_is_stored(table.entries) for table in tables])
 
 
-def _is_stored(entries: U64) -> npt.NDArray[np.bool_]:
+def _is_stored(entries: U64) -> Mask:
     """Return which entries of tables have bytes in the file: not those that are unallocated or read as zeros."""
     plain = (named_offsets(entries) != 0) & ((entries & np.uint64(ZERO)) == 0)
-    stored: npt.NDArray[np.bool_] = is_packed(entries) | plain
+    stored: Mask = is_packed(entries) | plain
     return stored

@@ -7,15 +7,15 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from ..census.arrays import I64, U64, Mask, distinct, is_among
 from ..census.columns import big_endian, has_copied, is_packed, named_offsets, without_copied
 from ..format.header import SECTOR
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
 from ..limits import CLUSTER_REFERENCES, L1_GAP_BYTES, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, TABLES_COMPARED, MiB
 from ..residue.structure_detection import Geometry, find_entries, l1_rows, l2_rows, likely
-from .geometry import U64, Mask, among, compression_type_of
+from .geometry import compression_type_of
 from .metered_source import stored_pieces
 
 _CHUNK = 8 * MiB
@@ -39,7 +39,7 @@ class FoundTables(NamedTuple):
     """
 
     l1: list[L1Candidate]
-    l2: npt.NDArray[np.int64]
+    l2: I64
     refcount_tables: list[int]
     snapshots: list[SnapshotEntry]
     left_out: int
@@ -47,15 +47,15 @@ class FoundTables(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    offsets: npt.NDArray[np.int64]
+    offsets: I64
     l2_form: Mask
     l1_form: Mask  # every word may be an entry of an L1 table; a table may have both forms
-    copied: npt.NDArray[np.int64]
-    mapped: npt.NDArray[np.int64]  # clusters that each of them maps, were it an L2 table
+    copied: I64
+    mapped: I64  # clusters that each of them maps, were it an L2 table
 
     def without(self, others: Collection[int]) -> _Rows:
         """Return those of the form of an L2 table that are not at some host offsets."""
-        kept = self.l2_form & ~among(self.offsets, np.array(sorted(others), np.int64))
+        kept = self.l2_form & ~is_among(self.offsets, np.array(sorted(others), np.int64))
         return self.at(kept)
 
     def at(self, which: slice | Mask) -> _Rows:
@@ -121,14 +121,14 @@ def _tables_of(source: Source, at: int, data: bytes, geometry: Geometry) -> _Row
     if geometry.extended_l2:  # an L1 table has no pairs of words, and need not pass for one of L2
         others = likely(l1_rows, words, geometry)
         l1_rows_ = others[l1_rows(words[others], geometry).tables]
-        rows = np.union1d(rows, l1_rows_)
+        rows = distinct(np.concatenate((rows, l1_rows_)))
     chosen = words[rows]
     flagged = has_copied(chosen)
     plain = without_copied(chosen) == named_offsets(chosen)
     offsets = (at + rows * geometry.cluster_size).astype(np.int64)
-    l1_form = plain.all(axis=1) & np.isin(rows, l1_rows_)
+    l1_form = plain.all(axis=1) & is_among(rows, l1_rows_)
     mapped = np.count_nonzero(named_offsets(chosen)[:, :: 2 if geometry.extended_l2 else 1], axis=1)
-    return _Rows(offsets, np.isin(rows, l2_rows_), l1_form, flagged.sum(axis=1), mapped)
+    return _Rows(offsets, is_among(rows, l2_rows_), l1_form, flagged.sum(axis=1), mapped)
 
 
 def guest_data(source: Source, geometry: Geometry, tables: _Rows, others: Collection[int]) -> set[int]:
@@ -176,9 +176,9 @@ def _classify(
     for offset, copied in zip(found.offsets[found.l1_form].tolist(), found.copied[found.l1_form].tolist(), strict=True):
         targets = named_offsets(table_words(source, offset, geometry))
         here = targets[targets != 0].astype(np.int64)
-        if not len(here) or len(np.unique(here)) != len(here):
+        if not len(here) or len(distinct(here)) != len(here):
             continue
-        are_tables = among(here, l2) & (here != offset)
+        are_tables = is_among(here, l2) & (here != offset)
         if _are_mostly_tables(source, here, are_tables, geometry) and not _same_clusters(
             source, here[are_tables].tolist(), geometry
         ):
@@ -190,7 +190,7 @@ def _classify(
     return list(_joined(source, l1, geometry.cluster_size, snapshot_tables)), refcount_tables
 
 
-def _are_mostly_tables(source: Source, targets: npt.NDArray[np.int64], are_tables: Mask, geometry: Geometry) -> bool:
+def _are_mostly_tables(source: Source, targets: I64, are_tables: Mask, geometry: Geometry) -> bool:
     """Whether most of what an L1 table names looks like L2 tables, of what holds anything.
 
     A table without entries is made where a guest discards what it never wrote, as mkfs does for the whole disk.
@@ -219,7 +219,7 @@ def _same_clusters(source: Source, offsets: list[int], geometry: Geometry) -> bo
     entries = np.concatenate([table_words(source, at, geometry)[::step] for at in offsets[:TABLES_COMPARED]])
     hosts = named_offsets(entries[~is_packed(entries)])
     used = hosts[hosts != 0]
-    return len(offsets) > 1 and 0 < 2 * len(np.unique(used)) <= len(used)
+    return len(offsets) > 1 and 0 < 2 * len(distinct(used)) <= len(used)
 
 
 def _are_refcount_blocks(source: Source, offsets: list[int], size: int) -> bool:

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ..census import Census
+from ..census.arrays import U64
 from ..census.columns import named_offsets
 from ..errors import LimitExceeded
 from ..format.entries import COPIED
@@ -21,7 +22,6 @@ from ..format.source import Source
 from ..limits import VM_STATE_CLUSTERS_RECOVERED, VM_STATES_RECOVERED, Budget, MiB
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
-from .geometry import U64
 from .header import l1_fields
 from .l1_tables import entries_of, l1_of, table_span
 from .metered_source import stored_pieces

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..census import Census, take_census
+from ..census.arrays import U64
 from ..census.columns import named_offsets, without_copied
 from ..errors import LimitExceeded
 from ..format.entries import named_offset
@@ -27,7 +28,6 @@ from ..residue.structure_detection import Geometry
 from .arrangement import arranged, use_by_file_systems
 from .confidence import Confidence
 from .content import TableReader
-from .geometry import U64
 from .header import l1_fields
 from .l1_tables import (
     entries_of,

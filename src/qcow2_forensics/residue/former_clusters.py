@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
+from ..census.arrays import distinct
 from ..census.columns import big_endian
-from ..census.reference_counts import distinct
 from ..format.image import Image
 from ..limits import MiB
 from . import structure_detection

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ..census import Census
-from ..census.columns import U64, Columns, big_endian, table_offsets
+from ..census.arrays import U64, Mask, run_starts
+from ..census.columns import Columns, big_endian, table_offsets
 from ..errors import LimitExceeded
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
@@ -22,7 +23,7 @@ from ..limits import FORMER_PLACES, Budget, MiB
 from . import structure_detection
 from .former_clusters import IS_L2, Targets, read_clusters
 from .former_tables import FormerTables
-from .structure_detection import Counts, Geometry, Mask, Words
+from .structure_detection import Counts, Geometry
 
 UNKNOWN = -1  # no guest offset
 _BATCH = 1 * MiB  # of L2 tables decoded together
@@ -93,7 +94,7 @@ class _Agreement:
         keys, values = np.concatenate(self._parts, axis=1)
         order = np.lexsort((values, keys))
         keys, values = keys[order], values[order]
-        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        first = run_starts(keys)
         last = np.append(first[1:], len(keys))[: len(first)] - 1
         agreed = np.where(values[first] == values[last], values[first], UNKNOWN)
         self._parts, self._waiting = [np.stack((keys[first], agreed))], 0
@@ -117,9 +118,7 @@ def _l2_tables(
     return found.result()
 
 
-def _l1_tables(
-    image: Image, census: Census, former: FormerTables, snapshots: Iterable[SnapshotEntry]
-) -> Iterator[Words]:
+def _l1_tables(image: Image, census: Census, former: FormerTables, snapshots: Iterable[SnapshotEntry]) -> Iterator[U64]:
     """Yield the host offsets in former L1 tables that are still whole, of crafted ones no more than work is allowed for."""
     size, geometry = image.cluster_size, Geometry.of(image)
     budget = Budget("bytes of former L1 tables", image.file_size, image.limits)

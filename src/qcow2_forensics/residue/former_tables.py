@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, Owner
+from ..census.arrays import U64, Mask
 from ..census.columns import has_copied
 from ..format.bitmap_directory import BitmapEntry
 from ..format.image import Image
@@ -16,7 +17,7 @@ from ..format.snapshot_table import SnapshotEntry
 from ..limits import FORMER_ENTRIES, FORMER_L1_TARGETS, FORMER_TABLE_TARGETS
 from . import structure_detection
 from .former_clusters import HOLDS_BYTES, IS_L2, IS_REFCOUNTS, Targets
-from .structure_detection import Bytes, Counts, Geometry, Mask, Words
+from .structure_detection import Bytes, Counts, Geometry
 
 # What a cluster may look like, rising: the last of several that apply is reported.
 LOOKS = ("data", "refcounts", "l2", "l1", "refcount-table", "bitmap-directory", "snapshot-table")
@@ -126,7 +127,7 @@ class Recogniser:
         self._note(looks, rows, found, level1 != 0, level1)
         return self._with_entries(looks, clusters, behind, longer)
 
-    def l1_tables(self, words: Words) -> Mask:
+    def l1_tables(self, words: U64) -> Mask:
         """Return which rows are L1 tables: the clusters they name look like L2 tables."""
         found = structure_detection.l1_rows(words, self._geometry)
         rows = np.flatnonzero(found.tables)
@@ -141,7 +142,7 @@ class Recogniser:
         looks.zero_only[rows] = found.zero_plain == found.entries
         looks.intact[rows] = self._intact(found.targets)
 
-    def _level1(self, words: Words, found: structure_detection.Rows) -> Counts:
+    def _level1(self, words: U64, found: structure_detection.Rows) -> Counts:
         """Return the looks of rows that hold sound L1 entries only, judged by the clusters these name; 0 for no table."""
         looks = np.zeros(len(words), np.intp)
         if not len(words):
@@ -162,7 +163,7 @@ class Recogniser:
         looks[counted | (counts & ~flagged)[firsts]] = _REFCOUNT_TABLE
         return looks
 
-    def _intact(self, targets: Words) -> Counts:
+    def _intact(self, targets: U64) -> Counts:
         """Return how many of the first targets of each row still hold bytes and are used by nothing live."""
         places = np.flatnonzero(targets)
         rows, numbers = places // targets.shape[1], self._numbers(targets.reshape(-1)[places])
@@ -174,10 +175,10 @@ class Recogniser:
         holds = (self.targets.look(numbers[sample]) & HOLDS_BYTES) != 0
         return np.bincount(rows[sample][holds], minlength=len(targets))
 
-    def _numbers(self, offsets: Words) -> Counts:
+    def _numbers(self, offsets: U64) -> Counts:
         return (offsets >> np.uint64(self._geometry.cluster_bits)).astype(np.intp)
 
-    def _with_entries(self, looks: Looks, clusters: Clusters, behind: Bytes, words: Words) -> Seen:
+    def _with_entries(self, looks: Looks, clusters: Clusters, behind: Bytes, words: U64) -> Seen:
         """Add the clusters that hold snapshot or bitmap entries; ``words`` are those of each cluster and of the bytes after it."""
         *places, left_out = structure_detection.entry_places(words, self._geometry, clusters.data.shape[1] // 8)
         snapshots: dict[int, list[SnapshotEntry]] = {}

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, IndexMap, Subscriber, Tables
-from ..census.columns import I64, Mask
+from ..census.arrays import I64, U64, Mask
 from ..format.entries import SUBCLUSTER_MASK, SUBCLUSTERS
 from ..format.image import Image
 from ..format.source import Source
@@ -22,7 +22,6 @@ from ..reader.host_holes import host_runs
 from . import live_mappings
 from .host_ranges import HostRange, piece_of, pieces
 from .model import Piece
-from .structure_detection import Words
 
 _TOGETHER = 1 << 14  # clusters whose subclusters are looked at at once
 
@@ -162,7 +161,7 @@ def _dead(image: Image, census: Census, mapped: Mapped, allocated: npt.NDArray[n
         yield from _ranges(image, dead, part, "subcluster")
 
 
-def _placed(image: Image, offsets: Words) -> Mask:
+def _placed(image: Image, offsets: U64) -> Mask:
     placed: Mask = (offsets != 0) & (offsets & np.uint64(image.cluster_size - 1) == 0)
     placed &= offsets < np.uint64(image.file_size)
     return placed

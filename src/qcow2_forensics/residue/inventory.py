@@ -16,7 +16,7 @@ from ..account.account import Account
 from ..account.shown import ShownBytes
 from ..account.streams import Decoded, decode_all
 from ..census import Census, take_census
-from ..census.claims import DistinctEntries
+from ..census.arrays import U64, DistinctValues
 from ..census.columns import big_endian, table_offsets
 from ..errors import MissingFile, Qcow2Error
 from ..format.bitmap_directory import BitmapEntry
@@ -46,7 +46,6 @@ from .former_guests import former_guests
 from .former_tables import FormerTables
 from .model import Piece
 from .snapshot_entries import DeletedSnapshot
-from .structure_detection import Words
 
 _OFFSET = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 
@@ -213,7 +212,7 @@ class Residue(Closing):
         """The unclaimed clusters that the tables of removed bitmaps are in, and those that they name."""
         image = self.image
         budget = Budget("bytes of the tables of removed bitmaps", image.file_size, image.limits)
-        tables, bits, left_out = DistinctEntries(), DistinctEntries(), 0
+        tables, bits, left_out = DistinctValues(), DistinctValues(), 0
         places = sorted({(entry.table_offset, entry.table_size) for entry in self.entries()[1]})
         inside = [(offset, count) for offset, count in places if offset + count * 8 <= image.file_size]
         for number, (offset, count) in enumerate(inside):
@@ -225,7 +224,7 @@ class Residue(Closing):
             bits.add(table_offsets(big_endian(image.read(offset, count * 8)), image.header))
         return FormerBitmaps(self._unclaimed(tables.result()), self._unclaimed(bits.result()), left_out)
 
-    def _unclaimed(self, offsets: Words) -> set[int]:
+    def _unclaimed(self, offsets: U64) -> set[int]:
         """Return those of some host offsets where clusters begin that nothing refers to."""
         numbers = offsets // np.uint64(self.image.cluster_size)
         kept = (offsets % np.uint64(self.image.cluster_size) == 0) & (numbers < np.uint64(self.census.clusters))

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..census.arrays import U64
 from ..census.columns import Columns, big_endian, table_offsets
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import Budget
-from .structure_detection import Words
 
 _L1_CHUNK = 1 << 16  # entries handled at once
 
@@ -45,7 +45,7 @@ def states(image: Image) -> Iterator[State]:
             yield State(entry, *key)
 
 
-def l1_tables(image: Image) -> Iterator[tuple[State, Words]]:
+def l1_tables(image: Image) -> Iterator[tuple[State, U64]]:
     """Yield the L1 table of every state.
 
     Tables that do not overlap fit in the file together; a crafted image whose tables overlap so
@@ -57,7 +57,7 @@ def l1_tables(image: Image) -> Iterator[tuple[State, Words]]:
         yield state, l1_table(image, state)
 
 
-def l1_table(image: Image, state: State) -> Words:
+def l1_table(image: Image, state: State) -> U64:
     """Return the host offsets in an L1 table; entries past the end of the file or the limit are left out."""
     table = np.empty(_l1_entries(image, state), np.uint64)
     for at in range(0, len(table), _L1_CHUNK):
@@ -92,5 +92,5 @@ def l2_entry(image: Image, state: State, cluster: int) -> Columns:
     return Columns.of(words, header)
 
 
-def _words(image: Image, offset: int, length: int) -> Words:
+def _words(image: Image, offset: int, length: int) -> U64:
     return big_endian(image.read(offset, length).ljust(length, b"\0"))

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census
-from ..census.claimed_clusters import merged
+from ..census.arrays import I64, U64, Mask, distinct, merged, ranges, run_starts
 from ..census.columns import Columns, big_endian, compressed_extents, table_offsets
-from ..census.reference_counts import distinct, ranges
 from ..errors import LimitExceeded
 from ..format.image import Image
 from ..format.rules import INT64_MAX
@@ -27,7 +26,7 @@ from .former_clusters import HOLDS_BYTES, read_clusters
 from .former_tables import Recogniser
 from .restricted_source import LOST_TABLE, PUNCHED, REUSED, GuardedSource, Refusals
 from .snapshot_entries import BOGUS, DeletedSnapshot, gone, l1_rank, most_plausible
-from .structure_detection import Counts, Geometry, Mask, Words
+from .structure_detection import Counts, Geometry
 
 _ENTRIES = 1 << 16  # of L2 tables looked at together
 _MAPPED, _KEPT = 1, 2  # a cluster of streams: by a live state, by a snapshot older than the deleted one
@@ -83,9 +82,9 @@ def guard(image: Image, entry: SnapshotEntry, census: Census, former: Sequence[S
 class _L1Tables(NamedTuple):
     """Where the L1 tables of former snapshots were, and their dates; those that hold something else now are left out."""
 
-    starts: Words
-    stops: Words
-    dates: Words
+    starts: U64
+    stops: U64
+    dates: U64
 
     @classmethod
     def of(cls, image: Image, former: Sequence[SnapshotEntry]) -> _L1Tables:
@@ -105,8 +104,8 @@ class _Live(NamedTuple):
     """The L2 tables of states that are not deleted, each once, rising by L1 slot."""
 
     slots: Counts
-    offsets: Words
-    dates: Words  # of the oldest snapshot that holds it; _ACTIVE for none
+    offsets: U64
+    dates: U64  # of the oldest snapshot that holds it; _ACTIVE for none
 
     def at(self, places: Counts) -> _Live:
         """Return some of the tables."""
@@ -152,13 +151,13 @@ class _Examiner:
         """The entries of the longest L1 table that is not deleted."""
         return max([self.image.header.l1_size, *(entry.l1_size for entry in self.image.snapshots)])
 
-    def numbers(self, offsets: Words) -> Counts:
+    def numbers(self, offsets: U64) -> Counts:
         """Return the clusters at host offsets, the last of the file for what follows it."""
         last = np.uint64(self.census.clusters - 1)
         numbers: Counts = np.minimum(offsets >> np.uint64(self.geometry.cluster_bits), last).astype(np.intp)
         return numbers
 
-    def l2_tables(self, offsets: Words) -> Words:
+    def l2_tables(self, offsets: U64) -> U64:
         """Return the words of the L2 tables at some host offsets, a row each."""
         data = read_clusters(self.image, self.numbers(offsets))
         return big_endian(data).reshape(-1, self.image.cluster_size // 8)
@@ -177,7 +176,7 @@ class _Examiner:
         return punched
 
     @cached_property
-    def _holes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _holes(self) -> tuple[I64, I64]:
         holes = [
             (run.offset, run.offset + run.length)
             for run in host_runs(self.image.source, 0, self.image.file_size)
@@ -240,7 +239,7 @@ class _Examination:
             **self._counts,
         )
 
-    def _l1_table(self) -> Words | None:
+    def _l1_table(self) -> U64 | None:
         """Return the host offsets in the former L1 table, None when it is not there any more."""
         examiner, first, length = self._examiner, self._entry.l1_table_offset, self._entry.l1_size * 8
         if first + length > self._image.file_size or length > self._image.limits.l1_bytes:
@@ -256,7 +255,7 @@ class _Examination:
         sound = structure_detection.l1_rows(words.reshape(1, -1), examiner.geometry).tables[0]
         return table_offsets(words, self._image.header) if sound and not examiner.has_hole(first, length) else None
 
-    def _tables(self, slots: Counts, offsets: Words) -> None:
+    def _tables(self, slots: Counts, offsets: U64) -> None:
         """Count what some L2 tables hold, and those that are gone."""
         examiner, live = self._examiner, self._examiner.live
         rows, places = live.of(slots)
@@ -284,16 +283,16 @@ class _Examination:
         self._may_be_newer(guests[(used | columns.compressed) & mapped & ~kept & ~rewritten[:, None]])
         self._data(guests[used], hosts[used], mapped[used])
 
-    def _columns(self, words: Words) -> Columns:
+    def _columns(self, words: U64) -> Columns:
         return Columns.of(words, self._image.header)
 
-    def _are_l1_tables(self, words: Words) -> Mask:
+    def _are_l1_tables(self, words: U64) -> Mask:
         """Return which tables a later snapshot's L1 table was written over, whose form is that of L2 entries."""
         if self._image.header.external_data:  # where what an L2 table names is in that file
             return np.zeros(len(words), np.bool_)
         return self._examiner.recogniser.l1_tables(words[:, : self._examiner.longest_l1])
 
-    def _mapped(self, slots: Counts, named: Words) -> tuple[Mask, Mask]:
+    def _mapped(self, slots: Counts, named: U64) -> tuple[Mask, Mask]:
         """Return which entries a live state has too, and which of them a snapshot older than this one.
 
         QEMU writes in place what only the active state holds, and never what a snapshot does.
@@ -307,12 +306,12 @@ class _Examination:
             some, others = rows[at : at + step], places[at : at + step]
             theirs = self._columns(self._examiner.l2_tables(live.offsets[others])).named
             same = named[some] == theirs
-            firsts = np.flatnonzero(np.diff(some, prepend=-1))
+            firsts = run_starts(some)
             mapped[some[firsts]] |= np.logical_or.reduceat(same, firsts)
             kept[some[firsts]] |= np.logical_or.reduceat(same & older[others][:, None], firsts)
         return mapped, kept
 
-    def _data(self, guests: Counts, hosts: Words, mapped: Mask) -> None:
+    def _data(self, guests: Counts, hosts: U64, mapped: Mask) -> None:
         """Count data clusters: those still mapped by a live state, reused ones, and free ones."""
         examiner, numbers = self._examiner, self._examiner.numbers(hosts)
         reused = ~mapped & examiner.census.is_claimed(numbers)
@@ -337,7 +336,7 @@ class _Examination:
                     self._held[self._indices(numbers)] |= np.uint8(mark)
         self._waiting.append(slots[(packed & ~mapped).any(axis=1)])
 
-    def _touched(self, entries: Words) -> list[Counts]:
+    def _touched(self, entries: U64) -> list[Counts]:
         """Return the host clusters that each compressed cluster lies in: the first, one between, the last."""
         offsets, lengths = compressed_extents(entries, self._image.header)
         first, last = (self._examiner.numbers(ends) for ends in (offsets, offsets + lengths - np.uint64(1)))
@@ -348,10 +347,10 @@ class _Examination:
         """Which host clusters, by their indices in the census, hold streams that a live state maps too."""
         return np.zeros(self._examiner.census.index_map.length, np.uint8)
 
-    def _indices(self, numbers: Counts) -> Words:
+    def _indices(self, numbers: Counts) -> U64:
         return self._examiner.census.index_map.of(numbers.astype(np.uint64))
 
-    def _streams_left(self, slots: Counts, offsets: Words) -> None:
+    def _streams_left(self, slots: Counts, offsets: U64) -> None:
         """Count the compressed clusters no live state maps: they are whole only in host clusters that were never freed.
 
         QEMU writes streams one after the other, and never over one while its host cluster holds another that is in
@@ -391,7 +390,7 @@ class _Examination:
         guests: Counts = slots[:, None] * self._span + np.arange(self._image.header.l2_entries) * self._cluster_size
         return guests
 
-    def _refuse(self, reason: int, hosts: Words, guests: Counts, length: int | None = None) -> None:
+    def _refuse(self, reason: int, hosts: U64, guests: Counts, length: int | None = None) -> None:
         """Count the guest bytes of some host clusters as unreadable, and have reads of these clusters refused."""
         self._unreadable += self._bytes(guests, length)
         if self._refusals is not None:

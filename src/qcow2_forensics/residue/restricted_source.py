@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..census.arrays import U64
 from ..errors import ReadError
 from ..format.source import Source
 
-Offsets = npt.NDArray[np.uint64]
+Offsets = U64
 
 LOST_TABLE, REUSED, PUNCHED = range(3)
 _REASONS = (

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..census.arrays import U64, Mask
 from ..census.columns import Columns, big_endian, has_reserved_l1, table_offsets
 from ..format.bitmap_directory import DIRTY_TRACKING_BITMAP, BitmapEntry, parse_bitmap_entry
 from ..format.entries import ZERO
@@ -20,8 +21,6 @@ from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, build_snapshot_entry, parse_snapshot_head
 from ..limits import DEFAULT_LIMITS, FORMER_ENTRY_CANDIDATES, FORMER_REFCOUNT, L1_ENTRIES
 
-Words: TypeAlias = npt.NDArray[np.uint64]
-Mask: TypeAlias = npt.NDArray[np.bool_]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Counts: TypeAlias = npt.NDArray[np.intp]
 
@@ -61,7 +60,7 @@ class Rows(NamedTuple):
     entries: Counts
     zero_plain: Counts
     compressed: Counts
-    targets: Words  # 0 where an entry names none
+    targets: U64  # 0 where an entry names none
 
     @property
     def tables(self) -> Mask:
@@ -79,15 +78,15 @@ class Rows(NamedTuple):
         return Rows._make(column[which] for column in self)
 
 
-Rule = Callable[[Words, Geometry], Rows]
+Rule = Callable[[U64, Geometry], Rows]
 
 
-def likely(rule: Rule, words: Words, geometry: Geometry) -> npt.NDArray[np.intp]:
+def likely(rule: Rule, words: U64, geometry: Geometry) -> npt.NDArray[np.intp]:
     """Return the rows whose first words are sound: few of guest data, all of tables."""
     return np.flatnonzero(rule(words[:, :_FIRST_WORDS], geometry).sound)
 
 
-def l2_rows(words: Words, geometry: Geometry) -> Rows:
+def l2_rows(words: U64, geometry: Geometry) -> Rows:
     """Judge rows of an even number of words as L2 tables."""
     columns = Columns.of(words, geometry)
     entries, packed, hosts = columns.entries, columns.compressed, columns.hosts
@@ -118,7 +117,7 @@ def l2_rows(words: Words, geometry: Geometry) -> Rows:
     )
 
 
-def l1_rows(words: Words, geometry: Geometry) -> Rows:
+def l1_rows(words: U64, geometry: Geometry) -> Rows:
     """Judge rows of words as (parts of) L1 tables."""
     used, offsets = words != 0, table_offsets(words, geometry)
     sound = ~has_reserved_l1(words) & _plausible(offsets, geometry)
@@ -130,7 +129,7 @@ def l1_rows(words: Words, geometry: Geometry) -> Rows:
     return Rows(whole, np.count_nonzero(used, axis=1), none, none, offsets)
 
 
-def _plausible(offsets: Words, geometry: Geometry) -> Mask:
+def _plausible(offsets: U64, geometry: Geometry) -> Mask:
     aligned: Mask = (offsets & np.uint64(geometry.cluster_size - 1)) == 0
     return aligned & (offsets < np.uint64(geometry.file_size))
 
@@ -182,7 +181,7 @@ def find_entries(data: bytes, base: int, geometry: Geometry) -> Entries:
 
 
 def entry_places(
-    words: Words, geometry: Geometry, starts: int | None = None
+    words: U64, geometry: Geometry, starts: int | None = None
 ) -> tuple[dict[int, list[int]], dict[int, list[int]], int]:
     """Return where snapshot entries and bitmap entries may be, in bytes, by row of words: their numbers are possible ones.
 
@@ -207,7 +206,7 @@ def _by_row(places: Counts, width: int) -> dict[int, list[int]]:
     return {row: [place % width * 8 for place in islice(found, FORMER_ENTRY_CANDIDATES)] for row, found in rows}
 
 
-def _snapshot_places(table: Words, places: Counts) -> Counts:
+def _snapshot_places(table: U64, places: Counts) -> Counts:
     """Return where the numbers of a snapshot table entry are possible; only those places are looked at in full."""
     sizes, dates, extra = table[places + 1], table[places + 2], table[places + 4] & np.uint64(0xFFFF_FFFF)
     l1_sizes, ids, names = sizes >> np.uint64(32), sizes >> np.uint64(16) & np.uint64(0xFFFF), sizes & np.uint64(0xFFFF)
@@ -217,7 +216,7 @@ def _snapshot_places(table: Words, places: Counts) -> Counts:
     return places[sane]
 
 
-def _bitmap_places(table: Words, places: Counts) -> Counts:
+def _bitmap_places(table: U64, places: Counts) -> Counts:
     """The same for bitmap directory entries: table size, flags, type, granularity, and no extra data."""
     sizes, kinds = table[places + 1], table[places + 2]
     sane: Mask = (sizes >> np.uint64(32) != 0) & (sizes & np.uint64(0xFFFF_FFFF) <= 7) & (kinds >> np.uint64(56) == 1)
