@@ -23,7 +23,7 @@ from ..errors import Qcow2Error
 from ..limits import FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
 from ..text import printable
 from .protocol import FileSystem, Visits
-from .readers import Reader
+from .readers import Reader, ReaderOver
 from .records import RESOURCE_FORK, FileRecord, Span, Times, Volume
 from .spans import Spans
 from .xfs_inodes import stored_times
@@ -96,22 +96,14 @@ class ReaderFile:
         return self._reader.size
 
 
-class DecryptedReader:
+class DecryptedReader(ReaderOver):
     """A volume that dfVFS decrypts. ``payload`` is where its first byte is in the encrypted one."""
 
     def __init__(self, below: Reader, opened: Any, payload: int) -> None:
+        super().__init__(below, int(opened.get_size()))
         self._below = below
         self._opened = opened
         self._payload = payload
-        self.size = int(opened.get_size())
-
-    @property
-    def errors(self) -> list[str]:
-        return self._below.errors
-
-    @property
-    def unreadable(self) -> list[tuple[int, int]]:
-        return self._below.unreadable
 
     def read(self, offset: int, length: int) -> bytes:
         self._opened.seek(offset, os.SEEK_SET)
