@@ -22,12 +22,11 @@ from dfvfs.resolver_helpers import manager as _helpers  # noqa: F401 - registers
 from ..errors import Qcow2Error
 from .protocol import FileSystem, first_line
 from .readers import Reader, ReaderOver
-from .records import RESOURCE_FORK, FileRecord, Span, Times, Volume
+from .records import RESOURCE_FORK, SECOND, FileRecord, Span, Times, Volume
 from .xfs_inodes import stored_times
 
 _WINDOW = 64 << 10  # bytes read at once where a library asks for a few; a power of two
 _MOST_IN_DOUBT = 1000  # files of which is reported that a time may be wrong
-_SECOND = 1_000_000_000  # nanoseconds
 _FRACTIONS = {"10ms": 10_000_000, "1ms": 1_000_000, "1us": 1000, "100ns": 100, "1ns": 1}
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, dfvfs_errors.Error)
 
@@ -325,4 +324,4 @@ def _time(entry: Any, name: str) -> int:
     if type(value).__name__ in ("APFSTime", "PosixTimeInNanoseconds"):
         return int(value.timestamp or 0)
     seconds, fraction = value.CopyToPosixTimestampWithFractionOfSecond()
-    return int(seconds or 0) * _SECOND + int(fraction or 0) * _FRACTIONS.get(value.precision, 0)
+    return int(seconds or 0) * SECOND + int(fraction or 0) * _FRACTIONS.get(value.precision, 0)

@@ -24,6 +24,13 @@ CHUNK = 1 << 20  # of file content read at a time
 class NoFileSystem(OSError):
     """No file system was found in any partition, nor on the whole disk."""
 
+    @classmethod
+    def found_in(cls, name: str, looked_at: Sequence[str], errors: Sequence[str]) -> NoFileSystem:
+        """Return the error for a disk, with the partitions that were looked at and the first of the read errors."""
+        where = f"; looked at {', '.join(looked_at)}" if looked_at else ""
+        why = f"; {errors[0]}" if errors else ""
+        return cls(f"no file system was found in {printable(name)}{where}{why}")
+
 
 class Visits:
     """Bounds a walk through folders that several names lead to.

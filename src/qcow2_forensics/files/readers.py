@@ -92,3 +92,11 @@ class VolumeReader(ReaderOver):
             yield reader, segment.below + inside, count
             offset += count
             index += 1
+
+
+def whole(reader: Reader, offset: int, length: int) -> bytes:
+    """Return exactly ``length`` bytes of what a volume holds for itself; raises ``OSError`` where the volume ends before."""
+    data = reader.read(offset, length)
+    if len(data) < length:
+        raise OSError("the volume ends inside it")
+    return data

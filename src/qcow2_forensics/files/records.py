@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+SECOND = 1_000_000_000  # nanoseconds, in which all times are
 NTFS_FILE_NAME = 48  # the attribute that holds a name and times of its own
 RESOURCE_FORK = "rsrc"  # the stream of HFS+ and APFS, by the name that dfVFS gives it
 

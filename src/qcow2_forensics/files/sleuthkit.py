@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytsk3
 
 from ..limits import FILE_BYTES, ORPHAN_INODES
-from ..text import printable
 from .ntfs_records import RecordPlaces, name_times, record_size
 from .orphans import orphans
 from .partitions import partitions
@@ -57,7 +57,7 @@ class SleuthKitFileSystem(FileSystem):
         self._ntfs = volume.kind == "ntfs"
         self._start = 0 if reader else volume.offset  # in the image
         self._records: RecordPlaces | None = None
-        self._times = StoredTimes(image, self._start, volume.kind, self._doubt)
+        self._times = StoredTimes(image, self._start, volume.kind, partial(self.note_problem, "", deleted=True))
         # Where a run's address is no place on the disk.
         self._placed = volume.kind not in ("logical", "yaffs2")
 
@@ -170,9 +170,6 @@ class SleuthKitFileSystem(FileSystem):
         for attribute, kept in name_times(entry, name, attributes):
             yield self._record(name, meta, path, attribute, kept)
 
-    def _doubt(self, error: BaseException) -> None:
-        self.note_problem("", error, deleted=True)
-
     def _metadata_places(self, entry: pytsk3.File, inode: int, attributes: list[pytsk3.Attribute]) -> tuple[Span, ...]:
         """Return where the records of a file on NTFS are."""
         try:
@@ -274,20 +271,19 @@ def file_systems(image: pytsk3.Img_Info, name: str = "the disk") -> list[SleuthK
     """
     found: list[SleuthKitFileSystem] = []
     looked: list[str] = []
-    for number, offset, _, description in partitions(image):
-        looked.append(f"partition {number} ({printable(description) or 'no description'})")
+
+    def look_at(number: int, offset: int, description: str) -> None:
         handle = open_file_system(image, offset)
         if handle is not None:
             found.append(SleuthKitFileSystem(image, Volume(number, offset, description, kind_of(handle)), handle))
+
+    for part in partitions(image):
+        looked.append(str(part))
+        look_at(part.number, part.offset, part.description)
     if not found:
-        handle = open_file_system(image, 0)
-        if handle is not None:
-            found.append(SleuthKitFileSystem(image, Volume(0, 0, "", kind_of(handle)), handle))
+        look_at(0, 0, "")
     if not found:
-        errors = getattr(image, "read_errors", [])
-        where = f"; looked at {', '.join(looked)}" if looked else ""
-        why = f"; {errors[0]}" if errors else ""
-        raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
+        raise NoFileSystem.found_in(name, looked, getattr(image, "read_errors", ()))
     return found
 
 
