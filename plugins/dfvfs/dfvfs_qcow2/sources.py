@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from dfvfs.lib import definitions
@@ -24,6 +25,10 @@ from qcow2_forensics import (
     reason,
 )
 from qcow2_forensics.text import cut
+
+from .names import outwards
+
+_MAGIC = b"QFI\xfb"
 
 
 class FileObjectSource:
@@ -85,12 +90,19 @@ def open_image_source(path_spec: Any, resolver_context: Any) -> tuple[Source, So
     return source, assuming(source, assumptions_from_environment())
 
 
+def begins_as_image(opened: Callable[[], Any]) -> bool:
+    """Whether what ``opened`` returns, a file object of dfVFS or None, begins with the magic; False where it fails."""
+    try:
+        file_object = opened()
+        if file_object is None:
+            return False
+        file_object.seek(0)  # it is shared with whoever looked at the file before
+        return bool(file_object.read(len(_MAGIC)) == _MAGIC)
+    except (OSError, dfvfs_errors.Error):
+        return False
+
+
 def display_name(path_spec: Any) -> str:
     """Return the locations of a path specification from the outermost file inwards."""
-    places: list[str] = []
-    while path_spec is not None:
-        location = getattr(path_spec, "location", None)
-        if location:
-            places.append(str(location))
-        path_spec = path_spec.parent
+    places = [str(spec.location) for spec in outwards(path_spec) if getattr(spec, "location", None)]
     return ":".join(reversed(places)) or "stream"
