@@ -61,7 +61,7 @@ class ReaderImage(pytsk3.Img_Info):
         try:
             data = self._reader.read(off, len)
         except Qcow2Error as error:
-            raise as_io_error(error) from error.__cause__
+            raise as_io_error(error)  # noqa: B904 - it names its cause
         if _length(data) < min(len, self._size - off):  # a volume that claims more than its disk holds
             raise OSError(f"the disk ends inside the volume, {_length(data)} bytes behind its offset {off}")
         return data
