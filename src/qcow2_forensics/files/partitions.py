@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytsk3
 
 from ..limits import PARTITION_GAP
-from ..text import printable
+from ..text import decoded, printable
 from .records import Span
 
 
@@ -30,7 +30,7 @@ def partitions(image: pytsk3.Img_Info) -> Iterator[Partition]:
     sector, parts = _table(image)
     used = (part for part in parts if int(part.flags) == int(pytsk3.TSK_VS_PART_FLAG_ALLOC))
     for number, part in enumerate(used, 1):
-        description = (part.desc or b"").decode("utf-8", "surrogateescape")
+        description = decoded(part.desc or b"")
         yield Partition(number, int(part.start) * sector, int(part.len) * sector, description)
 
 

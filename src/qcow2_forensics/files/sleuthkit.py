@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytsk3
 
 from ..limits import FILE_BYTES, ORPHAN_INODES
+from ..text import decoded
 from .ntfs_records import RecordPlaces, name_times, record_size
 from .orphans import orphans
 from .partitions import partitions
@@ -99,7 +100,7 @@ class SleuthKitFileSystem(FileSystem):
             if name is None or name.name in (b".", b".."):
                 continue
             inode = int(name.meta_addr)
-            here = f"{path}/{_text(name.name)}"
+            here = f"{path}/{decoded(name.name)}"
             held = entry if entry.info.meta is not None else self._metadata(name, here, orphans) or entry
             meta = held.info.meta
             self._visits.count(again)
@@ -210,7 +211,7 @@ class SleuthKitFileSystem(FileSystem):
             gid=int(meta.gid),
             times=times,
             sequence=int(meta.seq),
-            link=_text(meta.link or b"") if _is_link(meta) else "",
+            link=decoded(meta.link or b"") if _is_link(meta) else "",
         )
         if attribute is None:
             return record
@@ -219,7 +220,7 @@ class SleuthKitFileSystem(FileSystem):
         spans = self._spans(attribute, path)
         sparse = self._placed and not resident and spans == ()
         record = replace(record, resident=resident, spans=spans or (), sparse=sparse)
-        kind, stream = int(info.type), _text(info.name or b"")
+        kind, stream = int(info.type), decoded(info.name or b"")
         if not self._ntfs and kind != _RESOURCE_FORK:
             return record
         if kind == _RESOURCE_FORK:
@@ -313,10 +314,6 @@ def kind_of(handle: pytsk3.FS_Info) -> str:
         if known is not None and int(known) == value:
             return name.lower()
     return f"type {value}"
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
 
 
 def _letter(letters: str, value: int) -> str:

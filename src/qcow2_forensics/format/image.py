@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ..errors import FormatError, NotQcow2
 from ..limits import DEFAULT_LIMITS, KiB, Limits
-from ..text import cut, printable
+from ..text import cut, decoded, printable
 from .bitmap_directory import BitmapEntry, read_bitmap_directory
 from .entries import parse_entries
 from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensions
@@ -118,19 +118,21 @@ class Image(Closing):
     @property
     def backing_name(self) -> str | None:
         """The effective backing file name; undecodable bytes become lone surrogates."""
-        return self.backing_name_bytes.decode("utf-8", "surrogateescape") or None
+        return decoded(self.backing_name_bytes) or None
 
     @property
     def backing_format(self) -> str | None:
         """The recorded format of the backing file, None when it must be probed."""
-        extension = self.extension(ExtensionType.BACKING_FORMAT)
-        return extension.data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None if extension else None
+        return self._text_of(ExtensionType.BACKING_FORMAT)
 
     @property
     def data_file_name(self) -> str | None:
         """The name of the external data file, cut at the first NUL; None when none is recorded."""
-        extension = self.extension(ExtensionType.DATA_FILE)
-        return extension.data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None if extension else None
+        return self._text_of(ExtensionType.DATA_FILE)
+
+    def _text_of(self, kind: ExtensionType) -> str | None:
+        extension = self.extension(kind)
+        return None if extension is None else decoded(extension.data.split(b"\0", 1)[0]) or None
 
     @property
     def crypto_header(self) -> tuple[int, int] | None:

@@ -22,9 +22,9 @@ from itertools import islice
 from typing import NamedTuple, Protocol, TypeAlias
 
 from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
-from ..text import quoted
+from ..text import decoded, quoted
+from .header import SECTOR
 
-SECTOR = 512
 _LABEL_SECTORS = 4
 _MDA_HEADER = 512
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
@@ -102,7 +102,7 @@ class Texts:
         key = hashlib.sha256(text).digest()
         if key not in self._sections:
             self._parsed.spend(len(text))
-            self._sections[key] = parse(text.rstrip(b"\0").decode("utf-8", "surrogateescape"))
+            self._sections[key] = parse(decoded(text.rstrip(b"\0")))
         return self._sections[key]
 
 
