@@ -292,9 +292,8 @@ def _of_group(group_name: str, group: Section, here: Mapping[str, None]) -> Iter
     described = _sections(group, "logical_volumes")
     budget = LVM_SEGMENTS
     looked_at = Budget.up_to("segments of LVM volumes that are not read", LVM_SEGMENTS)
-    visible = [
-        name for name, volume in described.items() if "VISIBLE" in _words(volume, "status")
-    ]  # the rest are parts
+    # The rest are parts of these.
+    visible = [name for name, volume in described.items() if "VISIBLE" in _words(volume, "status")]
     for name in islice(visible, LVM_VOLUMES):
         volume = described[name]
         size = sum(_number(segment, "extent_count") for segment in _segments(volume)) * extent
