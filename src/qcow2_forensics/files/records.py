@@ -103,6 +103,16 @@ class FileRecord:
         return self.name_type in "vV"
 
     @property
+    def is_kept(self) -> bool:
+        """Whether it is the name of a file in use, and not made up."""
+        return self.allocated and not self.virtual
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether it is a name that was deleted, and not made up."""
+        return not self.allocated and not self.virtual
+
+    @property
     def of_name(self) -> bool:
         """Whether the times are those that NTFS keeps with the name, not those of the file."""
         return self.attribute is not None and self.attribute[0] == NTFS_FILE_NAME

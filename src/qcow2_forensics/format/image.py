@@ -20,7 +20,7 @@ from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_
 from .other_files import described
 from .rules import BACKING, BACKING_NAME, BITMAPS, DISK, EXTENSIONS, SNAPSHOTS, Problem, header_problems
 from .snapshot_table import SnapshotEntry, read_snapshot_table
-from .source import Closing, PathOrSource, Source, as_source, close_source, source_name
+from .source import Closing, PathOrSource, Source, as_source, close_source, closed_on_error, source_name
 
 _FIRST_READ = 4 * KiB  # header, extensions and name of nearly every image
 
@@ -40,15 +40,12 @@ class Image(Closing):
         self.name = name or source_name(self.source)
         self.limits = limits
         self.file_size = self.source.size
-        try:
-            self._head = self.source.read(0, _FIRST_READ)
-            if len(self._head) < 8 or self._head[:4] != MAGIC:
-                what = f"is not a QCOW image ({described(self._head)})" if self._head else "is empty"
+        with closed_on_error(self):
+            head = self.source.read(0, _FIRST_READ)
+            if len(head) < 8 or head[:4] != MAGIC:
+                what = f"is not a QCOW image ({described(head)})" if head else "is empty"
                 raise NotQcow2(f"{cut(self.name)} {what}")
-            self.header: Header = parse_header(self._head)
-        except BaseException:
-            self.close()
-            raise
+            self.header: Header = parse_header(head)
 
     # --- bytes -------------------------------------------------------------------------------
 

@@ -23,7 +23,16 @@ from typing import IO, Any, BinaryIO, Final, Protocol, cast
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..format.codecs import zstd_module
-from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, close_source, source_name
+from ..format.source import (
+    FileSource,
+    PathOrSource,
+    Source,
+    StreamSource,
+    as_source,
+    close_source,
+    closed_on_error,
+    source_name,
+)
 from ..limits import (
     DEFAULT_LIMITS,
     LIBVIRT_DESCRIPTION_BYTES,
@@ -240,11 +249,8 @@ def _unpacked(window: StreamWindow, opener: Opener, cache_dir: str | os.PathLike
     """Decompress into a file that is complete or not there at all."""
     if cache_dir is None:
         temporary = tempfile.TemporaryFile(prefix="qcow2-memory-")  # noqa: SIM115 - the source keeps it open
-        try:
+        with closed_on_error(temporary):
             _decompress(window, opener, temporary, limits)
-        except BaseException:
-            temporary.close()
-            raise
         return _TemporarySource(cast("BinaryIO", temporary), window.name)
     target = Path(cache_dir) / f"qcow2_stream_{_fingerprint(window)}.cache"
     if not target.exists():
