@@ -40,7 +40,7 @@ def check(name: str) -> None:
     assert credentials.CredentialsManager._credentials["QCOW"], "credentials"
     assert "QCOW" in definitions.TYPE_INDICATORS_WITH_ENCRYPTION_SUPPORT, "encryption support"
     assert source_scanner.SourceScanner.ScanForVolumeSystem.knows_qcow_snapshots, "source scanner"
-    assert volume_scanner.VolumeScanner.GetBasePathSpecs.reads_qcow_snapshots, "volume scanner"
+    assert volume_scanner.VolumeScanner.GetBasePathSpecs.knows_qcow_snapshots, "volume scanner"
 
 
 def main() -> int:

@@ -525,6 +525,7 @@ def test_a_standard_audit_says_how_much_only_a_deep_one_reads(run: Run, image: P
         (b"# Disk DescriptorFile\n", "VMDK"),
         (b"vhdxfile", "VHDX"),
         (b"EVF\x09\x0d\x0a\xff\0", "EWF"),
+        (b"WithoutFreeSpace", "Parallels"),
         (bytes(510) + b"\x55\xaa", "raw disk"),
         (b"plain text", "51 46 49 fb"),
     ],

@@ -203,7 +203,7 @@ def test_zstd_frames_that_decode_to_nothing_cost_little(
     stream: bytes, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handed: list[int] = []
-    library = codecs._zstd()
+    library = codecs.zstd_module()
 
     class Counted:
         def __init__(self, **options: object) -> None:
@@ -217,7 +217,7 @@ def test_zstd_frames_that_decode_to_nothing_cost_little(
         def eof(self) -> bool:
             return bool(self._decoder.eof)
 
-    monkeypatch.setattr(codecs, "_zstd", lambda: SimpleNamespace(**vars(library) | {"ZstdDecompressor": Counted}))
+    monkeypatch.setattr(codecs, "zstd_module", lambda: SimpleNamespace(**vars(library) | {"ZstdDecompressor": Counted}))
     with pytest.raises(ValueError, match=why), work.at_most(400_000):
         unzstd(stream, 2 << 20)
     assert len(handed) <= ZSTD_FRAMES

@@ -20,7 +20,7 @@ import pytest
 from fuzz.targets import run_command
 
 import qcow2_forensics as q
-from qcow2_forensics.errors import Qcow2Error
+from qcow2_forensics.errors import Qcow2Error, reason
 from qcow2_forensics.text import printable
 from tests import qemu
 from tests.image_builder import EXT_BACKING_FORMAT, EXT_FEATURE_NAMES, Builder, Poke
@@ -306,6 +306,21 @@ def test_img_info_errors_are_plain(text: bytes, image: Path) -> None:
     assert_plain(str(caught.value), text, "error")
     found = pytsk3_qcow2.Img_Info(str(image), snapshot="index:0", missing="zeros")
     assert_plain(repr(found), text, "repr")
+
+
+@qemu.requires_qemu
+def test_the_reason_of_an_img_info_error_is_escaped_once_by_who_shows_it(tmp_path: Path) -> None:
+    """The chain's error is none that pytsk3 scripts catch, so it is translated; what it says of a name stays as stored."""
+    pytest.importorskip("pytsk3", reason="pytsk3 is absent")
+    import pytsk3_qcow2
+
+    base = qemu.create(tmp_path / "ba\\se.qcow2", 1 << 20)
+    overlay = qemu.create(tmp_path / "overlay.qcow2", 1 << 20, backing=base.name, backing_format="qcow2", cwd=tmp_path)
+    extension = overlay.read_bytes().index(bytes.fromhex("e2792aca00000005") + b"qcow2")
+    Poke(overlay).write(extension + 4, (4).to_bytes(4, "big") + b"qcow\0\0\0\0")
+    with pytest.raises(OSError, match="is recorded as qcow") as failure:
+        pytsk3_qcow2.Img_Info(overlay)
+    assert "ba\\se.qcow2 is recorded" in reason(failure.value)
 
 
 # --- files' names in the file systems inside -----------------------------------------------------

@@ -55,17 +55,22 @@ def printable(text: str | bytes, limit: int = 1023) -> str:
     ellipsis.
     """
     if isinstance(text, bytes):
-        text = text.decode("utf-8", "surrogateescape")
+        text = decoded(text)
     if len(text) <= limit and text.isascii() and text.isprintable() and "\\" not in text:
         return text  # nearly all there is
     pieces = [_escape(character) for character in text[:limit]]
     return "".join(pieces) + ("…" if len(text) > limit else "")
 
 
+def decoded(name: bytes) -> str:
+    """Return bytes of the evidence as text, not escaped; those that are not UTF-8 become lone surrogates."""
+    return name.decode("utf-8", "surrogateescape")
+
+
 def cut(name: str | bytes, limit: int = 500) -> str:
     """Return a name from evidence as part of a longer text that is escaped as a whole: as stored, but cut."""
     if isinstance(name, bytes):
-        name = name.decode("utf-8", "surrogateescape")
+        name = decoded(name)
     return name if len(name) <= limit else f"{name[:limit]}…"
 
 

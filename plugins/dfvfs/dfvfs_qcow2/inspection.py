@@ -7,7 +7,6 @@ is meant.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dfvfs.lib import definitions
@@ -17,7 +16,7 @@ from dfvfs.resolver import resolver as dfvfs_resolver
 from qcow2_forensics import Image, SnapshotEntry, virtual_size_from_environment
 from qcow2_forensics.text import printable
 
-from .names import SnapshotKey
+from .names import SnapshotKey, qcow_path_specs
 from .opening import only_os_errors
 from .references import PathSpecResolver
 from .sources import open_image_source, open_source
@@ -30,14 +29,6 @@ if TYPE_CHECKING:
     from qcow2_forensics.residue import DeletedSnapshot
 
 logger = logging.getLogger("dfvfs_qcow2")
-
-
-def qcow_path_specs(path_spec: Any) -> Iterator[Any]:
-    """Yield the QCOW path specifications among a path specification and its parents, innermost first."""
-    while path_spec is not None:
-        if path_spec.type_indicator == definitions.TYPE_INDICATOR_QCOW:
-            yield path_spec
-        path_spec = path_spec.parent
 
 
 def open_image(path_spec: Any, resolver_context: Any = None) -> Image:

@@ -94,14 +94,30 @@ def parse_encoding_method(method: str) -> SnapshotKey | None:
     return SnapshotKey(int(index), unquote_to_bytes(name))
 
 
+def outwards(path_spec: Any) -> Iterator[Any]:
+    """Yield a dfVFS path specification, its parent, and so on to the outermost; nothing for None."""
+    while path_spec is not None:
+        yield path_spec
+        path_spec = path_spec.parent
+
+
+def key_of(path_spec: Any) -> SnapshotKey | None:
+    """Return which snapshot a path specification itself means, None when it is none of ours."""
+    is_stream = path_spec.type_indicator == _ENCODED_STREAM
+    return parse_encoding_method(path_spec.encoding_method) if is_stream else None
+
+
 def snapshots_around(path_spec: Any) -> Iterator[tuple[SnapshotKey, Any]]:
     """Yield the snapshots that a dfVFS path specification lies in, innermost first, each with that of its image."""
-    while path_spec is not None:
-        if path_spec.type_indicator == _ENCODED_STREAM:
-            key = parse_encoding_method(path_spec.encoding_method)
-            if key is not None:
-                yield key, path_spec.parent
-        path_spec = path_spec.parent
+    for spec in outwards(path_spec):
+        key = key_of(spec)
+        if key is not None:
+            yield key, spec.parent
+
+
+def qcow_path_specs(path_spec: Any) -> Iterator[Any]:
+    """Yield the QCOW path specifications among a path specification and its parents, innermost first."""
+    return (spec for spec in outwards(path_spec) if spec.type_indicator == _QCOW)
 
 
 def snapshot_of(path_spec: Any) -> SnapshotKey | None:
@@ -111,10 +127,8 @@ def snapshot_of(path_spec: Any) -> SnapshotKey | None:
 
 def image_name(qcow: Any) -> str:
     """Return the location of an image that is inside another file system or volume; empty for a file of the examiner's."""
-    parent = qcow.parent
-    while parent is not None and not getattr(parent, "location", None):
-        parent = parent.parent
-    return str(parent.location) if parent is not None and parent.parent is not None else ""
+    holder = next((spec for spec in outwards(qcow.parent) if getattr(spec, "location", None)), None)
+    return str(holder.location) if holder is not None and holder.parent is not None else ""
 
 
 def labels_of(path_spec: Any) -> str:
@@ -123,16 +137,12 @@ def labels_of(path_spec: Any) -> str:
     ``QCOW2-SNAPSHOT2[during]:``, ``QCOW2-IMAGE[/images/web.qcow2]:QCOW2-SNAPSHOT1[before]:``
     """
     found: list[str] = []
-    while path_spec is not None:
-        if path_spec.type_indicator == _ENCODED_STREAM:
-            key = parse_encoding_method(path_spec.encoding_method)
-            if key is not None:
-                found.append(label(key))
-        elif path_spec.type_indicator == _QCOW:
-            inner = image_name(path_spec)
-            if inner:
-                found.append(f"QCOW2-IMAGE[{printable(inner, _SHOWN_LOCATION)}]")
-        path_spec = path_spec.parent
+    for spec in outwards(path_spec):
+        key = key_of(spec)
+        if key is not None:
+            found.append(label(key))
+        elif spec.type_indicator == _QCOW and (inner := image_name(spec)):
+            found.append(f"QCOW2-IMAGE[{printable(inner, _SHOWN_LOCATION)}]")
     return "".join(f"{text}:" for text in reversed(found))
 
 

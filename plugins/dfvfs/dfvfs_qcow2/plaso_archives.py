@@ -17,11 +17,12 @@ from plaso.engine import worker as stock
 from plaso.lib import definitions
 
 from .audit_notes import PARSER, audit_sentences
+from .names import qcow_path_specs
+from .sources import begins_as_image
 from .volume_scanner import Request, base_path_specs
 from .wrapping import wrap_method
 
 ARCHIVE = "qcow"
-_MAGIC = b"QFI\xfb"
 _DEPTH = 3  # images inside each other, the source among them where it is one
 _IMAGES = 1000  # inside others, processed by one worker; a hypervisor has some hundreds
 
@@ -37,7 +38,7 @@ def _extract_content(stock_method: Any, worker: Any, mediator: Any, file_entry: 
     path_spec = factory.Factory.NewPathSpec(file_entry.type_indicator, parent=file_entry.path_spec.parent, **properties)
     qcow = factory.Factory.NewPathSpec("QCOW", parent=path_spec)
     done = worker.__dict__.setdefault("_qcow_images", 0)  # by this worker
-    if _images_around(path_spec) >= _DEPTH:
+    if len(list(qcow_path_specs(path_spec))) >= _DEPTH:  # those it is inside of
         mediator.ProduceWarning(f"not processed: it is inside {_DEPTH} images; export it to process it", path_spec=qcow)
     elif done >= _IMAGES:
         mediator.ProduceWarning(f"not processed: more than {_IMAGES} images inside others", path_spec=qcow)
@@ -47,24 +48,8 @@ def _extract_content(stock_method: Any, worker: Any, mediator: Any, file_entry: 
         _process_image(worker, mediator, qcow)
 
 
-def _images_around(path_spec: Any) -> int:
-    """Return how many images a file is inside of."""
-    count = 0
-    while path_spec is not None:
-        count += path_spec.type_indicator == dfvfs_definitions.TYPE_INDICATOR_QCOW
-        path_spec = path_spec.parent
-    return count
-
-
 def _is_image(file_entry: Any, stream_name: Any) -> bool:
-    try:
-        file_object = file_entry.GetFileObject(data_stream_name=stream_name or "")
-        if file_object is None:
-            return False
-        file_object.seek(0)  # it is shared with whoever looked at the file before
-        return bool(file_object.read(len(_MAGIC)) == _MAGIC)
-    except (OSError, dfvfs_errors.Error):
-        return False
+    return begins_as_image(lambda: file_entry.GetFileObject(data_stream_name=stream_name or ""))
 
 
 def _process_image(worker: Any, mediator: Any, qcow: Any) -> None:

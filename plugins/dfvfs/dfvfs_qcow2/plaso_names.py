@@ -7,22 +7,13 @@ from typing import Any
 from plaso.engine import path_helper as stock
 
 from .names import labels_of
+from .wrapping import wrap_method
 
 
-def register() -> None:
-    """Wrap the class method, once."""
-    stock_method = stock.PathHelper.GetDisplayNameForPathSpec
-    if getattr(stock_method, "knows_qcow_snapshots", False):
-        return
-    stock_function = stock_method.__func__
-
-    def get_display_name(cls: Any, path_spec: Any) -> str | None:
-        """Return the display name of a path specification, with the snapshot and the inner image it is in."""
-        name: str | None = stock_function(cls, path_spec)
-        return None if name is None else f"{labels_of(path_spec)}{name}"
-
-    get_display_name.knows_qcow_snapshots = True  # type: ignore[attr-defined]
-    stock.PathHelper.GetDisplayNameForPathSpec = classmethod(get_display_name)
+def _display_name(stock_method: Any, helper: Any, path_spec: Any) -> str | None:
+    """Return the display name of a path specification, with the snapshot and the inner image it is in."""
+    name: str | None = stock_method(helper, path_spec)
+    return None if name is None else f"{labels_of(path_spec)}{name}"
 
 
-register()
+wrap_method(stock.PathHelper, "GetDisplayNameForPathSpec", _display_name)

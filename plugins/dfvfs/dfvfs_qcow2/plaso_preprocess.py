@@ -19,8 +19,8 @@ from qcow2_forensics.text import date_note, printable, snapshot_time
 
 from . import end_notes
 from .audit_notes import PARSER, audit_sentences
-from .inspection import open_image, qcow_path_specs, recovered_states, snapshot_path_spec
-from .names import SnapshotKey, label, snapshots_around
+from .inspection import open_image, recovered_states, snapshot_path_spec
+from .names import SnapshotKey, label, qcow_path_specs, snapshots_around
 from .opening import find_entry
 from .sources import display_name
 

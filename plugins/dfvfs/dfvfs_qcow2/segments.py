@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .names import folder, image_name, parse_encoding_method
+from .names import folder, image_name, key_of
 from .wrapping import wrap_method
 
 _METHOD = "_GetBasePathSegments"
@@ -16,11 +16,12 @@ _METHOD = "_GetBasePathSegments"
 
 def _segments(stock_method: Any, lister: Any, path_spec: Any) -> list[str]:
     segments: list[str] = stock_method(lister, path_spec)
-    kind = path_spec.type_indicator if path_spec is not None else ""
-    key = parse_encoding_method(path_spec.encoding_method) if kind == "ENCODED_STREAM" else None
+    if path_spec is None:
+        return segments
+    key = key_of(path_spec)
     if key is not None:
         segments.append(folder(key))
-    elif kind == "QCOW" and image_name(path_spec):
+    elif path_spec.type_indicator == "QCOW" and image_name(path_spec):
         segments.append("qcow2-image")
     return segments
 

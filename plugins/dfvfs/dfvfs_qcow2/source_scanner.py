@@ -27,10 +27,8 @@ from qcow2_forensics.text import printable
 
 from .inspection import open_image, snapshot_path_spec
 from .selection import Selection, selection_from_environment
-from .sources import display_name
+from .sources import begins_as_image, display_name
 from .wrapping import wrap_method
-
-_MAGIC = b"QFI\xfb"
 
 logger = logging.getLogger("dfvfs_qcow2")
 
@@ -54,14 +52,8 @@ def _scan_for_volume_system(stock_method: Any, scanner: Any, source_path_spec: A
 def _begins_with_magic(scanner: Any, path_spec: Any) -> bool:
     if not path_spec.HasParent() or path_spec.type_indicator == definitions.TYPE_INDICATOR_VSHADOW:
         return False
-    try:
-        file_object = resolver.Resolver.OpenFileObject(path_spec, resolver_context=scanner._resolver_context)
-        if file_object is None:
-            return False
-        file_object.seek(0)
-        return bool(file_object.read(len(_MAGIC)) == _MAGIC)
-    except (OSError, dfvfs_errors.Error):
-        return False
+    context = scanner._resolver_context
+    return begins_as_image(lambda: resolver.Resolver.OpenFileObject(path_spec, resolver_context=context))
 
 
 _nodes_wanted: ContextVar[bool] = ContextVar("qcow_snapshot_nodes", default=True)

@@ -8,7 +8,7 @@ object, read under a lock.
 from __future__ import annotations
 
 import os
-import threading
+from collections.abc import Callable
 from typing import Any
 
 from dfvfs.lib import definitions
@@ -19,52 +19,43 @@ from qcow2_forensics import (
     Qcow2Error,
     ReadError,
     Source,
+    StreamSource,
     assuming,
     assumptions_from_environment,
     reason,
 )
 from qcow2_forensics.text import cut
 
+from .names import outwards
 
-class FileObjectSource:
+_MAGIC = b"QFI\xfb"
+
+
+class FileObjectSource(StreamSource):
     """A dfVFS file object as a source; ``path_spec`` says where it is."""
 
     single_threaded = True  # below this object dfVFS shares file systems, which have positions
 
     def __init__(self, path_spec: Any, resolver_context: Any) -> None:
         self.path_spec = path_spec
-        self.name = display_name(path_spec)
         self.identity = ("dfvfs", path_spec.comparable)
         self.stands_for = ""  # as of the core's FileSource
-        self._lock = threading.Lock()
         # Not at import: this module is imported while dfvfs.resolver_helpers is being equipped.
         from dfvfs.resolver_helpers import manager
 
         # Not through the resolver's cache: an object from there has a position others move.
         helper = manager.ResolverHelperManager.GetHelper(path_spec.type_indicator)
-        self._file_object = helper.NewFileObject(resolver_context, path_spec)
-        self._file_object.Open()
-        self.size = int(self._file_object.get_size())
+        file_object = helper.NewFileObject(resolver_context, path_spec)
+        file_object.Open()
+        super().__init__(file_object, display_name(path_spec), size=int(file_object.get_size()))
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes at ``offset``, fewer only at the end."""
-        wanted = min(length, self.size - offset)
-        pieces: list[bytes] = []
         try:
-            with self._lock:
-                self._file_object.seek(offset, os.SEEK_SET)
-                while wanted > 0:
-                    data = self._file_object.read(wanted)
-                    if not data:
-                        raise ReadError(f"{cut(self.name)} ended early", offset=offset, length=length)
-                    pieces.append(data)
-                    wanted -= len(data)
-        except Qcow2Error:
-            raise
-        except (OSError, dfvfs_errors.BackEndError) as error:
+            return super().read(offset, length)
+        except dfvfs_errors.BackEndError as error:
             why = f"{cut(self.name)}: {reason(error, 300)}"
             raise ReadError(why, offset=offset, length=length) from error
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def open_source(path_spec: Any, resolver_context: Any) -> Source:
@@ -85,12 +76,19 @@ def open_image_source(path_spec: Any, resolver_context: Any) -> tuple[Source, So
     return source, assuming(source, assumptions_from_environment())
 
 
+def begins_as_image(opened: Callable[[], Any]) -> bool:
+    """Whether what ``opened`` returns, a file object of dfVFS or None, begins with the magic; False where it fails."""
+    try:
+        file_object = opened()
+        if file_object is None:
+            return False
+        file_object.seek(0)  # it is shared with whoever looked at the file before
+        return bool(file_object.read(len(_MAGIC)) == _MAGIC)
+    except (OSError, dfvfs_errors.Error):
+        return False
+
+
 def display_name(path_spec: Any) -> str:
     """Return the locations of a path specification from the outermost file inwards."""
-    places: list[str] = []
-    while path_spec is not None:
-        location = getattr(path_spec, "location", None)
-        if location:
-            places.append(str(location))
-        path_spec = path_spec.parent
+    places = [str(spec.location) for spec in outwards(path_spec) if getattr(spec, "location", None)]
     return ":".join(reversed(places)) or "stream"

@@ -44,6 +44,7 @@ from .segments import label_segments
 from .selection import VARIABLE, Selection
 from .source_scanner import images, without_snapshots
 from .state_prompts import StatePrompts
+from .wrapping import wrap_method
 
 _FAILURES = 3  # failed reads reported per image
 _LISTED = 20  # snapshots named in a hint
@@ -56,9 +57,20 @@ class Request:
     """What a tool asks for around a scan, and what the scan has to say to its user."""
 
     selection: Selection | None = None
-    option: str = ""  # the option that would have asked, for the hint
+    option: str = f"{VARIABLE}=all"  # what would have asked, for the hint
     notices: list[str] = field(default_factory=list)
-    source_type: str | None = None
+
+    def notify(self, text: str, level: int = logging.WARNING) -> None:  # noqa: ARG002 - a program's log has levels
+        """Say something to the user of the tool."""
+        self.notices.append(text)
+
+
+class _NoRequest(Request):
+    """A program scans, and nobody asked for anything: what there is to say goes to the log."""
+
+    def notify(self, text: str, level: int = logging.WARNING) -> None:
+        """Log it."""
+        logger.log(level, "%s", text)
 
 
 _request: ContextVar[Request | None] = ContextVar("qcow_snapshots_request", default=None)
@@ -74,9 +86,9 @@ def asking(request: Request) -> Iterator[Request]:
         _request.reset(token)
 
 
-def _wanted(options: Any, request: Request | None) -> Selection | None:
+def _wanted(options: Any, request: Request) -> Selection | None:
     text = getattr(options, "qcow_snapshots", None)
-    if text is None and request is not None and request.selection is not None:
+    if text is None and request.selection is not None:
         return request.selection
     text = text if text is not None else os.environ.get(VARIABLE)
     if not text:
@@ -87,16 +99,17 @@ def _wanted(options: Any, request: Request | None) -> Selection | None:
         raise dfvfs_errors.ScannerError(str(error)) from error
 
 
-def _get_base_path_specs(scanner: Any, source_path: str, options: Any = None) -> list[Any]:
+def _get_base_path_specs(_: Any, scanner: Any, source_path: str, options: Any = None) -> list[Any]:
     """Determine the base path specifications of the active state, then of the chosen snapshots."""
     options = options or stock.VolumeScannerOptions()
     label_segments(scanner)
     scanner._source_path = source_path
-    return base_path_specs(scanner, functools.partial(scanner._ScanSource, source_path), options, _request.get())
+    request = _request.get() or _NoRequest()
+    return base_path_specs(scanner, functools.partial(scanner._ScanSource, source_path), options, request)
 
 
 def base_path_specs(
-    scanner: Any, scan: Callable[[], Any], options: Any, request: Request | None, *, is_inside: bool = False
+    scanner: Any, scan: Callable[[], Any], options: Any, request: Request, *, is_inside: bool = False
 ) -> list[Any]:
     """Return the base path specifications of what ``scan`` finds, then of the chosen snapshots of each image in it.
 
@@ -115,11 +128,12 @@ class _StatesScan:
     """One scan of a source: of the active state, and of the snapshots asked for in each image that it leads through."""
 
     def __init__(
-        self, scanner: Any, options: Any, request: Request | None, prompts: StatePrompts | None, *, is_inside: bool
+        self, scanner: Any, options: Any, request: Request, prompts: StatePrompts | None, *, is_inside: bool
     ) -> None:
         self._scanner = scanner
         self._options = options
         self._request = request
+        self._notify = request.notify
         self._prompts = prompts
         self._is_inside = is_inside
         self._selection = _wanted(options, request)
@@ -145,11 +159,11 @@ class _StatesScan:
         if self._selection is not None and self._selection.wants_recovered and not self._is_inside:
             specs = specs or [_without_header(scan_context)]
             found += [item for qcow in specs for item in self._recovered(qcow, self._selection)]
-        _report_failed_reads(scanner, specs, self._request)
+        self._report_failed_reads(specs)
         if failure is not None:
             if not found:
                 raise failure
-            _notify(self._request, f"The active state could not be scanned: {failure}", logging.WARNING)
+            self._notify(f"The active state could not be scanned: {failure}")
         if found and scan_context.source_type != definitions.SOURCE_TYPE_STORAGE_MEDIA_DEVICE:
             # The scan of an image without a file system in its active state may call it a file.
             if scan_context.source_type == definitions.SOURCE_TYPE_FILE:
@@ -162,10 +176,10 @@ class _StatesScan:
         found: list[Any] = []
         missing: list[dfvfs_errors.ScannerError] = []
         for qcow in specs:
-            entries = _entries(qcow, self._request)
+            entries = self._entries(qcow)
             if self._selection is None:
                 if entries:
-                    _notify(self._request, _hint(qcow, entries, self._request), logging.INFO)
+                    self._notify(self._hint(qcow, entries), logging.INFO)
             elif self._selection.wants_any and not scan_context.IsLockedScanNode(qcow):
                 try:
                     found += self._chosen(qcow, self._selection)
@@ -174,14 +188,56 @@ class _StatesScan:
         if missing and len(missing) == len(specs) and not self._is_inside:
             raise missing[0]
         for failure in missing:  # another image has them
-            _notify(self._request, str(failure), logging.WARNING)
+            self._notify(str(failure))
         return found
 
+    def _entries(self, qcow: Any) -> tuple[SnapshotEntry, ...]:
+        try:
+            return snapshots(qcow)
+        except OSError as error:
+            self._notify(f"The snapshot table could not be read: {error}")
+            return ()
+
+    def _hint(self, qcow: Any, entries: tuple[SnapshotEntry, ...]) -> str:
+        inner = image_name(qcow)
+        name = f" {printable(inner)}" if inner else ""
+        how = f"that are not processed; {self._request.option} processes them:"
+        lines = [f"The image{name} holds {len(entries)} internal snapshot(s) {how}"]
+        lines += [f"  {describe(entry)}" for entry in entries[:_LISTED]]
+        if len(entries) > _LISTED:
+            lines.append(f"  ... and {len(entries) - _LISTED} more")
+        return "\n".join(lines)
+
     def _chosen(self, qcow: Any, selection: Selection) -> list[Any]:
+        try:
+            listed = selection.choose(open_image(qcow))
+        except (Qcow2Error, OSError) as error:
+            raise dfvfs_errors.ScannerError(str(error)) from error
         found: list[Any] = []
-        for entry in [*_chosen(selection, qcow), *_chosen_deleted(selection, qcow, self._request)]:
+        for entry in [*listed, *self._chosen_deleted(qcow, selection)]:
             found += self._state(snapshot_path_spec(qcow, entry), SnapshotKey.of(entry))
         return found
+
+    def _chosen_deleted(self, qcow: Any, selection: Selection) -> list[SnapshotEntry]:
+        if not selection.wants_deleted:
+            return []
+        try:
+            known = deleted_snapshots(qcow)
+            chosen = selection.choose_deleted(known)
+        except SnapshotNotFound as error:
+            raise dfvfs_errors.ScannerError(str(error)) from error
+        except OSError as error:
+            self._notify(f"Deleted snapshots could not be looked for: {error}")
+            return []
+        if not known:
+            self._notify("No table entry of a deleted snapshot was found in the image.")
+        for item in chosen:
+            if not item.followed:
+                self._notify(f"The {SnapshotKey.of(item.entry)} was {item.what_is_left}.")
+            elif item.readable < 1:
+                self._notify(f"{item.readable:.0%} of the {SnapshotKey.of(item.entry)} can be read.")
+        # Where the L1 table is gone, the place of the entry would open what another snapshot put there.
+        return [item.entry for item in chosen if not item.is_gone]
 
     def _recovered(self, qcow: Any, selection: Selection) -> list[Any]:
         """Return the base path specifications in the chosen recovered states of an image."""
@@ -191,19 +247,38 @@ class _StatesScan:
         except SnapshotNotFound as error:
             raise dfvfs_errors.ScannerError(str(error)) from error
         except OSError as error:
-            _notify(self._request, f"Recovered states could not be looked for: {error}", logging.WARNING)
+            self._notify(f"Recovered states could not be looked for: {error}")
             return []
         if not known:
-            _notify(self._request, "No state can be put together from tables in the file.", logging.WARNING)
+            self._notify("No state can be put together from tables in the file.")
         found: list[Any] = []
         for state in chosen:
             found += self._state(recovered_path_spec(qcow, state), SnapshotKey.of_recovered(state))
         return found
 
     def _state(self, path_spec: Any, key: SnapshotKey) -> list[Any]:
+        """Return the base path specifications in a snapshot; none, with a warning, if it cannot be read."""
         if self._prompts is not None:
             self._prompts.begin(str(key))
-        return _scan_snapshot(self._scanner, path_spec, str(key), self._options, self._request)
+        try:
+            scan_context = self._scanner._ScanSourcePathSpec(path_spec)
+            found = self._scanner._GetBasePathSpecs(scan_context, self._options)
+        except (dfvfs_errors.ScannerError, dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
+            self._notify(f"Unable to scan {key}: {printable(reason(error), 500)}")
+            return []
+        # What has no file system comes back as it was asked for.
+        found = [item for item in found if item.comparable != path_spec.comparable]
+        if not found:
+            self._notify(f"No supported file system found in {key}.")
+        return found
+
+    def _report_failed_reads(self, specs: list[Any]) -> None:
+        context = self._scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
+        for qcow in specs:
+            for text in notes_of(qcow, context):
+                self._notify(f"{printable(text, 1000)}.")
+            for text in failures_of(qcow, context)[:_FAILURES]:
+                self._notify(f"A read failed during the scan: {text}")
 
 
 def _without_header(scan_context: Any) -> Any:
@@ -216,97 +291,10 @@ def _failed(why: str) -> dfvfs_errors.ScannerError:
     return dfvfs_errors.ScannerError(f"Unable to scan source with error: {printable(why, 500)}")
 
 
-def _report_failed_reads(scanner: Any, specs: list[Any], request: Request | None) -> None:
-    context = scanner._source_scanner._resolver_context or dfvfs_resolver.Resolver._resolver_context
-    for qcow in specs:
-        for text in notes_of(qcow, context):
-            _notify(request, f"{printable(text, 1000)}.", logging.WARNING)
-        for text in failures_of(qcow, context)[:_FAILURES]:
-            _notify(request, f"A read failed during the scan: {text}", logging.WARNING)
-
-
-def _entries(qcow: Any, request: Request | None) -> tuple[SnapshotEntry, ...]:
-    try:
-        return snapshots(qcow)
-    except OSError as error:
-        _notify(request, f"The snapshot table could not be read: {error}", logging.WARNING)
-        return ()
-
-
-def _chosen(selection: Selection, qcow: Any) -> list[SnapshotEntry]:
-    try:
-        return selection.choose(open_image(qcow))
-    except (Qcow2Error, OSError) as error:
-        raise dfvfs_errors.ScannerError(str(error)) from error
-
-
-def _chosen_deleted(selection: Selection, qcow: Any, request: Request | None) -> list[SnapshotEntry]:
-    if not selection.wants_deleted:
-        return []
-    try:
-        known = deleted_snapshots(qcow)
-        chosen = selection.choose_deleted(known)
-    except SnapshotNotFound as error:
-        raise dfvfs_errors.ScannerError(str(error)) from error
-    except OSError as error:
-        _notify(request, f"Deleted snapshots could not be looked for: {error}", logging.WARNING)
-        return []
-    if not known:
-        _notify(request, "No table entry of a deleted snapshot was found in the image.", logging.WARNING)
-    for item in chosen:
-        if not item.followed:
-            _notify(request, f"The {SnapshotKey.of(item.entry)} was {item.what_is_left}.", logging.WARNING)
-        elif item.readable < 1:
-            _notify(request, f"{item.readable:.0%} of the {SnapshotKey.of(item.entry)} can be read.", logging.WARNING)
-    # Where the L1 table is gone, the place of the entry would open what another snapshot put there.
-    return [item.entry for item in chosen if not item.is_gone]
-
-
-def _scan_snapshot(scanner: Any, path_spec: Any, name: str, options: Any, request: Request | None) -> list[Any]:
-    """Return the base path specifications in a snapshot; none, with a warning, if it cannot be read."""
-    try:
-        scan_context = scanner._ScanSourcePathSpec(path_spec)
-        base_path_specs = scanner._GetBasePathSpecs(scan_context, options)
-    except (dfvfs_errors.ScannerError, dfvfs_errors.BackEndError, OSError, RuntimeError) as error:
-        _notify(request, f"Unable to scan {name}: {printable(reason(error), 500)}", logging.WARNING)
-        return []
-    # What has no file system comes back as it was asked for.
-    base_path_specs = [item for item in base_path_specs if item.comparable != path_spec.comparable]
-    if not base_path_specs:
-        _notify(request, f"No supported file system found in {name}.", logging.WARNING)
-    return base_path_specs
-
-
-def _hint(qcow: Any, entries: tuple[SnapshotEntry, ...], request: Request | None) -> str:
-    how = request.option if request is not None and request.option else f"{VARIABLE}=all"
-    inner = image_name(qcow)
-    name = f" {printable(inner)}" if inner else ""
-    lines = [f"The image{name} holds {len(entries)} internal snapshot(s) that are not processed; {how} processes them:"]
-    lines += [f"  {describe(entry)}" for entry in entries[:_LISTED]]
-    if len(entries) > _LISTED:
-        lines.append(f"  ... and {len(entries) - _LISTED} more")
-    return "\n".join(lines)
-
-
 def describe(entry: SnapshotEntry) -> str:
     """Return one line about a snapshot: its position as it can be asked for, ID, name, time."""
     taken = f"{short_date(entry.date_sec, entry.date_nsec)} UTC"
     return f"#{entry.index + 1}: {printable(entry.name, 64)} (ID {printable(entry.id, 64)}, {taken})"
 
 
-def _notify(request: Request | None, text: str, level: int) -> None:
-    if request is not None:
-        request.notices.append(text)
-    else:
-        logger.log(level, "%s", text)
-
-
-def register() -> None:
-    """Replace the scanner's method; scanners that inherit it, as plaso's does, follow."""
-    if not getattr(stock.VolumeScanner.GetBasePathSpecs, "reads_qcow_snapshots", False):
-        replacement: Any = functools.wraps(stock.VolumeScanner.GetBasePathSpecs)(_get_base_path_specs)
-        replacement.reads_qcow_snapshots = True
-        stock.VolumeScanner.GetBasePathSpecs = replacement
-
-
-register()
+wrap_method(stock.VolumeScanner, "GetBasePathSpecs", _get_base_path_specs)  # scanners that inherit it follow

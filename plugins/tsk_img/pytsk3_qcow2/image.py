@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeGuard
 
 import pytsk3
@@ -77,14 +78,13 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
     ) -> None:
         if not isinstance(type, int):
             raise TypeError("the second argument is pytsk3's type; a snapshot is named with snapshot=...")
-        self._findings: tuple[Finding, ...] | None = None
-        self._label = ""
         self._owned = False
+        disk: Layer
         try:
-            disk = (
-                url
-                if _is_disk(url)
-                else open_disk(
+            if _is_disk(url):
+                disk = url
+            else:
+                disk = open_disk(
                     url,
                     snapshot,
                     _given_or_set(passphrase),
@@ -96,7 +96,6 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
                     assume=assume,
                     virtual_size=virtual_size,
                 )
-            )
             if isinstance(disk, Disk) and disk.is_locked:
                 if disk is not url:
                     disk.close()
@@ -104,7 +103,7 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
                 why = f"give passphrase=..., or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}"
                 raise Locked(method, why, member=member)
         except Qcow2Error as error:
-            raise as_io_error(error) from error.__cause__
+            raise as_io_error(error)  # noqa: B904 - it names its cause
         super().__init__(TolerantReader(disk, unreadable), sector_size)
         self._disk = disk
         self._owned = disk is not url
@@ -125,27 +124,23 @@ class Img_Info(ReaderImage):  # noqa: N801 - named as the class it stands in for
         """The snapshot shown, None for the active state."""
         return self._disk.snapshot if isinstance(self._disk, Disk) else None
 
-    @property
+    @cached_property
     def state(self) -> str:
         """What to call this state: the snapshot's name (its ID when it has none), ``active``, or ``recovered:N``.
 
         More is added where another state has that name too: no two states of an image have the same label.
         """
-        if not self._label and isinstance(self._disk, Disk) and self._disk.rebuilt is not None:
-            self._label = self._disk.rebuilt.label
-        if not self._label:
-            named = labels(self._disk.image.snapshots) if isinstance(self._disk, Disk) else labels(())
-            self._label = named(self.snapshot)
-        return self._label
+        if not isinstance(self._disk, Disk):
+            return labels(())(None)
+        rebuilt = self._disk.rebuilt
+        return rebuilt.label if rebuilt is not None else labels(self._disk.image.snapshots)(self.snapshot)
 
-    @property
+    @cached_property
     def findings(self) -> tuple[Finding, ...]:
         """What the auditor observes about the image file; audited on first use, then kept."""
-        if self._findings is None:
-            from qcow2_forensics import audit
+        from qcow2_forensics import audit
 
-            self._findings = audit(self._disk.image.source).findings if isinstance(self._disk, Disk) else ()
-        return self._findings
+        return audit(self._disk.image.source).findings if isinstance(self._disk, Disk) else ()
 
     def __enter__(self) -> Img_Info:
         return self
@@ -170,18 +165,21 @@ def open_image(
     Anything else has no snapshots: asking for one there is an ``IOError``. A recovered state needs no header.
     ``unreadable`` is that of :class:`Img_Info`.
     """
-    if is_recovered_state(snapshot):
+    if is_recovered_state(snapshot) or _is_qcow(path, snapshot):
         return Img_Info(path, snapshot=snapshot, passphrase=passphrase, resolver=resolver, unreadable=unreadable)
+    return pytsk3.Img_Info(os.fspath(path))
+
+
+def _is_qcow(path: str | os.PathLike[str], snapshot: SnapshotName) -> bool:
     try:
         open_metadata(path).close()
     except NotQcow2 as error:
         if snapshot is not None:
             raise OSError(f"{printable(os.fspath(path))} is not a QCOW image and has no snapshots") from error
+        return False
     except OSError:
-        pass  # pytsk3 says what is wrong with the path: a directory, a split raw image, nothing there
-    else:
-        return Img_Info(path, snapshot=snapshot, passphrase=passphrase, resolver=resolver, unreadable=unreadable)
-    return pytsk3.Img_Info(os.fspath(path))
+        return False  # pytsk3 says what is wrong with the path: a directory, a split raw image, nothing there
+    return True
 
 
 def states(
@@ -210,7 +208,7 @@ def states(
             listed: tuple[SnapshotEntry | None, ...] = (*entries, None)
     except Qcow2Error as error:
         if not recovered or not isinstance(error, NotQcow2):
-            raise as_io_error(error) from error.__cause__
+            raise as_io_error(error)  # noqa: B904 - it names its cause
         entries, listed, unread = (), (), None
     label = labels(entries)
     base: Disk | None = None  # of which the other states are read without opening the image again
@@ -222,8 +220,8 @@ def states(
             if recovered:  # the tables of this one are what is damaged
                 logging.getLogger("pytsk3_qcow2").warning("%s: %s", label(wanted), error)
                 continue
-            raise as_io_error(error) from error.__cause__
-        image._label = label(wanted)
+            raise as_io_error(error)  # noqa: B904 - it names its cause
+        image.state = label(wanted)
         yield image
     if unread is not None and not recovered:
         raise as_io_error(unread.error())

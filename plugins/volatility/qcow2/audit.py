@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from volatility3.framework import interfaces, renderers
+from volatility3.framework import interfaces
 from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 from .evidence import ABSENT, EvidencePlugin, Row, hexadecimal
+from .options import optional_flag
 
 if TYPE_CHECKING:
     from qcow2_forensics import Evidence, Finding
@@ -22,6 +23,14 @@ class Audit(EvidencePlugin):
     """
 
     hidden = False
+    columns = (
+        ("Severity", str),
+        ("Code", str),
+        ("Count", int),
+        ("Offset", format_hints.Hex),
+        ("Title", str),
+        ("Note", str),
+    )
 
     @classmethod
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
@@ -34,12 +43,7 @@ class Audit(EvidencePlugin):
                 default="standard",
                 optional=True,
             ),
-            requirements.BooleanRequirement(
-                name="evidence",
-                description="Show each piece of evidence below its finding",
-                default=False,
-                optional=True,
-            ),
+            optional_flag("evidence", "Show each piece of evidence below its finding"),
         ]
 
     def _rows(self) -> Iterator[Row]:
@@ -51,17 +55,6 @@ class Audit(EvidencePlugin):
             if self.config.get("evidence", False):
                 for item in finding.evidence:
                     yield 1, _evidence(finding, item)
-
-    def run(self) -> Any:
-        columns = [
-            ("Severity", str),
-            ("Code", str),
-            ("Count", int),
-            ("Offset", format_hints.Hex),
-            ("Title", str),
-            ("Note", str),
-        ]
-        return renderers.TreeGrid(columns, self.guarded(self._rows))
 
 
 def _finding(finding: Finding) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from volatility3.framework import exceptions, interfaces
 from volatility3.framework.layers import physical
 
-from .common import LayerSource, add_file_layer, local_path
+from .common import LayerSource, add_file_layer, configure, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,10 +115,8 @@ class LayerResolver:
     def _local(self, opened: FileSource) -> LayerSource:
         """Return a file that the core's policy opened as a layer."""
         name = self._context.layers.free_layer_name("Qcow2ChainLayer")
-        path = interfaces.configuration.path_join(self._config_path, name)
-        self._context.config[interfaces.configuration.path_join(path, "location")] = Path(
-            os.path.realpath(opened.path)
-        ).as_uri()
+        location = Path(os.path.realpath(opened.path)).as_uri()
+        path = configure(self._context, self._config_path, name, location=location)
         layer = Qcow2ChainFileLayer(self._context, path, name, descriptor=os.dup(opened.fileno()))
         self._context.layers.add_layer(layer)
         source = LayerSource(layer)

@@ -14,6 +14,7 @@ from volatility3.framework.renderers import format_hints
 
 from . import common, layers, linux_kernel, ram
 from .evidence import Row
+from .options import optional_text
 
 # By operating system; the names are prefixes, as ``vol`` accepts them. What a Volatility lacks is passed over.
 _DEFAULT = {
@@ -85,9 +86,7 @@ class Changes(interfaces.plugins.PluginInterface):
             requirements.ModuleRequirement(
                 name="kernel", description="Kernel of the later state", architectures=["Intel32", "Intel64"]
             ),
-            requirements.StringRequirement(
-                name="against", description="The earlier snapshot: its ID or name", optional=True
-            ),
+            optional_text("against", "The earlier snapshot: its ID or name"),
             requirements.ListRequirement(
                 name="plugins",
                 element_type=str,
@@ -152,9 +151,9 @@ class Changes(interfaces.plugins.PluginInterface):
         if found is None:
             return None
         kind, settings = found
-        path = interfaces.configuration.path_join(self.config_path, "earlier", "layer_name")
-        for key, value in {"memory_layer": memory.name, **settings}.items():
-            self.context.config[interfaces.configuration.path_join(path, key)] = value
+        path = common.configure(
+            self.context, self.config_path, "earlier", "layer_name", memory_layer=memory.name, **settings
+        )
         layer = kind(self.context, path, self.context.layers.free_layer_name("Earlier"), {"os": "Linux"})
         self.context.layers.add_layer(layer)
         shift = settings["kernel_virtual_offset"]
@@ -189,10 +188,9 @@ class Changes(interfaces.plugins.PluginInterface):
             (layers.Qcow2VmStateLayer, {"snapshot": snapshot, "assume": state.config.get("assume", None)}),
             (ram.QemuRamLayer, {"layout": memory and memory.config.get("layout", None)}),
         ):
-            path = interfaces.configuration.path_join(self.config_path, "earlier", kind.__name__)
-            for key, value in {"base_layer": below, **settings}.items():
-                if value is not None:
-                    self.context.config[interfaces.configuration.path_join(path, key)] = value
+            path = common.configure(
+                self.context, self.config_path, "earlier", kind.__name__, base_layer=below, **settings
+            )
             layer = kind(self.context, path, self.context.layers.free_layer_name(kind.__name__))
             self.context.layers.add_layer(layer)
             below = layer.name

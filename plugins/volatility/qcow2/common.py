@@ -248,8 +248,18 @@ def add_file_layer(
 ) -> physical.FileLayer:
     """Open a location as a further base layer; raises OSError and what Volatility's handlers raise."""
     name = context.layers.free_layer_name(prefix)
-    path = interfaces.configuration.path_join(config_path, name)
-    context.config[interfaces.configuration.path_join(path, "location")] = location
-    layer = physical.FileLayer(context, path, name)
+    layer = physical.FileLayer(context, configure(context, config_path, name, location=location), name)
     context.layers.add_layer(layer)
     return layer
+
+
+# --- configurations --------------------------------------------------------------------------------
+
+
+def configure(context: interfaces.context.ContextInterface, *path: str, **settings: Any) -> str:
+    """Put settings at a place of the configuration, but for those that are None, and return the place."""
+    place = interfaces.configuration.path_join(*path)
+    for key, value in settings.items():
+        if value is not None:
+            context.config[interfaces.configuration.path_join(place, key)] = value
+    return place

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from volatility3.framework import constants, exceptions, interfaces, renderers
 from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 from . import choice, common, index_cache
-from .options import assumptions, layout_option, passphrase, snapshot_option
+from .options import assumptions, layout_option, optional_text, passphrase, snapshot_option
 
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image, SnapshotEntry, Source, VmState
@@ -42,9 +42,13 @@ class Stream:
 
 
 class EvidencePlugin(interfaces.plugins.PluginInterface):
-    """What our plugins share: the file is read as it is, and bad evidence is one sentence."""
+    """What our plugins share: the file is read as it is, and bad evidence is one sentence.
+
+    A plugin names its ``columns``, each with its type, and yields what belongs into them from ``_rows``.
+    """
 
     hidden = True
+    columns: ClassVar[Sequence[tuple[str, type]]] = ()
     _required_framework_version = (2, 0, 0)
     _version = (1, 0, 0)
 
@@ -54,17 +58,9 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             requirements.URIRequirement(
                 name="location", description="The file to read, instead of the one given with -f", optional=True
             ),
-            requirements.StringRequirement(
-                name="state", description="The snapshot, where --qcow2-snapshot does not say", optional=True
-            ),
-            requirements.StringRequirement(
-                name="layout", description="Where RAM blocks lie, where --qcow2-layout does not say", optional=True
-            ),
-            requirements.StringRequirement(
-                name="assume",
-                description="Header fields that are assumed, where --qcow2-assume does not say",
-                optional=True,
-            ),
+            optional_text("state", "The snapshot, where --qcow2-snapshot does not say"),
+            optional_text("layout", "Where RAM blocks lie, where --qcow2-layout does not say"),
+            optional_text("assume", "Header fields that are assumed, where --qcow2-assume does not say"),
         ]
 
     def build_configuration(self) -> interfaces.configuration.HierarchicalDict:
@@ -110,13 +106,13 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
     def stream(self) -> Stream:
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
-        from qcow2_forensics import Qcow2Error, find_stream, open_image, recovered_memory
+        from qcow2_forensics import Qcow2Error, open_image, recovered_memory
         from qcow2_forensics.text import cut, printable
 
         source = self.source()
-        stream = find_stream(source, cache_dir=constants.CACHE_PATH)
+        stream = self._own_stream(source)
         if stream is not None:
-            return Stream(stream, *index_cache.identify(source.layer), self._layout())
+            return stream
         chosen = recovered_memory(self._assumed(source), self.wanted())
         if chosen is None:
             chosen = choice.choose(open_image(self._assumed(source)), self.wanted(), printable(source.name))
@@ -131,20 +127,13 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
         What cannot be opened is a warning.
         """
-        from qcow2_forensics import (
-            Qcow2Error,
-            find_stream,
-            leftover_name,
-            leftover_vm_state,
-            memory_snapshots,
-            open_image,
-        )
+        from qcow2_forensics import Qcow2Error, leftover_name, leftover_vm_state, memory_snapshots, open_image
         from qcow2_forensics.text import cut, printable
 
         source = self.source()
-        stream = find_stream(source, cache_dir=constants.CACHE_PATH)
+        stream = self._own_stream(source)
         if stream is not None:
-            yield Stream(stream, *index_cache.identify(source.layer), self._layout())
+            yield stream
             return
         image = open_image(self._assumed(source))
         choice.warn_of_problems(image, printable(source.name))
@@ -166,6 +155,13 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
                 what = wanted if isinstance(wanted, str) else choice.describe(wanted)
                 common.warn(f"{printable(source.name)}: {what} is left out: {error}")
 
+    def _own_stream(self, source: common.LayerSource) -> Stream | None:
+        """Return the memory stream that the file itself is, None for an image."""
+        from qcow2_forensics import find_stream
+
+        stream = find_stream(source, cache_dir=constants.CACHE_PATH)
+        return None if stream is None else Stream(stream, *index_cache.identify(source.layer), self._layout())
+
     def _stored(self, source: common.LayerSource, wanted: SnapshotEntry | str) -> Stream:
         """Return the memory stream of a snapshot, or of a state that no snapshot lists, by its name."""
         from qcow2_forensics import open_vm_state
@@ -177,6 +173,13 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         if assume := self._assume():
             which += "_" + re.sub(r"\W", "_", assume)
         return Stream(state, key and f"{key}_{which}", local, self._layout())
+
+    def run(self) -> Any:
+        """Return the table."""
+        return renderers.TreeGrid(list(self.columns), self.guarded(self._rows))
+
+    def _rows(self) -> Iterator[Row]:
+        raise NotImplementedError
 
     def guarded(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """Yield rows; what goes wrong with the evidence becomes a warning, and the end of them."""

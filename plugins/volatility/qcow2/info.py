@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from volatility3.framework import renderers
 from volatility3.framework.renderers import format_hints
 
 from . import choice, common
@@ -22,6 +21,13 @@ class Info(EvidencePlugin):
     """Shows what a QCOW2 image or QEMU memory stream is, and how its memory is laid out."""
 
     hidden = False
+    columns = (
+        ("Subject", str),
+        ("Item", str),
+        ("Value", str),
+        ("Address", format_hints.Hex),
+        ("Size", format_hints.Hex),
+    )
 
     def _rows(self) -> Iterator[Row]:
         from qcow2_forensics import NotQcow2, Qcow2Error
@@ -41,16 +47,6 @@ class Info(EvidencePlugin):
         for part in facts:
             for subject, item, value, address, size in part:
                 yield 0, (subject, printable(item), value, hexadecimal(address), hexadecimal(size))
-
-    def run(self) -> Any:
-        columns = [
-            ("Subject", str),
-            ("Item", str),
-            ("Value", str),
-            ("Address", format_hints.Hex),
-            ("Size", format_hints.Hex),
-        ]
-        return renderers.TreeGrid(columns, self.guarded(self._rows))
 
 
 def _image_facts(image: Image) -> Facts:

@@ -9,7 +9,15 @@ from volatility3.framework import exceptions, interfaces
 from volatility3.framework.configuration import requirements
 
 from .common import LayerSource, ViewLayer, image_source, vollog
-from .options import HOW_TO_UNLOCK, backing_file, backing_folders, passphrase, without_backing
+from .options import (
+    HOW_TO_UNLOCK,
+    backing_file,
+    backing_folders,
+    optional_flag,
+    optional_text,
+    passphrase,
+    without_backing,
+)
 
 if TYPE_CHECKING:
     from qcow2_forensics import Disk, Resolver, Run, VmState
@@ -17,8 +25,8 @@ if TYPE_CHECKING:
 Mapped = tuple[int, int, int, int, str]
 
 _STATE = (
-    requirements.StringRequirement(name="snapshot", description="ID of the snapshot", optional=True),
-    requirements.StringRequirement(name="assume", description="Header fields that are assumed", optional=True),
+    optional_text("snapshot", "ID of the snapshot"),
+    optional_text("assume", "Header fields that are assumed"),
 )
 
 # Volatility has no list of layers that it builds from a saved configuration by itself. What lies
@@ -51,10 +59,7 @@ class Qcow2VmStateLayer(ViewLayer):
 
     @classmethod
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
-        return [
-            *super().get_requirements(),
-            *_STATE,
-        ]
+        return [*super().get_requirements(), *_STATE]
 
 
 class Qcow2DiskLayer(ViewLayer):
@@ -122,9 +127,7 @@ class Qcow2DiskLayer(ViewLayer):
             *super().get_requirements(),
             *_STATE,
             requirements.IntRequirement(name="virtual_size", description="Size of a recovered disk", optional=True),
-            requirements.BooleanRequirement(
-                name="ordinary", description="The disk holds no memory", optional=True, default=False
-            ),
+            optional_flag("ordinary", "The disk holds no memory"),
             *(requirements.TranslationLayerRequirement(name=name, optional=True) for name in CHAIN),
         ]
 

@@ -73,10 +73,8 @@ class QemuLinuxStacker(interfaces.automagic.StackerLayerInterface):
             return None
         kind, values = settings
         name = context.layers.free_layer_name("IntelLayer")
-        path = interfaces.configuration.path_join("IntelHelper", name)
         values |= {"memory_layer": layer_name, BANNER_KEY: identifier.decode("latin-1")}
-        for key, value in values.items():
-            context.config[interfaces.configuration.path_join(path, key)] = value
+        path = common.configure(context, "IntelHelper", name, **values)
         return kind(context, path, name, {"os": "Linux"})
 
 

@@ -44,6 +44,16 @@ _FLAGS = {
 }
 
 
+def optional_text(name: str, description: str) -> requirements.StringRequirement:
+    """Return the requirement of a text that may be left out."""
+    return requirements.StringRequirement(name=name, description=description, optional=True)
+
+
+def optional_flag(name: str, description: str) -> requirements.BooleanRequirement:
+    """Return the requirement of a flag that is not set by default."""
+    return requirements.BooleanRequirement(name=name, description=description, optional=True, default=False)
+
+
 class Qcow2Options(interfaces.automagic.AutomagicInterface):
     """Carries the options for QCOW2 images to the layers and plugins that read them."""
 
@@ -53,14 +63,8 @@ class Qcow2Options(interfaces.automagic.AutomagicInterface):
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
         # Names unlike any plugin's: argparse would let a plugin's default overwrite ours in silence.
         return [
-            *(
-                requirements.StringRequirement(name=name, description=text, optional=True)
-                for name, text in _TEXTS.items()
-            ),
-            *(
-                requirements.BooleanRequirement(name=name, description=text, optional=True, default=False)
-                for name, text in _FLAGS.items()
-            ),
+            *(optional_text(name, text) for name, text in _TEXTS.items()),
+            *(optional_flag(name, text) for name, text in _FLAGS.items()),
         ]
 
     def __call__(

@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import constants, exceptions, interfaces
-from volatility3.framework.configuration import requirements
 
 from .common import ViewLayer, core_errors, source_under, warn
 from .elision import Skip, allowed, finds_zeros
 from .index_cache import identify, index_memory
 from .layers import Mapped
-from .options import scan_zeros
+from .options import optional_text, scan_zeros
 
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory
@@ -63,12 +62,8 @@ class QemuRamLayer(ViewLayer):
 
     @classmethod
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
-        return [
-            *super().get_requirements(),
-            requirements.StringRequirement(
-                name="layout", description="Where RAM blocks lie: BLOCK@ADDRESS[,...]", optional=True
-            ),
-        ]
+        layout = optional_text("layout", "Where RAM blocks lie: BLOCK@ADDRESS[,...]")
+        return [*super().get_requirements(), layout]
 
     # --- the interface -------------------------------------------------------------------------
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from volatility3.framework import interfaces, renderers
+from volatility3.framework import interfaces
 from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
@@ -21,6 +20,7 @@ class Registers(EvidencePlugin):
     """
 
     hidden = False
+    columns = (("CPU", int), ("Architecture", str), ("Register", str), ("Value", format_hints.Hex))
 
     @classmethod
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
@@ -42,7 +42,3 @@ class Registers(EvidencePlugin):
             for name, value in cpu.registers.items():
                 if not wanted or name in wanted:
                     yield 0, (cpu.index, printable(cpu.architecture), printable(name), format_hints.Hex(value))
-
-    def run(self) -> Any:
-        columns = [("CPU", int), ("Architecture", str), ("Register", str), ("Value", format_hints.Hex)]
-        return renderers.TreeGrid(columns, self.guarded(self._rows))

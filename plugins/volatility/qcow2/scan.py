@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from volatility3.framework import interfaces, renderers
+from volatility3.framework import interfaces
 from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 from . import common
 from .evidence import EvidencePlugin, Row, Stream
+from .options import optional_flag, optional_text
 
 if TYPE_CHECKING:
     from qcow2_forensics import Finder, GuestMemory, Match
@@ -29,26 +30,28 @@ class Scan(EvidencePlugin):
     """
 
     hidden = False
+    columns = (
+        ("ID", str),
+        ("Snapshot", str),
+        ("Address", format_hints.Hex),
+        ("Rule", str),
+        ("Text", str),
+        ("Bytes", bytes),
+    )
 
     @classmethod
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
         return [
             *super().get_requirements(),
-            requirements.StringRequirement(name="pattern", description="Regular expression over bytes", optional=True),
-            requirements.StringRequirement(name="yara_string", description="Yara rules (as a string)", optional=True),
+            optional_text("pattern", "Regular expression over bytes"),
+            optional_text("yara_string", "Yara rules (as a string)"),
             requirements.URIRequirement(name="yara_file", description="Yara rules (as a file)", optional=True),
             requirements.URIRequirement(
                 name="yara_compiled_file", description="Yara compiled rules (as a file)", optional=True
             ),
-            requirements.BooleanRequirement(
-                name="insensitive", description="Search without regard to case", optional=True, default=False
-            ),
-            requirements.BooleanRequirement(
-                name="wide", description="Search in 16-bit characters too", optional=True, default=False
-            ),
-            requirements.BooleanRequirement(
-                name="strings", description="Show all strings of printable characters", optional=True, default=False
-            ),
+            optional_flag("insensitive", "Search without regard to case"),
+            optional_flag("wide", "Search in 16-bit characters too"),
+            optional_flag("strings", "Show all strings of printable characters"),
             requirements.IntRequirement(
                 name="shortest", description="Characters of the shortest string", optional=True, default=_SHORTEST
             ),
@@ -106,17 +109,6 @@ class Scan(EvidencePlugin):
             return pattern_finder(re.compile(expression, flags), label), False
         except re.error as error:
             raise Qcow2Error(f"no regular expression: {error}") from error
-
-    def run(self) -> Any:
-        columns = [
-            ("ID", str),
-            ("Snapshot", str),
-            ("Address", format_hints.Hex),
-            ("Rule", str),
-            ("Text", str),
-            ("Bytes", bytes),
-        ]
-        return renderers.TreeGrid(columns, self.guarded(self._rows))
 
 
 def _name(stream: Stream) -> tuple[str, str]:

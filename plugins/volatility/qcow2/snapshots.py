@@ -5,9 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from volatility3.framework import renderers
 from volatility3.framework.renderers import format_hints
 
 from . import choice, common
@@ -37,6 +36,17 @@ class Snapshots(*_bases()):  # type: ignore[misc]
     """Lists the internal snapshots of a QCOW2 image, and which of them hold memory."""
 
     hidden = False
+    columns = (
+        ("ID", str),
+        ("Name", str),
+        ("Date", dt.datetime),
+        ("Guest uptime", str),
+        ("VM state bytes", int),
+        ("Disk bytes", int),
+        ("Instructions", int),
+        ("Chosen", bool),
+        ("Offset", format_hints.Hex),
+    )
 
     def _rows(self) -> Iterator[Row]:
         from qcow2_forensics import Qcow2Error
@@ -81,17 +91,3 @@ class Snapshots(*_bases()):  # type: ignore[misc]
             memory = "with memory" if entry.vm_state_size else "without memory"
             words = f"QCOW2 snapshot {choice.describe(entry)} {memory} taken (host clock)"
             yield words, timeliner.TimeLinerType.CREATED, choice.snapshot_date(entry)
-
-    def run(self) -> Any:
-        columns = [
-            ("ID", str),
-            ("Name", str),
-            ("Date", dt.datetime),
-            ("Guest uptime", str),
-            ("VM state bytes", int),
-            ("Disk bytes", int),
-            ("Instructions", int),
-            ("Chosen", bool),
-            ("Offset", format_hints.Hex),
-        ]
-        return renderers.TreeGrid(columns, self.guarded(self._rows))

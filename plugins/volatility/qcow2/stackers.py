@@ -71,9 +71,7 @@ class QemuRamStacker(interfaces.automagic.StackerLayerInterface):
         if progress_callback is not None:
             progress_callback(0, "Indexing QEMU memory")
         try:
-            layout = layout_option(context)
-            settings = {"layout": layout} if layout else {}
-            layer = _new(context, layer_name, ram.QemuRamLayer, **settings)
+            layer = _new(context, layer_name, ram.QemuRamLayer, layout=layout_option(context))
             _warn_of_symbols(layer)
             return layer
         except exceptions.LayerException:
@@ -123,28 +121,25 @@ def _new(
     context: interfaces.context.ContextInterface,
     layer_name: str,
     kind: type[common.ViewLayer],
-    **settings: str | int | bool,
+    **settings: str | int | None,
 ) -> common.ViewLayer:
-    join = interfaces.configuration.path_join
     name = context.layers.free_layer_name(kind.__name__)
-    path = join("automagic", "LayerStacker", "stack", name)
-    context.config[join(path, "base_layer")] = layer_name
-    for key, value in settings.items():
-        context.config[join(path, key)] = value
+    path = common.configure(context, "automagic", "LayerStacker", "stack", name, base_layer=layer_name, **settings)
     return kind(context, path, name)
 
 
 def _layer(context: interfaces.context.ContextInterface, layer_name: str, chosen: MemoryChoice) -> common.ViewLayer:
-    settings = _stated(context, chosen.is_memory) | ({"snapshot": chosen.name} if chosen.name else {})
     kind = layers.Qcow2VmStateLayer if chosen.is_memory else layers.Qcow2DiskLayer
-    return _new(context, layer_name, kind, **settings)
+    stated = _stated(context, chosen.is_memory)
+    return _new(context, layer_name, kind, snapshot=chosen.name or None, **stated)
 
 
-def _stated(context: interfaces.context.ContextInterface, is_memory: bool) -> dict[str, str | int]:
+def _stated(context: interfaces.context.ContextInterface, is_memory: bool) -> dict[str, str | int | None]:
     """Return what the user states of a damaged image, for the configuration of its layer."""
-    stated: dict[str, str | int] = {"assume": text} if (text := assumptions(context)) else {}
-    size = None if is_memory else virtual_size(context)
-    return stated if size is None else stated | {"virtual_size": size}
+    return {
+        "assume": assumptions(context) or None,
+        "virtual_size": None if is_memory else virtual_size(context),
+    }
 
 
 def _disk(

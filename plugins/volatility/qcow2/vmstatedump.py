@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from volatility3.framework import interfaces, renderers
+from volatility3.framework import interfaces
 from volatility3.framework.configuration import requirements
 
 from .evidence import EvidencePlugin, Row, Stream
+from .options import optional_text
 
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory
@@ -26,6 +27,7 @@ class VmStateDump(EvidencePlugin):
     """Writes the memory of a snapshot to a file: raw RAM, one RAM block or device, or the stream itself."""
 
     hidden = False
+    columns = (("File", str), ("Bytes", int))
 
     @classmethod
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
@@ -38,13 +40,9 @@ class VmStateDump(EvidencePlugin):
                 default="raw",
                 optional=True,
             ),
-            requirements.StringRequirement(
-                name="block", description="Write only the RAM block of this name, as qcow2.info lists it", optional=True
-            ),
-            requirements.StringRequirement(
-                name="device",
-                description="Write only the state of this device, as qcow2.info lists it; a TPM's also as swtpm's files",
-                optional=True,
+            optional_text("block", "Write only the RAM block of this name, as qcow2.info lists it"),
+            optional_text(
+                "device", "Write only the state of this device, as qcow2.info lists it; a TPM's also as swtpm's files"
             ),
         ]
 
@@ -119,9 +117,6 @@ class VmStateDump(EvidencePlugin):
                 raise
             raise OutputError(f"\nqcow2.vmstatedump: {cut(wanted)} is not written: {printable(reason)}") from error
         return str(file.preferred_filename)
-
-    def run(self) -> Any:
-        return renderers.TreeGrid([("File", str), ("Bytes", int)], self.guarded(self._rows))
 
 
 class _NotWritten(OSError):

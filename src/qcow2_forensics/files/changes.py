@@ -178,7 +178,7 @@ def marked_files(state: StateFiles, ranges: Iterable[tuple[int, int]], *, hashed
     touched = Spans((*ranges, *state.replaced))
     for place in sorted(state.systems):
         for record in state.records[place]:
-            if not record.allocated or record.virtual:
+            if not record.is_kept:
                 continue
             changed_bytes = touched.overlap(Spans((*record.spans, *record.metadata)))
             if changed_bytes:
@@ -195,7 +195,7 @@ def outside_files(before: StateFiles, after: StateFiles, ranges: Iterable[tuple[
     touched = Spans(ranges)
     states = (before, after)
     listed = (record for state in states for records in state.records.values() for record in records)
-    files = (span for record in listed if record.allocated and not record.virtual for span in record.spans)
+    files = (span for record in listed if record.is_kept for span in record.spans)
     unread = (span for state in states for item in state.unread.values() for span in item.spans)
     return touched.total - touched.overlap(Spans(chain(files, unread)))
 
@@ -220,8 +220,8 @@ class _Pair:
         repeated = _repeated(old) | _repeated(new)
         self._old = _allocated(old, repeated)
         self._new = _allocated(new, repeated)
-        self._old_deleted = [record for record in old if not record.allocated and not record.virtual]
-        self._new_deleted = [record for record in new if not record.allocated and not record.virtual]
+        self._old_deleted = [record for record in old if record.is_deleted]
+        self._new_deleted = [record for record in new if record.is_deleted]
         self._in_use = Spans(span for record in new if record.allocated for span in record.spans)
 
     def changes(self) -> Iterator[Changed]:
@@ -358,7 +358,7 @@ def _digest(system: FileSystem | None, record: FileRecord | None) -> str | None:
 def _allocated(records: Sequence[FileRecord], repeated: set[tuple[str, str]]) -> dict[Key, FileRecord]:
     found: dict[Key, FileRecord] = {}
     for record in records:
-        if record.allocated and not record.virtual:
+        if record.is_kept:
             name = record.path, record.stream
             found.setdefault((*name, record.inode if name in repeated else 0), record)
     return found
@@ -369,7 +369,7 @@ def _repeated(records: Sequence[FileRecord]) -> set[tuple[str, str]]:
     seen: dict[tuple[str, str], int] = {}
     found = set()
     for record in records:
-        if record.allocated and not record.virtual:
+        if record.is_kept:
             name = record.path, record.stream
             if seen.setdefault(name, record.inode) != record.inode:
                 found.add(name)

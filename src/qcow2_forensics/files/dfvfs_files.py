@@ -20,18 +20,13 @@ from dfvfs.resolver import context, resolver
 from dfvfs.resolver_helpers import manager as _helpers  # noqa: F401 - registers every kind of volume
 
 from ..errors import Qcow2Error
-from ..limits import FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
-from ..text import printable
-from .protocol import FileSystem, Visits
-from .readers import Reader
-from .records import RESOURCE_FORK, FileRecord, Span, Times, Volume
-from .spans import Spans
+from .protocol import FileSystem, first_line
+from .readers import Reader, ReaderOver
+from .records import RESOURCE_FORK, SECOND, FileRecord, Span, Times, Volume
 from .xfs_inodes import stored_times
 
-_CHUNK = 1 << 20  # of file content read at a time
 _WINDOW = 64 << 10  # bytes read at once where a library asks for a few; a power of two
 _MOST_IN_DOUBT = 1000  # files of which is reported that a time may be wrong
-_SECOND = 1_000_000_000  # nanoseconds
 _FRACTIONS = {"10ms": 10_000_000, "1ms": 1_000_000, "1us": 1000, "100ns": 100, "1ns": 1}
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, dfvfs_errors.Error)
 
@@ -96,22 +91,14 @@ class ReaderFile:
         return self._reader.size
 
 
-class DecryptedReader:
+class DecryptedReader(ReaderOver):
     """A volume that dfVFS decrypts. ``payload`` is where its first byte is in the encrypted one."""
 
     def __init__(self, below: Reader, opened: Any, payload: int) -> None:
+        super().__init__(below, int(opened.get_size()))
         self._below = below
         self._opened = opened
         self._payload = payload
-        self.size = int(opened.get_size())
-
-    @property
-    def errors(self) -> list[str]:
-        return self._below.errors
-
-    @property
-    def unreadable(self) -> list[tuple[int, int]]:
-        return self._below.unreadable
 
     def read(self, offset: int, length: int) -> bytes:
         self._opened.seek(offset, os.SEEK_SET)
@@ -133,7 +120,7 @@ class Scanned:
         try:
             self._scan(passphrases)
         except _FAILURES as error:
-            self.problem = _reason(error)
+            self.problem = first_line(error)
 
     def _begin(self) -> tuple[Any, source_scanner.SourceScanner]:
         """Return the path specification of the volume in a new context, and a scanner in it."""
@@ -190,38 +177,29 @@ def _payload(reader: Reader, kind: str) -> int:
 class DfvfsFileSystem(FileSystem):
     """A file system that dfVFS reads: allocated names only."""
 
+    failures = _FAILURES
+
     def __init__(self, reader: Reader, volume: Volume, spec: Any, resolver_context: Any, file: ReaderFile) -> None:
-        super().__init__(volume)
+        super().__init__(volume, reader.errors, reader.unreadable)
         self._reader = reader
         self._context = resolver_context
         self._file = file
         self._root = spec
-        self._visits = Visits()
         self._times_in_doubt = 0
         self._system = resolver.Resolver.OpenFileSystem(spec, resolver_context=resolver_context)
 
     # --- listing -----------------------------------------------------------------------------
 
-    def records(self, *, names: bool = False) -> Iterator[FileRecord]:  # noqa: ARG002 - only NTFS has some
+    def _listed(self) -> Iterator[FileRecord]:
         try:
             root = self._system.GetRootFileEntry()
         except _FAILURES as error:
-            self._problem("/", error)
+            self.note_problem("/", error)
             return
-        self._visits = Visits()
-        for count, record in enumerate(self._walk(root, "", ())):
-            if count >= FILE_SYSTEM_ENTRIES:
-                self._problem("/", RecursionError(f"more than {FILE_SYSTEM_ENTRIES} entries: the rest is not listed"))
-                return
-            yield record
-
-    def _problem(self, path: str, error: BaseException) -> None:
-        self.note_unlisted(path)
-        self.problems.append(printable(f"{self.volume.prefix}{path}: {_reason(error)}", limit=8192))
+        yield from self._walk(root, "", ())
 
     def _walk(self, folder: Any, path: str, above: tuple[int, ...], *, again: bool = False) -> Iterator[FileRecord]:
-        if len(above) > FOLDER_DEPTH:
-            self._problem(path, RecursionError(f"deeper than {FOLDER_DEPTH} directories"))
+        if self._is_too_deep(path, above):
             return
         entries: Iterator[Any] = iter(folder.sub_file_entries)
         while True:
@@ -231,17 +209,14 @@ class DfvfsFileSystem(FileSystem):
                     return
                 record = self._record(entry, f"{path}/{entry.name}")
             except _FAILURES as error:
-                self._problem(path or "/", error)
+                self.note_problem(path or "/", error)
                 return
             self._visits.count(again)
             yield record
             yield from self._other_streams(entry, record)
             if not entry.IsDirectory() or record.inode in above:
                 continue
-            if self._visits.is_exhausted(record.inode, again):
-                report = self._visits.first_report()
-                if report is not None:
-                    self._problem(record.path, report)
+            if self._is_listed_enough(record.path, record.inode, again):
                 if again:
                     return  # the names that follow are listed elsewhere
                 continue
@@ -258,7 +233,7 @@ class DfvfsFileSystem(FileSystem):
                 size = int(_stream(entry, name).get_size())
                 yield replace(record, stream=name, size=size, spans=(), sparse=False, resident=False)
         except _FAILURES as error:
-            self._problem(record.path, error)
+            self.note_problem(record.path, error)
 
     def _record(self, entry: Any, path: str) -> FileRecord:
         stat = entry.GetStatAttribute()
@@ -273,8 +248,8 @@ class DfvfsFileSystem(FileSystem):
                 self._times_in_doubt += 1
                 if self._times_in_doubt <= _MOST_IN_DOUBT:
                     more = ", and others" if self._times_in_doubt == _MOST_IN_DOUBT else ""
-                    sentence = f"{self.volume.prefix}{path}{more}: dates before 1970 may be two seconds early: {error}"
-                    self.problems.append(printable(sentence, limit=8192))
+                    why = OSError(f"dates before 1970 may be two seconds early: {error}")
+                    self.note_problem(f"{path}{more}", why, deleted=True)
         return FileRecord(
             volume=self.volume,
             path=path,
@@ -306,24 +281,13 @@ class DfvfsFileSystem(FileSystem):
 
     # --- content -----------------------------------------------------------------------------
 
-    def chunks(self, record: FileRecord) -> Iterator[bytes]:
-        failed = len(self._reader.unreadable)
-        try:
-            entry = self._entry(record)
-            opened = _stream(entry, record.stream) if entry is not None else None
-            if opened is None:
-                raise OSError("it is not found again")
-            opened.seek(0, os.SEEK_SET)
-            done = 0
-            while done < record.size:
-                data = opened.read(min(_CHUNK, record.size - done))
-                if not data:
-                    raise OSError(f"the content ends at {done} of {record.size} bytes")
-                self._vouch(record, failed)
-                yield data
-                done += len(data)
-        except _FAILURES as error:
-            raise OSError(_reason(error)) from error
+    def _opened(self, record: FileRecord) -> Callable[[int, int], bytes]:
+        entry = self._entry(record)
+        opened = _stream(entry, record.stream) if entry is not None else None
+        if opened is None:
+            raise OSError("it is not found again")
+        opened.seek(0, os.SEEK_SET)
+        return lambda _offset, length: bytes(opened.read(length))
 
     def _entry(self, record: FileRecord) -> Any:
         """Return the entry of a record: by its inode where the file system has them, else by its path."""
@@ -334,12 +298,6 @@ class DfvfsFileSystem(FileSystem):
             known["inode"] = record.inode
         spec = factory.Factory.NewPathSpec(self._root.type_indicator, parent=self._root.parent, **known)
         return self._system.GetFileEntryByPathSpec(spec)
-
-    def _vouch(self, record: FileRecord, failed: int) -> None:
-        """Raise when what was just read may hold zeros in place of unreadable sectors."""
-        unreadable = self._reader.unreadable
-        if unreadable and (len(unreadable) > failed or Spans(unreadable).overlap(record.spans)):
-            raise OSError(f"part of the content cannot be read: {self._reader.errors[-1]}")
 
 
 def _stream(entry: Any, name: str) -> Any:
@@ -355,10 +313,6 @@ def _resource_fork(entry: Any) -> Any:
     return next((item for item in entry.attributes if item.name == "com.apple.ResourceFork"), None)
 
 
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _identifier(value: object) -> int:
     return int(value) if isinstance(value, int) else 0
 
@@ -370,4 +324,4 @@ def _time(entry: Any, name: str) -> int:
     if type(value).__name__ in ("APFSTime", "PosixTimeInNanoseconds"):
         return int(value.timestamp or 0)
     seconds, fraction = value.CopyToPosixTimestampWithFractionOfSecond()
-    return int(seconds or 0) * _SECOND + int(fraction or 0) * _FRACTIONS.get(value.precision, 0)
+    return int(seconds or 0) * SECOND + int(fraction or 0) * _FRACTIONS.get(value.precision, 0)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from .records import Times
+from .records import SECOND, Times
 
-_SECOND = 1_000_000_000  # nanoseconds
 _WINDOW = 64 << 10  # bytes of an inode table read at once
 _64BIT, _META_GROUPS = 0x80, 0x10  # incompatible features
 _PLAIN = 128  # bytes of an inode without what extends it
@@ -55,7 +54,7 @@ class ExtInodes:
 
         def whole(seconds: int, at: int) -> int:
             more = _number(data, at) if at + 4 <= end else 0
-            return (seconds + ((more & _ROUND_BITS) << 32)) * _SECOND + (more >> 2)
+            return (seconds + ((more & _ROUND_BITS) << 32)) * SECOND + (more >> 2)
 
         created = whole(struct.unpack_from("<i", data, 0x90)[0], 0x94) if end >= 0x94 else 0
         return Times(whole(modified, 0x88), whole(accessed, 0x8C), whole(changed, 0x84), created)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ..limits import JOURNAL_BLOCKS, JOURNAL_CONTROL_BYTES, Budget
 from ..recovery.ext_volume import crc32c
-from .readers import Reader
+from .readers import Reader, ReaderOver
 from .records import Span
 
 _MAGIC = b"\xc0\x3b\x39\x98"
@@ -197,28 +197,20 @@ def _is_later(revoked: int, written: int) -> bool:
     return (revoked - written) & 0xFFFF_FFFF < 1 << 31
 
 
-class ReplayedReader:
+class ReplayedReader(ReaderOver):
     """A reader in which blocks of a journal are in place of those that they replace.
 
     ``start`` is where the file system begins in ``below``.
     """
 
     def __init__(self, below: Reader, start: int, block: int, journal: Reader, found: Journal) -> None:
+        super().__init__(below, below.size)
         self._below = below
         self._start = start
         self._block = block
         self._journal = journal
         self._blocks = found.blocks
         self._sorted = sorted(found.blocks)
-        self.size = below.size
-
-    @property
-    def errors(self) -> list[str]:
-        return self._below.errors
-
-    @property
-    def unreadable(self) -> list[tuple[int, int]]:
-        return self._below.unreadable
 
     def read(self, offset: int, length: int) -> bytes:
         data = self._below.read(offset, length)

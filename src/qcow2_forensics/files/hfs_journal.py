@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from .readers import Reader
+from .readers import Reader, whole
 
 _IS_JOURNALED = 1 << 13  # attribute of a volume
 _IN_VOLUME, _IS_NEW = 1, 4  # flags of a journal
@@ -21,19 +21,19 @@ def has_changes(reader: Reader, start: int) -> bool:
 
     Raises ``OSError`` where that cannot be told, and ``Qcow2Error``.
     """
-    header = _read(reader, start + 1024, 44)
+    header = whole(reader, start + 1024, 44)
     if header[:2] not in (b"H+", b"HX"):
         raise OSError("its volume header is not where it belongs")
     attributes, place, block = (int.from_bytes(header[at : at + 4], "big") for at in (4, 12, 40))
     if not attributes & _IS_JOURNALED:
         return False
-    information = _read(reader, start + place * block, 52)
+    information = whole(reader, start + place * block, 52)
     flags, offset = struct.unpack_from(">I32xQ", information)
     if flags & _IS_NEW:
         return False
     if not flags & _IN_VOLUME:
         raise OSError("it is on another device")
-    data = _read(reader, start + offset, _HEADER)
+    data = whole(reader, start + offset, _HEADER)
     order = "<" if int.from_bytes(data[:4], "little") == _MAGIC else ">"
     magic, sign, first, end, _, _, checksum, _ = struct.unpack(f"{order}2I3Q3I", data)
     if (magic, sign) != (_MAGIC, _ORDER) or checksum != _checksum(data):
@@ -46,10 +46,3 @@ def _checksum(header: bytes) -> int:
     for byte in header[:36] + bytes(4) + header[40:]:
         value = (value << 8 ^ value + byte) & 0xFFFF_FFFF
     return value ^ 0xFFFF_FFFF
-
-
-def _read(reader: Reader, offset: int, length: int) -> bytes:
-    data = reader.read(offset, length)
-    if len(data) < length:
-        raise OSError("the volume ends inside it")
-    return data

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from ..text import printable
-from .records import FileRecord
-
-_SECOND = 1_000_000_000  # nanoseconds
+from .records import SECOND, FileRecord
 
 
 def fls_line(record: FileRecord) -> str:
@@ -36,7 +34,7 @@ def body_line(record: FileRecord, prefix: str = "") -> str:
         str(record.uid),
         str(record.gid),
         str(record.size),
-        *(str(value // _SECOND) for value in (times.accessed, times.modified, times.changed, times.created)),
+        *(str(value // SECOND) for value in (times.accessed, times.modified, times.changed, times.created)),
     ]
     return "|".join(fields)
 

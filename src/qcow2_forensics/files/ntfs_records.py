@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
+from ..text import decoded
 from .records import NTFS_FILE_NAME, Span, Times
 
 _STANDARD_INFORMATION, _ATTRIBUTE_LIST = 16, 32
@@ -78,7 +79,7 @@ def name_times(entry: Any, name: Any, attributes: Iterable[Any]) -> Iterator[tup
     A record has one for each of its names, and another one for the short form of a name.
     """
     held: list[tuple[bool, Any, Times]] = []
-    stored = (name.name or b"").decode("utf-8", "surrogateescape").encode("utf-16-le", "surrogatepass")
+    stored = decoded(name.name or b"").encode("utf-16-le", "surrogatepass")
     for attribute in attributes:
         if int(attribute.info.type) != NTFS_FILE_NAME or int(attribute.info.size) < _FILE_NAME_BYTES:
             continue

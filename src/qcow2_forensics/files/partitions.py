@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytsk3
 
 from ..limits import PARTITION_GAP
+from ..text import decoded, printable
 from .records import Span
 
 
-def partitions(image: pytsk3.Img_Info) -> Iterator[tuple[int, int, int, str]]:
-    """Yield number, offset, length and description of the partitions in use; nothing without a table."""
+class Partition(NamedTuple):
+    """A partition in use; offset and length are in bytes of the disk."""
+
+    number: int
+    offset: int
+    length: int
+    description: str
+
+    def __str__(self) -> str:
+        return f"partition {self.number} ({printable(self.description) or 'no description'})"
+
+
+def partitions(image: pytsk3.Img_Info) -> Iterator[Partition]:
+    """Yield the partitions in use; nothing without a table."""
     sector, parts = _table(image)
     used = (part for part in parts if int(part.flags) == int(pytsk3.TSK_VS_PART_FLAG_ALLOC))
     for number, part in enumerate(used, 1):
-        yield (
-            number,
-            int(part.start) * sector,
-            int(part.len) * sector,
-            (part.desc or b"").decode("utf-8", "surrogateescape"),
-        )
+        description = decoded(part.desc or b"")
+        yield Partition(number, int(part.start) * sector, int(part.len) * sector, description)
 
 
 def table_spans(image: pytsk3.Img_Info) -> Iterator[Span]:

@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, NamedTuple
 
+from ..errors import reason
+from ..limits import FILE_SYSTEM_ENTRIES, FOLDER_DEPTH
 from ..text import plural, printable
 from .readers import Reader
 from .records import FileRecord, Span, Volume
+from .spans import Spans
+
+CHUNK = 1 << 20  # of file content read at a time
 
 
 class NoFileSystem(OSError):
     """No file system was found in any partition, nor on the whole disk."""
+
+    @classmethod
+    def found_in(cls, name: str, looked_at: Sequence[str], errors: Sequence[str]) -> NoFileSystem:
+        """Return the error for a disk, with the partitions that were looked at and the first of the read errors."""
+        where = f"; looked at {', '.join(looked_at)}" if looked_at else ""
+        why = f"; {errors[0]}" if errors else ""
+        return cls(f"no file system was found in {printable(name)}{where}{why}")
 
 
 class Visits:
@@ -33,7 +45,7 @@ class Visits:
     def __init__(self) -> None:
         self._entered: set[int] = set()
         self._first = self._again = 0
-        self._is_reported = False
+        self.is_cut = False  # whether the bound was reached
 
     def count(self, again: bool) -> None:
         """Count a name; ``again`` below a folder that was listed before."""
@@ -50,18 +62,6 @@ class Visits:
         """Whether a folder must not be entered any more."""
         return (again or inode in self._entered) and self._again > self._first + self._SPARE
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether the bound was reached."""
-        return self._is_reported
-
-    def first_report(self) -> OSError | None:
-        """Return what to report where the bound is reached for the first time."""
-        if self._is_reported:
-            return None
-        self._is_reported = True
-        return OSError("folders listed before have further names: what is in them is not listed again from here on")
-
 
 class Log(NamedTuple):
     """What the log of a file system holds that is not at its place; ``sentence`` says so to the user.
@@ -77,10 +77,18 @@ class Log(NamedTuple):
 
 
 class FileSystem(ABC):
-    """The file system of one volume in one state."""
+    """The file system of one volume in one state.
 
-    def __init__(self, volume: Volume) -> None:
+    ``errors`` and ``unreadable`` are the record of what could not be read of its disk, as a :class:`Reader` has it.
+    """
+
+    failures: ClassVar[tuple[type[Exception], ...]]  # what the library raises
+
+    def __init__(self, volume: Volume, errors: Sequence[str], unreadable: Sequence[tuple[int, int]]) -> None:
         self.volume = volume
+        self._errors = errors
+        self._unreadable = unreadable
+        self._visits = Visits()
         self.problems: list[str] = []
         self.is_incomplete = False  # names that are in use may be missing from the listing
         self.replaced: tuple[Span, ...] = ()  # of the disk, in place of which its journal is read
@@ -94,10 +102,12 @@ class FileSystem(ABC):
             self.is_incomplete |= log.is_incomplete
             self.replaced = log.replaced
 
-    def note_unlisted(self, path: str) -> None:
-        """Remember that names in use may be missing from a folder."""
-        self.is_incomplete = True
-        self._unlisted.add(path.rstrip("/"))
+    def note_problem(self, path: str, error: BaseException, *, deleted: bool = False) -> None:
+        """Note what could not be listed; a ``deleted`` entry does not make the list of its folder incomplete."""
+        if not deleted:
+            self.is_incomplete = True
+            self._unlisted.add(path.rstrip("/"))
+        self.problems.append(printable(f"{self.volume.prefix}{path}: {first_line(error)}", limit=8192))
 
     def hides(self, path: str) -> bool:
         """Return whether a folder above a path could not be listed: the path is then counted as not compared."""
@@ -117,16 +127,69 @@ class FileSystem(ABC):
             f"{printable(where)}: {names} of the other state not compared, in folders that are not listed",
         ]
 
-    @abstractmethod
+    # --- listing -----------------------------------------------------------------------------
+
     def records(self, *, names: bool = False) -> Iterator[FileRecord]:
         """Yield every name, parents before children.
 
         With ``names`` also a record for each NTFS name attribute, for the times it holds.
         """
+        self._visits = Visits()
+        wanted = (record for record in self._listed() if names or not record.of_name)
+        for count, record in enumerate(wanted):
+            if count >= FILE_SYSTEM_ENTRIES:
+                why = RecursionError(f"more than {FILE_SYSTEM_ENTRIES} entries: the rest is not listed")
+                self.note_problem("/", why)
+                return
+            yield record
 
     @abstractmethod
+    def _listed(self) -> Iterator[FileRecord]:
+        """Yield every name, and every NTFS name attribute, parents before children."""
+
+    def _is_too_deep(self, path: str, above: Sequence[int]) -> bool:
+        """Whether a folder has too many ``above`` it to be listed, which is noted."""
+        if len(above) <= FOLDER_DEPTH:
+            return False
+        self.note_problem(path, RecursionError(f"deeper than {FOLDER_DEPTH} directories"))
+        return True
+
+    def _is_listed_enough(self, path: str, inode: int, again: bool) -> bool:
+        """Whether a folder must not be listed any more; noted where that is so for the first time."""
+        if not self._visits.is_exhausted(inode, again):
+            return False
+        if not self._visits.is_cut:
+            self._visits.is_cut = True
+            why = "folders listed before have further names: what is in them is not listed again from here on"
+            self.note_problem(path, OSError(why))
+        return True
+
+    # --- content -----------------------------------------------------------------------------
+
     def chunks(self, record: FileRecord) -> Iterator[bytes]:
         """Yield the content of a record, all of it, in pieces of one size; raises ``OSError``."""
+        failed = len(self._unreadable)
+        try:
+            read = self._opened(record)
+            done = 0
+            while done < record.size:
+                data = read(done, min(CHUNK, record.size - done))
+                if not data:
+                    raise OSError(f"the content ends at {done} of {record.size} bytes")
+                if len(self._unreadable) > failed or self._holds_zeros(record):
+                    raise OSError(f"part of the content cannot be read: {self._errors[-1]}")
+                yield data
+                done += len(data)
+        except self.failures as error:
+            raise OSError(first_line(error)) from error
+
+    @abstractmethod
+    def _opened(self, record: FileRecord) -> Callable[[int, int], bytes]:
+        """Return what reads the content of a record: ``read(offset, length)``."""
+
+    def _holds_zeros(self, record: FileRecord) -> bool:
+        """Whether zeros were read in place of unreadable sectors of a record's content."""
+        return bool(self._unreadable) and Spans(self._unreadable).overlap(record.spans) > 0
 
     def sha256(self, record: FileRecord) -> str:
         """Return the SHA-256 of the content in hex; raises ``OSError``."""
@@ -134,3 +197,8 @@ class FileSystem(ABC):
         for data in self.chunks(record):
             digest.update(data)
         return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, else its kind; not escaped."""
+    return (reason(error) or type(error).__name__).splitlines()[0]

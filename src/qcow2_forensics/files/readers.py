@@ -44,31 +44,28 @@ class Reader(Protocol):
         ...
 
 
-class VolumeReader:
+class ReaderOver:
+    """A reader of what another one gives: both have the one record of what could not be read of their disk."""
+
+    def __init__(self, below: Reader, size: int) -> None:
+        self.size = size
+        self.errors = below.errors
+        self.unreadable = below.unreadable
+
+
+class VolumeReader(ReaderOver):
     """A volume made of segments of the volumes below it."""
 
     def __init__(self, parts: Iterable[tuple[Reader, Segment]]) -> None:
         self._parts = sorted(parts, key=lambda part: part[1].start)
         self._starts = [segment.start for _, segment in self._parts]
         last = self._parts[-1][1]
-        self._size = last.start + last.length
+        super().__init__(self._parts[0][0], last.start + last.length)
 
     @classmethod
     def slice(cls, reader: Reader, offset: int, length: int) -> VolumeReader:
         """Return a part of a volume as one, cut at the end of it."""
         return cls([(reader, Segment(0, max(0, min(length, reader.size - offset)), offset))])
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    @property
-    def errors(self) -> list[str]:
-        return self._parts[0][0].errors
-
-    @property
-    def unreadable(self) -> list[tuple[int, int]]:
-        return self._parts[0][0].unreadable
 
     def read(self, offset: int, length: int) -> bytes:
         pieces = []
@@ -84,7 +81,7 @@ class VolumeReader:
             yield from reader.place(at, count)
 
     def _ranges(self, offset: int, length: int) -> Iterator[tuple[Reader, int, int]]:
-        end = min(offset + length, self._size)
+        end = min(offset + length, self.size)
         index = max(0, bisect_right(self._starts, offset) - 1)
         while offset < end:
             reader, segment = self._parts[index]
@@ -95,3 +92,11 @@ class VolumeReader:
             yield reader, segment.below + inside, count
             offset += count
             index += 1
+
+
+def whole(reader: Reader, offset: int, length: int) -> bytes:
+    """Return exactly ``length`` bytes of what a volume holds for itself; raises ``OSError`` where the volume ends before."""
+    data = reader.read(offset, length)
+    if len(data) < length:
+        raise OSError("the volume ends inside it")
+    return data

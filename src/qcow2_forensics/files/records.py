@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+SECOND = 1_000_000_000  # nanoseconds, in which all times are
 NTFS_FILE_NAME = 48  # the attribute that holds a name and times of its own
 RESOURCE_FORK = "rsrc"  # the stream of HFS+ and APFS, by the name that dfVFS gives it
 
@@ -100,6 +101,16 @@ class FileRecord:
     def virtual(self) -> bool:
         """Whether The Sleuth Kit made the entry up (``$OrphanFiles``, ``$MBR``)."""
         return self.name_type in "vV"
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is the name of a file in use, and not made up."""
+        return self.allocated and not self.virtual
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether it is a name that was deleted, and not made up."""
+        return not self.allocated and not self.virtual
 
     @property
     def of_name(self) -> bool:

@@ -6,27 +6,24 @@ stream where NTFS has several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytsk3
 
-from ..errors import reason
-from ..limits import FILE_BYTES, FILE_SYSTEM_ENTRIES, FOLDER_DEPTH, ORPHAN_INODES
-from ..text import printable
+from ..limits import FILE_BYTES, ORPHAN_INODES
+from ..text import decoded
 from .ntfs_records import RecordPlaces, name_times, record_size
 from .orphans import orphans
 from .partitions import partitions
-from .protocol import FileSystem, NoFileSystem, Visits
+from .protocol import FileSystem, NoFileSystem
 from .records import RESOURCE_FORK, FileRecord, Span, Times, Volume
-from .spans import Spans
 from .stored_times import StoredTimes
 
 if TYPE_CHECKING:
     from .readers import Reader
-
-_CHUNK = 1 << 20  # of file content read at a time
 
 # Letters as The Sleuth Kit prints them, by its enumeration values.
 _NAME_LETTERS = "-pcdbrlshwvV"
@@ -45,47 +42,39 @@ class SleuthKitFileSystem(FileSystem):
     ``reader`` is the volume, when the image is one and not the disk that the volume is on.
     """
 
+    failures = (OSError, RuntimeError)  # the second is what pytsk3 makes of an exception from the image
+
     def __init__(
         self, image: pytsk3.Img_Info, volume: Volume, handle: pytsk3.FS_Info, reader: Reader | None = None
     ) -> None:
-        super().__init__(volume)
+        # An image of pytsk3's own keeps no record.
+        super().__init__(volume, getattr(image, "read_errors", ()), getattr(image, "unreadable", ()))
         self.image = image
         self.handle = handle
         self._reader = reader
-        self._visits = Visits()
         self._named: set[int] = set()  # inodes that names lead to
-        self._failed = 0  # how many ranges were unreadable before the current reading
         self._block = int(handle.info.block_size)
         self._largest = max(FILE_BYTES, 4 * int(image.get_size()))
         self._ntfs = volume.kind == "ntfs"
         self._start = 0 if reader else volume.offset  # in the image
         self._records: RecordPlaces | None = None
-        self._times = StoredTimes(image, self._start, volume.kind, self._doubt)
+        self._times = StoredTimes(image, self._start, volume.kind, partial(self.note_problem, "", deleted=True))
         # Where a run's address is no place on the disk.
         self._placed = volume.kind not in ("logical", "yaffs2")
 
     # --- listing -----------------------------------------------------------------------------
 
-    def records(self, *, names: bool = False) -> Iterator[FileRecord]:
+    def _listed(self) -> Iterator[FileRecord]:
         root = int(self.handle.info.root_inum)
-        self._visits = Visits()
         self._named = set()
         self._visits.enter(root, again=False)
-        count = 0
-        for record in self._walk(self._directory(root, "/"), "", (root,)):
-            if record.of_name and not names:
-                continue
-            count += 1
-            if count > FILE_SYSTEM_ENTRIES:
-                self._problem("/", RecursionError(f"more than {FILE_SYSTEM_ENTRIES} entries: the rest is not listed"))
-                return
-            yield record
+        yield from self._walk(self._directory(root, "/"), "", (root,))
 
     def _directory(self, inode: int, path: str, *, deleted: bool = False) -> list[pytsk3.File]:
         try:
             return list(self.handle.open_dir(inode=inode))
         except (OSError, RuntimeError) as error:
-            self._problem(path, error, deleted=deleted)
+            self.note_problem(path, error, deleted=deleted)
             return []
 
     def _orphans(self, inode: int, path: str) -> list[Any]:
@@ -94,15 +83,8 @@ class SleuthKitFileSystem(FileSystem):
             return list(self.handle.open_dir(inode=inode))
         except (OSError, RuntimeError) as error:
             if int(self.handle.info.last_inum) > ORPHAN_INODES:
-                self._problem(path, error, deleted=True)
+                self.note_problem(path, error, deleted=True)
             return list(orphans(self.handle, self._named, ORPHAN_INODES))
-
-    def _problem(self, path: str, error: BaseException, *, deleted: bool = False) -> None:
-        """Note what could not be listed; a deleted entry does not make the list incomplete."""
-        if not deleted:
-            self.note_unlisted(path)
-        why = (reason(error) or type(error).__name__).splitlines()[0]
-        self.problems.append(printable(f"{self.volume.prefix}{path}: {why}", limit=8192))
 
     def _walk(
         self,
@@ -118,7 +100,7 @@ class SleuthKitFileSystem(FileSystem):
             if name is None or name.name in (b".", b".."):
                 continue
             inode = int(name.meta_addr)
-            here = f"{path}/{_text(name.name)}"
+            here = f"{path}/{decoded(name.name)}"
             held = entry if entry.info.meta is not None else self._metadata(name, here, orphans) or entry
             meta = held.info.meta
             self._visits.count(again)
@@ -126,19 +108,15 @@ class SleuthKitFileSystem(FileSystem):
             yield from self._of_entry(name, held, here)
             if meta is None or not _is_directory(name, meta) or inode in above:
                 continue
-            if len(above) > FOLDER_DEPTH:
-                self._problem(here, RecursionError(f"deeper than {FOLDER_DEPTH} directories"))
+            if self._is_too_deep(here, above):
                 continue
-            if self._visits.is_exhausted(inode, again):
-                report = self._visits.first_report()
-                if report is not None:
-                    self._problem(here, report)
+            if self._is_listed_enough(here, inode, again):
                 if again:
                     return  # the names that follow are listed elsewhere
                 continue
             made_up = int(name.type) == _VIRTUAL_DIRECTORY
             if made_up and self._visits.is_cut:  # The Sleuth Kit would walk every path to find what has none
-                self._problem(here, OSError("not looked for, because folders are shared"))
+                self.note_problem(here, OSError("not looked for, because folders are shared"))
                 continue
             listed_again = self._visits.enter(inode, again)
             deleted = bool(int(name.flags) & _UNALLOCATED)
@@ -158,7 +136,7 @@ class SleuthKitFileSystem(FileSystem):
             held = self.handle.open_meta(inode=int(name.meta_addr))
         except (OSError, RuntimeError) as error:
             if orphan:
-                self._problem(path, error, deleted=True)
+                self.note_problem(path, error, deleted=True)
             return None
         meta = held.info.meta
         if orphan or meta is None:
@@ -193,9 +171,6 @@ class SleuthKitFileSystem(FileSystem):
         for attribute, kept in name_times(entry, name, attributes):
             yield self._record(name, meta, path, attribute, kept)
 
-    def _doubt(self, error: BaseException) -> None:
-        self._problem("", error, deleted=True)
-
     def _metadata_places(self, entry: pytsk3.File, inode: int, attributes: list[pytsk3.Attribute]) -> tuple[Span, ...]:
         """Return where the records of a file on NTFS are."""
         try:
@@ -205,14 +180,14 @@ class SleuthKitFileSystem(FileSystem):
                 self._records = RecordPlaces(self._spans(table, "/$MFT") or (), size)
             return tuple(self._records.of_file(entry, inode, attributes))
         except (OSError, RuntimeError, StopIteration) as error:
-            self._problem("/$MFT", error)
+            self.note_problem("/$MFT", error)
             return ()
 
     def _attributes(self, entry: pytsk3.File, path: str) -> list[pytsk3.Attribute]:
         try:
             return list(entry)
         except (OSError, RuntimeError) as error:
-            self._problem(path, error)
+            self.note_problem(path, error)
             return []
 
     def _record(self, name: Any, meta: Any, path: str, attribute: Any, times: Times = _NO_TIMES) -> FileRecord:
@@ -236,7 +211,7 @@ class SleuthKitFileSystem(FileSystem):
             gid=int(meta.gid),
             times=times,
             sequence=int(meta.seq),
-            link=_text(meta.link or b"") if _is_link(meta) else "",
+            link=decoded(meta.link or b"") if _is_link(meta) else "",
         )
         if attribute is None:
             return record
@@ -245,7 +220,7 @@ class SleuthKitFileSystem(FileSystem):
         spans = self._spans(attribute, path)
         sparse = self._placed and not resident and spans == ()
         record = replace(record, resident=resident, spans=spans or (), sparse=sparse)
-        kind, stream = int(info.type), _text(info.name or b"")
+        kind, stream = int(info.type), decoded(info.name or b"")
         if not self._ntfs and kind != _RESOURCE_FORK:
             return record
         if kind == _RESOURCE_FORK:
@@ -263,7 +238,7 @@ class SleuthKitFileSystem(FileSystem):
         try:
             runs = [(int(run.addr), int(run.len)) for run in attribute if not int(run.flags) & _NO_BLOCKS]
         except (OSError, RuntimeError) as error:
-            self._problem(path, error)
+            self.note_problem(path, error)
             return None
         blocks = ((at * self._block, count * self._block) for at, count in runs)
         if self._reader is None:
@@ -272,37 +247,17 @@ class SleuthKitFileSystem(FileSystem):
 
     # --- content -----------------------------------------------------------------------------
 
-    def chunks(self, record: FileRecord) -> Iterator[bytes]:
-        """Yield the content of a record, all of it; raises ``OSError`` when it cannot be read.
+    def _opened(self, record: FileRecord) -> Callable[[int, int], bytes]:
+        """Return what reads the content of a record.
 
         A file that claims to be several times larger than the disk is not read: it would be
         zeros, for hours.
         """
         if record.size > self._largest:
             raise OSError(f"its size, {record.size} bytes, is more than is read of a disk this large")
-        self._failed = len(getattr(self.image, "unreadable", ()))
-        try:
-            handle = self.handle.open_meta(inode=record.inode)
-            done = 0
-            while done < record.size:
-                wanted = min(_CHUNK, record.size - done)
-                if record.attribute is None:
-                    data = handle.read_random(done, wanted)
-                else:
-                    data = handle.read_random(done, wanted, *record.attribute)
-                if not data:
-                    raise OSError(f"the content ends at {done} of {record.size} bytes")
-                self._vouch(record)
-                yield data
-                done += len(data)
-        except RuntimeError as error:  # what pytsk3 makes of an exception from the image
-            raise OSError(str(error).splitlines()[0]) from error
-
-    def _vouch(self, record: FileRecord) -> None:
-        """Raise when what was just read may hold zeros in place of unreadable sectors."""
-        unreadable = getattr(self.image, "unreadable", ())
-        if unreadable and (len(unreadable) > self._failed or Spans(unreadable).overlap(record.spans)):
-            raise OSError(f"part of the content cannot be read: {self.image.read_errors[-1]}")
+        handle = self.handle.open_meta(inode=record.inode)
+        attribute = record.attribute or ()
+        return lambda offset, length: bytes(handle.read_random(offset, length, *attribute))
 
     def read(self, path: str) -> bytes:
         """Return the content of one file by its path inside this file system. For small files."""
@@ -317,20 +272,19 @@ def file_systems(image: pytsk3.Img_Info, name: str = "the disk") -> list[SleuthK
     """
     found: list[SleuthKitFileSystem] = []
     looked: list[str] = []
-    for number, offset, _, description in partitions(image):
-        looked.append(f"partition {number} ({printable(description) or 'no description'})")
+
+    def look_at(number: int, offset: int, description: str) -> None:
         handle = open_file_system(image, offset)
         if handle is not None:
             found.append(SleuthKitFileSystem(image, Volume(number, offset, description, kind_of(handle)), handle))
+
+    for part in partitions(image):
+        looked.append(str(part))
+        look_at(part.number, part.offset, part.description)
     if not found:
-        handle = open_file_system(image, 0)
-        if handle is not None:
-            found.append(SleuthKitFileSystem(image, Volume(0, 0, "", kind_of(handle)), handle))
+        look_at(0, 0, "")
     if not found:
-        errors = getattr(image, "read_errors", [])
-        where = f"; looked at {', '.join(looked)}" if looked else ""
-        why = f"; {errors[0]}" if errors else ""
-        raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
+        raise NoFileSystem.found_in(name, looked, getattr(image, "read_errors", ()))
     return found
 
 
@@ -360,10 +314,6 @@ def kind_of(handle: pytsk3.FS_Info) -> str:
         if known is not None and int(known) == value:
             return name.lower()
     return f"type {value}"
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
 
 
 def _letter(letters: str, value: int) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import reason
 from .ext_inodes import ExtInodes
 from .ntfs_records import standard_times
-from .records import Times
+from .protocol import first_line
+from .records import SECOND, Times
 
 _NAMES = ("mtime", "atime", "ctime", "crtime")
-_SECOND = 1_000_000_000  # nanoseconds
 
 
 class StoredTimes:
@@ -20,7 +19,7 @@ class StoredTimes:
     What cannot be looked up is shown as The Sleuth Kit has it, and the first reason is given to ``doubt``.
     """
 
-    def __init__(self, image: Any, start: int, kind: str, doubt: Callable[[BaseException], None]) -> None:
+    def __init__(self, image: Any, start: int, kind: str, doubt: Callable[[OSError], None]) -> None:
         self._image = image
         self._start = start
         self._kind = kind
@@ -33,7 +32,7 @@ class StoredTimes:
         meta = entry.info.meta
         seconds = [int(getattr(meta, name)) for name in _NAMES]
         nanoseconds = [int(getattr(meta, f"{name}_nano")) for name in _NAMES]
-        shown = Times(*(at * _SECOND + fraction for at, fraction in zip(seconds, nanoseconds, strict=True)))
+        shown = Times(*(at * SECOND + fraction for at, fraction in zip(seconds, nanoseconds, strict=True)))
         try:
             stored = self._stored(entry, attributes)
             if stored is None:
@@ -43,8 +42,8 @@ class StoredTimes:
         except (OSError, RuntimeError) as error:
             if not self._is_doubtful:
                 self._is_doubtful = True
-                why = reason(error) or type(error).__name__
-                self._doubt(OSError(f"dates before 1970 and after 2038 may be missing or wrong: {why}"))
+                why = f"dates before 1970 and after 2038 may be missing or wrong: {first_line(error)}"
+                self._doubt(OSError(why))
             return shown
         return stored
 
@@ -61,4 +60,4 @@ class StoredTimes:
 
 def _agree(seconds: int, stored: int) -> bool:
     """Whether a time as The Sleuth Kit shows it may be a stored one: the same 32 bits, or none shown."""
-    return not seconds or (seconds - stored // _SECOND) % (1 << 32) == 0
+    return not seconds or (seconds - stored // SECOND) % (1 << 32) == 0

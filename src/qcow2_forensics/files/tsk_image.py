@@ -28,23 +28,19 @@ def as_io_error(error: Qcow2Error) -> OSError:
 
 
 class ReaderImage(pytsk3.Img_Info):
-    """A disk or a volume for ``Volume_Info`` and ``FS_Info``."""
+    """A disk or a volume for ``Volume_Info`` and ``FS_Info``.
+
+    ``read_errors`` are the reasons of failed reads, each once; ``unreadable`` the ranges (offset, length) that were
+    read as zeros.
+    """
 
     def __init__(self, reader: Reader, sector_size: int = 0) -> None:
         self._reader = reader
+        self.read_errors = reader.errors
+        self.unreadable = reader.unreadable
         self._size = reader.size
         self._closed = False
         super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL, sector_size=sector_size)
-
-    @property
-    def read_errors(self) -> list[str]:
-        """The reasons of failed reads, each once."""
-        return self._reader.errors
-
-    @property
-    def unreadable(self) -> list[tuple[int, int]]:
-        """Ranges (offset, length) that were read as zeros."""
-        return self._reader.unreadable
 
     def get_size(self) -> int:
         """Return the size of the disk in bytes; also after :meth:`close`, as pytsk3 does."""
@@ -52,7 +48,7 @@ class ReaderImage(pytsk3.Img_Info):
 
     def read(self, off: int, len: int) -> bytes:  # noqa: A002 - pytsk3's own argument name
         """Return ``len`` bytes at ``off``, fewer only at the end of the disk; ``IOError`` past it."""
-        if self._reader.errors:
+        if self.read_errors:
             # An earlier failure is remembered for the thread until a method of pytsk3 is called, and would
             # make pytsk3 report this read as failed too: call one. Without it one bad sector hides the rest.
             super().get_size()
@@ -65,7 +61,7 @@ class ReaderImage(pytsk3.Img_Info):
         try:
             data = self._reader.read(off, len)
         except Qcow2Error as error:
-            raise as_io_error(error) from error.__cause__
+            raise as_io_error(error)  # noqa: B904 - it names its cause
         if _length(data) < min(len, self._size - off):  # a volume that claims more than its disk holds
             raise OSError(f"the disk ends inside the volume, {_length(data)} bytes behind its offset {off}")
         return data

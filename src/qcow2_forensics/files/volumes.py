@@ -116,9 +116,9 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
     found = _Finder(reader, passphrases, texts)
     looked: list[str] = []
     image = ReaderImage(reader)
-    for number, offset, length, description in partitions(image):
-        looked.append(f"partition {number} ({printable(description) or 'no description'})")
-        found.look_at_partition(Volume(number, offset, description, ""), length)
+    for part in partitions(image):
+        looked.append(str(part))
+        found.look_at_partition(Volume(part.number, part.offset, part.description, ""), part.length)
     if looked:
         found.look_outside_partitions(table_spans(image))
     found.look_into_groups()
@@ -129,9 +129,7 @@ def open_volumes(disk: Layer, name: str, passphrases: Sequence[bytes] = ()) -> G
         if whole.systems or any(item.volume.kind for item in whole.unread) or not looked:
             found = whole
     if not found.systems and all(item.blank for item in found.unread):
-        where = f"; looked at {', '.join(looked)}" if looked else ""
-        why = f"; {reader.errors[0]}" if reader.errors else ""
-        raise NoFileSystem(f"no file system was found in {printable(name)}{where}{why}")
+        raise NoFileSystem.found_in(name, looked, reader.errors)
     return GuestVolumes(found.systems, found.unread, found.spans, reader)
 
 
@@ -286,7 +284,26 @@ class _Finder:
         return named
 
     def _is_blank(self, reader: Reader) -> bool:
-        return _is_blank(self._disk.disk, reader.place(0, reader.size), self._blank)
+        """Return whether a volume holds nothing but zeros; False where that is not known.
+
+        It is not where something cannot be read, or the budget of the disk, whose volumes may share bytes, is used up.
+        """
+        disk = self._disk.disk
+        spans = reader.place(0, reader.size)
+        try:
+            for extent in (extent for span in spans for extent in disk.extents(*span)):
+                if extent.kind in (Kind.ZERO, Kind.HOLE):
+                    self._blank.spend(KiB)
+                    continue
+                self._blank.spend(extent.length)
+                end = extent.offset + extent.length
+                for at in range(extent.offset, end, HEAD):
+                    data = disk.read(at, min(HEAD, end - at))
+                    if data.count(0) != len(data):
+                        return False
+        except (OSError, Qcow2Error):
+            return False
+        return True
 
     def _not_read(
         self, reader: Reader, volume: Volume, why: str, *, holds_files: bool = True, blank: bool = False
@@ -339,23 +356,3 @@ class _Finder:
         why = logical.why or f"it is nested more than {VOLUME_DEPTH} deep"
         known = self._own_place(replace(volume, kind="LVM2"))
         self.unread.append(Unread(known, spans, printable(why), is_elsewhere=logical.is_elsewhere))
-
-
-def _is_blank(disk: Layer, spans: Iterable[Span], budget: Budget) -> bool:
-    """Return whether ranges hold nothing but zeros; False where that is not known.
-
-    It is not where something cannot be read, or the ``budget`` of the disk, whose volumes may share bytes, is used up.
-    """
-    try:
-        for extent in (extent for span in spans for extent in disk.extents(*span)):
-            if extent.kind in (Kind.ZERO, Kind.HOLE):
-                budget.spend(KiB)
-                continue
-            budget.spend(extent.length)
-            for at in range(extent.offset, extent.offset + extent.length, HEAD):
-                data = disk.read(at, min(HEAD, extent.offset + extent.length - at))
-                if data.count(0) != len(data):
-                    return False
-    except (OSError, Qcow2Error):
-        return False
-    return True

@@ -6,13 +6,12 @@ A time is 32 bits of seconds with a sign and 32 of nanoseconds, or with ``bigtim
 from __future__ import annotations
 
 from .readers import Reader
-from .records import Times
+from .records import SECOND, Times
 
-_SECOND = 1_000_000_000  # nanoseconds
 _MAGIC = b"IN"
 _ACCESSED, _MODIFIED, _CHANGED, _FLAGS, _CREATED = 32, 40, 48, 120, 144  # in an inode
 _BIGTIME = 8  # of the flags of a version 3 inode
-_FIRST = -(1 << 31) * _SECOND  # what bigtime counts from
+_FIRST = -(1 << 31) * SECOND  # what bigtime counts from
 
 
 def stored_times(reader: Reader, inode: int) -> Times:
@@ -33,6 +32,6 @@ def stored_times(reader: Reader, inode: int) -> Times:
         if is_big:
             return int.from_bytes(data[place : place + 8], "big") + _FIRST
         seconds = int.from_bytes(data[place : place + 4], "big", signed=True)
-        return seconds * _SECOND + int.from_bytes(data[place + 4 : place + 8], "big")
+        return seconds * SECOND + int.from_bytes(data[place + 4 : place + 8], "big")
 
     return Times(time(_MODIFIED), time(_ACCESSED), time(_CHANGED), time(_CREATED) if is_extended else 0)

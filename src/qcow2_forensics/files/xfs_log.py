@@ -9,7 +9,7 @@ through, except in the header of a record, where it follows the magic::
 
 from __future__ import annotations
 
-from .readers import Reader
+from .readers import Reader, whole
 
 _BLOCK = 512
 _RECORD = 0xFEEDBABE
@@ -62,10 +62,7 @@ class _Log:
         self.blocks = blocks * block // _BLOCK
 
     def read(self, number: int) -> bytes:
-        data = self._reader.read(self._start + number * _BLOCK, _BLOCK)
-        if len(data) < _BLOCK:
-            raise OSError("the volume ends inside it")
-        return data
+        return whole(self._reader, self._start + number * _BLOCK, _BLOCK)
 
     def end(self) -> tuple[int, int]:
         """Return the block after the last record, and the number of the round that it was written in."""

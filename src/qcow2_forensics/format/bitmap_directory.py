@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..errors import FormatError, Qcow2Error, reason
 from ..limits import Limits
+from ..text import decoded
 from .extensions import BITMAPS_EXTENSION, Extension, ExtensionType, Metadata, parse_bitmaps_extension
 from .header import SECTOR, Header, padded
 from .rules import BITMAPS, Problem
@@ -48,7 +49,7 @@ class BitmapEntry(NamedTuple):
     @property
     def name(self) -> str:
         """The name as text; undecodable bytes become lone surrogates."""
-        return self.name_bytes.decode("utf-8", "surrogateescape")
+        return decoded(self.name_bytes)
 
     @property
     def granularity(self) -> int:

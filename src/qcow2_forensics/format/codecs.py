@@ -74,7 +74,7 @@ def _zlib() -> Any:
 
 
 @functools.cache
-def _zstd() -> ModuleType:
+def zstd_module() -> ModuleType:
     """Return the zstd module; imported for the first cluster, because most images have none."""
     if sys.version_info >= (3, 14):
         from compression import zstd
@@ -162,7 +162,7 @@ def _needed_zstd(data: bytes, size: int) -> tuple[tuple[int, int], ...] | None:
 
 def _unzstd(data: bytes, size: int) -> tuple[bytes, list[tuple[int, int]]]:
     """Return ``size`` bytes and the frames of ``data`` that gave them; each is handed over without a copy."""
-    zstd = _zstd()
+    zstd = zstd_module()
     view = memoryview(data)
     pieces: list[bytes] = []
     frames: list[tuple[int, int]] = []

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ..errors import FormatError, NotQcow2
 from ..limits import DEFAULT_LIMITS, KiB, Limits
-from ..text import cut, printable
+from ..text import cut, decoded, printable
 from .bitmap_directory import BitmapEntry, read_bitmap_directory
 from .entries import parse_entries
 from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensions
@@ -20,7 +20,7 @@ from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_
 from .other_files import described
 from .rules import BACKING, BACKING_NAME, BITMAPS, DISK, EXTENSIONS, SNAPSHOTS, Problem, header_problems
 from .snapshot_table import SnapshotEntry, read_snapshot_table
-from .source import Closing, PathOrSource, Source, as_source, close_source, source_name
+from .source import Closing, PathOrSource, Source, as_source, close_source, closed_on_error, source_name
 
 _FIRST_READ = 4 * KiB  # header, extensions and name of nearly every image
 
@@ -40,15 +40,12 @@ class Image(Closing):
         self.name = name or source_name(self.source)
         self.limits = limits
         self.file_size = self.source.size
-        try:
-            self._head = self.source.read(0, _FIRST_READ)
-            if len(self._head) < 8 or self._head[:4] != MAGIC:
-                what = f"is not a QCOW image ({described(self._head)})" if self._head else "is empty"
+        with closed_on_error(self):
+            head = self.source.read(0, _FIRST_READ)
+            if len(head) < 8 or head[:4] != MAGIC:
+                what = f"is not a QCOW image ({described(head)})" if head else "is empty"
                 raise NotQcow2(f"{cut(self.name)} {what}")
-            self.header: Header = parse_header(self._head)
-        except BaseException:
-            self.close()
-            raise
+            self.header: Header = parse_header(head)
 
     # --- bytes -------------------------------------------------------------------------------
 
@@ -118,19 +115,21 @@ class Image(Closing):
     @property
     def backing_name(self) -> str | None:
         """The effective backing file name; undecodable bytes become lone surrogates."""
-        return self.backing_name_bytes.decode("utf-8", "surrogateescape") or None
+        return decoded(self.backing_name_bytes) or None
 
     @property
     def backing_format(self) -> str | None:
         """The recorded format of the backing file, None when it must be probed."""
-        extension = self.extension(ExtensionType.BACKING_FORMAT)
-        return extension.data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None if extension else None
+        return self._text_of(ExtensionType.BACKING_FORMAT)
 
     @property
     def data_file_name(self) -> str | None:
         """The name of the external data file, cut at the first NUL; None when none is recorded."""
-        extension = self.extension(ExtensionType.DATA_FILE)
-        return extension.data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None if extension else None
+        return self._text_of(ExtensionType.DATA_FILE)
+
+    def _text_of(self, kind: ExtensionType) -> str | None:
+        extension = self.extension(kind)
+        return None if extension is None else decoded(extension.data.split(b"\0", 1)[0]) or None
 
     @property
     def crypto_header(self) -> tuple[int, int] | None:

@@ -22,9 +22,9 @@ from itertools import islice
 from typing import NamedTuple, Protocol, TypeAlias
 
 from ..limits import LVM_AREAS, LVM_DEPTH, LVM_SEGMENTS, LVM_TEXT_BYTES, LVM_TEXT_READS, LVM_VOLUMES, Budget
-from ..text import quoted
+from ..text import decoded, quoted
+from .header import SECTOR
 
-SECTOR = 512
 _LABEL_SECTORS = 4
 _MDA_HEADER = 512
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
@@ -102,7 +102,7 @@ class Texts:
         key = hashlib.sha256(text).digest()
         if key not in self._sections:
             self._parsed.spend(len(text))
-            self._sections[key] = parse(text.rstrip(b"\0").decode("utf-8", "surrogateescape"))
+            self._sections[key] = parse(decoded(text.rstrip(b"\0")))
         return self._sections[key]
 
 
@@ -292,9 +292,8 @@ def _of_group(group_name: str, group: Section, here: Mapping[str, None]) -> Iter
     described = _sections(group, "logical_volumes")
     budget = LVM_SEGMENTS
     looked_at = Budget.up_to("segments of LVM volumes that are not read", LVM_SEGMENTS)
-    visible = [
-        name for name, volume in described.items() if "VISIBLE" in _words(volume, "status")
-    ]  # the rest are parts
+    # The rest are parts of these.
+    visible = [name for name, volume in described.items() if "VISIBLE" in _words(volume, "status")]
     for name in islice(visible, LVM_VOLUMES):
         volume = described[name]
         size = sum(_number(segment, "extent_count") for segment in _segments(volume)) * extent

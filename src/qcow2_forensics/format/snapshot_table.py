@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..limits import KiB, Limits
+from ..text import decoded
 from .extensions import Metadata
 from .header import Header, padded
 from .rules import INT64_MAX, SNAPSHOTS, Problem, snapshot_part
@@ -61,12 +62,12 @@ class SnapshotEntry(NamedTuple):
     @property
     def id(self) -> str:
         """The ID as text; undecodable bytes become lone surrogates."""
-        return self.id_bytes.decode("utf-8", "surrogateescape")
+        return decoded(self.id_bytes)
 
     @property
     def name(self) -> str:
         """The name as text; undecodable bytes become lone surrogates."""
-        return self.name_bytes.decode("utf-8", "surrogateescape")
+        return decoded(self.name_bytes)
 
     @property
     def extra_length(self) -> int:

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol, Self, runtime_checkable
 
-from ..errors import NotQcow2, ReadError
+from ..errors import NotQcow2, ReadError, reason
 from ..text import cut
 
 
@@ -110,7 +110,7 @@ class FileSource:
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
         self.fd = os.open(self.path, flags) if descriptor is None else descriptor
-        try:
+        with closed_on_error(self):
             status = os.fstat(self.fd)
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.name)
@@ -119,9 +119,6 @@ class FileSource:
             self.identity = (status.st_dev, status.st_ino)
             self.mtime_ns = status.st_mtime_ns
             self.size = status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(self.fd, 0, os.SEEK_END)
-        except BaseException:
-            self.close()
-            raise
         _open_files.add(self)
         for opened in _remembered:
             opened.add(self.identity)
@@ -193,11 +190,11 @@ class StreamSource:
 
     keeps_contract = True
 
-    def __init__(self, stream: BinaryIO, name: str = "") -> None:
+    def __init__(self, stream: BinaryIO, name: str = "", *, size: int | None = None) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self.name = name or str(getattr(stream, "name", "") or "stream")
-        self.size = stream.seek(0, io.SEEK_END)
+        self.size = stream.seek(0, io.SEEK_END) if size is None else size
 
     def read(self, offset: int, length: int, /) -> bytes:
         """Return ``length`` bytes at ``offset``, fewer only at the end."""
@@ -215,7 +212,7 @@ class StreamSource:
                     pieces.append(data)
                     wanted -= len(data)
             except OSError as error:
-                raise ReadError(f"{cut(self.name)}: {error}", offset=offset, length=length) from error
+                raise ReadError(f"{cut(self.name)}: {reason(error, 300)}", offset=offset, length=length) from error
         if wanted > 0:
             raise ReadError(f"{cut(self.name)} ended early", offset=offset, length=length)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -283,6 +280,16 @@ def close_source(source: object) -> None:
     close = getattr(source, "close", None)
     if close is not None:
         close()
+
+
+@contextlib.contextmanager
+def closed_on_error(source: object) -> Iterator[None]:
+    """Close a source where the block ends in an error: nobody else has it yet."""
+    try:
+        yield
+    except BaseException:
+        close_source(source)
+        raise
 
 
 def source_name(source: object) -> str:

@@ -6,9 +6,8 @@ import io
 
 import numpy as np
 
-from ..errors import ReadError
 from ..format.source import Source
-from .page_codecs import MISSING, decode, is_special
+from .page_codecs import MISSING, decode, is_special, stored
 from .page_index import RunIndex
 from .records import NotInMemory
 
@@ -82,11 +81,7 @@ def _fill(
 
 
 def _raw(source: Source, value: int, pages: int, page_size: int, stride: int) -> bytes:
-    wanted = (pages - 1) * stride + page_size
-    raw = source.read(value, wanted)
-    if len(raw) < wanted:
-        raise ReadError("the migration stream ends early", offset=value, length=wanted)
-    return raw
+    return stored(source, value, (pages - 1) * stride + page_size)
 
 
 def _need(value: int, pad: bool, address: int, length: int) -> None:

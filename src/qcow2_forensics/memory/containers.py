@@ -11,20 +11,28 @@ from __future__ import annotations
 
 import bz2
 import hashlib
-import importlib
 import io
 import lzma
 import os
 import struct
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, BinaryIO, Final, Protocol, cast
+from typing import IO, Any, BinaryIO, Final, Protocol, cast
 
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
-from ..format.source import FileSource, PathOrSource, Source, StreamSource, as_source, close_source, source_name
+from ..format.codecs import zstd_module
+from ..format.source import (
+    FileSource,
+    PathOrSource,
+    Source,
+    StreamSource,
+    as_source,
+    close_source,
+    closed_on_error,
+    source_name,
+)
 from ..limits import (
     DEFAULT_LIMITS,
     LIBVIRT_DESCRIPTION_BYTES,
@@ -205,20 +213,14 @@ class _MembersReader(io.RawIOBase):
         return b""
 
 
-def _gzip(stream: BinaryIO, size: int) -> Unpacker:
-    return cast("IO[bytes]", _MembersReader(stream, _Inflate, size)), zlib.error
+def _members(new: Callable[[], _Decoder], damage: type[Exception]) -> Opener:
+    """Return what opens a file of members whose decoders ``new`` makes."""
+    return lambda stream, size: (cast("IO[bytes]", _MembersReader(stream, new, size)), damage)
 
 
-def _bzip2(stream: BinaryIO, size: int) -> Unpacker:
-    return cast("IO[bytes]", _MembersReader(stream, bz2.BZ2Decompressor, size)), OSError
-
-
-def _xz(stream: BinaryIO, size: int) -> Unpacker:
+def _xz() -> _Decoder:
     # The module's own reader of files accepts any dictionary up to 4 GiB.
-    def new() -> _Decoder:
-        return lzma.LZMADecompressor(memlimit=XZ_DECODER_BYTES)
-
-    return cast("IO[bytes]", _MembersReader(stream, new, size)), lzma.LZMAError
+    return lzma.LZMADecompressor(memlimit=XZ_DECODER_BYTES)
 
 
 def _lzop(stream: BinaryIO, size: int) -> Unpacker:
@@ -227,24 +229,28 @@ def _lzop(stream: BinaryIO, size: int) -> Unpacker:
 
 def _zstd(stream: BinaryIO, size: int) -> Unpacker:
     try:
-        zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+        zstd: Any = zstd_module()
     except ImportError:
         raise Unsupported("zstd on this Python: install backports.zstd") from None
-    return cast("IO[bytes]", _MembersReader(stream, zstd.ZstdDecompressor, size)), zstd.ZstdError
+    return _members(zstd.ZstdDecompressor, zstd.ZstdError)(stream, size)
 
 
-_OPENERS: dict[int, Opener] = {1: _gzip, 2: _bzip2, 3: _xz, 4: _lzop, 5: _zstd}
+# By libvirt's number of the format.
+_OPENERS: dict[int, Opener] = {
+    1: _members(_Inflate, zlib.error),
+    2: _members(bz2.BZ2Decompressor, OSError),
+    3: _members(_xz, lzma.LZMAError),
+    4: _lzop,
+    5: _zstd,
+}
 
 
 def _unpacked(window: StreamWindow, opener: Opener, cache_dir: str | os.PathLike[str] | None, limits: Limits) -> Source:
     """Decompress into a file that is complete or not there at all."""
     if cache_dir is None:
         temporary = tempfile.TemporaryFile(prefix="qcow2-memory-")  # noqa: SIM115 - the source keeps it open
-        try:
+        with closed_on_error(temporary):
             _decompress(window, opener, temporary, limits)
-        except BaseException:
-            temporary.close()
-            raise
         return _TemporarySource(cast("BinaryIO", temporary), window.name)
     target = Path(cache_dir) / f"qcow2_stream_{_fingerprint(window)}.cache"
     if not target.exists():

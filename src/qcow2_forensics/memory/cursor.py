@@ -12,6 +12,7 @@ from ..limits import (
     Limits,
     MiB,
 )
+from ..text import decoded
 
 WINDOW = 4 * MiB  # bytes read at once: large enough to hide the cost of a read, small enough to forget
 
@@ -110,4 +111,4 @@ class Cursor:
 
     def name(self) -> str:
         """Return a counted string of at most 255 bytes; bytes that are not UTF-8 survive as surrogates."""
-        return self.take(self.uint(1)).decode("utf-8", "surrogateescape")
+        return decoded(self.take(self.uint(1)))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..format.source import Source
 from ..limits import ARM_REGISTERS, DESCRIPTION_BYTES_PER_STRUCTURE, DESCRIPTION_CANDIDATES, DESCRIPTION_DEPTH, Limits
+from ..text import decoded
 from .records import Cpu, Device
 from .sections import FOOTER, FULL
 
@@ -160,7 +161,7 @@ class DeviceStates:
                 return
             number = data[at + 1 : at + 5]
             body = at + 6 + data[at + 5] + 8
-            name = data[at + 6 : body - 8].decode("utf-8", "surrogateescape")
+            name = decoded(data[at + 6 : body - 8])
             instance = int.from_bytes(data[body - 8 : body - 4], "big")
             version = int.from_bytes(data[body - 4 : body], "big")
             end = body + _length(description)

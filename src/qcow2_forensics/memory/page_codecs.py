@@ -56,9 +56,14 @@ def page_of(source: Source, value: int, history: tuple[int, ...], page_size: int
     if value < 0:
         special = is_special(value)
         return decode(source, value, history, page_size) if special else bytes([-1 - value]) * page_size
-    data = source.read(value, page_size)
-    if len(data) < page_size:
-        raise ReadError("the migration stream ends early", offset=value, length=page_size)
+    return stored(source, value, page_size)
+
+
+def stored(source: Source, offset: int, length: int) -> bytes:
+    """Return exactly ``length`` bytes of a stream; raises :class:`ReadError` where it ends before."""
+    data = source.read(offset, length)
+    if len(data) < length:
+        raise ReadError("the migration stream ends early", offset=offset, length=length)
     return data
 
 

@@ -20,7 +20,7 @@ from typing import Final
 from ..errors import LimitExceeded, Unsupported
 from ..format.source import Source
 from ..limits import EARLY_DEVICE_BYTES, EARLY_DEVICES, STREAM_NOTES, Limits
-from ..text import quoted
+from ..text import decoded, quoted
 from .cursor import Cursor, Truncated, broken
 from .pages import RamRecords
 
@@ -124,7 +124,7 @@ class _Walker:
         cursor, ram = self.cursor, self.stream.ram
         if (length := cursor.uint(4)) > self.limits.stream_name_bytes:
             raise LimitExceeded("stream_name_bytes", length, self.limits.stream_name_bytes)
-        self.stream.machine = cursor.take(length).decode("utf-8", "surrogateescape")
+        self.stream.machine = decoded(cursor.take(length))
         while cursor.peek() == SUBSECTION:
             at = cursor.position
             cursor.skip(1)

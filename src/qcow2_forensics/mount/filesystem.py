@@ -64,11 +64,10 @@ class StateFiles:
         self._sentences: set[str] = set()
 
     def _find(self, path: str) -> File | Folder | Mapping[str, Folder]:
-        parts = path.strip("/").split("/") if path != "/" else []
         found: Any = self._folders
-        for part in parts:
+        for part in path.strip("/").split("/") if path != "/" else ():
             if not isinstance(found, Mapping) or part not in found:
-                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+                raise _refused(errno.ENOENT)
             found = found[part]
         return found  # type: ignore[no-any-return]
 
@@ -89,15 +88,15 @@ class StateFiles:
     def readdir(self, path: str, handle: int) -> Iterator[str]:  # noqa: ARG002
         found = self._find(path)
         if isinstance(found, File):
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            raise _refused(errno.ENOTDIR)
         yield from (".", "..", *found)
 
     def open(self, path: str, flags: int) -> int:
         found = self._find(path)
         if not isinstance(found, File):
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            raise _refused(errno.EISDIR)
         if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise _refused(errno.EROFS)
         return self._handles[id(found)]
 
     def read(self, path: str, size: int, offset: int, handle: int) -> bytes:  # noqa: ARG002
@@ -114,13 +113,13 @@ class StateFiles:
         """Answer ``SEEK_DATA`` and ``SEEK_HOLE``; the kernel answers every other seek itself."""
         file = self._opened[handle]
         if offset >= file.content.size:
-            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+            raise _refused(errno.ENXIO)
         try:
             found = (seek_data if whence == os.SEEK_DATA else seek_hole)(file.content, offset)
         except (Qcow2Error, OSError) as error:
             raise self._failed(file, error) from error
         if found is None:
-            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+            raise _refused(errno.ENXIO)
         return found
 
     def statfs(self, path: str) -> dict[str, int]:  # noqa: ARG002
@@ -132,7 +131,11 @@ class StateFiles:
         if sentence not in self._sentences and len(self._sentences) < MOUNT_MESSAGES:
             self._sentences.add(sentence)
             self._say(sentence)
-        return OSError(errno.EIO, os.strerror(errno.EIO))
+        return _refused(errno.EIO)
+
+
+def _refused(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
 
 
 def serve(
@@ -159,9 +162,8 @@ def serve(
         def lseek(self, path: bytes | None, offset: int, whence: int, info: Any) -> int:
             return self.operations.lseek(path, offset, whence, info.contents.fh)  # type: ignore[no-any-return]
 
-    more = (
-        {"max_idle_threads": 10} if mfusepy.fuse_version_major == 3 else {}
-    )  # libfuse 3.14 grumbles at its own default
+    # libfuse 3.14 grumbles at its own default.
+    more = {"max_idle_threads": 10} if mfusepy.fuse_version_major == 3 else {}
     try:
         Mount(
             StateFiles(folders, say),

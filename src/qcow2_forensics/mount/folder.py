@@ -16,7 +16,7 @@ from ..errors import NotQcow2, Qcow2Error
 from ..findings import Report, __version__
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import Closing
+from ..format.source import Closing, closed_on_error
 from ..reader.disk import Disk
 from ..reader.states import Rebuilt, SnapshotName
 from ..reader.vm_state import VmState
@@ -86,11 +86,8 @@ class ImageFolder(Closing):
         self._keys: Disk | None = None  # the first state that opened: deriving keys takes seconds
         self._lines: list[tuple[str, str]] = []
         self._undo = ExitStack()
-        try:
+        with closed_on_error(self):
             self._fill()
-        except BaseException:
-            self._undo.close()
-            raise
 
     def _fill(self) -> None:
         modified = Path(self._path).stat().st_mtime_ns

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import FormatError, ReadError, Unsupported, reason
+from ..format.header import MAGIC
+from ..format.other_files import format_of
 from ..format.source import Source, close_source, source_name
 from ..limits import KiB, MiB
 from ..text import cut
@@ -23,19 +25,6 @@ from .mapping import Kind
 from .stream import SourceStream
 
 _PROBE_BYTES = 512
-_MAGICS = (
-    (0, b"KDMV", "vmdk"),
-    (0, b"COWD", "vmdk"),
-    (0, b"vhdxfile", "vhdx"),
-    (0, b"conectix", "vpc"),
-    (64, b"\x7f\x10\xda\xbe", "vdi"),
-    (0, b"QED\0", "qed"),
-    (0, b"WithoutFreeSpace", "parallels"),
-    (0, b"WithouFreSpacExt", "parallels"),
-    (0, b"LUKS\xba\xbe", "luks"),
-    (0, b"Bochs Virtual HD Image", "bochs"),
-    (0, b"#!/bin/sh\n#V2.0 Format\n", "cloop"),
-)
 # A VMDK that only names the files with the data. Its first comment can be missing: QEMU looks for the version.
 _DESCRIPTOR = re.compile(rb"# Disk DescriptorFile|(?:#[^\n]*\n| +\r?\n)*version=[123]\r?\n")
 _NO_PARENT = 0xFFFFFFFF  # a VMDK's parent identifier
@@ -53,11 +42,11 @@ def probe(source: Source) -> str:
     reads as raw, count as their format here: they are not plainly raw.
     """
     head = source.read(0, _PROBE_BYTES)
-    if head[:4] == b"QFI\xfb":
+    if head[:4] == MAGIC:
         return "qcow" if head[4:8] == b"\0\0\0\1" else "qcow2"
-    for offset, magic, kind in _MAGICS:
-        if head[offset : offset + len(magic)] == magic:
-            return kind
+    known = format_of(head)
+    if known:
+        return known
     if _DESCRIPTOR.match(head):
         return "vmdk"
     if source_name(source).endswith(".dmg"):  # QEMU goes by the name here: the mark is at the end of the file

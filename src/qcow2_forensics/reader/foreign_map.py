@@ -7,8 +7,8 @@ files have a map here, the ones for which QEMU has one too; of others all is tak
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
 
 from ..errors import FormatError, Qcow2Error
 from ..format.source import Source, source_name
@@ -22,12 +22,6 @@ _VHD_UNALLOCATED = 0xFFFFFFFF
 _VMDK_HEADER = struct.Struct("<4sIIQQQQIQQ")
 _VMDK_COMPRESSED = 1 << 16  # of the flags: grains have heads and sizes of their own
 _VMDK_AT_END = (1 << 64) - 1  # the grain directory is named by a footer
-
-
-class ForeignMap(Protocol):
-    """The allocation of a file: what a guest range consists of."""
-
-    def runs(self, offset: int, length: int) -> Iterator[Run]: ...
 
 
 def foreign_map(kind: str, source: Source, size: int) -> ForeignMap | None:
@@ -51,15 +45,18 @@ def _whole(source: Source, offset: int, length: int) -> bytes:
     return data
 
 
-class _Table:
-    """Blocks of one size, each found through a 32-bit entry; a subclass says where the entries are."""
+class ForeignMap(ABC):
+    """What a guest range consists of: blocks of one size, each found through a 32-bit entry.
+
+    A subclass says where the entries are.
+    """
 
     block_size: int
     zeros: Kind
 
+    @abstractmethod
     def entries(self, first: int) -> tuple[int, list[int | None]]:
         """Return host offsets from block ``first`` on, None for what is not stored, and the number of the first."""
-        raise NotImplementedError
 
     def runs(self, offset: int, length: int) -> Iterator[Run]:
         """Yield the runs that tile a range, coalesced."""
@@ -80,7 +77,7 @@ class _Table:
             offset += count
 
 
-class _Vhd(_Table):
+class _Vhd(ForeignMap):
     """A dynamic VHD: one table, and before each block a bitmap that QEMU does not look at."""
 
     zeros = Kind.ZERO
@@ -107,7 +104,7 @@ def _vhd(source: Source, size: int) -> _Vhd | None:
     return _Vhd(source, table, count, block_size)
 
 
-class _Vmdk(_Table):
+class _Vmdk(ForeignMap):
     """A sparse VMDK: a directory of tables of grains."""
 
     zeros = Kind.HOLE

@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from ..errors import FormatError
 from ..format.entries import (
     COMPRESSED,
     COPIED,
@@ -26,25 +25,15 @@ from ..format.entries import (
 from ..format.header import SECTOR
 from .runs import Kind, Run
 
+if TYPE_CHECKING:
+    from .mapping import Mapping
+
 HIGHEST = 1 << 55  # of the bits of a host offset: entries counted up from there could run into the reserved bits
 
 
-class Table(Protocol):
-    """What reading entries takes of the mapping they belong to."""
-
-    version: int
-    data_file: bool  # guest clusters are in an external one
-    cluster_bits: int
-    cluster_size: int
-    slice_mask: int
-    slice_shift: int
-
-    def bad_entry(self, offset: int, what: str) -> FormatError: ...
-
-
-def standard_runs(table: Table, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
+def standard_runs(mapping: Mapping, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
     """Yield the runs of a slice of 8-byte entries ("L2 table entry")."""
-    bits, size, mask = table.cluster_bits, table.cluster_size, table.slice_mask
+    bits, size, mask = mapping.cluster_bits, mapping.cluster_size, mapping.slice_mask
     special = COMPRESSED | ZERO | (OFFSET_MASK & (size - 1))
     while offset < stop:
         index = (offset >> bits) & mask
@@ -52,18 +41,18 @@ def standard_runs(table: Table, entries: array[int], number: int, offset: int, s
         inside = offset & (size - 1)
         if entry & COMPRESSED:
             run_end = min(stop, offset - inside + size)
-            yield _compressed(table, entry, offset, run_end - offset)
+            yield _compressed(mapping, entry, offset, run_end - offset)
             offset = run_end
             continue
         last = ((stop - 1) >> bits) & mask
         # The usual case: entries that continue the first one, as a cluster or as nothing.
-        at_zero = table.data_file and entry & COPIED and not entry & ZERO  # a cluster of the data file's first byte
+        at_zero = mapping.data_file and entry & COPIED and not entry & ZERO  # a cluster of the data file's first byte
         step = size if entry & OFFSET_MASK or at_zero else 0
         index = index + 1 if entry & HIGHEST else sequence_end(entries, index + 1, last + 1, step)
-        run_end = min(stop, (number << table.slice_shift) + (index << bits))
+        run_end = min(stop, (number << mapping.slice_shift) + (index << bits))
         host = entry & OFFSET_MASK
-        if entry & special or table.data_file:
-            kind, start = _special(table, entry, offset, inside)
+        if entry & special or mapping.data_file:
+            kind, start = _special(mapping, entry, offset, inside)
         elif host:
             kind, start = Kind.DATA, host + inside
         else:
@@ -72,33 +61,33 @@ def standard_runs(table: Table, entries: array[int], number: int, offset: int, s
         offset = run_end
 
 
-def _special(table: Table, entry: int, offset: int, inside: int) -> tuple[Kind, int | None]:
+def _special(mapping: Mapping, entry: int, offset: int, inside: int) -> tuple[Kind, int | None]:
     """Classify an entry that is not plain data or nothing; raise for what QEMU cannot read."""
     host = entry & OFFSET_MASK
     if entry & ZERO:
-        if table.version < 3:
-            raise table.bad_entry(offset, "has the zero flag, which version 2 does not know")
+        if mapping.version < 3:
+            raise mapping.bad_entry(offset, "has the zero flag, which version 2 does not know")
         kind = Kind.ZERO
-    elif host or (entry & COPIED and table.data_file):
+    elif host or (entry & COPIED and mapping.data_file):
         kind = Kind.DATA
     else:
         return Kind.HOLE, None
     if not host and kind == Kind.ZERO:
         return kind, None
-    _check_host(table, host, offset, inside)
+    _check_host(mapping, host, offset, inside)
     return kind, host + inside
 
 
-def _check_host(table: Table, host: int, offset: int, inside: int) -> None:
-    if host & (table.cluster_size - 1):
-        raise table.bad_entry(offset, f"names the unaligned host offset {host:#x}")
-    if table.data_file and host != offset - inside:
-        raise table.bad_entry(offset, f"maps to {host:#x} in the data file, not to its guest offset")
+def _check_host(mapping: Mapping, host: int, offset: int, inside: int) -> None:
+    if host & (mapping.cluster_size - 1):
+        raise mapping.bad_entry(offset, f"names the unaligned host offset {host:#x}")
+    if mapping.data_file and host != offset - inside:
+        raise mapping.bad_entry(offset, f"maps to {host:#x} in the data file, not to its guest offset")
 
 
-def extended_runs(table: Table, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
+def extended_runs(mapping: Mapping, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
     """Yield the runs of a slice of 16-byte entries ("Extended L2 Entries")."""
-    bits, size, mask = table.cluster_bits, table.cluster_size, table.slice_mask
+    bits, size, mask = mapping.cluster_bits, mapping.cluster_size, mapping.slice_mask
     subcluster = size // SUBCLUSTERS
     full = 0xFFFF_FFFF
     special = HIGHEST | (OFFSET_MASK & (size - 1))
@@ -108,29 +97,29 @@ def extended_runs(table: Table, entries: array[int], number: int, offset: int, s
         inside = offset & (size - 1)
         run_end = min(stop, offset - inside + size)
         if entry & COMPRESSED:
-            yield _compressed(table, entry, offset, run_end - offset)
+            yield _compressed(mapping, entry, offset, run_end - offset)
             offset = run_end
             continue
-        if bitmap == full and entry & OFFSET_MASK and not (entry & special or table.data_file):
+        if bitmap == full and entry & OFFSET_MASK and not (entry & special or mapping.data_file):
             # The usual case: whole clusters, one after the other in the file.
             last, expected = ((stop - 1) >> bits) & mask, entry + size
             index += 1
             while index <= last and entries[2 * index] == expected and entries[2 * index + 1] == full:
                 expected += size
                 index += 1
-            run_end = min(stop, (number << table.slice_shift) + (index << bits))
+            run_end = min(stop, (number << mapping.slice_shift) + (index << bits))
             yield Run(offset, run_end - offset, Kind.DATA, (entry & OFFSET_MASK) + inside)
             offset = run_end
             continue
         allocated, zeros = bitmap & full, bitmap >> 32
         host = entry & OFFSET_MASK
-        present = bool(host) or bool(table.data_file and entry & COPIED)
+        present = bool(host) or bool(mapping.data_file and entry & COPIED)
         if allocated & zeros:
-            raise table.bad_entry(offset, "has subclusters that are both allocated and zero")
+            raise mapping.bad_entry(offset, "has subclusters that are both allocated and zero")
         if allocated and not present:
-            raise table.bad_entry(offset, "has allocated subclusters without a cluster")
-        if present and (host & (size - 1) or table.data_file):
-            _check_host(table, host, offset, inside)
+            raise mapping.bad_entry(offset, "has allocated subclusters without a cluster")
+        if present and (host & (size - 1) or mapping.data_file):
+            _check_host(mapping, host, offset, inside)
         while offset < run_end:
             at = (offset & (size - 1)) // subcluster
             bit = 1 << at
@@ -145,9 +134,9 @@ def extended_runs(table: Table, entries: array[int], number: int, offset: int, s
             offset = piece_end
 
 
-def qcow1_runs(table: Table, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
+def qcow1_runs(mapping: Mapping, entries: array[int], number: int, offset: int, stop: int) -> Iterator[Run]:
     """Yield the runs of a slice of a version 1 table."""
-    bits, size, mask = table.cluster_bits, table.cluster_size, table.slice_mask
+    bits, size, mask = mapping.cluster_bits, mapping.cluster_size, mapping.slice_mask
     while offset < stop:
         index = (offset >> bits) & mask
         entry = entries[index]
@@ -159,10 +148,10 @@ def qcow1_runs(table: Table, entries: array[int], number: int, offset: int, stop
             offset += length
             continue
         if entry % SECTOR:
-            raise table.bad_entry(offset, f"names the unaligned host offset {entry:#x}")
+            raise mapping.bad_entry(offset, f"names the unaligned host offset {entry:#x}")
         last = ((stop - 1) >> bits) & mask
         index = index + 1 if entry & HIGHEST else sequence_end(entries, index + 1, last + 1, size if entry else 0)
-        run_end = min(stop, (number << table.slice_shift) + (index << bits))
+        run_end = min(stop, (number << mapping.slice_shift) + (index << bits))
         if entry:
             yield Run(offset, run_end - offset, Kind.DATA, entry + inside)
         else:
@@ -170,10 +159,10 @@ def qcow1_runs(table: Table, entries: array[int], number: int, offset: int, stop
         offset = run_end
 
 
-def _compressed(table: Table, entry: int, offset: int, length: int) -> Run:
-    if table.data_file:
-        raise table.bad_entry(offset, "is compressed, which an external data file cannot hold")
-    host, size = compressed_descriptor(entry, table.cluster_bits)
+def _compressed(mapping: Mapping, entry: int, offset: int, length: int) -> Run:
+    if mapping.data_file:
+        raise mapping.bad_entry(offset, "is compressed, which an external data file cannot hold")
+    host, size = compressed_descriptor(entry, mapping.cluster_bits)
     return Run(offset, length, Kind.COMPRESSED, host, size)
 
 

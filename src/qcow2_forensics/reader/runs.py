@@ -43,10 +43,13 @@ def joined(items: Iterable[T], join: Callable[[T, T], T | None]) -> Iterator[T]:
     pending: T | None = None
     try:
         for item in items:
-            both = join(pending, item) if pending is not None else None
-            if both is None and pending is not None:
+            both = None if pending is None else join(pending, item)
+            if both is not None:
+                pending = both
+                continue
+            if pending is not None:
                 yield pending
-            pending = item if both is None else both
+            pending = item
     except Qcow2Error:
         if pending is not None:
             yield pending
@@ -55,31 +58,16 @@ def joined(items: Iterable[T], join: Callable[[T, T], T | None]) -> Iterator[T]:
         yield pending
 
 
-def coalesced(pieces: Iterator[Run]) -> Iterator[Run]:
+def coalesced(pieces: Iterable[Run]) -> Iterator[Run]:
     """Yield the same runs, neighbours that continue each other joined; the runs before a fault come before its error."""
-    pending: Run | None = None
-    try:
-        for run in pieces:
-            if pending is None:
-                pending = run
-                continue
-            if _continues(pending, run):
-                pending = Run(pending.offset, pending.length + run.length, pending.kind, pending.host_offset)
-            else:
-                yield pending
-                pending = run
-    except Qcow2Error:
-        if pending is not None:
-            yield pending  # what is right before the fault
-        raise
-    if pending is not None:
-        yield pending
+    return joined(pieces, _continued)
 
 
-def _continues(first: Run, second: Run) -> bool:
-    """Whether two neighbouring runs are one: same kind, and host bytes that follow each other."""
+def _continued(first: Run, second: Run) -> Run | None:
+    """Return two neighbouring runs as one: of the same kind, with host bytes that follow each other."""
     if first.kind != second.kind or first.kind == Kind.COMPRESSED:
-        return False
-    if first.host_offset is None or second.host_offset is None:
-        return first.host_offset is second.host_offset
-    return first.host_offset + first.length == second.host_offset
+        return None
+    follows = None if first.host_offset is None else first.host_offset + first.length
+    if second.host_offset != follows:
+        return None
+    return Run(first.offset, first.length + second.length, first.kind, first.host_offset)

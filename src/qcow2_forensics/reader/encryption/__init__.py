@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ...errors import FormatError, Unsupported
 from ...format.header import SECTOR, Crypt, Header
@@ -26,17 +25,12 @@ from .sectors import SectorCipher, sector_cipher
 _NAMES = {Crypt.NONE: "none", Crypt.AES: "legacy AES", Crypt.LUKS: "LUKS"}
 
 
-class Decryptor(Protocol):
-    """Turns stored sectors into guest sectors; offsets and length are multiples of 512."""
-
-    def decrypt(self, data: bytes, host_offset: int, guest_offset: int) -> bytes: ...
-
-
 @dataclass(frozen=True, slots=True)
-class _Numbered:
-    """Sectors numbered by where the guest sees them (method 1), or by where they are stored (method 2).
+class Decryptor:
+    """Turns stored sectors into guest sectors; offsets and length are multiples of 512.
 
-    The payload offset of a LUKS header plays no part.
+    Sectors are numbered by where the guest sees them (method 1), or by where they are stored (method 2): the payload
+    offset of a LUKS header plays no part.
     """
 
     cipher: SectorCipher
@@ -68,10 +62,10 @@ def unlock(
     """
     secret = passphrase.encode("utf-8", "surrogateescape") if isinstance(passphrase, str) else passphrase
     if header.crypt_method == Crypt.AES:
-        return _Numbered(sector_cipher("aes", "cbc-plain64", secret[:16].ljust(16, b"\0")), by_guest=True)
+        return Decryptor(sector_cipher("aes", "cbc-plain64", secret[:16].ljust(16, b"\0")), by_guest=True)
     if header.crypt_method != Crypt.LUKS:
         raise Unsupported(f"encryption {method_name(header)}")
     if crypto_header is None:
         raise FormatError("LUKS encryption without a LUKS header extension", field="crypt_method")
     luks, key = recover_key(read, *crypto_header, secret, limits)
-    return _Numbered(sector_cipher(luks.cipher_name, luks.cipher_mode, key), by_guest=False)
+    return Decryptor(sector_cipher(luks.cipher_name, luks.cipher_mode, key), by_guest=False)

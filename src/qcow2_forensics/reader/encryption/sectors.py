@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...errors import FormatError, Unsupported
 from ...format.header import SECTOR
@@ -32,12 +33,6 @@ _OTHER_CIPHERS = ("serpent", "twofish")  # QEMU has them; no library with wheels
 # Bytes of each digest.
 HASHES = {"md5": 16, "sha1": 20, "sha224": 28, "sha256": 32, "sha384": 48, "sha512": 64, "ripemd160": 20}
 _BULK_SECTORS = 8  # from here on numpy is faster than one context per sector; measured
-
-
-class SectorCipher(Protocol):
-    """Decrypts consecutive sectors; ``data`` is a multiple of 512 bytes."""
-
-    def decrypt(self, data: bytes, first_sector: int) -> bytes: ...
 
 
 def sector_cipher(cipher_name: str, cipher_mode: str, key: bytes) -> SectorCipher:
@@ -132,22 +127,26 @@ def _numbers(first: int, count: int, block: int, mask: int) -> bytes:
 # --- the modes ---------------------------------------------------------------------------------
 
 
-class _Mode:
-    """A block mode: a cipher, and what makes the vectors of sectors."""
+class SectorCipher(ABC):
+    """A block mode with its cipher, and what makes the vectors of sectors."""
 
     def __init__(self, block: _BlockCipher, key: bytes, ivs: _Ivs) -> None:  # noqa: ARG002 - xts alone has two keys
         self._block = block
         self._ivs = ivs
 
+    @abstractmethod
+    def decrypt(self, data: bytes, first_sector: int) -> bytes:
+        """Return consecutive plain sectors; ``data`` is a multiple of 512 bytes."""
 
-class _Ecb(_Mode):
+
+class _Ecb(SectorCipher):
     """No vector: equal blocks look equal."""
 
     def decrypt(self, data: bytes, first_sector: int) -> bytes:  # noqa: ARG002 - ecb ignores the number
         return self._block.ecb_decrypt(data)
 
 
-class _Cbc(_Mode):
+class _Cbc(SectorCipher):
     """Each block is chained to the stored one before it, the first to the vector."""
 
     def decrypt(self, data: bytes, first_sector: int) -> bytes:
@@ -160,7 +159,7 @@ class _Cbc(_Mode):
         return _by_sector(self._block, self._block.modes.CBC, ivs, data)
 
 
-class _Ctr(_Mode):
+class _Ctr(SectorCipher):
     """A stream: the vector is the big-endian counter of the sector's first block."""
 
     def decrypt(self, data: bytes, first_sector: int) -> bytes:
@@ -178,7 +177,7 @@ class _Ctr(_Mode):
                 yield (counter & ((1 << 8 * size) - 1)).to_bytes(size, "big")
 
 
-class _Xts(_Mode):
+class _Xts(SectorCipher):
     """Each block is masked before and after with a tweak: the encrypted vector, doubled per block."""
 
     def __init__(self, block: _BlockCipher, key: bytes, ivs: _Ivs) -> None:
@@ -201,7 +200,7 @@ class _Xts(_Mode):
         return _by_sector(self._whole, self._block.modes.XTS, ivs, data)
 
 
-_MODES: dict[str, Callable[[_BlockCipher, bytes, _Ivs], SectorCipher]] = {
+_MODES: dict[str, type[SectorCipher]] = {
     "xts": _Xts,
     "cbc": _Cbc,
     "ctr": _Ctr,
