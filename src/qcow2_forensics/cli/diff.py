@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "json", "jsonl", "body", "html")
 
-_EPILOG = """examples:
+HELP = "show what differs between two states"
+DESCRIPTION = "Show which guest ranges, and which files, differ between two states of one image."
+EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
   qcow2-forensics diff disk.qcow2 --from 1 --to 2 --files --hash
   qcow2-forensics diff disk.qcow2 --from 1 --files --format body > changes.body
@@ -40,14 +42,8 @@ pytsk3: pip install 'qcow2-forensics[tsk]'.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``diff`` to the command line."""
-    parser = subparsers.add_parser(
-        "diff",
-        help="show what differs between two states",
-        description="Show which guest ranges, and which files, differ between two states of one image.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``diff`` takes."""
     add_image_argument(parser)
     parser.add_argument(
         "other",
@@ -76,7 +72,6 @@ def add_parser(subparsers: Any) -> None:
     add_disk_arguments(parser, snapshot=False)
     add_guest_arguments(parser)
     add_case_arguments(parser, hashes=False)
-    parser.set_defaults(run=run)
 
 
 class Compared(NamedTuple):

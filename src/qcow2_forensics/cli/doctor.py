@@ -25,6 +25,16 @@ from pathlib import Path
 from ..text import printable
 from .demo import write_files
 
+HELP = "show whether the plug-in works in Volatility 3, dfVFS, plaso, pytsk3 and dissect"
+DESCRIPTION = (
+    "Open a small built-in image through each framework of this environment, and show whether the "
+    "plug-in works and what to do if not. Exit code 0: active in every framework that is installed; 1: not."
+)
+EPILOG = """examples:
+  qcow2-forensics doctor
+  qcow2-forensics doctor --format json
+"""
+
 _HOOK = "qcow2_forensics_autoload"
 _VARIABLE = "QCOW2_FORENSICS_AUTOLOAD"
 _VOL = "import sys; sys.argv[0] = 'vol'; from volatility3.cli import main; main()"
@@ -283,17 +293,9 @@ def as_text(diagnosis: Diagnosis) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``doctor`` to the command line."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="show whether the plug-in works in Volatility 3, dfVFS, plaso, pytsk3 and dissect",
-        description="Open a small built-in image through each framework of this environment, and show whether the "
-        "plug-in works and what to do if not. Exit code 0: active in every framework that is installed; 1: not.",
-        epilog="examples:\n  qcow2-forensics doctor\n  qcow2-forensics doctor --format json\n",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``doctor`` takes."""
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from ..findings import Severity
 from ..reader.writer import whole_folder
 from ..text import cut, plural, printable
 from . import _examine_parts as parts
-from . import complain
+from . import add_images_argument, complain
 from ._examine_plan import PAIRS, Step, deleted_memories, left_out, plan
 from ._messages import Messages
 from .audit import add_fail_on_argument
@@ -37,7 +37,13 @@ from .notes import repeat_notes
 from .options import add_disk_arguments, add_guest_arguments, bytes_of, open_from
 from .output import draw_over
 
-_EPILOG = """examples:
+HELP = "look at everything first, into one folder with one page"
+DESCRIPTION = (
+    "Run everything an examiner looks at first, into one folder with one page: a deep audit, snapshots, "
+    "deleted snapshots and recovered states, what changed from state to state, the timeline, what each memory "
+    "is, and an index of residue. Images are only read."
+)
+EPILOG = """examples:
   qcow2-forensics examine disk.qcow2 case-17/
   qcow2-forensics examine disk.qcow2 case-17/ --hash --case 17/26 --examiner "A. Lovelace"
   qcow2-forensics examine overlay.qcow2 case-17/ --backing-dir /evidence/templates
@@ -58,17 +64,9 @@ _REASONS = 10  # printed for one image; the page has all
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``examine`` to the command line."""
-    parser = subparsers.add_parser(
-        "examine",
-        help="look at everything first, into one folder with one page",
-        description="Run everything an examiner looks at first, into one folder with one page: a deep audit, snapshots, "
-        "deleted snapshots and recovered states, what changed from state to state, the timeline, what each memory "
-        "is, and an index of residue. Images are only read.",
-        epilog=_EPILOG,
-    )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="QCOW2 (or QCOW) images; they are only read")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``examine`` takes."""
+    add_images_argument(parser)
     parser.add_argument("folder", metavar="DIR", help="the folder to create")
     parser.add_argument(
         "--force", action="store_true", help="replace DIR where it is the folder of an earlier examination"
@@ -88,7 +86,6 @@ def add_parser(subparsers: Any) -> None:
     add_case_arguments(parser)
     add_disk_arguments(parser, snapshot=False)
     add_guest_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def _count(text: str) -> int:
