@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..audit import audit
+from ..audit.rules import Depth
 from ..findings import EVIDENCE_LIMIT, Report, Severity
 from ..reader.writer import atomic_writer, is_standard_output, refuse_existing
 from ..render import FORMATS, render
@@ -23,6 +24,7 @@ from .output import add_output_arguments, format_of
 
 _UNREADABLE = "QCOW2-UNREADABLE"
 LIMITED = "QCOW2-AUDIT-LIMITED"
+DEPTHS = tuple(depth.label for depth in Depth)  # from the least to the most that is read
 
 HELP = "examine images and report findings"
 DESCRIPTION = "Examine images: integrity, hidden and residual data, references, provenance. Images are only read."
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images_argument(parser, "*")
     parser.add_argument(
         "--depth",
-        choices=("triage", "standard", "deep"),
+        choices=DEPTHS,
         default="standard",
         help="triage reads headers and names, standard all tables (default), deep free space and slack too",
     )
@@ -107,9 +109,8 @@ def _one(args: argparse.Namespace, path: str) -> int:
     if args.output:
         refuse_existing(args.output, force=args.force, evidence=[path])
     wanted = args.format or "text"
-    report = report_of(
-        args, path, wants_facts=wanted == "html" or args.hash or wants_run(args), pictures=wanted == "html"
-    )
+    is_page = wanted == "html"
+    report = report_of(args, path, wants_facts=is_page or args.hash or wants_run(args), pictures=is_page)
     missing = why_missing(report)
     if missing:
         complain(missing)

@@ -142,10 +142,8 @@ def _examine(framework: str, name: str, extra: str, ask: Callable[[str], str], s
         warnings.simplefilter("ignore")
         try:
             where = ask(sample)
-        except _Inactive as error:
-            return Part(framework, version, False, "", _seen(str(error), caught), _advice(otherwise))
         except Exception as error:  # noqa: BLE001 - whatever a framework or the plug-in raises is the diagnosis
-            why = f"{type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, _Inactive) else f"{type(error).__name__}: {error}"
             return Part(framework, version, False, "", _seen(why, caught), _advice(otherwise))
     return Part(framework, version, True, where, "", "")
 
@@ -190,13 +188,12 @@ def _volatility(sample: str) -> str:
 
 
 def _dfvfs(sample: str) -> str:
-    importlib.import_module("dfvfs.resolver.resolver")
+    resolver = importlib.import_module("dfvfs.resolver.resolver").Resolver
     manager = importlib.import_module("dfvfs.resolver_helpers.manager")
     reader = type(manager.ResolverHelperManager.GetHelper("QCOW"))
     if not reader.__module__.startswith("dfvfs_qcow2."):
         raise _Inactive(f"QCOW images are read by {reader.__module__}")
     scanner = importlib.import_module("dfvfs.helpers.volume_scanner")
-    resolver = importlib.import_module("dfvfs.resolver.resolver").Resolver
     options = scanner.VolumeScannerOptions()
     options.partitions = ["all"]
     root = scanner.VolumeScanner().GetBasePathSpecs(sample, options=options)[0]

@@ -58,7 +58,6 @@ exit codes: 0 everything was looked at, 1 findings at or above --fail-on, 2 some
 _SCHEMA = 1
 _DATA = "examination.json"
 _SUMS = "sha256sums.txt"
-_PIECE = 1 << 20
 _NOTES, _WHY = 3, 300  # notes of a part that are its reason, and characters of each
 _REASONS = 10  # printed for one image; the page has all
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -152,11 +151,9 @@ def _write_sums(folder: Path) -> None:
     """Write the SHA-256 of every file in the folder, as ``sha256sum -c`` reads it."""
     lines = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while data := file.read(_PIECE):
-                digest.update(data)
-        lines.append(f"{digest.hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
     (folder / _SUMS).write_text("".join(lines), encoding="utf-8")
 
 

@@ -99,7 +99,7 @@ def _print(args: argparse.Namespace) -> int:
     if args.format == "html":
         events: list[dict[str, Any]] = []
         notes: list[str] = []
-        code = write(args, Output(events.append, lambda _: None, notes.append))
+        code = write(args, Output(events.append, None, notes.append))
         print(as_page(args, events, notes, started), end="")
         for note in notes:
             complain(note)

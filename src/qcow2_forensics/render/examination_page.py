@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..findings import Severity
+from ..memory.records import REGISTERS_SHOWN
 from ..text import cut, html_only, listed, markup, plural, sentence, shown_value, size
 from .fleet_page import render_fleet
 from .page import Row, badge, fact_table, page, run_facts, table
@@ -18,7 +19,6 @@ _FOLDED = 40  # rows of a table that are still shown unfolded
 _ROWS = 2000  # of a table; the files of the part have all of them
 _PARTS = 12  # shown unfolded
 _NAMED = 5  # parts that have one reason in common
-_REGISTERS = ("rip", "rsp", "cr0", "cr3", "cr4", "efer", "lstar", "gs_base", "kernel_gs_base")
 
 Part = Mapping[str, Any]
 
@@ -226,7 +226,7 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[str]:
         for r in memory["regions"]
     ]
     yield from table(("address", "length", "block", "why there"), regions[:_ROWS], narrow=("address", "length"))
-    known = [name for name in _REGISTERS if any(name in cpu["registers"] for cpu in memory["processors"])]
+    known = [name for name in REGISTERS_SHOWN if any(name in cpu["registers"] for cpu in memory["processors"])]
     cpus = [
         Row((str(cpu["index"]), *(markup(cpu["registers"].get(name, "")) for name in known)))
         for cpu in memory["processors"]
