@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from harness import Case
+from harness import Case, tool
 
 import qcow2_forensics as q
 from qcow2_forensics.audit import catalog
@@ -26,7 +26,7 @@ from qcow2_forensics.limits import GiB, KiB, MiB
 
 def check(path: Path) -> Callable[[], object]:
     """Return the yardstick: ``qemu-img check``, as a whole process, which starts in milliseconds."""
-    return lambda: subprocess.run(["qemu-img", "check", "-q", str(path)], check=False, capture_output=True)
+    return lambda: tool("qemu-img", "check", "-q", path, check=False)
 
 
 def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
@@ -78,7 +78,7 @@ def preallocated(folder: Path, size: int, cluster: int = 64 * KiB) -> Path:
     path = folder / f"metadata-{size}-{cluster}.qcow2"
     if not path.exists():
         options = f"preallocation=metadata,cluster_size={cluster}"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, str(path), str(size)], check=True)
+        tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, size)
     return path
 
 
@@ -111,7 +111,7 @@ def compressed(folder: Path, size: int) -> Path:
         with raw.open("wb") as out:
             for number in range(size // MiB):
                 out.write(number.to_bytes(8, "big") + block[8:])
-        subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", str(raw), str(path)], check=True)
+        tool("qemu-img", "convert", "-c", "-O", "qcow2", raw, path)
         raw.unlink()
     return path
 
@@ -141,7 +141,7 @@ def main(folder: Path) -> None:
     times = []
     for _ in range(10):
         started = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        tool(*command)
         times.append(time.perf_counter() - started)
     print(f"triage as a whole process: {sorted(times)[5] * 1000:.0f} ms")
 

@@ -9,25 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import random
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytsk3
-from harness import Case
+from harness import Case, tool
 
 import pytsk3_qcow2
 import qcow2_forensics as q
 from pytsk3_qcow2.files import file_systems
 from qcow2_forensics.compare.ranges import compare
 from qcow2_forensics.limits import GiB, KiB, MiB
-
-
-def run(*arguments: object, check: bool = True) -> int:
-    return subprocess.run(
-        [str(argument) for argument in arguments], check=check, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ).returncode
 
 
 def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
@@ -45,7 +38,7 @@ def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
     yield Case(
         "ranges between an overlay and its backing file",
         {
-            "qemu-img compare": lambda: run(
+            "qemu-img compare": lambda: tool(
                 "qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", base, over, check=False
             ),
             "qcow2-forensics": lambda: ours_chain(over),
@@ -76,9 +69,9 @@ def ours_chain(path: Path) -> int:
 
 def export_and_compare(path: Path, folder: Path) -> int:
     one, two = folder / "one.raw", folder / "two.raw"
-    run("qemu-img", "convert", "-l", "snapshot.name=old", "-O", "raw", path, one)
-    run("qemu-img", "convert", "-O", "raw", path, two)
-    return subprocess.run(["cmp", "-l", str(one), str(two)], check=False, stdout=subprocess.DEVNULL).returncode
+    tool("qemu-img", "convert", "-l", "snapshot.name=old", "-O", "raw", path, one)
+    tool("qemu-img", "convert", "-O", "raw", path, two)
+    return tool("cmp", "-l", one, two, check=False)
 
 
 def hash_files(image: Any) -> int:
@@ -152,9 +145,9 @@ def two_states(folder: Path, size: int) -> Path:
     """A disk full of data with a snapshot, one cluster in fifty written since."""
     path = folder / "states.qcow2"
     if not path.exists():
-        run("qemu-img", "create", "-q", "-f", "qcow2", path, size)
+        tool("qemu-img", "create", "-q", "-f", "qcow2", path, size)
         fill(path, size)
-        run("qemu-img", "snapshot", "-c", "old", path)
+        tool("qemu-img", "snapshot", "-c", "old", path)
         scatter(path, size, 50)
     return path
 
@@ -162,11 +155,11 @@ def two_states(folder: Path, size: int) -> Path:
 def overlay(folder: Path, size: int) -> tuple[Path, Path]:
     base, over = folder / "base.qcow2", folder / "over.qcow2"
     if not over.exists():
-        run("qemu-img", "create", "-q", "-f", "qcow2", base, size)
+        tool("qemu-img", "create", "-q", "-f", "qcow2", base, size)
         fill(base, size)
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", over)
+        tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", over)
         # Bytes like those below, up to the last cluster: qemu-img stops at the first difference.
-        run(
+        tool(
             "qemu-io",
             "-f",
             "qcow2",
@@ -183,23 +176,23 @@ def tebibyte(folder: Path) -> Path:
     """4 GiB of mapped clusters and three snapshots, a little written after each."""
     path = folder / "tebibyte.qcow2"
     if not path.exists():
-        run("qemu-img", "create", "-q", "-f", "qcow2", path, "1T")
-        run("qemu-img", "resize", "-q", "-f", "qcow2", "--preallocation=metadata", path, (1 << 40) + 4 * GiB)
+        tool("qemu-img", "create", "-q", "-f", "qcow2", path, "1T")
+        tool("qemu-img", "resize", "-q", "-f", "qcow2", "--preallocation=metadata", path, (1 << 40) + 4 * GiB)
         for name in ("one", "two", "three"):
-            run("qemu-img", "snapshot", "-c", name, path)
+            tool("qemu-img", "snapshot", "-c", name, path)
             scatter(path, 1 << 40, (1 << 40) // (64 * KiB) // 500)
     return path
 
 
 def fill(path: Path, size: int) -> None:
-    run("qemu-io", "-f", "qcow2", *(f"-cwrite -q -P 5 {at} 64M" for at in range(0, size, 64 * MiB)), path)
+    tool("qemu-io", "-f", "qcow2", *(f"-cwrite -q -P 5 {at} 64M" for at in range(0, size, 64 * MiB)), path)
 
 
 def scatter(path: Path, size: int, step: int) -> None:
     noise = random.Random(1)
     commands = [f"-cwrite -q -P 9 {at} 4k" for at in range(0, size - 64 * KiB, step * 64 * KiB) if noise.random() < 0.9]
     for first in range(0, len(commands), 500):
-        run("qemu-io", "-f", "qcow2", *commands[first : first + 500], path)
+        tool("qemu-io", "-f", "qcow2", *commands[first : first + 500], path)
 
 
 def files(folder: Path, size: int) -> tuple[Path, Path]:
@@ -218,6 +211,6 @@ def files(folder: Path, size: int) -> tuple[Path, Path]:
             number += 1
         with raw.open("wb") as out:
             out.truncate(size)
-        run("mkfs.ext4", "-q", "-d", source, raw)
-        run("qemu-img", "convert", "-O", "qcow2", raw, path)
+        tool("mkfs.ext4", "-q", "-d", source, raw)
+        tool("qemu-img", "convert", "-O", "qcow2", raw, path)
     return raw, path

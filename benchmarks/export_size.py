@@ -8,34 +8,31 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from harness import tool
+
 KiB, MiB = 1 << 10, 1 << 20
 MOST = 1.05
 
 
-def run(*command: str | Path) -> None:
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
-
-
 def create(path: Path, size: str, *options: str, fmt: str = "qcow2") -> Path:
-    run("qemu-img", "create", "-q", "-f", fmt, *options, path, size)
+    tool("qemu-img", "create", "-q", "-f", fmt, *options, path, size)
     return path
 
 
 def write(path: Path, *commands: str, fmt: str = "qcow2") -> Path:
-    run("qemu-io", "-f", fmt, *(part for command in commands for part in ("-c", command)), path)
+    tool("qemu-io", "-f", fmt, *(part for command in commands for part in ("-c", command)), path)
     return path
 
 
 def over(base: Path, fmt: str, *commands: str) -> Path:
     """Return an overlay on ``base``."""
     top = base.with_name("top.qcow2")
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", fmt, top)
+    tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", fmt, top)
     return write(top, *commands) if commands else top
 
 
@@ -82,7 +79,7 @@ def _mixed_raw(folder: Path) -> Path:
 
 def _converted(folder: Path, *options: str) -> Path:
     image = folder / "disk.qcow2"
-    run("qemu-img", "convert", "-O", "qcow2", *options, _mixed_raw(folder), image)
+    tool("qemu-img", "convert", "-O", "qcow2", *options, _mixed_raw(folder), image)
     return image
 
 
@@ -146,10 +143,9 @@ def measure(case: Callable[[Path], Path], folder: Path) -> tuple[int, int, bool]
     """Return the room of our export and of QEMU's, and whether their bytes are the same."""
     image = case(folder)
     ours, theirs = folder / "ours", folder / "theirs"
-    run("qemu-img", "convert", "-O", "raw", image, theirs)
-    run(
-        sys.executable, "-m", "qcow2_forensics", "export", "--no-hash", image, ours
-    )  # 127 GiB of zeros take minutes to hash
+    tool("qemu-img", "convert", "-O", "raw", image, theirs)
+    # 127 GiB of zeros take minutes to hash.
+    tool(sys.executable, "-m", "qcow2_forensics", "export", "--no-hash", image, ours)
     for path in (ours, theirs):
         with path.open("rb") as stream:
             os.fsync(stream.fileno())  # before that, a file system may count more

@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -43,6 +44,11 @@ def processor_time() -> float:
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": processor_time}
+
+
+def tool(*words: object, check: bool = True) -> int:
+    """Run a tool, without what it prints, and return its exit code."""
+    return subprocess.run([str(word) for word in words], check=check, stdout=subprocess.DEVNULL).returncode
 
 
 def run(cases: Iterable[Case], *, repeats: int = 5, clock: Callable[[], float] = time.perf_counter) -> list[Case]:

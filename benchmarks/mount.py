@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import harness
@@ -30,7 +30,7 @@ def _image(folder: Path, size: int) -> Path:
         with raw.open("wb") as out:
             for _ in range(size // MiB):
                 out.write(randomness.randbytes(MiB))
-        subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(path)], check=True)
+        harness.tool("qemu-img", "convert", "-O", "qcow2", raw, path)
         raw.unlink()
     return path
 
@@ -56,9 +56,9 @@ def _scattered(path: Path, offsets: list[int]) -> None:
         os.close(descriptor)
 
 
-def _until(ready: object, process: subprocess.Popen[bytes]) -> None:
+def _until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + 30
-    while not ready():  # type: ignore[operator]
+    while not ready():
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.05)

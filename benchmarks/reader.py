@@ -10,16 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from harness import Case
+from harness import Case, tool
 
 import qcow2_forensics as q
 from qcow2_forensics.limits import KiB, MiB
 
 PASSPHRASE = "benchmark"  # noqa: S105 - of a throw-away image
-
-
-def qemu(*arguments: object) -> None:
-    subprocess.run([str(argument) for argument in arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def make_raw(path: Path, size: int, kind: str) -> None:
@@ -68,7 +64,7 @@ class Images:
     def convert(self, name: str, *options: str, kind: str = "dense") -> Path:
         path = self.folder / f"{name}.qcow2"
         if not path.exists():
-            qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, self.raw(kind), path)
+            tool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, self.raw(kind), path)
             settle(path)
         return path
 
@@ -76,7 +72,7 @@ class Images:
         """Clusters written in random order, so that no two neighbours touch in the file."""
         path = self.folder / "fragmented.qcow2"
         if not path.exists():
-            qemu("qemu-img", "create", "-q", "-f", "qcow2", path, self.size)
+            tool("qemu-img", "create", "-q", "-f", "qcow2", path, self.size)
             order = list(range(0, self.size, 64 * KiB))
             random.Random(3).shuffle(order)
             with subprocess.Popen(
@@ -87,30 +83,17 @@ class Images:
             settle(path)
         return path
 
-    def chain(self) -> Path:
-        """Three layers, a third of the clusters in each."""
-        top = self.folder / "chain2.qcow2"
-        if not top.exists():
-            below = self.convert("chain0")
-            for level in (1, 2):
-                layer = self.folder / f"chain{level}.qcow2"
-                qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", below.name, "-F", "qcow2", layer)
-                commands = [f"-cwrite -q -P {level} {at} 64k" for at in range(level * 65536, self.size, 3 * 65536)]
-                for first in range(0, len(commands), 1000):
-                    qemu("qemu-io", "-f", "qcow2", *commands[first : first + 1000], layer)
-                settle(layer)
-                below = layer
-        return top
-
-    def deep_chain(self) -> Path:
-        """Ten layers, a tenth of the clusters in each."""
-        below = self.convert("deep0")
-        for level in range(1, 10):
-            layer = self.folder / f"deep{level}.qcow2"
+    def chain(self, layers: int) -> Path:
+        """An image over others, with an equal part of the clusters in each of its layers."""
+        below = self.convert(f"chain{layers}-0")
+        for level in range(1, layers):
+            layer = self.folder / f"chain{layers}-{level}.qcow2"
             if not layer.exists():
-                qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", below.name, "-F", "qcow2", layer)
-                commands = [f"-cwrite -q -P {level} {at} 64k" for at in range(level * 65536, self.size, 10 * 65536)]
-                qemu("qemu-io", "-f", "qcow2", *commands, layer)
+                tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", below.name, "-F", "qcow2", layer)
+                places = range(level * 64 * KiB, self.size, layers * 64 * KiB)
+                commands = [f"-cwrite -q -P {level} {at} 64k" for at in places]
+                for first in range(0, len(commands), 1000):
+                    tool("qemu-io", "-f", "qcow2", *commands[first : first + 1000], layer)
                 settle(layer)
             below = layer
         return below
@@ -196,13 +179,13 @@ def opened(path: Path, *peers: str) -> dict[str, Callable[[int, int], bytes]]:
 
 
 def convert_to_raw(path: Path, folder: Path) -> Callable[[], None]:
-    return lambda: qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, folder / "converted.raw")
+    return lambda: tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, folder / "converted.raw")
 
 
 def convert_luks(path: Path, folder: Path) -> Callable[[], None]:
     source = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
     secret = f"secret,id=s,data={PASSPHRASE}"
-    return lambda: qemu(
+    return lambda: tool(
         "qemu-img", "convert", "--object", secret, "--image-opts", source, "-O", "raw", folder / "converted.raw"
     )
 
@@ -229,13 +212,13 @@ def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
     yield full("sequential 1 MiB, 512-byte clusters", MiB, raw, images.convert("c512", "-o", "cluster_size=512"), *both)
     yield full("sequential 1 MiB, 2 MiB clusters", MiB, raw, images.convert("c2m", "-o", "cluster_size=2M"), *both)
     yield full("sequential 1 MiB, extended L2", MiB, raw, images.convert("extended", "-o", "extended_l2=on"))
-    yield full("sequential 1 MiB, three-deep chain", MiB, raw, images.chain(), "dissect.hypervisor")
-    yield full("sequential 1 MiB, ten-deep chain", MiB, raw, images.deep_chain(), "dissect.hypervisor")
+    yield full("sequential 1 MiB, three-deep chain", MiB, raw, images.chain(3), "dissect.hypervisor")
+    yield full("sequential 1 MiB, ten-deep chain", MiB, raw, images.chain(10), "dissect.hypervisor")
     count = 2_000 if smoke else 50_000
     readers = {"pread of the raw file": raw, **opened(dense, *both)}
     works = {who: random_reads(read, size, 4 * KiB, count) for who, read in readers.items()}
     yield Case("random 4 KiB, dense", works, count, "reads")
-    readers = {"pread of the raw file": raw, **opened(images.deep_chain())}
+    readers = {"pread of the raw file": raw, **opened(images.chain(10))}
     works = {who: random_reads(read, size, 4 * KiB, count) for who, read in readers.items()}
     yield Case("random 4 KiB, ten-deep chain", works, count, "reads")
     span = min(size, MiB if smoke else 16 * MiB)
@@ -269,11 +252,11 @@ def cases(folder: Path, *, smoke: bool = False) -> Iterator[Case]:
     yield Case("export to raw, zlib", _exports(images.convert("zlib", "-c"), folder), size)
     holes = folder / "holes.qcow2"
     if not holes.exists():
-        qemu("qemu-img", "create", "-q", "-f", "qcow2", holes, "2G")
+        tool("qemu-img", "create", "-q", "-f", "qcow2", holes, "2G")
     yield Case("export of 2 GiB of holes", _exports(holes, folder), 2 * KiB * MiB)
     huge = folder / "huge.qcow2"
     if not huge.exists():
-        qemu("qemu-img", "create", "-q", "-f", "qcow2", huge, "1T")
+        tool("qemu-img", "create", "-q", "-f", "qcow2", huge, "1T")
     yield Case("open of a 1 TiB image", {"qcow2-forensics": lambda: q.open_disk(huge).close()}, 1, "opens")
     yield Case(
         "import", {"python -c pass": _python("pass"), "import qcow2_forensics": _python("import qcow2_forensics")}
@@ -286,7 +269,7 @@ def _fresh(path: Path, peers: tuple[str, ...]) -> dict[str, Callable[[int, int],
 
 
 def _python(code: str) -> Callable[[], None]:
-    return lambda: qemu(sys.executable, "-c", code)
+    return lambda: tool(sys.executable, "-c", code)
 
 
 def _exports(path: Path, folder: Path) -> dict[str, Callable[[], object]]:
@@ -303,7 +286,7 @@ def _exports(path: Path, folder: Path) -> dict[str, Callable[[], object]]:
 
     def export(*options: str) -> None:
         exported.unlink(missing_ok=True)
-        qemu(sys.executable, "-m", "qcow2_forensics", "export", path, exported, *options)
+        tool(sys.executable, "-m", "qcow2_forensics", "export", path, exported, *options)
 
     return {
         "qemu-img convert": convert,

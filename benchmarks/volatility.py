@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Case
+from harness import Case, tool
 
 import qcow2_forensics as q
 from qcow2_forensics.limits import GiB, MiB
@@ -187,16 +187,16 @@ def ending(below: int, above: int) -> bytes:
 
 def write_qcow2(qevm: Path, image: Path) -> None:
     """Have qemu-io write the stream where VM state lies, take a snapshot of that, and record its size there."""
-    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    tool("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
     length = qevm.stat().st_size
     piece = image.with_suffix(".piece")
     with qevm.open("rb") as stream:
         for offset in range(0, length, 512 * MiB):
             data = stream.read(512 * MiB)
             piece.write_bytes(data.ljust(-(-len(data) // 512) * 512, b"\0"))
-            run("qemu-io", "-f", "qcow2", "-c", f"write -q -b -s {piece} {offset} {piece.stat().st_size}", image)
+            tool("qemu-io", "-f", "qcow2", "-c", f"write -q -b -s {piece} {offset} {piece.stat().st_size}", image)
     piece.unlink()
-    run("qemu-img", "snapshot", "-c", "memory", image)
+    tool("qemu-img", "snapshot", "-c", "memory", image)
     with q.open_image(image) as opened:
         entry = opened.snapshots[0]
     with image.open("r+b") as file:
@@ -204,7 +204,3 @@ def write_qcow2(qevm: Path, image: Path) -> None:
         file.write(struct.pack(">I", length if length < 1 << 32 else 0))
         file.seek(entry.offset + 40)
         file.write(struct.pack(">Q", length))
-
-
-def run(*arguments: str | Path) -> None:
-    subprocess.run([*map(str, arguments)], check=True, stdout=subprocess.DEVNULL)

@@ -17,12 +17,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests import qemu
+from tests.image_builder import COMPRESSED, COPIED, ZERO
 
-COPIED, COMPRESSED, ZERO = 1 << 63, 1 << 62, 1
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 # --- base images, made by QEMU -------------------------------------------------------------------
@@ -89,33 +90,33 @@ def _data_file(folder: Path, name: str, cluster: str, **options: object) -> Path
 
 
 BASES: dict[str, Callable[[Path, str], Path]] = {
-    "plain-512": lambda f, n: _plain(f, n, "512"),
-    "plain-4k": lambda f, n: _plain(f, n, "4k"),
-    "plain-64k": lambda f, n: _plain(f, n, "64k"),
-    "plain-2m": lambda f, n: _plain(f, n, "2M"),
-    "v2-512": lambda f, n: _snapshots(f, n, "512", compat="0.10"),
-    "v2-4k": lambda f, n: _plain(f, n, "4k", compat="0.10"),
-    "refcount-1": lambda f, n: _plain(f, n, "1k", refcount_bits=1),
-    "refcount-2": lambda f, n: _snapshots(f, n, "1k", refcount_bits=2),
-    "refcount-4": lambda f, n: _snapshots(f, n, "512", refcount_bits=4),
-    "refcount-8": lambda f, n: _snapshots(f, n, "4k", refcount_bits=8),
-    "refcount-32": lambda f, n: _snapshots(f, n, "2k", refcount_bits=32),
-    "refcount-64": lambda f, n: _snapshots(f, n, "1k", refcount_bits=64),
-    "snapshots-512": lambda f, n: _snapshots(f, n, "512"),
-    "snapshots-4k": lambda f, n: _snapshots(f, n, "4k"),
-    "snapshots-64k": lambda f, n: _snapshots(f, n, "64k"),
-    "zlib-512": lambda f, n: _packed(f, n, "512"),
-    "zlib-4k": lambda f, n: _packed(f, n, "4k"),
-    "zlib-64k": lambda f, n: _packed(f, n, "64k"),
-    "zstd-8k": lambda f, n: _packed(f, n, "8k", "zstd"),
-    "lazy-4k": lambda f, n: _plain(f, n, "4k", lazy_refcounts="on"),
-    "bitmaps-4k": lambda f, n: _bitmaps(f, n, "4k"),
-    "bitmaps-64k": lambda f, n: _bitmaps(f, n, "64k"),
-    "extended-16k": lambda f, n: _extended(f, n, "16k"),
-    "extended-64k": lambda f, n: _extended(f, n, "64k"),
-    "data-4k": lambda f, n: _data_file(f, n, "4k"),
-    "data-raw-64k": lambda f, n: _data_file(f, n, "64k", data_file_raw="on"),
-    "metadata-64k": lambda f, n: _plain(f, n, "64k", "8M", preallocation="metadata"),
+    "plain-512": partial(_plain, cluster="512"),
+    "plain-4k": partial(_plain, cluster="4k"),
+    "plain-64k": partial(_plain, cluster="64k"),
+    "plain-2m": partial(_plain, cluster="2M"),
+    "v2-512": partial(_snapshots, cluster="512", compat="0.10"),
+    "v2-4k": partial(_plain, cluster="4k", compat="0.10"),
+    "refcount-1": partial(_plain, cluster="1k", refcount_bits=1),
+    "refcount-2": partial(_snapshots, cluster="1k", refcount_bits=2),
+    "refcount-4": partial(_snapshots, cluster="512", refcount_bits=4),
+    "refcount-8": partial(_snapshots, cluster="4k", refcount_bits=8),
+    "refcount-32": partial(_snapshots, cluster="2k", refcount_bits=32),
+    "refcount-64": partial(_snapshots, cluster="1k", refcount_bits=64),
+    "snapshots-512": partial(_snapshots, cluster="512"),
+    "snapshots-4k": partial(_snapshots, cluster="4k"),
+    "snapshots-64k": partial(_snapshots, cluster="64k"),
+    "zlib-512": partial(_packed, cluster="512"),
+    "zlib-4k": partial(_packed, cluster="4k"),
+    "zlib-64k": partial(_packed, cluster="64k"),
+    "zstd-8k": partial(_packed, cluster="8k", kind="zstd"),
+    "lazy-4k": partial(_plain, cluster="4k", lazy_refcounts="on"),
+    "bitmaps-4k": partial(_bitmaps, cluster="4k"),
+    "bitmaps-64k": partial(_bitmaps, cluster="64k"),
+    "extended-16k": partial(_extended, cluster="16k"),
+    "extended-64k": partial(_extended, cluster="64k"),
+    "data-4k": partial(_data_file, cluster="4k"),
+    "data-raw-64k": partial(_data_file, cluster="64k", data_file_raw="on"),
+    "metadata-64k": partial(_plain, cluster="64k", size="8M", preallocation="metadata"),
 }
 
 

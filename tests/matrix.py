@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tests import qemu
+from tests.image_builder import PASSPHRASE
 
 KiB, MiB = 1 << 10, 1 << 20
-PASSPHRASE = "correct horse, battery"
 
 
 @dataclass(frozen=True)

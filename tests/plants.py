@@ -22,7 +22,6 @@ from tests.image_builder import PASSPHRASE
 
 CHECKED = ("table entries past the end of the disk",)  # no state reads them, and qemu-img check looks at most of them
 LENGTH = 64  # bytes of a plant
-SECRET = PASSPHRASE  # one passphrase for all, so that one image made by QEMU serves all
 KiB, MiB = 1 << 10, 1 << 20
 
 
@@ -158,7 +157,7 @@ def bitmaps(chance: random.Random, folder: Path) -> Made:
 
 
 def luks(chance: random.Random, folder: Path) -> Made:
-    return _qcow2(chance, folder, secret=SECRET, cluster_size=chance.choice((4096, 65536)))
+    return _qcow2(chance, folder, secret=PASSPHRASE, cluster_size=chance.choice((4096, 65536)))
 
 
 def data_file(chance: random.Random, folder: Path) -> Made:

@@ -53,6 +53,14 @@ def test_every_name_of_the_contract_is_there_and_every_public_name_exists() -> N
         assert getattr(q, name) is not None
 
 
+def test_type_checkers_find_each_public_name_where_it_is_imported_from() -> None:
+    source = Path(q.__file__).read_text(encoding="utf-8")
+    block = next(node for node in ast.parse(source).body if isinstance(node, ast.If))
+    ours = [node for node in block.body if isinstance(node, ast.ImportFrom) and node.level]
+    seen = {alias.name: node.module for node in ours for alias in node.names if alias.asname == alias.name}
+    assert seen == q._HOMES
+
+
 def test_audit_and_compare_stay_functions_after_their_modules_were_imported() -> None:
     code = (
         "import qcow2_forensics.audit, qcow2_forensics.compare, qcow2_forensics as q;"

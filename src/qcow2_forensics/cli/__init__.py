@@ -1,7 +1,7 @@
 """The ``qcow2-forensics`` command: parses, calls, prints, returns an exit code.
 
-Each subcommand is a module here with ``add_parser(subparsers)``, which sets ``run`` to a function
-of the parsed arguments that returns the exit code: 0 done, 1 findings at or above ``--fail-on``,
+Each subcommand is a module here with ``HELP`` for the list of commands, ``DESCRIPTION`` and ``EPILOG`` for its own help,
+``add_arguments(parser)``, and ``run(args)``, which returns the exit code: 0 done, 1 findings at or above ``--fail-on``,
 2 could not complete. Errors are one sentence on standard error.
 """
 
@@ -84,6 +84,11 @@ def add_image_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="a QCOW2 (or QCOW) image; it is only read")
 
 
+def add_images_argument(parser: argparse.ArgumentParser, number: str = "+") -> None:
+    """Add the positional IMAGE of commands that take several; ``number`` is how many, as in argparse."""
+    parser.add_argument("images", metavar="IMAGE", nargs=number, help="QCOW2 (or QCOW) images; they are only read")
+
+
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """Return the parser with the given subcommands; all of them by default."""
     parser = argparse.ArgumentParser(
@@ -95,7 +100,10 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for command in commands:
-        importlib.import_module(f".{command}", __name__).add_parser(subparsers)
+        module = importlib.import_module(f".{command}", __name__)
+        own = subparsers.add_parser(command, help=module.HELP, description=module.DESCRIPTION, epilog=module.EPILOG)
+        module.add_arguments(own)
+        own.set_defaults(run=module.run)
     return parser
 
 

@@ -72,6 +72,11 @@ class Files:
         """The changes for JSON, one after the other."""
         return map(_change_dict, self.changes)
 
+    def json_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the volumes and the changes as JSON lines have them."""
+        yield from ({"record": "volume", **volume} for volume in self.volume_dicts)
+        yield from ({"record": "file", **change} for change in self.change_dicts)
+
     def gaps(self) -> Iterator[str]:
         """Yield what keeps the list from being complete, in words that are safe on a terminal."""
         for item in self.unread:

@@ -11,7 +11,6 @@ from ..text import cut, plural, printable, size
 if TYPE_CHECKING:
     from ..memory import GuestMemory
 
-_HINTS = ("rip", "rsp", "cr0", "cr3", "cr4", "efer", "lstar", "gs_base", "kernel_gs_base")  # in the lines; JSON has all
 _CPUS_SHOWN = 8
 
 
@@ -83,9 +82,11 @@ def layout_lines(facts: Mapping[str, Any], *, zeros: bool = False) -> Iterator[s
 
 def processor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines about :func:`processor_facts`."""
+    from ..memory.records import REGISTERS_SHOWN  # here: it brings numpy
+
     yield f"stream: {'complete' if facts['complete'] else 'cut off'}, {size(facts['stream_bytes'])}"
     for cpu in facts["processors"][:_CPUS_SHOWN]:
-        known = [f"{name} {cpu['registers'][name]}" for name in _HINTS if name in cpu["registers"]]
+        known = [f"{name} {cpu['registers'][name]}" for name in REGISTERS_SHOWN if name in cpu["registers"]]
         yield f"processor {cpu['index']} ({printable(cpu['architecture'])}): {', '.join(known) or 'no registers'}"
     if len(facts["processors"]) > _CPUS_SHOWN:
         yield f"and {plural(len(facts['processors']) - _CPUS_SHOWN, 'more processor')}"

@@ -12,19 +12,23 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..audit import audit
+from ..audit.rules import Depth
 from ..findings import EVIDENCE_LIMIT, Report, Severity
 from ..reader.writer import atomic_writer, is_standard_output, refuse_existing
 from ..render import FORMATS, render
 from ..text import printable
-from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS, complain
+from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS, add_images_argument, complain
 from .case import add_case_arguments, audit_run, wants_run
-from .options import add_backing_folders
+from .options import add_backing_folders, add_key_arguments
 from .output import add_output_arguments, format_of
 
 _UNREADABLE = "QCOW2-UNREADABLE"
 LIMITED = "QCOW2-AUDIT-LIMITED"
+DEPTHS = tuple(depth.label for depth in Depth)  # from the least to the most that is read
 
-_EPILOG = """examples:
+HELP = "examine images and report findings"
+DESCRIPTION = "Examine images: integrity, hidden and residual data, references, provenance. Images are only read."
+EPILOG = """examples:
   qcow2-forensics audit disk.qcow2
   qcow2-forensics audit disk.qcow2 --depth deep --format html -o report.html
   qcow2-forensics audit disk.qcow2 --fail-on high && echo fine
@@ -34,18 +38,12 @@ exit codes: 0 done, 1 findings at or above --fail-on, 2 could not complete
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``audit`` to the command line."""
-    parser = subparsers.add_parser(
-        "audit",
-        help="examine images and report findings",
-        description="Examine images: integrity, hidden and residual data, references, provenance. Images are only read.",
-        epilog=_EPILOG,
-    )
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="QCOW2 (or QCOW) images; they are only read")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``audit`` takes."""
+    add_images_argument(parser, "*")
     parser.add_argument(
         "--depth",
-        choices=("triage", "standard", "deep"),
+        choices=DEPTHS,
         default="standard",
         help="triage reads headers and names, standard all tables (default), deep free space and slack too",
     )
@@ -60,13 +58,7 @@ def add_parser(subparsers: Any) -> None:
     add_fail_on_argument(parser)
     add_backing_folders(parser, "a further folder in which backing and data files may be opened (repeatable)")
     add_case_arguments(parser)
-    parser.add_argument(
-        "--passphrase-file",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="taken as by the other commands, and not used: no finding needs the key",
-    )
+    add_key_arguments(parser, "taken as by the other commands, and not used: no finding needs the key")
     fleet = parser.add_argument_group("many images")
     fleet.add_argument("--files-from", metavar="LIST", help="file with one image path a line, - for standard input")
     fleet.add_argument("--jobs", metavar="N", type=_jobs, default=1, help="audit N images at a time (default: 1)")
@@ -75,7 +67,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="OUT.jsonl",
         help="append one line per image as it completes, and skip images this file already has",
     )
-    parser.set_defaults(run=run)
 
 
 def add_fail_on_argument(parser: argparse.ArgumentParser) -> None:
@@ -118,9 +109,8 @@ def _one(args: argparse.Namespace, path: str) -> int:
     if args.output:
         refuse_existing(args.output, force=args.force, evidence=[path])
     wanted = args.format or "text"
-    report = report_of(
-        args, path, wants_facts=wanted == "html" or args.hash or wants_run(args), pictures=wanted == "html"
-    )
+    is_page = wanted == "html"
+    report = report_of(args, path, wants_facts=is_page or args.hash or wants_run(args), pictures=is_page)
     missing = why_missing(report)
     if missing:
         complain(missing)

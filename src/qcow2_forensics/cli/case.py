@@ -45,6 +45,12 @@ def add_case_arguments(parser: argparse.ArgumentParser, *, hashes: bool = True) 
     group.add_argument("--note", metavar="TEXT", help="a remark")
 
 
+def add_sidecar_arguments(parser: argparse.ArgumentParser, facts: str) -> None:
+    """Add the options for a file of ``facts`` beside an output."""
+    parser.add_argument("--sidecar", action="store_true", help=f"write OUT.json beside OUT: {facts}")
+    add_hash_source_argument(parser)
+
+
 def add_hash_source_argument(parser: argparse.ArgumentParser) -> None:
     """Add the option of what writes files: their own hashes come anyway, those of the evidence take a whole read."""
     parser.add_argument(
@@ -181,9 +187,31 @@ def _identity(source: Source, hashed: bool) -> dict[str, Any]:
     return {**facts, **_hash(source)} if hashed else facts
 
 
-def write_sidecar(path: str, facts: Mapping[str, Any], *, force: bool) -> None:
-    """Write the facts of an output beside it, as JSON."""
-    from ..reader.writer import atomic_writer
+def sidecar_of(args: argparse.Namespace, instead: str) -> str | None:
+    """Return the name of the file of facts beside an output, None where none is wanted; raises where it cannot be written.
 
-    with atomic_writer(path, force=force) as file:
-        file.write(json.dumps(facts, indent=1).encode() + b"\n")
+    ``instead`` is the option that prints the same where the output is no file.
+    """
+    from ..reader.writer import is_standard_output, refuse_existing  # here: most commands write no file
+
+    if not args.sidecar:
+        return None
+    if is_standard_output(args.output):
+        raise Qcow2Error(f"--sidecar needs a file to be beside; take {instead}, which prints the same")
+    path = f"{args.output}.json"
+    refuse_existing(path, force=args.force)
+    return path
+
+
+def report_output(
+    args: argparse.Namespace, sidecar: str | None, facts: Mapping[str, Any], lines: Iterable[str], *, as_json: bool
+) -> None:
+    """Write the facts of an output beside it, and print them, on standard error where the output has standard output."""
+    from ..reader.writer import atomic_writer, is_standard_output
+
+    if sidecar is not None:
+        with atomic_writer(sidecar, force=args.force) as file:
+            file.write(json.dumps(facts, indent=1).encode() + b"\n")
+    to = sys.stderr if is_standard_output(args.output) else sys.stdout
+    for line in [json.dumps(facts)] if as_json else lines:
+        print(line, file=to)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..reader.writer import atomic_writer
 from ..text import plural
@@ -22,7 +22,12 @@ _LINES_SHOWN = 24
 _WIDTH_SHOWN = 200  # of an error line
 _SECONDS = 300
 
-_EPILOG = """examples:
+HELP = "write a small evidence image and run every front door on it"
+DESCRIPTION = (
+    "Write a small evidence image to a folder, then run the audit, Volatility 3, dfVFS, plaso and "
+    "pytsk3 on it, as far as they are installed, and show what each finds."
+)
+EPILOG = """examples:
   qcow2-forensics demo
   qcow2-forensics demo /tmp/case --only audit
 
@@ -56,18 +61,10 @@ _STEPS = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``demo`` to the command line."""
-    parser = subparsers.add_parser(
-        "demo",
-        help="write a small evidence image and run every front door on it",
-        description="Write a small evidence image to a folder, then run the audit, Volatility 3, dfVFS, plaso and "
-        "pytsk3 on it, as far as they are installed, and show what each finds.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``demo`` takes."""
     parser.add_argument("folder", metavar="DIR", nargs="?", default="qcow2-demo", help="default: ./qcow2-demo")
     parser.add_argument("--only", choices=sorted({step.title for step in _STEPS}), help="run one front door only")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

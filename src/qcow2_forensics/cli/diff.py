@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "json", "jsonl", "body", "html")
 
-_EPILOG = """examples:
+HELP = "show what differs between two states"
+DESCRIPTION = "Show which guest ranges, and which files, differ between two states of one image."
+EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
   qcow2-forensics diff disk.qcow2 --from 1 --to 2 --files --hash
   qcow2-forensics diff disk.qcow2 --from 1 --files --format body > changes.body
@@ -40,14 +42,8 @@ pytsk3: pip install 'qcow2-forensics[tsk]'.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``diff`` to the command line."""
-    parser = subparsers.add_parser(
-        "diff",
-        help="show what differs between two states",
-        description="Show which guest ranges, and which files, differ between two states of one image.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``diff`` takes."""
     add_image_argument(parser)
     parser.add_argument(
         "other",
@@ -76,7 +72,6 @@ def add_parser(subparsers: Any) -> None:
     add_disk_arguments(parser, snapshot=False)
     add_guest_arguments(parser)
     add_case_arguments(parser, hashes=False)
-    parser.set_defaults(run=run)
 
 
 class Compared(NamedTuple):
@@ -92,16 +87,12 @@ class Compared(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     """Print what differs; 2 when a part could not be read and so could not be compared."""
     args.format = format_of(args, FORMATS) or "text"
-    files = args.files or args.hash or args.format == "body"
     started = datetime.now(UTC)
     with printing_to(args, [path for path in (args.image, args.other) if path]), ExitStack() as stack:
-        if not files and args.format in ("text", "jsonl") and not sys.stdout.isatty():
+        if args.format in ("text", "jsonl") and not _wants_files(args) and not sys.stdout.isatty():
             return _print_as_found(args, sides_of(args, stack))
         result = compared(args, stack)
-        if not files and args.format in ("text", "jsonl"):
-            _print_ranges(args, result.sides, result.found)
-        else:
-            _PRINTERS[args.format](args, result, started)
+        _PRINTERS[args.format](args, result, started)
     for note in result.notes:
         complain(note)
     return result.code
@@ -109,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 def compared(args: argparse.Namespace, stack: ExitStack) -> Compared:
     """Compare what the options mean; the states stay open until ``stack`` ends."""
-    files = args.files or args.hash or args.format == "body"
+    files = _wants_files(args)
     if files:
         from ..files.volumes import need_back_end
 
@@ -118,17 +109,19 @@ def compared(args: argparse.Namespace, stack: ExitStack) -> Compared:
     notes = list(sides.warnings)
     with Progress("compare", min(sides.before.disk.size, sides.after.disk.size)) as progress:
         found = list(sides.ranges(progress.advance))  # shown when the progress line is gone
-    listed = _listed(args, sides, found) if files else None
+    listed = None
+    if files:
+        from ._diff_files import compare_files  # here: most comparisons are of ranges alone
+
+        listed = compare_files(args, sides, found)
     notes += [*listed.notes, *listed.gaps()] if listed else ()
     notes += _not_compared(_unreadable(found))
     code = 0 if sides.is_trusted and not _unreadable(found) else 2
     return Compared(sides, found, listed, notes, max(code, listed.exit_code if listed else 0))
 
 
-def _listed(args: argparse.Namespace, sides: Sides, found: list[Difference]) -> Files:
-    from ._diff_files import compare_files  # here: most comparisons are of ranges alone
-
-    return compare_files(args, sides, found)
+def _wants_files(args: argparse.Namespace) -> bool:
+    return bool(args.files or args.hash or args.format == "body")
 
 
 # --- ranges --------------------------------------------------------------------------------------
@@ -145,8 +138,10 @@ def _print_as_found(args: argparse.Namespace, sides: Sides) -> int:
     return 2 if unreadable or not sides.is_trusted else 0
 
 
-def _print_ranges(args: argparse.Namespace, sides: Sides, ranges: Iterable[Difference]) -> int:
-    """Print ranges one by one, as text or JSON lines; return how many could not be read."""
+def _print_ranges(
+    args: argparse.Namespace, sides: Sides, ranges: Iterable[Difference], listed: Files | None = None
+) -> int:
+    """Print ranges one by one, as text or JSON lines, there with the files; return how many could not be read."""
     text = args.format == "text"
     print(_heading(args, sides) if text else json.dumps(_states_dict(args, sides)))
     counts: Counter[Change] = Counter()
@@ -157,7 +152,10 @@ def _print_ranges(args: argparse.Namespace, sides: Sides, ranges: Iterable[Diffe
         counts[item.change] += 1
         total += item.length
         print(_range_line(item) if text else json.dumps({"record": "range", **_range_dict(item)}))
-    print(_summary(counts, total) if text else json.dumps({"record": "summary", **_totals(counts, total)}))
+    for record in listed.json_records() if listed else ():
+        print(json.dumps(record))
+    totals = {**_totals(counts, total), **(listed.totals if listed else {})}
+    print(_summary(counts, total) if text else json.dumps({"record": "summary", **totals}))
     return counts[Change.UNREADABLE]
 
 
@@ -242,12 +240,15 @@ def as_page(args: argparse.Namespace, result: Compared, started: datetime) -> st
 
 
 def _print_text(args: argparse.Namespace, result: Compared, _started: datetime) -> None:
+    if result.listed is None:
+        _print_ranges(args, result.sides, result.found)
+        return
     print(_heading(args, result.sides))
     print(_summary(*_counted(result.found)))
     for item in result.found:
         if item.change is Change.UNREADABLE:
             print(_range_line(item))
-    for line in result.listed.text_lines() if result.listed else ():
+    for line in result.listed.text_lines():
         print(line)
 
 
@@ -260,16 +261,7 @@ def _print_html(args: argparse.Namespace, result: Compared, started: datetime) -
 
 
 def _print_lines(args: argparse.Namespace, result: Compared, _started: datetime) -> None:
-    listed = result.listed
-    print(json.dumps(_states_dict(args, result.sides)))
-    for item in result.found:
-        print(json.dumps({"record": "range", **_range_dict(item)}))
-    for volume in listed.volume_dicts if listed else ():
-        print(json.dumps({"record": "volume", **volume}))
-    for change in listed.change_dicts if listed else ():
-        print(json.dumps({"record": "file", **change}))
-    outside = listed.totals if listed else {}
-    print(json.dumps({"record": "summary", **_totals(*_counted(result.found)), **outside}))
+    _print_ranges(args, result.sides, result.found, result.listed)
 
 
 def _print_body(_args: argparse.Namespace, result: Compared, _started: datetime) -> None:

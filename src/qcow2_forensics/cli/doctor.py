@@ -25,6 +25,16 @@ from pathlib import Path
 from ..text import printable
 from .demo import write_files
 
+HELP = "show whether the plug-in works in Volatility 3, dfVFS, plaso, pytsk3 and dissect"
+DESCRIPTION = (
+    "Open a small built-in image through each framework of this environment, and show whether the "
+    "plug-in works and what to do if not. Exit code 0: active in every framework that is installed; 1: not."
+)
+EPILOG = """examples:
+  qcow2-forensics doctor
+  qcow2-forensics doctor --format json
+"""
+
 _HOOK = "qcow2_forensics_autoload"
 _VARIABLE = "QCOW2_FORENSICS_AUTOLOAD"
 _VOL = "import sys; sys.argv[0] = 'vol'; from volatility3.cli import main; main()"
@@ -132,10 +142,8 @@ def _examine(framework: str, name: str, extra: str, ask: Callable[[str], str], s
         warnings.simplefilter("ignore")
         try:
             where = ask(sample)
-        except _Inactive as error:
-            return Part(framework, version, False, "", _seen(str(error), caught), _advice(otherwise))
         except Exception as error:  # noqa: BLE001 - whatever a framework or the plug-in raises is the diagnosis
-            why = f"{type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, _Inactive) else f"{type(error).__name__}: {error}"
             return Part(framework, version, False, "", _seen(why, caught), _advice(otherwise))
     return Part(framework, version, True, where, "", "")
 
@@ -180,13 +188,12 @@ def _volatility(sample: str) -> str:
 
 
 def _dfvfs(sample: str) -> str:
-    importlib.import_module("dfvfs.resolver.resolver")
+    resolver = importlib.import_module("dfvfs.resolver.resolver").Resolver
     manager = importlib.import_module("dfvfs.resolver_helpers.manager")
     reader = type(manager.ResolverHelperManager.GetHelper("QCOW"))
     if not reader.__module__.startswith("dfvfs_qcow2."):
         raise _Inactive(f"QCOW images are read by {reader.__module__}")
     scanner = importlib.import_module("dfvfs.helpers.volume_scanner")
-    resolver = importlib.import_module("dfvfs.resolver.resolver").Resolver
     options = scanner.VolumeScannerOptions()
     options.partitions = ["all"]
     root = scanner.VolumeScanner().GetBasePathSpecs(sample, options=options)[0]
@@ -283,17 +290,9 @@ def as_text(diagnosis: Diagnosis) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``doctor`` to the command line."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="show whether the plug-in works in Volatility 3, dfVFS, plaso, pytsk3 and dissect",
-        description="Open a small built-in image through each framework of this environment, and show whether the "
-        "plug-in works and what to do if not. Exit code 0: active in every framework that is installed; 1: not.",
-        epilog="examples:\n  qcow2-forensics doctor\n  qcow2-forensics doctor --format json\n",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``doctor`` takes."""
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

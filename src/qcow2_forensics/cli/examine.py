@@ -28,7 +28,7 @@ from ..findings import Severity
 from ..reader.writer import whole_folder
 from ..text import cut, plural, printable
 from . import _examine_parts as parts
-from . import complain
+from . import add_images_argument, complain
 from ._examine_plan import PAIRS, Step, deleted_memories, left_out, plan
 from ._messages import Messages
 from .audit import add_fail_on_argument
@@ -37,7 +37,13 @@ from .notes import repeat_notes
 from .options import add_disk_arguments, add_guest_arguments, bytes_of, open_from
 from .output import draw_over
 
-_EPILOG = """examples:
+HELP = "look at everything first, into one folder with one page"
+DESCRIPTION = (
+    "Run everything an examiner looks at first, into one folder with one page: a deep audit, snapshots, "
+    "deleted snapshots and recovered states, what changed from state to state, the timeline, what each memory "
+    "is, and an index of residue. Images are only read."
+)
+EPILOG = """examples:
   qcow2-forensics examine disk.qcow2 case-17/
   qcow2-forensics examine disk.qcow2 case-17/ --hash --case 17/26 --examiner "A. Lovelace"
   qcow2-forensics examine overlay.qcow2 case-17/ --backing-dir /evidence/templates
@@ -52,23 +58,14 @@ exit codes: 0 everything was looked at, 1 findings at or above --fail-on, 2 some
 _SCHEMA = 1
 _DATA = "examination.json"
 _SUMS = "sha256sums.txt"
-_PIECE = 1 << 20
 _NOTES, _WHY = 3, 300  # notes of a part that are its reason, and characters of each
 _REASONS = 10  # printed for one image; the page has all
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``examine`` to the command line."""
-    parser = subparsers.add_parser(
-        "examine",
-        help="look at everything first, into one folder with one page",
-        description="Run everything an examiner looks at first, into one folder with one page: a deep audit, snapshots, "
-        "deleted snapshots and recovered states, what changed from state to state, the timeline, what each memory "
-        "is, and an index of residue. Images are only read.",
-        epilog=_EPILOG,
-    )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="QCOW2 (or QCOW) images; they are only read")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``examine`` takes."""
+    add_images_argument(parser)
     parser.add_argument("folder", metavar="DIR", help="the folder to create")
     parser.add_argument(
         "--force", action="store_true", help="replace DIR where it is the folder of an earlier examination"
@@ -88,7 +85,6 @@ def add_parser(subparsers: Any) -> None:
     add_case_arguments(parser)
     add_disk_arguments(parser, snapshot=False)
     add_guest_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def _count(text: str) -> int:
@@ -155,11 +151,9 @@ def _write_sums(folder: Path) -> None:
     """Write the SHA-256 of every file in the folder, as ``sha256sum -c`` reads it."""
     lines = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while data := file.read(_PIECE):
-                digest.update(data)
-        lines.append(f"{digest.hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
     (folder / _SUMS).write_text("".join(lines), encoding="utf-8")
 
 

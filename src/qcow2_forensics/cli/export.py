@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +20,10 @@ from ..reader.clusters import decode_here
 from ..reader.disk import Disk, images_of
 from ..reader.mapping import Kind
 from ..reader.salvage import SalvagedDisk, mapfile
-from ..reader.writer import HASHES, Writer, atomic_writer, is_standard_output, refuse_existing, writing
+from ..reader.writer import HASHES, Writer, atomic_writer, refuse_existing, writing
 from ..text import plural, printable, size
 from . import add_image_argument
-from .case import add_hash_source_argument, now, origin_of, sources_of, write_sidecar
+from .case import add_sidecar_arguments, now, origin_of, report_output, sidecar_of, sources_of
 from .options import add_disk_arguments, open_from
 from .output import Progress
 
@@ -35,7 +33,9 @@ _PIECES_AHEAD = 3 * _WORKERS  # read and written before the hash comes to them
 _MISSING_SHOWN = 10  # ranges that the summary in text lists; JSON and the map have them all
 _SCHEMA = 1
 
-_EPILOG = """examples:
+HELP = "write a state of the disk to a raw file or a pipe"
+DESCRIPTION = "Write the disk, as it is or as a snapshot has it, to a sparse raw file or a pipe."
+EPILOG = """examples:
   qcow2-forensics export disk.qcow2 disk.raw
   qcow2-forensics export disk.qcow2 before.raw --snapshot before-incident --hash sha256 --hash md5 --sidecar
   qcow2-forensics export overlay.qcow2 own.raw --no-backing
@@ -48,14 +48,8 @@ error. With --salvage the exit code is 2 when something is missing.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``export`` to the command line."""
-    parser = subparsers.add_parser(
-        "export",
-        help="write a state of the disk to a raw file or a pipe",
-        description="Write the disk, as it is or as a snapshot has it, to a sparse raw file or a pipe.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``export`` takes."""
     add_image_argument(parser)
     parser.add_argument("output", metavar="OUT", help='the raw file to write; "-" for standard output')
     add_disk_arguments(parser)
@@ -75,27 +69,21 @@ def add_parser(subparsers: Any) -> None:
         help="write what can be read and zeros where nothing can; exit code 2 when something is missing",
     )
     parser.add_argument("--mapfile", metavar="FILE", help="write which bytes are missing, in ddrescue's format")
-    parser.add_argument(
-        "--sidecar", action="store_true", help="write OUT.json beside OUT: source, state, tool, times and hashes"
-    )
-    add_hash_source_argument(parser)
+    add_sidecar_arguments(parser, "source, state, tool, times and hashes")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the summary")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Export one disk and print what was written; 2 when something could not be read."""
     if args.mapfile and not args.salvage:
         raise Qcow2Error("--mapfile goes with --salvage: without it an export is whole or not there")
-    if args.sidecar and is_standard_output(args.output):
-        raise Qcow2Error("--sidecar needs a file to be beside; take --format json, which prints the same")
+    sidecar = sidecar_of(args, "--format json")
     hashes = () if args.no_hash else tuple(dict.fromkeys(args.hashes or HASHES[:1]))
     started = now()
     with open_from(args) as disk:
         salvaged = SalvagedDisk(disk) if args.salvage else None
-        sidecar = f"{args.output}.json" if args.sidecar else None
-        for beside in filter(None, (args.mapfile, sidecar)):
-            refuse_existing(beside, force=args.force)
+        if args.mapfile:
+            refuse_existing(args.mapfile, force=args.force)
         with (
             Progress("export", disk.size) as progress,
             writing(args.output, progress.advance, force=args.force, hashes=hashes) as out,
@@ -106,14 +94,7 @@ def run(args: argparse.Namespace) -> int:
         with atomic_writer(args.mapfile, force=args.force) as file:
             missing = salvaged.missing if salvaged is not None else []
             file.writelines(f"{line}\n".encode() for line in mapfile(disk.size, missing, TOOL))
-    if sidecar:
-        write_sidecar(sidecar, summary, force=args.force)
-    to = sys.stderr if is_standard_output(args.output) else sys.stdout
-    if args.format == "json":
-        print(json.dumps(summary), file=to)
-    else:
-        for line in _text(summary):
-            print(line, file=to)
+    report_output(args, sidecar, summary, _text(summary), as_json=args.format == "json")
     return 2 if summary["partial"] else 0
 
 

@@ -32,24 +32,23 @@ from typing import Any, NamedTuple, TextIO
 
 from ..audit import audit
 from ..errors import Qcow2Error, reason
-from ..findings import SCHEMA_VERSION, TOOL, Report, Severity
+from ..findings import SCHEMA_VERSION, TOOL, Evidence, Finding, Report, Severity
 from ..format.source import FileSource
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.writer import atomic_writer, refuse_evidence
 from ..render.fleet_page import render_fleet
 from ..render.page import run_facts
 from ..render.plain import render_text
-from ..render.rows import render_csv, render_line
+from ..render.rows import render_csv, without_pictures
 from ..text import cut, plural
 from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS, complain
-from .audit import LIMITED, left_out
+from .audit import DEPTHS, LIMITED, left_out
 from .case import files_of, run_of, wants_run
 from .output import Progress
 
 _HEAD = 65536  # bytes of each image that go into its identity
 _PER_WORKER = 64  # images after which a worker is replaced: memory it grew by is given back
 _CRASHED = "QCOW2-AUDIT-CRASHED"
-_DEPTHS = ("triage", "standard", "deep")
 
 
 def run_fleet(args: argparse.Namespace) -> int:
@@ -160,7 +159,7 @@ def _result(line: dict[str, Any]) -> Result:
 
 def _is_done(result: Result | None, path: str, depth: str, hashed: bool) -> bool:
     """Whether an earlier line is about this very file, and read at least as much of it."""
-    if result is None or result.size is None or result.depth not in _DEPTHS[_DEPTHS.index(depth) :]:
+    if result is None or result.size is None or result.depth not in DEPTHS[DEPTHS.index(depth) :]:
         return False
     if hashed and not result.hashed:
         return False
@@ -231,14 +230,14 @@ def audit_line(
     """
     identity = _identity(path)
     report = audit(path, depth, resolver=Resolver(folders=folders, remedies=COMMAND_LINE))
-    data = json.loads(render_line(report))
+    data = without_pictures(report).to_dict()
     if run is not None:
         files = files_of((path, *report.details.get("files", ())), hashed=hashed)
         data["details"]["run"] = {**run, "files": files}
     return _line(identity, data)
 
 
-def _line(identity: dict[str, Any], data: dict[str, Any]) -> str:
+def _line(identity: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     head = {"schema": SCHEMA_VERSION, "tool": TOOL, "identity": identity}
     return json.dumps({**head, **data}, separators=(",", ":"))
 
@@ -351,16 +350,12 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _crashed(path: str, why: str) -> str:
-    finding = {
-        "code": _CRASHED,
-        "severity": "High",
-        "title": "the audit of this image did not finish",
-        "note": "consistent with a defect here, or with an image that exhausts memory; nothing is known about it",
-        "confidence": "certain",
-        "scope": "",
-        "explained_by": [],
-        "count": 1,
-        "evidence": [{"field": "error", "value": why}],
-    }
-    empty = {"depth": "", "image": {"path": path}, "check": None, "findings": [finding], "details": {}}
-    return _line(_identity(path), empty)
+    finding = Finding(
+        _CRASHED,
+        Severity.HIGH,
+        "the audit of this image did not finish",
+        "consistent with a defect here, or with an image that exhausts memory; nothing is known about it",
+        (Evidence("error", why),),
+        count=1,
+    )
+    return _line(_identity(path), Report({"path": path}, (finding,), depth="").to_dict())

@@ -15,26 +15,20 @@ from ..text import printable, short_date, size
 from . import add_image_argument
 from .snapshots import facts_of
 
-_EPILOG = """examples:
+HELP = "show what the header says"
+DESCRIPTION = "Show every fact of the header, its extensions and its tables, with file offsets."
+EPILOG = """examples:
   qcow2-forensics info disk.qcow2
   qcow2-forensics info disk.qcow2 --format json | jq .header.cluster_bits
 """
 
-
 _NAME_SHOWN = 64  # characters of an ID or a name in a line for people
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``info`` to the command line."""
-    parser = subparsers.add_parser(
-        "info",
-        help="show what the header says",
-        description="Show every fact of the header, its extensions and its tables, with file offsets.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``info`` takes."""
     add_image_argument(parser)
     parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,9 @@ from ..text import FORMATS, Column, hexadecimal, write_table
 from . import add_image_argument
 from .options import add_disk_arguments, open_from
 
-_EPILOG = """examples:
+HELP = "show where guest ranges are stored"
+DESCRIPTION = "Show for every guest range whether it is data, zeros or nothing, and where it is stored."
+EPILOG = """examples:
   qcow2-forensics map disk.qcow2
   qcow2-forensics map disk.qcow2 --snapshot 1 --format json
 
@@ -24,18 +26,11 @@ The JSON has the fields of "qemu-img map --output=json", as QEMU 8.2 and later p
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``map`` to the command line."""
-    parser = subparsers.add_parser(
-        "map",
-        help="show where guest ranges are stored",
-        description="Show for every guest range whether it is data, zeros or nothing, and where it is stored.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``map`` takes."""
     add_image_argument(parser)
     add_disk_arguments(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="output format (default: text)")
-    parser.set_defaults(run=run)
 
 
 # Of each kind of extent: present, zero, data, compressed.

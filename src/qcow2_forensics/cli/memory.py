@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Locked, Qcow2Error
 from ..format.source import FileSource
-from ..reader.writer import HASHES, Writer, is_standard_output, refuse_existing, writing
+from ..reader.writer import HASHES, Writer, writing
 from ..text import printable, size
 from ._memory_facts import layout_facts, layout_lines, processor_facts, processor_lines
-from .case import add_hash_source_argument, now, origin_of, write_sidecar
+from .case import add_sidecar_arguments, now, origin_of, report_output, sidecar_of
 from .options import add_assume_argument, add_key_arguments, ask_passphrase, passphrases_of
 from .output import Progress
 
 if TYPE_CHECKING:
     from ..memory import GuestMemory
 
-_EPILOG = """examples:
+HELP = "write the memory of a snapshot to a file, or print what it is"
+DESCRIPTION = (
+    "Write the guest-physical memory that a snapshot or a save file holds. Without OUT, print its layout, "
+    "the processors' registers, the kernel, and the symbols that Volatility needs for it."
+)
+EPILOG = """examples:
   qcow2-forensics memory disk.qcow2 memory.raw
   qcow2-forensics memory disk.qcow2 memory.lime --snapshot before-incident --format lime
   qcow2-forensics memory disk.qcow2 state.qevm --snapshot 2 --format stream
@@ -39,15 +44,8 @@ The output is sparse, and gets its name only when it is whole. Its SHA-256 is pr
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``memory`` to the command line."""
-    parser = subparsers.add_parser(
-        "memory",
-        help="write the memory of a snapshot to a file, or print what it is",
-        description="Write the guest-physical memory that a snapshot or a save file holds. Without OUT, print its layout, "
-        "the processors' registers, the kernel, and the symbols that Volatility needs for it.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``memory`` takes."""
     parser.add_argument("image", metavar="IMAGE", help="a QCOW2 image or a memory stream; it is only read")
     parser.add_argument(
         "output",
@@ -65,10 +63,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--format", choices=("raw", "lime", "elf", "stream"), default="raw", help="form of OUT (raw)")
     parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
-    parser.add_argument(
-        "--sidecar", action="store_true", help="write OUT.json beside OUT: source, snapshot, tool, times and hashes"
-    )
-    add_hash_source_argument(parser)
+    add_sidecar_arguments(parser, "source, snapshot, tool, times and hashes")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
     parser.add_argument(
         "--layout",
@@ -79,18 +74,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-hash", action="store_true", help="do not compute the SHA-256 of OUT")
     add_key_arguments(parser)
     add_assume_argument(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the memory and print what was written; without a file, print what the memory is."""
     if args.output is None:
         return _print_facts(args)
-    if args.sidecar and is_standard_output(args.output):
-        raise Qcow2Error("--sidecar needs a file to be beside; take --summary json, which prints the same")
-    sidecar = f"{args.output}.json" if args.sidecar else None
-    if sidecar:
-        refuse_existing(sidecar, force=args.force)
+    sidecar = sidecar_of(args, "--summary json")
     started = now()
     with open_memory(args) as memory:
         device = _device(memory, args.device)
@@ -104,19 +94,17 @@ def run(args: argparse.Namespace) -> int:
             _write(memory, writer, form, device)
         written = {"output": args.output, "format": form, "size": writer.size, "sha256": writer.sha256}
         summary = {**written, **layout_facts(memory), **_origin(args, started)}
-    if sidecar:
-        write_sidecar(sidecar, summary, force=args.force)
-    to = sys.stderr if is_standard_output(args.output) else sys.stdout
-    if args.summary == "json":
-        print(json.dumps(summary), file=to)
-        return 0
-    machine = printable(summary["machine"]) or "?"
-    print(f"{printable(args.output)}: {writer.size} bytes ({size(writer.size)}), machine {machine}", file=to)
-    for line in layout_lines(summary, zeros=form == "raw"):
-        print(line, file=to)
-    if writer.sha256:
-        print(f"sha256 {writer.sha256}", file=to)
+    report_output(args, sidecar, summary, _text(summary), as_json=args.summary == "json")
     return 0
+
+
+def _text(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of the summary for people."""
+    machine = printable(summary["machine"]) or "?"
+    yield f"{printable(summary['output'])}: {summary['size']} bytes ({size(summary['size'])}), machine {machine}"
+    yield from layout_lines(summary, zeros=summary["format"] == "raw")
+    if summary["sha256"]:
+        yield f"sha256 {summary['sha256']}"
 
 
 def open_memory(args: argparse.Namespace) -> GuestMemory:

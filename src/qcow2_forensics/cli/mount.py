@@ -13,7 +13,7 @@ from ..reader.disk import Disk
 from ..reader.opening import open_disk
 from ..reader.states import SnapshotName
 from ..text import cut, printable
-from . import complain
+from . import add_images_argument, complain
 from .options import add_disk_arguments, open_from, passphrases_of, resolver_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from ..mount.folder import ImageFolder
     from ..recovery import RecoveredState
 
-_EPILOG = """examples:
+HELP = "show every state as a read-only raw file in a folder (FUSE)"
+DESCRIPTION = "Mount images: each state of the disk, and guest memory, as a read-only raw file."
+EPILOG = """examples:
   qcow2-forensics mount disk.qcow2 /mnt/case
   qcow2-forensics mount disk.qcow2 web.qcow2 /mnt/case --deleted
   qcow2-forensics mount damaged.qcow2 /mnt/case --recovered
@@ -35,15 +37,9 @@ DIR is made when it is not there, and then removed again.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``mount`` to the command line."""
-    parser = subparsers.add_parser(
-        "mount",
-        help="show every state as a read-only raw file in a folder (FUSE)",
-        description="Mount images: each state of the disk, and guest memory, as a read-only raw file.",
-        epilog=_EPILOG,
-    )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="QCOW2 (or QCOW) images; they are only read")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``mount`` takes."""
+    add_images_argument(parser)
     parser.add_argument("folder", metavar="DIR", help="an empty folder, or one to make")
     add_disk_arguments(parser, snapshot=False)
     parser.add_argument("--deleted", action="store_true", help="also look for deleted snapshots in free space (slow)")
@@ -54,7 +50,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-audit", action="store_true", help="leave audit.json out")
     parser.add_argument("--allow-other", action="store_true", help="let other users, and root, see the files too")
     parser.add_argument("--background", action="store_true", help="return when the mount is there")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

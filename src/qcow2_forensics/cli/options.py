@@ -27,6 +27,10 @@ SNAPSHOT_HELP = (
     "a snapshot instead of the active state: its ID or name, index:N (from 0) or #N (from 1) for its place in the "
     "table, deleted:X for one that is in no table; id:X and name:X where X may be something else too"
 )
+KEY_HELP = (
+    "file with the passphrase of an encrypted image, or of one below it (repeatable: each is tried on each); "
+    f"or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}"
+)
 
 
 def add_disk_arguments(parser: argparse.ArgumentParser, *, snapshot: bool = True) -> None:
@@ -130,16 +134,9 @@ def bytes_of(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_key_arguments(parser: argparse.ArgumentParser) -> None:
+def add_key_arguments(parser: argparse.ArgumentParser, help_text: str = f"{KEY_HELP}, or be asked") -> None:
     """Add the option for passphrases; never a passphrase itself, which others could see."""
-    parser.add_argument(
-        "--passphrase-file",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help=f"file with the passphrase of an encrypted image, or of one below it (repeatable: each is tried on "
-        f"each); or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}, or be asked",
-    )
+    parser.add_argument("--passphrase-file", metavar="FILE", action="append", default=[], help=help_text)
 
 
 def passphrases_of(args: argparse.Namespace) -> list[bytes] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..residue import residue
@@ -17,7 +17,12 @@ from .output import Progress
 if TYPE_CHECKING:
     from ..residue.output import Summary
 
-_EPILOG = """examples:
+HELP = "write out leaked, free and hidden data"
+DESCRIPTION = (
+    "Write everything nothing points at to a folder: leaked and free clusters, former tables, slack, "
+    "data under zero flags, overwritten compressed clusters, trailing data."
+)
+EPILOG = """examples:
   qcow2-forensics residue disk.qcow2 residue/
   qcow2-forensics residue disk.qcow2 residue/ --kind free --kind leaked
   qcow2-forensics residue disk.qcow2 listing/ --index-only
@@ -28,15 +33,8 @@ index.json and index.csv. index.json also says which files were read, with what,
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``residue`` to the command line."""
-    parser = subparsers.add_parser(
-        "residue",
-        help="write out leaked, free and hidden data",
-        description="Write everything nothing points at to a folder: leaked and free clusters, former tables, slack, "
-        "data under zero flags, overwritten compressed clusters, trailing data.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``residue`` takes."""
     add_image_argument(parser)
     parser.add_argument("folder", metavar="DIR", help="the folder to create")
     parser.add_argument(
@@ -52,7 +50,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--index-only", action="store_true", help="write the index, with hashes, and no pieces")
     add_hash_source_argument(parser)
     add_backing_folders(parser, "a further folder in which the data file may be (repeatable)")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,16 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..errors import Qcow2Error
-from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE
 from ..reader.writer import ended_by_signals
 from ..text import cut, printable
 from . import add_image_argument
-from .options import add_backing_folders
+from .options import KEY_HELP, add_backing_folders, add_key_arguments
 
-_EPILOG = """examples:
+HELP = "serve every state over NBD, read-only"
+DESCRIPTION = "Serve every state of an image as a read-only NBD export, through nbdkit."
+EPILOG = """examples:
   qcow2-forensics serve disk.qcow2 --nbd case.sock
   qcow2-forensics serve disk.qcow2 --nbd 127.0.0.1:10809 --passphrase-file key.txt
   qemu-img convert -O raw 'nbd+unix:///before-incident?socket=case.sock' before.raw
@@ -32,14 +32,8 @@ _PLUGIN = Path(__file__).parent.parent / "data" / "nbdkit_plugin.py"
 _INSTALL = "serve needs nbdkit and its Python plug-in: apt install nbdkit nbdkit-plugin-python"
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``serve`` to the command line."""
-    parser = subparsers.add_parser(
-        "serve",
-        help="serve every state over NBD, read-only",
-        description="Serve every state of an image as a read-only NBD export, through nbdkit.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``serve`` takes."""
     add_image_argument(parser)
     parser.add_argument(
         "--nbd",
@@ -47,16 +41,8 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help="a Unix socket to make, or a loopback address with its port",
     )
-    parser.add_argument(
-        "--passphrase-file",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="file with the passphrase of an encrypted image, or of one below it (repeatable: each is tried on each); "
-        f"or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}",
-    )
+    add_key_arguments(parser, KEY_HELP)
     add_backing_folders(parser, "a further folder for backing files (repeatable)")
-    parser.set_defaults(run=run)
 
 
 def listening(where: str) -> list[str]:

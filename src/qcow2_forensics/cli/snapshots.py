@@ -12,7 +12,9 @@ from ..format.snapshot_table import SnapshotEntry
 from ..text import FORMATS, Column, plural, printable, short_date, size, snapshot_date, write_table
 from . import add_image_argument, complain
 
-_EPILOG = """examples:
+HELP = "list internal snapshots"
+DESCRIPTION = "List the internal snapshots of an image; with --deleted also those no table lists any more."
+EPILOG = """examples:
   qcow2-forensics snapshots disk.qcow2
   qcow2-forensics snapshots disk.qcow2 --deleted
   qcow2-forensics snapshots damaged.qcow2 --recovered
@@ -22,16 +24,10 @@ _UNKNOWN = {"text": "unknown: the snapshot table cannot be read", "json": "null"
 _NAME_SHOWN = 40  # characters of an ID or a name in the table for people
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``snapshots`` to the command line."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``snapshots`` takes."""
     from .options import bytes_of  # here: info takes the facts of a snapshot from this module, and opens no disk
 
-    parser = subparsers.add_parser(
-        "snapshots",
-        help="list internal snapshots",
-        description="List the internal snapshots of an image; with --deleted also those no table lists any more.",
-        epilog=_EPILOG,
-    )
     add_image_argument(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     parser.add_argument("--deleted", action="store_true", help="also look for deleted snapshots in free space (slow)")
@@ -43,7 +39,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--virtual-size", metavar="BYTES", type=bytes_of, help="with --recovered: the disk's size, where it is known"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

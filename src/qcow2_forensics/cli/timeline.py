@@ -29,7 +29,9 @@ from .output import Progress, add_output_arguments, format_of, printing_to
 
 FORMATS = ("body", "jsonl", "html")
 
-_EPILOG = """examples:
+HELP = "print every dated fact for timeline tools"
+DESCRIPTION = "Print snapshot times and the file times of every state, as a body file or for Timesketch."
+EPILOG = """examples:
   qcow2-forensics timeline disk.qcow2 | mactime -b - -d -z UTC
   qcow2-forensics timeline disk.qcow2 -o timesketch.jsonl
   qcow2-forensics timeline disk.qcow2 --state before-incident --state active
@@ -58,14 +60,8 @@ class ImageEvent(NamedTuple):
     kind: str
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``timeline`` to the command line."""
-    parser = subparsers.add_parser(
-        "timeline",
-        help="print every dated fact for timeline tools",
-        description="Print snapshot times and the file times of every state, as a body file or for Timesketch.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``timeline`` takes."""
     add_image_argument(parser)
     parser.add_argument(
         "--state",
@@ -89,7 +85,6 @@ def add_parser(subparsers: Any) -> None:
     add_disk_arguments(parser, snapshot=False)
     add_guest_arguments(parser)
     add_case_arguments(parser, hashes=False)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,7 +99,7 @@ def _print(args: argparse.Namespace) -> int:
     if args.format == "html":
         events: list[dict[str, Any]] = []
         notes: list[str] = []
-        code = write(args, Output(events.append, lambda _: None, notes.append))
+        code = write(args, Output(events.append, None, notes.append))
         print(as_page(args, events, notes, started), end="")
         for note in notes:
             complain(note)
@@ -178,13 +173,8 @@ def image_events(image: Image, modified: int | None) -> Iterator[ImageEvent]:
     """
     label = labels(image.snapshots)
     for entry in image.snapshots:
-        yield ImageEvent(
-            snapshot_time(entry.date_sec, entry.date_nsec),
-            "Snapshot Creation Time",
-            f"snapshot {quoted(entry.name)} (ID {cut(entry.id)}) was taken{_details(entry)}",
-            label(entry),
-            "snapshot",
-        )
+        what = f"snapshot {quoted(entry.name)} (ID {cut(entry.id)})"
+        yield _taken(entry, what, label(entry), "snapshot")
     if image.header.version == 1 and image.header.mtime:
         yield ImageEvent(
             image.header.mtime * _SECOND,
@@ -215,23 +205,21 @@ def _deleted_events(image: Image, out: Output) -> Iterator[ImageEvent]:
     entries, _ = found.entries()
     label = labels(image.snapshots)
     for entry in entries:
-        yield ImageEvent(
-            snapshot_time(entry.date_sec, entry.date_nsec),
-            "Snapshot Creation Time",
-            f"deleted snapshot {quoted(entry.name)} (ID {cut(entry.id)}, entry at {entry.offset:#x}) was taken{_details(entry)}",
-            label(entry),
-            "deleted_snapshot",
-        )
+        what = f"deleted snapshot {quoted(entry.name)} (ID {cut(entry.id)}, entry at {entry.offset:#x})"
+        yield _taken(entry, what, label(entry), "deleted_snapshot")
     if found.entries_left_out:
         out.note(f"{found.entries_left_out} former snapshot entries were left out: there are too many")
 
 
-def _details(entry: SnapshotEntry) -> str:
+def _taken(entry: SnapshotEntry, what: str, state: str, kind: str) -> ImageEvent:
+    """Return when a snapshot was taken, and with what."""
     parts = [f"guest clock {entry.vm_clock_nsec / _SECOND:.3f} s"] if entry.vm_clock_nsec else []
     if entry.vm_state_size:
         parts.append(f"{entry.vm_state_size} bytes of VM state")
     note = date_note(entry.date_nsec)
-    return (f" with {' and '.join(parts)}" if parts else "") + (f" ({note})" if note else "")
+    details = (f" with {' and '.join(parts)}" if parts else "") + (f" ({note})" if note else "")
+    time = snapshot_time(entry.date_sec, entry.date_nsec)
+    return ImageEvent(time, "Snapshot Creation Time", f"{what} was taken{details}", state, kind)
 
 
 def _modified(path: str) -> int | None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from ..errors import Qcow2Error, ReadError
 
+# Registers of a processor that are shown to people; the others are in JSON.
+REGISTERS_SHOWN = ("rip", "rsp", "cr0", "cr3", "cr4", "efer", "lstar", "gs_base", "kernel_gs_base")
 _NESTED_GUEST = 1 << 21  # of QEMU's hflags
 
 

@@ -38,6 +38,8 @@ def section(account: Mapping[str, Any]) -> Iterator[str]:
     """Yield the account as a section of the page."""
     if not account:
         return
+    from .page import fact_table  # here: a report in plain text needs no page
+
     yield "<section><h2>Every byte</h2>"
     if account.get("error"):
         yield f"<p>The account was not taken: {markup(account['error'])}</p>"
@@ -46,9 +48,8 @@ def section(account: Mapping[str, Any]) -> Iterator[str]:
         if file.get("error"):
             yield f"<p>{name}: the account was not taken: {markup(file['error'])}</p>"
             continue
-        yield f"<p>{name}: {html_only(verdict(file))}</p><table class='facts'>"
-        yield from (f"<tr><th>{markup(what)}</th><td>{count:,}</td></tr>" for what, count in _rows(file))
-        yield "</table>"
+        yield f"<p>{name}: {html_only(verdict(file))}</p>"
+        yield from fact_table((markup(what), f"{count:,}") for what, count in _rows(file))
     yield "</section>"
 
 

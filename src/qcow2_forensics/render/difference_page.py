@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..text import html_only, markup, plural, size
 from .allocation_map import draw_map
 from .difference_map import difference_map
-from .page import page, run_facts, table
+from .page import Row, fact_table, page, run_facts, table, warning
 from .stylesheet import KINDS
 
 RANGES = 2000  # rows on the page; the JSON has all of them
@@ -39,7 +39,8 @@ def render_difference(
     before, after = data["from"], data["to"]
     two = before["image"] != after["image"]
     title = f"{markup(before['state'], 80)} → {markup(after['state'], 80)}"
-    parts = [f"<h1>{title}</h1>", *_states(data, two), *_notes(notes), *_totals(data, rows)]
+    parts = [f"<h1>{title}</h1>", *_states(data, two)]
+    parts += [*warning("Not compared", map(html_only, notes)), *_totals(data, rows)]
     parts += _picture(data)
     if rows is not None:
         parts += [*_volumes(data.get("volumes", ())), *_files(rows)]
@@ -56,21 +57,12 @@ def kind_of(change: str) -> str:
 def _states(data: Mapping[str, Any], two: bool) -> Iterator[str]:
     if data.get("run"):
         yield from run_facts(data["run"])
-    yield "<table class='facts'>"
-    if not two and not data.get("run"):
-        yield f"<tr><th>image</th><td>{markup(data['image'], 4096)}</td></tr>"
+    rows = [("image", markup(data["image"], 4096))] if not two and not data.get("run") else []
     for key in ("from", "to"):
         side = data[key]
         where = f" of {markup(side['image'], 4096)}" if two else ""
-        yield f"<tr><th>{key}</th><td>{markup(side['state'], 4096)}{where}, {size(side['size'])}</td></tr>"
-    yield "</table>"
-
-
-def _notes(notes: Sequence[str]) -> Iterator[str]:
-    if notes:
-        yield "<section class='warning'><h2>Not compared</h2><ul>"
-        yield from (f"<li>{html_only(note)}</li>" for note in notes)
-        yield "</ul></section>"
+        rows.append((key, f"{markup(side['state'], 4096)}{where}, {size(side['size'])}"))
+    yield from fact_table(rows)
 
 
 def _totals(data: Mapping[str, Any], files: Sequence[FileRow] | None) -> Iterator[str]:
@@ -103,19 +95,13 @@ def _volumes(volumes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     unread = [item for item in volumes if not item["read"] and item.get("changed_bytes")]
     if unread:
         yield "<h2>Volumes whose files are not listed</h2>"
-        rows = [
-            (
-                "",
-                (
-                    markup(item["path"] or "the whole disk"),
-                    markup(item["type"] or "unknown"),
-                    size(item["changed_bytes"]),
-                    markup(item["why"]),
-                ),
-            )
-            for item in unread
-        ]
+        rows = map(_volume_row, unread)
         yield from table(("volume", "type", "changed", "why"), rows, narrow=("type", "changed"))
+
+
+def _volume_row(item: Mapping[str, Any]) -> Row:
+    path, kind = markup(item["path"] or "the whole disk"), markup(item["type"] or "unknown")
+    return Row((path, kind, size(item["changed_bytes"]), markup(item["why"])))
 
 
 def _files(rows: Sequence[FileRow]) -> Iterator[str]:
@@ -127,13 +113,13 @@ def _files(rows: Sequence[FileRow]) -> Iterator[str]:
     yield from _left_out(len(rows) - FILES, "file")
 
 
-def _file_row(row: FileRow) -> tuple[str, Sequence[str]]:
+def _file_row(row: FileRow) -> Row:
     cells = [html_only(cell) for cell in row.cells]
     for state, digest in row.digests:
         cells[-1] += (
             f"{'<br/>' if cells[-1] else ''}<span class='quiet'>SHA-256 {state}</span> <span class='hash'>{markup(digest)}</span>"
         )
-    return f"s-{kind_of(row.change)}", cells
+    return Row(cells, f"s-{kind_of(row.change)}")
 
 
 def _ranges(ranges: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -148,10 +134,11 @@ def _ranges(ranges: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "</details>"
 
 
-def _range_row(item: Mapping[str, Any], noted: bool) -> tuple[str, Sequence[str]]:
+def _range_row(item: Mapping[str, Any], noted: bool) -> Row:
     offset, length = item["offset"], item["length"]
     cells = [f"{offset:#x}", f"{length:#x}", size(length), markup(item["change"])]
-    return f"s-{item['change']}", [*cells, markup(item.get("note", ""))] if noted else cells
+    note = [markup(item.get("note", ""))] if noted else []
+    return Row([*cells, *note], f"s-{item['change']}")
 
 
 def _left_out(count: int, noun: str) -> Iterator[str]:

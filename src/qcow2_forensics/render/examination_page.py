@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..findings import Severity
+from ..memory.records import REGISTERS_SHOWN
 from ..text import cut, html_only, listed, markup, plural, sentence, shown_value, size
 from .fleet_page import render_fleet
-from .page import badge, page, run_facts, table
+from .page import Row, badge, fact_table, page, run_facts, table
 
 _FOLDED = 40  # rows of a table that are still shown unfolded
 _ROWS = 2000  # of a table; the files of the part have all of them
 _PARTS = 12  # shown unfolded
 _NAMED = 5  # parts that have one reason in common
-_REGISTERS = ("rip", "rsp", "cr0", "cr3", "cr4", "efer", "lstar", "gs_base", "kernel_gs_base")
 
 Part = Mapping[str, Any]
 
@@ -50,7 +50,7 @@ def render_examinations(images: Sequence[Mapping[str, Any]], run: Mapping[str, A
     """Return the page over several images, each with its own page in a folder."""
     links = {image["image"]: f"{image['folder']}/index.html" for image in images}
     rows = [
-        ("", (f'<a href="{links[image["image"]]}">{markup(image["image"], 4096)}</a>', *_unseen_row(row)))
+        Row((f'<a href="{links[image["image"]]}">{markup(image["image"], 4096)}</a>', *_unseen(row)))
         for image in images
         for row in by_reason(image["not_looked_at"])
     ]
@@ -94,19 +94,19 @@ def _pages(parts: Sequence[Part]) -> str:
 
 
 def _not_looked_at(data: Mapping[str, Any]) -> Iterator[str]:
-    yield from _warning(("what", "why"), [("", _unseen_row(row)) for row in by_reason(data["not_looked_at"])])
+    yield from _warning(("what", "why"), [Row(_unseen(row)) for row in by_reason(data["not_looked_at"])])
     if not data["not_looked_at"]:
         yield "<p>Everything that was asked for was looked at.</p>"
     if data["left_out"]:
         yield f"<p class='quiet'>Left out by the options: {'; '.join(markup(item) for item in data['left_out'])}.</p>"
 
 
-def _unseen_row(row: tuple[str, str]) -> tuple[str, str]:
+def _unseen(row: tuple[str, str]) -> tuple[str, str]:
     what, why = row
     return markup(what), html_only(why)
 
 
-def _warning(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+def _warning(columns: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
     if rows:
         yield "<section class='warning'><h2>Not looked at, or not completely</h2>"
         yield from _folded(columns, rows, "row")
@@ -124,7 +124,7 @@ def _findings(audit: Part | None) -> Iterator[str]:
         times = f" <span class='quiet'>×{finding['number']}</span>" if finding["number"] > 1 else ""
         link = f'<a href="{finding["link"]}">{sentence(markup(finding["title"]))}</a>{times}'
         cells = (badge(severity), f"{link}<br/><code>{markup(finding['code'])}</code>", markup(finding["note"]))
-        rows.append((f"s-{severity.label.lower()}", cells))
+        rows.append(Row(cells, f"s-{severity.label.lower()}"))
     yield from table(("severity", "finding", "what it may mean"), rows, narrow=("severity",))
 
 
@@ -133,12 +133,12 @@ def _states(parts: Sequence[Part]) -> Iterator[str]:
     yield f"<h2>States</h2><p>{_counted(parts)}</p>"
     if rows:
         columns = ("ID", "name", "date", "disk", "memory", "what")
-        yield from _folded(columns, [("", _snapshot(row)) for row in rows], "snapshot", narrow=("ID", "date", "disk"))
+        yield from _folded(columns, [_snapshot(row) for row in rows], "snapshot", narrow=("ID", "date", "disk"))
     recovered = _rows_of(parts, "recovered")
     if recovered:
         yield "<h3>Recovered states</h3>"
         states = [
-            ("", (markup(row["open_as"]), markup(row["confidence"]), size(row["size"]), markup(row["what"])))
+            Row((markup(row["open_as"]), markup(row["confidence"]), size(row["size"]), markup(row["what"])))
             for row in recovered
         ]
         yield from _folded(("open as", "confidence", "size", "what"), states, "state", narrow=("open as", "size"))
@@ -162,33 +162,33 @@ def _counted(parts: Sequence[Part]) -> str:
     return "; ".join(shown)
 
 
-def _snapshot(row: Mapping[str, Any]) -> Sequence[str]:
+def _snapshot(row: Mapping[str, Any]) -> Row:
     what = ""
     if row.get("deleted"):
         what = f"deleted, {markup(row['left'])}" + (f"; opens as {markup(row['open_as'])}" if row["open_as"] else "")
     disk = "" if row["disk_size"] is None else size(row["disk_size"])
     memory = size(row["vm_state_size"]) if row["vm_state_size"] else ""
-    return markup(row["id"], 80), markup(row["name"], 300), markup(row["date"]), disk, memory, what
+    return Row((markup(row["id"], 80), markup(row["name"], 300), markup(row["date"]), disk, memory, what))
 
 
 def _changes(parts: Sequence[Part]) -> Iterator[str]:
-    rows = [("", _change(part)) for part in parts if part["kind"] == "diff"]
+    rows = [_change(part) for part in parts if part["kind"] == "diff"]
     if rows:
         yield "<h2>What changed from state to state</h2>"
         columns = ("from → to", "ranges", "bytes", "files", "pages")
         yield from _folded(columns, rows, "pair of states", "pairs of states", narrow=("ranges", "bytes"))
 
 
-def _change(part: Part) -> Sequence[str]:
+def _change(part: Part) -> Row:
     summary = part["facts"].get("summary")
     name = markup(part["title"], 300)
     if summary is None:
-        return name, "", "", "", html_only("; ".join(part["notes"]))
+        return Row((name, "", "", "", html_only("; ".join(part["notes"]))))
     files = part["facts"]["files"]
     counts = (
         "" if files is None else ", ".join(f"{count} {markup(change)}" for change, count in files.items()) or "none"
     )
-    return name, str(summary["ranges"]), size(summary["bytes"]), counts, _links([part])
+    return Row((name, str(summary["ranges"]), size(summary["bytes"]), counts, _links([part])))
 
 
 def _memories(parts: Sequence[Part]) -> Iterator[str]:
@@ -201,13 +201,13 @@ def _memories(parts: Sequence[Part]) -> Iterator[str]:
         yield f"<p>{_links([part])}</p></details></article>"
 
 
-def _memory(facts: Mapping[str, Any]) -> Iterator[str]:
-    kernel = facts["kernel"]
+def _memory(memory: Mapping[str, Any]) -> Iterator[str]:
+    kernel = memory["kernel"]
     rows = [
-        ("machine", markup(facts["machine"] or "not recorded")),
-        ("RAM", size(facts["ram_bytes"])),
-        ("stream", f"{'complete' if facts['complete'] else 'cut off'}, {size(facts['stream_bytes'])}"),
-        ("processors", f"{len(facts['processors'])}, {markup(facts['architecture'] or 'unknown architecture')}"),
+        ("machine", markup(memory["machine"] or "not recorded")),
+        ("RAM", size(memory["ram_bytes"])),
+        ("stream", f"{'complete' if memory['complete'] else 'cut off'}, {size(memory['stream_bytes'])}"),
+        ("processors", f"{len(memory['processors'])}, {markup(memory['architecture'] or 'unknown architecture')}"),
     ]
     if kernel is None:
         rows.append(("kernel", "neither a Linux banner nor the debug record of a Windows kernel was found"))
@@ -215,23 +215,21 @@ def _memory(facts: Mapping[str, Any]) -> Iterator[str]:
         rows.append(("kernel", f"{markup(kernel['identity'])} <span class='quiet'>at {kernel['address']:#x}</span>"))
         rows.append(("symbols", f"{markup(kernel['symbol_file'])} below a folder of Volatility's -s"))
         rows += [("", f"<kbd>{markup(command)}</kbd>") for command in kernel["commands"]]
-    if facts["five_level_paging"]:
+    if memory["five_level_paging"]:
         rows.append(("paging", "five levels, which Volatility does not read"))
-    rows += [("assumed", markup(item)) for item in facts["assumptions"]]
-    rows += [("in doubt", f"{item['address']:#x}, {size(item['length'])}") for item in facts["doubts"]]
-    yield "<table class='facts'>"
-    yield from (f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in rows)
-    yield "</table>"
+    rows += [("assumed", markup(item)) for item in memory["assumptions"]]
+    rows += [("in doubt", f"{item['address']:#x}, {size(item['length'])}") for item in memory["doubts"]]
+    yield from fact_table(rows)
     yield "<details><summary>Layout and registers</summary>"
     regions = [
-        ("", (f"{r['address']:#x}", size(r["length"]), markup(r["block"]), markup(r["reason"])))
-        for r in facts["regions"]
+        Row((f"{r['address']:#x}", size(r["length"]), markup(r["block"]), markup(r["reason"])))
+        for r in memory["regions"]
     ]
     yield from table(("address", "length", "block", "why there"), regions[:_ROWS], narrow=("address", "length"))
-    known = [name for name in _REGISTERS if any(name in cpu["registers"] for cpu in facts["processors"])]
+    known = [name for name in REGISTERS_SHOWN if any(name in cpu["registers"] for cpu in memory["processors"])]
     cpus = [
-        ("", (str(cpu["index"]), *(markup(cpu["registers"].get(name, "")) for name in known)))
-        for cpu in facts["processors"]
+        Row((str(cpu["index"]), *(markup(cpu["registers"].get(name, "")) for name in known)))
+        for cpu in memory["processors"]
     ]
     yield from table(("processor", *known), cpus[:_ROWS])
     yield "</details>"
@@ -239,18 +237,18 @@ def _memory(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _residue(parts: Sequence[Part]) -> Iterator[str]:
     for part in parts:
-        facts = part["facts"]
-        if part["kind"] != "residue" or not facts:
+        found = part["facts"]
+        if part["kind"] != "residue" or not found:
             continue
-        yield f"<h2>Residue</h2><p>{plural(facts['pieces'], 'piece')} of what nothing points at; {_links([part])}</p>"
-        if facts["kinds"]:
-            rows = [("", (markup(kind), str(c["pieces"]), size(c["bytes"]))) for kind, c in facts["kinds"].items()]
+        yield f"<h2>Residue</h2><p>{plural(found['pieces'], 'piece')} of what nothing points at; {_links([part])}</p>"
+        if found["kinds"]:
+            rows = [Row((markup(kind), str(c["pieces"]), size(c["bytes"]))) for kind, c in found["kinds"].items()]
             yield from table(("kind", "pieces", "bytes"), rows)
 
 
 def _next(commands: Iterable[Mapping[str, str]]) -> Iterator[str]:
     yield "<h2>What to type next</h2>"
-    rows = [("", (markup(item["what"]), f"<kbd>{html_only(item['command'])}</kbd>")) for item in commands]
+    rows = [Row((markup(item["what"]), f"<kbd>{html_only(item['command'])}</kbd>")) for item in commands]
     yield from table(("for", "command"), rows)
 
 
@@ -264,11 +262,11 @@ def _parts(parts: Sequence[Part]) -> Iterator[str]:
     yield "</details>"
 
 
-def _part(part: Part) -> tuple[str, Sequence[str]]:
+def _part(part: Part) -> Row:
     notes = "".join(f"<br/>{html_only(note)}" for note in part["notes"])
     result = f"<span class='n'>{'not complete' if part['code'] else 'complete'}</span>{notes}"
     command = f"<kbd>{markup(part['command'], 4096)}</kbd>"
-    return "", (markup(part["title"], 300), command, result, shown_value("seconds", part["seconds"]))
+    return Row((markup(part["title"], 300), command, result, shown_value("seconds", part["seconds"])))
 
 
 def _links(parts: Iterable[Part], kind: str = "") -> str:
@@ -279,7 +277,7 @@ def _links(parts: Iterable[Part], kind: str = "") -> str:
 
 def _folded(
     columns: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[str]]],
+    rows: Sequence[Row],
     noun: str,
     many: str = "",
     *,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..findings import Severity
 from ..text import listed, markup, plural, sentence, size
-from .page import badge, page
+from .page import Row, badge, page, table
 
 _CODES = 12  # codes named per image
 _IMAGES = 200  # images named per code
@@ -45,31 +45,26 @@ def _head(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _images(images: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> Iterator[str]:
-    yield "<h2>Images, worst first</h2><div class='scroll'><table><thead><tr>"
-    yield "<th>worst</th><th>image</th><th>file</th><th>disk</th><th>snapshots</th><th>findings</th></tr></thead><tbody>"
-    for number, report in enumerate(images):
-        image, worst = report["image"], _worst(report)
-        severity = Severity(worst) if worst >= 0 else None
-        codes = Counter(finding["code"] for finding in report["findings"] if finding["severity"] != "Info")
-        words = [f"{code.removeprefix('QCOW2-')}{f' ×{n}' if n > 1 else ''}" for code, n in codes.items()]
-        row = f"s-{severity.label.lower()}" if severity is not None else "s-none"
-        cells = (
-            ("worst", badge(severity)),
-            (
-                "image",
-                _linked(links.get(str(image.get("path")), ""), markup(image.get("path"), 4096)) + _digest(report),
-            ),
-            ("file", _bytes(image.get("file_size"))),
-            ("disk", _bytes(image.get("virtual_size"))),
-            ("snapshots", markup("unknown" if image.get("snapshots", 0) is None else image.get("snapshots") or "")),
-            ("findings", markup(listed(words, _CODES))),
-        )
-        yield (
-            f'<tr class="{row}" id="i{number}">'
-            + "".join(f"<td data-l='{k}'{_class(k)}>{v}</td>" for k, v in cells)
-            + "</tr>"
-        )
-    yield "</tbody></table></div>"
+    yield "<h2>Images, worst first</h2>"
+    columns = ("worst", "image", "file", "disk", "snapshots", "findings")
+    rows = (_image(number, report, links) for number, report in enumerate(images))
+    yield from table(columns, rows, narrow=("file", "disk"), wide=("image",))
+
+
+def _image(number: int, report: Mapping[str, Any], links: Mapping[str, str]) -> Row:
+    image, worst = report["image"], _worst(report)
+    severity = Severity(worst) if worst >= 0 else None
+    codes = Counter(finding["code"] for finding in report["findings"] if finding["severity"] != "Info")
+    words = [f"{code.removeprefix('QCOW2-')}{f' ×{n}' if n > 1 else ''}" for code, n in codes.items()]
+    cells = (
+        badge(severity),
+        _linked(links.get(str(image.get("path")), ""), markup(image.get("path"), 4096)) + _digest(report),
+        _bytes(image.get("file_size")),
+        _bytes(image.get("virtual_size")),
+        markup("unknown" if image.get("snapshots", 0) is None else image.get("snapshots") or ""),
+        markup(listed(words, _CODES)),
+    )
+    return Row(cells, f"s-{severity.label.lower()}" if severity is not None else "s-none", f"i{number}")
 
 
 def _digest(report: Mapping[str, Any]) -> str:
@@ -81,10 +76,6 @@ def _digest(report: Mapping[str, Any]) -> str:
 
 def _linked(page_of_image: str, shown: str) -> str:
     return f'<a href="{page_of_image}">{shown}</a>' if page_of_image else shown
-
-
-def _class(column: str) -> str:
-    return {"image": " class='w'", "file": " class='n'", "disk": " class='n'"}.get(column, "")
 
 
 def _bytes(count: Any) -> str:

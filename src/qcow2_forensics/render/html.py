@@ -12,7 +12,7 @@ from .allocation_map import draw_map
 from .anchors import Anchors
 from .image_facts import check_line, heading
 from .next_commands import next_command
-from .page import badge, page, run_facts, table
+from .page import Row, badge, fact_table, page, run_facts, table
 from .plain import summary
 from .state_tree import draw_tree
 
@@ -44,15 +44,15 @@ def _head(report: Report) -> Iterator[str]:
     run = report.details.get("run")
     if run:
         yield from run_facts(run)
-    yield "<table class='facts'>"
+    rows = []
     for key, value in report.image.items():
         if isinstance(value, (str, int, float, bool)) and value != "":
             shown = shown_value(key, value) if isinstance(value, int) else markup(value)
-            yield f"<tr><th>{markup(key.replace('_', ' '))}</th><td>{shown}</td></tr>"
+            rows.append((markup(key.replace("_", " ")), shown))
     unread = [str(name).replace("_", " ") for name in report.image.get("unreadable") or ()]
     if unread:
-        yield f"<tr><th>unknown</th><td>{markup(', '.join(unread))}: cannot be read</td></tr>"
-    yield "</table>"
+        rows.append(("unknown", f"{markup(', '.join(unread))}: cannot be read"))
+    yield from fact_table(rows)
 
 
 def _figures(report: Report, anchors: Anchors) -> Iterator[str]:
@@ -132,19 +132,23 @@ def _folded(findings: Sequence[Finding], report: Report, anchors: Anchors) -> It
     yield f'<article class="s-{first.severity.label.lower()}"><details>{_summary(first, len(findings))}'
     yield from _words(first, report)
     fields = list(dict.fromkeys(item.field for finding in findings for item in finding.evidence))[:_COLUMNS]
-    yield "<div class='scroll'><table><thead><tr>" + "".join(f"<th>{markup(field)}</th>" for field in fields)
-    yield "</tr></thead><tbody>"
-    for finding in findings:
-        values = {item.field: item for item in reversed(finding.evidence)}
-        cells = []
-        for field in fields:
-            item = values.get(field)
-            shown = "" if item is None else html_only(shown_value(field, item.value))
-            if item is not None:  # what names a state leads to it, anything else to its place in the file
-                shown = _link((field in ("id", "name") and anchors.state(item)) or anchors.square(item), shown)
-            cells.append(f"<td data-l='{markup(field)}'>{shown}</td>")
-        yield f'<tr id="{anchors.finding(finding)}">{"".join(cells)}</tr>'
-    yield "</tbody></table></div></details></article>"
+    rows = (_row(finding, fields, anchors) for finding in findings)
+    yield from table([markup(field) for field in fields], rows)
+    yield "</details></article>"
+
+
+def _row(finding: Finding, fields: Sequence[str], anchors: Anchors) -> Row:
+    """Return a finding as the first value of each field; what names a state leads to it, else to its place in the file."""
+    values = {item.field: item for item in reversed(finding.evidence)}
+    cells = []
+    for field in fields:
+        item = values.get(field)
+        if item is None:
+            cells.append("")
+            continue
+        anchor = anchors.state(item) if field in ("id", "name") else ""
+        cells.append(_link(anchor or anchors.square(item), html_only(shown_value(field, item.value))))
+    return Row(cells, anchor=anchors.finding(finding))
 
 
 _EVIDENCE_COLUMNS = ("field", "value", "offset", "length", "structure", "guest", "snapshot", "file")
@@ -155,7 +159,7 @@ def _evidence(items: Sequence[Evidence], anchors: Anchors) -> Iterator[str]:
     rows = [_cells(item, anchors) for item in items]
     used = [index for index in range(len(_EVIDENCE_COLUMNS)) if any(row[index] for row in rows)]
     columns = [_EVIDENCE_COLUMNS[index] for index in used]
-    yield from table(columns, (("", [row[index] for index in used]) for row in rows), narrow=_NARROW)
+    yield from table(columns, (Row([row[index] for index in used]) for row in rows), narrow=_NARROW)
 
 
 def _link(anchor: str, shown: str) -> str:

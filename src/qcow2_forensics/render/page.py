@@ -7,7 +7,7 @@ The filters are check boxes in front of everything they hide; the style sheet do
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..findings import TOOL, Severity
 from ..text import markup
@@ -58,36 +58,59 @@ def _filters(filters: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 def run_facts(run: Mapping[str, Any]) -> Iterator[str]:
     """Yield the facts of a run for a case file: who, when, with what, on which files."""
-    yield "<table class='facts'>"
-    for key in ("case", "examiner", "note", "started", "finished", "command", "tool", "libraries", "system"):
-        if run.get(key):
-            yield f"<tr><th>{key}</th><td>{markup(run[key], 4096)}</td></tr>"
+    keys = ("case", "examiner", "note", "started", "finished", "command", "tool", "libraries", "system")
+    rows = [(key, markup(run[key], 4096)) for key in keys if run.get(key)]
     for file in run.get("files", ()):
         shown = markup(file["path"], 4096)
         if file.get("sha256"):
             shown += f"<br/>SHA-256 <span class='hash'>{markup(file['sha256'])}</span>"
         if file.get("error"):
             shown += f"<br/>no SHA-256: {markup(file['error'], 500)}"
-        yield f"<tr><th>file</th><td>{shown}</td></tr>"
+        rows.append(("file", shown))
+    yield from fact_table(rows)
+
+
+def fact_table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield a table of two columns, what each fact is and the fact; both are HTML already."""
+    yield "<table class='facts'>"
+    yield from (f"<tr><th>{what}</th><td>{fact}</td></tr>" for what, fact in rows)
     yield "</table>"
 
 
-def table(
-    headings: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], *, narrow: Iterable[str] = ()
-) -> Iterator[str]:
-    """Yield a table that becomes stacked rows on a narrow screen; headings and cells are HTML already.
+class Row(NamedTuple):
+    """One row of a table, in HTML; a filter hides its class, and links lead to its anchor."""
 
-    A row is its CSS class (or none) and its cells; the columns ``narrow`` are never broken.
+    cells: Sequence[str]
+    css_class: str = ""
+    anchor: str = ""
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Row], *, narrow: Iterable[str] = (), wide: Iterable[str] = ()
+) -> Iterator[str]:
+    """Yield a table that becomes stacked rows on a narrow screen; headings are HTML already.
+
+    The columns ``narrow`` are never broken, those that are ``wide`` have room for a path.
     """
-    short = set(narrow)
-    classes = [" class='n'" if heading in short else "" for heading in headings]
+    classes = dict.fromkeys(narrow, " class='n'") | dict.fromkeys(wide, " class='w'")
     yield "<div class='scroll'><table><thead><tr>"
     yield "".join(f"<th>{heading}</th>" for heading in headings) + "</tr></thead><tbody>"
-    for name, cells in rows:
-        shown = zip(headings, classes, cells, strict=True)
-        opening = f'<tr class="{name}">' if name else "<tr>"
-        yield opening + "".join(f"<td data-l='{heading}'{kind}>{cell}</td>" for heading, kind, cell in shown) + "</tr>"
+    for row in rows:
+        css_class = f' class="{row.css_class}"' if row.css_class else ""
+        anchor = f' id="{row.anchor}"' if row.anchor else ""
+        shown = zip(headings, row.cells, strict=True)
+        cells = "".join(f"<td data-l='{heading}'{classes.get(heading, '')}>{cell}</td>" for heading, cell in shown)
+        yield f"<tr{css_class}{anchor}>{cells}</tr>"
     yield "</tbody></table></div>"
+
+
+def warning(title: str, sentences: Iterable[str]) -> Iterator[str]:
+    """Yield a section that stands out, with a list of sentences; nothing where there is none. All are HTML already."""
+    items = [f"<li>{sentence}</li>" for sentence in sentences]
+    if items:
+        yield f"<section class='warning'><h2>{title}</h2><ul>"
+        yield from items
+        yield "</ul></section>"
 
 
 def badge(severity: Severity | None, words: str = "") -> str:

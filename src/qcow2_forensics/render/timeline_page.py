@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from ..text import html_only, listed, markup, plural
-from .page import page, run_facts, table
+from .page import Row, page, run_facts, table, warning
 from .stylesheet import KINDS
 
 ROWS = 10_000  # facts of the image on the page, and as many of files, the latest; the other formats have all of them
@@ -93,13 +93,12 @@ def _thin(facts: dict[_Key, _Stated]) -> int:
 
 def _head(facts: Sequence[Fact], dropped: Mapping[str, int], notes: Sequence[str]) -> Iterator[str]:
     yield f"<p>{plural(len(facts), 'dated fact')}. Times of files that are equal share a row, and so do states that agree.</p>"
-    if notes or any(dropped.values()):
-        yield "<section class='warning'><h2>Not on this page</h2><ul>"
-        for origin, count in dropped.items():
-            if count:
-                yield f"<li>{plural(count, 'earlier time')} of {origin}: timeline --format body or jsonl lists all.</li>"
-        yield from (f"<li>{html_only(note)}</li>" for note in notes)
-        yield "</ul></section>"
+    earlier = [
+        f"{plural(count, 'earlier time')} of {origin}: timeline --format body or jsonl lists all."
+        for origin, count in dropped.items()
+        if count
+    ]
+    yield from warning("Not on this page", [*earlier, *map(html_only, notes)])
 
 
 def _section(facts: Sequence[Fact], folded: bool) -> Iterator[str]:
@@ -109,7 +108,8 @@ def _section(facts: Sequence[Fact], folded: bool) -> Iterator[str]:
     yield "</details></section>"
 
 
-def _row(fact: Fact) -> tuple[str, Sequence[str]]:
+def _row(fact: Fact) -> Row:
     time = fact.date[11:19] if fact.time % 1_000_000 == 0 else fact.date[11:26]
     named = listed([markup(state, 80) for state in fact.states], _STATES)
-    return f"s-{fact.kind}", (markup(time), markup(", ".join(fact.names)), markup(fact.message, 8192), named)
+    cells = (markup(time), markup(", ".join(fact.names)), markup(fact.message, 8192), named)
+    return Row(cells, f"s-{fact.kind}")
