@@ -190,6 +190,10 @@ SITUATIONS: dict[str, tuple[Names, str, Answer]] = {
     "a name with an escape": (BACKSLASH, "a\x1b", 1),
     "a name of bytes": ((("1", "\udcff\udcfe"), ("2", "x")), "\udcff\udcfe", 0),
     "a name with a comma": ((("1", "a,b"), ("2", "a")), "name:a,b", 0),
+    "an ID with a comma": ((("1,2", "a"), ("7", "b")), "1,2", 0),
+    "a name with a space before it": ((("1", " after"), ("2", "x")), " after", 0),
+    "an ID with a line feed": ((("1\n", "x"), ("2", "y")), "1\n", 0),
+    "a snapshot called none": ((("1", "none"),), "name:none", 0),
     "an empty text": (ORDINARY, "", REFUSED),
 }
 SPLITS = {"a name with a comma"}  # a list of states: its items are not what the others read
@@ -271,6 +275,34 @@ def test_positions_have_a_mark_of_their_own(text: str, wanted: list[int], tmp_pa
 
     with q.open_image(image_of((("3", "a"), ("5", "b"), ("2", "c")), tmp_path / "disk.qcow2")) as image:
         assert [entry.index for entry in Selection(text).choose(image)] == wanted
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dfvfs") is None, reason="dfvfs is absent")
+@pytest.mark.parametrize(
+    ("names", "text", "wanted"),
+    [
+        ((("1", " after"), ("2", "after")), " after", REFUSED),
+        ((("1", " after"), ("2", "after")), "name: after", [0]),
+        ((("index:1 ", "x"), ("2", "y")), "index:1 ", REFUSED),
+        ((("1", " 2"), ("2", "x")), "1, 2", REFUSED),
+        ((("1", "a"), ("2", "x")), "1, 2", [0, 1]),
+        ((("1", "none"),), "none", REFUSED),
+        ((("1", "none"),), "=none", []),
+        ((("1", "None"),), "None", REFUSED),
+        ((("1", "a"),), "=none", []),
+    ],
+)
+def test_white_space_and_none_choose_no_other_snapshot(
+    names: Names, text: str, wanted: list[int] | str, tmp_path: Path
+) -> None:
+    from dfvfs_qcow2.selection import Selection
+
+    with q.open_image(image_of(names, tmp_path / "disk.qcow2")) as image:
+        try:
+            chosen: list[int] | str = [entry.index for entry in Selection(text).choose(image)]
+        except q.SnapshotNotFound:
+            chosen = REFUSED
+    assert chosen == wanted
 
 
 @pytest.mark.skipif(importlib.util.find_spec("dfvfs") is None, reason="dfvfs is absent")

@@ -166,7 +166,7 @@ class _StatesScan:
             if self._selection is None:
                 if entries:
                     _notify(self._request, _hint(qcow, entries, self._request), logging.INFO)
-            elif self._selection.wants_any and not scan_context.IsLockedScanNode(qcow):
+            elif (self._selection.wants_any or entries) and not scan_context.IsLockedScanNode(qcow):
                 try:
                     found += self._chosen(qcow, self._selection)
                 except dfvfs_errors.ScannerError as error:
