@@ -290,7 +290,7 @@ def _hint(qcow: Any, entries: tuple[SnapshotEntry, ...], request: Request | None
 
 def describe(entry: SnapshotEntry) -> str:
     """Return one line about a snapshot: its position as it can be asked for, ID, name, time."""
-    taken = f"{short_date(entry.date_sec, entry.date_nsec)} UTC"
+    taken = short_date(entry.date_sec, entry.date_nsec, " UTC")
     return f"#{entry.index + 1}: {printable(entry.name, 64)} (ID {printable(entry.id, 64)}, {taken})"
 
 
