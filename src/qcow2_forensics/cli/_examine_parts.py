@@ -173,11 +173,9 @@ def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     """Index what nothing points at, and write the pieces where that was asked for."""
     args.folder = str(folder / stem)
     summary = residue.write_folder(args)
-    notes = (
-        []
-        if args.index_only or not summary.skipped
-        else [f"{plural(summary.skipped, 'piece is', 'pieces are')} in the index only"]
-    )
+    notes = [residue.unread_disk(summary)] if summary.problem else []
+    if summary.skipped and not args.index_only:
+        notes.append(f"{plural(summary.skipped, 'piece is', 'pieces are')} in the index only")
     facts = {
         "pieces": summary.pieces,
         "written": summary.written,

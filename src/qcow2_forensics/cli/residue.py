@@ -61,9 +61,16 @@ def run(args: argparse.Namespace) -> int:
     print(f"{plural(summary.pieces, 'piece')}, {size(summary.written)} written to {printable(args.folder)}")
     for line in summary.deleted:
         print(line)
+    if summary.problem:
+        complain(unread_disk(summary))
     if summary.skipped and not args.index_only:
         complain(f"in the index only: {plural(summary.skipped, 'piece')}")
     return 0
+
+
+def unread_disk(summary: Summary) -> str:
+    """Return the sentence about an image whose disk cannot be read."""
+    return f"the disk cannot be read: {summary.problem}; what only its tables lead to counts as residue"
 
 
 def write_folder(args: argparse.Namespace) -> Summary:

@@ -267,15 +267,16 @@ def residue(
 ) -> Residue:
     """Open the residue of an image: what nothing points at, as pieces and as file objects.
 
-    An external data file is looked at when ``resolver`` finds it. Raises the first problem that
-    keeps the tables from being walked.
+    An external data file is looked at when ``resolver`` finds it. The disk need not be readable; raises
+    where version or cluster size are unknown.
     """
     if isinstance(origin, Image):
         return Residue(origin)
     with ExitStack() as undo:
         image = Image(origin, limits=limits)
         undo.callback(image.close)
-        image.require("disk")
+        if not image.has_geometry:
+            image.require("disk")
         data = None
         if image.header.external_data and image.data_file_name:
             try:

@@ -39,6 +39,7 @@ _COLUMNS = (
 class Summary:
     """What was written: pieces found, bytes in files, pieces only indexed, one line per deleted snapshot.
 
+    ``problem`` is why the disk cannot be read: what its tables would map counts as residue then.
     ``by_kind`` has the number of pieces and their bytes, whether they are in files or only indexed.
     """
 
@@ -46,6 +47,7 @@ class Summary:
     written: int = 0
     skipped: int = 0
     deleted: tuple[str, ...] = ()
+    problem: str = ""
     by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -78,6 +80,9 @@ def _fill(
 ) -> Summary:
     summary = Summary()
     image = {"path": residue.image.name, "file_size": residue.image.file_size, "schema": SCHEMA}
+    problem = residue.image.unreadable("disk")
+    if problem is not None:
+        summary.problem = image["problem"] = str(problem.error())
     with (
         (folder / "index.json").open("w", encoding="utf-8") as index,
         (folder / "index.csv").open("w", encoding="utf-8", newline="") as table,
