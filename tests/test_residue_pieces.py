@@ -7,6 +7,7 @@ import random
 import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fuzz.targets import run_command
@@ -146,12 +147,29 @@ def test_an_image_whose_disk_cannot_be_read_has_its_residue_and_says_so(tmp_path
     with pytest.raises(q.FormatError, match="not aligned"):
         q.open_disk(path)
     code, out, errors = run_command(["residue", str(path), str(tmp_path / "out")])
-    assert code == 0
+    assert (code, index_of(tmp_path)["unseen"]) == (0, None)
     assert "pieces" in out
     assert "the disk cannot be read: the L1 table is not aligned to a cluster" in errors
-    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    index = index_of(tmp_path)
     assert index["image"]["problem"].startswith("the L1 table is not aligned")
     assert {"leaked"} <= {piece["kind"] for piece in index["pieces"]}
+
+
+def index_of(folder: Path) -> Any:
+    return json.loads((folder / "out" / "index.json").read_text())
+
+
+def test_clusters_of_an_unknown_compression_type_hide_no_other_residue(tmp_path: Path) -> None:
+    builder = Builder(compression_type=200).packed(0, b"\1" * 512)
+    builder.put(b"leaked" * 1000)
+    path = builder.write(tmp_path / "disk.qcow2")
+    assert unwritten(path) == []
+    code, _, errors = run_command(["residue", str(path), str(tmp_path / "out")])
+    assert code == 2
+    assert "not all clusters in use were looked into: not supported: compression type 200" in errors
+    index = index_of(tmp_path)
+    assert index["unseen"] == "not supported: compression type 200"
+    assert [piece["kind"] for piece in index["pieces"]] == ["leaked"]
 
 
 @pytest.mark.parametrize(("at", "value"), [(4, 9), (20, 30)], ids=["version", "cluster_bits"])

@@ -39,7 +39,8 @@ _COLUMNS = (
 class Summary:
     """What was written: pieces found, bytes in files, pieces only indexed, one line per deleted snapshot.
 
-    ``problem`` is why the disk cannot be read: what its tables would map counts as residue then.
+    ``problem`` is why the disk cannot be read: what its tables would map counts as residue then. ``unseen`` is why
+    some residue was not looked for.
     ``by_kind`` has the number of pieces and their bytes, whether they are in files or only indexed.
     """
 
@@ -48,6 +49,7 @@ class Summary:
     skipped: int = 0
     deleted: tuple[str, ...] = ()
     problem: str = ""
+    unseen: str = ""
     by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -104,7 +106,9 @@ def _fill(
             advance(piece.length)
         deleted = residue.deleted_snapshots()
         summary.deleted = tuple(_described(item) for item in deleted)
-        index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}')
+        summary.unseen = str(residue.unseen or "")
+        index.write(f'],\n"unseen": {json.dumps(summary.unseen or None)}')
+        index.write(f',\n"deleted_snapshots": {json.dumps(_deleted(deleted))}')
         index.writelines(f',\n"{key}": {json.dumps(value)}' for key, value in origin().items())
         index.write("}\n")
     return summary
