@@ -276,11 +276,11 @@ def test_a_row_is_all_that_a_new_compression_type_needs(tmp_path: Path, monkeypa
         return decode(data, size), len(stream)
 
     stream = bz2.compress(DATA)
-    row = codecs.Codec(2, "bzip2", decode, measure, False, begins, lambda _: 1 << 20)
-    path = image(tmp_path / "disk", stream, 2)
-    with pytest.raises(Unsupported, match="compression type 2"):
+    row = codecs.Codec(200, "bzip2", decode, measure, False, begins, lambda _: 1 << 20)
+    path = image(tmp_path / "disk", stream, 200)
+    with pytest.raises(Unsupported, match="compression type 200"):
         q.open_disk(path)
-    monkeypatch.setitem(codecs._CODECS, 2, row)
+    monkeypatch.setitem(codecs._CODECS, 200, row)
     with q.open_disk(path) as disk:
         assert disk.read(0, CLUSTER) == DATA
     with residue(path) as found:

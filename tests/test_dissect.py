@@ -77,6 +77,21 @@ def test_each_state_is_a_target_that_says_which_it_is(linux: Path) -> None:
     assert list(found) == [f"{linux}/before", str(linux)]
 
 
+@pytest.mark.parametrize("first", ["dissect_qcow2.container", "dissect_qcow2.loader", "dissect.target.loader"])
+def test_container_and_loader_are_in_place_whichever_module_is_imported_first(first: str) -> None:
+    code = (
+        "import qcow2_forensics_autoload as hook; hook.install()\n"
+        f"import {first}\n"
+        "from dissect.target import container, loader\n"
+        "print(container.CONTAINERS[0].__module__, loader.LOADERS[0].__module__)"
+    )
+    paths = [str(ROOT / "src"), str(ROOT / "plugins/dissect"), str(ROOT / "plugins/autoload")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    assert (done.stdout, done.stderr) == ("dissect_qcow2.container dissect_qcow2.loader\n", "")
+
+
 BY_HAND = {"QCOW2_FORENSICS_AUTOLOAD": "0", "DISSECT_PLUGINS": "plugins/dissect/dissect_qcow2/plugin.py"}
 START = "import sys, qcow2_forensics_autoload as hook; hook.install(); sys.argv[0] = 'target-query'; "
 

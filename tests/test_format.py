@@ -196,7 +196,7 @@ LIMITS: list[tuple[str, Callable[[Path], Path], bool, bool | None]] = [
     ("compatible bit 63", _b(lambda p: p.u64(80, 1 << 63)), True, None),
     ("autoclear bit 63", _b(lambda p: p.u64(88, 1 << 63)), True, None),
     ("compression type 1 without its bit", _b(lambda p: p.u8(104, 1)), False, None),
-    ("compression type 2 with its bit", _b(lambda p: p.u8(104, 2).u64(72, 8)), False, None),
+    ("compression type 200 with its bit", _b(lambda p: p.u8(104, 200).u64(72, 8)), False, None),
     ("compression type 1 with its bit", _b(lambda p: p.u8(104, 1).u64(72, 8)), True, None),
     ("name of 1023 bytes", _name(1023), True, None),
     ("name of 1024 bytes", _name(1024), False, None),

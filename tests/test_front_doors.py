@@ -190,6 +190,10 @@ SITUATIONS: dict[str, tuple[Names, str, Answer]] = {
     "a name with an escape": (BACKSLASH, "a\x1b", 1),
     "a name of bytes": ((("1", "\udcff\udcfe"), ("2", "x")), "\udcff\udcfe", 0),
     "a name with a comma": ((("1", "a,b"), ("2", "a")), "name:a,b", 0),
+    "an ID with a comma": ((("1,2", "a"), ("7", "b")), "1,2", 0),
+    "a name with a space before it": ((("1", " after"), ("2", "x")), " after", 0),
+    "an ID with a line feed": ((("1\n", "x"), ("2", "y")), "1\n", 0),
+    "a snapshot called none": ((("1", "none"),), "name:none", 0),
     "an empty text": (ORDINARY, "", REFUSED),
 }
 SPLITS = {"a name with a comma"}  # a list of states: its items are not what the others read
@@ -274,6 +278,34 @@ def test_positions_have_a_mark_of_their_own(text: str, wanted: list[int], tmp_pa
 
 
 @pytest.mark.skipif(importlib.util.find_spec("dfvfs") is None, reason="dfvfs is absent")
+@pytest.mark.parametrize(
+    ("names", "text", "wanted"),
+    [
+        ((("1", " after"), ("2", "after")), " after", REFUSED),
+        ((("1", " after"), ("2", "after")), "name: after", [0]),
+        ((("index:1 ", "x"), ("2", "y")), "index:1 ", REFUSED),
+        ((("1", " 2"), ("2", "x")), "1, 2", REFUSED),
+        ((("1", "a"), ("2", "x")), "1, 2", [0, 1]),
+        ((("1", "none"),), "none", REFUSED),
+        ((("1", "none"),), "=none", []),
+        ((("1", "None"),), "None", REFUSED),
+        ((("1", "a"),), "=none", []),
+    ],
+)
+def test_white_space_and_none_choose_no_other_snapshot(
+    names: Names, text: str, wanted: list[int] | str, tmp_path: Path
+) -> None:
+    from dfvfs_qcow2.selection import Selection
+
+    with q.open_image(image_of(names, tmp_path / "disk.qcow2")) as image:
+        try:
+            chosen: list[int] | str = [entry.index for entry in Selection(text).choose(image)]
+        except q.SnapshotNotFound:
+            chosen = REFUSED
+    assert chosen == wanted
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dfvfs") is None, reason="dfvfs is absent")
 def test_a_range_without_marks_is_refused_with_the_form_that_works(tmp_path: Path) -> None:
     from dfvfs_qcow2.selection import Selection
 
@@ -314,6 +346,8 @@ def test_the_commands_show_a_fraction_out_of_range(command: list[str], dated: Pa
     assert NOTE in out
     if command[0] == "timeline":
         assert "1700000000" in out
+    elif command == ["info"]:
+        assert f"2023-11-14 22:13:20 UTC ({NOTE})" in out
     else:
         assert "22:13:20" in out
 
@@ -325,7 +359,8 @@ def test_volatility_shows_a_fraction_out_of_range(dated: Path, caplog: pytest.Lo
     with tools.warnings_of(caplog) as warnings:
         (row,) = tools.plugin_rows("snapshots.Snapshots", dated)
     assert str(row["Date"]).startswith("2023-11-14 22:13:20")
-    assert any(NOTE in warning for warning in warnings)
+    assert sum(warning.count(NOTE) for warning in warnings) == 1
+    assert any(f"2023-11-14 22:13:20 UTC ({NOTE})" in warning for warning in warnings)
 
 
 def test_dfvfs_and_plaso_show_a_fraction_out_of_range(dated: Path) -> None:
@@ -334,7 +369,7 @@ def test_dfvfs_and_plaso_show_a_fraction_out_of_range(dated: Path) -> None:
 
     with q.open_image(dated) as image:
         (entry,) = image.snapshots
-    assert f"2023-11-14 22:13:20 ({NOTE})" in volume_scanner.describe(entry)
+    assert f"2023-11-14 22:13:20 UTC ({NOTE})" in volume_scanner.describe(entry)
     pytest.importorskip("plaso", reason="plaso is absent")
     from dfvfs_qcow2 import plaso_preprocess
 

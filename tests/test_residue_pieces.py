@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fuzz.targets import run_command
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +21,7 @@ from qcow2_forensics.format.source import BytesSource
 from qcow2_forensics.reader.mapping import Kind, Mapping
 from qcow2_forensics.residue import Piece, residue
 from qcow2_forensics.residue.data_file import data_file_residue
-from tests import damage, plants, qemu
+from tests import damage, hostile, plants, qemu
 from tests.image_builder import COMPRESSED, COPIED, EXT_DATA_FILE, Builder, Poke, base_s
 from tests.test_audit_residual import CASES
 from tests.tiers import every, quick
@@ -43,20 +46,29 @@ RESIDUAL = {
     "QCOW2-HEADER-PADDING",
     "QCOW2-L1-SLACK",
     "QCOW2-TABLE-SLACK",
+    "QCOW2-NAME-SLACK",
+    "QCOW2-UNREAD-FIELD",
+    "QCOW2-ENTRIES-PAST-END",
+    "QCOW2-LUKS-SLACK",
+    "QCOW2-STATE-TAIL",
+    "QCOW2-UNACCOUNTED",
 }
 
 
 def unwritten(path: Path) -> list[str]:
     """Return the evidence of residual findings in bytes that no piece covers; fields of the header are no residue."""
-    with residue(path) as found:
-        pieces = list(found.pieces())
-    return [
-        f"{finding.code}: {item}"
+    evidence = [
+        (finding.code, item)
         for finding in q.audit(path, depth="deep")
         if finding.code in RESIDUAL
         for item in finding.evidence
-        if item.offset is not None and item.structure != "header" and not _covered(pieces, item.file, item.offset)
+        if item.offset is not None and item.structure != "header"
     ]
+    if not evidence:
+        return []
+    with residue(path) as found:
+        pieces = list(found.pieces())
+    return [f"{code}: {item}" for code, item in evidence if not _covered(pieces, item.file, item.offset or 0)]
 
 
 def _covered(pieces: list[Piece], file: str, offset: int) -> bool:
@@ -120,12 +132,52 @@ def test_every_residual_finding_has_its_pieces(number: int, tmp_path: Path) -> N
 def test_residual_findings_of_damaged_images_have_their_pieces(seeds: range, tmp_path: Path) -> None:
     bases = damage.Bases(tmp_path)
     for seed in seeds:
-        path = damage.damaged(seed, bases, tmp_path).path
-        try:
-            missing = unwritten(path)
-        except q.Qcow2Error:
-            continue  # an image that residue refuses as a whole
-        assert missing == [], seed
+        assert unwritten(damage.damaged(seed, bases, tmp_path).path) == [], seed
+
+
+@qemu.requires_qemu
+@pytest.mark.parametrize("ident", quick(hostile.IMAGES, hostile.REPRESENTATIVE))
+def test_residual_findings_of_hostile_images_have_their_pieces(ident: str, tmp_path: Path) -> None:
+    assert unwritten(hostile.build(ident, tmp_path)) == []
+
+
+@qemu.requires_qemu
+def test_an_image_whose_disk_cannot_be_read_has_its_residue_and_says_so(tmp_path: Path) -> None:
+    path = hostile.build("H17", tmp_path)  # an L1 table that is not aligned
+    with pytest.raises(q.FormatError, match="not aligned"):
+        q.open_disk(path)
+    code, out, errors = run_command(["residue", str(path), str(tmp_path / "out")])
+    assert (code, index_of(tmp_path)["unseen"]) == (0, None)
+    assert "pieces" in out
+    assert "the disk cannot be read: the L1 table is not aligned to a cluster" in errors
+    index = index_of(tmp_path)
+    assert index["image"]["problem"].startswith("the L1 table is not aligned")
+    assert {"leaked"} <= {piece["kind"] for piece in index["pieces"]}
+
+
+def index_of(folder: Path) -> Any:
+    return json.loads((folder / "out" / "index.json").read_text())
+
+
+def test_clusters_of_an_unknown_compression_type_hide_no_other_residue(tmp_path: Path) -> None:
+    builder = Builder(compression_type=200).packed(0, b"\1" * 512)
+    builder.put(b"leaked" * 1000)
+    path = builder.write(tmp_path / "disk.qcow2")
+    assert unwritten(path) == []
+    code, _, errors = run_command(["residue", str(path), str(tmp_path / "out")])
+    assert code == 2
+    assert "not all clusters in use were looked into: not supported: compression type 200" in errors
+    index = index_of(tmp_path)
+    assert index["unseen"] == "not supported: compression type 200"
+    assert [piece["kind"] for piece in index["pieces"]] == ["leaked"]
+
+
+@pytest.mark.parametrize(("at", "value"), [(4, 9), (20, 30)], ids=["version", "cluster_bits"])
+def test_without_a_known_geometry_there_is_no_residue(at: int, value: int, tmp_path: Path) -> None:
+    path = Builder().write(tmp_path / "disk.qcow2")
+    Poke(path).u32(at, value)
+    with pytest.raises(q.Qcow2Error, match="version 9 is unknown|cluster_bits 30 is outside"):
+        residue(path)
 
 
 # --- data files ----------------------------------------------------------------------------------

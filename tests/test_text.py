@@ -99,7 +99,16 @@ def test_a_date_is_shown_to_the_microsecond() -> None:
 def test_a_fraction_that_is_none_is_shown_beside_the_second(nanoseconds: int) -> None:
     shown = text.snapshot_date(1_700_000_000, nanoseconds)
     assert shown == f"2023-11-14T22:13:20Z (nsec {nanoseconds} out of range)"
+    assert (
+        text.short_date(1_700_000_000, nanoseconds, " UTC")
+        == f"2023-11-14 22:13:20 UTC (nsec {nanoseconds} out of range)"
+    )
     assert text.snapshot_time(1_700_000_000, nanoseconds) == 1_700_000_000_000_000_000
+
+
+def test_a_fraction_of_a_second_is_never_rounded_to_one() -> None:
+    assert text.shown_value("date_nsec", 999_999_999) == "999999999 (0.999 s)"
+    assert text.shown_value("vm_clock_nsec", 2**64 - 1) == "18446744073709551615 (18446744073.709 s)"
 
 
 def test_every_second_an_image_can_record_is_a_date() -> None:

@@ -135,7 +135,7 @@ def shown_value(field: str, value: Value) -> str:
     if "offset" in field or field in {"host", "guest", "mask", "value", "target"} or re.search(_ENTRY, field):
         return f"{value:#x}"
     if field.endswith("_nsec"):
-        return f"{value} ({value / _SECOND:.3f} s)"
+        return f"{value} ({value // _SECOND}.{value % _SECOND // 1_000_000:03d} s)"  # cut: 0.9999 is not 1.000
     if field.endswith(("size", "bytes", "length")) and abs(value) >= 10 * 1024:
         return f"{value} ({size(value)})"
     return str(value)
@@ -186,9 +186,9 @@ def date_note(nanoseconds: int) -> str:
     return f"nsec {nanoseconds} out of range" if nanoseconds >= _SECOND else ""
 
 
-def short_date(seconds: int, nanoseconds: int) -> str:
-    """Return the date of a snapshot for a table of UTC dates: ``2026-11-29 21:05:07``."""
-    return snapshot_date(seconds, nanoseconds, fraction=False).replace("T", " ", 1).replace("Z", "", 1)
+def short_date(seconds: int, nanoseconds: int, zone: str = "") -> str:
+    """Return the date of a snapshot for people: ``2026-11-29 21:05:07``, then ``zone``: `` UTC`` where no heading says so."""
+    return snapshot_date(seconds, nanoseconds, fraction=False).replace("T", " ", 1).replace("Z", zone, 1)
 
 
 def iso_time(nanoseconds: int) -> str | None:

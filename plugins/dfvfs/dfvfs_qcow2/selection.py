@@ -96,7 +96,7 @@ class Selection:
     @property
     def wants_any(self) -> bool:
         """Whether any snapshot is asked for."""
-        return self.text.lower() != "none"
+        return self.text.lstrip("=").lower() != "none"
 
     @cached_property
     def wants_changed(self) -> bool:
@@ -115,6 +115,8 @@ class Selection:
 
     def choose(self, image: Image) -> list[SnapshotEntry]:
         """Return the chosen entries of the snapshot table in its order; SnapshotNotFound names the choices."""
+        if not self.wants_any:
+            states.refuse_if_named(image, self.text)
         chosen = {entry.index: entry for item in self._items(image) for entry in _choose_one(item, image)}
         return [chosen[index] for index in sorted(chosen)]
 
@@ -170,19 +172,31 @@ class Selection:
 
 
 def _joined(parts: list[str], image: Image | None) -> Iterator[str]:
-    """Yield the items of a list, those that hold commas because the name of a snapshot does whole."""
+    """Yield the items of a list, those that hold commas because a snapshot is called so whole."""
+    if image is None or not any("," in name for name in states.names_of(image.snapshots)):
+        yield from (_as_meant(part, image) for part in parts)
+        return
     while parts:
-        longest = len(parts) if image is not None and any("," in entry.name for entry in image.snapshots) else 1
-        for count in range(longest, 1, -1):
-            text = ",".join(parts[:count]).strip()
-            if image is not None and _named(text, image):
-                if all(_named(part.strip(), image) for part in parts[:count]):
-                    raise SnapshotNotFound(text, states.choices(image.snapshots), ambiguous=True)
+        count, text = 1, _as_meant(parts[0], image)
+        for longer in range(len(parts), 1, -1):
+            joined = _as_meant(",".join(parts[:longer]), image)
+            if _named(joined, image):
+                if all(_named(_as_meant(part, image), image) for part in parts[:longer]):
+                    raise SnapshotNotFound(joined, states.choices(image.snapshots), ambiguous=True)
+                count, text = longer, joined
                 break
-        else:
-            count, text = 1, parts[0].strip()
         yield text
         parts = parts[count:]
+
+
+def _as_meant(text: str, image: Image | None) -> str:
+    """Return an item without the white space around it, unless that is part of what a snapshot is called."""
+    bare = text.strip()
+    if image is None or bare == text or not _named(text, image):
+        return bare
+    if _named(bare, image) or states.is_word(bare):
+        raise SnapshotNotFound(text, states.choices(image.snapshots), ambiguous=True)
+    return text
 
 
 def _named(text: str, image: Image) -> Sequence[SnapshotEntry]:

@@ -180,7 +180,7 @@ class _StatesScan:
             if self._selection is None:
                 if entries:
                     self._notify(self._hint(qcow, entries), logging.INFO)
-            elif self._selection.wants_any and not scan_context.IsLockedScanNode(qcow):
+            elif (self._selection.wants_any or entries) and not scan_context.IsLockedScanNode(qcow):
                 try:
                     found += self._chosen(qcow, self._selection)
                 except dfvfs_errors.ScannerError as error:
@@ -293,7 +293,7 @@ def _failed(why: str) -> dfvfs_errors.ScannerError:
 
 def describe(entry: SnapshotEntry) -> str:
     """Return one line about a snapshot: its position as it can be asked for, ID, name, time."""
-    taken = f"{short_date(entry.date_sec, entry.date_nsec)} UTC"
+    taken = short_date(entry.date_sec, entry.date_nsec, " UTC")
     return f"#{entry.index + 1}: {printable(entry.name, 64)} (ID {printable(entry.id, 64)}, {taken})"
 
 

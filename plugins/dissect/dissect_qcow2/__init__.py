@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .container import Qcow2Container
     from .loader import Qcow2Loader
 
+MAGIC = b"QFI\xfb"  # the first bytes of an image
+
 __all__ = ["Qcow2Container", "Qcow2Loader", "register"]
 
 

@@ -36,7 +36,8 @@ from qcow2_forensics import (
     virtual_size_from_environment,
 )
 
-MAGIC = b"QFI\xfb"
+from . import MAGIC
+
 _REMEDIES = Remedies(f"{BACKING_VARIABLE}=FOLDER", "", f"{ALONE_VARIABLE}=1")
 
 

@@ -16,7 +16,7 @@ from qcow2_forensics import Image, Qcow2Error, open_image
 from qcow2_forensics.reader import states
 from qcow2_forensics.text import is_plain, printable
 
-from .container import MAGIC, Qcow2Container
+from . import MAGIC
 
 SCHEME = "qcow2"
 _COMPONENT = 255  # bytes of one part of a path
@@ -50,6 +50,8 @@ class Qcow2Loader(Loader):
         yield path
 
     def map(self, target: Any) -> None:
+        from .container import Qcow2Container  # here: whoever imports that module first causes this one to be imported
+
         found = image_and_state(self.path)
         path, state = found if found is not None else (self.path, None)
         target.disks.add(Qcow2Container(path, state))

@@ -16,9 +16,10 @@ This folder goes on Volatility's plugin path, where its name is ``volatility3.pl
     info, snapshots, audit, registers, vmstatedump, changes, scan: the plugins
 
 Volatility imports every file below this folder at every start, and any error but ImportError ends it.
-So this file imports them first and turns whatever they raise into an ImportError: a plugin dropped into the
-folder needs no guard of its own. Those in ``_LATER`` are executed at first use, so that users of other plugins
-do not wait for them. Neither the core nor numpy is imported before an image needs them.
+So this file imports them first, and one that raises anything else is left out with a warning: a plugin dropped
+into the folder needs no guard of its own, and a mistake in it takes nothing else away. Those in ``_LATER`` are
+executed at first use, so that users of other plugins do not wait for them. Neither the core nor numpy is imported
+before an image needs them.
 """
 
 from __future__ import annotations
@@ -50,13 +51,20 @@ def _import_later(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-try:
-    for _name in _LATER:
-        _import_later(_name)
-    for _module in pkgutil.iter_modules(__path__):
-        if _module.name not in _LATER:
-            importlib.import_module(f".{_module.name}", __name__)
-except ImportError:
-    raise
-except Exception as error:  # anything else would end every run of Volatility
-    raise ImportError(f"the QCOW2 plugins do not fit this Volatility: {error!r}") from error
+def _import_now(name: str) -> None:
+    """Import a module; one that fails is left out, and what Volatility would not survive is a warning."""
+    full = f"{__name__}.{name}"
+    try:
+        importlib.import_module(full)
+    except ImportError:
+        pass  # Volatility tries it again, and lists it among those that cannot be loaded
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - anything else would end every run of Volatility
+        sys.modules[full] = None  # type: ignore[assignment] # so that nothing imports it again
+        _log.warning("The plugin file %s is left out: %r", f"{name}.py", error)
+
+
+for _name in _LATER:
+    _import_later(_name)
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name not in _LATER:
+        _import_now(_module.name)

@@ -43,11 +43,10 @@ def warn_of_problems(image: Image, title: str) -> None:
 
 def describe(entry: SnapshotEntry) -> str:
     """Return a snapshot in words that are safe on a terminal."""
-    from qcow2_forensics.text import date_note, printable, quoted
+    from qcow2_forensics.text import printable, quoted, short_date
 
-    note = date_note(entry.date_nsec)
-    when = f" of {snapshot_date(entry):%Y-%m-%d %H:%M:%S} UTC" + (f" ({note})" if note else "")
-    return f"{printable(entry.id)} {quoted(printable(entry.name))}{when}"
+    when = short_date(entry.date_sec, entry.date_nsec, " UTC")
+    return f"{printable(entry.id)} {quoted(printable(entry.name))} of {when}"
 
 
 def snapshot_date(entry: SnapshotEntry) -> dt.datetime:

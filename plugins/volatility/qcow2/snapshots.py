@@ -63,10 +63,9 @@ class Snapshots(*_bases()):  # type: ignore[misc]
             if problem.blocks & {"disk", "snapshots"}:
                 common.warn(f"{printable(image.name)}: {problem.error()}")
         for entry in image.snapshots:
-            note = date_note(entry.date_nsec)
-            if note:
+            if date_note(entry.date_nsec):
                 common.warn(
-                    f"{printable(image.name)}: the date of snapshot {choice.describe(entry)} is recorded with {note}"
+                    f"{printable(image.name)}: the recorded date of snapshot {choice.describe(entry)} is invalid"
                 )
             yield (
                 0,

@@ -175,7 +175,7 @@ def _findings(rules: dict[str, Rule], facts: Facts) -> Iterator[Finding]:
 
 def _sound(entry: Rule, facts: Facts) -> bool:
     if entry.needs in ("geometry", "tables"):
-        return facts.has_geometry
+        return facts.image.has_geometry
     return entry.needs == "header" or facts.has_census
 
 

@@ -89,20 +89,13 @@ class Facts:
 
     @property
     def cluster_size(self) -> int:
-        """Bytes per cluster; sound where :attr:`has_geometry`."""
+        """Bytes per cluster; sound where the image has a known geometry."""
         return self.image.header.cluster_size
 
-    @cached_property
-    def has_geometry(self) -> bool:
-        """Whether version and cluster size are known ones, so that offsets mean something."""
-        header = self.header
-        low, high = (9, 16) if header.version == 1 else (9, 21)
-        return header.version in (1, 2, 3) and low <= header.cluster_bits <= high
-
-    @cached_property
+    @property
     def has_census(self) -> bool:
         """Whether tables can be walked: version 2 or 3 with known geometry."""
-        return self.has_geometry and self.header.version in (2, 3)
+        return self.image.has_geometry and self.header.version in (2, 3)
 
     @property
     def census(self) -> Census:

@@ -213,7 +213,7 @@ def header_invalid(facts: Facts) -> Iterator[Evidence | Graded]:
     yield from _cut_header(facts)
     if facts.has_census:
         yield from _tables_outside(facts)
-    if facts.has_geometry and facts.header.backing_file_offset and not facts.header.backing_file_size:
+    if facts.image.has_geometry and facts.header.backing_file_offset and not facts.header.backing_file_size:
         harmless.append(facts.field("backing_file_size", "0: the backing file name is empty"))
     if tolerated:
         yield graded(tolerated, severity=Severity.MEDIUM)

@@ -143,7 +143,7 @@ def chain(facts: Facts) -> Chain:
 def files_followed(facts: Facts) -> list[str]:
     """Return the paths of the backing and data files that were opened, nearest first."""
     try:
-        members = chain(facts).members if facts.has_geometry and names(facts) else ()
+        members = chain(facts).members if facts.image.has_geometry and names(facts) else ()
     except (Qcow2Error, OSError):
         return []
     return [member.path for member in members if member.status == "found" and member.path]

@@ -42,7 +42,7 @@ def identity(facts: Facts, name: str) -> dict[str, Any]:
         "version": header.version,
         "virtual_size": header.size,
     }
-    if facts.has_geometry:
+    if facts.image.has_geometry:
         known["cluster_size"] = header.cluster_size
         known["snapshots"] = _readable(lambda: _counted(image, "snapshots"))
         known["bitmaps"] = _readable(lambda: _counted(image, "bitmaps"))
@@ -51,7 +51,7 @@ def identity(facts: Facts, name: str) -> dict[str, Any]:
     known["data_file"] = _readable(lambda: image.data_file_name) if header.external_data else None
     known["encryption"] = image.encryption.lower() or None
     known["refcount_bits"] = header.refcount_bits if header.version > 1 and header.refcount_order <= 6 else None
-    known["unreadable"] = _readable(lambda: list(image.unreadable_facts)) if facts.has_geometry else None
+    known["unreadable"] = _readable(lambda: list(image.unreadable_facts)) if facts.image.has_geometry else None
     return known
 
 

@@ -173,18 +173,16 @@ def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     """Index what nothing points at, and write the pieces where that was asked for."""
     args.folder = str(folder / stem)
     summary = residue.write_folder(args)
-    notes = (
-        []
-        if args.index_only or not summary.skipped
-        else [f"{plural(summary.skipped, 'piece is', 'pieces are')} in the index only"]
-    )
+    notes = residue.doubts(summary)
+    if summary.skipped and not args.index_only:
+        notes.append(f"{plural(summary.skipped, 'piece is', 'pieces are')} in the index only")
     facts = {
         "pieces": summary.pieces,
         "written": summary.written,
         "kinds": {kind: {"pieces": count, "bytes": total} for kind, (count, total) in summary.by_kind.items()},
         "deleted": list(summary.deleted),
     }
-    return Outcome(0, (f"{stem}/index.csv", f"{stem}/index.json"), tuple(notes), facts)
+    return Outcome(2 if summary.unseen else 0, (f"{stem}/index.csv", f"{stem}/index.json"), tuple(notes), facts)
 
 
 def attempt(work: Work, args: argparse.Namespace, folder: Path, stem: str) -> Outcome:

@@ -157,7 +157,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         lines.append("snapshots")
         lines += [
             f"  {s['offset']:#x}  {printable(s['id'], _NAME_SHOWN)} ({printable(s['name'], _NAME_SHOWN)}), "
-            f"{short_date(s['date_sec'], s['date_nsec'])} UTC, disk {_size_or_none(s['disk_size'])}, "
+            f"{short_date(s['date_sec'], s['date_nsec'], ' UTC')}, disk {_size_or_none(s['disk_size'])}, "
             f"VM state {size(s['vm_state_size'])}"
             for s in facts["snapshots"]
         ]

@@ -58,9 +58,21 @@ def run(args: argparse.Namespace) -> int:
     print(f"{plural(summary.pieces, 'piece')}, {size(summary.written)} written to {printable(args.folder)}")
     for line in summary.deleted:
         print(line)
+    for sentence in doubts(summary):
+        complain(sentence)
     if summary.skipped and not args.index_only:
         complain(f"in the index only: {plural(summary.skipped, 'piece')}")
-    return 0
+    return 2 if summary.unseen else 0
+
+
+def doubts(summary: Summary) -> list[str]:
+    """Return what is to be known about the residue of a damaged image, a sentence each."""
+    said = []
+    if summary.problem:
+        said.append(f"the disk cannot be read: {summary.problem}; what no readable table leads to counts as residue")
+    if summary.unseen:
+        said.append(f"not all clusters in use were looked into: {summary.unseen}")
+    return said
 
 
 def write_folder(args: argparse.Namespace) -> Summary:

@@ -98,6 +98,12 @@ class Image(Closing):
         extension = self.extension(ExtensionType.FEATURE_NAMES)
         return parse_feature_names(extension.data) if extension else []
 
+    @cached_property
+    def has_geometry(self) -> bool:
+        """Whether version and cluster size are known ones, so that offsets mean something."""
+        low, high = (9, 16) if self.header.version == 1 else (9, 21)
+        return self.header.version in (1, 2, 3) and low <= self.header.cluster_bits <= high
+
     @property
     def encryption(self) -> str:
         """The name of the encryption method, its number when it is unknown; "" when there is none."""

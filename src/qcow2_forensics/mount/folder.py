@@ -207,6 +207,6 @@ def _snapshot(kind: str, entry: SnapshotEntry, selector: SnapshotName, left: str
     stem = "-".join(part for part in (kind, safe_name(entry.id), safe_name(entry.name)) if part)
     what = f"{kind} snapshot" if kind != "snapshot" else kind
     description = (
-        f'{what} {printable(entry.id)} "{printable(entry.name)}" of {short_date(seconds, nanoseconds)} UTC{left}'
+        f'{what} {printable(entry.id)} "{printable(entry.name)}" of {short_date(seconds, nanoseconds, " UTC")}{left}'
     )
     return State(selector, stem, description, snapshot_time(seconds, nanoseconds), entry)

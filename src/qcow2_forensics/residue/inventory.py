@@ -18,7 +18,7 @@ from ..account.streams import Decoded, decode_all
 from ..census import Census, take_census
 from ..census.arrays import U64, DistinctValues
 from ..census.columns import big_endian, table_offsets
-from ..errors import MissingFile, Qcow2Error
+from ..errors import MissingFile, Qcow2Error, Unsupported
 from ..format.bitmap_directory import BitmapEntry
 from ..format.header import padded
 from ..format.image import Image
@@ -77,6 +77,7 @@ class Residue(Closing):
         self.image = image
         self.data = data  # the external data file, None where there is none or it is not opened
         self.entries_left_out = 0  # former snapshot and bitmap entries found and dropped: there were too many
+        self.unseen: Qcow2Error | None = None  # why :meth:`pieces` left out what is inside of clusters in use
         self._given = census
         self._files = ExitStack()
 
@@ -100,9 +101,16 @@ class Residue(Closing):
     # --- runs ----------------------------------------------------------------------------------
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield every piece of residue: slack first, then hidden bytes, then unclaimed clusters."""
+        """Yield every piece of residue: slack first, then hidden bytes, then unclaimed clusters.
+
+        Where compressed clusters are of a type that nothing decodes, the hidden bytes that depend on them are left
+        out, and :attr:`unseen` says so.
+        """
         yield from self.slack()
-        yield from self.hidden()
+        try:
+            yield from self.hidden()
+        except Unsupported as error:
+            self.unseen = error
         yield from self.unclaimed()
 
     def slack(self) -> Iterator[Piece]:
@@ -117,11 +125,11 @@ class Residue(Closing):
             return
         yield from hidden.zero_flagged(self.image, self.census)
         yield from hidden.subclusters(self.image, self.census)
-        yield from streams.compressed_slack(self.image, self.decoded)
         yield from hidden.tail(self.image)
-        yield from accounted(self.account)
         if self.image.header.external_data and self.data is not None:
             yield from data_file_residue(self.image, self.data, strict=False)
+        yield from streams.compressed_slack(self.image, self.decoded)  # what needs streams decoded comes last
+        yield from accounted(self.account)
 
     def unclaimed(self) -> Iterator[Piece]:
         """Yield what lies in clusters nothing refers to."""
@@ -202,6 +210,8 @@ class Residue(Closing):
 
     def deleted_snapshots(self, *, read_data: bool = True) -> list[DeletedSnapshot]:
         """Return the deleted snapshots whose entries survive, and how much of each can be read."""
+        if self.image.header.version == 1:
+            return []  # the format has none
         snapshots, _ = self.entries()
         return readability.examine(
             self.image, snapshots, self.census, most=DELETED_SNAPSHOTS_FOLLOWED, read_data=read_data
@@ -266,15 +276,16 @@ def residue(
 ) -> Residue:
     """Open the residue of an image: what nothing points at, as pieces and as file objects.
 
-    An external data file is looked at when ``resolver`` finds it. Raises the first problem that
-    keeps the tables from being walked.
+    An external data file is looked at when ``resolver`` finds it. The disk need not be readable; raises
+    where version or cluster size are unknown.
     """
     if isinstance(origin, Image):
         return Residue(origin)
     with ExitStack() as undo:
         image = Image(origin, limits=limits)
         undo.callback(image.close)
-        image.require("disk")
+        if not image.has_geometry:
+            image.require("disk")
         data = None
         if image.header.external_data and image.data_file_name:
             try:

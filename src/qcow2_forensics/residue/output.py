@@ -39,6 +39,8 @@ _COLUMNS = (
 class Summary:
     """What was written: pieces found, bytes in files, pieces only indexed, one line per deleted snapshot.
 
+    ``problem`` is why the disk cannot be read: what its tables would map counts as residue then. ``unseen`` is why
+    some residue was not looked for.
     ``by_kind`` has the number of pieces and their bytes, whether they are in files or only indexed.
     """
 
@@ -46,6 +48,8 @@ class Summary:
     written: int = 0
     skipped: int = 0
     deleted: tuple[str, ...] = ()
+    problem: str = ""
+    unseen: str = ""
     by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -78,6 +82,9 @@ def _fill(
 ) -> Summary:
     summary = Summary()
     image = {"path": residue.image.name, "file_size": residue.image.file_size, "schema": SCHEMA}
+    problem = residue.image.unreadable("disk")
+    if problem is not None:
+        summary.problem = image["problem"] = str(problem.error())
     with (
         (folder / "index.json").open("w", encoding="utf-8") as index,
         (folder / "index.csv").open("w", encoding="utf-8", newline="") as table,
@@ -99,7 +106,9 @@ def _fill(
             advance(piece.length)
         deleted = residue.deleted_snapshots()
         summary.deleted = tuple(_described(item) for item in deleted)
-        index.write(f'],\n"deleted_snapshots": {json.dumps(_deleted(deleted))}')
+        summary.unseen = str(residue.unseen or "")
+        index.write(f'],\n"unseen": {json.dumps(summary.unseen or None)}')
+        index.write(f',\n"deleted_snapshots": {json.dumps(_deleted(deleted))}')
         index.writelines(f',\n"{key}": {json.dumps(value)}' for key, value in origin().items())
         index.write("}\n")
     return summary
