@@ -10,11 +10,11 @@ import json
 import pytest
 
 import qcow2_forensics
-from qcow2_forensics.findings import TOOL, Evidence, Finding, Report, Severity
+from qcow2_forensics.findings import Evidence, Finding, Report, Severity
 from qcow2_forensics.render import FORMATS, render
 from qcow2_forensics.render.plain import evidence_line
 from qcow2_forensics.render.state_tree import STATES
-from qcow2_forensics.text import cell, columns, shown_value, size, wrap
+from qcow2_forensics.text import TOOL, cell, columns, shown_value, size, wrap
 from tests.pages import check_page
 
 HOSTILE = "\x1b[31m<script>alert(1)</script>\u202egpj\x00=cmd|'/C calc'!A0 & \"q\" \udcff"

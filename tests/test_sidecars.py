@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qcow2_forensics.cli import demo, main
-from qcow2_forensics.findings import TOOL
+from qcow2_forensics.text import TOOL
 
 
 @pytest.fixture

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from .findings import Finding as Finding
     from .findings import Report as Report
     from .findings import Severity as Severity
-    from .findings import __version__ as __version__
     from .format.header import Crypt as Crypt
     from .format.image import Image as Image
     from .format.snapshot_table import SnapshotEntry as SnapshotEntry
@@ -109,6 +108,7 @@ if TYPE_CHECKING:
     from .reader.vm_state import VmState as VmState
     from .reader.writer import cache_file as cache_file
     from .reader.writer import ended_by_signals as ended_by_signals
+    from .text import __version__ as __version__
 
 # Every name is imported at its first use: importing the package takes no time, and the command starts where Ctrl-C is
 # handled before anything is imported that takes time. A test holds this table to the imports above.
@@ -117,7 +117,7 @@ _NAMES = {  # by the module that has them
     "compare": "compare",
     "errors": "ForbiddenReference FormatError LimitExceeded Locked MissingFile NotQcow2 Qcow2Error ReadError "
     "SnapshotNotFound Unsupported reason",
-    "findings": "Evidence Finding Report Severity __version__",
+    "findings": "Evidence Finding Report Severity",
     "format.header": "Crypt",
     "format.image": "Image",
     "format.snapshot_table": "SnapshotEntry",
@@ -139,6 +139,7 @@ _NAMES = {  # by the module that has them
     "reader.stream": "SourceStream",
     "reader.vm_state": "VmState",
     "reader.writer": "cache_file ended_by_signals",
+    "text": "__version__",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 _MODULES = ("errors", "format", "limits", "reader", "text")  # also there as attributes

@@ -12,10 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .text import Value
-
-__version__ = "0.1.0"  # the same as in pyproject.toml
-TOOL = f"qcow2-forensics {__version__}"  # every report says what made it
+from .text import TOOL, Value
 
 SCHEMA_VERSION = 1  # of Report.to_dict(); raised when a reader of an older one would be misled
 

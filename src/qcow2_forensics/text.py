@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TextIO
 
+__version__ = "0.1.0"  # the same as in pyproject.toml
+TOOL = f"qcow2-forensics {__version__}"  # every report says what made it
+
 Value = int | str | bool | float | None
 
 _ENTRY = r"(^|: |L2 )entry\b"  # an entry of a table, shown in hexadecimal

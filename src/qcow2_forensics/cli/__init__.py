@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import NotQcow2, Qcow2Error
 from ..format.source import remembering_sources
-from ..text import printable
+from ..text import TOOL, printable
 from .notes import showing_notes
 
 COMMANDS = (
@@ -69,16 +69,6 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
-class _Version(argparse.Action):
-    """Prints the version; only then is the module imported that knows it."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from ..findings import TOOL
-
-        print(TOOL)
-        parser.exit()
-
-
 def add_image_argument(parser: argparse.ArgumentParser) -> None:
     """Add the positional IMAGE."""
     parser.add_argument("image", metavar="IMAGE", help="a QCOW2 (or QCOW) image; it is only read")
@@ -97,7 +87,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
+    parser.add_argument("--version", action="version", version=TOOL)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for command in commands:
         module = importlib.import_module(f".{command}", __name__)

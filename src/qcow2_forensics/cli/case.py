@@ -21,7 +21,7 @@ from ..errors import Qcow2Error
 from ..format.source import FileSource, Source, source_name
 from ..limits import MiB
 from ..reader.disk import Disk
-from ..text import iso_time
+from ..text import TOOL, iso_time
 from .output import Progress
 
 if TYPE_CHECKING:
@@ -80,8 +80,6 @@ def run_of(
 ) -> dict[str, Any]:
     """Return the facts of a run over some files as plain data."""
     import platform
-
-    from ..findings import TOOL
 
     facts = {
         "case": args.case,
@@ -156,8 +154,6 @@ def now() -> str:
 
 def origin_of(args: argparse.Namespace, sources: Iterable[tuple[str, object]], started: str) -> dict[str, Any]:
     """Return what an output is from: ``sources`` that were read by their role, the tool, the command, the times."""
-    from ..findings import TOOL
-
     hashed = getattr(args, "hash_source", False)
     files = [{"role": role, **_identity(source, hashed)} for role, source in sources if isinstance(source, Source)]
     return {"source": files, "tool": TOOL, "command": command_of(args), "started": started, "finished": now()}

@@ -14,14 +14,13 @@ from operator import itemgetter
 from typing import Any
 
 from ..errors import Qcow2Error
-from ..findings import TOOL
 from ..limits import MiB
 from ..reader.clusters import decode_here
 from ..reader.disk import Disk, images_of
 from ..reader.mapping import Kind
 from ..reader.salvage import SalvagedDisk, mapfile
 from ..reader.writer import HASHES, Writer, atomic_writer, refuse_existing, writing
-from ..text import plural, printable, size
+from ..text import TOOL, plural, printable, size
 from . import add_image_argument
 from .case import add_sidecar_arguments, now, origin_of, report_output, sidecar_of, sources_of
 from .options import add_disk_arguments, open_from

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, TextIO
 
 from ..audit import audit
 from ..errors import Qcow2Error, reason
-from ..findings import SCHEMA_VERSION, TOOL, Evidence, Finding, Report, Severity
+from ..findings import SCHEMA_VERSION, Evidence, Finding, Report, Severity
 from ..format.source import FileSource
 from ..reader.resolver import COMMAND_LINE, Resolver
 from ..reader.writer import atomic_writer, refuse_evidence
@@ -40,7 +40,7 @@ from ..render.fleet_page import render_fleet
 from ..render.page import run_facts
 from ..render.plain import render_text
 from ..render.rows import render_csv, without_pictures
-from ..text import cut, plural
+from ..text import TOOL, cut, plural
 from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS, complain
 from .audit import DEPTHS, LIMITED, left_out
 from .case import files_of, run_of, wants_run

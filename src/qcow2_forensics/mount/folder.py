@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import NotQcow2, Qcow2Error
-from ..findings import Report, __version__
+from ..findings import Report
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Closing, closed_on_error
 from ..reader.disk import Disk
 from ..reader.states import Rebuilt, SnapshotName
 from ..reader.vm_state import VmState
-from ..text import printable, short_date, short_time, size, snapshot_time
+from ..text import __version__, printable, short_date, short_time, size, snapshot_time
 from .files import Content, DiskContent, File, MemoryContent, TextContent, UniqueNames, safe_name
 
 if TYPE_CHECKING:

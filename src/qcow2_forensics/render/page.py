@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..findings import TOOL, Severity
-from ..text import markup
+from ..findings import Severity
+from ..text import TOOL, markup
 from .stylesheet import CSS
 
 _FOOTER = (
