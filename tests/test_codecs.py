@@ -258,8 +258,11 @@ def test_a_compression_type_without_a_row_is_refused_by_everything_that_decodes(
     monkeypatch.delitem(codecs._CODECS, 1)
     with pytest.raises(Unsupported, match="compression type 1"):
         q.open_disk(path)
-    with pytest.raises(Unsupported, match="compression type 1"), residue(path) as found:
-        list(found.pieces())
+    with residue(path) as found:
+        assert "compressed-slack" not in {piece.kind for piece in found.pieces()}
+        assert isinstance(found.unseen, Unsupported)
+        with pytest.raises(Unsupported, match="compression type 1"):
+            list(found.hidden())
     report = q.audit(path, depth="deep")
     assert {"QCOW2-AUDIT-INCOMPLETE"} <= {finding.code for finding in report}
     assert "QCOW2-COMPRESSED-INVALID" not in {finding.code for finding in report}

@@ -73,7 +73,7 @@ def test_names_below_a_folder_that_one_state_cannot_list_are_neither_added_nor_r
     def directory(system: SleuthKitFileSystem, inode: int, path: str, *, deleted: bool = False) -> list[Any]:
         calls.append(path)
         if path == "/folder" and calls.count(path) == failing:
-            system._problem(path, OSError("it does not open"), deleted=deleted)
+            system.note_problem(path, OSError("it does not open"), deleted=deleted)
             return []
         return listed(system, inode, path, deleted=deleted)
 

@@ -156,7 +156,7 @@ def test_a_shortened_list_of_evidence_is_mentioned_once_with_the_way_to_see_all(
         ("places: copied flag disagrees with the refcount", 9, "9"),
         ("l1_table_offset", 4096, "0x1000"),
         ("snapshot table at 0x1000000, bytes", 1 << 20, "1048576 (1 MiB)"),
-        ("vm_clock_nsec", 4_332_881_785, "4332881785 (4.333 s)"),
+        ("vm_clock_nsec", 4_332_881_785, "4332881785 (4.332 s)"),
         ("nb_snapshots", 65536, "65536"),
         ("readable_fraction", 0.5, "0.50"),
     ],
