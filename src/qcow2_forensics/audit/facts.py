@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
@@ -33,6 +33,15 @@ def snapshot_field(entry: SnapshotEntry, name: str, value: Value, place: str = "
     """Return a field of a snapshot table entry as evidence; ``place`` is the field meant, where ``name`` is not its name."""
     at, length = entry.place_of(place or name)
     return Evidence(name, value, at, length, "snapshot table", snapshot=shortened(entry.id))
+
+
+def snapshot_fields(entry: SnapshotEntry, values: Mapping[str, Value]) -> Iterator[Evidence]:
+    """Yield fields of a snapshot table entry as evidence, those that it has."""
+    snapshot = shortened(entry.id)
+    for name, value in values.items():
+        if value is not None:
+            at, length = entry.place_of(name)
+            yield Evidence(name, value, at, length, "snapshot table", snapshot=snapshot)
 
 
 # What rules want to see of every L2 table while the census is taken: from which depth on, and of which images.

@@ -20,8 +20,8 @@ from ..format.header import (
 )
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import FINDINGS_PER_RULE
-from ..text import Value, snapshot_date
-from .facts import Facts, shortened, snapshot_field
+from ..text import snapshot_date
+from .facts import Facts, shortened, snapshot_field, snapshot_fields
 from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded, of_fields
 
 rule = Chapter(__name__, "Header, extensions and the tables they name")
@@ -146,21 +146,21 @@ def snapshot(facts: Facts) -> Iterator[Graded]:
 
 
 def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
-    known: dict[str, Value] = {
-        "id": shortened(entry.id),
-        "name": shortened(entry.name),
-        "date": snapshot_date(entry.date_sec, entry.date_nsec),
-        "vm_clock_nsec": entry.vm_clock_nsec,
-        "l1_table_offset": entry.l1_table_offset,
-        "l1_size": entry.l1_size,
-        "vm_state_size": entry.vm_state_size,
-        "disk_size": entry.disk_size,
-        "icount": entry.icount,
-        "extra_data_size": entry.extra_length,
-    }
-    for name, value in known.items():
-        if value is not None:
-            yield snapshot_field(entry, name, value)
+    return snapshot_fields(
+        entry,
+        {
+            "id": shortened(entry.id),
+            "name": shortened(entry.name),
+            "date": snapshot_date(entry.date_sec, entry.date_nsec),
+            "vm_clock_nsec": entry.vm_clock_nsec,
+            "l1_table_offset": entry.l1_table_offset,
+            "l1_size": entry.l1_size,
+            "vm_state_size": entry.vm_state_size,
+            "disk_size": entry.disk_size,
+            "icount": entry.icount,
+            "extra_data_size": entry.extra_length,
+        },
+    )
 
 
 @rule(

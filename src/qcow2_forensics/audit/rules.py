@@ -25,10 +25,11 @@ import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ..errors import Qcow2Error
-from ..findings import Evidence, Finding, Selection, Severity, place_of
+from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Selection, Severity, place_of
 from ..limits import FINDINGS_PER_RULE
 
 if TYPE_CHECKING:
@@ -237,16 +238,21 @@ def apply(entry: Rule, facts: Facts) -> Outcome:
 
 
 def _finding(entry: Rule, item: Graded, cluster_size: int) -> Finding:
-    kept: Selection[Evidence] = Selection()
-    for evidence in item.evidence:
-        kept.add(evidence, place_of(evidence, cluster_size))
+    rest = iter(item.evidence)
+    evidence = tuple(islice(rest, EVIDENCE_LIMIT + 1))
+    count = len(evidence)
+    if count > EVIDENCE_LIMIT:
+        kept: Selection[Evidence] = Selection()
+        for one in chain(evidence, rest):
+            kept.add(one, place_of(one, cluster_size))
+        evidence, count = kept.items, kept.count
     return Finding(
         code=entry.code,
         severity=entry.severity if item.severity is None else item.severity,
         title=item.title or entry.title,
         note=item.note or entry.note,
-        evidence=kept.items,
-        count=kept.count if item.count is None else item.count,
+        evidence=evidence,
+        count=count if item.count is None else item.count,
         confidence=item.confidence,
     )
 

@@ -75,15 +75,13 @@ class SnapshotEntry(NamedTuple):
 
     def place_of(self, field: str) -> tuple[int, int]:
         """Return the file offset and the length of a field that the entry has, by the name used here or in the format."""
-        if field == "vm_state_size" and self.extra_length < 8:
-            field = "vm_state_size32"
-        id_at = SNAPSHOT_ENTRY_LENGTH + self.extra_length
+        extra_length = len(self.extra)
         if field == "id":
-            at, length = id_at, len(self.id_bytes)
+            at, length = SNAPSHOT_ENTRY_LENGTH + extra_length, len(self.id_bytes)
         elif field == "name":
-            at, length = id_at + len(self.id_bytes), len(self.name_bytes)
+            at, length = SNAPSHOT_ENTRY_LENGTH + extra_length + len(self.id_bytes), len(self.name_bytes)
         else:
-            at, length = _FIELDS[field]
+            at, length = _FIELDS["vm_state_size32" if field == "vm_state_size" and extra_length < 8 else field]
         return self.offset + at, length
 
 
