@@ -241,13 +241,10 @@ def _described(entry: Any) -> tuple[Any, ...]:
     spec, stat = entry.path_spec, entry.GetStatAttribute()
     where = [getattr(spec, name, None) for name in ("location", *_IN_FILE_SYSTEM)]
     facts = [getattr(stat, name, None) for name in _STAT]
-    names = () if entry.type_indicator == definitions.TYPE_INDICATOR_NTFS else _attribute_names(entry)
+    attributes = () if entry.type_indicator == definitions.TYPE_INDICATOR_NTFS else entry.attributes
+    names = [getattr(attribute, "name", None) for attribute in attributes]
     times = [_time(getattr(entry, name, None)) for name in _TIMES]
     return entry.entry_type, entry.size, entry.IsAllocated(), entry.link, where, facts, names, times
-
-
-def _attribute_names(entry: Any) -> list[Any]:
-    return [getattr(attribute, "name", None) for attribute in entry.attributes]
 
 
 def _time(value: Any) -> Any:

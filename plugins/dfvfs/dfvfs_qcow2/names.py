@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from qcow2_forensics.recovery import RecoveredState
 
 PREFIX = "qcow2-snapshot:"
+ARCHIVE = "qcow"  # what plaso's --archives calls an image inside another one
+DATA_TYPE = "qcow2:snapshot"  # of plaso's events about snapshots
 _DELETED, _RECOVERED = "deleted:", "recovered:"
 _METHOD = re.compile(r"(?:deleted:0x([0-9a-f]{1,16})|recovered:([0-9]{1,9})|([0-9]{1,9})):(.*)", re.DOTALL)
 _ENCODED_STREAM = "ENCODED_STREAM"  # dfVFS's type indicator

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -26,6 +26,7 @@ from qcow2_forensics import (
     FileSource,
     Image,
     Qcow2Error,
+    SnapshotEntry,
     SnapshotName,
     Source,
     __version__,
@@ -80,12 +81,16 @@ class OpenedDisk:
 
     def is_current(self, resolver_context: Any) -> bool:
         """Whether the files, and the context they were opened in, are still the same."""
+        if self._context() is not resolver_context:
+            return False
         try:
-            return self._context() is resolver_context and all(
-                _is_same(source, os.stat(source.path)) for source in self._files
-            )
+            for source in self._files:
+                status = os.stat(source.path)
+                if (*source.identity, source.mtime_ns) != (status.st_dev, status.st_ino, status.st_mtime_ns):
+                    return False
         except OSError:
             return False
+        return True
 
     def note_failure(self, error: Exception) -> None:
         """Remember, and log, why a read failed; bounded."""
@@ -108,10 +113,6 @@ class OpenedDisk:
                 self.why_locked = reason(error)
                 logger.warning("%s stays locked: %s", printable(self.disk.name), error)
         return not self.disk.is_locked
-
-
-def _is_same(source: FileSource, status: os.stat_result) -> bool:
-    return source.identity == (status.st_dev, status.st_ino) and source.mtime_ns == status.st_mtime_ns
 
 
 def _kept_states(path_spec: Any, resolver_context: Any) -> list[OpenedDisk]:
@@ -198,9 +199,14 @@ def _open(path_spec: Any, resolver_context: Any, snapshot: SnapshotKey | None) -
     return OpenedDisk(disk, [source, *resolver.opened], resolver_context)
 
 
-def find_entry(image: Image, snapshot: SnapshotKey) -> Any:
+def find_entry(image: Image, snapshot: SnapshotKey) -> SnapshotEntry:
     """Return the entry a key means; OSError when the image no longer has it there."""
-    for entry in [_former_entry(image, snapshot)] if snapshot.deleted else image.snapshots:
+    entries: Sequence[SnapshotEntry | None] = image.snapshots
+    if snapshot.deleted:
+        from qcow2_forensics.residue import Residue  # numpy: only where it is needed
+
+        entries = [Residue(image).entry_at(snapshot.place)]
+    for entry in entries:
         if entry is not None and SnapshotKey.of(entry) == snapshot:
             return entry
     raise OSError(f"{printable(image.name)} has no {snapshot}")
@@ -214,12 +220,6 @@ def _recovered(source: Source, key: SnapshotKey) -> SnapshotName:
     if SnapshotKey.of_recovered(state) != key:
         raise OSError(f"{printable(source_name(source))} has no {key}: it is {SnapshotKey.of_recovered(state)} now")
     return state
-
-
-def _former_entry(image: Image, snapshot: SnapshotKey) -> Any:
-    from qcow2_forensics.residue import Residue  # numpy: only where it is needed
-
-    return Residue(image).entry_at(snapshot.place)
 
 
 @contextmanager

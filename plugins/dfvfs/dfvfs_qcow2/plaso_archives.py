@@ -17,12 +17,11 @@ from plaso.engine import worker as stock
 from plaso.lib import definitions
 
 from .audit_notes import PARSER, audit_sentences
-from .names import qcow_path_specs
+from .names import ARCHIVE, qcow_path_specs
 from .sources import begins_as_image
 from .volume_scanner import Request, base_path_specs
 from .wrapping import wrap_method
 
-ARCHIVE = "qcow"
 _DEPTH = 3  # images inside each other, the source among them where it is one
 _IMAGES = 1000  # inside others, processed by one worker; a hypervisor has some hundreds
 

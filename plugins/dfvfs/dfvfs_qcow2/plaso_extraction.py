@@ -14,10 +14,9 @@ from qcow2_forensics.text import printable
 
 from . import end_notes
 from .audit_notes import PARSER, severities_of
+from .names import ARCHIVE
 from .sources import display_name
 from .wrapping import wrap_method
-
-ARCHIVE = "qcow"
 
 
 def _extract_events(stock_method: Any, tool: Any) -> None:

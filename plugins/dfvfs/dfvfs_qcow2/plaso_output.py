@@ -7,15 +7,15 @@ from typing import Any
 
 from plaso.output import mediator as stock
 
+from .names import DATA_TYPE
 from .wrapping import wrap_method
 
 _FORMATTERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "formatters.yaml")
-_DATA_TYPE = "qcow2:snapshot"
 
 
 def _look_up(stock_method: Any, mediator: Any, data_type: str) -> Any:
     """Answer for our data type from our file, read on first use; for all others as ever."""
-    if data_type.lower() == _DATA_TYPE and _DATA_TYPE not in mediator._message_formatters:
+    if data_type.lower() == DATA_TYPE and DATA_TYPE not in mediator._message_formatters:
         mediator.ReadMessageFormattersFromFile(_FORMATTERS)
     return stock_method(mediator, data_type)
 

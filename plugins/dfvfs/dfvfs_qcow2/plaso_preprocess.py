@@ -20,7 +20,7 @@ from qcow2_forensics.text import date_note, printable, snapshot_time
 from . import end_notes
 from .audit_notes import PARSER, audit_sentences
 from .inspection import open_image, recovered_states, snapshot_path_spec
-from .names import SnapshotKey, label, qcow_path_specs, snapshots_around
+from .names import DATA_TYPE, SnapshotKey, label, qcow_path_specs, snapshots_around
 from .opening import find_entry
 from .sources import display_name
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from qcow2_forensics import SnapshotEntry
 
-PLUGIN_NAME = PARSER
-DATA_TYPE = "qcow2:snapshot"
 _MOST = 1000  # snapshots per image: a crafted image could fill the storage file
 
 _Stock: Any = interface.FileSystemArtifactPreprocessorPlugin
@@ -115,7 +113,7 @@ def _warn(mediator: Any, path_spec: Any, sentences: Sequence[str]) -> None:
     mediator.SetFileEntry(_Location(path_spec))
     try:
         for sentence in sentences:
-            mediator.ProducePreprocessingWarning(PLUGIN_NAME, sentence)
+            mediator.ProducePreprocessingWarning(PARSER, sentence)
     finally:
         mediator.SetFileEntry(before)
 
@@ -149,7 +147,7 @@ def _report_snapshots(mediator: Any, path_spec: Any, entries: Sequence[SnapshotE
 
 def _event_data(entry: SnapshotEntry) -> QCOWSnapshotEventData:
     event_data = QCOWSnapshotEventData()
-    event_data._parser_chain = PLUGIN_NAME
+    event_data._parser_chain = PARSER
     event_data.creation_time = posix_time.PosixTimeInNanoseconds(
         timestamp=snapshot_time(entry.date_sec, entry.date_nsec)
     )
@@ -171,7 +169,7 @@ def _count(mediator: Any, number_of_events: int) -> None:
     writer = mediator._storage_writer
     if hasattr(writer, "GetParsersCounter"):
         writer.UpdateParsersCounter(
-            writer.GetParsersCounter(), Counter({PLUGIN_NAME: number_of_events, "total": number_of_events})
+            writer.GetParsersCounter(), Counter({PARSER: number_of_events, "total": number_of_events})
         )
         writer.UpdateDataTypesCounter(
             writer.GetDataTypesCounter(), Counter({DATA_TYPE: number_of_events, "total": number_of_events})

@@ -228,9 +228,7 @@ def _choose_one(item: _Item, image: Image) -> Sequence[SnapshotEntry]:
     return () if entry is None else (entry,)  # the active state is always read
 
 
-@lru_cache(maxsize=8)
-def _parsed(text: str) -> Selection:
-    return Selection(text)
+_parsed = lru_cache(maxsize=8)(Selection)
 
 
 def selection_from_environment() -> Selection | None:

@@ -66,7 +66,8 @@ def identify(layer: interfaces.layers.DataLayerInterface) -> tuple[str | None, b
     """
     import qcow2_forensics
 
-    facts: list[object] = [qcow2_forensics.__version__, _text(layer.build_configuration())]
+    configuration = json.dumps(dict(layer.build_configuration()), sort_keys=True, default=repr)
+    facts: list[object] = [qcow2_forensics.__version__, configuration]
     local = True
     waiting = [layer]
     while waiting:
@@ -88,10 +89,6 @@ def identify(layer: interfaces.layers.DataLayerInterface) -> tuple[str | None, b
             return None, False
         facts += [os.path.realpath(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest(), local
-
-
-def _text(configuration: interfaces.configuration.HierarchicalDict) -> str:
-    return json.dumps(dict(configuration), sort_keys=True, default=repr)
 
 
 def _path(key: str) -> Path:

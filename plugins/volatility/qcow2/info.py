@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 from volatility3.framework.renderers import format_hints
 
@@ -13,8 +14,18 @@ from .evidence import EvidencePlugin, Row, Stream, hexadecimal
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image
 
-# Subject, item, value, address and size; values are escaped already, as the core's own sentences are.
-Facts = Iterator[tuple[str, str, str, int | None, int | None]]
+
+class Fact(NamedTuple):
+    """A row; the value is escaped already, as the core's own sentences are."""
+
+    subject: str
+    item: str
+    value: str = ""
+    address: int | None = None
+    size: int | None = None
+
+
+Facts = Iterator[Fact]
 
 
 class Info(EvidencePlugin):
@@ -44,32 +55,32 @@ class Info(EvidencePlugin):
             facts += [_memory_facts(stream, memory), _kernel_facts(memory)]
         except (Qcow2Error, ImportError) as error:
             common.warn(f"no memory is shown: {error}")
-        for part in facts:
-            for subject, item, value, address, size in part:
-                yield 0, (subject, printable(item), value, hexadecimal(address), hexadecimal(size))
+        for fact in chain(*facts):
+            shown = fact.subject, printable(fact.item), fact.value
+            yield 0, (*shown, hexadecimal(fact.address), hexadecimal(fact.size))
 
 
 def _image_facts(image: Image) -> Facts:
     from qcow2_forensics.text import printable
 
     header = image.header
-    yield "image", "file", printable(image.name), None, image.file_size
-    yield "image", "version", str(header.version), None, None
-    yield "image", "virtual disk", "", None, header.size
-    yield "image", "cluster", "", None, image.cluster_size
+    yield Fact("image", "file", printable(image.name), None, image.file_size)
+    yield Fact("image", "version", str(header.version))
+    yield Fact("image", "virtual disk", size=header.size)
+    yield Fact("image", "cluster", size=image.cluster_size)
     count = str(len(image.snapshots))
     if image.unreadable("snapshots"):
         count = f"unknown: {count} can be read"
-    yield "image", "snapshots", count, None, None
+    yield Fact("image", "snapshots", count)
     for name, value in (("backing file", image.backing_name), ("data file", image.data_file_name)):
         if name.replace(" ", "_") in image.unreadable_facts:
-            yield "image", name, "unknown: it cannot be read", None, None
+            yield Fact("image", name, "unknown: it cannot be read")
         elif value is not None:
-            yield "image", name, printable(value), None, None
+            yield Fact("image", name, printable(value))
     if image.encryption:
-        yield "image", "encryption", image.encryption, None, None
+        yield Fact("image", "encryption", image.encryption)
     for problem in image.problems:
-        yield "image", "problem", problem.message, problem.offset, None
+        yield Fact("image", "problem", problem.message, problem.offset)
 
 
 _HINTS = ("cr3", "lstar", "gs_base", "kernel_gs_base")  # what leads to a kernel: of use where no plugin finds it
@@ -83,27 +94,21 @@ def _kernel_facts(memory: GuestMemory) -> Facts:
     for cpu in memory.cpus[:1]:
         for name in _HINTS:
             if value := cpu.registers.get(name):
-                yield "processor", name, "", value, None
+                yield Fact("processor", name, "", value)
     if any(cpu.runs_nested_guest for cpu in memory.cpus):
-        yield (
-            "processor",
-            "nested",
-            "a guest of this guest was running; the registers are those of the inner one",
-            None,
-            None,
-        )
+        yield Fact("processor", "nested", "a guest of this guest was running; the registers are those of the inner one")
     if uses_five_levels(memory):
-        yield "processor", "paging", "five levels (LA57)", None, None
+        yield Fact("processor", "paging", "five levels (LA57)")
     found = find_kernel(memory)
     if found is None:
-        yield "kernel", "not found", "neither a Linux banner nor the debug record of a Windows kernel", None, None
+        yield Fact("kernel", "not found", "neither a Linux banner nor the debug record of a Windows kernel")
         return
-    yield "kernel", found.system, printable(found.identity), found.address, None
-    yield "symbols", "file", f"{printable(found.symbol_file)} below a folder of Volatility's -s", None, None
+    yield Fact("kernel", found.system, printable(found.identity), found.address)
+    yield Fact("symbols", "file", f"{printable(found.symbol_file)} below a folder of Volatility's -s")
     if found.package:
-        yield "symbols", "package", found.package, None, None
+        yield Fact("symbols", "package", found.package)
     for command in found.commands:
-        yield "symbols", "command", command, None, None
+        yield Fact("symbols", "command", command)
 
 
 def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
@@ -111,34 +116,29 @@ def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
 
     layout = memory.layout
     if stream.snapshot is not None:
-        yield "memory", "snapshot", choice.describe(stream.snapshot), None, None
+        yield Fact("memory", "snapshot", choice.describe(stream.snapshot))
     elif stream.unlisted:
-        yield "memory", "snapshot", stream.unlisted, None, None
-    yield "memory", "stream", "complete" if memory.complete else "cut off", None, stream.source.size
-    yield "memory", "machine", printable(memory.machine) or "not recorded", None, None
-    yield "memory", "architecture", memory.architecture or "unknown", None, None
-    yield "memory", "processors", str(len(memory.cpus)), None, None
-    yield "layout", "decided by", f"{layout.method}, order by {layout.order}", None, None
+        yield Fact("memory", "snapshot", stream.unlisted)
+    yield Fact("memory", "stream", "complete" if memory.complete else "cut off", None, stream.source.size)
+    yield Fact("memory", "machine", printable(memory.machine) or "not recorded")
+    yield Fact("memory", "architecture", memory.architecture or "unknown")
+    yield Fact("memory", "processors", str(len(memory.cpus)))
+    yield Fact("layout", "decided by", f"{layout.method}, order by {layout.order}")
     for note in layout.notes:
-        yield "layout", "because", note, None, None
+        yield Fact("layout", "because", note)
     for assumption in layout.assumptions:
-        yield "layout", "assumed", assumption, None, None
+        yield Fact("layout", "assumed", assumption)
     for check in layout.checks:
-        yield "layout", "checked", check, None, None
+        yield Fact("layout", "checked", check)
     for address, length in layout.doubts:
-        yield "layout", "in doubt", "", address, length
+        yield Fact("layout", "in doubt", "", address, length)
     for region, reason in zip(memory.regions, layout.reasons, strict=True):
         where = f"from block offset {region.block_offset:#x}: {reason}"
-        yield "region", region.block, where, region.address, region.length
+        yield Fact("region", region.block, where, region.address, region.length)
     placed = {region.block for region in memory.regions}
     for block in memory.blocks:
         where = "placed" if block.name in placed else "at no known address"
-        yield "block", block.name, f"{where}, {block.recorded:#x} bytes recorded", None, block.size
+        yield Fact("block", block.name, f"{where}, {block.recorded:#x} bytes recorded", None, block.size)
     for device in memory.devices:
-        yield (
-            "device",
-            device.name,
-            f"instance {device.instance}, version {device.version}",
-            device.offset,
-            device.length,
-        )
+        what = f"instance {device.instance}, version {device.version}"
+        yield Fact("device", device.name, what, device.offset, device.length)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from ..errors import reason
 from ..text import printable
-from .protocol import FileSystem
 from .records import FileRecord, Place, Span, Times
 from .renames import renames
 from .spans import Spans
@@ -99,6 +98,14 @@ class StateFiles:
         """Ranges of the disk in place of which journals are read: bytes may differ there that are equal on the disk."""
         return (span for system in self.systems.values() for span in system.replaced)
 
+    def chunks(self, record: FileRecord) -> Iterator[bytes]:
+        """Yield the content of one of the records; raises ``OSError``."""
+        return self.systems[record.volume.place].chunks(record)
+
+    def hides_name(self, place: Place, path: str) -> bool:
+        """Whether a file may be here under a name, because a folder above it could not be listed; it is counted."""
+        return place in self.systems and self.systems[place].hides(path)
+
     def hides(self, other: StateFiles, place: Place) -> bool:
         """Return whether the files that another state has at a place may be in a volume of this one that is not read.
 
@@ -182,7 +189,7 @@ def marked_files(state: StateFiles, ranges: Iterable[tuple[int, int]], *, hashed
                 continue
             changed_bytes = touched.overlap(Spans((*record.spans, *record.metadata)))
             if changed_bytes:
-                digest = _digest(state.systems[place], record) if hashed else None
+                digest = _digest(state, record) if hashed else None
                 note = "its content is in its file system record" if record.metadata else ""
                 yield Changed(FileChange.MARKED, None, record, (), None, note, changed_bytes, (None, digest))
 
@@ -213,8 +220,9 @@ class _Pair:
     """One partition in both states."""
 
     def __init__(self, before: StateFiles, after: StateFiles, place: Place, touched: Spans) -> None:
-        self._old_system = before.systems.get(place)
-        self._new_system = after.systems.get(place)
+        self._before = before
+        self._after = after
+        self._place = place
         self._touched = touched
         old, new = before.records.get(place, []), after.records.get(place, [])
         repeated = _repeated(old) | _repeated(new)
@@ -233,7 +241,7 @@ class _Pair:
             if old is None:
                 source = renamed.get(key)
                 if source is None:
-                    if not _hides(self._old_system, new):
+                    if not self._before.hides_name(self._place, new.path):
                         yield Changed(FileChange.ADDED, None, new)
                 else:
                     fields, note = self._differing(removed[source], new)
@@ -244,8 +252,12 @@ class _Pair:
                 yield Changed(FileChange.CONTENT, old, new, fields, note=note)
             elif fields:
                 yield Changed(FileChange.METADATA, old, new, fields)
-        left = removed.keys() - set(renamed.values())
-        gone = {key: old for key, old in removed.items() if key in left and not _hides(self._new_system, old)}
+        found_again = set(renamed.values())
+        gone = {
+            key: old
+            for key, old in removed.items()
+            if key not in found_again and not self._after.hides_name(self._place, old.path)
+        }
         yield from self._removed(gone)
         yield from self._newly_deleted(gone)
 
@@ -266,10 +278,9 @@ class _Pair:
             return _share(total - self._touched.overlap(record.spans), total)
         if remains is not None and remains.resident and remains.size == record.size:
             try:
-                same = not _stream_differs(self._old_system, record, self._new_system, remains)
+                return Recoverable.NO if self._bytes_differ(record, remains) else Recoverable.YES
             except OSError:
                 return None
-            return Recoverable.YES if same else Recoverable.NO
         return Recoverable.NO if record.resident else None
 
     def _newly_deleted(self, gone: dict[Key, FileRecord]) -> Iterator[Changed]:
@@ -281,7 +292,7 @@ class _Pair:
             identity = _identity(record)
             if (record.path, identity) in known or identity in reported or not record.inode:
                 continue
-            if _hides(self._old_system, record):
+            if self._before.hides_name(self._place, record.path):
                 continue
             if identity in inodes and not record.path.startswith("/$OrphanFiles/"):
                 continue  # an old name of a file that is still there
@@ -324,30 +335,24 @@ class _Pair:
         placed = old.spans == new.spans and bool(old.spans) and not old.resident and not new.resident
         if placed and not self._touched.overlap(old.spans):
             return False
-        return _stream_differs(self._old_system, old, self._new_system, new)
+        return self._bytes_differ(old, new)
+
+    def _bytes_differ(self, old: FileRecord, new: FileRecord) -> bool:
+        # Both are read in pieces of the same size, so that differing files end the reading early.
+        pairs = zip(self._before.chunks(old), self._after.chunks(new), strict=True)
+        return any(left != right for left, right in pairs)
 
     def hashes(self, change: Changed) -> tuple[str | None, str | None]:
         """Return the SHA-256 of both versions, None for what is not a file or cannot be read."""
-        return _digest(self._old_system, change.before), _digest(self._new_system, change.after)
+        return _digest(self._before, change.before), _digest(self._after, change.after)
 
 
-def _hides(system: FileSystem | None, record: FileRecord) -> bool:
-    """Whether a state may have a file, because a folder above it could not be listed there; it is counted."""
-    return system is not None and system.hides(record.path)
-
-
-def _stream_differs(one: FileSystem | None, old: FileRecord, two: FileSystem | None, new: FileRecord) -> bool:
-    if one is None or two is None:
-        return True
-    # Both are read in pieces of the same size, so that differing files end the reading early.
-    return any(left != right for left, right in zip(one.chunks(old), two.chunks(new), strict=True))
-
-
-def _digest(system: FileSystem | None, record: FileRecord | None) -> str | None:
-    if system is None or record is None or record.type != "r":
+def _digest(state: StateFiles, record: FileRecord | None) -> str | None:
+    if record is None or record.type != "r":
         return None
     if not record.allocated and (record.in_use or not record.size):
         return None  # another file's content, or none that is still known
+    system = state.systems[record.volume.place]
     try:
         return system.sha256(record)
     except OSError as error:

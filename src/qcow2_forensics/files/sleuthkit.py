@@ -200,10 +200,11 @@ class SleuthKitFileSystem(FileSystem):
         )
         if meta is None:
             return record
+        kind = _letter(_META_LETTERS, int(meta.type))
         record = replace(
             record,
             has_metadata=True,
-            type=_letter(_META_LETTERS, int(meta.type)),
+            type=kind,
             in_use=not int(meta.flags) & _UNALLOCATED,
             size=int(meta.size),
             mode=int(meta.mode),
@@ -211,7 +212,7 @@ class SleuthKitFileSystem(FileSystem):
             gid=int(meta.gid),
             times=times,
             sequence=int(meta.seq),
-            link=decoded(meta.link or b"") if _is_link(meta) else "",
+            link=decoded(meta.link or b"") if kind == "l" else "",
         )
         if attribute is None:
             return record
@@ -220,17 +221,14 @@ class SleuthKitFileSystem(FileSystem):
         spans = self._spans(attribute, path)
         sparse = self._placed and not resident and spans == ()
         record = replace(record, resident=resident, spans=spans or (), sparse=sparse)
-        kind, stream = int(info.type), decoded(info.name or b"")
-        if not self._ntfs and kind != _RESOURCE_FORK:
-            return record
-        if kind == _RESOURCE_FORK:
+        number, stream = int(info.type), decoded(info.name or b"")
+        if number == _RESOURCE_FORK:
             stream = RESOURCE_FORK
-        return replace(
-            record,
-            attribute=(kind, int(info.id)),
-            size=int(info.size),
-            stream="" if kind == _NTFS_INDEX and stream == "$I30" else stream,
-        )
+        elif not self._ntfs:
+            return record
+        elif number == _NTFS_INDEX and stream == "$I30":
+            stream = ""
+        return replace(record, attribute=(number, int(info.id)), size=int(info.size), stream=stream)
 
     def _spans(self, attribute: pytsk3.Attribute, path: str) -> tuple[Span, ...] | None:
         if int(attribute.info.flags) & _RESIDENT or not self._placed:
@@ -325,7 +323,3 @@ def _is_directory(name: Any, meta: Any) -> bool:
     if int(name.type) not in (0, 3, 11) or int(meta.type) not in (2, 11):
         return False
     return not int(name.flags) & _UNALLOCATED or bool(int(meta.flags) & _UNALLOCATED)
-
-
-def _is_link(meta: Any) -> bool:
-    return _letter(_META_LETTERS, int(meta.type)) == "l"

@@ -20,7 +20,7 @@ from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_
 from .other_files import described
 from .rules import BACKING, BACKING_NAME, BITMAPS, DISK, EXTENSIONS, SNAPSHOTS, Problem, header_problems
 from .snapshot_table import SnapshotEntry, read_snapshot_table
-from .source import Closing, PathOrSource, Source, as_source, close_source, closed_on_error, source_name
+from .source import ClosedOnError, Closing, PathOrSource, Source, as_source, close_source, source_name
 
 _FIRST_READ = 4 * KiB  # header, extensions and name of nearly every image
 
@@ -40,7 +40,7 @@ class Image(Closing):
         self.name = name or source_name(self.source)
         self.limits = limits
         self.file_size = self.source.size
-        with closed_on_error(self):
+        with ClosedOnError(self):
             head = self.source.read(0, _FIRST_READ)
             if len(head) < 8 or head[:4] != MAGIC:
                 what = f"is not a QCOW image ({described(head)})" if head else "is empty"

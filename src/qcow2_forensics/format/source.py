@@ -110,7 +110,7 @@ class FileSource:
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
         self.fd = os.open(self.path, flags) if descriptor is None else descriptor
-        with closed_on_error(self):
+        with ClosedOnError(self):
             status = os.fstat(self.fd)
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.name)
@@ -282,14 +282,17 @@ def close_source(source: object) -> None:
         close()
 
 
-@contextlib.contextmanager
-def closed_on_error(source: object) -> Iterator[None]:
-    """Close a source where the block ends in an error: nobody else has it yet."""
-    try:
-        yield
-    except BaseException:
-        close_source(source)
-        raise
+class ClosedOnError:
+    """Closes a source where a ``with`` block ends in an error: nobody else has it yet."""
+
+    def __init__(self, source: object) -> None:
+        self._source = source
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            close_source(self._source)
 
 
 def source_name(source: object) -> str:

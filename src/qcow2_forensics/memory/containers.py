@@ -24,13 +24,13 @@ from typing import IO, Any, BinaryIO, Final, Protocol, cast
 from ..errors import FormatError, LimitExceeded, Qcow2Error, Unsupported
 from ..format.codecs import zstd_module
 from ..format.source import (
+    ClosedOnError,
     FileSource,
     PathOrSource,
     Source,
     StreamSource,
     as_source,
     close_source,
-    closed_on_error,
     source_name,
 )
 from ..limits import (
@@ -249,7 +249,7 @@ def _unpacked(window: StreamWindow, opener: Opener, cache_dir: str | os.PathLike
     """Decompress into a file that is complete or not there at all."""
     if cache_dir is None:
         temporary = tempfile.TemporaryFile(prefix="qcow2-memory-")  # noqa: SIM115 - the source keeps it open
-        with closed_on_error(temporary):
+        with ClosedOnError(temporary):
             _decompress(window, opener, temporary, limits)
         return _TemporarySource(cast("BinaryIO", temporary), window.name)
     target = Path(cache_dir) / f"qcow2_stream_{_fingerprint(window)}.cache"

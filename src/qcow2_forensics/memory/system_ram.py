@@ -33,9 +33,8 @@ _BASES = (
     (re.compile(r"virt-rhel"), "aarch64", GiB),
     (re.compile(r"sbsa-ref"), "aarch64", _TIB),
 )
-_PATH = re.compile(
-    r"(?!/objects/).*/.*"
-)  # device and firmware blocks carry one; old machine types give backends one too
+# Device and firmware blocks carry a path; old machine types give backends one too.
+_PATH = re.compile(r"(?!/objects/).*/.*")
 _NOT_RAM = re.compile(
     r"(pc|isa)[.-](bios|rom)|vga\.vram|qxl\..*|.*\.(vram|rom|vgavram|bios|flash\d*|mrom)"
     r"|virt\.flash\d|system\.flash\d|kvmvapic|efi-.*"

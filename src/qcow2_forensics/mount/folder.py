@@ -16,7 +16,7 @@ from ..errors import NotQcow2, Qcow2Error
 from ..findings import Report
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import Closing, closed_on_error
+from ..format.source import ClosedOnError, Closing
 from ..reader.disk import Disk
 from ..reader.states import Rebuilt, SnapshotName
 from ..reader.vm_state import VmState
@@ -86,7 +86,7 @@ class ImageFolder(Closing):
         self._keys: Disk | None = None  # the first state that opened: deriving keys takes seconds
         self._lines: list[tuple[str, str]] = []
         self._undo = ExitStack()
-        with closed_on_error(self):
+        with ClosedOnError(self):
             self._fill()
 
     def _fill(self) -> None:

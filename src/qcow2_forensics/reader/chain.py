@@ -19,7 +19,7 @@ from ..format.header import MAGIC, Crypt
 from ..format.image import Image
 from ..format.rules import DISK
 from ..format.snapshot_table import SnapshotEntry
-from ..format.source import Source, close_source, closed_on_error, source_name
+from ..format.source import ClosedOnError, Source, close_source, source_name
 from ..limits import Limits
 from ..text import cut, quoted
 from .disk import Disk, EofPolicy, Layer, RawDisk
@@ -161,7 +161,7 @@ class Opener:
         if not name and not named:
             raise MissingFile("data", "", member=image.name, remedy=self._remedies.for_file())
         source, _ = self._resolver.open(name, "data", image.source, top)
-        with closed_on_error(source):
+        with ClosedOnError(source):
             identity = getattr(source, "identity", None)
             if identity is not None and identity in self._seen:
                 raise self._refused(name, "the data file is the image itself", image)
@@ -196,14 +196,14 @@ class Opener:
             return None, None
         try:
             source, driver = self._resolver.open(name, "backing", image.source, top)
-            with closed_on_error(source):
+            with ClosedOnError(source):
                 recorded = driver or image.backing_format
                 notes += self._stand_in_notes(source, "backing", name, recorded, image)
         except (MissingFile, ForbiddenReference) as error:
             if self._missing == "refuse":
                 raise
             return None, error if self._missing == "raise" else None
-        with closed_on_error(source):
+        with ClosedOnError(source):
             return self._layer(source, recorded, top, name), None
 
     def _check_backing_name(self, image: Image) -> None:

@@ -161,12 +161,12 @@ def leftover_vm_state(image: Image) -> int | None:
 
     None where there is none, or where the tables that lead to it cannot be read.
     """
-    from .vm_state import has_leftover, leftover_offset, vm_state_offset  # here: reading a disk needs none of it
+    from .vm_state import has_leftover, leftover_offset, leftover_start  # here: reading a disk needs none of it
 
     header = image.header
     try:
         image.require(DISK)
-        if header.l1_size * header.l2_span <= vm_state_offset(header.size, header.l2_span):
+        if header.l1_size * header.l2_span <= leftover_start(image):
             return None  # the L1 table ends with the disk
         disk = Disk(image)
         return leftover_offset(disk) if has_leftover(disk) else None

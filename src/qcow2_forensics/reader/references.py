@@ -116,7 +116,10 @@ def _parse_json(name: str) -> Reference:
     while options.get(f"{prefix}driver") == "raw":  # a raw layer that QEMU puts over a part of a file
         del options[f"{prefix}driver"]
         inner, length = _window(name, options, prefix)
-        size = length if size is None else _inside(name, offset, size, length)
+        if size is None:
+            size = length
+        elif length is not None and offset + size > length:
+            raise ForbiddenReference(name, "its json: offset and size lead past the part of the file they are in")
         offset += inner
         prefix += "file."
     path = options.pop(f"{prefix}filename", None)
@@ -144,12 +147,6 @@ def _number(name: str, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _OFFSETS:
         return value
     raise ForbiddenReference(name, "its json: offset or size is no number of bytes")
-
-
-def _inside(name: str, offset: int, size: int, around: int | None) -> int:
-    if around is not None and offset + size > around:
-        raise ForbiddenReference(name, "its json: offset and size lead past the part of the file they are in")
-    return size
 
 
 class _Options(tuple[tuple[object, object], ...]):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import FormatError
+from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Closing
 from ..text import cut
@@ -26,8 +27,7 @@ _MAGIC = b"QEVM"
 def leftover_size(disk: Disk) -> int:
     """Return how far the active L1 table maps stored clusters past the end of the disk, in bytes; ``disk`` is the active state."""
     header = disk.image.header
-    start = vm_state_offset(header.size, header.l2_span)
-    end = start
+    end = start = leftover_start(disk.image)
     for run in disk.mapping.runs(start, max(0, header.l1_size * header.l2_span - start)):
         if run.host_offset is not None:
             end = run.offset + run.length
@@ -36,17 +36,21 @@ def leftover_size(disk: Disk) -> int:
 
 def leftover_offset(disk: Disk) -> int | None:
     """Return where in the file that begins, None when its first cluster is not stored; ``disk`` is the active state."""
-    start = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
-    return next(disk.mapping.runs(start, 1)).host_offset
+    return next(disk.mapping.runs(leftover_start(disk.image), 1)).host_offset
 
 
 def has_leftover(disk: Disk) -> bool:
     """Whether what is mapped past the end of the disk begins as a migration stream; also where it is encrypted and locked."""
-    start = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
     # The start first: there may be any number of tables past the end of the disk.
+    start = leftover_start(disk.image)
     if not disk.is_locked and (leftover_offset(disk) is None or disk.read_mapped(start, len(_MAGIC)) != _MAGIC):
         return False
     return leftover_size(disk) > 0
+
+
+def leftover_start(image: Image) -> int:
+    """Return the guest offset in bytes where a VM state of the active state starts."""
+    return vm_state_offset(image.header.size, image.header.l2_span)
 
 
 def vm_state_offset(disk_size: int, l2_span: int) -> int:
@@ -70,7 +74,7 @@ class VmState(Closing):
             self.snapshot = None
             self.name = f"{disk.name}[{self.label}]"
             self.size = leftover_size(disk)
-            self.offset = vm_state_offset(disk.image.header.size, disk.image.header.l2_span)
+            self.offset = leftover_start(disk.image)
             return
         if disk.snapshot is None or not disk.snapshot.vm_state_size:
             raise FormatError(f"{cut(disk.name)}: this state holds no VM state", field="vm_state_size")
