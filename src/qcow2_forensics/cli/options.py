@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from ..errors import Locked, Qcow2Error
@@ -25,7 +26,7 @@ from ..text import cut, printable
 
 SNAPSHOT_HELP = (
     "a snapshot instead of the active state: its ID or name, index:N (from 0) or #N (from 1) for its place in the "
-    "table, deleted:X for one that is in no table; id:X and name:X where X may be something else too"
+    "table, deleted:X for one that is in no table; id:X or name:X where the ID or name X means another state too"
 )
 KEY_HELP = (
     "file with the passphrase of an encrypted image, or of one below it (repeatable: each is tried on each); "
@@ -132,6 +133,17 @@ def bytes_of(text: str) -> int:
         return parse_size(text)
     except Qcow2Error as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def count_up_to(most: int) -> Callable[[str], int]:
+    """Return what reads a number of an option, from 1 to ``most``."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"a number from 1 to {most} is needed")
+        return int(text)
+
+    return read
 
 
 def add_key_arguments(parser: argparse.ArgumentParser, help_text: str = f"{KEY_HELP}, or be asked") -> None:
