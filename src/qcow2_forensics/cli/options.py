@@ -202,12 +202,14 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
     return Resolver(folders=args.backing_dir, files=files, formats=formats, remedies=COMMAND_LINE)
 
 
-def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:
-    """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
-    disk = open_disk(
+def open_with(
+    args: argparse.Namespace, state: SnapshotName, passphrases: list[bytes] | None, missing: MissingPolicy = "refuse"
+) -> Disk:
+    """Open a state of the image as the options say, with these passphrases; it may stay locked."""
+    return open_disk(
         args.image,
-        snapshot if snapshot is not None else getattr(args, "snapshot", None),
-        passphrases_of(args),
+        state,
+        passphrases,
         resolver_of(args),
         eof=args.eof,
         missing=missing,
@@ -215,6 +217,12 @@ def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missin
         assume=dict(args.assume),
         virtual_size=args.virtual_size,
     )
+
+
+def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:
+    """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
+    state = snapshot if snapshot is not None else getattr(args, "snapshot", None)
+    disk = open_with(args, state, passphrases_of(args), missing)
     if disk.is_locked:
         try:
             args.asked_passphrases = unlock_by_asking(disk)
