@@ -1,7 +1,7 @@
 """The room that exports take against that of ``qemu-img convert -O raw``, on small images of many forms.
 
 Prints one line per case, or for those whose names it is given, and ends with 1 where ours takes more than 1.05 times QEMU's (and a page more), or
-where the bytes differ. VHD, VHDX and VMDK bases need the libraries of the extra ``foreign``.
+where the bytes differ. VHD, VHDX and VMDK bases need the libraries of the extra ``formats``.
 """
 
 from __future__ import annotations

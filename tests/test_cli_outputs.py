@@ -211,3 +211,34 @@ def test_the_summary_of_a_fleet_of_one_is_in_the_singular(run: Run, image: Path,
     assert code == 0
     assert json.loads(out)["image"]["path"] == str(image)
     assert re.search(r"1 image, by its worst finding: 1 \w+", errors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [
+        (["audit", "a", "--jobs", "x"], 256),
+        (["audit", "a", "--jobs", "257"], 256),
+        (["examine", "a", "b", "--last", "0"], 10**9),
+    ],
+)
+def test_an_option_that_is_no_number_says_which_numbers_are(run: Run, arguments: list[str], most: int) -> None:
+    code, _, shown = run(*arguments)
+    assert code == 2
+    assert f"argument {arguments[-2]}: a number from 1 to {most} is needed" in shown
+
+
+def test_a_state_of_the_timeline_that_is_not_there_is_an_error_before_anything_is_printed(
+    run: Run, image: Path
+) -> None:
+    pytest.importorskip("pytsk3", reason="pytsk3 is absent")
+    code, printed, shown = run("timeline", image, "--state", "s1", "--state", "gone")
+    assert (code, printed) == (2, "")
+    assert "no snapshot 'gone'" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_wrapped_but_for_its_examples(run: Run, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, printed, _ = run(command, "--help")
+    assert [line for line in printed.splitlines() if len(line) > 80 and not line.startswith("  ")] == []
+    assert f"\n  qcow2-forensics {command} " in printed

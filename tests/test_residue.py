@@ -37,6 +37,7 @@ from qcow2_forensics.residue import (
     residue,
     structure_detection,
 )
+from qcow2_forensics.residue.model import KINDS
 from qcow2_forensics.residue.output import write
 from qcow2_forensics.residue.restricted_source import LOST_TABLE, REUSED, GuardedSource, Refusals
 from tests import qemu
@@ -873,3 +874,8 @@ def test_bytes_in_dead_subclusters_are_found_whatever_state_allocates_the_rest(t
     with residue(path) as found:
         reported = {(piece.guest_offset, piece.snapshot) for piece in found.hidden() if piece.kind == "subcluster"}
     assert reported == {(4096, "1"), (130 << 10, "1")}
+
+
+def test_the_page_on_residue_describes_every_kind_of_piece() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "residue.md").read_text()
+    assert [kind for kind in KINDS if f"`{kind}`" not in page] == []

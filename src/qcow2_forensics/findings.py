@@ -204,6 +204,14 @@ class Report:
         """The highest severity found, None when there is nothing."""
         return max((finding.severity for finding in self.findings), default=None)
 
+    @property
+    def by_severity(self) -> Iterator[tuple[Severity, list[Finding]]]:
+        """Each severity that was found with its findings, worst first."""
+        for severity in sorted(Severity, reverse=True):
+            found = [finding for finding in self.findings if finding.severity is severity]
+            if found:
+                yield severity, found
+
     def at_least(self, severity: Severity) -> tuple[Finding, ...]:
         """Return the findings at or above ``severity``, worst first."""
         return tuple(f for f in self.findings if f.severity >= severity)

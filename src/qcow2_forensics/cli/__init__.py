@@ -59,14 +59,20 @@ Evidence is only ever read. "qcow2-forensics COMMAND --help" shows more examples
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Keeps the lines of a page of examples, and takes no abbreviations.
+class _Formatter(argparse.HelpFormatter):
+    """Wraps each paragraph, and keeps the lines of one with indented lines: of examples."""
 
-    ``--passphrase SECRET`` must not pass for the option with a file name.
-    """
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(part if "\n " in part else fill(part, width, indent) for part in paragraphs)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviations: ``--passphrase SECRET`` must not pass for the option with a file name."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
 
 
 def add_image_argument(parser: argparse.ArgumentParser) -> None:
@@ -79,13 +85,19 @@ def add_images_argument(parser: argparse.ArgumentParser, number: str = "+") -> N
     parser.add_argument("images", metavar="IMAGE", nargs=number, help="QCOW2 (or QCOW) images; they are only read")
 
 
+def add_format_argument(parser: argparse.ArgumentParser, formats: Sequence[str] = ("text", "json")) -> None:
+    """Add the option for the output format, the first by default."""
+    words = f"output format (default: {formats[0]})"
+    parser.add_argument("--format", choices=formats, default=formats[0], help=words)
+
+
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """Return the parser with the given subcommands; all of them by default."""
     parser = argparse.ArgumentParser(
         prog="qcow2-forensics",
         description="Read, audit and compare QCOW2 disk images as evidence.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
     )
     parser.add_argument("--version", action="version", version=TOOL)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)

@@ -66,15 +66,21 @@ def states_of(path: str) -> tuple[list[State], list[State]]:
         return [*below, *taken, State("active", "active", False)], with_memory
 
 
+def _written(folder: Path, stem: str, contents: Mapping[str, str]) -> tuple[str, ...]:
+    """Write the files of a part, each by its suffix, and return their names."""
+    for suffix, content in contents.items():
+        (folder / f"{stem}.{suffix}").write_text(content, encoding="utf-8")
+    return tuple(f"{stem}.{suffix}" for suffix in contents)
+
+
 def run_audit(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     """Audit the image: a page and JSON."""
     report = audit.report_of(args, args.images[0])
     missing = audit.why_missing(report)
     if missing:
         return Outcome(2, notes=(missing,))
-    files = (f"{stem}.html", f"{stem}.json")
-    (folder / files[0]).write_text(render(report, "html"), encoding="utf-8")
-    (folder / files[1]).write_text(render(without_pictures(report), "json"), encoding="utf-8")
+    contents = {"html": render(report, "html"), "json": render(without_pictures(report), "json")}
+    files = _written(folder, stem, contents)
     unseen = [finding for finding in report.findings if finding.code in _NOT_WHOLE]
     notes = [*audit.left_out(report), *(_sentence(finding.title, finding.evidence) for finding in unseen)]
     return Outcome(2 if unseen else 0, files, tuple(notes), _audit_facts(report, files[0]))
@@ -100,12 +106,13 @@ def _audit_facts(report: Report, page: str) -> dict[str, Any]:
             },
         )
         row["number"] += 1
+    counts = Counter(finding.severity for finding in report.findings)
     return {
         "heading": heading(report),
         "check": check_line(report),
         "image": dict(report.image),
         "run": report.details.get("run", {}),
-        "severities": {level.label: sum(f.severity is level for f in report.findings) for level in sorted(Severity)},
+        "severities": {severity.label: counts[severity] for severity in sorted(Severity)},
         "findings": list(found.values()),
         "report": without_pictures(report).to_dict(),  # for a page over many images; not in examination.json
     }
@@ -116,8 +123,7 @@ def run_snapshots(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         code = snapshots.run(args)
     text = shown.getvalue()
-    (folder / f"{stem}.json").write_text(text, encoding="utf-8")
-    return Outcome(code, (f"{stem}.json",), facts={"rows": json.loads(text)})
+    return Outcome(code, _written(folder, stem, {"json": text}), facts={"rows": json.loads(text)})
 
 
 def run_diff(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
@@ -133,9 +139,7 @@ def run_diff(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
             result = diff.compared(args, stack)
         data = diff.as_dict(args, result, started)
         page = diff.as_page(args, result, started)
-    files = (f"{stem}.html", f"{stem}.json")
-    (folder / files[0]).write_text(page, encoding="utf-8")
-    (folder / files[1]).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    files = _written(folder, stem, {"html": page, "json": json.dumps(data, indent=2) + "\n"})
     changes = Counter(item["change"] for item in data["files"]) if "files" in data else None
     facts = {"summary": data["summary"], "files": None if changes is None else dict(changes)}
     return Outcome(result.code, files, (*notes, *result.notes), facts)
@@ -147,18 +151,17 @@ def run_timeline(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     events: list[dict[str, Any]] = []
     notes: list[str] = []
     code = timeline.write(args, timeline.Output(events.append, None, notes.append))
-    files = (f"{stem}.html", f"{stem}.jsonl")
-    (folder / files[0]).write_text(timeline.as_page(args, events, notes, started), encoding="utf-8")
-    (folder / files[1]).write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    files = _written(folder, stem, {"html": timeline.as_page(args, events, notes, started), "jsonl": lines})
     return Outcome(code, files, tuple(notes), {"events": len(events)})
 
 
 def run_memory(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     """Say what a memory is, as JSON."""
     facts = memory.facts_of(args)
-    (folder / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    files = _written(folder, stem, {"json": json.dumps(facts, indent=1) + "\n"})
     notes = [f"{facts['missing_bytes']} bytes of RAM are not in the stream"] if facts["missing_bytes"] else []
-    return Outcome(0 if facts["complete"] else 2, (f"{stem}.json",), tuple(notes), facts)
+    return Outcome(0 if facts["complete"] else 2, files, tuple(notes), facts)
 
 
 def run_deleted_memory(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:

@@ -19,7 +19,7 @@ from ..render import FORMATS, render
 from ..text import printable
 from . import EXIT_DONE, EXIT_FAILED, EXIT_FINDINGS, add_images_argument, complain
 from .case import add_case_arguments, audit_run, wants_run
-from .options import add_backing_folders, add_key_arguments
+from .options import add_backing_folders, add_key_arguments, count_up_to
 from .output import add_output_arguments, format_of
 
 _UNREADABLE = "QCOW2-UNREADABLE"
@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_key_arguments(parser, "taken as by the other commands, and not used: no finding needs the key")
     fleet = parser.add_argument_group("many images")
     fleet.add_argument("--files-from", metavar="LIST", help="file with one image path a line, - for standard input")
-    fleet.add_argument("--jobs", metavar="N", type=_jobs, default=1, help="audit N images at a time (default: 1)")
+    fleet.add_argument(
+        "--jobs", metavar="N", type=count_up_to(256), default=1, help="audit N images at a time (default: 1)"
+    )
     fleet.add_argument(
         "--resume",
         metavar="OUT.jsonl",
@@ -84,13 +86,6 @@ def _severity(text: str) -> Severity:
         return Severity.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _jobs(text: str) -> int:
-    count = int(text)
-    if not 1 <= count <= 256:
-        raise argparse.ArgumentTypeError("a number of jobs from 1 to 256 is needed")
-    return count
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "jsonl", "body", "html")
 
 HELP = "show what differs between two states"
-DESCRIPTION = "Show which guest ranges, and which files, differ between two states of one image."
+DESCRIPTION = "Show which guest ranges, and which files, differ between two states of one image, or of two."
 EPILOG = """examples:
   qcow2-forensics diff disk.qcow2 --from before-incident --to active
   qcow2-forensics diff disk.qcow2 --from 1 --to 2 --files --hash
@@ -36,9 +36,9 @@ EPILOG = """examples:
   qcow2-forensics diff yesterday.qcow2 today.raw --files
 
 A state is the ID or name of a snapshot, "active", "backing" for the disk below an overlay, "index:0" or
-"#1" for a place in the snapshot table, or "deleted:X". "id:X" and "name:X" are taken for nothing else.
-Ranges are of the guest's disk. Clusters that the two states share are not read. --files needs
-pytsk3: pip install 'qcow2-forensics[tsk]'.
+"#1" for a place in the snapshot table, or "deleted:X"; "id:X" or "name:X" where the ID or name X means
+another state too. Ranges are of the guest's disk. Clusters that the two states share are not read.
+--files needs pytsk3: pip install 'qcow2-forensics[tsk]'.
 """
 
 

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..text import printable
+from . import add_format_argument
 from .demo import write_files
 
 HELP = "show whether the plug-in works in Volatility 3, dfVFS, plaso, pytsk3 and dissect"
@@ -292,7 +293,7 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``doctor`` takes."""
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    add_format_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ from ._messages import Messages
 from .audit import add_fail_on_argument
 from .case import add_case_arguments, command_of, run_of
 from .notes import repeat_notes
-from .options import add_disk_arguments, add_guest_arguments, bytes_of, open_from
+from .options import add_disk_arguments, add_guest_arguments, bytes_of, count_up_to, open_from
 from .output import draw_over
 
 HELP = "look at everything first, into one folder with one page"
@@ -52,7 +52,8 @@ EPILOG = """examples:
 
 Open DIR/index.html. The folder gets its name when everything is written: Ctrl-C leaves nothing behind.
 
-exit codes: 0 everything was looked at, 1 findings at or above --fail-on, 2 something could not be: the page and standard error say what and why
+exit codes: 0 everything was looked at, 1 findings at or above --fail-on, 2 something could not be looked at:
+the page and standard error say what and why
 """
 
 _SCHEMA = 1
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--last",
         metavar="N",
-        type=_count,
+        type=count_up_to(10**9),
         help=f"compare only the last N pairs of neighbouring states (default: {PAIRS}, fewer where there are very many snapshots)",
     )
     parser.add_argument("--pieces", action="store_true", help="also write the pieces of residue, not only their index")
@@ -85,12 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
     add_disk_arguments(parser, snapshot=False)
     add_guest_arguments(parser)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text[:9]) > 0 and len(text) < 9):
-        raise argparse.ArgumentTypeError("a number from 1 up is needed")
-    return int(text)
 
 
 def run(args: Namespace) -> int:

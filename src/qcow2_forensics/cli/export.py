@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mapfile", metavar="FILE", help="write which bytes are missing, in ddrescue's format")
     add_sidecar_arguments(parser, "source, state, tool, times and hashes")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the summary")
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="form of the summary (default: text)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

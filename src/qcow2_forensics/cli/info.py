@@ -12,7 +12,7 @@ from ..format.extensions import ExtensionType
 from ..format.header import MAGIC, Autoclear, Compatible, Crypt, Header, Incompatible
 from ..format.image import Image
 from ..text import printable, short_date, size
-from . import add_image_argument
+from . import add_format_argument, add_image_argument
 from .snapshots import facts_of
 
 HELP = "show what the header says"
@@ -28,7 +28,7 @@ _NAME_SHOWN = 64  # characters of an ID or a name in a line for people
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``info`` takes."""
     add_image_argument(parser)
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")
+    add_format_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

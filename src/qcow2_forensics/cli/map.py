@@ -13,7 +13,7 @@ from ..reader.disk import Disk, Layer, RawDisk, layers_of
 from ..reader.host_holes import host_runs, looks_preallocated
 from ..reader.mapping import Kind
 from ..text import FORMATS, Column, hexadecimal, write_table
-from . import add_image_argument
+from . import add_format_argument, add_image_argument
 from .options import add_disk_arguments, open_from
 
 HELP = "show where guest ranges are stored"
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``map`` takes."""
     add_image_argument(parser)
     add_disk_arguments(parser)
-    parser.add_argument("--format", choices=FORMATS, default="text", help="output format (default: text)")
+    add_format_argument(parser, FORMATS)
 
 
 # Of each kind of extent: present, zero, data, compressed.

@@ -61,8 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="write the state of one device instead; tpm-emulator/permanent is the file that swtpm keeps",
     )
-    parser.add_argument("--format", choices=("raw", "lime", "elf", "stream"), default="raw", help="form of OUT (raw)")
-    parser.add_argument("--summary", choices=("text", "json"), default="text", help="form of what is printed (text)")
+    parser.add_argument(
+        "--format", choices=("raw", "lime", "elf", "stream"), default="raw", help="form of OUT (default: raw)"
+    )
+    parser.add_argument(
+        "--summary", choices=("text", "json"), default="text", help="form of what is printed (default: text)"
+    )
     add_sidecar_arguments(parser, "source, snapshot, tool, times and hashes")
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
     parser.add_argument(

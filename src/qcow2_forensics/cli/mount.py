@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Qcow2Error
 from ..reader.disk import Disk
-from ..reader.opening import open_disk
 from ..reader.states import SnapshotName
 from ..text import cut, printable
 from . import add_images_argument, complain
-from .options import add_disk_arguments, open_from, passphrases_of, resolver_of
+from .options import add_disk_arguments, open_from, open_with, passphrases_of, resolver_of
 
 if TYPE_CHECKING:
     from ..findings import Report
@@ -90,16 +89,7 @@ def _open(args: argparse.Namespace, path: str) -> ImageFolder:
     def disk(selector: SnapshotName, keys: Disk | None) -> Disk:
         if keys is None:
             return open_from(here, selector)  # asks for the passphrase, once
-        opened = open_disk(
-            path,
-            selector,
-            None,
-            resolver_of(here),
-            eof=args.eof,
-            follow=not args.no_backing,
-            assume=dict(args.assume),
-            virtual_size=args.virtual_size,
-        )
+        opened = open_with(here, selector, None)
         opened.adopt_keys(keys)
         return opened
 

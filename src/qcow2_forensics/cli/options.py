@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from ..errors import Locked, Qcow2Error
@@ -25,7 +26,7 @@ from ..text import cut, printable
 
 SNAPSHOT_HELP = (
     "a snapshot instead of the active state: its ID or name, index:N (from 0) or #N (from 1) for its place in the "
-    "table, deleted:X for one that is in no table; id:X and name:X where X may be something else too"
+    "table, deleted:X for one that is in no table; id:X or name:X where the ID or name X means another state too"
 )
 KEY_HELP = (
     "file with the passphrase of an encrypted image, or of one below it (repeatable: each is tried on each); "
@@ -134,6 +135,17 @@ def bytes_of(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def count_up_to(most: int) -> Callable[[str], int]:
+    """Return what reads a number of an option, from 1 to ``most``."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"a number from 1 to {most} is needed")
+        return int(text)
+
+    return read
+
+
 def add_key_arguments(parser: argparse.ArgumentParser, help_text: str = f"{KEY_HELP}, or be asked") -> None:
     """Add the option for passphrases; never a passphrase itself, which others could see."""
     parser.add_argument("--passphrase-file", metavar="FILE", action="append", default=[], help=help_text)
@@ -190,12 +202,14 @@ def resolver_of(args: argparse.Namespace) -> Resolver:
     return Resolver(folders=args.backing_dir, files=files, formats=formats, remedies=COMMAND_LINE)
 
 
-def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:
-    """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
-    disk = open_disk(
+def open_with(
+    args: argparse.Namespace, state: SnapshotName, passphrases: list[bytes] | None, missing: MissingPolicy = "refuse"
+) -> Disk:
+    """Open a state of the image as the options say, with these passphrases; it may stay locked."""
+    return open_disk(
         args.image,
-        snapshot if snapshot is not None else getattr(args, "snapshot", None),
-        passphrases_of(args),
+        state,
+        passphrases,
         resolver_of(args),
         eof=args.eof,
         missing=missing,
@@ -203,6 +217,12 @@ def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missin
         assume=dict(args.assume),
         virtual_size=args.virtual_size,
     )
+
+
+def open_from(args: argparse.Namespace, snapshot: SnapshotName = None, *, missing: MissingPolicy = "refuse") -> Disk:
+    """Open the disk the options mean, or another state, asking for a passphrase when it is locked."""
+    state = snapshot if snapshot is not None else getattr(args, "snapshot", None)
+    disk = open_with(args, state, passphrases_of(args), missing)
     if disk.is_locked:
         try:
             args.asked_passphrases = unlock_by_asking(disk)

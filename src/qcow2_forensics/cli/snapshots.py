@@ -10,7 +10,7 @@ from typing import Any
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..text import FORMATS, Column, plural, printable, short_date, size, snapshot_date, write_table
-from . import add_image_argument, complain
+from . import add_format_argument, add_image_argument, complain
 
 HELP = "list internal snapshots"
 DESCRIPTION = "List the internal snapshots of an image; with --deleted also those no table lists any more."
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from .options import bytes_of  # here: info takes the facts of a snapshot from this module, and opens no disk
 
     add_image_argument(parser)
-    parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
+    add_format_argument(parser, FORMATS)
     parser.add_argument("--deleted", action="store_true", help="also look for deleted snapshots in free space (slow)")
     parser.add_argument(
         "--recovered",

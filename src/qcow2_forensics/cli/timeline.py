@@ -132,6 +132,9 @@ def write(args: argparse.Namespace, out: Output) -> int:
             events += _deleted_events(image, out)
         snapshots = image.snapshots
         unread = [problem for part in ("snapshots", "bitmaps") if (problem := image.unreadable(part)) is not None]
+    states: list[Choice] = []  # a choice that means none is an error before anything is printed
+    if not args.no_files:
+        states = [chosen(args.image, text) for text in args.state] or [*snapshots, None]
     for event in events:
         if out.event is not None:
             out.event(_event_dict(event, args.image))
@@ -140,10 +143,7 @@ def write(args: argparse.Namespace, out: Output) -> int:
     for problem in unread:
         out.note(f"dated facts are missing: {problem.error()}")
     code = 2 if unread else 0
-    if args.no_files:
-        return code
     label = labels(snapshots)
-    states: list[Choice] = [chosen(args.image, text) for text in args.state] or [*snapshots, None]
     with ExitStack() as stack:
         base: Disk | None = None  # of which the other states are read without opening the image again
         for state in states:

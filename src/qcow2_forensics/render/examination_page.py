@@ -13,7 +13,7 @@ from ..findings import Severity
 from ..memory.records import REGISTERS_SHOWN
 from ..text import cut, html_only, listed, markup, plural, sentence, shown_value, size
 from .fleet_page import render_fleet
-from .page import Row, badge, fact_table, page, run_facts, table
+from .page import Row, badge, fact_table, page, run_facts, severity_class, table
 
 _FOLDED = 40  # rows of a table that are still shown unfolded
 _ROWS = 2000  # of a table; the files of the part have all of them
@@ -124,7 +124,7 @@ def _findings(audit: Part | None) -> Iterator[str]:
         times = f" <span class='quiet'>×{finding['number']}</span>" if finding["number"] > 1 else ""
         link = f'<a href="{finding["link"]}">{sentence(markup(finding["title"]))}</a>{times}'
         cells = (badge(severity), f"{link}<br/><code>{markup(finding['code'])}</code>", markup(finding["note"]))
-        rows.append(Row(cells, f"s-{severity.label.lower()}"))
+        rows.append(Row(cells, severity_class(severity)))
     yield from table(("severity", "finding", "what it may mean"), rows, narrow=("severity",))
 
 

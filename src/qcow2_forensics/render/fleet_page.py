@@ -8,7 +8,7 @@ from typing import Any
 
 from ..findings import Severity
 from ..text import listed, markup, plural, sentence, size
-from .page import Row, badge, page, table
+from .page import Row, badge, page, severity_class, table
 
 _CODES = 12  # codes named per image
 _IMAGES = 200  # images named per code
@@ -64,7 +64,7 @@ def _image(number: int, report: Mapping[str, Any], links: Mapping[str, str]) -> 
         markup("unknown" if image.get("snapshots", 0) is None else image.get("snapshots") or ""),
         markup(listed(words, _CODES)),
     )
-    return Row(cells, f"s-{severity.label.lower()}" if severity is not None else "s-none", f"i{number}")
+    return Row(cells, severity_class(severity), f"i{number}")
 
 
 def _digest(report: Mapping[str, Any]) -> str:
@@ -93,8 +93,8 @@ def _findings(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "<h2>Findings, by the images that have them</h2>"
     for (level, code, title), where in sorted(found.items(), key=lambda item: (item[0][0], -len(item[1]), item[0])):
         severity = Severity(-level)
-        name = severity.label.lower()
-        yield f'<article class="s-{name}"><details><summary>{badge(severity)} {sentence(markup(title))} <code>{markup(code)}</code>'
+        words = f"{badge(severity)} {sentence(markup(title))} <code>{markup(code)}</code>"
+        yield f'<article class="{severity_class(severity)}"><details><summary>{words}'
         yield f" <span class='quiet'>{len(where)} of {len(images)}</span></summary><ul>"
         for number in list(where)[:_IMAGES]:
             path = markup(images[number]["image"].get("path"), 4096)

@@ -12,7 +12,7 @@ from .allocation_map import draw_map
 from .anchors import Anchors
 from .image_facts import check_line, heading
 from .next_commands import next_command
-from .page import Row, badge, fact_table, page, run_facts, table
+from .page import Row, badge, fact_table, page, run_facts, severity_class, table
 from .plain import summary
 from .state_tree import draw_tree
 
@@ -77,12 +77,9 @@ def _findings(report: Report, anchors: Anchors) -> Iterator[str]:
     yield "<h2>Findings</h2>"
     if not report.findings:
         yield "<p>No findings.</p>"
-    for severity in sorted(Severity, reverse=True):
-        group = [finding for finding in report.findings if finding.severity is severity]
-        if not group:
-            continue
-        yield f'<section class="s-{severity.label.lower()}"><h3>{badge(severity)}</h3>'
-        for _, same in groupby(group, key=lambda finding: (finding.code, finding.title)):
+    for severity, found in report.by_severity:
+        yield f'<section class="{severity_class(severity)}"><h3>{badge(severity)}</h3>'
+        for _, same in groupby(found, key=lambda finding: (finding.code, finding.title)):
             alike = list(same)
             if len(alike) > _FOLDED:
                 yield from _folded(alike, report, anchors)
@@ -99,7 +96,7 @@ def _summary(finding: Finding, number: int = 1) -> str:
 
 def _finding(finding: Finding, report: Report, anchors: Anchors) -> Iterator[str]:
     open_ = "" if finding.severity is Severity.INFO else " open"
-    yield f'<article class="s-{finding.severity.label.lower()}" id="{anchors.finding(finding)}"><details{open_}>'
+    yield f'<article class="{severity_class(finding.severity)}" id="{anchors.finding(finding)}"><details{open_}>'
     yield _summary(finding)
     yield from _words(finding, report)
     if finding.evidence:
@@ -129,7 +126,7 @@ def _words(finding: Finding, report: Report) -> Iterator[str]:
 def _folded(findings: Sequence[Finding], report: Report, anchors: Anchors) -> Iterator[str]:
     """Yield many findings of one code as a table with a row each."""
     first = findings[0]
-    yield f'<article class="s-{first.severity.label.lower()}"><details>{_summary(first, len(findings))}'
+    yield f'<article class="{severity_class(first.severity)}"><details>{_summary(first, len(findings))}'
     yield from _words(first, report)
     fields = list(dict.fromkeys(item.field for finding in findings for item in finding.evidence))[:_COLUMNS]
     rows = (_row(finding, fields, anchors) for finding in findings)

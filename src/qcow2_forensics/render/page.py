@@ -115,5 +115,10 @@ def warning(title: str, sentences: Iterable[str]) -> Iterator[str]:
 
 def badge(severity: Severity | None, words: str = "") -> str:
     """Return a severity as a coloured label."""
-    name = "none" if severity is None else severity.label.lower()
-    return f'<span class="badge s-{name}">{words or (severity.label if severity is not None else "None")}</span>'
+    shown = words or (severity.label if severity is not None else "None")
+    return f'<span class="badge {severity_class(severity)}">{shown}</span>'
+
+
+def severity_class(severity: Severity | None) -> str:
+    """Return the class of what has a severity, or none; its filter hides it."""
+    return "s-none" if severity is None else f"s-{severity.label.lower()}"

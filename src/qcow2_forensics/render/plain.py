@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from ..findings import Evidence, Finding, Report, Severity
@@ -32,14 +31,12 @@ def render_text(report: Report, *, width: int = 100, colour: bool = False, items
     if checked:
         lines += wrap(f"check: {checked}", width, "  ")
     lines += [f"  {summary(report)} (depth {text(report.depth, 20)})"]
-    for severity in sorted(Severity, reverse=True):
-        group = [finding for finding in report.findings if finding.severity is severity]
-        if group:
-            lines += ["", _paint(severity.label.upper(), severity, colour)]
-            previous = ""
-            for finding in group:
-                lines += _finding(finding, width, items, colour, note=finding.note != previous)
-                previous = finding.note
+    for severity, found in report.by_severity:
+        lines += ["", _paint(severity.label.upper(), severity, colour)]
+        previous = ""
+        for finding in found:
+            lines += _finding(finding, width, items, colour, note=finding.note != previous)
+            previous = finding.note
     account = report.details.get("account")
     if account:
         lines += ["", *account_lines(account, width)]
@@ -54,10 +51,8 @@ def render_text(report: Report, *, width: int = 100, colour: bool = False, items
 
 def summary(report: Report) -> str:
     """Return how many findings there are of each severity, worst first."""
-    counts = Counter(finding.severity for finding in report.findings)
-    if not counts:
-        return "no findings"
-    return ", ".join(f"{counts[severity]} {severity.label}" for severity in sorted(counts, reverse=True))
+    counts = [f"{len(found)} {severity.label}" for severity, found in report.by_severity]
+    return ", ".join(counts) or "no findings"
 
 
 def _paint(shown: str, severity: Severity, colour: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from ..findings import Evidence, Finding, Report
 from ..text import csv_lines
 
+PICTURES = ("map", "lineage")  # what only the page draws
 COLUMNS = (
     "image",
     "code",
@@ -54,9 +55,6 @@ def without_rows(account: Mapping[str, Any]) -> dict[str, Any]:
     """Return an account without the tables that tile the files: its totals and its remainders stay."""
     files = [{key: value for key, value in file.items() if key != "rows"} for file in account.get("files", ())]
     return {**account, "files": files} if files else dict(account)
-
-
-PICTURES = ("map", "lineage")  # what only the page draws
 
 
 def render_csv(reports: Iterable[Report]) -> str:
