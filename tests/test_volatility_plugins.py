@@ -163,10 +163,10 @@ def test_info_of_an_image_without_memory_is_about_the_image(make_image: Callable
 def test_registers_are_those_qemu_shows(saved: Saved) -> None:
     found = plugin_rows("registers.Registers", saved.image)
     shown = saved.registers[0]
-    told = {row["Register"]: row["Value"] for row in found if row["CPU"] == 0}
-    common = {name for name in shown if name in told}
+    listed = {row["Register"]: row["Value"] for row in found if row["CPU"] == 0}
+    common = {name for name in shown if name in listed}
     assert {"cr0", "cr3", "cr4", "rip"} <= common
-    assert {name: told[name] for name in common} == {name: shown[name] for name in common}
+    assert {name: listed[name] for name in common} == {name: shown[name] for name in common}
 
 
 def test_one_register_may_be_asked_for(saved: Saved, tmp_path: Path) -> None:
@@ -340,9 +340,9 @@ def test_a_search_finds_what_only_one_snapshot_holds(saved: Saved) -> None:
 def test_a_search_for_nothing_sensible_is_one_warning(
     saved: Saved, caplog: pytest.LogCaptureFixture, settings: dict[str, object]
 ) -> None:
-    with warnings_of(caplog) as told:
+    with warnings_of(caplog) as warnings:
         assert plugin_rows("scan.Scan", saved.image, **settings) == []
-    assert len(told) == 1
+    assert len(warnings) == 1
 
 
 def test_audit_lists_findings(saved: Saved, tmp_path: Path) -> None:
