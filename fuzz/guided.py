@@ -54,13 +54,13 @@ def load() -> None:
 
 @contextmanager
 def _instrumented(package: str) -> Iterator[None]:
-    told, sys.stderr = sys.stderr, open(os.devnull, "w", encoding="ascii")  # noqa: SIM115 - a line for each module
+    kept, sys.stderr = sys.stderr, open(os.devnull, "w", encoding="ascii")  # noqa: SIM115 - a line for each module
     try:
         with atheris.instrument_imports(include=[package]):
             yield
     finally:
         sys.stderr.close()
-        sys.stderr = told
+        sys.stderr = kept
 
 
 def _present(module: str) -> bool:

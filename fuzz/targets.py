@@ -129,10 +129,9 @@ def compare(case: Case) -> None:
 
 def residue(case: Case) -> None:
     """Collect the residue, read it, and list deleted snapshots."""
-    from qcow2_forensics import residue as module
 
     def collect() -> None:
-        with module.residue(case.source) as found:
+        with q.residue(case.source) as found:
             for piece in itertools.islice(found.pieces(), _PIECES):
                 found.read(piece, 0, 4096)
             found.deleted_snapshots()

@@ -43,7 +43,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def trusted_folders() -> tuple[str, ...]:
-    """Return where the interpreter itself reads: code and its caches, and what tells of the machine."""
+    """Return where the interpreter itself reads: code and its caches, and what describes the machine."""
     paths = {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parent.parent)}
     machine = (f"/proc/{os.getpid()}", "/proc/self", "/sys/devices", "/usr/share/zoneinfo", "/etc/localtime")
     return (*(os.path.realpath(path) for path in paths), *machine, "/dev/null")

@@ -370,7 +370,7 @@ _add("H52", "B", "a raw data file flag without a data file",
 _add("H53", "B", "the compression type bit with type 0",
      lambda p: Poke(p).u64(72, 8),
      "HEADER-INVALID", opens=False, check=ABORTED, strict=FORMAT)
-_add("H54", "B", "a compression type behind the end of the header",
+_add("H54", "B", "a compression type after the end of the header",
      lambda p: Poke(p).u8(104, 1).u32(100, 104),
      "HEADER-PADDING", reads=OK, check=_counts(0, 0, 0, 3))
 

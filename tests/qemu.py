@@ -1,11 +1,11 @@
-"""The oracle: QEMU's own tools, run under a time limit, with crashes told apart from refusals.
+"""The oracle: QEMU's own tools, run under a time limit, with crashes distinguished from refusals.
 
 Every function runs one tool once. What a tool answered is an :class:`Outcome`; a tool that should
 have succeeded and did not raises :class:`QemuError` with its words. Tests that need the tools carry
 :data:`requires_qemu` (or call :func:`need` in a fixture): where the tools are absent they skip by
 name, unless ``QCOW2_REQUIRE_QEMU=1``, which turns the skip into a failure.
 
-Encrypted images take ``secret``; anything QEMU can be told about an image goes in ``opts``, which
+Encrypted images take ``secret``; any other option of an image goes in ``opts``, which
 become ``--image-opts`` (for example ``{"pass-discard-snapshot": "off"}``). QEMU takes relative data
 file names, and backing names such as ``file:x``, from the folder it runs in: ``cwd``.
 """

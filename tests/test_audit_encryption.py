@@ -171,12 +171,12 @@ def test_details_are_those_qemu_reports(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     luks()(path)
     reported = qemu.info_json(path)["format-specific"]["data"]["encrypt"]
-    told = {item.field: item.value for item in found(path, "LUKS-DETAILS")[0].evidence}
-    assert told["uuid"] == reported["uuid"]
-    assert told["cipher"] == f"aes-{reported['cipher-mode']}-{reported['ivgen-alg']}"
-    assert told["hash"] == reported["hash-alg"]
-    assert told["digest_iterations"] == reported["master-key-iters"]
-    assert told["slot_0_iterations"] == reported["slots"][0]["iters"]
+    details = {item.field: item.value for item in found(path, "LUKS-DETAILS")[0].evidence}
+    assert details["uuid"] == reported["uuid"]
+    assert details["cipher"] == f"aes-{reported['cipher-mode']}-{reported['ivgen-alg']}"
+    assert details["hash"] == reported["hash-alg"]
+    assert details["digest_iterations"] == reported["master-key-iters"]
+    assert details["slot_0_iterations"] == reported["slots"][0]["iters"]
 
 
 def test_slot_that_qemu_erased_is_reported(tmp_path: Path) -> None:

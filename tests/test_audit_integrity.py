@@ -16,6 +16,7 @@ import pytest
 from qcow2_forensics.audit import audit, catalog
 from qcow2_forensics.findings import Finding, Report, Severity
 from qcow2_forensics.format.codecs import codec_of
+from qcow2_forensics.residue import streams
 from tests import qemu
 from tests.image_builder import (
     B_DATA,
@@ -470,7 +471,7 @@ def test_streams_beside_a_data_file_are_invalid_and_not_decoded(
     _packed(deflate(b"\x11" * 4096))(path)
     Poke(path).u8(79, 4)
     refusing = codec_of(0)._replace(measure=lambda *_: pytest.fail("a stream was decoded"))
-    monkeypatch.setattr("qcow2_forensics.residue.streams.codec_of", lambda _: refusing)
+    monkeypatch.setattr(streams, "codec_of", lambda _: refusing)
     (finding,) = found(path, "COMPRESSED-INVALID")
     assert finding.count == 1
 

@@ -52,7 +52,7 @@ def _difference(seed: int, bases: damage.Bases, folder: Path) -> str:
 
 @pytest.mark.parametrize("count", every(2, [8, BATCH]))
 def test_counters_equal_qemus_on_randomly_damaged_images(count: int, bases: damage.Bases, tmp_path: Path) -> None:
-    differences = [told for seed in range(100_000, 100_000 + count) if (told := _difference(seed, bases, tmp_path))]
+    differences = [found for seed in range(100_000, 100_000 + count) if (found := _difference(seed, bases, tmp_path))]
     assert not differences, "\n".join(differences)
 
 

@@ -191,6 +191,17 @@ def test_deleted_snapshots_are_listed_with_how_to_open_them(run: Run, deleted: P
     assert row["readable"] == 1.0
 
 
+def test_deleted_snapshots_of_an_image_whose_disk_cannot_be_read_are_listed_with_that_reason(
+    run: Run, deleted: Path
+) -> None:
+    Poke(deleted).add(40, 512)  # the L1 table is not aligned now
+    code, out, err = run("snapshots", deleted, "--deleted", "--format", "json")
+    (row,) = json.loads(out)
+    assert code == 0
+    assert "none of them can be opened: the L1 table is not aligned to a cluster" in err
+    assert run("export", deleted, deleted.parent / "x.raw", "--snapshot", row["open_as"])[0] == 2
+
+
 def test_a_deleted_snapshot_without_tables_is_listed_without_a_name_to_open_it_by(
     run: Run, deleted: Path, tmp_path: Path
 ) -> None:

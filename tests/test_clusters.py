@@ -136,7 +136,7 @@ def test_an_l2_table_that_cannot_be_read_fails_nothing_before_it(tmp_path: Path)
 
 @qemu.requires_qemu
 def test_a_cut_stream_that_zeros_complete_is_an_error_unless_zeros_were_asked_for(tmp_path: Path) -> None:
-    # A stored block: its bytes are cut off, and zeros behind the end of the file make it whole.
+    # A stored block: its bytes are cut off, and zeros after the end of the file make it whole.
     data = letters(65536)
     stream = b"".join(
         bytes([last]) + len(part).to_bytes(2, "little") + (len(part) ^ 0xFFFF).to_bytes(2, "little") + part

@@ -232,8 +232,8 @@ def test_each_key_slot_opens_and_an_erased_one_does_not(slots: Sequence[int], lu
 
 @qemu.requires_qemu
 def test_header_facts_are_those_qemu_reports(luks: Path) -> None:
-    told = qemu.img("info", "--output=json", luks).text
-    facts = json.loads(told)["format-specific"]["data"]["encrypt"]
+    shown = qemu.img("info", "--output=json", luks).text
+    facts = json.loads(shown)["format-specific"]["data"]["encrypt"]
     header = read_header(luks)
     assert header.problems == ()
     assert (header.uuid, header.hash_spec) == (facts["uuid"], facts["hash-alg"])

@@ -261,7 +261,7 @@ def _suppressed(call: Callable[..., object], *arguments: object) -> None:
 
 
 def test_an_open_of_a_name_from_the_image_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planted defect: a resolver that follows whatever it is told."""
+    """The planted defect: a resolver that follows whatever name it is given."""
     path = hostile.build("H66", tmp_path)
     targets.run("read", path.read_bytes())
 

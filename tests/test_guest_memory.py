@@ -220,7 +220,7 @@ def test_a_page_that_damage_made_the_end_of_its_section_is_refused_where_the_foo
     assert GuestMemory(BytesSource(data)).read_block("pc.ram", 4096, 1) == b"\x08"
     at = data.index(u64(4096 | 0x28)) + 7
     damaged = data[:at] + bytes([EOS_FLAG]) + data[at + 1 :]
-    with pytest.raises(FormatError, match="no footer behind section 2"):
+    with pytest.raises(FormatError, match="no footer after section 2"):
         GuestMemory(BytesSource(damaged))
 
 

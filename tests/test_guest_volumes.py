@@ -614,7 +614,7 @@ def test_volumes_are_named_by_the_marks_of_the_real_tools(tmp_path: Path, kind: 
     assert found.holds_files == (kind != "swap")
 
 
-def test_an_unreadable_range_is_not_vouched_for(tmp_path: Path, xfs: tuple[Disk, Disk]) -> None:
+def test_an_unreadable_range_is_not_relied_on(tmp_path: Path, xfs: tuple[Disk, Disk]) -> None:
     path = tmp_path / "cut.qcow2"
     qemu.img("convert", "-O", "qcow2", "-o", "cluster_size=4096", xfs[0].path, path)
     with open_disk(path) as disk:

@@ -477,10 +477,10 @@ def test_evidence_of_65536_snapshots_is_counted_and_few_of_it_made(tmp_path: Pat
     for index in range(3000):
         builder.snapshot(b"%d" % (index + 1), b"same", l1_offset=shared, l1_size=1)
     report = q.audit(builder.write(tmp_path / "many.qcow2"))
-    told = {finding.code: finding for finding in report}
+    reported = {finding.code: finding for finding in report}
     for code in ("QCOW2-SNAPSHOT-ORDER", "QCOW2-SNAPSHOT-L1-ALIAS"):
-        assert told[code].count == 2999
-        assert 50 <= len(told[code].evidence) <= 100  # spread over the table
+        assert reported[code].count == 2999
+        assert 50 <= len(reported[code].evidence) <= 100  # spread over the table
 
 
 @pytest.mark.parametrize("inside", [0, 1], ids=["aligned", "unaligned"])
@@ -511,9 +511,9 @@ def test_ids_and_names_of_64_kib_are_reported_cut(tmp_path: Path) -> None:
     report = q.audit(builder.write(tmp_path / "long.qcow2"))
     assert len(report.to_json()) < 20 * MiB
     (first, *_) = (finding for finding in report if finding.code == "QCOW2-SNAPSHOT")
-    told = {item.field: item for item in first.evidence}
-    assert told["name"].value == "9" * 1024 + "... (60000 characters)"
-    assert told["name"].length == 60_000
+    reported = {item.field: item for item in first.evidence}
+    assert reported["name"].value == "9" * 1024 + "... (60000 characters)"
+    assert reported["name"].length == 60_000
 
 
 def test_every_finding_and_picture_shows_an_id_of_64_kib_cut(tmp_path: Path) -> None:
@@ -625,10 +625,10 @@ def test_streams_that_a_cut_image_lost_are_all_reported_and_use_up_no_allowance(
     l2 = builder.put(struct.pack(">4096Q", *(compressed_entry(entry, len(stream), 16) for entry in entries)))
     builder.raw(builder.l1, (l2 | COPIED).to_bytes(8, "big"))
     report = q.audit(builder.write(tmp_path / "cut.qcow2"), depth="deep")
-    told = {finding.code: finding for finding in report}
-    assert told["QCOW2-COMPRESSED-INVALID"].count == 4095
-    assert "QCOW2-COMPRESSED-SLACK" in told
-    assert "QCOW2-AUDIT-INCOMPLETE" not in told
+    reported = {finding.code: finding for finding in report}
+    assert reported["QCOW2-COMPRESSED-INVALID"].count == 4095
+    assert "QCOW2-COMPRESSED-SLACK" in reported
+    assert "QCOW2-AUDIT-INCOMPLETE" not in reported
 
 
 @qemu.requires_qemu

@@ -207,7 +207,7 @@ def test_luks_iterations_and_payload_hold_on_both_sides(tmp_path: Path) -> None:
 
 # --- memory streams ------------------------------------------------------------------------------
 
-_PAGES = 8192  # 32 MiB: a machine's CMOS tells of more than 16
+_PAGES = 8192  # 32 MiB: a machine's CMOS records more than 16
 _MACHINE = "pc-i440fx-7.2"
 
 

@@ -217,6 +217,43 @@ def test_serve_runs_the_plugin_until_it_is_ended(
     assert not socket.exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "(LUKS): give --passphrase-file FILE"),
+        (["--passphrase-file", "{}/absent"], "absent: No such file"),
+        (["--passphrase-file", "{}/wrong"], "no key slot accepts this passphrase"),
+    ],
+)
+def test_a_mistake_is_one_sentence_of_serve(
+    options: list[str],
+    message: str,
+    make_image: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cryptography")
+    monkeypatch.delenv("QCOW2_PASSPHRASE", raising=False)
+    image = make_image("locked.qcow2", "1M", secret=PASSPHRASE)
+    (tmp_path / "wrong").write_text("wrong")
+    given = [option.format(tmp_path) for option in options]
+    assert main(["serve", str(image), "--nbd", str(tmp_path / "case.sock"), *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_missing_backing_file_names_the_options_of_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    builder = Builder()
+    builder.backing = b"gone.raw"
+    image = builder.write(tmp_path / "disk.qcow2")
+    assert main(["serve", str(image), "--nbd", str(tmp_path / "case.sock")]) == 2
+    error = capsys.readouterr().err
+    assert "give its folder with --backing-dir DIR" in error
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("where", ["0.0.0.0:10809", "192.0.2.1:10809", "example.org:10809"])
 def test_serve_listens_on_this_machine_only(where: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "disk.qcow2", "--nbd", where]) == 2

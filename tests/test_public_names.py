@@ -24,6 +24,7 @@ CONTRACT = {
     "audit",
     "audit_path",
     "compare",
+    "residue",
     "Resolver",
     "Limits",
     "Severity",
@@ -61,13 +62,18 @@ def test_type_checkers_find_each_public_name_where_it_is_imported_from() -> None
     assert seen == q._HOMES
 
 
-def test_audit_and_compare_stay_functions_after_their_modules_were_imported() -> None:
+@pytest.mark.parametrize("name", ["audit", "compare", "residue"])
+def test_a_function_stays_one_after_the_package_of_its_name_was_imported(name: str) -> None:
     code = (
-        "import qcow2_forensics.audit, qcow2_forensics.compare, qcow2_forensics as q;"
-        "from qcow2_forensics.audit import audit_path;"
-        "print(q.audit.__name__, q.compare.__name__, callable(q.audit))"
+        f"import inspect, qcow2_forensics.{name}, qcow2_forensics as q;"
+        f"from qcow2_forensics.{name} import {name};"
+        f"print(inspect.isfunction(q.{name}), q.{name} is {name})"
     )
-    assert _fresh(code) == "audit compare True"
+    assert _fresh(code) == "True True"
+
+
+def test_the_package_of_residue_brings_no_numpy_until_it_is_used() -> None:
+    assert _fresh("import sys, qcow2_forensics.residue; print('numpy' in sys.modules)") == "False"
 
 
 def test_importing_the_package_imports_neither_numpy_nor_a_framework() -> None:

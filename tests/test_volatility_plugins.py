@@ -163,10 +163,10 @@ def test_info_of_an_image_without_memory_is_about_the_image(make_image: Callable
 def test_registers_are_those_qemu_shows(saved: Saved) -> None:
     found = plugin_rows("registers.Registers", saved.image)
     shown = saved.registers[0]
-    told = {row["Register"]: row["Value"] for row in found if row["CPU"] == 0}
-    common = {name for name in shown if name in told}
+    listed = {row["Register"]: row["Value"] for row in found if row["CPU"] == 0}
+    common = {name for name in shown if name in listed}
     assert {"cr0", "cr3", "cr4", "rip"} <= common
-    assert {name: told[name] for name in common} == {name: shown[name] for name in common}
+    assert {name: listed[name] for name in common} == {name: shown[name] for name in common}
 
 
 def test_one_register_may_be_asked_for(saved: Saved, tmp_path: Path) -> None:
@@ -340,9 +340,9 @@ def test_a_search_finds_what_only_one_snapshot_holds(saved: Saved) -> None:
 def test_a_search_for_nothing_sensible_is_one_warning(
     saved: Saved, caplog: pytest.LogCaptureFixture, settings: dict[str, object]
 ) -> None:
-    with warnings_of(caplog) as told:
+    with warnings_of(caplog) as warnings:
         assert plugin_rows("scan.Scan", saved.image, **settings) == []
-    assert len(told) == 1
+    assert len(warnings) == 1
 
 
 def test_audit_lists_findings(saved: Saved, tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_other_locations_than_files_work(saved: Saved, tmp_path: Path, served: s
 # --- bad input -----------------------------------------------------------------------------------
 
 
-def assert_told(done: Any, *words: str) -> None:
+def assert_warned(done: Any, *words: str) -> None:
     """One warning, at normal verbosity, and no traceback."""
     assert "Traceback" not in done.stderr + done.stdout
     warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
@@ -445,20 +445,20 @@ def assert_told(done: Any, *words: str) -> None:
 @pytest.mark.parametrize("plugin", every(2, [SCAN, ("qcow2.registers.Registers",)]))
 def test_an_unknown_snapshot_is_one_warning(saved: Saved, tmp_path: Path, plugin: tuple[str, ...]) -> None:
     done = vol("--qcow2-snapshot", "nope", "-f", saved.image, *plugin, cwd=tmp_path)
-    assert_told(done, "no snapshot 'nope'", "1 (first), 2 (second)")
+    assert_warned(done, "no snapshot 'nope'", "1 (first), 2 (second)")
 
 
 @pytest.mark.slow
 def test_no_memory_state_is_one_warning(make_image: Callable[..., Path], tmp_path: Path) -> None:
     image = make_image("plain.qcow2", "1M")
-    assert_told(vol("-f", image, *SCAN, cwd=tmp_path), "ordinary disk")
-    assert_told(vol("-f", image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path), "with memory")
+    assert_warned(vol("-f", image, *SCAN, cwd=tmp_path), "ordinary disk")
+    assert_warned(vol("-f", image, "qcow2.vmstatedump.VmStateDump", cwd=tmp_path), "with memory")
 
 
 @pytest.mark.slow
 def test_a_truncated_image_is_one_warning(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "short.qcow2").write_bytes(saved.image.read_bytes()[: saved.image.stat().st_size // 2])
-    assert_told(vol("-f", "short.qcow2", *SCAN, cwd=tmp_path, every_stacker=True), "past the end of the file")
+    assert_warned(vol("-f", "short.qcow2", *SCAN, cwd=tmp_path, every_stacker=True), "past the end of the file")
 
 
 @pytest.mark.parametrize("size", [1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
@@ -495,7 +495,7 @@ def test_a_file_that_is_no_image_is_no_traceback(tmp_path: Path) -> None:
 
 
 def test_no_file_is_one_warning(tmp_path: Path) -> None:
-    assert_told(vol("qcow2.snapshots.Snapshots", cwd=tmp_path), "use -f")
+    assert_warned(vol("qcow2.snapshots.Snapshots", cwd=tmp_path), "use -f")
 
 
 def test_without_the_core_volatility_still_runs(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def _hidden_extension(folder: Path) -> Path:
     return Poke(path).write(112, hidden).path
 
 
-_trap("EXTENSION-HIDDEN", "a header extension behind the end marker",
+_trap("EXTENSION-HIDDEN", "a header extension after the end marker",
       _hidden_extension, {0: b"\x11\x11"}, qemu_reads=True)
 
 

@@ -108,6 +108,7 @@ if TYPE_CHECKING:
     from .reader.vm_state import VmState as VmState
     from .reader.writer import cache_file as cache_file
     from .reader.writer import ended_by_signals as ended_by_signals
+    from .residue import residue as residue
     from .text import __version__ as __version__
 
 # Every name is imported at its first use: importing the package takes no time, and the command starts where Ctrl-C is
@@ -139,6 +140,7 @@ _NAMES = {  # by the module that has them
     "reader.stream": "SourceStream",
     "reader.vm_state": "VmState",
     "reader.writer": "cache_file ended_by_signals",
+    "residue": "residue",
     "text": "__version__",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
@@ -173,16 +175,15 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps ``audit`` and ``compare`` the functions when their modules are imported.
+    """Keeps ``audit``, ``compare`` and ``residue`` the functions when their packages are imported.
 
-    Importing ``qcow2_forensics.audit`` sets the attribute ``audit`` of this package to the module;
-    the public name is that of the function inside.
+    Importing ``qcow2_forensics.audit`` would set the attribute ``audit`` of this package to what was imported;
+    the public name is that of the function inside, which is looked up at first use.
     """
 
     def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
+        if not (isinstance(value, ModuleType) and _HOMES.get(name) == name):
+            super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

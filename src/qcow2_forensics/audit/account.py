@@ -149,7 +149,7 @@ rule(
     Severity.LOW,
     "there is data in unused parts of the LUKS header",
     note="nothing reads it: consistent with embedding, with a removed passphrase, or with another writer",
-    when="bytes between the LUKS header and key material, behind it, or in the fields of an inactive key slot are not zeros; "
+    when="bytes between the LUKS header and key material, after it, or in the fields of an inactive key slot are not zeros; "
     "the key material of such slots has a finding of its own",
     depth=Depth.DEEP,
     validated=CRAFTED,

@@ -87,7 +87,7 @@ def _version1(facts: Facts) -> Layout | None:
 
 
 def _refcounts_first(facts: Facts, tables: _Tables) -> Layout | None:
-    # QEMU itself wrote bytes of version 3 behind the header of version 2 for years.
+    # QEMU itself wrote bytes of version 3 after the header of version 2 for years.
     is_bare = facts.header.version == 2 and not any(facts.read(V2_HEADER_LENGTH, 4096 - V2_HEADER_LENGTH))
     if not is_bare:
         writer = "QEMU, as it creates images"

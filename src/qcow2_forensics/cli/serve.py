@@ -10,11 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..errors import Qcow2Error
+from ..errors import FormatError, Locked, NotQcow2, Qcow2Error
+from ..reader.damage_options import assumptions_from_environment, virtual_size_from_environment
+from ..reader.opening import open_disk
+from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE
+from ..reader.resolver import ALONE_VARIABLE, Remedies, Resolver, folders_from_environment
 from ..reader.writer import ended_by_signals
 from ..text import cut, printable
 from . import add_image_argument
-from .options import KEY_HELP, add_backing_folders, add_key_arguments
+from .options import KEY_HELP, add_backing_folders, add_key_arguments, passphrases_of
 
 HELP = "serve every state over NBD, read-only"
 DESCRIPTION = "Serve every state of an image as a read-only NBD export, through nbdkit."
@@ -29,6 +33,8 @@ snapshot, or recovered:1 where the image is damaged. Ctrl-C ends it. The server 
 """
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _PLUGIN = Path(__file__).parent.parent / "data" / "nbdkit_plugin.py"
+_REMEDIES = Remedies("--backing-dir DIR", alone=f"{ALONE_VARIABLE}=1")
+_UNLOCK = f"give --passphrase-file FILE, or set {PASSPHRASE_VARIABLE} or {KEY_FILE_VARIABLE}"
 _INSTALL = "serve needs nbdkit and its Python plug-in: apt install nbdkit nbdkit-plugin-python"
 
 
@@ -60,6 +66,23 @@ def listening(where: str) -> list[str]:
     return ["-i", host, "-p", port]
 
 
+def open_once(args: argparse.Namespace) -> None:
+    """Open the active state as the plug-in will, so that a mistake is one sentence: nbdkit shows a traceback."""
+    with contextlib.suppress(NotQcow2, FormatError):  # recovered:1 may open, which the plug-in tries
+        disk = open_disk(
+            args.image,
+            None,
+            passphrases_of(args),
+            Resolver(folders=[*args.backing_dir, *folders_from_environment()], remedies=_REMEDIES),
+            follow=not os.environ.get(ALONE_VARIABLE),
+            assume=assumptions_from_environment(),
+            virtual_size=virtual_size_from_environment(),
+        )
+        disk.close()
+        if disk.is_locked:
+            raise Locked(disk.locked_method, _UNLOCK, member=disk.locked_member)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run nbdkit until it is ended."""
     engine = shutil.which("nbdkit")
@@ -72,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     parameters += [f"passphrase-file={os.path.abspath(path)}" for path in args.passphrase_file]
     parameters += [f"backing-dir={os.path.abspath(folder)}" for folder in args.backing_dir]
     where = listening(args.nbd)
+    open_once(args)
     # nbdkit runs the system's Python: PYTHONPATH names our package and what it needs, where they are here.
     path = [str(_PLUGIN.parent.parent.parent), *(item for item in sys.path if item.endswith(("-packages", ".zip")))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}

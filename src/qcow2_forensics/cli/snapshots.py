@@ -113,7 +113,7 @@ def _print_recovered(args: argparse.Namespace) -> int:
                 print(f"note: {state.label} leaves out {plural(len(state.unplaced), 'L2 table')} without a known place")
         if any(state.backing_unknown for state in states):
             print(
-                "note: without its header nobody can tell whether the image had a backing file; unallocated ranges read as zeros"
+                "note: without its header it is not known whether the image had a backing file; unallocated ranges read as zeros"
             )
     return 0 if all(state.is_search_complete for state in states) else 2
 
@@ -128,6 +128,9 @@ def _deleted(image: Image) -> list[dict[str, Any]]:
     for count, what in ((not_followed, "not followed into their tables"), (residue.entries_left_out, "left out")):
         if count:
             complain(f"{count} former snapshot entries were {what}: there are too many")
+    problem = image.unreadable("disk")
+    if found and problem is not None:
+        complain(f"none of them can be opened: {problem.error()}; --recovered lists what can be put together")
     for item in found:
         left = {
             "open_as": None if item.is_gone else item.selector,

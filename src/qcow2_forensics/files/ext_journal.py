@@ -49,7 +49,7 @@ class Journal(NamedTuple):
 
 
 def needs_recovery(superblock: bytes) -> bool:
-    """Whether a file system (its bytes from 1024) was not unmounted; raises ``OSError`` where that cannot be told."""
+    """Whether a file system (its bytes from 1024) was not unmounted; raises ``OSError`` where that cannot be determined."""
     if superblock[56:58] != b"\x53\xef":
         raise OSError("its superblock is not where it belongs")
     if superblock[0x65] & _HAS_SUMS:

@@ -19,7 +19,7 @@ _HEADER = 44  # bytes under the checksum
 def has_changes(reader: Reader, start: int) -> bool:
     """Return whether the journal of the file system at ``start`` holds changes that may not be at their places.
 
-    Raises ``OSError`` where that cannot be told, and ``Qcow2Error``.
+    Raises ``OSError`` where that cannot be determined, and ``Qcow2Error``.
     """
     header = whole(reader, start + 1024, 44)
     if header[:2] not in (b"H+", b"HX"):

@@ -51,7 +51,7 @@ class _Restart(NamedTuple):
 def has_changes(log: Any) -> bool:
     """Return whether a log, a ``File`` of pytsk3, holds changes that may not be at their places, as ntfs-3g decides it.
 
-    Raises ``OSError`` where that cannot be told, because it is not as a log is written.
+    Raises ``OSError`` where that cannot be determined, because it is not as a log is written.
     """
     size = int(log.info.meta.size)
     if _read(log, 0, 4) == _EMPTY * 4:

@@ -1,7 +1,7 @@
 """Reading a disk that has unreadable places: the reasons are kept; on request they read as zeros and are listed.
 
 A file system is walked through many small reads, and one unreadable cluster must not end the walk.
-Whoever shows what was read checks :attr:`TolerantReader.unreadable` before vouching for it.
+Whoever shows what was read checks :attr:`TolerantReader.unreadable` before relying on it.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class ReaderImage(pytsk3.Img_Info):
         except Qcow2Error as error:
             raise as_io_error(error)  # noqa: B904 - it names its cause
         if _length(data) < min(len, self._size - off):  # a volume that claims more than its disk holds
-            raise OSError(f"the disk ends inside the volume, {_length(data)} bytes behind its offset {off}")
+            raise OSError(f"the disk ends inside the volume, {_length(data)} bytes after its offset {off}")
         return data
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ def log_by_signature(kind: str, reader: Reader) -> Log | None:
 
 
 def _unknown(error: Exception) -> Log:
-    return Log(f"whether its log holds changes cannot be told: {reason(error)}", is_incomplete=True)
+    return Log(f"it is not known whether its log holds changes: {reason(error)}", is_incomplete=True)
 
 
 def _not_read(kind: str) -> Log:

@@ -265,7 +265,7 @@ class _Finder:
         return "" if found else f"dfVFS cannot open it{f': {scanned.problem}' if scanned.problem else ''}"
 
     def _look_behind(self, reader: Reader, volume: Volume, end: int) -> None:
-        """Name what is stored behind the end of a file system that is smaller than its volume: it is not free space."""
+        """Name what is stored after the end of a file system that is smaller than its volume: it is not free space."""
         if reader.size - end <= PARTITION_GAP:
             return
         rest = VolumeReader.slice(reader, end, reader.size - end)

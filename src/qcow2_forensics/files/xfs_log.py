@@ -23,7 +23,7 @@ _FARTHEST = 2048  # blocks from the end of the log to the header of its last rec
 def has_changes(reader: Reader) -> bool:
     """Return whether the log holds changes that may not be at their places.
 
-    Raises ``OSError`` where that cannot be told, because it is not as a log is written, and ``Qcow2Error``.
+    Raises ``OSError`` where that cannot be determined, because it is not as a log is written, and ``Qcow2Error``.
     """
     log = _Log(reader)
     end, cycle = log.end()

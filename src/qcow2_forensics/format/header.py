@@ -116,7 +116,7 @@ V2_HEADER_LENGTH = 72
 V3_HEADER_LENGTH = 104
 _MOST_BITS = 64  # a header may claim 2^32 - 1; two to that power is a number of half a gigabyte
 
-# What old versions of QEMU left behind a version 2 header: refcount_order 4 and header_length 104, as in version 3.
+# What old versions of QEMU left after a version 2 header: refcount_order 4 and header_length 104, as in version 3.
 V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))
 
 

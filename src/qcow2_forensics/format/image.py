@@ -168,7 +168,7 @@ class Image(Closing):
 
     @property
     def bitmaps_current(self) -> bool:
-        """Whether the autoclear bit vouches for the bitmaps."""
+        """Whether the autoclear bit says that the bitmaps are consistent."""
         return bool(self.header.autoclear_features & Autoclear.BITMAPS)
 
     # --- problems ------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def _account(evidence: Evidence) -> list[str]:
 
 
 def _contradictions(evidence: Evidence, made: Placement, sentences: list[str]) -> list[tuple[int, int]]:
-    """Return the ranges that the page tables speak against, and say so."""
+    """Return the ranges that the page tables contradict, and note them."""
     doubts = []
     regions = sorted(made.regions)
     if evidence.bad:

@@ -166,7 +166,7 @@ class _Walker:
                 raise broken(f"footer that is not of section {number}", at)
             self._has_footers = True
         elif self._has_footers and follows >= 0:  # machine types before 2.4 write none at all
-            raise broken(f"no footer behind section {number}", at)
+            raise broken(f"no footer after section {number}", at)
 
     def _block_migration(self) -> None:
         """Skip disk content that an old "migrate -b" put between the RAM sections."""

@@ -65,7 +65,7 @@ def unlocked(disk: Disk, passphrase: Passphrase) -> Decryptor:
 
 
 def _most_plausible(disk: Disk, found: list[Decryptor]) -> Decryptor:
-    """Return the decryptor of legacy AES that gives the most plausible disk, and note what speaks for it."""
+    """Return the decryptor of legacy AES that gives the most plausible disk, and note what makes it so."""
     from .encryption.plausibility import sample
 
     samples = [sample(disk, decryptor) for decryptor in found]

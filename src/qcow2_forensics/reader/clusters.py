@@ -189,7 +189,7 @@ class Clusters:
         stored = self._image.read(host, size)
         missing = size - len(stored)
         try:
-            # Never padded at first: a cut stream with zeros behind it can decode to wrong bytes.
+            # Never padded at first: a cut stream with zeros after it can decode to wrong bytes.
             return self._decode(stored, self._size)
         except ValueError as error:
             why = error

@@ -1,7 +1,7 @@
 """Bytes as the guest saw them: mapping, codec, key and backing disk put together.
 
 A :class:`Disk` refuses to guess: opening it raises the first problem that makes reading unsound,
-and a read that meets bytes it cannot vouch for raises, naming the structure and the file offset.
+and a read that meets bytes it cannot be sure of raises, naming the structure and the file offset.
 Longer than other modules: the ways to read share what the last read found, and a call between them takes time that shows.
 """
 
@@ -62,7 +62,7 @@ class Disk(Closing):
         unbacked: Qcow2Error | None = None,
         unlocker: Callable[[Disk, Passphrase], Decryptor] | None = None,
     ) -> None:
-        if snapshot is None or snapshot.index < 0:  # a deleted one: no table has to vouch for it
+        if snapshot is None or snapshot.index < 0:  # a deleted one: it is in no table
             image.require(DISK)
         else:
             image.require(DISK, SNAPSHOTS, snapshot_part(snapshot.index))
@@ -80,7 +80,7 @@ class Disk(Closing):
             l1_table_offset, l1_size = snapshot.l1_table_offset, snapshot.l1_size
             if snapshot.disk_size is not None:
                 self.size = snapshot.disk_size // SECTOR * SECTOR
-        # The L1 table of a snapshot must map the whole disk that the snapshot records: nothing vouches for what is past it.
+        # The L1 table of a snapshot must map the whole disk that the snapshot records: nothing says what is past it.
         self.mapped_end = 2**64
         if snapshot is not None and eof == "strict":
             self.mapped_end = l1_size * header.l2_span

@@ -20,7 +20,7 @@ import numpy as np
 
 from .alignment import MARGIN, Scores, clear_slots
 
-_BETWEEN = "its clusters continue those of tables before and behind it"
+_BETWEEN = "its clusters continue those of tables before and after it"
 _BEHIND = "its clusters continue those of a table in the next slot"
 _FITS = "it stores the clusters that the file system uses there, and in no other slot"
 
