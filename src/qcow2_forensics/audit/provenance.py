@@ -11,7 +11,7 @@ from ..limits import SAMPLES
 from ..residue import content
 from ..text import listed, plural
 from .facts import Facts
-from .rules import QEMU_MADE, Chapter, Depth, Graded, graded, of_fields
+from .rules import QEMU_MADE, Chapter, Depth, OneFinding, of_fields
 from .writer_layouts import counts_nothing, layout
 
 rule = Chapter(__name__, "Provenance and writer")
@@ -57,7 +57,7 @@ _BY_ROWS = {
     when="always",
     validated=QEMU_MADE,
 )
-def writer_profile(facts: Facts) -> Iterator[Graded]:
+def writer_profile(facts: Facts) -> Iterator[OneFinding]:
     evidence = list(_signs(facts))
     readings = [item.value for item in evidence if item.field == "reading"]
     title = (
@@ -65,7 +65,7 @@ def writer_profile(facts: Facts) -> Iterator[Graded]:
         if readings
         else "unknown writer: the header and the layout are of none that is known"
     )
-    yield graded(evidence, title=title)
+    yield OneFinding(evidence, title=title)
 
 
 def _signs(facts: Facts) -> Iterator[Evidence]:
@@ -236,7 +236,7 @@ def unknown_compatible(facts: Facts) -> Iterator[Evidence]:
     when="an extension type is not a known one; Medium above 256 bytes or with text or a program in it",
     harmless="vendor extensions",
 )
-def unknown_extension(facts: Facts) -> Iterator[Evidence | Graded]:
+def unknown_extension(facts: Facts) -> Iterator[Evidence | OneFinding]:
     if facts.header.header_length < V2_HEADER_LENGTH:
         return  # a cut header: where extensions start is unknown
     for extension in facts.image.extensions:
@@ -255,7 +255,7 @@ def unknown_extension(facts: Facts) -> Iterator[Evidence | Graded]:
             evidence.append(
                 Evidence("looks_like", looks or "data", extension.data_offset, extension.length, "header extension")
             )
-            yield graded(evidence, severity=Severity.MEDIUM)
+            yield OneFinding(evidence, severity=Severity.MEDIUM)
         else:
             yield from evidence
 
