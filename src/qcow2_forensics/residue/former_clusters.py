@@ -67,8 +67,7 @@ class Targets:
         size = self._image.cluster_size
         words = big_endian(data).reshape(-1, size // 8)
         known = np.where(words.any(axis=1), _KNOWN | HOLDS_BYTES, _KNOWN).astype(np.uint8)
-        rows = structure_detection.likely(structure_detection.l2_rows, words, self._geometry)
-        found = structure_detection.l2_rows(words[rows], self._geometry)
+        rows, found = structure_detection.judged(structure_detection.l2_rows, words, self._geometry)
         known[rows[found.tables & found.telling]] |= IS_L2
         counts = np.frombuffer(data, np.uint8).reshape(-1, size)
         known[structure_detection.refcount_rows(counts, self._image.header.refcount_order)] |= IS_REFCOUNTS

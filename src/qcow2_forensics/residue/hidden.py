@@ -178,6 +178,5 @@ def tail(image: Image) -> Iterator[Piece]:
     host = int(entry.hosts[0])
     if host and not entry.zero_flags[0]:
         start = host + inside
-        piece = piece_of(image.read(start, image.cluster_size - inside), start, "beyond-disk")
-        if piece is not None:
+        for piece in piece_of(image.read(start, image.cluster_size - inside), start, "beyond-disk"):
             yield replace(piece, guest_offset=image.disk_size + piece.offset - start)
