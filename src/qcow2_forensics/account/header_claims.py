@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..format.extensions import BITMAPS_EXTENSION, CRYPTO_EXTENSION, Extension, ExtensionType
-from ..format.header import V2_LEFTOVER, V3_HEADER_LENGTH, Crypt, Header, padded
+from ..format.header import FEATURE_ROW, V2_LEFTOVER, V3_HEADER_LENGTH, Crypt, Header, padded
 from ..format.image import Image
 from .labels import Kind, Labels, Place
 from .spans import Spans
 
-_ROW = 48  # bytes of a feature name: type, bit, 46 of name
 _NAMES = {
     ExtensionType.BACKING_FORMAT: "backing format",
     ExtensionType.FEATURE_NAMES: "feature names",
@@ -79,7 +78,7 @@ def _claim_extensions(image: Image, labels: Labels, claims: Spans, hints: Spans)
             for row, offset in _rows(extension):
                 claims.add(label, offset, offset + 2)
                 claim_name(labels, claims, hints, label, name, row[2:], offset + 2)
-            hints.add(labels.number(Place.NAME_SLACK, name), end - extension.length % _ROW, end)
+            hints.add(labels.number(Place.NAME_SLACK, name), end - extension.length % FEATURE_ROW, end)
         else:
             claims.add(label, start, end)
         at = start + padded(extension.length)
@@ -89,8 +88,8 @@ def _claim_extensions(image: Image, labels: Labels, claims: Spans, hints: Spans)
 
 
 def _rows(extension: Extension) -> Iterator[tuple[bytes, int]]:
-    for at in range(0, extension.length - _ROW + 1, _ROW):
-        yield extension.data[at : at + _ROW], extension.data_offset + at
+    for at in range(0, extension.length - FEATURE_ROW + 1, FEATURE_ROW):
+        yield extension.data[at : at + FEATURE_ROW], extension.data_offset + at
 
 
 def _is_read(image: Image, extension: Extension) -> bool:

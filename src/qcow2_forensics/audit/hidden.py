@@ -13,6 +13,7 @@ from ..format.entries import ZERO
 from ..format.image import Image
 from ..limits import VM_STATE_CLUSTERS
 from ..reader.opening import leftover_vm_state
+from ..reader.vm_state import STREAM_HEAD
 from ..residue import Piece, hidden, live_mappings, streams
 from .facts import Facts, subscribes
 from .reference_names import opened_data_file
@@ -194,7 +195,7 @@ def vm_state_leftover(facts: Facts) -> Iterator[Evidence]:
 def _is_unlisted_stream(facts: Facts, offset: int) -> bool:
     """Whether a migration stream starts at a host offset, and no listed snapshot owns it."""
     applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
-    return not applied and facts.read(offset, 7) == b"QEVM\0\0\0"
+    return not applied and facts.read(offset, len(STREAM_HEAD)) == STREAM_HEAD
 
 
 def _vm_state(facts: Facts, offset: int, structure: str) -> Iterator[Evidence]:

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 from ..findings import Evidence, Severity
 from ..format.extensions import Extension, ExtensionType
-from ..format.header import KNOWN_INCOMPATIBLE, V2_HEADER_LENGTH, V2_LEFTOVER, Compatible, Compression, FeatureName
+from ..format.header import (
+    FEATURE_ROW,
+    KNOWN_INCOMPATIBLE,
+    V2_HEADER_LENGTH,
+    V2_LEFTOVER,
+    Compatible,
+    Compression,
+    FeatureName,
+)
 from ..limits import SAMPLES
 from ..residue import content
 from ..text import listed, plural
@@ -17,7 +25,6 @@ from .writer_layouts import counts_nothing, layout
 rule = Chapter(__name__, "Provenance and writer")
 
 _LENGTHS_LISTED = 20  # of extra data: writers have one or two
-_ROW = 48  # bytes of a row of the feature name table
 _KNOWN_EXTENSIONS = frozenset(ExtensionType)
 
 # (kind, bit) -> the name QEMU has given it since the bit exists.
@@ -108,7 +115,7 @@ def _header_reading(facts: Facts) -> Evidence | None:
         return Evidence("reading", "qemu-img of the compat=0.10 era, QEMU 1.1 or later", at, len(known), "header")
     table = _feature_table(facts)
     if table is not None:
-        rows = table.length // _ROW
+        rows = table.length // FEATURE_ROW
         reading = _BY_ROWS.get(rows, f"an unknown writer of a feature table with {plural(rows, 'row')}")
         return Evidence("reading", reading, table.offset, table.length + 8, "feature name table")
     found = layout(facts)
@@ -128,7 +135,7 @@ def _version3_facts(facts: Facts) -> Iterator[Evidence]:
         table = _feature_table(facts)
         if table is not None:
             place = table.offset, table.length + 8, "feature name table"
-            yield Evidence("feature_table_rows", table.length // _ROW, *place)
+            yield Evidence("feature_table_rows", table.length // FEATURE_ROW, *place)
         yield facts.field("header_length")
         yield facts.field("compatible_features")
 
@@ -178,7 +185,7 @@ def feature_table_odd(facts: Facts) -> Iterator[Evidence]:
     table = _feature_table(facts)
     if table is None:
         return
-    if table.length % _ROW:
+    if table.length % FEATURE_ROW:
         yield Evidence("length", table.length, table.offset + 4, 4, "feature name table")
     seen: set[tuple[int, int]] = set()
     for number, row in enumerate(facts.image.feature_names):
@@ -195,7 +202,7 @@ def _row_name(row: FeatureName) -> str:
 
 
 def _row_place(table: Extension, number: int) -> tuple[int, int, str]:
-    return table.offset + 8 + number * _ROW, _ROW, "feature name table"
+    return table.offset + 8 + number * FEATURE_ROW, FEATURE_ROW, "feature name table"
 
 
 @rule(

@@ -19,6 +19,7 @@ from ..census.columns import named_offsets
 from ..errors import LimitExceeded
 from ..format.source import Source
 from ..limits import VM_STATE_CLUSTERS_RECOVERED, VM_STATES_RECOVERED, Budget, MiB
+from ..reader.vm_state import STREAM_HEAD
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
 from .metered_source import stored_pieces
@@ -28,7 +29,7 @@ from .rebuilt_metadata import stored_l1, stored_l2, with_l1
 from .state import RecoveredState
 from .table_search import entries_of
 
-_MAGIC = int.from_bytes(b"QEVM\0\0\0", "big")
+_HEAD = int.from_bytes(STREAM_HEAD, "big")
 _CHUNK = 4 * MiB
 _CLUSTERS_AT_ONCE = 1 << 16
 
@@ -77,7 +78,7 @@ def _heads(source: Source, geometry: Geometry, census: Census) -> Iterator[int]:
     for at, length in stored_pieces(source, max(_CHUNK, size)):
         data = source.read(at, length)
         words = np.frombuffer(data, ">u8", count=len(data) // 8)[:: size // 8]
-        for row in np.flatnonzero(words >> np.uint64(8) == np.uint64(_MAGIC)).tolist():
+        for row in np.flatnonzero(words >> np.uint64(8) == np.uint64(_HEAD)).tolist():
             offset = at + row * size
             if not census.is_claimed(np.array([offset // size]))[0]:
                 if found == VM_STATES_RECOVERED:
