@@ -44,11 +44,11 @@ class Spans:
         if start < stop and start < _END:
             self._single.append((start, min(stop, _END), label))
 
-    def add_many(self, label: int | I64, starts: U64 | I64, stops: U64 | I64) -> None:
+    def add_many(self, label: int, starts: U64 | I64, stops: U64 | I64) -> None:
         """Take in ranges as arrays; empty ones are none."""
         if len(starts) < 2:
             for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-                self.add(label if isinstance(label, int) else int(label[0]), start, stop)
+                self.add(label, start, stop)
             return
         rows = np.empty((len(starts), 3), np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2] = _signed(starts), _signed(stops), label
