@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics import open_image
-from qcow2_forensics.census.arrays import distinct, distinct_rows, is_among, run_starts
+from qcow2_forensics.census.arrays import distinct, distinct_rows, is_among, run_starts, stretches
 from qcow2_forensics.census.guest_tags import GuestTags
 from qcow2_forensics.census.index_map import IndexMap
 from qcow2_forensics.census.owner_codes import OwnerCodes
@@ -203,3 +203,11 @@ def test_runs_of_equal_neighbours_start_where_a_value_differs_from_the_one_befor
 def test_different_rows_are_those_of_a_set_in_order(rows: list[tuple[int, int]]) -> None:
     found = distinct_rows(np.asarray(rows, np.int64).reshape(-1, 2))
     assert [tuple(row) for row in found.tolist()] == sorted(set(rows))
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1))))
+def test_a_stretch_ends_where_a_break_is(rows: list[tuple[int, int]]) -> None:
+    table = np.asarray(rows, np.int64).reshape(-1, 2)
+    found = list(stretches(len(table), (np.diff(table, axis=0) != 0).any(axis=1)))
+    assert [first for first, _ in found] == run_starts(*table.T).tolist()
+    assert [stop for _, stop in found] == [*run_starts(*table.T).tolist()[1:], len(rows)][: len(found)]

@@ -27,9 +27,9 @@ from qcow2_forensics.limits import DEFAULT_LIMITS, Budget, Limits
 from qcow2_forensics.recovery import metered_source, recovered_states
 from qcow2_forensics.recovery.allocation import PlacedDisk
 from qcow2_forensics.recovery.ext_volume import ext_expected, ext_map
-from qcow2_forensics.recovery.header import new_header
 from qcow2_forensics.recovery.ntfs_volume import ntfs_map
 from qcow2_forensics.recovery.placement import Unplaced, place
+from qcow2_forensics.recovery.rebuilt_metadata import new_header
 from qcow2_forensics.recovery.vm_states import vm_states
 from qcow2_forensics.recovery.xfs_volume import xfs_map
 from qcow2_forensics.residue.structure_detection import Geometry

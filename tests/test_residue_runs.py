@@ -277,7 +277,7 @@ def test_a_joined_piece_is_described_as_its_bytes_are_as_a_whole(parts: list[byt
         assert piece.guest_offset == piece.offset + 7
         at = piece.offset + piece.length
     assert not data[at:].strip(b"\0")
-    alone = piece_of(data, 0, "free")
+    alone = next(piece_of(data, 0, "free"), None)
     assert (alone is None) == (not found)
 
 

@@ -18,10 +18,11 @@ from ..format.image import Image
 from ..format.rules import DISK
 from .data_claims import AllocatedData, ShownData
 from .header_claims import claim_header
-from .labels import Label, Labels, Place
+from .labels import Label, Place
+from .marks import Marks
 from .qcow1_claims import Qcow1Claims
 from .remainders import looked_at
-from .spans import Spans, Tile, Windowed, joined, tile
+from .spans import Tile, Windowed, joined, tile
 from .streams import Decoded
 from .table_claims import OwnerPlaces, TableClaims
 
@@ -45,43 +46,42 @@ class Account:
         self.is_exact = read
         self.qcow1: Qcow1Claims | None = None
         self.size = image.file_size
-        self._labels = Labels()
+        self._marks = marks = Marks()
         self._allocated: AllocatedData | None = None
         self._shown: ShownData | None = None
-        claims, hints = Spans(), Spans()
         self._places: OwnerPlaces | None = None
         self._everything = 0  # the label of what nothing accounts for, without a census
-        claim_header(image, self._labels, claims, hints)
+        claim_header(image, marks)
         if census is not None:
-            TableClaims(census, self._labels, claims, hints).all()
+            TableClaims(census, marks).all()
             if image.header.crypt_method == Crypt.LUKS:
                 from .luks_claims import claim_luks
 
-                claim_luks(image, self._labels, claims, hints)
-            self._unclaimed(census, hints)
-            self._places = OwnerPlaces(self._labels, extended=image.header.extended_l2)
+                claim_luks(image, marks)
+            self._unclaimed(census)
+            self._places = OwnerPlaces(marks, extended=image.header.extended_l2)
             if decoded is None or not read:
-                self._allocated = AllocatedData(self._labels)
+                self._allocated = AllocatedData(marks)
             else:
-                self._shown = ShownData(census, self._labels, claims, hints, decoded)
+                self._shown = ShownData(census, marks, decoded)
         else:
             if image.header.version == 1 and image.unreadable(DISK) is None:
-                self.qcow1 = Qcow1Claims(image, self._labels, claims, hints)
+                self.qcow1 = Qcow1Claims(image, marks)
                 self.qcow1.all(decode=read)
             walked = self.qcow1 is not None and self.qcow1.walked
-            self._everything = self._labels.number(Place.FREE if walked else Place.NOT_WALKED)
-        self._claims, self._hints = claims.rows(self.size), hints.rows(self.size)
+            self._everything = self._marks.label(Place.FREE if walked else Place.NOT_WALKED)
+        self._claims, self._hints = marks.claims(self.size), marks.hints(self.size)
 
     @property
     def labels(self) -> list[Label]:
         """What the numbers in :attr:`Tile.label` mean."""
-        return self._labels.all
+        return self._marks.labels
 
-    def _unclaimed(self, census: Census, hints: Spans) -> None:
-        leaked, trailing = self._labels.number(Place.LEAKED), self._labels.number(Place.TRAILING)
+    def _unclaimed(self, census: Census) -> None:
+        leaked, trailing = self._marks.label(Place.LEAKED), self._marks.label(Place.TRAILING)
         ranges = census.leaked_runs
-        hints.add_many(leaked, ranges[:, 0], ranges[:, 0] + ranges[:, 1])
-        hints.add(trailing, census.end, self.size)
+        self._marks.add_many(leaked, ranges[:, 0], ranges[:, 0] + ranges[:, 1])
+        self._marks.add(trailing, census.end, self.size)
 
     def tiles(self) -> Iterator[Tile]:
         """Yield what each byte of the file is, a window at a time."""

@@ -11,29 +11,30 @@ from ..census import Census, Owner
 from ..census.arrays import I64, distinct, distinct_rows, is_among
 from ..census.columns import compressed_extents
 from ..format.entries import SUBCLUSTERS
-from .labels import Kind, Labels, Place
+from .labels import Kind, Place
+from .marks import Marks
 from .shown import ACTIVE, SNAPSHOT, ShownBytes
-from .spans import Spans, runs_of
+from .spans import runs_of
 from .streams import Decoded
 
 _SNAPSHOTS, _BOTH = "snapshots", "active state and snapshots"
 
 
-def labels_of_flags(labels: Labels) -> I64:
+def labels_of_flags(marks: Marks) -> I64:
     """Return the label of data by the flags of the states that show it; -1 where none does."""
-    table = np.full(8, labels.number(Kind.VM_STATE, _SNAPSHOTS), np.int64)
+    table = np.full(8, marks.label(Kind.VM_STATE, _SNAPSHOTS), np.int64)
     table[0] = -1
-    table[ACTIVE] = labels.number(Kind.DATA, "active state")
-    table[SNAPSHOT] = labels.number(Kind.DATA, _SNAPSHOTS)
-    table[ACTIVE | SNAPSHOT] = labels.number(Kind.DATA, _BOTH)
+    table[ACTIVE] = marks.label(Kind.DATA, "active state")
+    table[SNAPSHOT] = marks.label(Kind.DATA, _SNAPSHOTS)
+    table[ACTIVE | SNAPSHOT] = marks.label(Kind.DATA, _BOTH)
     return table
 
 
 class AllocatedData:
     """Guest data by allocation alone: whole clusters, as the census counts them."""
 
-    def __init__(self, labels: Labels) -> None:
-        self._labels = np.append(labels_of_flags(labels), labels.number(Kind.COMPRESSED))
+    def __init__(self, marks: Marks) -> None:
+        self._labels = np.append(labels_of_flags(marks), marks.label(Kind.COMPRESSED))
 
     def rows(self, starts: I64, stops: I64, owners: npt.NDArray[np.unsignedinteger]) -> I64:
         """Return claims on runs of clusters with these owners, between host offsets."""
@@ -54,25 +55,27 @@ def _flags_of_owners() -> npt.NDArray[np.uint8]:
 class ShownData:
     """Guest data byte by byte: what the states show."""
 
-    def __init__(self, census: Census, labels: Labels, claims: Spans, hints: Spans, decoded: Decoded) -> None:
+    def __init__(self, census: Census, marks: Marks, decoded: Decoded) -> None:
         self._census = census
         self._seen = census.seen(ShownBytes)
-        self._labels = labels_of_flags(labels)
+        self._labels = labels_of_flags(marks)
         self._size = census.cluster_size
         parts = self._seen.parts()
-        claims.add_many(self._labels[parts[:, 2]], parts[:, 0], parts[:, 1])
-        past, state_end = self._seen.past(), labels.number(Place.PAST_STATE_END)
-        hints.add_many(state_end, past[:, 0], past[:, 1])
-        self._streams(labels, claims, hints, decoded)
+        for flags in distinct(parts[:, 2]).tolist():
+            some = parts[parts[:, 2] == flags]
+            marks.add_many(int(self._labels[flags]), some[:, 0], some[:, 1])
+        past, state_end = self._seen.past(), marks.label(Place.PAST_STATE_END)
+        marks.add_many(state_end, past[:, 0], past[:, 1])
+        self._streams(marks, decoded)
 
-    def _streams(self, labels: Labels, claims: Spans, hints: Spans, decoded: Decoded) -> None:
+    def _streams(self, marks: Marks, decoded: Decoded) -> None:
         header, entries = self._census.image.header, np.asarray(decoded.entries, np.uint64)
         used = np.asarray(decoded.used, np.int64).reshape(-1, 2)
         past = self._seen.past_streams()
         if len(past):
             used = used[~is_among(entries, past)]
             offsets, lengths = compressed_extents(past, header)
-            hints.add_many(labels.number(Place.PAST_STATE_END, "compressed"), offsets, offsets + lengths)
+            marks.add_many(marks.label(Place.PAST_STATE_END, "compressed"), offsets, offsets + lengths)
         every = self._census.compressed_entries
         unread = every[~is_among(every, distinct(entries)) & ~is_among(every, past)]
         if len(unread):
@@ -80,7 +83,7 @@ class ShownData:
             used = np.concatenate((used, np.column_stack((offsets, offsets + lengths)).astype(np.int64)))
         if len(used):  # several entries may name one stream, and a writer's streams do not overlap
             used = distinct_rows(used)
-            claims.add_many(labels.number(Kind.COMPRESSED), used[:, 0], used[:, 1])
+            marks.add_many(marks.label(Kind.COMPRESSED), used[:, 0], used[:, 1])
 
     def rows(self, first: int, last: int) -> I64:
         """Return claims on the host clusters from ``first`` to ``last`` that are shown as a whole, or in subclusters."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..census.arrays import I64, U64, Mask, Places
+from ..census.arrays import I64, U64, Mask, Places, run_starts
 from ..census.columns import BATCH, Columns
 from ..census.mapped_tables import l2_columns, l2_offsets
 from ..format.entries import SUBCLUSTERS
@@ -131,8 +131,8 @@ def _ranges(columns: Columns, unreadable: Mask, guests: Places, done: int, size:
     kinds = np.concatenate((np.full(int(gaps.sum()), NOTHING), kinds))
     order = np.argsort(starts, kind="stable")
     starts, stops, kinds = starts[order], stops[order], kinds[order]
-    first = np.append(True, kinds[1:] != kinds[:-1])
-    last = np.append(first[1:], True)
+    first = run_starts(kinds)
+    last = np.append(first[1:], len(kinds)) - 1
     merged = Ranges(starts[first], stops[last], kinds[first])
     kept = merged.kinds != SHOWN
     return Ranges(*(column[kept] for column in merged))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..format.extensions import BITMAPS_EXTENSION, CRYPTO_EXTENSION, Extension, ExtensionType
-from ..format.header import V2_LEFTOVER, V3_HEADER_LENGTH, Crypt, Header, padded
+from ..format.header import FEATURE_ROW, V2_LEFTOVER, V3_HEADER_LENGTH, Crypt, Header, padded
 from ..format.image import Image
-from .labels import Kind, Labels, Place
-from .spans import Spans
+from .labels import Kind, Place
+from .marks import Marks
 
-_ROW = 48  # bytes of a feature name: type, bit, 46 of name
 _NAMES = {
     ExtensionType.BACKING_FORMAT: "backing format",
     ExtensionType.FEATURE_NAMES: "feature names",
@@ -20,21 +19,20 @@ _NAMES = {
 }
 
 
-def claim_header(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
+def claim_header(image: Image, marks: Marks) -> None:
     """Claim the header of any version with its extensions and the backing file name."""
     header = image.header
     unread_fields = _unread_fields(header)
     for field in header.fields:
-        unread = field.name in unread_fields
-        label = labels.number(Place.UNUSED_FIELD if unread else Kind.HEADER, field.name)
-        (hints if unread else claims).add(label, field.offset, field.offset + field.length)
+        what = Place.UNUSED_FIELD if field.name in unread_fields else Kind.HEADER
+        marks.add(marks.label(what, field.name), field.offset, field.offset + field.length)
     at, left = V2_LEFTOVER
     if header.version == 2 and image.read(at, len(left)) == left:
-        claims.add(labels.number(Kind.HEADER, "left by old versions of QEMU"), at, at + len(left))
+        marks.add(marks.label(Kind.HEADER, "left by old versions of QEMU"), at, at + len(left))
     if header.version >= 3:
-        hints.add(labels.number(Place.HEADER_PADDING), V3_HEADER_LENGTH, header.header_length)
-    _claim_extensions(image, labels, claims, hints)
-    _claim_backing_name(image, labels, claims, hints)
+        marks.add(marks.label(Place.HEADER_PADDING), V3_HEADER_LENGTH, header.header_length)
+    _claim_extensions(image, marks)
+    _claim_backing_name(image, marks)
 
 
 def _unread_fields(header: Header) -> set[str]:
@@ -47,50 +45,43 @@ def _unread_fields(header: Header) -> set[str]:
     return unread
 
 
-def claim_name(labels: Labels, claims: Spans, hints: Spans, label: int, owner: str, name: bytes, offset: int) -> None:
-    """Claim a name at a file offset up to its NUL; the rest of its field is a remainder."""
-    end = offset + (len(name) if b"\0" not in name else name.index(b"\0"))
-    claims.add(label, offset, end)
-    hints.add(labels.number(Place.NAME_SLACK, owner), end, offset + len(name))
-
-
-def _claim_backing_name(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
+def _claim_backing_name(image: Image, marks: Marks) -> None:
     header = image.header
     offset, length = header.backing_file_offset, header.backing_file_size
     if offset and length <= image.limits.name_bytes:
-        label = labels.number(Kind.BACKING_NAME)
-        claim_name(labels, claims, hints, label, "backing file name", image.read(offset, length), offset)
+        label = marks.label(Kind.BACKING_NAME)
+        marks.add_name(label, "backing file name", image.read(offset, length), offset)
 
 
-def _claim_extensions(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
+def _claim_extensions(image: Image, marks: Marks) -> None:
     header = image.header
     at = header.header_length
     for extension in image.extensions:
         name = _NAMES.get(extension.type, f"{extension.type:#010x}")  # type: ignore[call-overload]
-        label = labels.number(Kind.EXTENSION, name)
+        label = marks.label(Kind.EXTENSION, name)
         start, end = extension.data_offset, extension.data_offset + extension.length
-        claims.add(label, extension.offset, start)
-        hints.add(labels.number(Place.HEADER_PADDING, name), end, start + padded(extension.length))
+        marks.add(label, extension.offset, start)
+        marks.add(marks.label(Place.HEADER_PADDING, name), end, start + padded(extension.length))
         if not _is_read(image, extension):
-            hints.add(labels.number(Place.UNUSED_EXTENSION, name), start, end)
+            marks.add(marks.label(Place.UNUSED_EXTENSION, name), start, end)
         elif extension.type in (ExtensionType.BACKING_FORMAT, ExtensionType.DATA_FILE):
-            claim_name(labels, claims, hints, label, name, extension.data, start)
+            marks.add_name(label, name, extension.data, start)
         elif extension.type == ExtensionType.FEATURE_NAMES:
             for row, offset in _rows(extension):
-                claims.add(label, offset, offset + 2)
-                claim_name(labels, claims, hints, label, name, row[2:], offset + 2)
-            hints.add(labels.number(Place.NAME_SLACK, name), end - extension.length % _ROW, end)
+                marks.add(label, offset, offset + 2)
+                marks.add_name(label, name, row[2:], offset + 2)
+            marks.add(marks.label(Place.NAME_SLACK, name), end - extension.length % FEATURE_ROW, end)
         else:
-            claims.add(label, start, end)
+            marks.add(label, start, end)
         at = start + padded(extension.length)
     stop = min(header.backing_file_offset or header.cluster_size, header.cluster_size)
     if header.version != 1 and at + 8 <= stop and image.read(at, 8) == bytes(8):
-        claims.add(labels.number(Kind.EXTENSION, "end of the extensions"), at, at + 8)
+        marks.add(marks.label(Kind.EXTENSION, "end of the extensions"), at, at + 8)
 
 
 def _rows(extension: Extension) -> Iterator[tuple[bytes, int]]:
-    for at in range(0, extension.length - _ROW + 1, _ROW):
-        yield extension.data[at : at + _ROW], extension.data_offset + at
+    for at in range(0, extension.length - FEATURE_ROW + 1, FEATURE_ROW):
+        yield extension.data[at : at + FEATURE_ROW], extension.data_offset + at
 
 
 def _is_read(image: Image, extension: Extension) -> bool:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from ..errors import FormatError
 from ..format.image import Image
 from ..reader.encryption.luks import HEADER_LENGTH, parse_luks_header
-from .header_claims import claim_name
-from .labels import KEY_MATERIAL, Kind, Labels, Place
-from .spans import Spans
+from .labels import KEY_MATERIAL, Kind, Place
+from .marks import Marks
 
 _TEXTS = ((8, 32), (40, 32), (72, 32), (168, 40))  # cipher, mode, hash, UUID: offset and length of their fields
 _NUMBERS = ((0, 8), (104, 64))  # magic and version; payload offset, key length, digest with salt and iterations
 
 
-def claim_luks(image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
+def claim_luks(image: Image, marks: Marks) -> None:
     """Claim the LUKS header that the encryption extension of a LUKS image names."""
     place = image.crypto_header
     if place is None:
@@ -24,22 +23,22 @@ def claim_luks(image: Image, labels: Labels, claims: Spans, hints: Spans) -> Non
         header = parse_luks_header(data, length)
     except FormatError:
         return
-    label, material = labels.number(Kind.LUKS_HEADER), labels.number(Kind.KEY_MATERIAL)
-    inactive, unused = labels.number(Place.LUKS_SLOT), labels.number(Place.LUKS_SLOT, KEY_MATERIAL)
+    label, material = marks.label(Kind.LUKS_HEADER), marks.label(Kind.KEY_MATERIAL)
+    inactive, unused = marks.label(Place.LUKS_SLOT), marks.label(Place.LUKS_SLOT, KEY_MATERIAL)
     end = offset + length
     for at, size in _NUMBERS:
-        claims.add(label, offset + at, offset + at + size)
+        marks.add(label, offset + at, offset + at + size)
     for at, size in _TEXTS:
-        claim_name(labels, claims, hints, label, "LUKS header", data[at : at + size], offset + at)
+        marks.add_name(label, "LUKS header", data[at : at + size], offset + at)
     for slot in header.slots:
         at = offset + slot.offset
-        claims.add(label, at, at + 4)
-        claims.add(label, at + 40, at + 48)  # where its key material is, and in how many stripes
+        marks.add(label, at, at + 4)
+        marks.add(label, at + 40, at + 48)  # where its key material is, and in how many stripes
         start = offset + slot.key_material_offset
         key = min(start + header.key_bytes * slot.stripes, end)
         if slot.is_active:
-            claims.add(label, at + 4, at + 40)
-            claims.add(material, start, key)
+            marks.add(label, at + 4, at + 40)
+            marks.add(material, start, key)
         else:
-            hints.add(inactive, at + 4, at + 40)
-            hints.add(unused, start, min(start + header.material_bytes(slot), end))
+            marks.add(inactive, at + 4, at + 40)
+            marks.add(unused, start, min(start + header.material_bytes(slot), end))

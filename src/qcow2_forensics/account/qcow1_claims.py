@@ -15,8 +15,8 @@ from ..findings import EVIDENCE_LIMIT
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..limits import Budget
-from .labels import Kind, Labels, Place
-from .spans import Spans
+from .labels import Kind, Place
+from .marks import Marks
 from .streams import taken_by
 
 _CHUNK = 1 << 16  # L1 entries handled at once
@@ -38,14 +38,12 @@ class Qcow1Claims:
     where it was tables, ``walked`` is False and the claims are incomplete.
     """
 
-    def __init__(self, image: Image, labels: Labels, claims: Spans, hints: Spans) -> None:
+    def __init__(self, image: Image, marks: Marks) -> None:
         self.image = image
         self.issues = Issues(image.header.cluster_bits)
         self.stopped: LimitExceeded | None = None
         self.walked = False
-        self._labels = labels
-        self._claims = claims
-        self._hints = hints
+        self._marks = marks
 
     def all(self, *, decode: bool) -> None:
         """Claim everything; with ``decode`` compressed clusters claim what their streams take, else their extents."""
@@ -63,28 +61,28 @@ class Qcow1Claims:
         streams = np.concatenate([*packed, np.empty((0, 4), np.int64)])
         extents = streams[:, :2]
         if decode:
-            self._hints.add_many(self._labels.number(Place.COMPRESSED_SLACK), extents[:, 0], extents[:, 1])
+            self._marks.add_many(self._marks.label(Place.COMPRESSED_SLACK), extents[:, 0], extents[:, 1])
             taken = taken_by(self.image, extents[:, 0], extents[:, 1] - extents[:, 0])
             self._undecodable(streams, taken.failed)
             extents, self.stopped = taken.used, taken.stopped
         for label, rows in (
-            (self._labels.number(Kind.DATA, "active state"), np.concatenate([*data, np.empty((0, 2), np.int64)])),
-            (self._labels.number(Kind.COMPRESSED), extents),
+            (self._marks.label(Kind.DATA, "active state"), np.concatenate([*data, np.empty((0, 2), np.int64)])),
+            (self._marks.label(Kind.COMPRESSED), extents),
         ):
             if len(rows):
-                self._claims.add_many(label, *merged(rows[:, 0].astype(np.uint64), rows[:, 1].astype(np.uint64)))
+                self._marks.add_many(label, *merged(rows[:, 0].astype(np.uint64), rows[:, 1].astype(np.uint64)))
 
     def _tables(self) -> Iterator[_Table]:
         """Claim the L1 table, and yield the L2 tables that begin inside the file."""
         image, header = self.image, self.image.header
         size, span, width = header.cluster_size, header.l2_span, header.l2_entries * 8
-        l2_label = self._labels.number(Kind.L2, "active state")
-        past = self._labels.number(Place.ENTRIES_PAST_END, "L2 tables")
+        l2_label = self._marks.label(Kind.L2, "active state")
+        past = self._marks.label(Place.ENTRIES_PAST_END, "L2 tables")
         needed, start = -(-image.disk_size // span), header.l1_table_offset
-        self._hints.add(self._labels.number(Place.HEADER_SLACK), header.header_length, start)
-        self._claims.add(self._labels.number(Kind.L1, "active state"), start, start + needed * 8)
-        l1_past = self._labels.number(Place.ENTRIES_PAST_END, "L1 table")
-        self._hints.add(l1_past, start + needed * 8, start + header.l1_size * 8)
+        self._marks.add(self._marks.label(Place.HEADER_SLACK), header.header_length, start)
+        self._marks.add(self._marks.label(Kind.L1, "active state"), start, start + needed * 8)
+        l1_past = self._marks.label(Place.ENTRIES_PAST_END, "L1 table")
+        self._marks.add(l1_past, start + needed * 8, start + header.l1_size * 8)
         budget = Budget("bytes of L2 tables", image.file_size, image.limits)
         for first in range(0, min(needed, max(0, image.file_size - start) // 8), _CHUNK):
             words = big_endian(image.read(start + first * 8, min(_CHUNK, needed - first) * 8))
@@ -96,8 +94,8 @@ class Qcow1Claims:
                 if offset >= image.file_size:
                     continue
                 budget.spend(width)
-                self._claims.add(l2_label, offset, offset + meant * 8)
-                self._hints.add(past, offset + meant * 8, offset + width)
+                self._marks.add(l2_label, offset, offset + meant * 8)
+                self._marks.add(past, offset + meant * 8, offset + width)
                 yield _Table(offset, guest, Columns.of(big_endian(image.read(offset, meant * 8)), header))
 
     def _data(self, table: _Table) -> I64:
@@ -108,7 +106,7 @@ class Qcow1Claims:
         inside = self._inside(table, places, hosts)
         places, starts = places[inside], hosts[inside].astype(np.int64)
         stops = starts + np.minimum(size, self.image.disk_size - table.guest - places * size)
-        self._hints.add_many(self._labels.number(Place.PAST_STATE_END), stops, starts + size)
+        self._marks.add_many(self._marks.label(Place.PAST_STATE_END), stops, starts + size)
         return np.column_stack((starts, stops))
 
     def _packed(self, table: _Table) -> I64:

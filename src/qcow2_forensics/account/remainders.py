@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..census.arrays import I64, Mask, distinct
+from ..census.arrays import I64, Mask, distinct, stretches
 from ..format.source import Source
 from ..limits import KiB, MiB
 from ..reader.host_holes import host_runs
@@ -36,8 +36,7 @@ def looked_at(source: Source, rows: Tile, remainder: Mask) -> Tile:
 def _counted(source: Source, starts: I64, stops: I64) -> tuple[I64, I64, I64]:
     """Return the pieces of ranges that are not all zeros, and how many of their bytes are not."""
     found: list[I64] = []
-    joins = np.flatnonzero(starts[1:] - stops[:-1] > _GAP) + 1
-    for first, last in zip([0, *joins.tolist()], [*joins.tolist(), len(starts)], strict=True):
+    for first, last in stretches(len(starts), starts[1:] - stops[:-1] > _GAP):
         begin, end = int(starts[first]), int(stops[last - 1])
         for run in host_runs(source, begin, end - begin):
             if run.is_hole:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..census.arrays import I64, U64, Mask, Places, distinct, weighted_segments
+from ..census.arrays import I64, U64, Mask, Places, distinct, run_starts, weighted_segments
 
 _END = 1 << 62  # offsets beyond are past the end of every file
 
@@ -44,11 +44,11 @@ class Spans:
         if start < stop and start < _END:
             self._single.append((start, min(stop, _END), label))
 
-    def add_many(self, label: int | I64, starts: U64 | I64, stops: U64 | I64) -> None:
+    def add_many(self, label: int, starts: U64 | I64, stops: U64 | I64) -> None:
         """Take in ranges as arrays; empty ones are none."""
         if len(starts) < 2:
             for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-                self.add(label if isinstance(label, int) else int(label[0]), start, stop)
+                self.add(label, start, stop)
             return
         rows = np.empty((len(starts), 3), np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2] = _signed(starts), _signed(stops), label
@@ -90,10 +90,9 @@ class Windowed:
 
 def runs_of(values: npt.NDArray[np.unsignedinteger], start: int, unit: int) -> tuple[I64, I64, I64]:
     """Return starts, stops and values of the runs of equal values, each of ``unit`` bytes, from ``start`` on."""
-    edges = np.flatnonzero(values[1:] != values[:-1]) + 1
-    firsts = np.concatenate(([0], edges)).astype(np.int64)
-    lasts = np.concatenate((edges, [len(values)])).astype(np.int64)
-    return start + firsts * unit, start + lasts * unit, values[firsts].astype(np.int64)
+    firsts = run_starts(values)
+    stops = np.append(firsts[1:], len(values))
+    return start + firsts * unit, start + stops * unit, values[firsts].astype(np.int64)
 
 
 def tile(start: int, stop: int, claims: I64, hints: I64, places: I64) -> Tile:
@@ -125,9 +124,7 @@ def _covering(starts: I64, ends: I64, places: I64) -> tuple[Places, Mask]:
 
 def joined(rows: Tile) -> Tile:
     """Return the same with neighbours joined that are alike, zeros and other bytes apart."""
-    alike = (rows.label[1:] == rows.label[:-1]) & (rows.claims[1:] == rows.claims[:-1])
-    alike &= np.sign(rows.nonzero[1:]) == np.sign(rows.nonzero[:-1])
-    firsts = np.flatnonzero(np.concatenate(([True], ~alike)))
+    firsts = run_starts(rows.label, rows.claims, np.sign(rows.nonzero))
     lasts = np.append(firsts[1:] - 1, len(rows.start) - 1)
     sums = np.add.reduceat(np.maximum(rows.nonzero, 0), firsts)
     return Tile(

@@ -16,20 +16,17 @@ from ..format.entries import ALL_SUBCLUSTERS_ZERO, ZERO
 from ..format.header import padded
 from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SNAPSHOT_KNOWN_EXTRA
-from .header_claims import claim_name
-from .labels import Kind, Labels, Place
-from .spans import Spans
+from .labels import Kind, Place
+from .marks import Marks
 
 
 class TableClaims:
     """Claims the tables of one image that could be walked."""
 
-    def __init__(self, census: Census, labels: Labels, claims: Spans, hints: Spans) -> None:
+    def __init__(self, census: Census, marks: Marks) -> None:
         self.image: Image = census.image
         self.census = census
-        self.labels = labels
-        self.claims = claims
-        self.hints = hints
+        self.marks = marks
         self.size = census.cluster_size
 
     def all(self) -> None:
@@ -53,11 +50,11 @@ class TableClaims:
         stops = starts + counts * 8
         for owner, chosen in (("active state", slice(0, 1)), ("snapshots", slice(1, None))):
             kept = sound[chosen]
-            label = self.labels.number(Kind.L1, owner)
+            label = self.marks.label(Kind.L1, owner)
             rows = np.column_stack((starts[chosen], meant[chosen], stops[chosen]))[kept]
             if len(rows):
                 rows = distinct_rows(rows)  # a table that several entries name is one
-                self.claims.add_many(label, rows[:, 0], rows[:, 1])
+                self.marks.add_many(label, rows[:, 0], rows[:, 1])
                 self._past_end(label, rows[:, 1], np.minimum(rows[:, 2], self.image.file_size), owner)
 
     def _past_end(self, label: int, starts: I64, stops: I64, owner: str) -> None:
@@ -68,13 +65,13 @@ class TableClaims:
         starts, stops = (
             column.astype(np.int64) for column in merged(starts[kept].astype(np.uint64), stops[kept].astype(np.uint64))
         )
-        self.hints.add_many(self.labels.number(Place.ENTRIES_PAST_END, f"L1 table, {owner}"), starts, stops)
+        self.marks.add_many(self.marks.label(Place.ENTRIES_PAST_END, f"L1 table, {owner}"), starts, stops)
         trees = np.zeros(len(starts), np.int64)
         for chunk in l1_chunks(self.image, starts.astype(np.uint64), ((stops - starts) // 8).astype(np.uint64), trees):
             clean = (chunk.tables != 0) & ~chunk.reserved
             clean &= is_among(chunk.tables, self.census.named.offsets)
             if clean.any():
-                self.claims.add_many(label, *merged(chunk.positions[clean], chunk.positions[clean] + np.uint64(8)))
+                self.marks.add_many(label, *merged(chunk.positions[clean], chunk.positions[clean] + np.uint64(8)))
 
     def _l2_tables(self) -> None:
         named, header = self.census.named, self.image.header
@@ -87,9 +84,9 @@ class TableClaims:
         if self._left_by_savevm(named.part(inside).part(past_disk)):
             stops[past_disk] = starts[past_disk] + self.size
         for owner, chosen in (("active state", active), ("snapshots", ~active)):
-            self.claims.add_many(self.labels.number(Kind.L2, owner), starts[chosen], stops[chosen])
-            past = self.labels.number(Place.ENTRIES_PAST_END, f"L2 tables, {owner}")
-            self.hints.add_many(past, stops[chosen], starts[chosen] + self.size)
+            self.marks.add_many(self.marks.label(Kind.L2, owner), starts[chosen], stops[chosen])
+            past = self.marks.label(Place.ENTRIES_PAST_END, f"L2 tables, {owner}")
+            self.marks.add_many(past, stops[chosen], starts[chosen] + self.size)
 
     def _left_by_savevm(self, tables: L2Tables) -> bool:
         """Whether the active state's tables past its disk hold what QEMU leaves there when it saves a VM state.
@@ -115,57 +112,57 @@ class TableClaims:
     def _refcounts(self) -> None:
         stored = self.census.refcounts
         start = self.image.header.refcount_table_offset
-        self.claims.add(self.labels.number(Kind.REFCOUNT_TABLE), start, start + len(stored.table) * 8)
+        self.marks.add(self.marks.label(Kind.REFCOUNT_TABLE), start, start + len(stored.table) * 8)
         slots = np.flatnonzero((stored.offsets != 0) & ~stored.unreadable)
         blocks = stored.offsets[slots].astype(np.int64)
         counted = np.clip(self.census.clusters - slots * stored.per_block, 0, stored.per_block)
         stops = blocks + -(-counted * stored.bits // 8)
         blocks, first = np.unique(blocks, return_index=True)  # by rising slot: the first counts most
-        self.claims.add_many(self.labels.number(Kind.REFCOUNT_BLOCK), blocks, stops[first])
-        self.hints.add_many(self.labels.number(Place.REFCOUNTS_PAST_END), stops[first], blocks + self.size)
+        self.marks.add_many(self.marks.label(Kind.REFCOUNT_BLOCK), blocks, stops[first])
+        self.marks.add_many(self.marks.label(Place.REFCOUNTS_PAST_END), stops[first], blocks + self.size)
 
     # --- snapshots and bitmaps -------------------------------------------------------------------
 
     def _snapshot_table(self) -> None:
-        label, names = self.labels.number(Kind.SNAPSHOT_TABLE), "snapshot table"
-        padding = self.labels.number(Place.TABLE_PADDING, names)
-        extra = self.labels.number(Place.UNKNOWN_EXTRA, names)
-        unused = self.labels.number(Place.UNUSED_FIELD, "vm_state_size")
+        label, names = self.marks.label(Kind.SNAPSHOT_TABLE), "snapshot table"
+        padding = self.marks.label(Place.TABLE_PADDING, names)
+        extra = self.marks.label(Place.UNKNOWN_EXTRA, names)
+        unused = self.marks.label(Place.UNUSED_FIELD, "vm_state_size")
         for entry in self.image.snapshots:
             at = entry.offset + SNAPSHOT_ENTRY_LENGTH
             known = min(entry.extra_length, SNAPSHOT_KNOWN_EXTRA)
             # The 32-bit size of a VM state is read where the extra data has no 64-bit one.
             if known >= 8 and entry.vm_state_size32 not in (0, entry.vm_state_size):
                 place, length = entry.place_of("vm_state_size32")
-                self.claims.add(label, entry.offset, place)
-                self.hints.add(unused, place, place + length)
-                self.claims.add(label, place + length, at + known)
+                self.marks.add(label, entry.offset, place)
+                self.marks.add(unused, place, place + length)
+                self.marks.add(label, place + length, at + known)
             else:
-                self.claims.add(label, entry.offset, at + known)
-            self.hints.add(extra, at + known, at + entry.extra_length)
+                self.marks.add(label, entry.offset, at + known)
+            self.marks.add(extra, at + known, at + entry.extra_length)
             at += entry.extra_length
             for name in (entry.id_bytes, entry.name_bytes):
-                claim_name(self.labels, self.claims, self.hints, label, names, name, at)
+                self.marks.add_name(label, names, name, at)
                 at += len(name)
             if entry is not self.image.snapshots[-1]:
-                self.hints.add(padding, at, padded(at))
+                self.marks.add(padding, at, padded(at))
 
     def _bitmaps(self) -> None:
         layout, image = self.census.layout, self.image
         if layout.bitmap_directory is None:
             return
-        directory, names = self.labels.number(Kind.BITMAP_DIRECTORY), "bitmap directory"
-        tables = self.labels.number(Kind.BITMAP_TABLE)
-        past = self.labels.number(Place.ENTRIES_PAST_END, "bitmap tables")
+        directory, names = self.marks.label(Kind.BITMAP_DIRECTORY), "bitmap directory"
+        tables = self.marks.label(Kind.BITMAP_TABLE)
+        past = self.marks.label(Place.ENTRIES_PAST_END, "bitmap tables")
         wanted: list[tuple[int, int, int]] = []  # offset of the table, entries that mean something, bytes of bits
         for entry in image.bitmaps:
             at = entry.offset + BITMAP_ENTRY_LENGTH
-            self.claims.add(directory, entry.offset, at)
-            self.hints.add(self.labels.number(Place.UNKNOWN_EXTRA, names), at, at + len(entry.extra))
+            self.marks.add(directory, entry.offset, at)
+            self.marks.add(self.marks.label(Place.UNKNOWN_EXTRA, names), at, at + len(entry.extra))
             at += len(entry.extra)
-            claim_name(self.labels, self.claims, self.hints, directory, names, entry.name_bytes, at)
-            self.hints.add(
-                self.labels.number(Place.TABLE_PADDING, names),
+            self.marks.add_name(directory, names, entry.name_bytes, at)
+            self.marks.add(
+                self.marks.label(Place.TABLE_PADDING, names),
                 entry.offset + entry.length,
                 padded(at + len(entry.name_bytes)),
             )
@@ -173,14 +170,14 @@ class TableClaims:
             needed = -(-bits // 8)
             entries = min(entry.table_size, -(-needed // self.size))
             if entry.table_offset % self.size == 0:
-                self.claims.add(tables, entry.table_offset, entry.table_offset + entries * 8)
-                self.hints.add(past, entry.table_offset + entries * 8, entry.table_offset + entry.table_size * 8)
+                self.marks.add(tables, entry.table_offset, entry.table_offset + entries * 8)
+                self.marks.add(past, entry.table_offset + entries * 8, entry.table_offset + entry.table_size * 8)
                 wanted.append((entry.table_offset, entries, needed))
         self._bits(wanted)
 
     def _bits(self, wanted: list[tuple[int, int, int]]) -> None:
         """Claim the bits of bitmaps that have a place on the disk."""
-        label, past = self.labels.number(Kind.BITMAP_DATA), self.labels.number(Place.BITS_PAST_END)
+        label, past = self.marks.label(Kind.BITMAP_DATA), self.marks.label(Place.BITS_PAST_END)
         offsets, counts = [one[0] for one in wanted], [one[1] for one in wanted]
         needed = np.asarray([one[2] for one in wanted], np.int64)
         found: list[U64] = []
@@ -191,8 +188,8 @@ class TableClaims:
         rows = np.concatenate([*found, np.empty((0, 2), np.uint64)]).astype(np.int64)
         rows = rows[np.lexsort((-rows[:, 1], rows[:, 0]))]
         rows = rows[run_starts(rows[:, 0])]
-        self.claims.add_many(label, rows[:, 0], rows[:, 0] + rows[:, 1])
-        self.hints.add_many(past, rows[:, 0] + rows[:, 1], rows[:, 0] + self.size)
+        self.marks.add_many(label, rows[:, 0], rows[:, 0] + rows[:, 1])
+        self.marks.add_many(past, rows[:, 0] + rows[:, 1], rows[:, 0] + self.size)
 
 
 _PLACES = (
@@ -211,11 +208,11 @@ _PLACES = (
 class OwnerPlaces:
     """The label of unaccounted bytes by the owners of their cluster."""
 
-    def __init__(self, labels: Labels, *, extended: bool) -> None:
+    def __init__(self, marks: Marks, *, extended: bool) -> None:
         places = [Place.FREE, *(place for _, place in _PLACES)]
         if extended:
             places = [Place.SUBCLUSTER if place is Place.ZERO_FLAGGED else place for place in places]
-        self._labels = np.asarray([labels.number(place) for place in places], np.int64)
+        self._labels = np.asarray([marks.label(place) for place in places], np.int64)
 
     def of(self, owners: npt.NDArray[np.unsignedinteger]) -> I64:
         """Return the labels for some combinations of owners."""

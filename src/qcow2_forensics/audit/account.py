@@ -17,10 +17,10 @@ from ..residue.accounted import cut_streams, kind_of, pieces_of
 from .facts import Facts, subscribes
 from .reference_names import opened_data_file
 from .residual import Group, finding_of
-from .rules import CRAFTED, Chapter, Depth, Graded
+from .rules import Chapter, Depth, OneFinding
 from .undecodable_streams import decoded_streams
 
-rule = Chapter(__name__, "What nothing accounts for")
+rule = Chapter(__name__, "What nothing accounts for", depth=Depth.DEEP)
 
 
 subscribes(Depth.DEEP, lambda image: not image.header.external_data)(ShownBytes)
@@ -93,8 +93,8 @@ def _data_file(facts: Facts) -> Iterator[dict[str, Any]]:
         yield {"file": "data", "error": reason(error)}
 
 
-def _of_kind(*kinds: str) -> Callable[[Facts], Iterator[Graded]]:
-    def function(facts: Facts) -> Iterator[Graded]:
+def _of_kind(*kinds: str) -> Callable[[Facts], Iterator[OneFinding]]:
+    def function(facts: Facts) -> Iterator[OneFinding]:
         for kind in kinds:
             group = facts.once(accounted).groups.get(kind)
             if group is not None:
@@ -109,9 +109,7 @@ rule(
     "there is data after the end of a name",
     note="readers stop at the NUL; writers fill the rest of such fields with zeros: consistent with data embedded by hand",
     when="bytes after the NUL of a name in the header, the LUKS header or a table, or in the padding of a table entry, are not zeros",
-    depth=Depth.DEEP,
     needs="geometry",
-    validated=CRAFTED,
 )(_of_kind("name-slack"))
 
 
@@ -124,9 +122,7 @@ rule(
     "length of a backing file name is set without its offset, or mtime in version 1; the 32-bit VM state size of a snapshot "
     "differs from its 64-bit one",
     harmless="software that does not know bitmaps clears their bit and keeps the extension",
-    depth=Depth.DEEP,
     needs="geometry",
-    validated=CRAFTED,
 )(_of_kind("unread-field"))
 
 
@@ -138,9 +134,7 @@ rule(
     when="entries of an L1, L2 or bitmap table, or bits of a bitmap, past the end of every disk and VM state they belong to "
     "are not zeros; L1 entries that name an L2 table are left out, and so are entries that read as zeros where a listed snapshot's VM state was saved",
     harmless="QEMU keeps such entries after a memory snapshot was deleted, or applied and deleted",
-    depth=Depth.DEEP,
     needs="geometry",
-    validated=CRAFTED,
 )(_of_kind("entry-slack"))
 
 
@@ -151,8 +145,6 @@ rule(
     note="nothing reads it: consistent with embedding, with a removed passphrase, or with another writer",
     when="bytes between the LUKS header and key material, after it, or in the fields of an inactive key slot are not zeros; "
     "the key material of such slots has a finding of its own",
-    depth=Depth.DEEP,
-    validated=CRAFTED,
 )(_of_kind("luks-slack"))
 
 
@@ -164,9 +156,7 @@ rule(
     when="bytes of a cluster past the end of the disk, and past vm_state_size of a VM state, in every state that maps it are not "
     "zeros; of a compressed cluster, what it decodes to",
     harmless="in encrypted images the zeros that QEMU fills such clusters with are stored encrypted",
-    depth=Depth.DEEP,
     needs="geometry",
-    validated=CRAFTED,
     explained_by=("QCOW2-TAIL-BEYOND-DISK", "QCOW2-DATA-BEYOND-END", "QCOW2-VMSTATE-LEFTOVER"),
 )(_of_kind("state-tail"))
 
@@ -178,7 +168,5 @@ rule(
     note="consistent with data that was overwritten or discarded, or with embedding",
     when="bytes of a version 1 image after the header, between clusters or after the last one are not zeros",
     harmless="version 1 images are never rewritten in place after compression: old clusters stay",
-    depth=Depth.DEEP,
     needs="geometry",
-    validated=CRAFTED,
 )(_of_kind("unaccounted"))

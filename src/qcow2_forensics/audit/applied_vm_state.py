@@ -10,10 +10,8 @@ from ..errors import Qcow2Error
 from ..limits import SAMPLES
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
-from ..reader.vm_state import vm_state_offset
+from ..reader.vm_state import MAGIC, vm_state_offset
 from .facts import Facts
-
-_MAGIC = b"QEVM"
 
 
 class _Stream:
@@ -39,7 +37,7 @@ def applied_vm_state(facts: Facts, clusters: int) -> bool:
     try:
         disk = Disk(facts.image)
         for offset in offsets[:SAMPLES]:
-            if offset >= header.size and disk.read_mapped(offset, len(_MAGIC)) == _MAGIC:
+            if offset >= header.size and disk.read_mapped(offset, len(MAGIC)) == MAGIC:
                 return _is_sound(facts, disk, offset, clusters * header.cluster_size)
     except (Qcow2Error, OSError):
         return False

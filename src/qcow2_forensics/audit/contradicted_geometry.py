@@ -27,12 +27,12 @@ from ..format.header import SECTOR
 from ..text import size
 from .facts import Facts
 from .header_assumptions import proposed
-from .rules import CRAFTED, Chapter, Depth, Graded, graded
+from .rules import Chapter, Depth, OneFinding
 
 if TYPE_CHECKING:
     from ..recovery.refcounts import FoundRefcounts
 
-rule = Chapter(__name__, "Header fields that the tables contradict")
+rule = Chapter(__name__, "Header fields that the tables contradict", depth=Depth.STANDARD)
 
 _LEAST = 16  # different host offsets: by chance all of them are multiples of twice the cluster size once in 65,536
 _STREAMS = 4  # compressed clusters that have to decode
@@ -59,11 +59,9 @@ class _Sample(NamedTuple):
     when="16 host offsets or more in the active L1 table and the first sectors of its L2 tables, or 4 compressed streams, imply "
     "another cluster size, or standard entries under the flag of extended ones, and refcounts read that way count them; or "
     "the header's cluster, the L1 table and the refcounts themselves are counted once each with one other refcount width only",
-    depth=Depth.STANDARD,
     needs="header",
-    validated=CRAFTED,
 )
-def geometry_contradicted(facts: Facts) -> Iterator[Graded]:
+def geometry_contradicted(facts: Facts) -> Iterator[OneFinding]:
     header = facts.header
     if header.version not in (2, 3) or header.external_data or _is_clean(facts):
         return
@@ -79,16 +77,16 @@ def geometry_contradicted(facts: Facts) -> Iterator[Graded]:
                 Evidence("cluster_bits", header.cluster_bits, 20, 4, "header"),
                 Evidence("cluster size that the tables imply", size(1 << bits)),
             )
-            yield graded(items, title="tables are of another cluster size than the header states")
+            yield OneFinding(items, title="tables are of another cluster size than the header states")
     elif header.extended_l2 and _are_standard(facts, sample):
         found = tuple(proposed(facts, "extended-l2=off"))
         if found:
             title = "L2 tables hold standard entries, the header says extended ones"
-            yield graded(
+            yield OneFinding(
                 (*found, Evidence("incompatible_features", hex(header.incompatible_features), 72, 8)), title=title
             )
     elif header.version == 3 and (order := _implied_order(facts, sample)) is not None:
-        yield graded(
+        yield OneFinding(
             (
                 Evidence("refcount_order", header.refcount_order, 96, 4, "header"),
                 Evidence("refcount_order that the refcounts imply", order),

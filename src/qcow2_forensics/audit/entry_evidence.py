@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..census import structure_of
@@ -11,10 +11,12 @@ from ..errors import FormatError
 from ..findings import Evidence
 from ..text import plural
 from .facts import Facts, shortened
-from .rules import Graded, RuleFunction, graded
+from .rules import OneFinding, RuleFunction
 
 if TYPE_CHECKING:
     from ..account.qcow1_claims import Qcow1Claims
+
+Show = Callable[[Facts, Item], Evidence]
 
 
 def snapshot_id(facts: Facts, tree: int) -> str:
@@ -42,17 +44,23 @@ def item_evidence(facts: Facts, item: Item, what: str) -> Evidence:
     )
 
 
-def entries(facts: Facts, *kinds: str, what: str = "entry") -> Iterator[Graded]:
+def entry_evidence(facts: Facts, item: Item, what: str = "entry") -> Evidence:
+    """Return one item as evidence, with words for its value."""
+    return item_evidence(facts, item, describe_value(item, what))
+
+
+def one_finding(facts: Facts, *kinds: str, show: Show = entry_evidence) -> Iterator[OneFinding]:
     """Yield one finding over all issues of some kinds, when there are any."""
-    found: list[Evidence] = []
-    count = 0
-    issues = facts.census.issues if facts.has_census else qcow1_claims(facts).issues
-    for kind in kinds:
-        issue = issues[kind]
-        count += issue.count
-        found += [item_evidence(facts, item, describe_value(item, what)) for item in issue.items]
-    if found:
-        yield graded(found, count=count)
+    every = facts.census.issues if facts.has_census else qcow1_claims(facts).issues
+    issues = [every[kind] for kind in kinds]
+    count = sum(issue.count for issue in issues)
+    if count:
+        yield OneFinding([show(facts, item) for issue in issues for item in issue.items], count=count)
+
+
+def of_issues(*kinds: str, show: Show = entry_evidence) -> RuleFunction:
+    """Return a rule that lists the issues of some kinds."""
+    return lambda facts: one_finding(facts, *kinds, show=show)
 
 
 def qcow1_claims(facts: Facts) -> Qcow1Claims:
@@ -63,16 +71,6 @@ def qcow1_claims(facts: Facts) -> Qcow1Claims:
     if found is None:
         raise FormatError("the header does not lead to tables that can be walked", offset=0)
     return found
-
-
-def of_entries(*kinds: str) -> RuleFunction:
-    """Return a rule that lists the table entries of some kinds of issue."""
-    return lambda facts: entries(facts, *kinds)
-
-
-def of_refcounts(kind: str) -> RuleFunction:
-    """Return a rule that lists the refcounts of one kind of issue."""
-    return lambda facts: refcounts(facts, kind)
 
 
 def describe_value(item: Item, what: str = "entry") -> str:
@@ -100,14 +98,6 @@ def refcount_evidence(facts: Facts, item: Item) -> Evidence:
 def refcount_bytes(facts: Facts) -> int:
     """Return how many bytes hold one refcount; narrow ones share a byte."""
     return max(1, facts.header.refcount_bits // 8)
-
-
-def refcounts(facts: Facts, kind: str) -> Iterator[Graded]:
-    """Yield one finding over the refcounts of one kind of issue."""
-    issue = facts.census.issues[kind]
-    if issue.count:
-        found = [refcount_evidence(facts, item) for item in issue.items]
-        yield graded(found, count=issue.count)
 
 
 def referrer_evidence(facts: Facts, item: Item) -> Evidence:

@@ -16,9 +16,9 @@ from ..format.entries import compressed_descriptor
 from ..limits import SAMPLED_CONTENT, MiB
 from .facts import Facts
 from .overlap import evenly
-from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
+from .rules import QEMU_MADE, Chapter, Depth, OneFinding
 
-rule = Chapter(__name__, "Expansion")
+rule = Chapter(__name__, "Expansion", depth=Depth.STANDARD)
 
 _ARCHIVES = (
     (b"\x1f\x8b\x08", "gzip"),
@@ -37,7 +37,6 @@ _ARCHIVES = (
     note="reading the disk expands the file many times over: consistent with a decompression or parser-time bomb; "
     "QEMU never maps one stored cluster twice within a state",
     when="one state maps at least 1,000 clusters, and a hundred times as many as are stored",
-    depth=Depth.STANDARD,
 )
 def amplification(facts: Facts) -> Iterator[Evidence]:
     census = facts.census
@@ -66,10 +65,9 @@ def amplification(facts: Facts) -> Iterator[Evidence]:
     when="at least 64 MiB are stored compressed, in fewer bytes than their codec can make of any content (streams share "
     "bytes), or are compressed more than 500 times and begin as compressed files; Low above 500 times otherwise",
     harmless="disks full of zeros or of one pattern compress a thousand times (Low)",
-    depth=Depth.STANDARD,
     validated=QEMU_MADE,
 )
-def compression_bomb(facts: Facts) -> Iterator[Graded]:
+def compression_bomb(facts: Facts) -> Iterator[OneFinding]:
     bits = facts.header.cluster_bits
     if facts.census.compressed << bits < 64 * MiB:
         return
@@ -92,7 +90,7 @@ def compression_bomb(facts: Facts) -> Iterator[Graded]:
     if nested:
         evidence.append(Evidence("content_starts_as", nested))
     best = codec_of(facts.header.compression_type).best_ratio(facts.cluster_size)
-    yield graded(evidence, severity=None if nested or ratio > best else Severity.LOW)
+    yield OneFinding(evidence, severity=None if nested or ratio > best else Severity.LOW)
 
 
 def _nested(facts: Facts, entries: np.ndarray) -> str:

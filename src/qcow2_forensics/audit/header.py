@@ -22,7 +22,7 @@ from ..format.snapshot_table import SnapshotEntry
 from ..limits import FINDINGS_PER_RULE
 from ..text import snapshot_date
 from .facts import Facts, shortened, snapshot_field, snapshot_fields
-from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded, of_fields
+from .rules import QEMU_MADE, Chapter, Deferred, Depth, OneFinding, of_fields
 
 rule = Chapter(__name__, "Header, extensions and the tables they name")
 
@@ -139,10 +139,10 @@ def internal_snapshots(facts: Facts) -> Iterator[Evidence]:
     when="an entry of the snapshot table can be read; one finding each",
     validated=QEMU_MADE,
 )
-def snapshot(facts: Facts) -> Iterator[Graded]:
+def snapshot(facts: Facts) -> Iterator[OneFinding]:
     facts.leave_out("snapshots that are not described", len(facts.image.snapshots) - FINDINGS_PER_RULE)
     for entry in facts.image.snapshots[:FINDINGS_PER_RULE]:
-        yield graded(_snapshot_facts(entry))
+        yield OneFinding(_snapshot_facts(entry))
 
 
 def _snapshot_facts(entry: SnapshotEntry) -> Iterator[Evidence]:
@@ -201,7 +201,7 @@ rule(
     when="a header field is outside what the format or QEMU allows; Medium where QEMU still opens the image",
     needs="header",
 )
-def header_invalid(facts: Facts) -> Iterator[Evidence | Graded]:
+def header_invalid(facts: Facts) -> Iterator[Evidence | OneFinding]:
     tolerated, harmless = [], []
     for problem in facts.image.header_problems:
         if problem.code != "QCOW2-HEADER-INVALID":
@@ -216,9 +216,9 @@ def header_invalid(facts: Facts) -> Iterator[Evidence | Graded]:
     if facts.image.has_geometry and facts.header.backing_file_offset and not facts.header.backing_file_size:
         harmless.append(facts.field("backing_file_size", "0: the backing file name is empty"))
     if tolerated:
-        yield graded(tolerated, severity=Severity.MEDIUM)
+        yield OneFinding(tolerated, severity=Severity.MEDIUM)
     if harmless:
-        yield graded(harmless, severity=Severity.LOW)
+        yield OneFinding(harmless, severity=Severity.LOW)
 
 
 def _cut_header(facts: Facts) -> Iterator[Evidence]:

@@ -13,16 +13,17 @@ from ..format.entries import ZERO
 from ..format.image import Image
 from ..limits import VM_STATE_CLUSTERS
 from ..reader.opening import leftover_vm_state
+from ..reader.vm_state import STREAM_HEAD
 from ..residue import Piece, hidden, live_mappings, streams
 from .facts import Facts, subscribes
 from .reference_names import opened_data_file
 from .residual import Group, finding_of, survey_of
 from .residue_evidence import evidence_of, of_pieces
-from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
+from .rules import QEMU_MADE, Chapter, Depth, OneFinding
 from .undecodable_streams import decoded_streams
 from .vm_states import machine_type
 
-rule = Chapter(__name__, "Hidden data and old VM states")
+rule = Chapter(__name__, "Hidden data and old VM states", depth=Depth.DEEP)
 
 
 # --- hidden inside clusters in use ---------------------------------------------------------------
@@ -35,7 +36,6 @@ rule(
     note="the guest reads zeros there: consistent with a request to zero the range that left the old bytes in place",
     when="a cluster whose entry says zeros is not zeros and no other state shows it",
     harmless="frequent where guests issue WRITE ZEROES",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )(of_pieces(lambda facts: hidden.zero_flagged(facts.image, facts.census)))
 
@@ -47,7 +47,6 @@ rule(
     note="consistent with zeroed or discarded data, or with older content of a reused cluster",
     when="with extended L2 entries, a subcluster without its allocation bit in any state is not zeros",
     harmless="frequent",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )(of_pieces(lambda facts: hidden.subclusters(facts.image, facts.census)))
 
@@ -59,10 +58,9 @@ rule(
     note="consistent with overwritten compressed clusters",
     when="bytes no live stream consumes are not zeros; Medium when a whole cluster can be decompressed there",
     harmless="gaps are normal after rewrites",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def compressed_slack(facts: Facts) -> Iterator[Graded]:
+def compressed_slack(facts: Facts) -> Iterator[OneFinding]:
     streams_found, rest = Group(), Group()
     for piece in streams.compressed_slack(facts.image, facts.once(decoded_streams)):
         (streams_found if piece.looks == "stream" else rest).add(piece)
@@ -70,7 +68,7 @@ def compressed_slack(facts: Facts) -> Iterator[Graded]:
         evidence = [
             evidence_of(piece)._replace(field="cluster_sha256", value=piece.signature) for piece in streams_found.kept
         ]
-        yield graded(
+        yield OneFinding(
             evidence,
             severity=Severity.MEDIUM,
             title="overwritten compressed clusters can be decompressed",
@@ -87,7 +85,6 @@ def compressed_slack(facts: Facts) -> Iterator[Graded]:
     when="the disk does not end with a whole cluster, and the rest of its last cluster is not zeros; what a snapshot of a "
     "larger disk shows is left out",
     harmless="QEMU keeps these bytes when it makes a disk smaller",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
 def tail_beyond_disk(facts: Facts) -> Iterator[Evidence]:
@@ -133,10 +130,9 @@ def _hidden_in_data_file(facts: Facts) -> tuple[Group, Group]:
     "that held something else before",
     when="bytes where the image says nothing, or beyond the disk, are not zeros; Low under zero flags alone",
     harmless="zeroing keeps old bytes in data files that are not raw",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def datafile_residue(facts: Facts) -> Iterator[Graded]:
+def datafile_residue(facts: Facts) -> Iterator[OneFinding]:
     if facts.header.external_data:
         flagged, unmapped = facts.once(_hidden_in_data_file)
         yield from finding_of(unmapped)
@@ -150,7 +146,6 @@ def datafile_residue(facts: Facts) -> Iterator[Graded]:
     note="the image declares that its data file can be read as a raw disk, but the two differ: which bytes are seen depends "
     "on the reader",
     when="autoclear bit 1 is set and the data file is not zeros where the image reads as zeros",
-    depth=Depth.DEEP,
 )
 def raw_datafile_diverges(facts: Facts) -> Iterator[Evidence]:
     if facts.header.raw_data_file:
@@ -169,7 +164,6 @@ def raw_datafile_diverges(facts: Facts) -> Iterator[Evidence]:
     "the start of a VM state that belongs to no snapshot",
     note="consistent with a deleted memory snapshot",
     when="a cluster that nothing refers to, or that the active state maps past the end of the disk, starts with QEVM and a version",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
 def vm_state_residue(facts: Facts) -> Iterator[Evidence]:
@@ -201,7 +195,7 @@ def vm_state_leftover(facts: Facts) -> Iterator[Evidence]:
 def _is_unlisted_stream(facts: Facts, offset: int) -> bool:
     """Whether a migration stream starts at a host offset, and no listed snapshot owns it."""
     applied = facts.census.owner(offset) & Owner.SNAPSHOT_DATA  # a live snapshot's own, applied since
-    return not applied and facts.read(offset, 7) == b"QEVM\0\0\0"
+    return not applied and facts.read(offset, len(STREAM_HEAD)) == STREAM_HEAD
 
 
 def _vm_state(facts: Facts, offset: int, structure: str) -> Iterator[Evidence]:

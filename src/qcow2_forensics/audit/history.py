@@ -15,11 +15,12 @@ from ..format.header import Autoclear
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SNAPSHOT_KNOWN_EXTRA, SnapshotEntry
 from ..limits import BITMAP_TABLE_ENTRIES_COUNTED, BITMAPS_COUNTED, DIRTY_RANGES_LISTED
 from ..reader.bitmaps import ClusterBits, dirty_ranges, dirty_totals
+from ..reader.vm_state import MAGIC
 from ..text import cut, is_plain, listed, snapshot_date
 from .facts import Facts, shortened, snapshot_field
 from .reference_names import mtime_of
-from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
-from .vm_states import MAGIC, machine_type, vm_state_heads
+from .rules import QEMU_MADE, Chapter, Deferred, Depth, OneFinding
+from .vm_states import machine_type, vm_state_heads
 
 rule = Chapter(__name__, "Snapshots and bitmaps: history")
 
@@ -337,7 +338,7 @@ def bitmap_stale(facts: Facts) -> Iterator[Evidence]:
     "another writer",
     when="bit 0 without a bitmaps extension, bit 1 without an external data file, or an unknown bit",
 )
-def autoclear_odd(facts: Facts) -> Iterator[Evidence | Graded]:
+def autoclear_odd(facts: Facts) -> Iterator[Evidence | OneFinding]:
     header = facts.header
     if header.version != 3:
         return
@@ -352,4 +353,4 @@ def autoclear_odd(facts: Facts) -> Iterator[Evidence | Graded]:
         reasons.append(f"unknown bits {bits >> 2 << 2:#x}")
     if reasons:
         field = facts.field("autoclear_features")
-        yield graded([field, Evidence("why", "; ".join(reasons))])
+        yield OneFinding([field, Evidence("why", "; ".join(reasons))])

@@ -14,7 +14,7 @@ from ..reader.disk import Disk
 from ..reader.foreign import probe
 from .facts import Facts, snapshot_field
 from .reference_names import names, opened_data_file
-from .rules import DERIVED, QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
+from .rules import DERIVED, QEMU_MADE, Chapter, Deferred, Depth, OneFinding
 from .trailers import trailers
 
 rule = Chapter(__name__, "Hostile images")
@@ -31,14 +31,14 @@ TiB = 1 << 40
     harmless="an empty thin disk of 1 TiB takes 200 KiB",
     validated=QEMU_MADE,
 )
-def size_absurd(facts: Facts) -> Iterator[Graded]:
+def size_absurd(facts: Facts) -> Iterator[OneFinding]:
     size, stored = facts.header.size, max(facts.image.file_size, 1)
     ratio = size // stored
     evidence = [facts.field("size"), Evidence("file_size", stored), Evidence("ratio", ratio)]
     if size > MAX_DISK_BYTES or (size > 64 * TiB and ratio > 1_000_000):
-        yield graded(evidence)
+        yield OneFinding(evidence)
     elif ratio > 10_000:
-        yield graded(evidence, severity=Severity.INFO)
+        yield OneFinding(evidence, severity=Severity.INFO)
 
 
 @rule(
@@ -105,14 +105,14 @@ def _absurd_bitmaps(facts: Facts) -> Iterator[Evidence]:
     harmless="LUKS at the start is ordinary full-disk encryption (Info)",
     validated=QEMU_MADE,
 )
-def nested_image(facts: Facts) -> Iterator[Evidence | Graded]:
+def nested_image(facts: Facts) -> Iterator[Evidence | OneFinding]:
     head = _guest_head(facts)
     if head is None:
         return
     kind = probe(head)
     evidence = Evidence("content_starts_as", kind, structure="guest disk", guest_offset=0, length=512)
     if kind == "luks":
-        yield graded([evidence], severity=Severity.INFO, title="the disk starts with LUKS")
+        yield OneFinding([evidence], severity=Severity.INFO, title="the disk starts with LUKS")
     elif kind != "raw":
         yield evidence
 
@@ -142,7 +142,7 @@ def _guest_head(facts: Facts) -> BytesSource | None:
     harmless="Low where other bytes follow the trailer and it lies in guest data: a file of the guest that happens to "
     "be stored last",
 )
-def polyglot(facts: Facts) -> Iterator[Evidence | Graded]:
+def polyglot(facts: Facts) -> Iterator[Evidence | OneFinding]:
     image = facts.image
     # Only bytes QEMU zero-fills are looked at: guest data may hold anything.
     head = image.read(0, min(facts.cluster_size, 0x9000))
@@ -163,7 +163,7 @@ def polyglot(facts: Facts) -> Iterator[Evidence | Graded]:
             slack = Evidence("bytes_after_it", trailer.slack, trailer.offset + trailer.length, trailer.slack)
             what = "guest data near the end" if facts.depth >= Depth.STANDARD else "what is near the end"
             title = f"{what} of the file can be read as another format"
-            yield graded([evidence, slack], severity=Severity.LOW, title=title)
+            yield OneFinding([evidence, slack], severity=Severity.LOW, title=title)
         else:
             yield evidence
 

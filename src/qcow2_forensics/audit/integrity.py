@@ -6,27 +6,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..census import GUEST_DATA, METADATA
+from ..census.issues import Item
 from ..findings import Evidence, Selection, Severity
 from ..format.header import Incompatible
 from .entry_evidence import (
     describe_value,
-    entries,
+    entry_evidence,
     item_evidence,
-    of_entries,
-    of_refcounts,
+    of_issues,
+    one_finding,
     qcow1_claims,
     refcount_evidence,
-    refcounts,
     referrer_evidence,
 )
 from .facts import Facts
 from .header_assumptions import other_version
-from .rules import QEMU_MADE, Chapter, Deferred, Depth, Graded, graded
+from .rules import QEMU_MADE, Chapter, Deferred, Depth, OneFinding
 from .undecodable_streams import undecodable
 
-rule = Chapter(__name__, "Integrity, by the rules of `qemu-img check` and beyond them")
+rule = Chapter(__name__, "Integrity, by the rules of `qemu-img check` and beyond them", depth=Depth.STANDARD)
 
-STANDARD = Depth.STANDARD
 _FEW = 4  # clusters in use: a header and three tables
 _UNCOUNTED = ("QCOW2-REFCOUNTS-ABSENT",)
 _LOST = ("QCOW2-L2-TABLE-LOST", "QCOW2-L1-TABLE-LOST")  # tables, and with them what they account for
@@ -60,7 +59,6 @@ _COUNTED = {
     note="the disk can be read in full, but the next writer that trusts the refcounts will overwrite it: consistent "
     "with a library that keeps no refcounts",
     when="every cluster in use has the refcount 0, none that is free has another, and the refcounts can be read",
-    depth=STANDARD,
 )
 def refcounts_absent(facts: Facts) -> Iterator[Evidence]:
     census = facts.census
@@ -83,11 +81,10 @@ def refcounts_absent(facts: Facts) -> Iterator[Evidence]:
     note="the next writer may overwrite such clusters; consistent with an interrupted write or with edited metadata",
     when="a cluster that a guest range maps to has the refcount 0",
     harmless="images with lazy refcounts after a crash",
-    depth=STANDARD,
     validated=QEMU_MADE,
     explained_by=(*_DIRTY, *_CUT),
 )
-def orphan_clusters(facts: Facts) -> Iterator[Graded]:
+def orphan_clusters(facts: Facts) -> Iterator[OneFinding]:
     census = facts.census
     issue = census.issues["refcount-zero-data"]
     if not issue.count:
@@ -100,7 +97,7 @@ def orphan_clusters(facts: Facts) -> Iterator[Graded]:
         found += [referrer_evidence(facts, one) for one in mapping.get((item.host or 0) // census.cluster_size, ())[:3]]
     stale = facts.header.incompatible_features & Incompatible.DIRTY
     note = "expected of an image that was not closed, whose refcounts are stale" if stale else ""
-    yield graded(found, count=issue.count, note=note)
+    yield OneFinding(found, count=issue.count, note=note)
 
 
 @rule(
@@ -109,11 +106,10 @@ def orphan_clusters(facts: Facts) -> Iterator[Graded]:
     "QEMU's consistency check counts corruptions",
     note="metadata is inconsistent by QEMU's own rules",
     when="the counter corruptions of qemu-img check is above 0",
-    depth=STANDARD,
     validated=QEMU_MADE,
     explained_by=(*_DIRTY, *_CUT),
 )
-def check_corruptions(facts: Facts) -> Iterator[Graded]:
+def check_corruptions(facts: Facts) -> Iterator[OneFinding]:
     check = facts.census.check
     if not check or not (check.get("corruptions") or check["check-errors"]):
         return
@@ -124,7 +120,7 @@ def check_corruptions(facts: Facts) -> Iterator[Graded]:
     for kind, words in _COUNTED.items():
         for item in facts.census.issues[kind].items:
             found.append(item_evidence(facts, item, f"{words}: {describe_value(item)}"))
-    yield graded(found, count=total)
+    yield OneFinding(found, count=total)
 
 
 @rule(
@@ -134,11 +130,10 @@ def check_corruptions(facts: Facts) -> Iterator[Graded]:
     note="consistent with an interrupted operation, or with space reserved on purpose",
     when="the counter leaks of qemu-img check is above 0",
     harmless="a writer that crashed, or a snapshot whose deletion did not finish",
-    depth=STANDARD,
     validated=QEMU_MADE,
     explained_by=_DIRTY,
 )
-def check_leaks(facts: Facts) -> Iterator[Graded]:
+def check_leaks(facts: Facts) -> Iterator[OneFinding]:
     census = facts.census
     leaks = int((census.check or {}).get("leaks", 0))
     if not leaks:
@@ -150,7 +145,7 @@ def check_leaks(facts: Facts) -> Iterator[Graded]:
     for offset, length in runs.items:
         found.append(Evidence("unreferenced clusters", length // census.cluster_size, offset, length, "host cluster"))
     found += [refcount_evidence(facts, item) for item in census.issues["refcount-high"].items]
-    yield graded(found, count=leaks)
+    yield OneFinding(found, count=leaks)
 
 
 @rule(
@@ -159,7 +154,6 @@ def check_leaks(facts: Facts) -> Iterator[Graded]:
     "QEMU's consistency check cannot finish",
     note="the image cannot be verified by QEMU",
     when="something other than the header makes qemu-img check stop without counters",
-    depth=STANDARD,
 )
 def check_aborted(facts: Facts) -> Iterator[Evidence]:
     for reason in facts.census.reasons:
@@ -173,16 +167,15 @@ def check_aborted(facts: Facts) -> Iterator[Evidence]:
     "clusters have more references than their refcount says",
     note="the next write may destroy shared data",
     when="a refcount is above 0 and below the number of references",
-    depth=STANDARD,
     explained_by=_DIRTY,
 )
-def refcount_low(facts: Facts) -> Iterator[Graded]:
-    for finding in refcounts(facts, "refcount-low"):
+def refcount_low(facts: Facts) -> Iterator[OneFinding]:
+    for finding in one_finding(facts, "refcount-low", show=refcount_evidence):
         census = facts.census
         clusters = {(item.host or 0) // census.cluster_size for item in census.issues["refcount-low"].items}
         mapping = census.referrers(clusters, 100)
         found = [*finding.evidence, *(referrer_evidence(facts, one) for some in mapping.values() for one in some)]
-        yield graded(found, count=finding.count)
+        yield OneFinding(found, count=finding.count)
 
 
 rule(
@@ -191,9 +184,8 @@ rule(
     "metadata has the refcount 0",
     note="the next write may destroy a table",
     when="a cluster of the header, a table or a LUKS header has the refcount 0",
-    depth=STANDARD,
     explained_by=(*_DIRTY, *_CUT),
-)(of_refcounts("refcount-zero-metadata"))
+)(of_issues("refcount-zero-metadata", show=refcount_evidence))
 
 
 rule(
@@ -202,9 +194,8 @@ rule(
     "clusters have fewer references than their refcount says",
     note="consistent with a snapshot that was removed from the table only, or with editing",
     when="a refcount is above the number of references, and that is at least 1",
-    depth=STANDARD,
     explained_by=_DIRTY,
-)(of_refcounts("refcount-high"))
+)(of_issues("refcount-high", show=refcount_evidence))
 
 
 @rule(
@@ -213,17 +204,16 @@ rule(
     "clusters past the end of the file have refcounts",
     note="consistent with a file that was cut off or was larger before; QEMU's check does not look there",
     when="the refcount of a cluster that begins at or after the end of the file is not 0",
-    depth=STANDARD,
     explained_by=(*_CUT, *_LOST),
 )
-def refcount_past_end(facts: Facts) -> Iterator[Graded]:
+def refcount_past_end(facts: Facts) -> Iterator[OneFinding]:
     issue = facts.census.issues["refcount-past-end"]
     if issue.count:
         last = max((item.host or 0 for item in issue.items), default=0) + facts.cluster_size
         words = "implied file size" if len(issue.items) == issue.count else "implied file size, at least"
         found = [Evidence(words, last)]
-        found += [item_evidence(facts, item, describe_value(item)) for item in issue.items]
-        yield graded(found, count=issue.count)
+        found += [entry_evidence(facts, item) for item in issue.items]
+        yield OneFinding(found, count=issue.count)
 
 
 @rule(
@@ -232,7 +222,6 @@ def refcount_past_end(facts: Facts) -> Iterator[Graded]:
     "clusters have more references than a refcount can hold",
     note="the counter is at its maximum and cannot count all references",
     when="a cluster has more references than the width of its refcount allows",
-    depth=STANDARD,
 )
 def refcount_overflow(facts: Facts) -> Iterator[Evidence]:
     for item in facts.census.issues["refcount-overflow"].items:
@@ -246,9 +235,8 @@ rule(
     "copied flags disagree with refcounts",
     note="consistent with a writer other than QEMU or an interrupted snapshot operation",
     when="the copied flag of an entry of the active state does not match its cluster's refcount",
-    depth=STANDARD,
     explained_by=_DIRTY,
-)(of_entries("copied-flag"))
+)(of_issues("copied-flag"))
 
 
 rule(
@@ -257,9 +245,8 @@ rule(
     "reserved bits are set in table entries",
     note="consistent with editing, a foreign writer, or data parsed as metadata",
     when="a reserved bit of an L1, L2, refcount table or bitmap table entry is set; QEMU's check ignores some of them",
-    depth=STANDARD,
     explained_by=_LOST,
-)(of_entries("reserved-bits", "extended-bit-0", "compressed-high-bits", "reftable-reserved"))
+)(of_issues("reserved-bits", "extended-bit-0", "compressed-high-bits", "reftable-reserved"))
 
 
 @rule(
@@ -268,11 +255,10 @@ rule(
     "offsets are not aligned to clusters",
     note="what such an offset maps cannot be read; consistent with damage or a crafted image",
     when="an offset of a table or a cluster is not a multiple of the cluster size, in version 1 of 512",
-    depth=STANDARD,
     needs="tables",
     explained_by=_LOST,
 )
-def unaligned_offset(facts: Facts) -> Iterator[Evidence | Graded]:
+def unaligned_offset(facts: Facts) -> Iterator[Evidence | OneFinding]:
     aligned = ("l1_table_offset", "refcount_table_offset", "snapshots_offset") if facts.has_census else ()
     for name in aligned:
         if getattr(facts.header, name) % facts.cluster_size:
@@ -280,7 +266,7 @@ def unaligned_offset(facts: Facts) -> Iterator[Evidence | Graded]:
     place = facts.image.crypto_header
     if place and place[0] % facts.cluster_size:
         yield Evidence("LUKS header offset", place[0], structure="header extension")
-    yield from entries(facts, "unaligned", "reftable-unaligned")
+    yield from one_finding(facts, "unaligned", "reftable-unaligned")
 
 
 rule(
@@ -289,10 +275,9 @@ rule(
     "pointers lead past the end of the file",
     note="consistent with a truncated acquisition or a crafted pointer; QEMU silently shows zeros there",
     when="a table, or a cluster that an entry names, begins at or after the end of the file",
-    depth=STANDARD,
     needs="tables",
     explained_by=(*_CUT, *_LOST),
-)(of_entries("beyond-eof", "reftable-beyond-eof"))
+)(of_issues("beyond-eof", "reftable-beyond-eof"))
 
 
 rule(
@@ -301,9 +286,8 @@ rule(
     "subcluster bitmaps contradict themselves",
     note="the whole cluster is unreadable in QEMU; consistent with damage or editing",
     when="a subcluster is both allocated and zero, or allocated without a cluster, or a compressed entry has a bitmap",
-    depth=STANDARD,
     explained_by=_LOST,
-)(of_entries("subcluster"))
+)(of_issues("subcluster"))
 
 
 @rule(
@@ -312,11 +296,10 @@ rule(
     "zero flags in a version 2 image",
     note="QEMU cannot read such ranges; consistent with an image that was downgraded or edited",
     when="bit 0 of an L2 entry is set although version 2 does not define it; QEMU's check ignores it",
-    depth=STANDARD,
     explained_by=_LOST,
 )
-def zero_flag_v2(facts: Facts) -> Iterator[Graded]:
-    for found in entries(facts, "zero-flag-v2"):
+def zero_flag_v2(facts: Facts) -> Iterator[OneFinding]:
+    for found in one_finding(facts, "zero-flag-v2"):
         yield replace(found, evidence=(*other_version(facts), *found.evidence))
 
 
@@ -326,9 +309,8 @@ rule(
     "entries have flags but the host offset 0",
     note="such an entry reads as unallocated; consistent with editing or damage",
     when="an L1 or L2 entry has flags but the offset 0, without a data file; QEMU's check ignores it",
-    depth=STANDARD,
     explained_by=_LOST,
-)(of_entries("alloc-at-zero", "l1-at-zero"))
+)(of_issues("alloc-at-zero", "l1-at-zero"))
 
 
 @rule(
@@ -338,19 +320,22 @@ rule(
     note="the cluster is unreadable or ambiguous; consistent with damage, or with an entry edited by hand",
     when="a compressed entry has the copied flag or uses a data file; deep: its stream does not give exactly one cluster, "
     "in version 1 not even one",
-    depth=STANDARD,
     needs="tables",
     explained_by=_LOST,
 )
-def compressed_invalid(facts: Facts) -> Iterator[Graded | Deferred]:
+def compressed_invalid(facts: Facts) -> Iterator[OneFinding | Deferred]:
     if not facts.has_census:
-        yield from entries(facts, "undecodable", what="entry of a stream that does not decode")
+        yield from one_finding(facts, "undecodable", show=_undecodable)
         if (stopped := qcow1_claims(facts).stopped) is not None:
             raise stopped
         return
-    yield from entries(facts, "compressed-copied", "compressed-data-file")
+    yield from one_finding(facts, "compressed-copied", "compressed-data-file")
     if facts.depth >= Depth.DEEP:
         yield from undecodable(facts)
+
+
+def _undecodable(facts: Facts, item: Item) -> Evidence:
+    return entry_evidence(facts, item, "entry of a stream that does not decode")
 
 
 rule(
@@ -359,8 +344,7 @@ rule(
     "data file offsets differ from guest offsets",
     note="QEMU cannot read such ranges; consistent with editing",
     when="with an external data file, an entry names another offset than its own guest offset; QEMU's check ignores it",
-    depth=STANDARD,
-)(of_entries("datafile-mismatch"))
+)(of_issues("datafile-mismatch"))
 
 
 rule(
@@ -369,5 +353,4 @@ rule(
     "the refcount table is damaged",
     note="the refcounts of this image cannot be trusted",
     when="an entry has reserved bits, is unaligned or outside the file, or its block is used more than once",
-    depth=STANDARD,
-)(of_entries("reftable-reserved", "reftable-unaligned", "reftable-beyond-eof", "reftable-shared"))
+)(of_issues("reftable-reserved", "reftable-unaligned", "reftable-beyond-eof", "reftable-shared"))

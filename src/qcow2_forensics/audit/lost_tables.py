@@ -28,9 +28,9 @@ from ..text import size
 from .entry_evidence import snapshot_id
 from .facts import Facts
 from .header_assumptions import extended_tables, other_entries, standard_tables
-from .rules import CRAFTED, Chapter, Depth, Graded, graded
+from .rules import Chapter, Depth, OneFinding
 
-rule = Chapter(__name__, "Lost tables")
+rule = Chapter(__name__, "Lost tables", depth=Depth.STANDARD)
 
 _FEW = 4  # entries that are none: below, a table is damaged and not lost
 _LEAKS = 8  # leaked clusters after a table of zeros: below, an interrupted write explains them
@@ -62,10 +62,8 @@ _SYMPTOMS = (
     "its uncompressed entries, and 4, cannot be entries, or the header says extended entries and at least half of its second "
     "words name leaked clusters as standard entries do; one item for each table",
     harmless="in version 2 a table of zeros without leaked clusters is what discarded ranges leave, and is not reported",
-    depth=Depth.STANDARD,
-    validated=CRAFTED,
 )
-def l2_table_lost(facts: Facts) -> Iterator[Graded]:
+def l2_table_lost(facts: Facts) -> Iterator[OneFinding]:
     census = facts.census
     leaks = int((census.check or {}).get("leaks", 0)) if not facts.header.external_data else 0
     if not leaks and not any(census.issues[kind].count for kind in _SYMPTOMS):
@@ -92,7 +90,7 @@ def l2_table_lost(facts: Facts) -> Iterator[Graded]:
     proposed = tuple(other_entries(facts)) if misread == found.count else ()
     title, note = (_MISREAD[is_extended], _MISREAD_NOTE) if proposed else ("", "")
     items = (_evidence(facts, lost) for lost in found.items)
-    yield graded([*proposed, *items], title=title, note=note, count=found.count)
+    yield OneFinding([*proposed, *items], title=title, note=note, count=found.count)
 
 
 class _Lost(NamedTuple):
@@ -205,10 +203,8 @@ class _Leaked:
     note="the whole disk reads as zeros, although its tables and data are there: consistent with an L1 table that was "
     "punched or overwritten",
     when="the active L1 table holds zeros only, and a leaked cluster holds sound L2 entries",
-    depth=Depth.STANDARD,
-    validated=CRAFTED,
 )
-def l1_table_lost(facts: Facts) -> Iterator[Graded]:
+def l1_table_lost(facts: Facts) -> Iterator[OneFinding]:
     header, census = facts.header, facts.census
     length = header.l1_size * 8
     if not length or not int((census.check or {}).get("leaks", 0)) or header.external_data:
@@ -225,7 +221,7 @@ def l1_table_lost(facts: Facts) -> Iterator[Graded]:
         items += [
             Evidence("leaked L2 table", None, offset, facts.cluster_size, "leaked clusters") for offset in found.items
         ]
-        yield graded(items, count=found.count)
+        yield OneFinding(items, count=found.count)
 
 
 def _leaked_tables(facts: Facts) -> Iterator[int]:

@@ -13,14 +13,13 @@ from ..census.arrays import ranges
 from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
 from ..format.entries import end_of_data, is_compressed, stored_extent
 from .applied_vm_state import applied_vm_state
-from .entry_evidence import describe_value, item_evidence, referrer_evidence, snapshot_id
+from .entry_evidence import entry_evidence, item_evidence, referrer_evidence, snapshot_id
 from .facts import Facts
-from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
+from .rules import QEMU_MADE, Chapter, Depth, OneFinding
 
-rule = Chapter(__name__, "Overlaps, aliases and ends")
+rule = Chapter(__name__, "Overlaps, aliases and ends", depth=Depth.STANDARD)
 
 Number = TypeVar("Number", bound=np.integer)
-STANDARD = Depth.STANDARD
 
 
 @rule(
@@ -32,10 +31,9 @@ STANDARD = Depth.STANDARD
         "faulty allocator"
     ),
     when="a mapped cluster, compressed or not, intersects the header, a table or a LUKS header",
-    depth=STANDARD,
     explained_by=("QCOW2-L2-TABLE-LOST",),
 )
-def data_over_metadata(facts: Facts) -> Iterator[Graded]:
+def data_over_metadata(facts: Facts) -> Iterator[OneFinding]:
     census = facts.census
     clusters, count = _clusters_owned_by(facts, int(GUEST_DATA), int(METADATA))
     if not count:
@@ -47,7 +45,7 @@ def data_over_metadata(facts: Facts) -> Iterator[Graded]:
         words = f"refcount of host cluster {host:#x}, claimed by {structure_of(census.owner(host))}"
         found.append(Evidence(words, census.refcount(host), host, census.cluster_size, "host cluster"))
         found += [referrer_evidence(facts, item) for item in mapping.get(cluster, ())[:3]]
-    yield graded(found, count=count)
+    yield OneFinding(found, count=count)
 
 
 def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
@@ -79,12 +77,11 @@ def evenly(places: npt.NDArray[Number], most: int = EVIDENCE_LIMIT) -> npt.NDArr
     "metadata structures overlap",
     note="consistent with a crafted or corrupted image: QEMU never stores two structures in one place",
     when="the byte ranges of two metadata structures intersect; an L2 table shared by states is one structure",
-    depth=STANDARD,
 )
-def metadata_overlap(facts: Facts) -> Iterator[Graded]:
+def metadata_overlap(facts: Facts) -> Iterator[OneFinding]:
     found, count = _overlaps(facts)
     if count:
-        yield graded(found, count=count)
+        yield OneFinding(found, count=count)
 
 
 def _overlaps(facts: Facts) -> tuple[list[Evidence], int]:
@@ -122,10 +119,9 @@ def _overlaps(facts: Facts) -> tuple[list[Evidence], int]:
     "several guest offsets share one host cluster",
     note="QEMU never maps one cluster twice within a state: consistent with a crafted image or with damage",
     when="one host cluster, or one compressed stream, is mapped at two or more guest offsets; QEMU's check ignores it",
-    depth=STANDARD,
     explained_by=("QCOW2-L2-TABLE-LOST",),
 )
-def shared_cluster(facts: Facts) -> Iterator[Graded]:
+def shared_cluster(facts: Facts) -> Iterator[OneFinding]:
     census = facts.census
     issue = census.issues["alias"]
     if not issue.count:
@@ -135,7 +131,7 @@ def shared_cluster(facts: Facts) -> Iterator[Graded]:
         host = cluster * census.cluster_size
         found.append(Evidence(f"refcount of host cluster {host:#x}", census.refcount(host), host, census.cluster_size))
         found += [referrer_evidence(facts, item) for item in items[:8]]
-    yield graded(found or [Evidence("aliases", issue.count)], count=issue.count)
+    yield OneFinding(found or [Evidence("aliases", issue.count)], count=issue.count)
 
 
 @rule(
@@ -144,9 +140,8 @@ def shared_cluster(facts: Facts) -> Iterator[Graded]:
     "one L2 table serves several guest ranges",
     note="whole guest ranges show the same bytes; also a way to make a small file expand: consistent with a crafted image",
     when="two entries of one L1 table, or different entries of different L1 tables, name one L2 table",
-    depth=STANDARD,
 )
-def shared_l2(facts: Facts) -> Iterator[Graded]:
+def shared_l2(facts: Facts) -> Iterator[OneFinding]:
     named = facts.census.named
     several = np.flatnonzero((named.low != named.high) & (named.offsets != 0))
     found = []
@@ -156,7 +151,7 @@ def shared_l2(facts: Facts) -> Iterator[Graded]:
         owner = snapshot_id(facts, int(named.tree[at]))
         found.append(Evidence(words, uses, int(named.offsets[at]), facts.cluster_size, "L2", None, owner))
     if found:
-        yield graded(found, count=len(several))
+        yield OneFinding(found, count=len(several))
 
 
 # --- ends ----------------------------------------------------------------------------------------
@@ -169,9 +164,8 @@ def shared_l2(facts: Facts) -> Iterator[Graded]:
     note="data the guest cannot reach: consistent with a shrunk or edited size, or hidden storage",
     when="the active state maps data at guest offsets at or above the disk size",
     harmless="a snapshot with VM state that was applied: its machine state is mapped there, and nothing else (Low)",
-    depth=STANDARD,
 )
-def data_beyond_end(facts: Facts) -> Iterator[Graded]:
+def data_beyond_end(facts: Facts) -> Iterator[OneFinding]:
     issue = facts.census.issues["beyond-end"]
     if not issue.count:
         return
@@ -182,9 +176,9 @@ def data_beyond_end(facts: Facts) -> Iterator[Graded]:
             found.append(_stored(facts, item.host, item.value, item.guest))
     if applied_vm_state(facts, issue.count):
         note = "all of it is one saved machine state: consistent with a snapshot that was applied"
-        yield graded(found, severity=Severity.LOW, note=note, count=issue.count)
+        yield OneFinding(found, severity=Severity.LOW, note=note, count=issue.count)
     else:
-        yield graded(found, count=issue.count)
+        yield OneFinding(found, count=issue.count)
 
 
 def _stored(facts: Facts, host: int, entry: int, guest: int | None) -> Evidence:
@@ -201,9 +195,8 @@ def _stored(facts: Facts, host: int, entry: int, guest: int | None) -> Evidence:
     "the file is cut off",
     note="consistent with an incomplete copy",
     when="a table, or a cluster that refcount and mapping agree on, begins past the end of the file",
-    depth=STANDARD,
 )
-def truncated(facts: Facts) -> Iterator[Graded]:
+def truncated(facts: Facts) -> Iterator[OneFinding]:
     census, end = facts.census, facts.image.file_size
     lost = []
     for item in census.issues["beyond-eof"].items:
@@ -213,7 +206,7 @@ def truncated(facts: Facts) -> Iterator[Graded]:
             lost.append(item)
     blocks = census.issues["reftable-beyond-eof"].items
     lost += [item for item in blocks if item.host is not None and item.host < 2**62]
-    missing = [item_evidence(facts, item, describe_value(item)) for item in lost]
+    missing = [entry_evidence(facts, item) for item in lost]
     # Of a table, whose value is its length, all is expected; of a cluster its first byte.
     least = max(((item.host or 0) + (item.value if item.offset is None else 1) for item in lost), default=0)
     if census.issues["beyond-eof"].count > len(census.issues["beyond-eof"].items):  # not all items are kept
@@ -224,7 +217,7 @@ def truncated(facts: Facts) -> Iterator[Graded]:
         least = max(least, length)
     if missing:
         found = [Evidence("file size", end), Evidence("least expected size", least), *missing]
-        yield graded(found, count=len(missing))
+        yield OneFinding(found, count=len(missing))
 
 
 @rule(
@@ -234,10 +227,9 @@ def truncated(facts: Facts) -> Iterator[Graded]:
     note="normal for files QEMU wrote: new images end right after the L1 table",
     when="the file size is not a multiple of the cluster size and its last cluster is in use; High where it cuts off "
     "encrypted guest data, of which QEMU writes whole clusters or subclusters",
-    depth=STANDARD,
     validated=QEMU_MADE,
 )
-def partial_last_cluster(facts: Facts) -> Iterator[Evidence | Graded]:
+def partial_last_cluster(facts: Facts) -> Iterator[Evidence | OneFinding]:
     size, end = facts.cluster_size, facts.image.file_size
     if end % size and facts.census.end >= end:
         sizes = [Evidence("file size", end), Evidence("end of its last cluster, offset", facts.census.end)]
@@ -247,7 +239,7 @@ def partial_last_cluster(facts: Facts) -> Iterator[Evidence | Graded]:
             return
         title = "the file ends inside an encrypted cluster"
         note = "QEMU decrypts zeros for the rest, to bytes that nobody wrote; consistent with an incomplete copy"
-        yield graded([*sizes, *cut], severity=Severity.HIGH, title=title, note=note)
+        yield OneFinding([*sizes, *cut], severity=Severity.HIGH, title=title, note=note)
 
 
 def _cut_off(facts: Facts, end: int) -> list[Evidence]:

@@ -8,40 +8,36 @@ import numpy as np
 
 from ..census import IndexMap, Tables
 from ..census.arrays import Places, distinct
+from ..census.issues import Item
 from ..findings import Evidence, Selection, Severity
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..limits import ENCRYPTED_SAMPLES, KiB
 from ..residue import content
-from .entry_evidence import snapshot_id
+from .entry_evidence import item_evidence, of_issues, snapshot_id
 from .facts import Facts, subscribes
 from .overlap import evenly
-from .rules import QEMU_MADE, Chapter, Depth, Graded, graded
+from .rules import QEMU_MADE, Chapter, Depth
 
-rule = Chapter(__name__, "Plain text in encrypted images")
+rule = Chapter(__name__, "Plain text in encrypted images", depth=Depth.STANDARD)
 
 _SAMPLE = 4 * KiB  # bytes looked at of each cluster
 _BATCH = 256  # clusters looked at together
 _LOW_ENTROPY = 7.0  # bits per byte; 4 KiB of ciphertext have 7.95, a sector of it 7.6
 
 
-@rule(
+def _host(facts: Facts, item: Item) -> Evidence:
+    return item_evidence(facts, item._replace(value=item.host or 0), "host")
+
+
+rule(
     "QCOW2-PLAINTEXT-COMPRESSED",
     Severity.HIGH,
     "an encrypted image holds compressed clusters",
     note="compressed clusters are stored unencrypted: they can be read without the key",
     when="crypt_method is not 0 and an L2 entry is compressed",
-    depth=Depth.STANDARD,
     validated=QEMU_MADE,
-)
-def plaintext_compressed(facts: Facts) -> Iterator[Graded]:
-    issue = facts.census.issues["compressed-encrypted"]
-    if issue.count:
-        found = [
-            Evidence("host", item.host, item.offset, 8, "L2", item.guest, snapshot_id(facts, item.tree))
-            for item in issue.items
-        ]
-        yield graded(found, count=issue.count)
+)(of_issues("compressed-encrypted", show=_host))
 
 
 @subscribes(Depth.DEEP, lambda image: image.header.crypt_method != 0)
@@ -72,7 +68,6 @@ class StoredClusters:
     when="of up to 131,072 clusters that are not zeros, evenly chosen, the first 4 KiB of one have little entropy",
     harmless="sectors of zeros, as in preallocated clusters, are left out",
     depth=Depth.DEEP,
-    needs="census",
 )
 def plaintext_content(facts: Facts) -> Iterator[Evidence]:
     if not facts.header.crypt_method or facts.header.external_data or facts.cluster_size < _SAMPLE:

@@ -6,18 +6,25 @@ from collections.abc import Iterator
 
 from ..findings import Evidence, Severity
 from ..format.extensions import Extension, ExtensionType
-from ..format.header import KNOWN_INCOMPATIBLE, V2_HEADER_LENGTH, V2_LEFTOVER, Compatible, Compression, FeatureName
+from ..format.header import (
+    FEATURE_ROW,
+    KNOWN_INCOMPATIBLE,
+    V2_HEADER_LENGTH,
+    V2_LEFTOVER,
+    Compatible,
+    Compression,
+    FeatureName,
+)
 from ..limits import SAMPLES
 from ..residue import content
 from ..text import listed, plural
 from .facts import Facts
-from .rules import QEMU_MADE, Chapter, Depth, Graded, graded, of_fields
+from .rules import QEMU_MADE, Chapter, Depth, OneFinding, of_fields
 from .writer_layouts import counts_nothing, layout
 
 rule = Chapter(__name__, "Provenance and writer")
 
 _LENGTHS_LISTED = 20  # of extra data: writers have one or two
-_ROW = 48  # bytes of a row of the feature name table
 _KNOWN_EXTENSIONS = frozenset(ExtensionType)
 
 # (kind, bit) -> the name QEMU has given it since the bit exists.
@@ -57,7 +64,7 @@ _BY_ROWS = {
     when="always",
     validated=QEMU_MADE,
 )
-def writer_profile(facts: Facts) -> Iterator[Graded]:
+def writer_profile(facts: Facts) -> Iterator[OneFinding]:
     evidence = list(_signs(facts))
     readings = [item.value for item in evidence if item.field == "reading"]
     title = (
@@ -65,7 +72,7 @@ def writer_profile(facts: Facts) -> Iterator[Graded]:
         if readings
         else "unknown writer: the header and the layout are of none that is known"
     )
-    yield graded(evidence, title=title)
+    yield OneFinding(evidence, title=title)
 
 
 def _signs(facts: Facts) -> Iterator[Evidence]:
@@ -108,7 +115,7 @@ def _header_reading(facts: Facts) -> Evidence | None:
         return Evidence("reading", "qemu-img of the compat=0.10 era, QEMU 1.1 or later", at, len(known), "header")
     table = _feature_table(facts)
     if table is not None:
-        rows = table.length // _ROW
+        rows = table.length // FEATURE_ROW
         reading = _BY_ROWS.get(rows, f"an unknown writer of a feature table with {plural(rows, 'row')}")
         return Evidence("reading", reading, table.offset, table.length + 8, "feature name table")
     found = layout(facts)
@@ -128,7 +135,7 @@ def _version3_facts(facts: Facts) -> Iterator[Evidence]:
         table = _feature_table(facts)
         if table is not None:
             place = table.offset, table.length + 8, "feature name table"
-            yield Evidence("feature_table_rows", table.length // _ROW, *place)
+            yield Evidence("feature_table_rows", table.length // FEATURE_ROW, *place)
         yield facts.field("header_length")
         yield facts.field("compatible_features")
 
@@ -178,7 +185,7 @@ def feature_table_odd(facts: Facts) -> Iterator[Evidence]:
     table = _feature_table(facts)
     if table is None:
         return
-    if table.length % _ROW:
+    if table.length % FEATURE_ROW:
         yield Evidence("length", table.length, table.offset + 4, 4, "feature name table")
     seen: set[tuple[int, int]] = set()
     for number, row in enumerate(facts.image.feature_names):
@@ -195,7 +202,7 @@ def _row_name(row: FeatureName) -> str:
 
 
 def _row_place(table: Extension, number: int) -> tuple[int, int, str]:
-    return table.offset + 8 + number * _ROW, _ROW, "feature name table"
+    return table.offset + 8 + number * FEATURE_ROW, FEATURE_ROW, "feature name table"
 
 
 @rule(
@@ -236,7 +243,7 @@ def unknown_compatible(facts: Facts) -> Iterator[Evidence]:
     when="an extension type is not a known one; Medium above 256 bytes or with text or a program in it",
     harmless="vendor extensions",
 )
-def unknown_extension(facts: Facts) -> Iterator[Evidence | Graded]:
+def unknown_extension(facts: Facts) -> Iterator[Evidence | OneFinding]:
     if facts.header.header_length < V2_HEADER_LENGTH:
         return  # a cut header: where extensions start is unknown
     for extension in facts.image.extensions:
@@ -255,7 +262,7 @@ def unknown_extension(facts: Facts) -> Iterator[Evidence | Graded]:
             evidence.append(
                 Evidence("looks_like", looks or "data", extension.data_offset, extension.length, "header extension")
             )
-            yield graded(evidence, severity=Severity.MEDIUM)
+            yield OneFinding(evidence, severity=Severity.MEDIUM)
         else:
             yield from evidence
 

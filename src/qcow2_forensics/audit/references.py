@@ -15,7 +15,7 @@ from ..reader.references import json_options
 from ..text import is_plain
 from .facts import Facts
 from .reference_names import CHAIN_DEEP, Member, Name, chain, is_beside, names
-from .rules import CRAFTED, QEMU_MADE, Chapter, Graded, graded, of_fields
+from .rules import QEMU_MADE, Chapter, OneFinding, of_fields
 
 rule = Chapter(__name__, "References")
 
@@ -41,13 +41,12 @@ def _is_device(name: Name) -> bool:
     "image made to reach a chosen file",
     when="the backing or data file name starts at a root, a drive letter or a network share",
     harmless="libvirt and oVirt store absolute names; Low when a file of that name is beside the image",
-    validated=CRAFTED,
 )
-def ref_absolute(facts: Facts) -> Iterator[Evidence | Graded]:
+def ref_absolute(facts: Facts) -> Iterator[Evidence | OneFinding]:
     for name in names(facts):
         if name.is_absolute and not _is_device(name):
             if is_beside(facts, name.path):
-                yield graded([_evidence(name)], severity=Severity.LOW)
+                yield OneFinding([_evidence(name)], severity=Severity.LOW)
             else:
                 yield _evidence(name)
 
@@ -61,14 +60,14 @@ def ref_absolute(facts: Facts) -> Iterator[Evidence | Graded]:
     when="the name, with its '..' steps resolved, leads above the image's folder",
     harmless="../base is common in some layouts; Medium when the caller's policy finds an image there",
 )
-def ref_traversal(facts: Facts) -> Iterator[Evidence | Graded]:
+def ref_traversal(facts: Facts) -> Iterator[Evidence | OneFinding]:
     for name in names(facts):
         if not name.leaves_folder:
             continue
         members = [member for member in chain(facts).backing if member.depth == 1 and member.name == name.text]
         there = bool(members) and members[0].status == "found" and not members[0].stands_in
         if there and members[0].probed in ("qcow2", "qcow"):
-            yield graded([_evidence(name)], severity=Severity.MEDIUM)
+            yield OneFinding([_evidence(name)], severity=Severity.MEDIUM)
         else:
             yield _evidence(name)
 
@@ -170,7 +169,6 @@ def ref_self(facts: Facts) -> Iterator[Evidence]:
     "the image records, and need not be the one it was made with",
     when="a name leads nowhere that may be followed, and a fitting file is beside the image or in a folder the caller named",
     harmless="expected when evidence was copied into one folder",
-    validated=CRAFTED,
 )
 def ref_stand_in(facts: Facts) -> Iterator[Evidence]:
     for member in chain(facts).members:
@@ -190,11 +188,11 @@ def ref_stand_in(facts: Facts) -> Iterator[Evidence]:
     harmless="QCOW version 1 cannot record it (Low there)",
     validated=QEMU_MADE,
 )
-def backing_no_format(facts: Facts) -> Iterator[Evidence | Graded]:
+def backing_no_format(facts: Facts) -> Iterator[Evidence | OneFinding]:
     if not facts.image.backing_name:
         return
     if facts.header.version == 1:
-        yield graded([facts.field("backing_file_offset")], severity=Severity.LOW)
+        yield OneFinding([facts.field("backing_file_offset")], severity=Severity.LOW)
     elif not facts.image.backing_format and "backing_format" not in facts.image.unreadable_facts:
         yield facts.field("backing_file_offset")
 
@@ -273,12 +271,12 @@ def backing_newer(facts: Facts) -> Iterator[Evidence]:
     harmless="backup tools make dozens",
     validated=QEMU_MADE,
 )
-def backing_deep(facts: Facts) -> Iterator[Graded]:
+def backing_deep(facts: Facts) -> Iterator[OneFinding]:
     length = chain(facts).length
     if length > CHAIN_DEEP:
         high = length > facts.limits.chain_depth
         evidence = [Evidence("chain_length", length, structure="chain")]
-        yield graded(evidence, severity=Severity.HIGH if high else None)
+        yield OneFinding(evidence, severity=Severity.HIGH if high else None)
 
 
 @rule(

@@ -15,12 +15,12 @@ from ..residue import Piece
 from ..text import plural, snapshot_date
 from .facts import Facts
 from .residue_evidence import evidence_of
-from .rules import CRAFTED, QEMU_MADE, Chapter, Depth, Graded, RuleFunction, graded
+from .rules import QEMU_MADE, Chapter, Depth, OneFinding, RuleFunction
 
 if TYPE_CHECKING:
     from ..residue import DeletedSnapshot
 
-rule = Chapter(__name__, "Residual data")
+rule = Chapter(__name__, "Residual data", depth=Depth.DEEP)
 
 _METADATA = ("l1", "l2", "refcount-table", "refcounts", "snapshot-table", "bitmap-directory", "bitmap")
 
@@ -139,10 +139,10 @@ def _survey(facts: Facts) -> _Survey:
     return survey
 
 
-def finding_of(group: Group, severity: Severity | None = None, title: str = "", note: str = "") -> Iterator[Graded]:
+def finding_of(group: Group, severity: Severity | None = None, title: str = "", note: str = "") -> Iterator[OneFinding]:
     if group.count:
         evidence = [evidence_of(piece) for piece in group.kept]
-        yield graded(evidence, severity=severity, title=title, note=note, count=group.count)
+        yield OneFinding(evidence, severity=severity, title=title, note=note, count=group.count)
 
 
 @rule(
@@ -153,10 +153,9 @@ def finding_of(group: Group, severity: Severity | None = None, title: str = "", 
     when="a cluster that nothing refers to, and whose refcount is 0 or cannot be read, is not all zeros; Low where it "
     "is a former table",
     harmless="QEMU leaves former L1, L2 and bitmap tables and overwritten compressed clusters behind in ordinary use",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def residual_clusters(facts: Facts) -> Iterator[Graded]:
+def residual_clusters(facts: Facts) -> Iterator[OneFinding]:
     survey = survey_of(facts)
     titles, note = ("", "free clusters hold former tables"), ""
     if not facts.census.refcounts.known:
@@ -177,10 +176,9 @@ def residual_clusters(facts: Facts) -> Iterator[Graded]:
     "later writes do not reach it",
     when="a cluster with a refcount above 0 that nothing refers to is not all zeros",
     harmless="crashes leave such clusters",
-    depth=Depth.DEEP,
     explained_by=("QCOW2-DIRTY",),
 )
-def leaked_data(facts: Facts) -> Iterator[Graded]:
+def leaked_data(facts: Facts) -> Iterator[OneFinding]:
     yield from finding_of(survey_of(facts).of(["leaked"], ["data", "vm-state", *_METADATA]))
 
 
@@ -191,10 +189,8 @@ def leaked_data(facts: Facts) -> Iterator[Graded]:
     note="consistent with appended data, with concatenated files, or with clusters abandoned at the end",
     when="bytes after the last referenced or counted cluster are not zeros",
     harmless="former tables at the end are Low; zeros there are common and not reported",
-    depth=Depth.DEEP,
-    validated=CRAFTED,
 )
-def trailing_data(facts: Facts) -> Iterator[Graded]:
+def trailing_data(facts: Facts) -> Iterator[OneFinding]:
     survey = survey_of(facts)
     yield from finding_of(survey.of(["trailing"], ["data", "vm-state"]))
     yield from finding_of(survey.of(["trailing"], _METADATA), Severity.LOW, "former tables after the image's end")
@@ -206,12 +202,12 @@ def trailing_data(facts: Facts) -> Iterator[Graded]:
 def _tables(looks: str) -> RuleFunction:
     """Return a rule that lists former tables of one kind."""
 
-    def function(facts: Facts) -> Iterator[Graded]:
+    def function(facts: Facts) -> Iterator[OneFinding]:
         group = survey_of(facts).of(["free", "leaked", "trailing"], [looks])
         if group.count:
             severity = None if group.telling else Severity.LOW
             evidence = [evidence_of(piece)._replace(value=_contents(piece)) for piece in group.kept]
-            yield graded(evidence, severity=severity, confidence="likely", count=group.count)
+            yield OneFinding(evidence, severity=severity, confidence="likely", count=group.count)
 
     return function
 
@@ -230,7 +226,6 @@ rule(
     when="a cluster that nothing refers to holds only valid L1 entries that lead to L2 tables; Low when all of these are "
     "still in use or empty",
     harmless="growing a disk moves its L1 table",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )(_tables("l1"))
 
@@ -242,7 +237,6 @@ rule(
     note="consistent with a former mapping of the guest's disk",
     when="a cluster that nothing refers to holds only valid L2 entries; Low when nothing is left of what they name",
     harmless="tables of zero flags alone are common",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )(_tables("l2"))
 
@@ -253,16 +247,15 @@ rule(
     "an entry of a former snapshot table",
     note="consistent with a deleted snapshot; entries of live snapshots in older copies of the table are left out",
     when="free space or table slack parses as a snapshot table entry that no live snapshot equals",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def residual_snapshot_entry(facts: Facts) -> Iterator[Graded]:
+def residual_snapshot_entry(facts: Facts) -> Iterator[OneFinding]:
     found = survey_of(facts).deleted
     if found:
         listed: Selection[SnapshotEntry] = Selection()
         for item in sorted(found, key=lambda item: not item.l1_intact):  # those that lead to tables first
             listed.add(item.entry, item.entry.l1_table_offset)
-        yield graded(map(_entry_evidence, listed.items), count=len(found))
+        yield OneFinding(map(_entry_evidence, listed.items), count=len(found))
 
 
 def _entry_evidence(entry: SnapshotEntry) -> Evidence:
@@ -278,10 +271,9 @@ def _entry_evidence(entry: SnapshotEntry) -> Evidence:
     "snapshot table. It opens as deleted:OFFSET. A cluster that was freed and then mapped again at the same place looks "
     "unchanged",
     when="a former entry's L1 and L2 tables are intact and no cluster belongs to anything else; Medium when a part is",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
-def recoverable_snapshot(facts: Facts) -> Iterator[Graded]:
+def recoverable_snapshot(facts: Facts) -> Iterator[OneFinding]:
     for item in survey_of(facts).deleted:
         if not item.l1_intact or not item.intact + item.shared + item.compressed:
             continue
@@ -298,7 +290,7 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Graded]:
             Evidence("zeroed_clusters", item.zeroed),
             Evidence("reused_clusters", item.reused),
         ]
-        yield graded(
+        yield OneFinding(
             evidence,
             severity=None if item.complete else Severity.MEDIUM,
             title="" if item.complete else "a deleted snapshot can be read in part",
@@ -313,7 +305,6 @@ def recoverable_snapshot(facts: Facts) -> Iterator[Graded]:
     note="consistent with a removed backup or checkpoint bitmap",
     when="free space or table slack parses as a bitmap directory entry that is not a live one",
     harmless="normal after backups",
-    depth=Depth.DEEP,
     validated=QEMU_MADE,
 )
 def residual_bitmap_dir(facts: Facts) -> Iterator[Evidence]:

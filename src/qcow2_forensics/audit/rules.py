@@ -13,7 +13,7 @@ yield what they saw::
             yield facts.field("incompatible_features")
 
 Everything a rule yields as :class:`Evidence` becomes one finding of the rule's code and severity. A rule
-whose severity or title depends on the case yields :func:`graded` evidence, one finding each. A rule never names its own code.
+whose severity or title depends on the case yields a :class:`OneFinding` for each. A rule never names its own code.
 Where a crafted table can make evidence come by the ten thousand, a rule yields :class:`Deferred`
 evidence: only what is kept is made.
 """
@@ -24,7 +24,7 @@ import dataclasses
 import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
@@ -82,10 +82,14 @@ class Deferred(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Graded:
-    """Evidence for one finding that differs from its rule's entry in the parts given here."""
+class OneFinding:
+    """Evidence for a finding of its own; what is not given is as in the rule's entry.
 
-    evidence: tuple[Evidence, ...]
+    ``count`` is for rules that saw more than they list.
+    """
+
+    evidence: Iterable[Evidence]
+    _: KW_ONLY
     severity: Severity | None = None
     title: str = ""
     note: str = ""
@@ -93,23 +97,7 @@ class Graded:
     count: int | None = None
 
 
-def graded(
-    evidence: Iterable[Evidence],
-    *,
-    severity: Severity | None = None,
-    title: str = "",
-    note: str = "",
-    confidence: str = "certain",
-    count: int | None = None,
-) -> Graded:
-    """Return evidence for a finding of its own; what is not given is as in the rule's entry.
-
-    ``count`` is for rules that saw more than they list.
-    """
-    return Graded(tuple(evidence), severity, title, note, confidence, count)
-
-
-Observation = Evidence | Deferred | Graded
+Observation = Evidence | Deferred | OneFinding
 RuleFunction = Callable[["Facts"], Iterable[Observation]]
 
 
@@ -142,8 +130,9 @@ CHAPTERS: dict[str, str] = {}  # titles by section
 class Chapter:
     """One chapter of the catalog; calling it registers a rule."""
 
-    def __init__(self, module: str, title: str) -> None:
+    def __init__(self, module: str, title: str, *, depth: Depth = Depth.TRIAGE) -> None:
         self.section = module.rpartition(".")[2]
+        self.depth = depth  # of its rules, where they have none of their own
         CHAPTERS[self.section] = title
 
     def __call__(
@@ -155,7 +144,7 @@ class Chapter:
         note: str,
         when: str = "",
         harmless: str = "",
-        depth: Depth = Depth.TRIAGE,
+        depth: Depth | None = None,
         needs: Needs | None = None,
         validated: Validated = CRAFTED,
         explained_by: tuple[str, ...] = (),
@@ -166,6 +155,7 @@ class Chapter:
         rules) wants a known version and cluster size, ``"census"`` (the default of deeper rules) wants
         version 2 or 3 and tables that can be walked, ``"tables"`` the same or version 1.
         """
+        depth = self.depth if depth is None else depth
         wanted: Needs = needs or ("geometry" if depth is Depth.TRIAGE else "census")
 
         def register(function: RuleFunction) -> RuleFunction:
@@ -215,7 +205,7 @@ def apply(entry: Rule, facts: Facts) -> Outcome:
     total = 0
     try:
         for item in entry.function(facts):
-            if isinstance(item, Graded):
+            if isinstance(item, OneFinding):
                 total += 1
                 severity = entry.severity if item.severity is None else item.severity
                 if len(findings[severity]) < FINDINGS_PER_RULE:
@@ -233,11 +223,11 @@ def apply(entry: Rule, facts: Facts) -> Outcome:
             evidence = [item if isinstance(item, Evidence) else item.make() for item in kept.items]
         except (Qcow2Error, OSError) as error:
             failure, evidence = error.with_traceback(None), [item for item in kept.items if isinstance(item, Evidence)]
-        listed.append(_finding(entry, graded(evidence, count=kept.count), facts.cluster_size))
+        listed.append(_finding(entry, OneFinding(evidence, count=kept.count), facts.cluster_size))
     return Outcome(listed, total - min(total, FINDINGS_PER_RULE), failure)
 
 
-def _finding(entry: Rule, item: Graded, cluster_size: int) -> Finding:
+def _finding(entry: Rule, item: OneFinding, cluster_size: int) -> Finding:
     rest = iter(item.evidence)
     evidence = tuple(islice(rest, EVIDENCE_LIMIT + 1))
     count = len(evidence)

@@ -22,7 +22,7 @@ from .entry_evidence import item_evidence
 from .facts import Facts
 from .header_assumptions import other_compression
 from .overlap import evenly
-from .rules import Deferred, Graded, graded
+from .rules import Deferred, OneFinding
 
 _SHOWN = 20  # of those, listed
 
@@ -32,7 +32,7 @@ def decoded_streams(facts: Facts) -> Decoded:
     return decode_all(facts.image, facts.census)
 
 
-def undecodable(facts: Facts) -> Iterator[Deferred | Graded]:
+def undecodable(facts: Facts) -> Iterator[Deferred | OneFinding]:
     """Yield the compressed entries whose stream is bad, too short, or too long.
 
     All of them are one finding where another compression type decodes them. :class:`LimitExceeded`
@@ -78,7 +78,7 @@ def _decodes(codec: Codec, stored: bytes, size: int) -> bool:
         return False
 
 
-def _mistaken(facts: Facts, decoded: Decoded, other: Codec) -> Graded:
+def _mistaken(facts: Facts, decoded: Decoded, other: Codec) -> OneFinding:
     """Return the finding that the header names the wrong compression type."""
     own, name = codec_of(facts.header.compression_type).name, other.name
     evidence = [facts.field("incompatible_features"), facts.field("compression_type")]
@@ -91,7 +91,7 @@ def _mistaken(facts: Facts, decoded: Decoded, other: Codec) -> Graded:
         "consistent with a header that was rewritten with another compression type; with that type the data can be read"
     )
     title = f"compressed clusters are {name}, the header says {own}"
-    return graded(evidence, title=title, note=note, count=len(decoded.failed))
+    return OneFinding(evidence, title=title, note=note, count=len(decoded.failed))
 
 
 def _evidence(facts: Facts, tables: Tables, row: int, column: int) -> Evidence:

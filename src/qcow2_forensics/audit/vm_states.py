@@ -9,10 +9,9 @@ from ..format.snapshot_table import SnapshotEntry
 from ..limits import FINDINGS_PER_RULE, Budget, MiB
 from ..reader.disk import Disk
 from ..reader.mapping import Kind, Run
-from ..reader.vm_state import vm_state_offset
+from ..reader.vm_state import MAGIC, vm_state_offset
 from .facts import Facts
 
-MAGIC = b"QEVM"
 _CONFIGURATION = 7  # section type: the machine's name follows
 _HEAD = 512  # bytes
 _DECODING = MiB  # bytes that decoding a crafted stream costs at least

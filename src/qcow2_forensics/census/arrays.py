@@ -5,6 +5,8 @@ Types of arrays are here too. Everything else in the census, and above it, takes
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -31,11 +33,19 @@ def windows(values: npt.NDArray[_T], width: int) -> npt.NDArray[_T]:
     return np.ndarray((len(values) - width + 1, width), values.dtype, values, 0, (step, step))
 
 
-def run_starts(values: npt.NDArray[Any]) -> Places:
-    """Return where each run of equal neighbours begins."""
-    fresh = np.ones(len(values), np.bool_)
-    np.not_equal(values[1:], values[:-1], out=fresh[1:])
+def run_starts(*columns: npt.NDArray[Any]) -> Places:
+    """Return where each run of neighbours that are equal in all columns begins."""
+    fresh = np.zeros(len(columns[0]), np.bool_)
+    fresh[:1] = True
+    for values in columns:
+        fresh[1:] |= values[1:] != values[:-1]
     return np.flatnonzero(fresh)
+
+
+def stretches(count: int, breaks: Mask) -> Iterator[tuple[int, int]]:
+    """Yield (first, stop) of the stretches that ``count`` elements fall into; element ``i`` ends one where ``breaks[i]``."""
+    if count:
+        yield from itertools.pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), count])
 
 
 def sum_by(keys: U64, weights: U64) -> tuple[U64, U64]:
@@ -58,9 +68,7 @@ def distinct(values: npt.NDArray[_N]) -> npt.NDArray[_N]:
 def distinct_rows(rows: I64) -> I64:
     """Return the different rows of a table, rising; ``numpy.unique`` takes many times as long."""
     ordered = rows[np.lexsort(rows.T[::-1])]
-    fresh = np.ones(len(ordered), np.bool_)
-    np.any(ordered[1:] != ordered[:-1], axis=1, out=fresh[1:])
-    return ordered[fresh]
+    return ordered[run_starts(*ordered.T)]
 
 
 def is_among(values: npt.NDArray[_N], known: npt.NDArray[_N]) -> Mask:

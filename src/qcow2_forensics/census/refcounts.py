@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from ..format.image import Image
 from ..format.rules import INT64_MAX, REFCOUNTS
 from ..reader.cache import Fifo
-from .arrays import I64, U64, Mask, run_starts
+from .arrays import I64, U64, Mask, run_starts, stretches
 from .columns import refcount_block_offsets
 
 Block = npt.NDArray[np.unsignedinteger]
@@ -59,8 +58,7 @@ class StoredRefcounts:
         """Return how many refcounts are above 0 in each block of a sorted list of aligned host offsets."""
         size = self.cluster_size
         counts = np.zeros(len(blocks), np.int64)
-        gaps = np.flatnonzero(np.diff(blocks) > max(size, _GAP)) + 1
-        for start, stop in itertools.pairwise([0, *gaps.tolist(), len(blocks)]):
+        for start, stop in stretches(len(blocks), np.diff(blocks) > max(size, _GAP)):
             first = start
             while first < stop:  # those that are near one another at once
                 begin = int(blocks[first])

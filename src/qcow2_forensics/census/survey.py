@@ -253,9 +253,8 @@ class _Survey:
 
 def _firsts(one: U64, two: U64) -> Places:
     """Return the first place of each distinct pair of two columns."""
-    order = np.lexsort((np.arange(len(one)), two, one))
-    fresh = np.append(True, (one[order][1:] != one[order][:-1]) | (two[order][1:] != two[order][:-1]))[: len(order)]
-    firsts: Places = order[fresh]
+    order = np.lexsort((two, one))
+    firsts: Places = order[run_starts(one[order], two[order])]
     return firsts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from ..format.entries import stored_extent
 from ..format.image import Image
 from ..limits import UNALIGNED_TABLES_FILE, UNALIGNED_TABLES_REPEATS, UNALIGNED_TABLES_SPARE, Budget
-from .arrays import I64, U64, Mask, Places, Segments, run_starts, weighted_segments
+from .arrays import I64, U64, Mask, Places, run_starts, stretches, weighted_segments
 from .columns import BATCH, Columns, big_endian, has_copied, has_reserved_l1, table_offsets, table_words
 from .index_map import IndexMap
 from .issues import Item
@@ -63,7 +62,8 @@ def l1_chunks(
     start = start[inside].astype(np.int64)
     end = np.minimum(start + np.asarray(counts, dtype=np.int64)[inside] * 8, end_of_file)
     segments = weighted_segments(np.column_stack((start, end, np.asarray(trees, dtype=np.int64)[inside])))
-    for first, last in _stretches(segments):
+    far = segments.start[1:] - segments.end[:-1] > _L1_GAP
+    for first, last in stretches(len(segments.start), far):
         stop = int(segments.end[last - 1])
         for at in range(int(segments.start[first]), stop, _L1_CHUNK):
             size = min(_L1_CHUNK, stop - at)
@@ -83,14 +83,6 @@ def l1_chunks(
                     segments.owner[which],
                     table_offsets(entries[places], image.header),
                 )
-
-
-def _stretches(segments: Segments) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) of segments to be read at once: small gaps cost less than a read."""
-    if len(segments.start):
-        edges = np.flatnonzero(segments.start[1:] - segments.end[:-1] > _L1_GAP) + 1
-        bounds = [0, *edges.tolist(), len(segments.start)]
-        yield from itertools.pairwise(bounds)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ V2_HEADER_LENGTH = 72
 V3_HEADER_LENGTH = 104
 _MOST_BITS = 64  # a header may claim 2^32 - 1; two to that power is a number of half a gigabyte
 
+FEATURE_ROW = 48  # bytes of a row of the feature name table: type, bit, and 46 of name
 # What old versions of QEMU left after a version 2 header: refcount_order 4 and header_length 104, as in version 3.
 V2_LEFTOVER = (96, bytes.fromhex("0000000400000068"))
 
@@ -235,6 +236,6 @@ class FeatureName(NamedTuple):
 def parse_feature_names(data: bytes) -> list[FeatureName]:
     """Return the rows of a feature name table; a cut row at the end is left out."""
     return [
-        FeatureName(data[at], data[at + 1], data[at + 2 : at + 48].split(b"\0", 1)[0])
-        for at in range(0, len(data) - 47, 48)
+        FeatureName(data[at], data[at + 1], data[at + 2 : at + FEATURE_ROW].split(b"\0", 1)[0])
+        for at in range(0, len(data) - FEATURE_ROW + 1, FEATURE_ROW)
     ]

@@ -21,7 +21,8 @@ from .disk import Disk
 from .mapping import Run
 from .states import LEFTOVER
 
-_MAGIC = b"QEVM"
+MAGIC = b"QEVM"
+STREAM_HEAD = MAGIC + bytes(3)  # and a version below 256
 
 
 def leftover_size(disk: Disk) -> int:
@@ -43,7 +44,7 @@ def has_leftover(disk: Disk) -> bool:
     """Whether what is mapped past the end of the disk begins as a migration stream; also where it is encrypted and locked."""
     # The start first: there may be any number of tables past the end of the disk.
     start = leftover_start(disk.image)
-    if not disk.is_locked and (leftover_offset(disk) is None or disk.read_mapped(start, len(_MAGIC)) != _MAGIC):
+    if not disk.is_locked and (leftover_offset(disk) is None or disk.read_mapped(start, len(MAGIC)) != MAGIC):
         return False
     return leftover_size(disk) > 0
 

@@ -13,7 +13,6 @@ from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
 from .content import TableReader, read_contents
 from .evidence import EXACT, GUESSED, Votes
 from .ext_volume import ext_expected, ext_map
-from .l1_tables import table_span
 from .ntfs_volume import ntfs_expected, ntfs_map
 from .partition_map import partition_map
 from .placement import Placement, Unplaced, Use, in_file_order, place
@@ -52,7 +51,7 @@ def arranged(
 
     ``fixed`` are tables of known slot, which are returned too.
     """
-    span = table_span(geometry)
+    span = geometry.l2_span
     slots = -(-size // span) if size else L1_ENTRIES
     contents = read_contents(reader, offsets, size, [placed.offset for placed in fixed if not placed.slot])
     volumes = Volumes(contents.volumes, are_all=True)
@@ -114,7 +113,7 @@ def _use(
     first: Sequence[Volume],
     sections: dict[bytes, Section],
 ) -> Use | None:
-    span = table_span(geometry)
+    span = geometry.l2_span
     disk = PlacedDisk(reader, dict(placed), span)
     maps = _maps(disk, volumes_of(disk, first, sections).found)
     return (lambda free: cluster_use(maps, free, span, geometry.cluster_size)) if maps else None

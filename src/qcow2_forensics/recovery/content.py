@@ -15,11 +15,10 @@ from ..limits import PLACED_CONTENT_BYTES, PLACED_STRUCTURES, Budget, KiB, MiB
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.opening import open_disk
+from ..reader.runs import joined
 from ..residue.structure_detection import Geometry
-from .header import l1_fields, new_header
-from .l1_tables import entries_of, table_span
 from .metered_source import MeteredSource
-from .patched_source import REBUILT_AT, PatchedSource
+from .patched_source import PatchedSource
 from .placement import Unplaced
 from .positions import (
     Position,
@@ -29,6 +28,8 @@ from .positions import (
     sectors_with_structures,
     slots,
 )
+from .rebuilt_metadata import REBUILT_AT, new_header, with_l1
+from .table_search import entries_of
 from .volumes import CONTAINERS, Holds, Volume, Volumes, are_known, first_volumes
 
 _STORED = (Kind.DATA, Kind.COMPRESSED)
@@ -54,10 +55,10 @@ class TableReader:
 
     def disk(self, offset: int) -> Disk:
         """Return the disk that the L2 table at a host offset alone maps."""
-        span = table_span(self._geometry)
+        span = self._geometry.l2_span
         entry = (offset | COPIED).to_bytes(8, "big")
         if self._image is not None:
-            patches = [l1_fields(1), (24, span.to_bytes(8, "big")), (REBUILT_AT, entry)]
+            patches = with_l1(span, entry)
         else:
             header = new_header(
                 cluster_bits=self._geometry.cluster_bits,
@@ -66,7 +67,7 @@ class TableReader:
                 extended_l2=self._geometry.extended_l2,
                 compression_type=self._compression,
             )
-            patches = [(0, header), (REBUILT_AT, entry)]
+            patches = (0, header), (REBUILT_AT, entry)
         return open_disk(PatchedSource(self._content, patches), follow=False)
 
     def entries(self, offset: int) -> U64:
@@ -89,7 +90,7 @@ class TableReader:
             with self.disk(offset) as disk:
                 if disk.is_locked:
                     return
-                stored = list(_joined((e.offset, e.length) for e in disk.extents() if e.kind in _STORED))
+                stored = list(joined(((e.offset, e.length) for e in disk.extents() if e.kind in _STORED), _as_one))
                 step = max(1, sum(length for _, length in stored) // PLACED_CONTENT_BYTES)
                 for number, (at, length) in enumerate(_cut(stored)):
                     if number % step == 0:
@@ -99,17 +100,9 @@ class TableReader:
             return
 
 
-def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) with neighbours as one: compressed clusters are extents of their own."""
-    start = end = 0
-    for offset, length in ranges:
-        if offset != end:
-            if end > start:
-                yield start, end - start
-            start = offset
-        end = offset + length
-    if end > start:
-        yield start, end - start
+def _as_one(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int] | None:
+    """Return neighbouring ranges, (offset, length), as one: compressed clusters are extents of their own."""
+    return (first[0], first[1] + second[1]) if sum(first) == second[0] else None
 
 
 def _cut(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..limits import FILE_SYSTEM_GROUPS, INODES_LOOKED_AT
 from .allocation import Expected, PlacedDisk, VolumeMap, forget, set_bits
+from .structures import little_endian
 
 _64BIT, _META_BG, _CHECKSUM_SEED = 0x80, 0x10, 0x2000
 _CHECKSUMS = 0x400
@@ -126,18 +127,22 @@ def _directories(disk: PlacedDisk, found: _Super, group: _Group, first: int, cou
             continue
         for place in range(here):
             inode = table[place * found.inode_size :][:128]
-            block = _number(inode, 60, 4) | _number(inode, 58, 2) << 32
-            leaf = _number(inode, 40, 2) == _EXTENT_MAGIC and _number(inode, 42, 2) and not _number(inode, 46, 2)
-            if _number(inode, 0, 2) & 0xF000 == _DIRECTORY and leaf and block:
+            block = little_endian(inode, 60, 4) | little_endian(inode, 58, 2) << 32
+            leaf = (
+                little_endian(inode, 40, 2) == _EXTENT_MAGIC
+                and little_endian(inode, 42, 2)
+                and not little_endian(inode, 46, 2)
+            )
+            if little_endian(inode, 0, 2) & 0xF000 == _DIRECTORY and leaf and block:
                 own = (first + index + place).to_bytes(4, "little") + b"\x0c\0\1\2.\0\0\0"
                 yield Expected(found.start + block * found.block, len(own), own.__eq__, "ext directory")
 
 
 def _seed(superblock: bytes) -> int | None:
-    if not _number(superblock, 0x64, 4) & _CHECKSUMS:
+    if not little_endian(superblock, 0x64, 4) & _CHECKSUMS:
         return None
-    if _number(superblock, 0x60, 4) & _CHECKSUM_SEED:
-        return _number(superblock, 0x270, 4)
+    if little_endian(superblock, 0x60, 4) & _CHECKSUM_SEED:
+        return little_endian(superblock, 0x270, 4)
     return crc32c(0xFFFF_FFFF, superblock[0x68:0x78])
 
 
@@ -164,13 +169,13 @@ def _superblock(disk: PlacedDisk, start: int) -> _Super | None:
     data = disk.read(start + 1024, 1024)
     if data is None or data[0x38:0x3A] != b"\x53\xef":
         return None
-    log = _number(data, 0x18, 4)
-    incompatible = _number(data, 0x60, 4)
-    blocks = _number(data, 4, 4) + (_number(data, 0x150, 4) << 32 if incompatible & _64BIT else 0)
-    size = _number(data, 0xFE, 2) if incompatible & _64BIT else 32
-    inode_size = _number(data, 0x58, 2) if _number(data, 0x4C, 4) else 128
+    log = little_endian(data, 0x18, 4)
+    incompatible = little_endian(data, 0x60, 4)
+    blocks = little_endian(data, 4, 4) + (little_endian(data, 0x150, 4) << 32 if incompatible & _64BIT else 0)
+    size = little_endian(data, 0xFE, 2) if incompatible & _64BIT else 32
+    inode_size = little_endian(data, 0x58, 2) if little_endian(data, 0x4C, 4) else 128
     found = _Super(
-        start, 1024 << min(log, 6), blocks, _number(data, 0x14, 4), _number(data, 0x20, 4), _number(data, 0x28, 4),
+        start, 1024 << min(log, 6), blocks, little_endian(data, 0x14, 4), little_endian(data, 0x20, 4), little_endian(data, 0x28, 4),
         inode_size, size, _seed(data),
     )  # fmt: skip
     bits = found.block * 8  # of a bitmap, which is one block
@@ -188,13 +193,13 @@ def _groups(disk: PlacedDisk, found: _Super) -> Iterator[tuple[int, _Group]]:
     table = disk.read(found.start + (found.first + 1) * found.block, found.groups * found.descriptor_size) or b""
 
     def field(at: int, low: int, low_size: int, high: int, high_size: int) -> int:
-        value = _number(table, at + low, low_size)
-        return value | (_number(table, at + high, high_size) << 8 * low_size if wide else 0)
+        value = little_endian(table, at + low, low_size)
+        return value | (little_endian(table, at + high, high_size) << 8 * low_size if wide else 0)
 
     for number in range(len(table) // found.descriptor_size):
         at = number * found.descriptor_size
         group = _Group(
-            field(at, 0, 4, 0x20, 4), field(at, 4, 4, 0x24, 4), field(at, 8, 4, 0x28, 4), _number(table, at + 0x12, 2),
+            field(at, 0, 4, 0x20, 4), field(at, 4, 4, 0x24, 4), field(at, 8, 4, 0x28, 4), little_endian(table, at + 0x12, 2),
             field(at, 0x1C, 2, 0x32, 2), field(at, 0x18, 2, 0x38, 2), field(at, 0x1A, 2, 0x3A, 2),
         )  # fmt: skip
         if 0 < group.block_bitmap < found.blocks and group.unused_inodes <= found.inodes_per_group:
@@ -220,12 +225,11 @@ def _journal(disk: PlacedDisk, found: _Super) -> Iterator[tuple[int, int]]:
         return
     at = found.start + groups[0].inode_table * found.block + (_JOURNAL_INODE - 1) * found.inode_size
     inode = disk.read(at, 128)
-    if inode is None or _number(inode, 40, 2) != _EXTENT_MAGIC or _number(inode, 46, 2):
+    if inode is None or little_endian(inode, 40, 2) != _EXTENT_MAGIC or little_endian(inode, 46, 2):
         return
-    for index in range(min(_number(inode, 42, 2), 4)):
+    for index in range(min(little_endian(inode, 42, 2), 4)):
         place = 52 + index * 12
-        yield _number(inode, place + 8, 4) | _number(inode, place + 6, 2) << 32, _number(inode, place + 4, 2)
-
-
-def _number(data: bytes, at: int, size: int) -> int:
-    return int.from_bytes(data[at : at + size], "little")
+        yield (
+            little_endian(inode, place + 8, 4) | little_endian(inode, place + 6, 2) << 32,
+            little_endian(inode, place + 4, 2),
+        )

@@ -8,25 +8,18 @@ import numpy as np
 
 from ..census.arrays import U64, is_among
 from ..census.columns import named_offsets
-from ..errors import LimitExceeded
-from ..format.entries import COPIED
 from ..format.image import Image
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
-from ..limits import DEFAULT_LIMITS, L1_ENTRIES, RECOVERY_TABLE_BYTES, Budget, MiB
+from ..limits import DEFAULT_LIMITS, RECOVERY_TABLE_BYTES, Budget, MiB
 from ..residue.structure_detection import Geometry, l1_rows
 from ..text import plural
 from .confidence import Confidence
 from .placement import Placement
 from .refcounts import FoundRefcounts
-from .table_search import FoundTables, L1Candidate, table_words
+from .table_search import FoundTables, L1Candidate, entries_of
 
 _L1_AT_ONCE = 1 << 17  # entries
-
-
-def table_span(geometry: Geometry) -> int:
-    """Return the guest bytes under one L2 table."""
-    return geometry.cluster_size * (geometry.cluster_size // (16 if geometry.extended_l2 else 8))
 
 
 def read_l1(source: Source, offset: int, count: int) -> U64:
@@ -47,29 +40,6 @@ def snapshot_l1_tables(source: Source, entries: Iterable[SnapshotEntry]) -> list
         budget.spend(stored * 8)
         tables.append(read_l1(source, entry.l1_table_offset, stored))
     return tables
-
-
-def entries_of(source: Source, offset: int, geometry: Geometry) -> U64:
-    """Return the entries of one L2 table, without the bitmaps of extended ones."""
-    return table_words(source, offset, geometry)[:: 2 if geometry.extended_l2 else 1]
-
-
-def l1_of(placements: tuple[Placement, ...]) -> U64:
-    """Return the L1 table that puts L2 tables where they were placed."""
-    table = np.zeros(max((placed.slot for placed in placements), default=-1) + 1, np.uint64)
-    for placed in placements:
-        table[placed.slot] = np.uint64(placed.offset | COPIED)
-    return table
-
-
-def stored_l1(placements: tuple[Placement, ...], entries: int) -> bytes:
-    """Return the bytes of an L1 table of ``entries`` that puts L2 tables where they were placed.
-
-    Raises :class:`LimitExceeded` for more entries than QEMU accepts: a disk size may come from the evidence.
-    """
-    if entries > L1_ENTRIES:
-        raise LimitExceeded("entries of a rebuilt L1 table", entries, L1_ENTRIES)
-    return l1_of(placements).astype(">u8").tobytes().ljust(8 * entries, b"\0")
 
 
 def is_l1(table: U64, tables: FoundTables) -> bool:

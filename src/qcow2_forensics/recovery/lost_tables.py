@@ -16,7 +16,6 @@ import numpy as np
 from ..census import Census
 from ..census.arrays import U64
 from ..census.columns import is_packed
-from ..format.entries import COPIED
 from ..format.header import SECTOR
 from ..format.source import Source
 from ..limits import LOST_TABLES_REBUILT
@@ -25,14 +24,12 @@ from .allocation import Bits
 from .confidence import Confidence
 from .content import TableReader
 from .geometry import compression_of
-from .l1_tables import table_span
-from .patched_source import REBUILT_AT, PatchedSource
+from .patched_source import Patch, PatchedSource
 from .placement import Placement, Use
+from .rebuilt_metadata import l2_place, stored_l2
 from .structures import partitions
 from .table_search import table_words
 
-_TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, after every L1 table
-_ALL_SUBCLUSTERS = 0xFFFF_FFFF
 _TABLES_ASKED = 16  # whether they hold compressed clusters
 _ROUNDS = 4  # of finding the file system in what was put together so far
 UseOf = Callable[[TableReader, Mapping[int, int]], Use | None]
@@ -41,7 +38,7 @@ UseOf = Callable[[TableReader, Mapping[int, int]], Use | None]
 class Rebuilt(NamedTuple):
     """L2 tables in place of lost ones: their bytes by host offset, and which slot each is for."""
 
-    patches: tuple[tuple[int, bytes], ...]
+    patches: tuple[Patch, ...]
     placements: tuple[Placement, ...]
 
 
@@ -82,7 +79,7 @@ def rebuild(
     open_slots = [slot for slot in lost if slot not in older]
     kept = {slot: offset for slot, offset in targets.items() if slot not in lost}
     kept |= {slot: placed.offset for slot, placed in placements.items()}
-    clusters = table_span(geometry) // geometry.cluster_size
+    clusters = geometry.l2_span // geometry.cluster_size
     alone = len(open_slots) == 1  # then all of them are of this table, wherever they are
     hosts = {slot: (leaks if alone else _between(leaks, targets[slot], targets))[:clusters] for slot in open_slots}
     hosts = {slot: found for slot, found in hosts.items() if len(found)}
@@ -91,7 +88,7 @@ def rebuild(
     columns = {slot: _first_places(source, slot, found, geometry, clusters) for slot, found in hosts.items()}
     patches = _patches(hosts, columns, geometry)
     for _ in range(_ROUNDS if hosts else 0):
-        where = kept | {slot: _place(number, geometry) for number, slot in enumerate(hosts)}
+        where = kept | {slot: l2_place(number, geometry) for number, slot in enumerate(hosts)}
         use = use_of(reader.over(PatchedSource(source, patches)), where)
         if use is None:
             break
@@ -103,7 +100,7 @@ def rebuild(
             break
     for number, slot in enumerate(hosts):
         reason = "its table is lost: clusters without an owner, in the order of the file"
-        placements[slot] = Placement(slot, _place(number, geometry), Confidence.GUESS, reason)
+        placements[slot] = Placement(slot, l2_place(number, geometry), Confidence.GUESS, reason)
     return Rebuilt(tuple(patches), tuple(placements[slot] for slot in sorted(placements)))
 
 
@@ -141,18 +138,8 @@ def _used(use: Bits, count: int) -> list[int]:
     return sorted([*used, *unknown, *free][:count])
 
 
-def _place(number: int, geometry: Geometry) -> int:
-    return _TABLES_AT + number * geometry.cluster_size
-
-
-def _patches(hosts: Mapping[int, U64], columns: Mapping[int, list[int]], geometry: Geometry) -> list[tuple[int, bytes]]:
-    width = 2 if geometry.extended_l2 else 1
-    result: list[tuple[int, bytes]] = []
-    for number, (slot, found) in enumerate(hosts.items()):
-        words = np.zeros(geometry.cluster_size // 8, np.uint64)
-        places = np.array(columns[slot], np.int64) * width
-        words[places] = found[: len(places)] | np.uint64(COPIED)
-        if geometry.extended_l2:
-            words[places + 1] = _ALL_SUBCLUSTERS
-        result.append((_place(number, geometry), words.astype(">u8").tobytes()))
-    return result
+def _patches(hosts: Mapping[int, U64], columns: Mapping[int, list[int]], geometry: Geometry) -> list[Patch]:
+    return [
+        stored_l2(number, found, np.array(columns[slot], np.int64), geometry)
+        for number, (slot, found) in enumerate(hosts.items())
+    ]

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..limits import FILE_RECORD_RUNS, FILE_RECORDS_LOOKED_AT
 from .allocation import FREE, UNKNOWN, USED, Expected, PlacedDisk, VolumeMap, set_bits
+from .structures import little_endian
 
 _MFT, _MIRROR, _ATTRIBUTES, _BITMAP, _UPCASE = 0, 1, 4, 6, 10
 _DATA, _INDEX = 0x80, 0xA0
@@ -114,7 +115,7 @@ def ntfs_expected(disk: PlacedDisk, start: int) -> Iterator[Expected]:
 
 def _is_index_of(block: bytes, vcn: bytes, number: int) -> bool:
     """Whether an index block is the one with a VCN of the folder with a number, by its first name."""
-    entry = 24 + _number(block, 24, 4)
+    entry = 24 + little_endian(block, 24, 4)
     parent = int.from_bytes(block[entry + 16 : entry + 22], "little")
     return block[:4] == b"INDX" and block[16:24] == vcn and parent == number
 
@@ -123,13 +124,13 @@ def _volume(disk: PlacedDisk, start: int) -> _Volume | None:
     boot = disk.read(start, 512)
     if boot is None or boot[3:11] != b"NTFS    ":
         return None
-    sector, per_cluster = _number(boot, 11, 2), boot[13]
+    sector, per_cluster = little_endian(boot, 11, 2), boot[13]
     cluster = sector * (per_cluster if per_cluster <= 128 else 1 << 256 - per_cluster)
     size = int.from_bytes(boot[64:65], "little", signed=True)
     record = 1 << -size if -31 < size < 0 else size * cluster
     if not (512 <= cluster <= 2 << 20 and record in (1024, 2048, 4096)):
         return None
-    return _Volume(start, cluster, _number(boot, 40, 8) * sector // cluster, record, _number(boot, 48, 8))
+    return _Volume(start, cluster, little_endian(boot, 40, 8) * sector // cluster, record, little_endian(boot, 48, 8))
 
 
 def _records(disk: PlacedDisk, found: _Volume) -> Iterator[tuple[int, bytes | None]]:
@@ -154,7 +155,7 @@ def _records(disk: PlacedDisk, found: _Volume) -> Iterator[tuple[int, bytes | No
 
 def with_fixups(record: bytes) -> bytes:
     """Return a record with the last two bytes of its sectors put back; empty where they do not agree."""
-    place, count = _number(record, 4, 2), _number(record, 6, 2)
+    place, count = little_endian(record, 4, 2), little_endian(record, 6, 2)
     if record[:4] not in (b"FILE", b"INDX") or place + 2 * count > len(record) or count != len(record) // 512 + 1:
         return b""
     data = bytearray(record)
@@ -182,13 +183,13 @@ def all_runs(record: bytes) -> Iterator[tuple[int, int]]:
 
 def _attributes(record: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield the type and the packed runs of each attribute that has clusters."""
-    at = _number(record, 20, 2)
+    at = little_endian(record, 20, 2)
     while 0 < at < len(record) - 8:
-        found, length = _number(record, at, 4), _number(record, at + 4, 4)
+        found, length = little_endian(record, at, 4), little_endian(record, at + 4, 4)
         if found == 0xFFFF_FFFF or length < 24 or at + length > len(record):
             return
         if record[at + 8]:
-            yield found, record[at + _number(record, at + 32, 2) : at + length]
+            yield found, record[at + little_endian(record, at + 32, 2) : at + length]
         at += length
 
 
@@ -198,13 +199,9 @@ def _runs(data: bytes) -> Iterator[tuple[int, int]]:
         if at >= len(data) or not data[at]:
             return
         lengths, offsets = data[at] & 15, data[at] >> 4
-        count = _number(data, at + 1, lengths)
+        count = little_endian(data, at + 1, lengths)
         change = int.from_bytes(data[at + 1 + lengths : at + 1 + lengths + offsets], "little", signed=True)
         at += 1 + lengths + offsets
         lcn += change
         if offsets and lcn >= 0 and 0 < count < 1 << 40:
             yield lcn, count
-
-
-def _number(data: bytes, at: int, size: int) -> int:
-    return int.from_bytes(data[at : at + size], "little")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .allocation import FREE, UNKNOWN, USED, PlacedDisk, VolumeMap
+from .structures import little_endian
 
 _SECTOR = 512
 _FIRST = 34 * _SECTOR
@@ -15,7 +16,7 @@ def partition_map(disk: PlacedDisk) -> VolumeMap | None:
     head = disk.read(0, _FIRST)
     if head is None or head[_SECTOR : _SECTOR + 8] != b"EFI PART":
         return None
-    last = _number(head, _SECTOR + 32, 8)
+    last = little_endian(head, _SECTOR + 32, 8)
     volume = disk.empty_map(0, _SECTOR, last + 1) if last >= 2 * _ENTRIES else None
     if volume is None:
         return None
@@ -23,13 +24,9 @@ def partition_map(disk: PlacedDisk) -> VolumeMap | None:
     volume.bits[:_USED] = USED
     volume.bits[last] = USED
     volume.bits[last - _ENTRIES] = USED
-    size = max(128, _number(head, _SECTOR + 84, 4))
+    size = max(128, little_endian(head, _SECTOR + 84, 4))
     for at in range(2 * _SECTOR, _FIRST - size + 1, size):
         if any(head[at : at + 16]):
-            first, end = _number(head, at + 32, 8), _number(head, at + 40, 8)
+            first, end = little_endian(head, at + 32, 8), little_endian(head, at + 40, 8)
             volume.bits[first : end + 1] = UNKNOWN
     return volume
-
-
-def _number(data: bytes, at: int, size: int) -> int:
-    return int.from_bytes(data[at : at + size], "little")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import ReadError
 from ..format.source import Source
 
-REBUILT_AT = 1 << 55  # host offset of rebuilt tables: past every file, inside what an offset field can hold
+Patch: TypeAlias = "tuple[int, bytes]"  # host offset, and the bytes to be read there
 
 
 class PatchedSource:
@@ -20,7 +20,7 @@ class PatchedSource:
 
     keeps_contract = True
 
-    def __init__(self, source: Source, patches: Iterable[tuple[int, bytes]]) -> None:
+    def __init__(self, source: Source, patches: Iterable[Patch]) -> None:
         self._source = source
         self._patches = sorted(patches)
         ends = [offset + len(data) for offset, data in self._patches]

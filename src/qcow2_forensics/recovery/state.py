@@ -11,10 +11,11 @@ from ..format.source import PathOrSource, Source
 from ..reader.disk import Disk
 from ..reader.mapping import Kind
 from ..reader.opening import open_disk
+from ..reader.runs import joined
 from ..reader.states import Rebuilt
 from ..reader.window import WindowSource
 from .confidence import Confidence, SureRange
-from .patched_source import PatchedSource
+from .patched_source import Patch, PatchedSource
 from .placement import Placement
 
 END_OF_DATA = "the end of the last mapped cluster"  # where the size of a disk comes from if nothing gives it
@@ -44,7 +45,7 @@ class RecoveredState(Rebuilt):
     placements: tuple[Placement, ...]
     backing_unknown: bool
     notes: tuple[str, ...] = ()
-    patches: tuple[tuple[int, bytes], ...] = field(repr=False, default=())
+    patches: tuple[Patch, ...] = field(repr=False, default=())
     start: int = 0
     is_memory: bool = False
     unplaced: tuple[int, ...] = ()
@@ -92,10 +93,12 @@ class RecoveredState(Rebuilt):
         return open_disk(self.origin, self, **options)
 
     def ranges(self, disk: Disk) -> Iterator[SureRange]:
-        """Yield guest ranges that tile ``disk``, opened from this state, with how sure each is."""
+        """Return guest ranges that tile ``disk``, opened from this state, with how sure each is."""
+        return joined(self._ranges(disk), _as_one)
+
+    def _ranges(self, disk: Disk) -> Iterator[SureRange]:
         span = disk.image.header.l2_span
         sure = {placed.slot: placed for placed in self.placements}
-        pending: SureRange | None = None
         for offset, length, kind in _by_slot(disk, span):
             placed = sure.get(offset // span)
             if placed is None:
@@ -105,14 +108,11 @@ class RecoveredState(Rebuilt):
                 reason = "unallocated; the lost header may have named a backing file"
             else:
                 confidence, reason = placed.confidence, placed.reason
-            if pending is not None and pending[2:] == (confidence, reason):
-                pending = pending._replace(length=pending.length + length)
-                continue
-            if pending is not None:
-                yield pending
-            pending = SureRange(offset, length, confidence, reason)
-        if pending is not None:
-            yield pending
+            yield SureRange(offset, length, confidence, reason)
+
+
+def _as_one(first: SureRange, second: SureRange) -> SureRange | None:
+    return first._replace(length=first.length + second.length) if first[2:] == second[2:] else None
 
 
 def _by_slot(disk: Disk, span: int) -> Iterator[tuple[int, int, Kind]]:

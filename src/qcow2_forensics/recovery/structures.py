@@ -52,7 +52,7 @@ class Label(NamedTuple):
     size: int
 
 
-def number(data: bytes, at: int, size: int) -> int:
+def little_endian(data: bytes, at: int, size: int) -> int:
     """Return a little-endian number."""
     return int.from_bytes(data[at : at + size], "little")
 
@@ -64,17 +64,17 @@ def partitions(head: bytes) -> tuple[Partition, ...]:
     header, table = head[SECTOR : 2 * SECTOR], head[2 * SECTOR :]
     found: set[Partition] = set()
     if header[:8] == b"EFI PART":
-        size, count = number(header, 84, 4), number(header, 80, 4)
+        size, count = little_endian(header, 84, 4), little_endian(header, 80, 4)
         if 128 <= size <= 4096:
             for at in range(0, min(min(count, PARTITIONS_LOOKED_AT) * size, len(table) - size + 1), size):
                 kind = table[at : at + 16]
                 if any(kind):
-                    first, last = number(table, at + 32, 8), number(table, at + 40, 8)
+                    first, last = little_endian(table, at + 32, 8), little_endian(table, at + 40, 8)
                     length = max(0, last + 1 - first) * SECTOR
                     found.add(Partition(first * SECTOR, length, holds_volumes=kind in _HOLDING_GUIDS))
         return tuple(sorted(found))
     for at in range(446, 510, 16):
-        kind_, first, length = head[at + 4], number(head, at + 8, 4), number(head, at + 12, 4)
+        kind_, first, length = head[at + 4], little_endian(head, at + 8, 4), little_endian(head, at + 12, 4)
         if head[at] not in (0, 0x80):
             return ()
         if kind_ and first and length:
@@ -86,20 +86,22 @@ def logical_partition(sector: bytes) -> LogicalPartition | None:
     """Return what a table of an extended partition says, None where the sector is none."""
     if sector[510:512] != b"\x55\xaa" or any(sector[:446]) or any(sector[478:510]):
         return None
-    kind, first, length = sector[450], number(sector, 454, 4), number(sector, 458, 4)
+    kind, first, length = sector[450], little_endian(sector, 454, 4), little_endian(sector, 458, 4)
     if not kind or kind == 0xEE or kind in EXTENDED_TYPES or not first or not length or sector[446] not in (0, 0x80):
         return None
     if not any(sector[462:478]):
         return LogicalPartition(first, length, 0)
-    following = number(sector, 470, 4)
+    following = little_endian(sector, 470, 4)
     return LogicalPartition(first, length, following) if sector[466] in EXTENDED_TYPES and following else None
 
 
 def raid_member(sector: bytes) -> Raid | None:
     """Return the superblock of a RAID member, None where there is none of version 1."""
-    if sector[:4] != _MD_MAGIC or number(sector, 4, 4) != 1:
+    if sector[:4] != _MD_MAGIC or little_endian(sector, 4, 4) != 1:
         return None
-    level, data, size, own = (number(sector, at, length) for at, length in ((72, 4), (128, 8), (136, 8), (144, 8)))
+    level, data, size, own = (
+        little_endian(sector, at, length) for at, length in ((72, 4), (128, 8), (136, 8), (144, 8))
+    )
     if max(data, size, own) >= 1 << 53:
         return None
     return Raid(level, own * SECTOR, data * SECTOR, size * SECTOR)
@@ -109,24 +111,28 @@ def lvm_label(sector: bytes) -> Label | None:
     """Return the label of a physical volume, None where there is none."""
     if sector[:8] != b"LABELONE" or sector[24:32] != b"LVM2 001":
         return None
-    place, header = number(sector, 8, 8), number(sector, 20, 4)
-    return Label(place * SECTOR, number(sector, header + 32, 8)) if place < 4 and 32 <= header <= SECTOR - 40 else None
+    place, header = little_endian(sector, 8, 8), little_endian(sector, 20, 4)
+    return (
+        Label(place * SECTOR, little_endian(sector, header + 32, 8))
+        if place < 4 and 32 <= header <= SECTOR - 40
+        else None
+    )
 
 
 def lvm_area(sector: bytes) -> int | None:
     """Return where in its physical volume a metadata area says that it starts, None where the sector starts none."""
-    return number(sector, 24, 8) if sector[4:20] == MDA_MAGIC else None
+    return little_endian(sector, 24, 8) if sector[4:20] == MDA_MAGIC else None
 
 
 def is_ext(block: bytes) -> bool:
     """Whether bytes are the superblock of an ext file system."""
-    log, blocks = number(block, 0x18, 4), number(block, 4, 4)
-    return block[0x38:0x3A] == b"\x53\xef" and log <= 6 and blocks > 0 and number(block, 0x20, 4) > 0
+    log, blocks = little_endian(block, 0x18, 4), little_endian(block, 4, 4)
+    return block[0x38:0x3A] == b"\x53\xef" and log <= 6 and blocks > 0 and little_endian(block, 0x20, 4) > 0
 
 
 def ext_geometry(block: bytes) -> tuple[int, int, int]:
     """Return the block size, blocks per group and first data block of an ext superblock."""
-    return 1024 << number(block, 0x18, 4), number(block, 0x20, 4), number(block, 0x14, 4)
+    return 1024 << little_endian(block, 0x18, 4), little_endian(block, 0x20, 4), little_endian(block, 0x14, 4)
 
 
 def is_ntfs(sector: bytes) -> bool:
@@ -143,27 +149,30 @@ def holds_file_system(head: bytes) -> bool:
 
 def gpt_is_whole(head: bytes) -> bool:
     """Whether the checksum of a GPT header is right."""
-    length = number(head, 12, 4)
+    length = little_endian(head, 12, 4)
     if not 92 <= length <= SECTOR:
         return False
-    return zlib.crc32(head[:16] + bytes(4) + head[20:length]) == number(head, 16, 4)
+    return zlib.crc32(head[:16] + bytes(4) + head[20:length]) == little_endian(head, 16, 4)
 
 
 def implied_sizes(first: bytes) -> Iterator[tuple[int, str]]:
     """Yield the sizes of a disk that its first sectors imply, and what implies each."""
     block = first[1024:1536]
     if first[SECTOR : SECTOR + 8] == b"EFI PART" and gpt_is_whole(first[SECTOR : 2 * SECTOR]):
-        yield (number(first, SECTOR + 32, 8) + 1) * SECTOR, "the GPT's backup header"
+        yield (little_endian(first, SECTOR + 32, 8) + 1) * SECTOR, "the GPT's backup header"
     elif is_ext(block):
-        blocks = number(block, 4, 4) + (number(block, 0x150, 4) << 32)
+        blocks = little_endian(block, 4, 4) + (little_endian(block, 0x150, 4) << 32)
         yield blocks * ext_geometry(block)[0], "the ext file system"
     elif first[:4] == b"XFSB":
         yield int.from_bytes(first[8:16], "big") * int.from_bytes(first[4:8], "big"), "the XFS file system"
     elif first[3:11] == b"NTFS    ":
-        yield (number(first, 40, 8) + 1) * number(first, 11, 2), "the NTFS file system"
+        yield (little_endian(first, 40, 8) + 1) * little_endian(first, 11, 2), "the NTFS file system"
     elif first[510:512] == b"\x55\xaa":
         for at in range(446, 510, 16):
             if first[at + 4]:
-                yield (number(first, at + 8, 4) + number(first, at + 12, 4)) * SECTOR, "the end of the last partition"
+                yield (
+                    (little_endian(first, at + 8, 4) + little_endian(first, at + 12, 4)) * SECTOR,
+                    "the end of the last partition",
+                )
     elif (label := lvm_label(first[SECTOR : 2 * SECTOR])) is not None:
         yield label.size, "the LVM2 physical volume"

@@ -14,7 +14,7 @@ from ..format.header import SECTOR
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Source
 from ..limits import CLUSTER_REFERENCES, L1_GAP_BYTES, RECOVERED_TABLES, REFCOUNT_BLOCKS_LOOKED_AT, TABLES_COMPARED, MiB
-from ..residue.structure_detection import Geometry, find_entries, l1_rows, l2_rows, likely
+from ..residue.structure_detection import Geometry, find_entries, judged, l1_rows, l2_rows
 from .geometry import compression_type_of
 from .metered_source import stored_pieces
 
@@ -109,8 +109,7 @@ def _chunks(source: Source, cluster_size: int, end: int) -> Iterator[tuple[int, 
 
 def _tables_of(source: Source, at: int, data: bytes, geometry: Geometry) -> _Rows:
     words = big_endian(data).reshape(-1, geometry.cluster_size // 8)
-    rows = likely(l2_rows, words, geometry)
-    found = l2_rows(words[rows], geometry)
+    rows, found = judged(l2_rows, words, geometry)
     whole = found.telling.copy()
     for row in np.flatnonzero(found.tables & ~whole & (found.compressed == 1)).tolist():
         # One compressed cluster and nothing else: a number, or an entry where a stream of that length is.
@@ -119,15 +118,15 @@ def _tables_of(source: Source, at: int, data: bytes, geometry: Geometry) -> _Row
     l2_rows_ = rows[found.tables & whole]
     rows = l1_rows_ = l2_rows_
     if geometry.extended_l2:  # an L1 table has no pairs of words, and need not pass for one of L2
-        others = likely(l1_rows, words, geometry)
-        l1_rows_ = others[l1_rows(words[others], geometry).tables]
+        others, found = judged(l1_rows, words, geometry)
+        l1_rows_ = others[found.tables]
         rows = distinct(np.concatenate((rows, l1_rows_)))
     chosen = words[rows]
     flagged = has_copied(chosen)
     plain = without_copied(chosen) == named_offsets(chosen)
     offsets = (at + rows * geometry.cluster_size).astype(np.int64)
     l1_form = plain.all(axis=1) & is_among(rows, l1_rows_)
-    mapped = np.count_nonzero(named_offsets(chosen)[:, :: 2 if geometry.extended_l2 else 1], axis=1)
+    mapped = np.count_nonzero(named_offsets(chosen)[:, :: geometry.entry_words], axis=1)
     return _Rows(offsets, is_among(rows, l2_rows_), l1_form, flagged.sum(axis=1), mapped)
 
 
@@ -154,7 +153,7 @@ def guest_data(source: Source, geometry: Geometry, tables: _Rows, others: Collec
 
 def _named(source: Source, offset: int, geometry: Geometry) -> U64:
     """Return the host clusters that a table maps, were it an L2 table."""
-    hosts = named_offsets(table_words(source, offset, geometry)[:: 2 if geometry.extended_l2 else 1])
+    hosts = named_offsets(entries_of(source, offset, geometry))
     used: U64 = hosts[hosts != 0]
     return used
 
@@ -164,6 +163,11 @@ def table_words(source: Source, offset: int, geometry: Geometry) -> U64:
     size = geometry.cluster_size
     data = source.read(offset, max(0, min(size, source.size - offset)))
     return big_endian(data.ljust(size, b"\0"))
+
+
+def entries_of(source: Source, offset: int, geometry: Geometry) -> U64:
+    """Return the entries of one L2 table, without the bitmaps of extended ones."""
+    return table_words(source, offset, geometry)[:: geometry.entry_words]
 
 
 def _classify(
@@ -215,8 +219,7 @@ def _same_clusters(source: Source, offsets: list[int], geometry: Geometry) -> bo
 
     The second half of NTFS file records is zeros but for a number at its end, the same in most of them.
     """
-    step = 2 if geometry.extended_l2 else 1
-    entries = np.concatenate([table_words(source, at, geometry)[::step] for at in offsets[:TABLES_COMPARED]])
+    entries = np.concatenate([entries_of(source, at, geometry) for at in offsets[:TABLES_COMPARED]])
     hosts = named_offsets(entries[~is_packed(entries)])
     used = hosts[hosts != 0]
     return len(offsets) > 1 and 0 < 2 * len(distinct(used)) <= len(used)

@@ -17,24 +17,21 @@ from ..census import Census
 from ..census.arrays import U64
 from ..census.columns import named_offsets
 from ..errors import LimitExceeded
-from ..format.entries import COPIED
 from ..format.source import Source
 from ..limits import VM_STATE_CLUSTERS_RECOVERED, VM_STATES_RECOVERED, Budget, MiB
+from ..reader.vm_state import STREAM_HEAD
 from ..residue.structure_detection import Geometry
 from .confidence import Confidence
-from .header import l1_fields
-from .l1_tables import entries_of, l1_of, table_span
 from .metered_source import stored_pieces
-from .patched_source import REBUILT_AT
+from .patched_source import Patch
 from .placement import Placement
+from .rebuilt_metadata import stored_l1, stored_l2, with_l1
 from .state import RecoveredState
+from .table_search import entries_of
 
-_MAGIC = int.from_bytes(b"QEVM\0\0\0", "big")
+_HEAD = int.from_bytes(STREAM_HEAD, "big")
 _CHUNK = 4 * MiB
 _CLUSTERS_AT_ONCE = 1 << 16
-_TABLES_AT = REBUILT_AT + (1 << 40)  # rebuilt L2 tables, after the L1 table
-_SIZE_AT = 24  # of the disk, in the header
-_ALL_SUBCLUSTERS = 0xFFFF_FFFF
 
 
 _Former: TypeAlias = "tuple[int, int, U64]"  # the first cluster a former table maps, its own offset, and all it maps
@@ -60,7 +57,7 @@ def vm_states(
                 for slot, (_, at, _) in enumerate(chain)
             )
             used = int(np.flatnonzero(chain[-1][2])[-1]) + 1
-            size = (len(chain) - 1) * table_span(geometry) + used * geometry.cluster_size
+            size = (len(chain) - 1) * geometry.l2_span + used * geometry.cluster_size
             yield _state(head, "by former tables", geometry, placements, size, ())
             continue
         hosts = _following(head, geometry, census, skipped, left)
@@ -81,7 +78,7 @@ def _heads(source: Source, geometry: Geometry, census: Census) -> Iterator[int]:
     for at, length in stored_pieces(source, max(_CHUNK, size)):
         data = source.read(at, length)
         words = np.frombuffer(data, ">u8", count=len(data) // 8)[:: size // 8]
-        for row in np.flatnonzero(words >> np.uint64(8) == np.uint64(_MAGIC)).tolist():
+        for row in np.flatnonzero(words >> np.uint64(8) == np.uint64(_HEAD)).tolist():
             offset = at + row * size
             if not census.is_claimed(np.array([offset // size]))[0]:
                 if found == VM_STATES_RECOVERED:
@@ -125,16 +122,11 @@ def _following(head: int, geometry: Geometry, census: Census, tables: set[int], 
     return found
 
 
-def _tables(hosts: list[int], geometry: Geometry) -> Iterator[tuple[int, bytes]]:
-    width = 2 if geometry.extended_l2 else 1
-    per_table = geometry.cluster_size // 8 // width
+def _tables(hosts: list[int], geometry: Geometry) -> Iterator[Patch]:
+    per_table = geometry.cluster_size // (8 * geometry.entry_words)
     for number, first in enumerate(range(0, len(hosts), per_table)):
-        words = np.zeros(geometry.cluster_size // 8, np.uint64)
         some = np.array(hosts[first : first + per_table], np.uint64)
-        words[: len(some) * width : width] = some | np.uint64(COPIED)
-        if geometry.extended_l2:
-            words[1 : len(some) * width : width] = _ALL_SUBCLUSTERS
-        yield _TABLES_AT + number * geometry.cluster_size, words.astype(">u8").tobytes()
+        yield stored_l2(number, some, np.arange(len(some)), geometry)
 
 
 def _state(
@@ -143,10 +135,9 @@ def _state(
     geometry: Geometry,
     placements: tuple[Placement, ...],
     size: int,
-    tables: tuple[tuple[int, bytes], ...],
+    tables: tuple[Patch, ...],
 ) -> RecoveredState:
-    l1_table = l1_of(placements).astype(">u8").tobytes()
-    patches = (l1_fields(len(placements)), (_SIZE_AT, bytes(8)), (REBUILT_AT, l1_table), *tables)
+    patches = (*with_l1(0, stored_l1(placements)), *tables)
     return RecoveredState(
         0,
         f"a VM state that starts at host offset {head:#x}, its clusters {how}",

@@ -28,24 +28,22 @@ from ..residue.structure_detection import Geometry
 from .arrangement import arranged, use_by_file_systems
 from .confidence import Confidence
 from .content import TableReader
-from .header import l1_fields
 from .l1_tables import (
-    entries_of,
     is_l1,
     names_counted,
     own_clusters,
     read_l1,
     shared_with_snapshots,
     snapshot_l1_tables,
-    stored_l1,
     tables_by_slot,
 )
 from .lost_tables import UseOf, leaked_clusters, lost_slots, rebuild
-from .patched_source import REBUILT_AT
+from .patched_source import Patch
 from .placement import Placement, Unplaced, place
+from .rebuilt_metadata import stored_l1, with_l1
 from .refcounts import FoundRefcounts
 from .state import RecoveredState
-from .table_search import search_tables
+from .table_search import entries_of, search_tables
 from .vm_states import vm_states
 
 
@@ -169,11 +167,10 @@ class WithHeader:
         what: str,
         size: int,
         placements: tuple[Placement, ...],
-        tables: tuple[tuple[int, bytes], ...] = (),
+        tables: tuple[Patch, ...] = (),
     ) -> RecoveredState:
         count = max(self._image.header.l1_size, -(-size // self._image.header.l2_span))
-        table = stored_l1(placements, count)
-        patches = (l1_fields(count), (24, size.to_bytes(8, "big")), (REBUILT_AT, table), *tables)
+        patches = (*with_l1(size, stored_l1(placements, count)), *tables)
         return RecoveredState(
             0,
             what,

@@ -22,7 +22,6 @@ from ..residue.structure_detection import Geometry
 from .arrangement import arranged
 from .content import TableReader
 from .geometry import compression_type_of, find_geometry
-from .header import new_header
 from .l1_tables import (
     left_out_notes,
     named_by_former,
@@ -30,15 +29,14 @@ from .l1_tables import (
     rank,
     read_l1,
     shared_with_snapshots,
-    stored_l1,
-    table_span,
     tables_by_slot,
 )
-from .patched_source import REBUILT_AT, PatchedSource
+from .patched_source import PatchedSource
 from .placement import Placement
+from .rebuilt_metadata import REBUILT_AT, new_header, stored_l1
 from .refcounts import FoundRefcounts, find_refcounts
 from .state import END_OF_DATA, RecoveredState
-from .table_search import FoundTables, L1Candidate, search_tables, table_words
+from .table_search import FoundTables, L1Candidate, entries_of, search_tables, table_words
 from .volumes import disk_size_of
 
 
@@ -130,7 +128,7 @@ class WithoutHeader:
 
     def _compression(self, tables: FoundTables, geometry: Geometry) -> int | None:
         for offset in tables.l2[:16].tolist():
-            words = table_words(self._source, offset, geometry)[:: 2 if geometry.extended_l2 else 1]
+            words = entries_of(self._source, offset, geometry)
             packed = words[words >> np.uint64(62) == 1].tolist()
             if packed:
                 return compression_type_of(self._source, packed, geometry.cluster_bits)
@@ -172,7 +170,7 @@ class WithoutHeader:
         notes: tuple[str, ...],
         recorded_size: int | None,
     ) -> RecoveredState:
-        span = table_span(geometry)
+        span = geometry.l2_span
         slots = max((placed.slot for placed in placements), default=-1) + 1
 
         def patches_of(size: int) -> tuple[tuple[int, bytes], ...]:
@@ -204,9 +202,8 @@ class WithoutHeader:
         mapped = 0
         if placements:
             used = np.flatnonzero(table_words(self._source, placements[-1].offset, geometry))
-            words = 2 if geometry.extended_l2 else 1
-            last = int(used[-1]) // words + 1 if len(used) else 0
-            mapped = placements[-1].slot * table_span(geometry) + last * geometry.cluster_size
+            last = int(used[-1]) // geometry.entry_words + 1 if len(used) else 0
+            mapped = placements[-1].slot * geometry.l2_span + last * geometry.cluster_size
         try:
             with open_disk(source, follow=False) as disk:
                 implied = disk_size_of(disk.read)
@@ -220,7 +217,7 @@ class WithoutHeader:
 
     def _takes(self, size: int, geometry: Geometry) -> bool:
         """Whether a size found in the evidence leaves room for the L1 tables of the other states; it is counted then."""
-        needed = 8 * -(-size // table_span(geometry))
+        needed = 8 * -(-size // geometry.l2_span)
         if needed > min(self._l1_bytes, 8 * L1_ENTRIES):
             return False
         self._l1_bytes -= needed

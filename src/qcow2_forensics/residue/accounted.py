@@ -48,8 +48,7 @@ def pieces_of(account: Account, tiled: Tile, wanted_kind: Callable[[Label, int],
     for start, stop, number in zip(*columns, strict=True):
         kind, owner = kinds[number], account.labels[number].owner
         for at in range(start, stop, _READ) if kind else ():
-            piece = piece_of(image.read(at, min(_READ, stop - at)), at, kind)
-            if piece is not None:
+            for piece in piece_of(image.read(at, min(_READ, stop - at)), at, kind):
                 yield replace(piece, signature=piece.signature or owner)
 
 
@@ -66,8 +65,7 @@ def cut_streams(account: Account) -> Iterator[Piece]:
             tail = codec.decode(stored, image.cluster_size)[shown:]
         except ValueError:
             continue  # reported as a stream that cannot be decoded
-        piece = piece_of(tail, shown, "state-tail")
-        if piece is not None:
+        for piece in piece_of(tail, shown, "state-tail"):
             yield replace(piece, offset=offset, length=len(stored), looks="stream", signature="decoded")
 
 

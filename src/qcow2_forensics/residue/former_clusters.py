@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import numpy.typing as npt
 
-from ..census.arrays import distinct
+from ..census.arrays import distinct, stretches
 from ..census.columns import big_endian
 from ..format.image import Image
 from ..limits import MiB
@@ -23,13 +21,10 @@ _PAGE = 256  # clusters remembered together, once one of them was looked at
 
 def read_clusters(image: Image, numbers: Counts) -> bytes:
     """Return the bytes of host clusters, in the order given; zeros for what the end of the file cuts off."""
-    if not len(numbers):
-        return b""
     size = image.cluster_size
-    edges = np.flatnonzero(np.diff(numbers) != 1) + 1
-    parts = [0, *edges.tolist(), len(numbers)]
-    stretches = [(int(numbers[first]) * size, (stop - first) * size) for first, stop in itertools.pairwise(parts)]
-    return b"".join(image.read(offset, length).ljust(length, b"\0") for offset, length in stretches)
+    neighbours = stretches(len(numbers), np.diff(numbers) != 1)
+    places = ((int(numbers[first]) * size, (stop - first) * size) for first, stop in neighbours)
+    return b"".join(image.read(offset, length).ljust(length, b"\0") for offset, length in places)
 
 
 class Targets:
@@ -67,8 +62,7 @@ class Targets:
         size = self._image.cluster_size
         words = big_endian(data).reshape(-1, size // 8)
         known = np.where(words.any(axis=1), _KNOWN | HOLDS_BYTES, _KNOWN).astype(np.uint8)
-        rows = structure_detection.likely(structure_detection.l2_rows, words, self._geometry)
-        found = structure_detection.l2_rows(words[rows], self._geometry)
+        rows, found = structure_detection.judged(structure_detection.l2_rows, words, self._geometry)
         known[rows[found.tables & found.telling]] |= IS_L2
         counts = np.frombuffer(data, np.uint8).reshape(-1, size)
         known[structure_detection.refcount_rows(counts, self._image.header.refcount_order)] |= IS_REFCOUNTS

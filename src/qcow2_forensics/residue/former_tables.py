@@ -115,13 +115,11 @@ class Recogniser:
         longer[:, :width], longer[:, width:] = clusters.data.view(">u8"), behind.view(">u8")
         words = longer[:, :width]
         looks.looks[structure_detection.refcount_rows(clusters.data, self._image.header.refcount_order)] = _REFCOUNTS
-        rows = structure_detection.likely(structure_detection.l2_rows, words, self._geometry)
-        found = structure_detection.l2_rows(words[rows], self._geometry)
+        rows, found = structure_detection.judged(structure_detection.l2_rows, words, self._geometry)
         self._note(looks, rows, found, found.tables & found.telling, np.full(len(rows), _L2))
         if self._geometry.external_data:
             looks.intact[:] = 0  # what they name is in another file
-        rows = structure_detection.likely(structure_detection.l1_rows, words, self._geometry)
-        found = structure_detection.l1_rows(words[rows], self._geometry)
+        rows, found = structure_detection.judged(structure_detection.l1_rows, words, self._geometry)
         rows, found = rows[found.tables], found.only(found.tables)
         level1 = self._level1(words[rows], found)
         self._note(looks, rows, found, level1 != 0, level1)

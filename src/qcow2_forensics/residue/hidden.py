@@ -5,7 +5,6 @@ What any live state shows is not residue, so where there are zero flags the clus
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..census import Census, IndexMap, Subscriber, Tables
-from ..census.arrays import I64, U64, Mask
+from ..census.arrays import I64, U64, Mask, stretches
 from ..format.entries import SUBCLUSTER_MASK, SUBCLUSTERS
 from ..format.image import Image
 from ..format.source import Source
@@ -107,11 +106,8 @@ def _mapped(census: Census, wanted: Callable[[Tables], Mask], known: Mask) -> Ma
 
 def _ranges(image: Image, mapped: Mapped, length: int, kind: str) -> Iterator[HostRange]:
     """Join places of one length that follow each other on the host and in the guest, and yield the ranges."""
-    if not len(mapped.hosts):
-        return
-    edges = np.flatnonzero((np.diff(mapped.hosts) != length) | (np.diff(mapped.guests) != length)) + 1
-    bounds = [0, *edges.tolist(), len(mapped.hosts)]
-    for first, stop in itertools.pairwise(bounds):
+    apart = (np.diff(mapped.hosts) != length) | (np.diff(mapped.guests) != length)
+    for first, stop in stretches(len(mapped.hosts), apart):
         tree = int(mapped.trees[first])
         owner = image.snapshots[tree].id if 0 <= tree < len(image.snapshots) else ""
         yield HostRange(int(mapped.hosts[first]), (stop - first) * length, kind, int(mapped.guests[first]), owner)
@@ -178,6 +174,5 @@ def tail(image: Image) -> Iterator[Piece]:
     host = int(entry.hosts[0])
     if host and not entry.zero_flags[0]:
         start = host + inside
-        piece = piece_of(image.read(start, image.cluster_size - inside), start, "beyond-disk")
-        if piece is not None:
+        for piece in piece_of(image.read(start, image.cluster_size - inside), start, "beyond-disk"):
             yield replace(piece, guest_offset=image.disk_size + piece.offset - start)

@@ -60,13 +60,12 @@ def pieces(read: Read, ranges: Iterable[HostRange], cluster_size: int) -> Iterat
             yield growing.piece()
 
 
-def piece_of(data: bytes, offset: int, kind: str, snapshot: str = "") -> Piece | None:
-    """Return the piece from the first to the last byte that is not zero; None when all are."""
-    if data.count(0) == len(data):
-        return None
-    growing = _Growing(HostRange(offset, len(data), kind, None, snapshot), offset)
-    growing.add(data)
-    return growing.piece()
+def piece_of(data: bytes, offset: int, kind: str, snapshot: str = "") -> Iterator[Piece]:
+    """Yield the one piece from the first to the last byte that is not zero; nothing when all are."""
+    if data.count(0) < len(data):
+        growing = _Growing(HostRange(offset, len(data), kind, None, snapshot), offset)
+        growing.add(data)
+        yield growing.piece()
 
 
 def _parts(read: Read, found: HostRange, cluster_size: int) -> Iterator[tuple[int, bytes]]:

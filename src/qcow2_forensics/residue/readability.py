@@ -142,9 +142,7 @@ class _Examiner:
             dates.append(np.full(len(used), _ACTIVE if state.snapshot is None else _date(state.snapshot)))
         found = _Live(np.concatenate(slots), np.concatenate(offsets), np.concatenate(dates))
         found = found.at(np.lexsort((found.dates, found.offsets, found.slots)))
-        new = np.ones(len(found.slots), np.bool_)
-        new[1:] = (np.diff(found.slots) != 0) | (np.diff(found.offsets) != 0)
-        return found.at(np.flatnonzero(new))
+        return found.at(run_starts(found.slots, found.offsets))
 
     @cached_property
     def longest_l1(self) -> int:

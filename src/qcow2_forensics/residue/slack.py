@@ -29,9 +29,7 @@ def header_slack(image: Image) -> Iterator[Piece]:
         data = image.read(start, stop - start) if stop > start else b""
         if header.version == 2:
             data = _without_leftover(data, start)
-        piece = piece_of(data, start, "header-slack")
-        if piece is not None:
-            yield piece
+        yield from piece_of(data, start, "header-slack")
 
 
 def _without_leftover(data: bytes, start: int) -> bytes:
@@ -71,9 +69,7 @@ def header_padding(image: Image) -> Iterator[Piece]:
         start = extension.offset + 8 + extension.length
         areas.append((start, extension.offset + 8 + padded(extension.length)))
     for start, stop in areas:
-        piece = piece_of(image.read(start, stop - start), start, "header-padding")
-        if piece is not None:
-            yield piece
+        yield from piece_of(image.read(start, stop - start), start, "header-padding")
 
 
 def l1_slack(image: Image) -> Iterator[Piece]:
@@ -84,17 +80,13 @@ def l1_slack(image: Image) -> Iterator[Piece]:
     tables = [(header.l1_table_offset, header.l1_size * 8, "")]
     tables += [(entry.l1_table_offset, entry.l1_size * 8, entry.id) for entry in image.snapshots]
     for start, length, snapshot in _tails(image, tables):
-        piece = piece_of(image.read(start, length), start, "l1-slack", snapshot)
-        if piece is not None:
-            yield piece
+        yield from piece_of(image.read(start, length), start, "l1-slack", snapshot)
 
 
 def table_slack(image: Image) -> Iterator[Piece]:
     """Yield what follows the snapshot table, the bitmap directory and the bitmap tables."""
     for start, length in table_tails(image):
-        piece = piece_of(image.read(start, length), start, "table-slack")
-        if piece is not None:
-            yield piece
+        yield from piece_of(image.read(start, length), start, "table-slack")
 
 
 def table_tails(image: Image) -> Iterator[tuple[int, int]]:

@@ -77,16 +77,10 @@ def _gap(image: Image, start: int, stop: int, codec: Codec, budget: Budget) -> I
                 budget.spend(max(image.cluster_size, START))
             place += 1
             continue
-        yield from _rest(data[at:place], start + at)
+        yield from piece_of(data[at:place], start + at, "compressed-slack")
         digest = hashlib.sha256(found[0]).hexdigest()
-        piece = piece_of(data[place : place + found[1]], start + place, "compressed-slack")
-        if piece is not None:  # a stream has the zeros it begins or ends with
+        for piece in piece_of(data[place : place + found[1]], start + place, "compressed-slack"):
+            # a stream has the zeros it begins or ends with
             yield replace(piece, offset=start + place, length=found[1], looks="stream", signature=digest)
         at = place = place + found[1]
-    yield from _rest(data[at:], start + at)
-
-
-def _rest(data: bytes, offset: int) -> Iterator[Piece]:
-    piece = piece_of(data, offset, "compressed-slack")
-    if piece is not None:
-        yield piece
+    yield from piece_of(data[at:], start + at, "compressed-slack")

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..census.arrays import U64, Mask
+from ..census.arrays import U64, Mask, Places
 from ..census.columns import Columns, big_endian, has_reserved_l1, table_offsets
 from ..format.bitmap_directory import DIRTY_TRACKING_BITMAP, BitmapEntry, parse_bitmap_entry
 from ..format.entries import ZERO
@@ -45,6 +45,16 @@ class Geometry(NamedTuple):
     @property
     def cluster_size(self) -> int:
         return 1 << self.cluster_bits
+
+    @property
+    def entry_words(self) -> int:
+        """Words of an L2 entry: an extended one has a second, its bitmap."""
+        return 2 if self.extended_l2 else 1
+
+    @property
+    def l2_span(self) -> int:
+        """Guest bytes under one L2 table."""
+        return self.cluster_size * (self.cluster_size // (8 * self.entry_words))
 
     @classmethod
     def of(cls, image: Image) -> Geometry:
@@ -81,9 +91,10 @@ class Rows(NamedTuple):
 Rule = Callable[[U64, Geometry], Rows]
 
 
-def likely(rule: Rule, words: U64, geometry: Geometry) -> npt.NDArray[np.intp]:
-    """Return the rows whose first words are sound: few of guest data, all of tables."""
-    return np.flatnonzero(rule(words[:, :_FIRST_WORDS], geometry).sound)
+def judged(rule: Rule, words: U64, geometry: Geometry) -> tuple[Places, Rows]:
+    """Return which rows have sound first words, few of guest data and all of tables, and how a rule judges these."""
+    rows = np.flatnonzero(rule(words[:, :_FIRST_WORDS], geometry).sound)
+    return rows, rule(words[rows], geometry)
 
 
 def l2_rows(words: U64, geometry: Geometry) -> Rows:
