@@ -108,7 +108,7 @@ def test_rows_are_sound_tables_exactly_when_each_entry_is(name: str, rows: list[
     assert level2.tables.tolist() == [_l2_is_sound(row, geometry) for row in rows]
     assert level1.tables.tolist() == [_l1_is_sound(row, geometry) for row in rows]
     for rule, found in ((structure_detection.l2_rows, level2), (structure_detection.l1_rows, level1)):
-        assert set(np.flatnonzero(found.tables)) <= set(structure_detection.likely(rule, words, geometry))
+        assert set(np.flatnonzero(found.tables)) <= set(structure_detection.judged(rule, words, geometry)[0])
     for number in range(len(rows)):
         alone = structure_detection.l2_rows(words[number : number + 1], geometry)
         assert alone.tables[0] == level2.tables[number]
