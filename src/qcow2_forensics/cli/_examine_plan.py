@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,55 +30,66 @@ class Step(NamedTuple):
 
 def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
     """Return the parts to run over an image, and why some are not."""
-    typed = _typed(path)
-    keys = _options(args, "passphrase_file")
-    memory = [*keys, *_options(args, "assume")]
-    folders = _options(args, "backing_dir")
-    case = _options(args, "case", "examiner", "note")
-    disk = [*keys, *folders, *_options(args, "backing_file", "no_backing", "eof", "assume", "virtual_size")]
-    hashed = ["--hash"] if args.hash else []
+    image = _typed(path)
+    folders, case = _options(args, "backing_dir"), _options(args, "case", "examiner", "note")
+    disk = _options(
+        args, "passphrase_file", "backing_dir", "backing_file", "no_backing", "eof", "assume", "virtual_size"
+    )
     unseen: list[str] = []
     try:
         states, memories = parts.states_of(path)
     except Qcow2Error as error:
         unseen.append(f"the states of the image: {error}")
         states, memories = [], []
-    with_files = _with_files(args, unseen) if len(states) > 1 else False
-    audit = ("audit", typed, "--depth", "deep", "--format", "html", *hashed, *case, *folders)
-    size = _options(args, "virtual_size")
+    hashed = ["--hash"] if args.hash else []
+    audit = ("audit", image, "--depth", "deep", "--format", "html", *hashed, *case, *folders)
+    timeline = ("timeline", image, "--no-files", "--deleted", "--format", "html", *case, *disk)
+    residue = ("residue", image, "residue", *(_options(args, "limit") if args.pieces else ["--index-only"]), *folders)
     steps = [
         Step("audit", "audit", "audit", audit, parts.run_audit),
-        _snapshots("snapshots", "snapshots, deleted ones included", typed, "--deleted"),
-        _snapshots("recovered", "recovered states", typed, "--recovered", *size),
+        _snapshots("snapshots", "snapshots, deleted ones included", image, "--deleted"),
+        _snapshots("recovered", "recovered states", image, "--recovered", *_options(args, "virtual_size")),
+        *_differences(args, image, states, [*case, *disk], unseen),
+        Step("timeline", "timeline of the image", "timeline", timeline, parts.run_timeline),
+        *_memories(args, image, memories, unseen),
+        Step("residue", "residue", "residue", residue, parts.run_residue),
     ]
-    pairs = list(enumerate(pairwise(states), 1))
-    kept = pairs[-(args.last or min(PAIRS, max(_FEWEST_PAIRS, _ENTRIES_READ // len(pairs)))) :] if pairs else []
-    if len(pairs) > len(kept) and not args.last:
-        unseen.append(
-            f"what differs in the first {plural(len(pairs) - len(kept), 'pair')} of states: name more with --last"
-        )
-    for number, (before, after) in kept:
-        choice = (f"--from={before.choice}", f"--to={after.choice}", *(["--files"] if with_files else []))
-        guest = _options(args, "guest_passphrase_file") if with_files else ()
-        command = ("diff", typed, *choice, "--format", "html", *case, *disk, *guest)
-        steps.append(Step("diff", f"{before.label} → {after.label}", f"diff-{number}", command, parts.run_diff))
-    command = ("timeline", typed, "--no-files", "--deleted", "--format", "html", *case, *disk)
-    steps.append(Step("timeline", "timeline of the image", "timeline", command, parts.run_timeline))
-    if len(memories) > _MEMORIES:
-        unseen.append(
-            f"{plural(len(memories) - _MEMORIES, 'memory', 'memories')} before the last {_MEMORIES}: qcow2-forensics memory shows one by one"
-        )
-    for number, state in list(enumerate(memories, 1))[-_MEMORIES:]:
-        command = ("memory", typed, f"--snapshot={state.choice}", "--summary", "json", *memory)
-        steps.append(Step("memory", f"memory of {state.label}", f"memory-{number}", command, parts.run_memory))
-    what = _options(args, "limit") if args.pieces else ["--index-only"]
-    command = ("residue", typed, "residue", *what, *folders)
-    steps.append(Step("residue", "residue", "residue", command, parts.run_residue))
     return steps, unseen
 
 
-def _snapshots(kind: str, title: str, path: str, *options: str) -> Step:
-    return Step(kind, title, kind, ("snapshots", path, *options, "--format", "json"), parts.run_snapshots)
+def _snapshots(kind: str, title: str, image: str, *options: str) -> Step:
+    return Step(kind, title, kind, ("snapshots", image, *options, "--format", "json"), parts.run_snapshots)
+
+
+def _differences(
+    args: Namespace, image: str, states: list[parts.State], options: list[str], unseen: list[str]
+) -> Iterator[Step]:
+    """Yield what compares each state with the next."""
+    with_files = len(states) > 1 and _with_files(args, unseen)
+    files = ["--files"] if with_files else []
+    guest = _options(args, "guest_passphrase_file") if with_files else []
+    pairs = list(enumerate(pairwise(states), 1))
+    most = args.last or min(PAIRS, max(_FEWEST_PAIRS, _ENTRIES_READ // max(len(pairs), 1)))
+    if len(pairs) > most and not args.last:
+        unseen.append(f"what differs in the first {plural(len(pairs) - most, 'pair')} of states: name more with --last")
+    for number, (before, after) in pairs[-most:]:
+        choice = (f"--from={before.choice}", f"--to={after.choice}", *files)
+        command = ("diff", image, *choice, "--format", "html", *options, *guest)
+        yield Step("diff", f"{before.label} → {after.label}", f"diff-{number}", command, parts.run_diff)
+
+
+def _memories(args: Namespace, image: str, memories: list[parts.State], unseen: list[str]) -> Iterator[Step]:
+    """Yield what shows each memory."""
+    if len(memories) > _MEMORIES:
+        left = plural(len(memories) - _MEMORIES, "memory", "memories")
+        unseen.append(f"{left} before the last {_MEMORIES}: qcow2-forensics memory shows one by one")
+    for number, state in list(enumerate(memories, 1))[-_MEMORIES:]:
+        command = _memory_command(args, image, state.choice)
+        yield Step("memory", f"memory of {state.label}", f"memory-{number}", command, parts.run_memory)
+
+
+def _memory_command(args: Namespace, image: str, choice: str) -> tuple[str, ...]:
+    return ("memory", image, f"--snapshot={choice}", "--summary", "json", *_options(args, "passphrase_file", "assume"))
 
 
 def deleted_memories(args: Namespace, path: str, rows: Iterable[Mapping[str, Any]], unseen: list[str]) -> list[Step]:
@@ -88,8 +99,7 @@ def deleted_memories(args: Namespace, path: str, rows: Iterable[Mapping[str, Any
         unseen.append(f"the memories of {len(held) - _MEMORIES} deleted snapshots: there are too many")
     steps = []
     for number, row in enumerate(held[:_MEMORIES], 1):
-        read_as = _options(args, "passphrase_file", "assume")
-        command = ("memory", _typed(path), f"--snapshot={row['open_as']}", "--summary", "json", *read_as)
+        command = _memory_command(args, _typed(path), row["open_as"])
         title = f"memory of the deleted snapshot {row['name'] or row['id']}"
         steps.append(Step("memory", title, f"memory-deleted-{number}", command, parts.run_deleted_memory))
     return steps
