@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -314,6 +315,27 @@ def test_a_range_without_marks_is_refused_with_the_form_that_works(tmp_path: Pat
     path = image_of((("1", "all"),), tmp_path / "disk.qcow2")
     with q.open_image(path) as image, pytest.raises(q.SnapshotNotFound, match="=all"):
         Selection("all").choose(image)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dfvfs") is None, reason="dfvfs is absent")
+@pytest.mark.parametrize(("text", "number"), [("recovered:1", 1), ("=recovered:02", 2), ("recovered:3", 0)])
+def test_a_recovered_state_is_chosen_by_its_number_everywhere(text: str, number: int) -> None:
+    from dfvfs_qcow2.selection import Selection
+    from qcow2_forensics.recovery import choose_recovered
+
+    found: Any = [SimpleNamespace(number=one, label=f"recovered:{one}", what="tables") for one in (1, 2)]
+    if number:
+        assert Selection(text).choose_recovered(found) == [found[number - 1]]
+        assert choose_recovered(found, text.partition(":")[2]).number == number
+    else:
+        with pytest.raises(q.SnapshotNotFound, match=r"no state 'recovered:3'; recovered states: recovered:1 \(tables"):
+            Selection(text).choose_recovered(found)
+
+
+def test_without_recovered_states_no_snapshot_is_missed(tmp_path: Path) -> None:
+    path = image_of(ORDINARY, tmp_path / "disk.qcow2")
+    with pytest.raises(q.SnapshotNotFound, match="no state 'recovered:1'; recovered states: none"):
+        q.open_disk(path, "recovered:1")
 
 
 # --- dates ---------------------------------------------------------------------------------------

@@ -132,14 +132,13 @@ class Selection:
 
     def choose_recovered(self, found: Sequence[RecoveredState]) -> list[RecoveredState]:
         """Return the chosen ones of the recovered states, in their order; SnapshotNotFound names the choices."""
+        from qcow2_forensics.recovery import choose_recovered
+
         words = [item.word for item in self._items() if item.is_recovered]
         if "recovered" in words:
             return list(found)
-        known = {state.label: state for state in found}
-        for word in words:
-            if word not in known:
-                raise SnapshotNotFound(word, [f"{state.label} ({state.what})" for state in found])
-        return [state for state in found if state.label in words]
+        chosen = {choose_recovered(found, word.removeprefix(_RECOVERED)).number for word in words}
+        return [state for state in found if state.number in chosen]
 
     def later_states(self, image: Image) -> dict[SnapshotKey, tuple[SnapshotKey | None, ...]]:
         """Return for each snapshot of which only changed files are asked for what they are compared with.

@@ -13,7 +13,7 @@ from ..reader.damage_options import ASSUMPTIONS
 from .assumptions import assumed
 from .confidence import Confidence, SureRange
 from .ranges import confidence_of
-from .recovered_states import has_tables, open_recovered, recovered_states, select_recovered
+from .recovered_states import choose_recovered, has_tables, open_recovered, recovered_states, select_recovered
 from .state import RecoveredState
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "RecoveredState",
     "SureRange",
     "assumed",
+    "choose_recovered",
     "confidence_of",
     "has_tables",
     "open_recovered",

@@ -12,7 +12,7 @@ What is done in each case is in :mod:`.without_header` and :mod:`.with_header`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, cast
@@ -30,6 +30,7 @@ from ..reader.notes import log_note
 from ..reader.opening import open_disk
 from ..reader.window import WindowSource
 from ..residue.structure_detection import Geometry
+from ..text import quoted
 from .geometry import find_geometry
 from .l1_tables import placed_by_image
 from .metered_source import MeteredSource, stored_pieces
@@ -71,10 +72,17 @@ def open_recovered(
 
 def select_recovered(source: Source, wanted: str, virtual_size: int | None = None) -> RecoveredState:
     """Return recovered state ``wanted``, a number from 1: what ``open_disk(snapshot="recovered:N")`` asks."""
-    states = recovered_states(source, virtual_size=virtual_size)
-    if not (wanted.isascii() and wanted.isdecimal() and len(wanted) < 10 and 1 <= int(wanted) <= len(states)):
-        raise SnapshotNotFound(f"recovered:{wanted}", [f"{state.label} ({state.what})" for state in states])
-    return states[int(wanted) - 1]
+    return choose_recovered(recovered_states(source, virtual_size=virtual_size), wanted)
+
+
+def choose_recovered(found: Sequence[RecoveredState], wanted: str) -> RecoveredState:
+    """Return the recovered state with a number, from 1."""
+    if wanted.isascii() and wanted.isdecimal() and len(wanted) < 10 and 1 <= int(wanted) <= len(found):
+        return found[int(wanted) - 1]
+    word = f"recovered:{wanted}"
+    raise SnapshotNotFound(
+        word, [f"{state.label} ({state.what})" for state in found], lack=f"no state {quoted(word)}; recovered states"
+    )
 
 
 def _remembered(source: Source, virtual_size: int | None) -> list[RecoveredState]:
