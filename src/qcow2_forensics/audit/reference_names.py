@@ -162,35 +162,28 @@ def opened_data_file(facts: Facts) -> Iterator[FileSource | None]:
 
 def _chain(facts: Facts) -> Chain:
     image = facts.image
-    resolver = facts.resolver or Resolver()
     data = None
     if image.header.external_data and image.data_file_name:
-        with ExitStack() as files:
-            seen = _identities(image.source)
-            data, _ = _open(image.data_file_name, "data", image, image.source, resolver, None, files, seen)
-    members = tuple(_members(facts, resolver))
+        with _Follower(facts) as follower:
+            data, _ = follower.open(image.data_file_name, "data", image)
+    with _Follower(facts) as follower:
+        members = tuple(_members(facts, follower))
     return Chain(members, data, 1 + len(members))
 
 
-def _members(facts: Facts, resolver: Resolver) -> Iterator[Member]:
-    top = current = facts.image
-    seen = _identities(top.source)
-    depth = 1
-    with ExitStack() as files:
-        while current.backing_name and depth <= facts.limits.chain_depth + 1:
-            declared = current.backing_format if current.header.version > 1 else None
-            member, source = _open(
-                current.backing_name, "backing", current, top.source, resolver, declared, files, seen, depth
-            )
-            yield member
-            if source is None or (declared or member.probed) not in ("qcow2", "qcow"):
-                return
-            seen += _identities(source)
-            depth += 1
-            try:
-                current = Image(source, limits=facts.limits)
-            except (NotQcow2, OSError):
-                return
+def _members(facts: Facts, follower: _Follower) -> Iterator[Member]:
+    current, depth = facts.image, 1
+    while current.backing_name and depth <= facts.limits.chain_depth + 1:
+        declared = current.backing_format if current.header.version > 1 else None
+        member, source = follower.open(current.backing_name, "backing", current, declared, depth)
+        yield member
+        if source is None or (declared or member.probed) not in ("qcow2", "qcow"):
+            return
+        depth += 1
+        try:
+            current = Image(source, limits=facts.limits)
+        except (NotQcow2, OSError):
+            return
 
 
 def _identities(source: Source) -> list[Any]:
@@ -204,58 +197,65 @@ def _identities(source: Source) -> list[Any]:
     return [identity for identity in dict.fromkeys(found) if identity is not None]
 
 
-def _open(
-    name: str,
-    role: Role,
-    parent: Image,
-    top: Source,
-    resolver: Resolver,
-    declared: str | None,
-    files: ExitStack,
-    seen: list[Any],
-    depth: int = 1,
-) -> tuple[Member, Source | None]:
-    try:
-        source, driver = resolver.open(name, role, parent.source, top)
-    except MissingFile as error:
-        return Member(role, name, "missing", reason(error), tried=error.tried, depth=depth), None
-    except ForbiddenReference as error:
-        # Opened without a path there is no folder to look in: nothing is known about the file.
-        unknown = getattr(top, "path", None) is None and not resolver.files and not resolver.folders
-        return Member(role, name, "unknown" if unknown else "refused", error.why, depth=depth), None
-    except (Qcow2Error, OSError) as error:
-        return Member(role, name, "broken", reason(error), depth=depth), None
-    files.callback(getattr(source, "close", lambda: None))
-    path = str(getattr(source, "path", "") or "")
-    stands_in = bool(getattr(source, "stands_for", ""))
-    if stands_in:
-        why = misfit(source, role, driver or declared, parent)
-        if why:
-            return Member(role, name, "refused", f"{path} cannot be that file: {why}", path, depth=depth), None
-    if any(identity in seen for identity in _identities(source)):
-        return Member(role, name, "loop", "the file is already part of the chain", path, depth=depth), None
-    try:
-        if role == "backing":
-            source = part_of(source, besides_the_file(name, named=name in resolver.files))
-        probed = probe(source)
-        disk_size = _disk_size(source, driver or declared or probed)
-    except (Qcow2Error, OSError) as error:
-        return Member(role, name, "broken", reason(error), depth=depth), None
-    member = Member(
-        role,
-        name,
-        "found",
-        path=path,
-        probed=probed,
-        declared=driver or declared,
-        file_size=source.size,
-        disk_size=disk_size,
-        mtime=mtime_of(source),
-        depth=depth,
-        overlay_mtime=mtime_of(parent.source),
-        stands_in=stands_in,
-    )
-    return member, source
+class _Follower(ExitStack):
+    """Opens what names lead to, until the block ends, and knows the files that were opened."""
+
+    def __init__(self, facts: Facts) -> None:
+        super().__init__()
+        self._top = facts.image.source
+        self._resolver = facts.resolver or Resolver()
+        self._seen = _identities(self._top)
+
+    def open(
+        self, name: str, role: Role, parent: Image, declared: str | None = None, depth: int = 1
+    ) -> tuple[Member, Source | None]:
+        """Return what a name in ``parent`` leads to, and its source where it may be read."""
+        try:
+            source, driver = self._resolver.open(name, role, parent.source, self._top)
+        except MissingFile as error:
+            return Member(role, name, "missing", reason(error), tried=error.tried, depth=depth), None
+        except ForbiddenReference as error:
+            return Member(role, name, "unknown" if self._is_blind else "refused", error.why, depth=depth), None
+        except (Qcow2Error, OSError) as error:
+            return Member(role, name, "broken", reason(error), depth=depth), None
+        self.callback(getattr(source, "close", lambda: None))
+        path = str(getattr(source, "path", "") or "")
+        stands_in = bool(getattr(source, "stands_for", ""))
+        if stands_in:
+            why = misfit(source, role, driver or declared, parent)
+            if why:
+                return Member(role, name, "refused", f"{path} cannot be that file: {why}", path, depth=depth), None
+        if any(identity in self._seen for identity in _identities(source)):
+            return Member(role, name, "loop", "the file is already part of the chain", path, depth=depth), None
+        try:
+            if role == "backing":
+                source = part_of(source, besides_the_file(name, named=name in self._resolver.files))
+            probed = probe(source)
+            disk_size = _disk_size(source, driver or declared or probed)
+        except (Qcow2Error, OSError) as error:
+            return Member(role, name, "broken", reason(error), depth=depth), None
+        self._seen += _identities(source)
+        member = Member(
+            role,
+            name,
+            "found",
+            path=path,
+            probed=probed,
+            declared=driver or declared,
+            file_size=source.size,
+            disk_size=disk_size,
+            mtime=mtime_of(source),
+            depth=depth,
+            overlay_mtime=mtime_of(parent.source),
+            stands_in=stands_in,
+        )
+        return member, source
+
+    @property
+    def _is_blind(self) -> bool:
+        """Whether there is no folder to look in: opened without a path, nothing is known about the file."""
+        resolver = self._resolver
+        return getattr(self._top, "path", None) is None and not resolver.files and not resolver.folders
 
 
 def _disk_size(source: Source, kind: str) -> int | None:
