@@ -197,6 +197,9 @@ class Outcome(NamedTuple):
     failure: Qcow2Error | OSError | None
 
 
+_NOTHING = Outcome([], 0, None)  # what most rules give
+
+
 def apply(entry: Rule, facts: Facts) -> Outcome:
     """Run one rule; of too many findings the worst are kept, of evidence a selection spread over structures."""
     findings: defaultdict[Severity, list[Finding]] = defaultdict(list)
@@ -216,7 +219,9 @@ def apply(entry: Rule, facts: Facts) -> Outcome:
                 kept.count += item.stands_for - 1 if isinstance(item, Deferred) else 0
     except (Qcow2Error, OSError) as error:
         failure = error.with_traceback(None)  # what was seen before it still counts; its frames hold arrays
-    worst_first = sorted(findings, reverse=True) if findings else ()
+    if not findings and not kept.count and failure is None:
+        return _NOTHING
+    worst_first = sorted(findings, reverse=True)
     listed = [finding for severity in worst_first for finding in findings[severity]][:FINDINGS_PER_RULE]
     if kept.count:
         try:

@@ -12,6 +12,9 @@ from .owners import Owner
 Codes = npt.NDArray[np.unsignedinteger]
 
 
+_CODES_IN_A_BYTE = 256
+
+
 class OwnerCodes:
     """Which :class:`Owner` bits each cluster has, by its index.
 
@@ -62,7 +65,7 @@ class OwnerCodes:
             number = self._numbers[bits] = len(self._combinations)
             self._combinations.append(bits)
             self._bits = np.asarray(self._combinations, dtype=np.uint16)
-            if number > np.iinfo(self._codes.dtype).max:
+            if number == _CODES_IN_A_BYTE:
                 self._codes = self._codes.astype(np.uint16)
         return number
 
