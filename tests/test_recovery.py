@@ -23,11 +23,11 @@ from qcow2_forensics.cli import main
 from qcow2_forensics.errors import LimitExceeded, Qcow2Error, SnapshotNotFound
 from qcow2_forensics.findings import Severity
 from qcow2_forensics.format.source import BytesSource, FileSource
-from qcow2_forensics.limits import L1_ENTRIES, Budget
+from qcow2_forensics.limits import L1_ENTRIES
 from qcow2_forensics.reader.parts import gatherable
 from qcow2_forensics.recovery import Confidence, RecoveredState, confidence_of, open_recovered, recovered_states
 from qcow2_forensics.recovery.patched_source import PatchedSource
-from qcow2_forensics.recovery.without_header import WithoutHeader
+from qcow2_forensics.recovery.without_header import Rebuilder
 from qcow2_forensics.render.next_commands import next_command
 from qcow2_forensics.residue.restricted_source import GuardedSource, Refusals
 from qcow2_forensics.residue.structure_detection import Geometry
@@ -441,19 +441,18 @@ def test_no_assumption_is_proposed_where_streams_of_the_headers_own_type_would_b
 @pytest.mark.parametrize("size", [1 << 45, 1 << 53, 1 << 60, (1 << 64) - 512])
 def test_a_size_in_the_evidence_is_taken_only_as_far_as_l1_tables_reach(cluster_bits: int, size: int) -> None:
     source = BytesSource(bytes(1 << 22))
-    recovery = WithoutHeader(source, None, Budget("tables", 0))
+    geometry = Geometry(3, cluster_bits, source.size, False)
+    rebuilder = Rebuilder(source, None, geometry, None, ())
     for _ in range(40):
-        found = recovery._rebuilt("test", Geometry(3, cluster_bits, source.size, False), (), None, (), size)
+        found = rebuilder.state("test", (), size)
         table = found.patches[1][1]
         assert found.size <= L1_ENTRIES << (2 * cluster_bits - 3)
         assert len(table) == 8 * -(-found.size // (1 << (2 * cluster_bits - 3)))
         assert found.size == size or "left out" in found.size_from
-    assert recovery._l1_bytes >= 0
+    assert rebuilder._l1_bytes >= 0
     if size > L1_ENTRIES << (2 * cluster_bits - 3):
         with pytest.raises(LimitExceeded):
-            WithoutHeader(source, size, Budget("tables", 0))._rebuilt(
-                "test", Geometry(3, cluster_bits, source.size, False), (), None, (), None
-            )
+            Rebuilder(source, size, geometry, None, ()).state("test", ())
 
 
 @pytest.mark.parametrize("offset", quick(range(4, 104, 4), [24, 96, 100]))

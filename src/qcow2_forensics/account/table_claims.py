@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..census import Census, Owner
 from ..census.arrays import I64, U64, distinct_rows, is_among, merged, run_starts
+from ..census.owner_codes import by_owners
 from ..census.state_ends import StateEnds
 from ..census.walk import L2Tables, batches, l1_chunks, walkable
 from ..format.bitmap_directory import BITMAP_ENTRY_LENGTH
@@ -223,7 +224,4 @@ class OwnerPlaces:
 @functools.cache
 def _place_numbers() -> npt.NDArray[np.uint8]:
     """Return which row of the places above counts for every combination of owners, from 1; later ones win."""
-    numbers, bits = np.zeros(1 << 15, np.uint8), np.arange(1 << 15)
-    for number, (owner, _) in enumerate(_PLACES, 1):
-        numbers[(bits & int(owner)) != 0] = number
-    return numbers
+    return by_owners(*((owner, number) for number, (owner, _) in enumerate(_PLACES, 1)))

@@ -15,6 +15,7 @@ from ..account.account import Account
 from ..census import Census, Owner
 from ..census.arrays import U64, ranges
 from ..census.columns import without_copied
+from ..census.owner_codes import by_owners
 from ..errors import Qcow2Error
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import CLUSTERS_DRAWN, L1_ENTRIES_COMPARED, L2_TABLES_COMPARED, SNAPSHOTS_DRAWN, STATES_COMPARED, MiB
@@ -89,9 +90,7 @@ def _classes(census: Census) -> npt.NDArray[np.uint8]:
 
 def _by_owner() -> npt.NDArray[np.uint8]:
     """Return the class of every combination of owners; metadata goes before data."""
-    table = np.zeros(1 << 15, np.uint8)
-    bits = np.arange(1 << 15)
-    order = (
+    table = by_owners(
         (Owner.SNAPSHOT_DATA, _FIRST_SNAPSHOT),
         (Owner.DATA, _ACTIVE),
         (Owner.COMPRESSED, _COMPRESSED),
@@ -101,11 +100,8 @@ def _by_owner() -> npt.NDArray[np.uint8]:
         (Owner.REFCOUNT_TABLE | Owner.REFCOUNT_BLOCK, _REFCOUNTS),
         (Owner.HEADER, _HEADER),
     )
-    for owner, number in order:
-        table[(bits & int(owner)) != 0] = number
-        if number == _ACTIVE:
-            both = int(Owner.DATA | Owner.SNAPSHOT_DATA)
-            table[(bits & both) == both] = _SHARED
+    of_snapshots = (np.arange(len(table)) & int(Owner.SNAPSHOT_DATA)) != 0
+    table[(table == _ACTIVE) & of_snapshots] = _SHARED
     return table
 
 

@@ -11,8 +11,15 @@ from .owners import Owner
 
 Codes = npt.NDArray[np.unsignedinteger]
 
-
 _CODES_IN_A_BYTE = 256
+
+
+def by_owners(*rows: tuple[Owner, int]) -> npt.NDArray[np.uint8]:
+    """Return a number for every combination of owners: that of the last row of which it has an owner, 0 for none."""
+    numbers, bits = np.zeros(2 * max(Owner), np.uint8), np.arange(2 * max(Owner))
+    for owner, number in rows:
+        numbers[(bits & int(owner)) != 0] = number
+    return numbers
 
 
 class OwnerCodes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,7 +108,7 @@ class L2Tables:
         return len(self.offsets)
 
     @property
-    def columns(self) -> tuple[npt.NDArray[Any], ...]:
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
         """All arrays, in the order above."""
         return self.offsets, self.active, self.snapshots, self.low, self.high, self.index, self.tree, self.shown
 
@@ -130,7 +131,7 @@ class L2Tables:
         """Return several as one, still with duplicates."""
         if len(parts) == 1:
             return parts[0]
-        return cls(*(np.concatenate(column) for column in zip(*(part.columns for part in parts), strict=True)))
+        return cls(*(np.concatenate(column) for column in zip(*(part.arrays for part in parts), strict=True)))
 
     def merged(self) -> L2Tables:
         """Return the same with every table once, by rising offset."""
@@ -153,32 +154,34 @@ class L2Tables:
 
     def part(self, chosen: slice | Mask) -> L2Tables:
         """Return some of the tables."""
-        return L2Tables(*(column[chosen] for column in self.columns))
+        return L2Tables(*(array[chosen] for array in self.arrays))
 
 
 @dataclass(frozen=True)
-class Tables:
-    """A batch of L2 tables: row ``i`` is the table at host offset ``offsets[i]``.
+class Tables(L2Tables):
+    """A batch of L2 tables, read: ``columns`` has a row for each.
 
-    ``columns`` has a row for each. ``tree`` is the state that is reported as the owner: -1 the active one, else a
-    snapshot's index; ``index`` is the lowest slot of its L1 table that names the table. ``shared`` says that slots
-    with other numbers name it too, ``active`` how many slots of the active L1 table do, ``snapshots`` how many of
-    snapshots'. ``shown`` is how many bytes of what a table maps are shown, in the columns of :mod:`.state_ends`.
+    ``tree`` is the state that is reported as the owner: -1 the active one, else a snapshot's index. ``active`` is how
+    many slots of the active L1 table name the table, ``snapshots`` how many of snapshots'.
     """
 
-    offsets: U64
-    index: U64
-    shared: Mask
-    active: U64
-    snapshots: U64
-    tree: I64
-    shown: U64
     columns: Columns
-    cluster_bits: int
-    entry_size: int
 
-    def __len__(self) -> int:
-        return len(self.offsets)
+    @classmethod
+    def read(cls, named: L2Tables, columns: Columns) -> Tables:
+        """Return tables with their columns."""
+        places = named.offsets, named.active, named.snapshots, named.low, named.high, named.index
+        return cls(*places, named.tree, named.shown, columns)
+
+    @cached_property
+    def shared(self) -> Mask:
+        """Which tables are named by slots with other numbers too."""
+        shared: Mask = self.low != self.high
+        return shared
+
+    @property
+    def cluster_bits(self) -> int:
+        return self.columns.entry_format.cluster_bits
 
     @property
     def entries(self) -> U64:
@@ -194,22 +197,11 @@ class Tables:
         """Return the batch without some of its tables."""
         kept = np.ones(len(self), dtype=np.bool_)
         kept[rows] = False
-        return Tables(
-            self.offsets[kept],
-            self.index[kept],
-            self.shared[kept],
-            self.active[kept],
-            self.snapshots[kept],
-            self.tree[kept],
-            self.shown[kept],
-            self.columns.rows(kept),
-            self.cluster_bits,
-            self.entry_size,
-        )
+        return Tables.read(self.part(kept), self.columns.rows(kept))
 
     def entry_offset(self, row: int, column: int) -> int:
         """Return the file offset of an entry."""
-        return int(self.offsets[row]) + column * self.entry_size
+        return int(self.offsets[row]) + column * (8 if self.bitmaps is None else 16)
 
     def guest_offset(self, row: int, column: int) -> int:
         """Return the guest offset an entry maps."""
@@ -296,15 +288,4 @@ def batches(image: Image, named: L2Tables) -> Iterator[Tables]:
     rows = max(1, BATCH // size)
     for first in range(0, len(named), rows):
         part = named.part(slice(first, first + rows))
-        yield Tables(
-            part.offsets,
-            part.index,
-            part.low != part.high,
-            part.active,
-            part.snapshots,
-            part.tree,
-            part.shown,
-            Columns.of(table_words(image, part.offsets, size), header),
-            header.cluster_bits,
-            header.l2_entry_size,
-        )
+        yield Tables.read(part, Columns.of(table_words(image, part.offsets, size), header))

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -37,9 +37,9 @@ from .l1_tables import (
     snapshot_l1_tables,
     tables_by_slot,
 )
-from .lost_tables import UseOf, leaked_clusters, lost_slots, rebuild
+from .lost_tables import leaked_clusters, lost_slots, rebuild
 from .patched_source import Patch
-from .placement import Placement, Unplaced, place
+from .placement import Placement, Unplaced, Use, place
 from .rebuilt_metadata import stored_l1, with_l1
 from .refcounts import FoundRefcounts
 from .state import RecoveredState
@@ -67,62 +67,61 @@ class WithHeader:
     """Puts the states of one such file together; ``room`` bounds the L2 tables of all states of the file."""
 
     def __init__(self, source: Source, virtual_size: int | None, room: Budget, image: Image) -> None:
+        header = image.header
         self._source = source
         self._virtual_size = virtual_size
         self._room = room
         self._image = image
+        self._geometry = Geometry.of(image)
+        self._refcounts = FoundRefcounts(
+            source,
+            header.refcount_table_offset,
+            header.refcount_table_clusters * header.cluster_size,
+            header.cluster_size,
+            header.refcount_order,
+        )
 
     def states(self) -> Iterator[RecoveredState]:
         """Yield the states, the best first."""
         image, header = self._image, self._image.header
         if header.version == 1 or header.external_data:
             return
-        geometry = Geometry.of(image)
-        tables = search_tables(self._source, geometry)
-        refcounts = FoundRefcounts(
-            self._source,
-            header.refcount_table_offset,
-            header.refcount_table_clusters * header.cluster_size,
-            header.cluster_size,
-            header.refcount_order,
-        )
+        tables = search_tables(self._source, self._geometry)
         active = read_l1(self._source, header.l1_table_offset, header.l1_size)
         snapshots = snapshot_l1_tables(self._source, image.snapshots)
         named = {int(at) for table in (active, *snapshots) for at in named_offsets(table).tolist() if at}
         own = own_clusters(image)
         free = [at for at in tables.l2.tolist() if at not in named and at not in own]
-        lost = [at for at in free if refcounts.of(at)]
-        if not is_l1(active, tables) and not names_counted(active, geometry, refcounts):
-            known = tables_by_slot(self._source, geometry, snapshots)
-            shared = shared_with_snapshots(snapshots, refcounts, len(active))
-            yield from self._with_lost_l1(geometry, lost, known, shared)
+        lost = [at for at in free if self._refcounts.of(at)]
+        if not is_l1(active, tables) and not names_counted(active, self._geometry, self._refcounts):
+            shared = shared_with_snapshots(snapshots, self._refcounts, len(active))
+            yield from self._with_lost_l1(lost, self._by_slot(snapshots), shared)
             return
         census = _census(image)
         if census is not None:
-            yield from self._with_lost_tables(geometry, active, snapshots, free, census)
-        former = [at for at in free if refcounts.of(at) == 0]
+            yield from self._with_lost_tables(active, snapshots, free, leaked_clusters(census))
+        former = [at for at in free if self._refcounts.of(at) == 0]
         if former:
-            yield from self._former(geometry, former, active, snapshots, refcounts)
+            yield from self._former(former, active, self._by_slot([*snapshots, active]))
         if census is not None:
-            yield from vm_states(self._source, geometry, census, free, self._room)
+            yield from vm_states(self._source, self._geometry, census, free, self._room)
+
+    def _by_slot(self, l1_tables: list[U64]) -> dict[int, list[U64]]:
+        return tables_by_slot(self._source, self._geometry, l1_tables)
+
+    def _unplaced(self, offset: int) -> Unplaced:
+        return Unplaced(offset, entries_of(self._source, offset, self._geometry), {})
 
     def _with_lost_tables(
-        self,
-        geometry: Geometry,
-        active: U64,
-        snapshots: list[U64],
-        free: list[int],
-        census: Census,
+        self, active: U64, snapshots: list[U64], free: list[int], leaks: U64
     ) -> Iterator[RecoveredState]:
         """Yield the active state with other tables in place of L2 tables that were overwritten."""
-        targets = dict(_used(active))
-        leaks = leaked_clusters(census)
+        geometry, targets = self._geometry, dict(_used(active))
         lost = lost_slots(self._source, geometry, targets, leaks)
         if not lost:
             return
         reader = TableReader(self._source, geometry, self._image, self._image.header.compression_type)
-        known = tables_by_slot(self._source, geometry, snapshots)
-        others = [Unplaced(at, entries_of(self._source, at, geometry), {}) for at in free]
+        others, known = [self._unplaced(at) for at in free], self._by_slot(snapshots)
         found = place(others, known, len(active), geometry.cluster_size, ordered=False)
         older = {p.slot: p for p in found.placements}
         for table in reversed(snapshots):
@@ -135,7 +134,7 @@ class WithHeader:
             for slot, p in older.items()
         }
         self._room.spend(len(targets))
-        rebuilt = rebuild(reader, self._source, geometry, targets, lost, older, leaks, self._use(geometry))
+        rebuilt = rebuild(reader, self._source, geometry, targets, lost, older, leaks, self._use)
         whole = [
             Placement(slot, at, Confidence.CERTAIN, "the image's own L1 table")
             for slot, at in targets.items()
@@ -145,20 +144,16 @@ class WithHeader:
         what = f"the active state, {len(lost)} of its L2 tables lost"
         yield self._patched(what, self._image.disk_size, placements, rebuilt.patches)
 
-    def _use(self, geometry: Geometry) -> UseOf:
-        return lambda reader, placed: use_by_file_systems(reader, geometry, placed)
+    def _use(self, reader: TableReader, placed: Mapping[int, int]) -> Use | None:
+        return use_by_file_systems(reader, self._geometry, placed)
 
     def _with_lost_l1(
-        self,
-        geometry: Geometry,
-        offsets: list[int],
-        known: dict[int, list[U64]],
-        shared: list[Placement],
+        self, offsets: list[int], known: dict[int, list[U64]], shared: list[Placement]
     ) -> Iterator[RecoveredState]:
         header = self._image.header
         size = self._virtual_size or self._image.disk_size
-        opener = TableReader(self._source, geometry, self._image, header.compression_type)
-        found = arranged(opener, offsets, geometry, known, size, tuple(shared))
+        opener = TableReader(self._source, self._geometry, self._image, header.compression_type)
+        found = arranged(opener, offsets, self._geometry, known, size, tuple(shared))
         for what, placements, left in found.ways("the active state, its L1 table rebuilt"):
             yield replace(self._patched(what, size, placements), unplaced=left)
 
@@ -182,19 +177,11 @@ class WithHeader:
             patches=patches,
         )
 
-    def _former(
-        self,
-        geometry: Geometry,
-        offsets: list[int],
-        active: U64,
-        snapshots: list[U64],
-        refcounts: FoundRefcounts,
-    ) -> Iterator[RecoveredState]:
+    def _former(self, offsets: list[int], active: U64, known: dict[int, list[U64]]) -> Iterator[RecoveredState]:
         """Yield the active state that free L2 tables belonged to, before the disk went back to a snapshot."""
-        known = tables_by_slot(self._source, geometry, [*snapshots, active])
-        tables = [Unplaced(at, entries_of(self._source, at, geometry), {}) for at in offsets]
-        placed = place(tables, known, len(active), geometry.cluster_size, ordered=False)
-        usable = [p for p in placed.placements if self._is_free(p, geometry, known, refcounts)]
+        tables = [self._unplaced(at) for at in offsets]
+        placed = place(tables, known, len(active), self._geometry.cluster_size, ordered=False)
+        usable = [p for p in placed.placements if self._is_free(p, known.get(p.slot, ()))]
         if not usable:
             return
         sure, now = Confidence.LIKELY, "the table in use now"
@@ -207,13 +194,11 @@ class WithHeader:
         placements = tuple(by_slot[index] for index in sorted(by_slot))
         yield self._patched(f"a former active state: {len(usable)} free L2 tables", self._image.disk_size, placements)
 
-    def _is_free(
-        self, placed: Placement, geometry: Geometry, known: dict[int, list[U64]], refcounts: FoundRefcounts
-    ) -> bool:
+    def _is_free(self, placed: Placement, in_use: Iterable[U64]) -> bool:
         """Whether what a former table names is still its own: free, or shared with a table in use at the same place."""
-        entries = entries_of(self._source, placed.offset, geometry)
+        entries = entries_of(self._source, placed.offset, self._geometry)
         shared = np.zeros(len(entries), np.bool_)
-        for others in known.get(placed.slot, ()):
+        for others in in_use:
             shared |= without_copied(entries) == without_copied(others)
         own = named_offsets(entries[~shared & (entries >> np.uint64(62) != 1)])
-        return not any(refcounts.of(int(at)) for at in own[own != 0].tolist())
+        return not any(self._refcounts.of(int(at)) for at in own[own != 0].tolist())

@@ -31,7 +31,7 @@ from .l1_tables import (
     shared_with_snapshots,
     tables_by_slot,
 )
-from .patched_source import PatchedSource
+from .patched_source import Patch, PatchedSource
 from .placement import Placement
 from .rebuilt_metadata import REBUILT_AT, new_header, stored_l1
 from .refcounts import FoundRefcounts, find_refcounts
@@ -83,7 +83,6 @@ class WithoutHeader:
         self._source = source
         self._virtual_size = virtual_size
         self._room = room
-        self._l1_bytes = REBUILT_L1_BYTES  # that sizes in the evidence may still ask for
 
     def states(self) -> Iterator[RecoveredState]:
         """Yield the states, the best first."""
@@ -100,48 +99,57 @@ class WithoutHeader:
         )
         compression = found.compression_type
         if compression is None:
-            compression = self._compression(tables, geometry)
-        notes = (f"clusters of {geometry.cluster_size} bytes: {found.evidence}", *left_out_notes(tables))
+            compression = _compression(self._source, tables, geometry)
+        notes = [f"clusters of {geometry.cluster_size} bytes: {found.evidence}", *left_out_notes(tables)]
         tables = _with_whole_l1_tables(self._source, tables)
         named = {entry.l1_table_offset: entry for entry in tables.snapshots}
         found_l1 = sorted(tables.l1, key=lambda table: rank(table, named, refcounts))
         if len(found_l1) > RECOVERED_STATES:
-            notes = (
-                *notes,
-                f"{len(found_l1) - RECOVERED_STATES} more L1 tables were found than states are put together",
-            )
+            more = len(found_l1) - RECOVERED_STATES
+            notes.append(f"{more} more L1 tables were found than states are put together")
+        rebuilder = Rebuilder(self._source, self._virtual_size, geometry, compression, tuple(notes))
         if _active_is_missing(tables, refcounts):
-            yield from self._placed(geometry, tables, compression, notes, refcounts)
+            yield from rebuilder.of_l2_tables(tables, refcounts)
         for table in found_l1[:RECOVERED_STATES]:
             entry = named.get(table.offset)
             self._room.spend(int(np.count_nonzero(table.targets)))
-            placements = tuple(placements_of(table, tables, refcounts))
-            yield self._rebuilt(
-                f"the disk of the L1 table at host offset {table.offset:#x}"
-                + (f", snapshot {entry.id}" if entry else ""),
-                geometry,
-                placements,
-                compression,
-                notes,
+            what = f"the disk of the L1 table at host offset {table.offset:#x}"
+            yield rebuilder.state(
+                what + (f", snapshot {entry.id}" if entry else ""),
+                tuple(placements_of(table, tables, refcounts)),
                 entry.disk_size if entry is not None else None,
             )
 
-    def _compression(self, tables: FoundTables, geometry: Geometry) -> int | None:
-        for offset in tables.l2[:16].tolist():
-            words = entries_of(self._source, offset, geometry)
-            packed = words[words >> np.uint64(62) == 1].tolist()
-            if packed:
-                return compression_type_of(self._source, packed, geometry.cluster_bits)
-        return None
 
-    def _placed(
+def _compression(source: Source, tables: FoundTables, geometry: Geometry) -> int | None:
+    """Return the compression type of the first L2 table that has compressed entries."""
+    for offset in tables.l2[:16].tolist():
+        words = entries_of(source, offset, geometry)
+        packed = words[words >> np.uint64(62) == 1].tolist()
+        if packed:
+            return compression_type_of(source, packed, geometry.cluster_bits)
+    return None
+
+
+class Rebuilder:
+    """Makes states of L2 tables that have a slot: with a header of its own for each, and a size."""
+
+    def __init__(
         self,
+        source: Source,
+        virtual_size: int | None,
         geometry: Geometry,
-        tables: FoundTables,
         compression: int | None,
         notes: tuple[str, ...],
-        refcounts: FoundRefcounts | None,
-    ) -> Iterator[RecoveredState]:
+    ) -> None:
+        self._source = source
+        self._virtual_size = virtual_size
+        self._geometry = geometry
+        self._compression = compression
+        self._notes = notes
+        self._l1_bytes = REBUILT_L1_BYTES  # that sizes in the evidence may still ask for
+
+    def of_l2_tables(self, tables: FoundTables, refcounts: FoundRefcounts | None) -> Iterator[RecoveredState]:
         """Yield the state of L2 tables that no L1 table names, and that have no header either."""
         counted = [refcounts is None or bool(refcounts.of(table.offset)) for table in tables.l1]
         l1_tables = [table.targets for table, is_used in zip(tables.l1, counted, strict=True) if is_used]
@@ -152,52 +160,43 @@ class WithoutHeader:
         shared = shared_with_snapshots(l1_tables, refcounts, L1_ENTRIES) if refcounts is not None else []
         if not offsets and not shared:
             return
-        known = tables_by_slot(self._source, geometry, l1_tables)
-        opener = TableReader(self._source, geometry, None, compression)
+        known = tables_by_slot(self._source, self._geometry, l1_tables)
+        opener = TableReader(self._source, self._geometry, None, self._compression)
         shared += named_by_former(former, offsets, {placed.slot for placed in shared})
         offsets = [at for at in offsets if all(at != placed.offset for placed in shared)]
-        found = arranged(opener, offsets, geometry, known, self._virtual_size, tuple(shared))
+        found = arranged(opener, offsets, self._geometry, known, self._virtual_size, tuple(shared))
         for what, placements, left in found.ways("L2 tables without an L1 table"):
-            state = self._rebuilt(what, geometry, placements, compression, notes, None)
-            yield replace(state, unplaced=left)
+            yield replace(self.state(what, placements), unplaced=left)
 
-    def _rebuilt(
-        self,
-        what: str,
-        geometry: Geometry,
-        placements: tuple[Placement, ...],
-        compression: int | None,
-        notes: tuple[str, ...],
-        recorded_size: int | None,
-    ) -> RecoveredState:
-        span = geometry.l2_span
+    def state(self, what: str, placements: tuple[Placement, ...], recorded_size: int | None = None) -> RecoveredState:
+        """Return the state of L2 tables; ``recorded_size`` is the disk's by a snapshot table entry."""
+        geometry = self._geometry
         slots = max((placed.slot for placed in placements), default=-1) + 1
 
-        def patches_of(size: int) -> tuple[tuple[int, bytes], ...]:
-            entries = max(slots, -(-size // span))
+        def patches_of(size: int) -> tuple[Patch, ...]:
+            entries = max(slots, -(-size // geometry.l2_span))
             table = stored_l1(placements, entries)  # first: it refuses what a header has no room for
             header = new_header(
                 cluster_bits=geometry.cluster_bits,
                 size=size,
                 l1_size=entries,
                 extended_l2=geometry.extended_l2,
-                compression_type=compression,
+                compression_type=self._compression,
             )
             return (0, header), (REBUILT_AT, table)
 
-        whole_disk = PatchedSource(self._source, patches_of(slots * span))
-        size, size_from = self._size(whole_disk, geometry, placements, recorded_size)
+        whole_disk = PatchedSource(self._source, patches_of(slots * geometry.l2_span))
+        size, size_from = self._size(whole_disk, placements, recorded_size)
         return RecoveredState(
-            0, what, size, size_from, geometry.cluster_size, placements, True, notes, patches=patches_of(size)
+            0, what, size, size_from, geometry.cluster_size, placements, True, self._notes, patches=patches_of(size)
         )
 
-    def _size(
-        self, source: Source, geometry: Geometry, placements: tuple[Placement, ...], recorded: int | None
-    ) -> tuple[int, str]:
+    def _size(self, source: Source, placements: tuple[Placement, ...], recorded: int | None) -> tuple[int, str]:
         """Return the virtual size and where it comes from; sizes in the evidence are taken as far as they can be mapped."""
+        geometry = self._geometry
         if self._virtual_size is not None:
             return self._virtual_size, "the caller"
-        if recorded is not None and self._takes(recorded, geometry):
+        if recorded is not None and self._takes(recorded):
             return recorded, "its snapshot table entry"
         mapped = 0
         if placements:
@@ -209,15 +208,15 @@ class WithoutHeader:
                 implied = disk_size_of(disk.read)
         except (Qcow2Error, OSError):
             implied = None
-        if implied is not None and mapped <= implied[0] and self._takes(implied[0], geometry):
+        if implied is not None and mapped <= implied[0] and self._takes(implied[0]):
             return implied
         refused = recorded is not None or (implied is not None and implied[0] > mapped)
         more = "; a larger size that the evidence states is left out" if refused else ""
         return mapped, f"{END_OF_DATA}{more}"
 
-    def _takes(self, size: int, geometry: Geometry) -> bool:
+    def _takes(self, size: int) -> bool:
         """Whether a size found in the evidence leaves room for the L1 tables of the other states; it is counted then."""
-        needed = 8 * -(-size // geometry.l2_span)
+        needed = 8 * -(-size // self._geometry.l2_span)
         if needed > min(self._l1_bytes, 8 * L1_ENTRIES):
             return False
         self._l1_bytes -= needed
