@@ -17,7 +17,7 @@ from ..format.header import (
 )
 from ..limits import SAMPLES
 from ..residue import content
-from ..text import listed, plural
+from ..text import decoded, listed, plural
 from .facts import Facts
 from .rules import QEMU_MADE, Chapter, Depth, OneFinding, of_fields
 from .writer_layouts import counts_nothing, layout
@@ -191,7 +191,7 @@ def feature_table_odd(facts: Facts) -> Iterator[Evidence]:
     for number, row in enumerate(facts.image.feature_names):
         key = (row.kind, row.bit)
         if _QEMU_NAMES.get(key) != row.name or key in seen:
-            yield Evidence(_row_name(row), row.name.decode("utf-8", "surrogateescape"), *_row_place(table, number))
+            yield Evidence(_row_name(row), decoded(row.name), *_row_place(table, number))
         seen.add(key)
 
 
@@ -219,7 +219,7 @@ def unknown_incompatible(facts: Facts) -> Iterator[Evidence]:
         table = _feature_table(facts)
         for number, row in enumerate(facts.image.feature_names):
             if table is not None and row.kind == 0 and row.bit < 64 and unknown >> row.bit & 1:
-                yield Evidence(_row_name(row), row.name.decode("utf-8", "surrogateescape"), *_row_place(table, number))
+                yield Evidence(_row_name(row), decoded(row.name), *_row_place(table, number))
 
 
 @rule(

@@ -22,6 +22,7 @@ from ..reader.references import Role, besides_the_file
 from ..reader.resolver import Resolver
 from ..reader.stand_in import misfit
 from ..reader.window import part_of
+from ..text import decoded
 from .facts import Facts
 
 CHAIN_DEEP = 16  # members; longer chains are reported
@@ -45,7 +46,7 @@ class Name:
     @property
     def text(self) -> str:
         """The effective name as text; undecodable bytes become lone surrogates."""
-        return self.effective.decode("utf-8", "surrogateescape")
+        return decoded(self.effective)
 
     @property
     def protocol(self) -> str:

@@ -11,7 +11,7 @@ from ..format.codecs import known_codecs
 from ..format.extensions import ExtensionType
 from ..format.header import MAGIC, Autoclear, Compatible, Crypt, Header, Incompatible
 from ..format.image import Image
-from ..text import printable, short_date, size
+from ..text import decoded, printable, short_date, size
 from . import add_format_argument, add_image_argument
 from .snapshots import facts_of
 
@@ -71,10 +71,7 @@ def collect(image: Image) -> dict[str, Any]:
             }
             for item in image.extensions
         ],
-        "feature_names": [
-            {"kind": row.kind, "bit": row.bit, "name": row.name.decode("utf-8", "surrogateescape")}
-            for row in image.feature_names
-        ],
+        "feature_names": [{"kind": row.kind, "bit": row.bit, "name": decoded(row.name)} for row in image.feature_names],
         "snapshots": _snapshots(image) if sane else None,
         "bitmaps": _bitmaps(image) if sane else None,
         "unreadable": list(image.unreadable_facts),

@@ -20,6 +20,7 @@ from dfvfs.resolver import context, resolver
 from dfvfs.resolver_helpers import manager as _helpers  # noqa: F401 - registers every kind of volume
 
 from ..errors import Qcow2Error
+from ..text import decoded
 from .protocol import FileSystem, first_line
 from .readers import Reader, ReaderOver
 from .records import RESOURCE_FORK, SECOND, FileRecord, Span, Times, Volume
@@ -151,7 +152,7 @@ class Scanned:
 
     def _unlock(self, spec: Any, passphrase: bytes) -> bool:
         chain = resolver.Resolver.key_chain
-        chain.SetCredential(spec, "password", passphrase.decode("utf-8", "surrogateescape"))
+        chain.SetCredential(spec, "password", decoded(passphrase))
         try:
             entry = resolver.Resolver.OpenFileEntry(spec, resolver_context=self._context)
             if not entry.Unlock():
