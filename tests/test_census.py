@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qcow2_forensics.audit import audit
 from qcow2_forensics.census import Census, Owner, claimed_clusters, claims, take_census
-from qcow2_forensics.census.arrays import sum_by, weighted_segments
+from qcow2_forensics.census.arrays import merged, sum_by, weighted_segments
 from qcow2_forensics.census.index_map import IndexMap
 from qcow2_forensics.census.refcounts import StoredRefcounts, decode
 from qcow2_forensics.census.reference_counts import Counters
@@ -226,7 +226,7 @@ def test_every_claimed_cluster_has_an_index_of_its_own_and_no_other_has(
     clusters = 230
     claimed = sorted({number for at, count in [(0, 1), *spans] for number in range(at, at + count)})
     starts, stops = np.asarray([(at, at + count) for at, count in [(0, 1), *spans]], dtype=np.uint64).T
-    index_map = IndexMap(clusters, claimed_clusters.merged(starts, stops))
+    index_map = IndexMap(clusters, merged(starts, stops))
     assert index_map.elsewhere == len(claimed)
     assert index_map.clusters_at(0, index_map.elsewhere).tolist() == claimed
     everything = np.arange(clusters + 1, dtype=np.uint64)

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2_forensics import open_disk
+from qcow2_forensics.census.arrays import U64
 from qcow2_forensics.census.columns import big_endian
 from qcow2_forensics.errors import FormatError, LimitExceeded, Qcow2Error, ReadError, SnapshotNotFound
 from qcow2_forensics.format.image import Image
@@ -741,7 +742,7 @@ def test_export_limit_keeps_the_index_whole(tmp_path: Path) -> None:
 GEOMETRY = structure_detection.Geometry(3, 16, 1 << 30)
 
 
-def one_row(data: bytes) -> structure_detection.Words:
+def one_row(data: bytes) -> U64:
     return big_endian(data[: len(data) // 16 * 16]).reshape(1, -1)
 
 
