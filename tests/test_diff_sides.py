@@ -137,8 +137,11 @@ def test_states_of_an_overlay_do_not_need_the_base_for_what_both_leave_to_it(
     base.unlink()
     assert main(["diff", str(over), "--from", "old"]) == 2
     streams = capsys.readouterr()
-    assert "unreadable" in streams.out
+    assert "1 range of 64 KiB could not be compared" in streams.out
     assert "base.raw" in streams.err
+    assert main(["diff", str(over), "--from", "old", "--format", "json"]) == 2
+    summary = json.loads(capsys.readouterr().out)["summary"]
+    assert (summary["bytes_not_compared"], summary["changes"]["unreadable"]) == (65536, 1)
     assert main(["diff", str(over), "--from", "backing"]) == 2
 
 

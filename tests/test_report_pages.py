@@ -55,7 +55,9 @@ def test_names_from_evidence_do_nothing_on_the_page_of_a_difference() -> None:
     row = FileRow("added", ("added", shown, shown, "1", "-", shown), (("after", "00"),))
     volumes = [{"read": False, "path": HOSTILE, "type": HOSTILE, "why": HOSTILE, "changed_bytes": 1}]
     run = {"case": HOSTILE, "command": HOSTILE, "files": [{"path": HOSTILE, "sha256": "00"}]}
-    page = check_page(render_difference(difference(volumes=volumes, run=run), [row], notes=[shown]))
+    page = check_page(
+        render_difference(difference(volumes=volumes, run=run), [row], total="3 ranges differ", notes=[shown])
+    )
     assert "<script>" in "".join(page.words)
 
 
@@ -71,7 +73,7 @@ def test_names_from_evidence_do_nothing_on_the_page_of_a_timeline() -> None:
 
 def test_the_page_says_how_many_rows_it_leaves_out() -> None:
     row = FileRow("added", ("added", "/a", "1", "1", "-", ""))
-    page = render_difference(difference(RANGES + 3), [row] * (FILES + 2))
+    page = render_difference(difference(RANGES + 3), [row] * (FILES + 2), total="3 ranges differ")
     assert "and 3 more ranges" in page
     assert "and 2 more files" in page
 

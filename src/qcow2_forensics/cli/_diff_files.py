@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compare.ranges import Difference
+from ..compare.ranges import Change, Difference
 from ..files.changes import (
     Changed,
     FileChange,
@@ -44,6 +44,7 @@ class Files:
     is_incomplete: bool
     notes: list[str]  # what could not be read, safe on a terminal
     is_marked: bool = False  # ranges are what a bitmap marks, of one state
+    has_unreadable: bool = False  # some ranges are there because they could not be compared
 
     @property
     def exit_code(self) -> int:
@@ -82,10 +83,9 @@ class Files:
         for item in self.unread:
             if item.hides_changes:
                 where = volume_label(item.unread.volume)
-                differing = (
-                    f"{format_size(item.changed_bytes)} differ in" if item.changed_bytes else "files may differ in"
-                )
-                yield f"{differing} {where}, whose files are not listed"
+                differ = "differ, or could not be compared, in" if self.has_unreadable else "differ in"
+                amount = format_size(item.changed_bytes) if item.changed_bytes else "files may"
+                yield f"{amount} {differ} {where}, whose files are not listed"
         if self.is_incomplete:
             yield "parts of the file systems could not be read: files may be missing from the list"
 
@@ -124,7 +124,7 @@ class Files:
             )
 
 
-def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Difference]) -> Files:
+def compare_files(args: argparse.Namespace, sides: Sides, found: Sequence[Difference]) -> Files:
     """Return what differs in the files of two states, or which files are in ranges that a bitmap marks."""
     states = [sides.after] if sides.is_marked else [sides.before, sides.after]
     volumes: list[GuestVolumes] = []
@@ -162,6 +162,7 @@ def compare_files(args: argparse.Namespace, sides: Sides, found: Iterable[Differ
         any(each.is_incomplete for each in volumes),
         notes,
         sides.is_marked,
+        any(item.change is Change.UNREADABLE for item in found),
     )
 
 

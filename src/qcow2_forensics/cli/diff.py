@@ -144,19 +144,17 @@ def _print_ranges(
     """Print ranges one by one, as text or JSON lines, there with the files; return how many could not be read."""
     text = args.format == "text"
     print(_heading(args, sides) if text else json.dumps(_states_dict(args, sides)))
-    counts: Counter[Change] = Counter()
-    total = 0
+    total = _Total()
     for item in ranges:
-        if text and not counts:
+        if text and not total.ranges:
             print(f"{'offset':>18} {'length':>14}  change")
-        counts[item.change] += 1
-        total += item.length
+        total.add(item)
         print(_range_line(item) if text else json.dumps({"record": "range", **_range_dict(item)}))
     for record in listed.json_records() if listed else ():
         print(json.dumps(record))
-    totals = {**_totals(counts, total), **(listed.totals if listed else {})}
-    print(_summary(counts, total) if text else json.dumps({"record": "summary", **totals}))
-    return counts[Change.UNREADABLE]
+    totals = {**total.to_dict(), **(listed.totals if listed else {})}
+    print(total.sentence if text else json.dumps({"record": "summary", **totals}))
+    return total.ranges[Change.UNREADABLE]
 
 
 def _range_line(item: Difference) -> str:
@@ -169,21 +167,44 @@ def _range_dict(item: Difference) -> dict[str, Any]:
     return {**shown, "note": item.note} if item.note else shown
 
 
-def _totals(counts: Counter[Change], total: int) -> dict[str, Any]:
-    return {"ranges": sum(counts.values()), "bytes": total, "changes": {str(key): counts[key] for key in counts}}
+class _Total:
+    """How many ranges there are of each change, and how many bytes."""
 
+    def __init__(self, found: Iterable[Difference] = ()) -> None:
+        self.ranges: Counter[Change] = Counter()
+        self._bytes: Counter[Change] = Counter()
+        for item in found:
+            self.add(item)
 
-def _counted(found: Iterable[Difference]) -> tuple[Counter[Change], int]:
-    items = list(found)
-    return Counter(item.change for item in items), sum(item.length for item in items)
+    def add(self, item: Difference) -> None:
+        """Count one range."""
+        self.ranges[item.change] += 1
+        self._bytes[item.change] += item.length
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the totals for JSON; ``ranges`` and ``bytes`` count what could not be compared too."""
+        return {
+            "ranges": self.ranges.total(),
+            "bytes": self._bytes.total(),
+            "bytes_not_compared": self._bytes[Change.UNREADABLE],
+            "changes": {str(change): count for change, count in self.ranges.items()},
+        }
 
-def _summary(counts: Counter[Change], total: int) -> str:
-    if not counts:
-        return "the two states are equal"
-    parts = ", ".join(f"{counts[change]} {change}" for change in Change if counts[change])
-    ranges = sum(counts.values())
-    return f"{ranges} {'range differs' if ranges == 1 else 'ranges differ'}, {size(total)}: {parts}"
+    @property
+    def sentence(self) -> str:
+        """The totals in words."""
+        if not self.ranges:
+            return "the two states are equal"
+        count, total = self.ranges.total() - self.ranges[Change.UNREADABLE], self._bytes.total()
+        unread = self.ranges[Change.UNREADABLE]
+        kinds = ", ".join(f"{self.ranges[change]} {change}" for change in Change if self.ranges[change])
+        if not unread:
+            return f"{plural(count, 'range differs', 'ranges differ')}, {size(total)}: {kinds}"
+        not_compared = f"{plural(unread, 'range')} of {size(self._bytes[Change.UNREADABLE])} could not be compared"
+        if not count:
+            return f"no range that could be compared differs; {not_compared}"
+        differing = size(total - self._bytes[Change.UNREADABLE])
+        return f"{plural(count, 'range differs', 'ranges differ')}, {differing}; {not_compared}: {kinds}"
 
 
 def _unreadable(found: Iterable[Difference]) -> int:
@@ -222,7 +243,7 @@ def as_dict(args: argparse.Namespace, result: Compared, started: datetime) -> di
     del shown["record"]
     if wants_run(args) or args.format == "html":
         shown["run"] = run_of(args, dict.fromkeys((result.sides.before.path, result.sides.after.path)), started)
-    shown["summary"] = _totals(*_counted(result.found))
+    shown["summary"] = _Total(result.found).to_dict()
     shown["ranges"] = [_range_dict(item) for item in result.found]
     if result.listed is not None:
         shown["summary"] |= result.listed.totals
@@ -236,7 +257,8 @@ def as_page(args: argparse.Namespace, result: Compared, started: datetime) -> st
     from ..render.difference_page import render_difference
 
     rows = None if result.listed is None else result.listed.page_rows()
-    return render_difference(as_dict(args, result, started), rows, notes=result.notes)
+    total = _Total(result.found).sentence
+    return render_difference(as_dict(args, result, started), rows, total=total, notes=result.notes)
 
 
 def _print_text(args: argparse.Namespace, result: Compared, _started: datetime) -> None:
@@ -244,7 +266,7 @@ def _print_text(args: argparse.Namespace, result: Compared, _started: datetime) 
         _print_ranges(args, result.sides, result.found)
         return
     print(_heading(args, result.sides))
-    print(_summary(*_counted(result.found)))
+    print(_Total(result.found).sentence)
     for item in result.found:
         if item.change is Change.UNREADABLE:
             print(_range_line(item))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..text import html_only, markup, plural, size
+from ..text import html_only, markup, plural, sentence, size
 from .allocation_map import draw_map
 from .difference_map import difference_map
 from .page import Row, fact_table, page, run_facts, table, warning
@@ -29,9 +29,9 @@ class FileRow(NamedTuple):
 
 
 def render_difference(
-    data: Mapping[str, Any], files: Iterable[FileRow] | None = None, *, notes: Sequence[str] = ()
+    data: Mapping[str, Any], files: Iterable[FileRow] | None = None, *, total: str, notes: Sequence[str] = ()
 ) -> str:
-    """Return the page; ``notes`` say what could not be compared, and are safe on a terminal.
+    """Return the page; ``total`` sums the ranges up, ``notes`` say what could not be compared: both safe on a terminal.
 
     ``files`` is None where only ranges were compared.
     """
@@ -40,7 +40,7 @@ def render_difference(
     two = before["image"] != after["image"]
     title = f"{markup(before['state'], 80)} → {markup(after['state'], 80)}"
     parts = [f"<h1>{title}</h1>", *_states(data, two)]
-    parts += [*warning("Not compared", map(html_only, notes)), *_totals(data, rows)]
+    parts += [*warning("Not compared", map(html_only, notes)), *_totals(data, total, rows)]
     parts += _picture(data)
     if rows is not None:
         parts += [*_volumes(data.get("volumes", ())), *_files(rows)]
@@ -65,15 +65,9 @@ def _states(data: Mapping[str, Any], two: bool) -> Iterator[str]:
     yield from fact_table(rows)
 
 
-def _totals(data: Mapping[str, Any], files: Sequence[FileRow] | None) -> Iterator[str]:
+def _totals(data: Mapping[str, Any], total: str, files: Sequence[FileRow] | None) -> Iterator[str]:
     summary = data["summary"]
-    ranges = summary["ranges"]
-    if ranges:
-        kinds = ", ".join(f"{count} {markup(change)}" for change, count in summary["changes"].items())
-        differ = "range differs" if ranges == 1 else "ranges differ"
-        yield f"<p><b>{ranges} {differ}, {size(summary['bytes'])}</b>: {kinds}.</p>"
-    else:
-        yield "<p><b>The two states are equal.</b></p>"
+    yield f"<p><b>{sentence(html_only(total))}.</b></p>"
     if files is None:
         yield "<p class='quiet'>Files were not compared; diff --files does.</p>"
         return

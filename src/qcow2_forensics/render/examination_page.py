@@ -188,7 +188,9 @@ def _change(part: Part) -> Row:
     counts = (
         "" if files is None else ", ".join(f"{count} {markup(change)}" for change, count in files.items()) or "none"
     )
-    return Row((name, str(summary["ranges"]), size(summary["bytes"]), counts, _links([part])))
+    lost, unread = summary["bytes_not_compared"], summary["changes"].get("unreadable", 0)
+    total = size(summary["bytes"] - lost) + (f"<br/>{size(lost)} not compared" if lost else "")
+    return Row((name, str(summary["ranges"] - unread), total, counts, _links([part])))
 
 
 def _memories(parts: Sequence[Part]) -> Iterator[str]:
