@@ -239,6 +239,9 @@ def test_an_encrypted_image_without_its_key_is_no_failure_of_what_needs_none(
     assert part_of(tmp_path / "locked", "snapshots")["code"] == 0
     (tmp_path / "key").write_text(PASSPHRASE)
     run(path, tmp_path / "open", "--passphrase-file", tmp_path / "key", "--no-files")
+    (tmp_path / "bad").write_text("not it\n")
+    _, err = run(path, tmp_path / "mistaken", "--passphrase-file", tmp_path / "bad", code=2)
+    assert "the encrypted content: disk.qcow2 is encrypted (LUKS): no key slot accepts this passphrase" in err
     assert PASSPHRASE not in "".join(file.read_text() for file in (tmp_path / "open").glob("*.*"))
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ..errors import Qcow2Error
+from ..errors import Locked, Qcow2Error
 from ..files.volumes import need_back_end
+from ..reader.opening import open_disk
 from ..text import plural
 from . import _examine_parts as parts
+from .options import passphrases_of
 
 PAIRS = 500  # of neighbouring states compared without --last
 _FEWEST_PAIRS = 20  # of an image with very many snapshots:
@@ -41,6 +43,7 @@ def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
     except Qcow2Error as error:
         unseen.append(f"the states of the image: {error}")
         states, memories = [], []
+    unseen += _locked(args, path)
     hashed = ["--hash"] if args.hash else []
     audit = ("audit", image, "--depth", "deep", "--format", "html", *hashed, *case, *folders)
     timeline = ("timeline", image, "--no-files", "--deleted", "--format", "html", *case, *disk)
@@ -55,6 +58,18 @@ def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
         Step("residue", "residue", "residue", residue, parts.run_residue),
     ]
     return steps, unseen
+
+
+def _locked(args: Namespace, path: str) -> Iterator[str]:
+    """Yield that passphrases were given of which none opens the image: most parts would not need one."""
+    passphrases = passphrases_of(args)
+    if passphrases:
+        try:
+            open_disk(path, None, passphrases, follow=False).close()
+        except Locked as error:
+            yield f"the encrypted content: {error}"
+        except (Qcow2Error, OSError):
+            pass  # for the parts to report
 
 
 def _snapshots(kind: str, title: str, image: str, *options: str) -> Step:

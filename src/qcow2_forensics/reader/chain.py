@@ -40,11 +40,12 @@ def unlocked(disk: Disk, passphrase: Passphrase) -> Decryptor:
     from .encryption import method_name, unlock  # hashlib and OpenSSL: only where there is something to unlock
     from .passphrases import none_fits, secrets
 
-    image, tried = disk.image, 0
+    image = disk.image
+    tried: set[bytes] = set()  # a key file with the end of its line, and without, is one to whoever gave it
     unsound: FormatError | None = None
     found: list[Decryptor] = []  # of legacy AES every passphrase gives one
     for secret in secrets(passphrase, disk.name):
-        tried += 1
+        tried.add(secret.rstrip(b"\r\n"))
         try:
             decryptor = unlock(image.header, image.read, image.crypto_header, secret, image.limits)
         except Locked as error:
@@ -60,7 +61,7 @@ def unlocked(disk: Disk, passphrase: Passphrase) -> Decryptor:
     if unsound is not None:
         raise unsound
     if not found:
-        raise none_fits(method_name(image.header), disk.name, tried)
+        raise none_fits(method_name(image.header), disk.name, len(tried))
     return _most_plausible(disk, found)
 
 
