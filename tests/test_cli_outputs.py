@@ -242,3 +242,29 @@ def test_help_is_wrapped_but_for_its_examples(run: Run, command: str, monkeypatc
     _, printed, _ = run(command, "--help")
     assert [line for line in printed.splitlines() if len(line) > 80 and not line.startswith("  ")] == []
     assert f"\n  qcow2-forensics {command} " in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("memory disk --snapshot 1 OUT", "output", "OUT"),
+        ("memory disk --snapshot 1 -", "output", "-"),
+        ("memory disk OUT --snapshot 1", "output", "OUT"),
+        ("diff disk --from 1 OTHER --to 2", "other", "OTHER"),
+        ("audit disk --depth deep OTHER THIRD", "images", ["disk", "OTHER", "THIRD"]),
+        ("demo --only audit DIR", "folder", "DIR"),
+    ],
+)
+def test_what_may_be_left_out_may_also_follow_an_option(line: str, name: str, value: object) -> None:
+    words = line.split()
+    assert getattr(build_parser(words[:1]).parse_args(words), name) == value
+
+
+@pytest.mark.parametrize(
+    "line", ["export disk OUT --no-hash THIRD", "memory disk OUT --force --nonsense", "info disk x"]
+)
+def test_what_no_command_takes_is_a_mistake(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = line.split()
+    with pytest.raises(SystemExit):
+        build_parser(words[:1]).parse_args(words)
+    assert "unrecognized arguments" in capsys.readouterr().err

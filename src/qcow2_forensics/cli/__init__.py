@@ -60,12 +60,19 @@ Evidence is only ever read. "qcow2-forensics COMMAND --help" shows more examples
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Wraps each paragraph, and keeps the lines of one with indented lines: of examples."""
+    """Wraps each paragraph, not at hyphens, and keeps the lines of one with indented lines: of examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        fill = super()._fill_text
         paragraphs = text.split("\n\n")
-        return "\n\n".join(part if "\n " in part else fill(part, width, indent) for part in paragraphs)
+        return "\n\n".join(
+            part if "\n " in part else "\n".join(f"{indent}{line}" for line in self._split_lines(part, width))
+            for part in paragraphs
+        )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        import textwrap  # here: only help texts are wrapped
+
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,6 +80,20 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Take positionals that may be left out after an option, too: argparse looks for them in one place only."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():
+            if action.nargs == "?" and _is_positional(rest) and getattr(parsed, action.dest) == action.default:
+                setattr(parsed, action.dest, rest.pop(0))
+            while action.nargs == "*" and _is_positional(rest):
+                setattr(parsed, action.dest, [*getattr(parsed, action.dest), rest.pop(0)])
+        return parsed, rest
+
+
+def _is_positional(words: list[str]) -> bool:
+    return bool(words) and (words[0] == "-" or not words[0].startswith("-"))
 
 
 def add_image_argument(parser: argparse.ArgumentParser) -> None:

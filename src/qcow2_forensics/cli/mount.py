@@ -27,7 +27,7 @@ EPILOG = """examples:
   qcow2-forensics mount disk.qcow2 /mnt/case
   qcow2-forensics mount disk.qcow2 web.qcow2 /mnt/case --deleted
   qcow2-forensics mount damaged.qcow2 /mnt/case --recovered
-  qcow2-forensics mount disk.qcow2 /mnt/case --background; fls -r /mnt/case/disk.qcow2/active.raw
+  qcow2-forensics mount disk.qcow2 /mnt/case --background; mmls /mnt/case/disk.qcow2/active.raw
   fusermount -u /mnt/case
 
 Each image becomes a folder with active.raw, one raw file per snapshot, guest memory as .memory.raw,

@@ -39,7 +39,8 @@ read is an I/O error, and its reason is printed where the mount was started.
 
 _TAIL = """
 Examples (read-only, without replaying a journal):
-  fls -r {example}
+  mmls {example}
+  fls -r -o 2048 {example}     (a partition that starts at sector 2048)
   sudo mount -o loop,ro,noload,offset=$((2048*512)) {example} /mnt     (ext4 in the first partition)
   cp --sparse=always {example} /elsewhere/
 """

@@ -185,10 +185,10 @@ def refuse_existing(path: Path_, *, force: bool = False, evidence: Collection[Pa
     target = Path(path)
     _refuse_missing_folder(target)
     refuse_evidence(target, evidence)
-    if os.path.lexists(target) and not force:
-        raise OutputExists(target)
     if target.exists() and not target.is_file():
         raise Qcow2Error(f"{cut(str(target))} is not a regular file")
+    if os.path.lexists(target) and not force:
+        raise OutputExists(target)
 
 
 @contextlib.contextmanager
