@@ -460,3 +460,16 @@ def test_totals_of_a_file_of_exbibytes_are_exact() -> None:
     added = summary.Summary(labels.all, exact=False)
     added.add(Tile(*(np.asarray([value], np.int64) for value in (0, size, shown, 1, -1))))
     assert [length for _, length, _ in added.totals] == [size]
+
+
+@pytest.mark.parametrize(("vm_state_size", "what"), [(65536, "guest data or VM state"), (0, "guest data")])
+def test_data_of_snapshots_with_memory_is_not_called_guest_data_before_it_is_read(
+    vm_state_size: int, what: str, tmp_path: Path
+) -> None:
+    path = base_s(tmp_path / "disk")
+    with q.open_image(path) as image:
+        at, length = image.snapshots[0].place_of("vm_state_size")
+    Poke(path).write(at, vm_state_size.to_bytes(length, "big"))
+    (account,) = audit(path).details["account"]["files"]
+    of_snapshots = {total["what"] for total in account["totals"] if total["owner"] == "snapshots"}
+    assert of_snapshots - {"L2 entries", "L1 entries"} == {what}

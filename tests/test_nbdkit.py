@@ -258,3 +258,10 @@ def test_a_missing_backing_file_names_the_options_of_serve(tmp_path: Path, capsy
 def test_serve_listens_on_this_machine_only(where: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "disk.qcow2", "--nbd", where]) == 2
     assert "no loopback address" in capsys.readouterr().err
+
+
+def test_a_socket_in_a_folder_that_is_not_there_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "disk.qcow2", "--nbd", str(tmp_path / "gone" / "case.sock")]) == 2
+    assert capsys.readouterr().err.endswith(f"the folder {tmp_path / 'gone'} does not exist\n")

@@ -61,7 +61,8 @@ class Account:
             self._unclaimed(census)
             self._places = OwnerPlaces(marks, extended=image.header.extended_l2)
             if decoded is None or not read:
-                self._allocated = AllocatedData(marks)
+                with_vm_states = any(entry.vm_state_size for entry in image.snapshots)
+                self._allocated = AllocatedData(marks, with_vm_states=with_vm_states)
             else:
                 self._shown = ShownData(census, marks, decoded)
         else:

@@ -20,12 +20,12 @@ from .streams import Decoded
 _SNAPSHOTS, _BOTH = "snapshots", "active state and snapshots"
 
 
-def labels_of_flags(marks: Marks) -> I64:
+def labels_of_flags(marks: Marks, of_snapshots: Kind = Kind.DATA) -> I64:
     """Return the label of data by the flags of the states that show it; -1 where none does."""
     table = np.full(8, marks.label(Kind.VM_STATE, _SNAPSHOTS), np.int64)
     table[0] = -1
     table[ACTIVE] = marks.label(Kind.DATA, "active state")
-    table[SNAPSHOT] = marks.label(Kind.DATA, _SNAPSHOTS)
+    table[SNAPSHOT] = marks.label(of_snapshots, _SNAPSHOTS)
     table[ACTIVE | SNAPSHOT] = marks.label(Kind.DATA, _BOTH)
     return table
 
@@ -33,8 +33,9 @@ def labels_of_flags(marks: Marks) -> I64:
 class AllocatedData:
     """Guest data by allocation alone: whole clusters, as the census counts them."""
 
-    def __init__(self, marks: Marks) -> None:
-        self._labels = np.append(labels_of_flags(marks), marks.label(Kind.COMPRESSED))
+    def __init__(self, marks: Marks, *, with_vm_states: bool) -> None:
+        of_snapshots = Kind.DATA_OR_VM_STATE if with_vm_states else Kind.DATA
+        self._labels = np.append(labels_of_flags(marks, of_snapshots), marks.label(Kind.COMPRESSED))
 
     def rows(self, starts: I64, stops: I64, owners: npt.NDArray[np.unsignedinteger]) -> I64:
         """Return claims on runs of clusters with these owners, between host offsets."""

@@ -27,6 +27,7 @@ class Kind(enum.Enum):
     DATA = "guest data"
     COMPRESSED = "compressed data"
     VM_STATE = "VM state"
+    DATA_OR_VM_STATE = "guest data or VM state"  # of a snapshot; which of the two only reading its tables tells
 
 
 class Place(enum.Enum):

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import NotQcow2, Qcow2Error
+from ..errors import FormatError, NotQcow2, Qcow2Error
 from ..format.source import remembering_sources
 from ..text import TOOL, printable
 from .notes import showing_notes
@@ -41,6 +41,10 @@ COMMANDS = (
 # CPython may map and unmap a piece of its stack at each of thousands more, a tenth of the time of a short command.
 _COMPUTING = frozenset({"audit", "diff", "examine", "memory", "residue", "timeline"})
 _NOT_COMPUTING = frozenset({"-h", "--help", "triage", "--depth=triage"})
+
+_DAMAGED = (
+    "; --salvage writes what can be read, qcow2-forensics snapshots IMAGE --recovered lists what may be put together"
+)
 
 EXIT_DONE = 0
 EXIT_FINDINGS = 1
@@ -149,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotQcow2 as error:
         path = getattr(args, "image", None)
         return fail(f"{error}{_data_file_hint(path) or _tables_hint(path)}")
+    except FormatError as error:
+        wants_all = getattr(args, "salvage", True) is False
+        return fail(f"{error}{_DAMAGED if wants_all else ''}")
     except Qcow2Error as error:
         return fail(str(error))
     except BrokenPipeError:

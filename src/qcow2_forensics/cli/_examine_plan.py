@@ -53,7 +53,7 @@ def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
         _snapshots("snapshots", "snapshots, deleted ones included", image, "--deleted"),
         _snapshots("recovered", "recovered states", image, "--recovered", *_options(args, "virtual_size")),
         *_differences(args, image, states, [*case, *disk], unseen),
-        Step("timeline", "timeline of the image", "timeline", timeline, parts.run_timeline),
+        Step("timeline", "timeline of the image, without its files", "timeline", timeline, parts.run_timeline),
         *_memories(args, image, memories, unseen),
         Step("residue", "residue", "residue", residue, parts.run_residue),
     ]
@@ -163,4 +163,5 @@ def left_out(args: Namespace) -> list[str]:
         found.append("the bytes of residue: --pieces writes them")
     if not args.hash:
         found.append("the SHA-256 of the image: --hash adds it")
+    found.append("times of files: qcow2-forensics timeline lists them")
     return found

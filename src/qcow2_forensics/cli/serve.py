@@ -15,7 +15,7 @@ from ..reader.damage_options import assumptions_from_environment, virtual_size_f
 from ..reader.opening import open_disk
 from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE
 from ..reader.resolver import ALONE_VARIABLE, Remedies, Resolver, folders_from_environment
-from ..reader.writer import ended_by_signals
+from ..reader.writer import ended_by_signals, refuse_missing_folder
 from ..text import cut, printable
 from . import add_image_argument
 from .options import KEY_HELP, add_backing_folders, add_key_arguments, passphrases_of
@@ -57,6 +57,7 @@ def listening(where: str) -> list[str]:
     if not colon or not port.isdecimal() or "/" in where:
         if os.path.lexists(where):
             raise Qcow2Error(f"{cut(where)} exists; name a new socket")
+        refuse_missing_folder(Path(where))
         return ["-U", os.path.abspath(where)]
     host = host.strip("[]")
     if host not in _LOOPBACK:

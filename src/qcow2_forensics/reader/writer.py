@@ -183,7 +183,7 @@ def refuse_evidence(path: Path_, evidence: Collection[Path_] = ()) -> None:
 def refuse_existing(path: Path_, *, force: bool = False, evidence: Collection[Path_] = ()) -> None:
     """Raise what a writer of this file would raise at once: before hours of work, not after them."""
     target = Path(path)
-    _refuse_missing_folder(target)
+    refuse_missing_folder(target)
     refuse_evidence(target, evidence)
     if target.exists() and not target.is_file():
         raise Qcow2Error(f"{cut(str(target))} is not a regular file")
@@ -238,7 +238,7 @@ def whole_folder(path: Path_, *, replace: bool = False) -> Iterator[Path]:
     target = Path(path)
     if os.path.lexists(target) and not replace:
         raise Qcow2Error(f"{cut(str(target))} exists; name a new folder")
-    _refuse_missing_folder(target)
+    refuse_missing_folder(target)
     partial = _partial(target)
     with ended_by_signals():
         with _errors_name(target):
@@ -310,7 +310,8 @@ def cache_file(target: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def _refuse_missing_folder(target: Path) -> None:
+def refuse_missing_folder(target: Path) -> None:
+    """Raise where the folder of a new file is not there."""
     if not target.parent.is_dir():
         known = "is not a folder" if target.parent.exists() else "does not exist"
         raise Qcow2Error(f"{cut(str(target))} cannot be written: the folder {cut(str(target.parent))} {known}")
