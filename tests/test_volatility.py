@@ -299,7 +299,9 @@ def test_the_environment_names_the_snapshot_too(saved: Saved, monkeypatch: pytes
 
 def test_an_unknown_snapshot_is_a_warning_with_the_choices(saved: Saved, caplog: pytest.LogCaptureFixture) -> None:
     with warnings_of(caplog) as messages:
-        assert type(stack(saved.image, snapshot="nope")).__name__ == "FileLayer"
+        layer = stack(saved.image, snapshot="nope")
+    assert isinstance(layer, layers.Qcow2DiskLayer)
+    assert found(layer, scanners.BytesScanner(b"\x00")) == []
     assert len(messages) == 1
     assert "1 (first), 2 (second)" in messages[0]
 

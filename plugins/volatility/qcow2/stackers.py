@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from volatility3.framework import constants, exceptions, interfaces
@@ -31,7 +32,7 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
         """Return the layer of the state that is meant; None, with a warning, when it cannot be read."""
         if not _starts_with(context, layer_name, (_MAGIC,)) and not _is_damaged_file(context, layer_name):
             return None
-        from qcow2_forensics import Qcow2Error, open_image, recovered_memory
+        from qcow2_forensics import Qcow2Error, SnapshotNotFound, open_image, recovered_memory
         from qcow2_forensics.text import printable
 
         layer = common.LayerSource(context.layers[layer_name])
@@ -46,6 +47,10 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
             if chosen is None:
                 return _disk(context, layer_name, title, image)
             return _layer(context, layer_name, chosen)
+        except SnapshotNotFound as error:  # the file itself, scanned in its place, would pass for that memory
+            common.warn(f"{title}: {error}. Nothing is scanned")
+            with contextlib.suppress(exceptions.LayerException):
+                return _new(context, layer_name, layers.Qcow2DiskLayer, ordinary=True)
         except Qcow2Error as error:
             common.warn(f"{title}: {error}")
         except exceptions.LayerException:
