@@ -191,44 +191,47 @@ class SleuthKitFileSystem(FileSystem):
             return []
 
     def _record(self, name: Any, meta: Any, path: str, attribute: Any, times: Times = _NO_TIMES) -> FileRecord:
-        record = FileRecord(
+        fields: dict[str, Any] = {}
+        if meta is not None:
+            kind = _letter(_META_LETTERS, int(meta.type))
+            fields = {
+                "has_metadata": True,
+                "type": kind,
+                "in_use": not int(meta.flags) & _UNALLOCATED,
+                "size": int(meta.size),
+                "mode": int(meta.mode),
+                "uid": int(meta.uid),
+                "gid": int(meta.gid),
+                "times": times,
+                "sequence": int(meta.seq),
+                "link": decoded(meta.link or b"") if kind == "l" else "",
+            }
+            if attribute is not None:
+                fields |= self._content(attribute, path)
+        return FileRecord(
             volume=self.volume,
             path=path,
             inode=int(name.meta_addr),
             name_type=_letter(_NAME_LETTERS, int(name.type)),
             allocated=not int(name.flags) & _UNALLOCATED,
+            **fields,
         )
-        if meta is None:
-            return record
-        kind = _letter(_META_LETTERS, int(meta.type))
-        record = replace(
-            record,
-            has_metadata=True,
-            type=kind,
-            in_use=not int(meta.flags) & _UNALLOCATED,
-            size=int(meta.size),
-            mode=int(meta.mode),
-            uid=int(meta.uid),
-            gid=int(meta.gid),
-            times=times,
-            sequence=int(meta.seq),
-            link=decoded(meta.link or b"") if kind == "l" else "",
-        )
-        if attribute is None:
-            return record
+
+    def _content(self, attribute: Any, path: str) -> dict[str, Any]:
+        """Return the fields of a record that are about the content in an attribute."""
         info = attribute.info
         resident = bool(int(info.flags) & _RESIDENT)
         spans = self._spans(attribute, path)
         sparse = self._placed and not resident and spans == ()
-        record = replace(record, resident=resident, spans=spans or (), sparse=sparse)
+        fields: dict[str, Any] = {"resident": resident, "spans": spans or (), "sparse": sparse}
         number, stream = int(info.type), decoded(info.name or b"")
         if number == _RESOURCE_FORK:
             stream = RESOURCE_FORK
         elif not self._ntfs:
-            return record
+            return fields
         elif number == _NTFS_INDEX and stream == "$I30":
             stream = ""
-        return replace(record, attribute=(number, int(info.id)), size=int(info.size), stream=stream)
+        return {**fields, "attribute": (number, int(info.id)), "size": int(info.size), "stream": stream}
 
     def _spans(self, attribute: pytsk3.Attribute, path: str) -> tuple[Span, ...] | None:
         if int(attribute.info.flags) & _RESIDENT or not self._placed:
