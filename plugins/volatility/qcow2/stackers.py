@@ -48,9 +48,10 @@ class Qcow2Stacker(interfaces.automagic.StackerLayerInterface):
                 return _disk(context, layer_name, title, image)
             return _layer(context, layer_name, chosen)
         except SnapshotNotFound as error:  # the file itself, scanned in its place, would pass for that memory
-            common.warn(f"{title}: {error}. Nothing is scanned")
-            with contextlib.suppress(exceptions.LayerException):
-                return _new(context, layer_name, layers.Qcow2DiskLayer, ordinary=True)
+            common.warn(f"{title}: {error}")
+            with contextlib.suppress(exceptions.LayerException):  # the layer has warned of the reason
+                stated = _stated(context, is_memory=False)
+                return _new(context, layer_name, layers.Qcow2DiskLayer, ordinary=True, **stated)
         except Qcow2Error as error:
             common.warn(f"{title}: {error}")
         except exceptions.LayerException:

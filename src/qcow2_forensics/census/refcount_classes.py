@@ -96,9 +96,8 @@ class RefcountClasses:
             if not readable:
                 part[:] = UNREADABLE
             elif values is not None:
-                np.add(
-                    (values != 0).view(np.uint8), (values > 1).view(np.uint8), out=part
-                )  # 0, 1, and MORE for the rest
+                # 0, 1, and MORE for the rest.
+                np.add((values != 0).view(np.uint8), (values > 1).view(np.uint8), out=part)
         return classes
 
     def part(self, start: int, stop: int) -> Bytes:

@@ -40,7 +40,7 @@ COMMANDS = (
 # They compute over whole tables. numpy is imported for them before anything else is: where many calls are under way,
 # CPython may map and unmap a piece of its stack at each of thousands more, a tenth of the time of a short command.
 _COMPUTING = frozenset({"audit", "diff", "examine", "memory", "residue", "timeline"})
-_NOT_COMPUTING = frozenset({"-h", "--help", "triage", "--depth=triage"})
+_NOT_COMPUTING = frozenset({"-h", "--help", "triage", "--depth=triage", "--no-files"})
 
 _DAMAGED = (
     "; --salvage writes what can be read, qcow2-forensics snapshots IMAGE --recovered lists what may be put together"
