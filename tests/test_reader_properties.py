@@ -337,6 +337,7 @@ def test_reading_a_plain_image_imports_little(base_image: Path, code: str, absen
         ["audit", "--depth", "triage"],
         ["audit", "--depth=triage"],
         ["audit", "--help"],
+        ["timeline", "--no-files"],
     ],
     ids=" ".join,
 )
