@@ -31,8 +31,10 @@ DEADLINE = 60.0  # seconds for anything a machine is asked to do
 
 # org 0x7c00: count in the first word of every page from 0x10000 to 0x90000, then say so at 0x7e00.
 # Changing a bit of cr0 empties the TLB: without that, QEMU before 9.0 (under TCG) does not notice
-# a second write to a page it has sent, and its own live streams hold old pages.
+# a second write to a page it has sent, and its own live streams hold old pages. For the same reason
+# interrupts are off: the timer's would write the stack and the firmware's memory at any time.
 _BOOT_SECTOR = bytes.fromhex(
+    "fa"  # cli
     "31c0"  # xor ax, ax
     "8ed8"  # mov ds, ax
     "0f20c0"  # again: mov eax, cr0
