@@ -20,9 +20,9 @@ from fuzz import corpus
 
 import qcow2_forensics as q
 from qcow2_forensics.account import summary
-from qcow2_forensics.account.labels import Kind as LabelKind
+from qcow2_forensics.account.labels import ByteKind as LabelKind
 from qcow2_forensics.account.labels import Labels
-from qcow2_forensics.account.spans import Tile
+from qcow2_forensics.account.tiling import Tile
 from qcow2_forensics.audit import audit
 from qcow2_forensics.findings import Severity
 from qcow2_forensics.render import render
@@ -457,7 +457,7 @@ def test_totals_of_a_file_of_exbibytes_are_exact() -> None:
     labels = Labels()
     shown = labels.number(LabelKind.DATA)
     size = (1 << 60) + 1
-    added = summary.Summary(labels.all, exact=False)
+    added = summary.AccountSummary(labels.all, exact=False)
     added.add(Tile(*(np.asarray([value], np.int64) for value in (0, size, shown, 1, -1))))
     assert [length for _, length, _ in added.totals] == [size]
 

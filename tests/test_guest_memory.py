@@ -25,7 +25,7 @@ from qcow2_forensics.limits import DEFAULT_LIMITS
 from qcow2_forensics.memory import Block, GuestMemory, StreamWindow, cursor, open_guest_memory, pages
 from qcow2_forensics.memory.dump import Writer, write_lime, write_raw
 from qcow2_forensics.memory.layout import place
-from qcow2_forensics.memory.system_ram import Facts
+from qcow2_forensics.memory.system_ram import RamEvidence
 from tests.conftest import EvidenceCase
 from tests.stream_builder import (
     EOS_FLAG,
@@ -758,11 +758,11 @@ def test_a_stream_that_claims_more_memory_than_it_holds_is_not_written_as_a_raw_
     write_lime(memory, Writer(io.BytesIO()))
 
 
-def _crowded(count: int, values: int = 8000) -> Facts:
+def _crowded(count: int, values: int = 8000) -> RamEvidence:
     """Return a machine with twice so many blocks and twice so many memory devices beside its RAM."""
     blocks = {f"p{n}/x": MiB for n in range(count)} | {f"b{n}": MiB for n in range(count)} | {BLOCK: GiB}
     bodies = [(f"p{n % count}/virtio-mem", u64(5) * values) for n in range(2 * count)]
-    return Facts(
+    return RamEvidence(
         "pc-i440fx-2.6", [Block(name, size) for name, size in blocks.items()], None, lambda *_: b"", (), bodies
     )
 

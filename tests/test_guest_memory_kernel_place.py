@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qcow2_forensics.memory import page_tables, place_linux
-from qcow2_forensics.memory.records import Cpu
+from qcow2_forensics.memory.model import Cpu
 
 MiB = 1 << 20
 IMAGE = 0xFFFFFFFF80000000

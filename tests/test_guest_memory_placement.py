@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2_forensics.memory.placement import Placement
-from qcow2_forensics.memory.records import Region
+from qcow2_forensics.memory.layout_draft import LayoutDraft
+from qcow2_forensics.memory.model import Region
 from tests.stream_builder import configuration, page, ram, section, sizes, stream
 from tests.test_guest_memory import open_bytes
 
@@ -21,7 +21,7 @@ RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=30
 
 @given(RANGES, st.integers(0, 60), st.integers(1, 20))
 def test_what_is_free_is_what_no_region_has(ranges: list[tuple[int, int]], address: int, length: int) -> None:
-    made = Placement()
+    made = LayoutDraft()
     taken: set[int] = set()
     for start, size in ranges:
         wanted = set(range(start, start + size))

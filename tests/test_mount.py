@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from qcow2_forensics import open_disk
 from qcow2_forensics.mount import filesystem
-from qcow2_forensics.mount.files import UniqueNames, safe_name, seek_data, seek_hole
+from qcow2_forensics.mount.served_files import UniqueNames, safe_name, seek_data, seek_hole
 from tests import filesystems, qemu
 from tests.conftest import EvidenceCase
 from tests.guest_disks import need_mounts, run

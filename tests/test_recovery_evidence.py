@@ -20,8 +20,8 @@ from qcow2_forensics.format.entries import COMPRESSED, COPIED
 from qcow2_forensics.recovery import Confidence, recovered_states
 from qcow2_forensics.recovery.chains import arrange, chains_of, trusted_steps
 from qcow2_forensics.recovery.continuation import continuations, written_in_order
-from qcow2_forensics.recovery.evidence import ENOUGH, choices, position_bits
 from qcow2_forensics.recovery.placement import Placement, Unplaced, in_file_order, place
+from qcow2_forensics.recovery.slot_evidence import ENOUGH, choices, position_bits
 from tests import qemu
 
 CLUSTER = 512

@@ -17,7 +17,7 @@ import pytest
 from qcow2_forensics.format.lvm import Segment
 from qcow2_forensics.limits import Budget
 from qcow2_forensics.recovery import Confidence
-from qcow2_forensics.recovery.volumes import Holds, Volume, pieces_of, volumes_of
+from qcow2_forensics.recovery.volumes import Holds, VolumeBytes, pieces_of, volumes_of
 from tests import guest_disks, qemu
 from tests.filesystems import MIB, SECTOR, need_tools
 from tests.test_hostile_volumes import _group, _linear, _physical
@@ -161,7 +161,7 @@ def test_nothing_is_likely_where_the_label_of_a_physical_volume_is_lost(tmp_path
 # --- the parts -----------------------------------------------------------------------------------
 
 
-def volumes_in(data: bytes, folder: Path, first: list[Volume]) -> tuple[list[tuple[Segment, ...]], bool]:
+def volumes_in(data: bytes, folder: Path, first: list[VolumeBytes]) -> tuple[list[tuple[Segment, ...]], bool]:
     """Return the segments of the volumes found on a raw disk, without the ``first`` ones, and whether they are all."""
     path = folder / "raw"
     path.write_bytes(data)
@@ -170,7 +170,7 @@ def volumes_in(data: bytes, folder: Path, first: list[Volume]) -> tuple[list[tup
 
 
 def test_a_position_in_a_volume_is_that_of_its_segment() -> None:
-    volume = Volume((Segment(0, 10, 100), Segment(10, 10, 50)), 20)
+    volume = VolumeBytes((Segment(0, 10, 100), Segment(10, 10, 50)), 20)
     assert [volume.place(at) for at in (0, 9, 10, 19, 20)] == [100, 109, 50, 59, None]
     assert (volume.place(8, 2), volume.place(8, 3)) == (108, None)
     assert list(volume.runs(8, 5)) == [(108, 2), (50, 3)]
@@ -183,14 +183,14 @@ def test_a_logical_volume_in_two_pieces_is_both_of_them_on_the_disk(tmp_path: Pa
         for number, at in enumerate((9, 5))
     )
     data = _physical(_group(f'a{{status=["VISIBLE"] {" ".join(pieces)}}}'), size=64 * 1024)
-    found = volumes_in(bytes(MIB) + data, tmp_path, [Volume.at(MIB, len(data))])
+    found = volumes_in(bytes(MIB) + data, tmp_path, [VolumeBytes.at(MIB, len(data))])
     extent = 8 * SECTOR
     assert found == ([(Segment(0, extent, MIB + 9 * extent), Segment(extent, extent, MIB + 5 * extent))], True)
 
 
 def test_a_physical_volume_that_holds_itself_ends(tmp_path: Path) -> None:
     data = _physical(_group(_linear("a", 4)), size=64 * 1024)
-    found, are_all = volumes_in(data, tmp_path, [Volume.at(0, len(data))])
+    found, are_all = volumes_in(data, tmp_path, [VolumeBytes.at(0, len(data))])
     assert len(found) < 100
     assert not are_all
 
@@ -198,7 +198,7 @@ def test_a_physical_volume_that_holds_itself_ends(tmp_path: Path) -> None:
 def test_pieces_of_volumes_inside_volumes_are_bounded() -> None:
     """Each of many segments is the whole of a volume in many pieces."""
     count = 1000
-    below = Volume(tuple(Segment(n, 1, 2 * n) for n in range(count)), count)
+    below = VolumeBytes(tuple(Segment(n, 1, 2 * n) for n in range(count)), count)
     room = Budget.up_to("pieces", 10 * count)
     asked = (Segment(n * count, count, 0) for n in range(100))
     assert pieces_of(below, asked, room) == ()
@@ -211,18 +211,18 @@ def test_a_chain_of_logical_partitions_that_leads_back_ends(tmp_path: Path) -> N
     for at, following in ((0, 200), (200, 0x10), (0x10, 200)):
         entry = struct.pack("<B3xB3xIIB3xB3xII", 0, 0x83, 1, 8, 0, 5, following, 16)
         data[at * SECTOR + 446 : at * SECTOR + 512] = entry + bytes(32) + b"\x55\xaa"
-    found, _ = volumes_in(bytes(data), tmp_path, [Volume.at(0, MIB)._replace(holds=Holds.LOGICAL_PARTITIONS)])
+    found, _ = volumes_in(bytes(data), tmp_path, [VolumeBytes.at(0, MIB)._replace(holds=Holds.LOGICAL_PARTITIONS)])
     assert len(found) < 10
 
 
 def test_volumes_that_are_not_read_leave_starts_unknown(tmp_path: Path) -> None:
     striped = 'a{status=["VISIBLE"] segment1{start_extent=0 extent_count=1 type="thin"}}'
     data = _physical(_group(striped), size=64 * 1024)
-    assert volumes_in(data, tmp_path, [Volume.at(0, len(data))]) == ([], False)
-    announced = Volume.at(0, MIB)._replace(holds_volumes=True)
+    assert volumes_in(data, tmp_path, [VolumeBytes.at(0, len(data))]) == ([], False)
+    announced = VolumeBytes.at(0, MIB)._replace(holds_volumes=True)
     assert volumes_in(bytes(MIB), tmp_path, [announced]) == ([], False)
     assert volumes_in(b"XFSB" + bytes(MIB - 4), tmp_path, [announced]) == (
         [],
         True,
     )  # the superblock of its RAID is at the end
-    assert volumes_in(bytes(MIB), tmp_path, [Volume.at(0, MIB)]) == ([], True)
+    assert volumes_in(bytes(MIB), tmp_path, [VolumeBytes.at(0, MIB)]) == ([], True)

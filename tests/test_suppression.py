@@ -20,7 +20,7 @@ import pytest
 from qcow2_forensics.audit import audit, hidden, lost_tables, rules, undecodable_streams, vm_states
 from qcow2_forensics.census import take_census
 from qcow2_forensics.cli import main
-from qcow2_forensics.findings import EVIDENCE_LIMIT, Evidence, Finding, Report, Selection, Severity
+from qcow2_forensics.findings import EVIDENCE_LIMIT, BoundedSample, Evidence, Finding, Report, Severity
 from qcow2_forensics.format.image import Image
 from qcow2_forensics.recovery import recovered_states
 from qcow2_forensics.residue import deleted_snapshots, former_tables, structure_detection
@@ -350,7 +350,7 @@ def test_a_magic_alone_is_no_polyglot(tmp_path: Path, tail: bytes) -> None:
 
 
 def test_a_selection_keeps_every_place_while_there_is_room() -> None:
-    chosen: Selection[tuple[int, int]] = Selection(10)
+    chosen: BoundedSample[tuple[int, int]] = BoundedSample(10)
     for place in range(5):
         for number in range(1000):
             chosen.add((place, number), place)
@@ -360,7 +360,7 @@ def test_a_selection_keeps_every_place_while_there_is_room() -> None:
 
 
 def test_a_selection_of_too_many_places_is_spread_over_all_of_them() -> None:
-    chosen: Selection[int] = Selection(100)
+    chosen: BoundedSample[int] = BoundedSample(100)
     for place in range(100_000):
         chosen.add(place, place)
     kept = chosen.items
@@ -370,7 +370,7 @@ def test_a_selection_of_too_many_places_is_spread_over_all_of_them() -> None:
 
 
 def test_items_without_a_place_stay_while_there_is_room() -> None:
-    chosen: Selection[str] = Selection(4)
+    chosen: BoundedSample[str] = BoundedSample(4)
     chosen.add("total")
     for number in range(100):
         chosen.add(f"item {number}", number)

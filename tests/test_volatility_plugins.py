@@ -124,12 +124,14 @@ def test_snapshots_are_in_the_timeline_when_that_is_asked_for(saved: Saved, tmp_
 
 def test_changes_reads_the_earlier_memory_as_the_later_one_is_read(saved: Saved) -> None:
     from volatility3.framework import contexts
-    from volatility3.plugins.qcow2.changes import Changes, State
+    from volatility3.plugins.qcow2.changes import Changes, KernelMemory
 
     memory = stack(saved.image, snapshot="second", assume="version=3", layout="pc.ram@0x0")
     context = memory.context
     assert type(memory).__name__ == "QemuRamLayer"
-    state = State(context, contexts.Module.create(context, "later", memory.name, 0, symbol_table_name="none").name)
+    state = KernelMemory(
+        context, contexts.Module.create(context, "later", memory.name, 0, symbol_table_name="none").name
+    )
     plugin = SimpleNamespace(context=context, config_path="plugins.Changes")
     earlier = Changes._memory(plugin, state, context.layers[memory.dependencies[0]], "first")
     assert earlier.read(LOADED, 4096) == saved.dumps["first"][LOADED : LOADED + 4096]

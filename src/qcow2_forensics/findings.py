@@ -102,7 +102,7 @@ class Finding:
 T = TypeVar("T")
 
 
-class Selection(Generic[T]):
+class BoundedSample(Generic[T]):
     """At most ``limit`` items out of any number, spread over the places they were found in.
 
     Every place keeps its first items. Where there are more places than room, every second of them is kept, then

@@ -9,8 +9,7 @@ from pathlib import Path
 from qcow2_forensics import Qcow2Error, Report, audit
 from qcow2_forensics.errors import reason
 from qcow2_forensics.render import render
-from qcow2_forensics.residue import residue
-from qcow2_forensics.residue.output import write
+from qcow2_forensics.residue import residue, write
 
 RESIDUE_LIMIT = 1 << 30  # bytes of residue passed on for one image
 DEPTHS = ("triage", "standard", "deep")

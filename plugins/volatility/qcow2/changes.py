@@ -56,7 +56,7 @@ Values = tuple[str, ...]
 Layer = TypeVar("Layer")
 
 
-class State(NamedTuple):
+class KernelMemory(NamedTuple):
     """A memory ready for plugins: its kernel module in a context."""
 
     context: interfaces.context.ContextInterface
@@ -105,7 +105,7 @@ class Changes(interfaces.plugins.PluginInterface):
         from qcow2_forensics.text import printable
 
         try:
-            later = State(self.context, self.config["kernel"])
+            later = KernelMemory(self.context, self.config["kernel"])
             earlier = self._earlier(later)
         except (Qcow2Error, exceptions.VolatilityException) as error:
             common.warn(f"the states cannot be compared: {printable(str(error))}")
@@ -123,7 +123,7 @@ class Changes(interfaces.plugins.PluginInterface):
 
     # --- the two states ------------------------------------------------------------------------
 
-    def _earlier(self, later: State) -> State:
+    def _earlier(self, later: KernelMemory) -> KernelMemory:
         """Return the earlier state: over the same file and, where the kernel is the same, with the same symbols."""
         from qcow2_forensics import Qcow2Error, memory_before, open_image
 
@@ -137,7 +137,9 @@ class Changes(interfaces.plugins.PluginInterface):
         name = wanted or f"index:{entry.index}"
         return self._with_the_same_symbols(later, state, name) or self._anew(state, name)
 
-    def _with_the_same_symbols(self, later: State, state: layers.Qcow2VmStateLayer, name: str) -> State | None:
+    def _with_the_same_symbols(
+        self, later: KernelMemory, state: layers.Qcow2VmStateLayer, name: str
+    ) -> KernelMemory | None:
         """Return the earlier state when it is a Linux with the kernel of the later one; None for anything else."""
         if _system(self.context, later.module) != "linux":
             return None
@@ -167,7 +169,7 @@ class Changes(interfaces.plugins.PluginInterface):
             symbol_table_name=module.symbol_table_name,
             native_layer_name=layer.name,
         )
-        return State(self.context, earlier.name)
+        return KernelMemory(self.context, earlier.name)
 
     def _searched(self, module: Any, kind: Any, memory: str) -> tuple[Any, dict[str, Any]] | None:
         """Return kind and settings of the kernel's address space as Volatility's scan finds them."""
@@ -180,7 +182,7 @@ class Changes(interfaces.plugins.PluginInterface):
         root = linux.LinuxIntelStacker.virtual_to_physical_address(module.get_symbol(top).address + shift)
         return kind, {"page_map_offset": root, "kernel_virtual_offset": virtual_shift}
 
-    def _memory(self, later: State, state: layers.Qcow2VmStateLayer, snapshot: str) -> Any:
+    def _memory(self, later: KernelMemory, state: layers.Qcow2VmStateLayer, snapshot: str) -> Any:
         """Return the memory of another snapshot, read as the later one is: with its header fields and its layout."""
         memory = _layer_of(later, ram.QemuRamLayer)
         below, layer = state.config["base_layer"], None
@@ -196,7 +198,7 @@ class Changes(interfaces.plugins.PluginInterface):
             below = layer.name
         return layer
 
-    def _anew(self, state: layers.Qcow2VmStateLayer, snapshot: str) -> State:
+    def _anew(self, state: layers.Qcow2VmStateLayer, snapshot: str) -> KernelMemory:
         """Return the earlier state as ``vol`` itself would find it, with symbols of its own."""
         context = contexts.Context()
         for key in self.context.config:
@@ -208,11 +210,11 @@ class Changes(interfaces.plugins.PluginInterface):
         context.config["automagic.Qcow2Options.qcow2_snapshot"] = snapshot
         magic = choose_automagic(available(context), type(self))
         probe = construction.construct_plugin(context, magic, type(self), "plugins", self._progress_callback, self.open)
-        return State(context, probe.config["kernel"])
+        return KernelMemory(context, probe.config["kernel"])
 
     # --- the plugins ---------------------------------------------------------------------------
 
-    def _plugins(self, state: State) -> Iterator[tuple[str, type[interfaces.plugins.PluginInterface]]]:
+    def _plugins(self, state: KernelMemory) -> Iterator[tuple[str, type[interfaces.plugins.PluginInterface]]]:
         from volatility3 import framework
 
         known = framework.list_plugins()
@@ -225,7 +227,7 @@ class Changes(interfaces.plugins.PluginInterface):
             elif named:
                 common.warn(f"{wanted!r} is {'no plugin' if not found else 'the start of several plugins'}")
 
-    def _table(self, state: State, kind: type[interfaces.plugins.PluginInterface]) -> Table:
+    def _table(self, state: KernelMemory, kind: type[interfaces.plugins.PluginInterface]) -> Table:
         """Run a plugin on a state."""
         path = interfaces.configuration.path_join(self.config_path, "run", kind.__module__.replace(".", "_"))
         module = state.context.modules[state.module]
@@ -256,7 +258,7 @@ class Changes(interfaces.plugins.PluginInterface):
         return Table(tuple(column.name for column in grid.columns), rows)
 
 
-def _layer_of(state: State, kind: type[Layer]) -> Layer | None:
+def _layer_of(state: KernelMemory, kind: type[Layer]) -> Layer | None:
     """Return the layer of a kind that a state is read through, None without one."""
     waiting = [state.context.modules[state.module].layer_name]
     while waiting:

@@ -20,7 +20,7 @@ Row = tuple[int, tuple[Any, ...]]
 ABSENT = renderers.NotAvailableValue
 
 
-class Stream:
+class FoundStream:
     """A memory stream and where it was found.
 
     ``snapshot`` is None outside of QCOW2 images, and for a state that no snapshot lists: ``label`` chooses that,
@@ -104,7 +104,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
 
         return open_image(self._assumed(self.source()))
 
-    def stream(self) -> Stream:
+    def stream(self) -> FoundStream:
         """Return the memory stream that is meant: of the chosen snapshot, or of the file itself."""
         from qcow2_forensics import Qcow2Error, open_image, recovered_memory
         from qcow2_forensics.text import cut, printable
@@ -122,7 +122,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
             raise Qcow2Error(f"{cut(source.name)}: no snapshot with memory")
         return self._stored(source, chosen.snapshot)
 
-    def streams(self) -> Iterator[Stream]:
+    def streams(self) -> Iterator[FoundStream]:
         """Yield every memory stream of the file: of each snapshot, oldest first, and one that no snapshot lists.
 
         What cannot be opened is a warning.
@@ -155,14 +155,14 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
                 what = wanted if isinstance(wanted, str) else choice.describe(wanted)
                 common.warn(f"{printable(source.name)}: {what} is left out: {error}")
 
-    def _own_stream(self, source: common.LayerSource) -> Stream | None:
+    def _own_stream(self, source: common.LayerSource) -> FoundStream | None:
         """Return the memory stream that the file itself is, None for an image."""
         from qcow2_forensics import find_stream
 
         stream = find_stream(source, cache_dir=constants.CACHE_PATH)
-        return None if stream is None else Stream(stream, *index_cache.identify(source.layer), self._layout())
+        return None if stream is None else FoundStream(stream, *index_cache.identify(source.layer), self._layout())
 
-    def _stored(self, source: common.LayerSource, wanted: SnapshotEntry | str) -> Stream:
+    def _stored(self, source: common.LayerSource, wanted: SnapshotEntry | str) -> FoundStream:
         """Return the memory stream of a snapshot, or of a state that no snapshot lists, by its name."""
         from qcow2_forensics import open_vm_state
 
@@ -172,7 +172,7 @@ class EvidencePlugin(interfaces.plugins.PluginInterface):
         which = re.sub(r"\W", "_", wanted) if isinstance(wanted, str) else f"{wanted.index}_{wanted.l1_table_offset}"
         if assume := self._assume():
             which += "_" + re.sub(r"\W", "_", assume)
-        return Stream(state, key and f"{key}_{which}", local, self._layout())
+        return FoundStream(state, key and f"{key}_{which}", local, self._layout())
 
     def run(self) -> Any:
         """Return the table."""

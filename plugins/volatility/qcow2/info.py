@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from volatility3.framework.renderers import format_hints
 
 from . import choice, common
-from .evidence import EvidencePlugin, Row, Stream, hexadecimal
+from .evidence import EvidencePlugin, FoundStream, Row, hexadecimal
 
 if TYPE_CHECKING:
     from qcow2_forensics import GuestMemory, Image
@@ -111,7 +111,7 @@ def _kernel_facts(memory: GuestMemory) -> Facts:
         yield Fact("symbols", "command", command)
 
 
-def _memory_facts(stream: Stream, memory: GuestMemory) -> Facts:
+def _memory_facts(stream: FoundStream, memory: GuestMemory) -> Facts:
     from qcow2_forensics.text import printable
 
     layout = memory.layout

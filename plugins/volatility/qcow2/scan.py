@@ -11,7 +11,7 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 from . import common
-from .evidence import EvidencePlugin, Row, Stream
+from .evidence import EvidencePlugin, FoundStream, Row
 from .options import optional_flag, optional_text
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Scan(EvidencePlugin):
         from qcow2_forensics.text import printable
 
         find, overlapping = self._finder()
-        streams: list[Stream] = []
+        streams: list[FoundStream] = []
         memories: list[GuestMemory] = []
         for stream in self.streams():
             try:
@@ -111,7 +111,7 @@ class Scan(EvidencePlugin):
             raise Qcow2Error(f"no regular expression: {error}") from error
 
 
-def _name(stream: Stream) -> tuple[str, str]:
+def _name(stream: FoundStream) -> tuple[str, str]:
     """Return ID and name of a stream's snapshot, for a column."""
     from qcow2_forensics.text import printable
 

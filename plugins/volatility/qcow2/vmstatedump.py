@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from volatility3.framework import interfaces
 from volatility3.framework.configuration import requirements
 
-from .evidence import EvidencePlugin, Row, Stream
+from .evidence import EvidencePlugin, FoundStream, Row
 from .options import optional_text
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class VmStateDump(EvidencePlugin):
                 written = self._write(f"{suffix}{name}", size, read)
             yield 0, (printable(written), size)
 
-    def _wanted(self, stream: Stream) -> Iterator[tuple[str, int, Callable[[int, int], bytes]]]:
+    def _wanted(self, stream: FoundStream) -> Iterator[tuple[str, int, Callable[[int, int], bytes]]]:
         """Yield what to write: the rest of a file name, how many bytes, and what reads them."""
         block, device = self.config.get("block", None), self.config.get("device", None)
         if block:

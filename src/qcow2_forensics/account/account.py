@@ -14,17 +14,17 @@ import numpy as np
 from ..census import Census
 from ..census.arrays import I64
 from ..format.header import Crypt
+from ..format.header_rules import DISK
 from ..format.image import Image
-from ..format.rules import DISK
 from .data_claims import AllocatedData, ShownData
 from .header_claims import claim_header
 from .labels import Label, Place
 from .marks import Marks
 from .qcow1_claims import Qcow1Claims
 from .remainders import looked_at
-from .spans import Tile, Windowed, joined, tile
 from .streams import Decoded
 from .table_claims import OwnerPlaces, TableClaims
+from .tiling import Tile, Windowed, joined, tile
 
 _CLUSTERS = 1 << 20  # looked at together
 _SUBCLUSTERS = 1 << 16  # clusters of extended L2 entries, 32 elements each

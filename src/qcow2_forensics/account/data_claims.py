@@ -11,22 +11,22 @@ from ..census import Census, Owner
 from ..census.arrays import I64, distinct, distinct_rows, is_among
 from ..census.columns import compressed_extents
 from ..format.entries import SUBCLUSTERS
-from .labels import Kind, Place
+from .labels import ByteKind, Place
 from .marks import Marks
 from .shown import ACTIVE, SNAPSHOT, ShownBytes
-from .spans import runs_of
 from .streams import Decoded
+from .tiling import runs_of
 
 _SNAPSHOTS, _BOTH = "snapshots", "active state and snapshots"
 
 
-def labels_of_flags(marks: Marks, of_snapshots: Kind = Kind.DATA) -> I64:
+def labels_of_flags(marks: Marks, of_snapshots: ByteKind = ByteKind.DATA) -> I64:
     """Return the label of data by the flags of the states that show it; -1 where none does."""
-    table = np.full(8, marks.label(Kind.VM_STATE, _SNAPSHOTS), np.int64)
+    table = np.full(8, marks.label(ByteKind.VM_STATE, _SNAPSHOTS), np.int64)
     table[0] = -1
-    table[ACTIVE] = marks.label(Kind.DATA, "active state")
+    table[ACTIVE] = marks.label(ByteKind.DATA, "active state")
     table[SNAPSHOT] = marks.label(of_snapshots, _SNAPSHOTS)
-    table[ACTIVE | SNAPSHOT] = marks.label(Kind.DATA, _BOTH)
+    table[ACTIVE | SNAPSHOT] = marks.label(ByteKind.DATA, _BOTH)
     return table
 
 
@@ -34,8 +34,8 @@ class AllocatedData:
     """Guest data by allocation alone: whole clusters, as the census counts them."""
 
     def __init__(self, marks: Marks, *, with_vm_states: bool) -> None:
-        of_snapshots = Kind.DATA_OR_VM_STATE if with_vm_states else Kind.DATA
-        self._labels = np.append(labels_of_flags(marks, of_snapshots), marks.label(Kind.COMPRESSED))
+        of_snapshots = ByteKind.DATA_OR_VM_STATE if with_vm_states else ByteKind.DATA
+        self._labels = np.append(labels_of_flags(marks, of_snapshots), marks.label(ByteKind.COMPRESSED))
 
     def rows(self, starts: I64, stops: I64, owners: npt.NDArray[np.unsignedinteger]) -> I64:
         """Return claims on runs of clusters with these owners, between host offsets."""
@@ -84,7 +84,7 @@ class ShownData:
             used = np.concatenate((used, np.column_stack((offsets, offsets + lengths)).astype(np.int64)))
         if len(used):  # several entries may name one stream, and a writer's streams do not overlap
             used = distinct_rows(used)
-            marks.add_many(marks.label(Kind.COMPRESSED), used[:, 0], used[:, 1])
+            marks.add_many(marks.label(ByteKind.COMPRESSED), used[:, 0], used[:, 1])
 
     def rows(self, first: int, last: int) -> I64:
         """Return claims on the host clusters from ``first`` to ``last`` that are shown as a whole, or in subclusters."""

@@ -17,9 +17,9 @@ from ..format.entries import SUBCLUSTERS
 from ..format.image import Image
 from ..format.source import Source
 from ..reader.mapping import L1_PAGE, Mapping
-from .labels import Kind, Label, Labels, Place
+from .labels import ByteKind, Label, Labels, Place
 from .remainders import looked_at
-from .spans import Tile, joined
+from .tiling import Tile, joined
 
 SHOWN, ZEROS, NOTHING, PAST_END = range(4)  # what the active state makes of a guest range
 
@@ -39,7 +39,7 @@ class DataFileAccount:
         self.image = image
         self.data = data
         labels = Labels()
-        shown = labels.number(Kind.DATA, "active state")
+        shown = labels.number(ByteKind.DATA, "active state")
         places = (Place.ZERO_FLAGGED, Place.UNMAPPED, Place.PAST_STATE_END)
         self._labels_of_kinds = np.asarray([shown, *map(labels.number, places)])
         self.labels: list[Label] = labels.all

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..format.extensions import BITMAPS_EXTENSION, CRYPTO_EXTENSION, Extension, ExtensionType
 from ..format.header import FEATURE_ROW, V2_LEFTOVER, V3_HEADER_LENGTH, Crypt, Header, padded
 from ..format.image import Image
-from .labels import Kind, Place
+from .labels import ByteKind, Place
 from .marks import Marks
 
 _NAMES = {
@@ -24,11 +24,11 @@ def claim_header(image: Image, marks: Marks) -> None:
     header = image.header
     unread_fields = _unread_fields(header)
     for field in header.fields:
-        what = Place.UNUSED_FIELD if field.name in unread_fields else Kind.HEADER
+        what = Place.UNUSED_FIELD if field.name in unread_fields else ByteKind.HEADER
         marks.add(marks.label(what, field.name), field.offset, field.offset + field.length)
     at, left = V2_LEFTOVER
     if header.version == 2 and image.read(at, len(left)) == left:
-        marks.add(marks.label(Kind.HEADER, "left by old versions of QEMU"), at, at + len(left))
+        marks.add(marks.label(ByteKind.HEADER, "left by old versions of QEMU"), at, at + len(left))
     if header.version >= 3:
         marks.add(marks.label(Place.HEADER_PADDING), V3_HEADER_LENGTH, header.header_length)
     _claim_extensions(image, marks)
@@ -49,7 +49,7 @@ def _claim_backing_name(image: Image, marks: Marks) -> None:
     header = image.header
     offset, length = header.backing_file_offset, header.backing_file_size
     if offset and length <= image.limits.name_bytes:
-        label = marks.label(Kind.BACKING_NAME)
+        label = marks.label(ByteKind.BACKING_NAME)
         marks.add_name(label, "backing file name", image.read(offset, length), offset)
 
 
@@ -58,7 +58,7 @@ def _claim_extensions(image: Image, marks: Marks) -> None:
     at = header.header_length
     for extension in image.extensions:
         name = _NAMES.get(extension.type, f"{extension.type:#010x}")  # type: ignore[call-overload]
-        label = marks.label(Kind.EXTENSION, name)
+        label = marks.label(ByteKind.EXTENSION, name)
         start, end = extension.data_offset, extension.data_offset + extension.length
         marks.add(label, extension.offset, start)
         marks.add(marks.label(Place.HEADER_PADDING, name), end, start + padded(extension.length))
@@ -76,7 +76,7 @@ def _claim_extensions(image: Image, marks: Marks) -> None:
         at = start + padded(extension.length)
     stop = min(header.backing_file_offset or header.cluster_size, header.cluster_size)
     if header.version != 1 and at + 8 <= stop and image.read(at, 8) == bytes(8):
-        marks.add(marks.label(Kind.EXTENSION, "end of the extensions"), at, at + 8)
+        marks.add(marks.label(ByteKind.EXTENSION, "end of the extensions"), at, at + 8)
 
 
 def _rows(extension: Extension) -> Iterator[tuple[bytes, int]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 KEY_MATERIAL = "key material"  # of an inactive key slot, as the owner of a remainder
 
 
-class Kind(enum.Enum):
+class ByteKind(enum.Enum):
     """What bytes are that something accounts for."""
 
     HEADER = "header field"
@@ -61,7 +61,7 @@ class Place(enum.Enum):
 class Label(NamedTuple):
     """What a run of bytes is, and whose."""
 
-    what: Kind | Place
+    what: ByteKind | Place
     owner: str = ""
 
     @property
@@ -76,7 +76,7 @@ class Labels:
         self._numbers: dict[Label, int] = {}
         self.all: list[Label] = []
 
-    def number(self, what: Kind | Place, owner: str = "") -> int:
+    def number(self, what: ByteKind | Place, owner: str = "") -> int:
         """Return the number of a label."""
         label = Label(what, owner)
         found = self._numbers.get(label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import FormatError
 from ..format.image import Image
 from ..reader.encryption.luks import HEADER_LENGTH, parse_luks_header
-from .labels import KEY_MATERIAL, Kind, Place
+from .labels import KEY_MATERIAL, ByteKind, Place
 from .marks import Marks
 
 _TEXTS = ((8, 32), (40, 32), (72, 32), (168, 40))  # cipher, mode, hash, UUID: offset and length of their fields
@@ -23,7 +23,7 @@ def claim_luks(image: Image, marks: Marks) -> None:
         header = parse_luks_header(data, length)
     except FormatError:
         return
-    label, material = marks.label(Kind.LUKS_HEADER), marks.label(Kind.KEY_MATERIAL)
+    label, material = marks.label(ByteKind.LUKS_HEADER), marks.label(ByteKind.KEY_MATERIAL)
     inactive, unused = marks.label(Place.LUKS_SLOT), marks.label(Place.LUKS_SLOT, KEY_MATERIAL)
     end = offset + length
     for at, size in _NUMBERS:

@@ -1,14 +1,14 @@
 """What ranges of a file are claimed to be, and where its remainders lie.
 
-A label of a :class:`~.labels.Kind` claims bytes. One of a :class:`~.labels.Place` is a hint: it says what the bytes are
+A label of a :class:`~.labels.ByteKind` claims bytes. One of a :class:`~.labels.Place` is a hint: it says what the bytes are
 where nothing claims them.
 """
 
 from __future__ import annotations
 
 from ..census.arrays import I64, U64
-from .labels import Kind, Label, Labels, Place
-from .spans import Spans
+from .labels import ByteKind, Label, Labels, Place
+from .tiling import LabelledRanges
 
 
 class Marks:
@@ -16,15 +16,15 @@ class Marks:
 
     def __init__(self) -> None:
         self._labels = Labels()
-        self._claims = Spans()
-        self._hints = Spans()
+        self._claims = LabelledRanges()
+        self._hints = LabelledRanges()
 
     @property
     def labels(self) -> list[Label]:
         """All labels, by their numbers."""
         return self._labels.all
 
-    def label(self, what: Kind | Place, owner: str = "") -> int:
+    def label(self, what: ByteKind | Place, owner: str = "") -> int:
         """Return the number of a label."""
         return self._labels.number(what, owner)
 
@@ -42,11 +42,11 @@ class Marks:
         self.add(label, offset, end)
         self.add(self.label(Place.NAME_SLACK, owner), end, offset + len(name))
 
-    def _spans(self, label: int) -> Spans:
+    def _spans(self, label: int) -> LabelledRanges:
         return self._hints if self.labels[label].is_remainder else self._claims
 
     def claims(self, end: int) -> I64:
-        """Return the claims as rows, as :meth:`.spans.Spans.rows` does."""
+        """Return the claims as rows, as :meth:`.tiling.LabelledRanges.rows` does."""
         return self._claims.rows(end)
 
     def hints(self, end: int) -> I64:

@@ -15,7 +15,7 @@ from ..findings import EVIDENCE_LIMIT
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..limits import Budget
-from .labels import Kind, Place
+from .labels import ByteKind, Place
 from .marks import Marks
 from .streams import taken_by
 
@@ -66,8 +66,8 @@ class Qcow1Claims:
             self._undecodable(streams, taken.failed)
             extents, self.stopped = taken.used, taken.stopped
         for label, rows in (
-            (self._marks.label(Kind.DATA, "active state"), np.concatenate([*data, np.empty((0, 2), np.int64)])),
-            (self._marks.label(Kind.COMPRESSED), extents),
+            (self._marks.label(ByteKind.DATA, "active state"), np.concatenate([*data, np.empty((0, 2), np.int64)])),
+            (self._marks.label(ByteKind.COMPRESSED), extents),
         ):
             if len(rows):
                 self._marks.add_many(label, *merged(rows[:, 0].astype(np.uint64), rows[:, 1].astype(np.uint64)))
@@ -76,11 +76,11 @@ class Qcow1Claims:
         """Claim the L1 table, and yield the L2 tables that begin inside the file."""
         image, header = self.image, self.image.header
         size, span, width = header.cluster_size, header.l2_span, header.l2_entries * 8
-        l2_label = self._marks.label(Kind.L2, "active state")
+        l2_label = self._marks.label(ByteKind.L2, "active state")
         past = self._marks.label(Place.ENTRIES_PAST_END, "L2 tables")
         needed, start = -(-image.disk_size // span), header.l1_table_offset
         self._marks.add(self._marks.label(Place.HEADER_SLACK), header.header_length, start)
-        self._marks.add(self._marks.label(Kind.L1, "active state"), start, start + needed * 8)
+        self._marks.add(self._marks.label(ByteKind.L1, "active state"), start, start + needed * 8)
         l1_past = self._marks.label(Place.ENTRIES_PAST_END, "L1 table")
         self._marks.add(l1_past, start + needed * 8, start + header.l1_size * 8)
         budget = Budget("bytes of L2 tables", image.file_size, image.limits)

@@ -8,7 +8,7 @@ from ..census.arrays import I64, Mask, distinct, stretches
 from ..format.source import Source
 from ..limits import KiB, MiB
 from ..reader.host_holes import host_runs
-from .spans import Tile
+from .tiling import Tile
 
 BLOCK = 4 * KiB  # zeros and other bytes of a remainder are separated by blocks of the file
 _READ = 1 * MiB  # bytes read at once

@@ -9,12 +9,12 @@ import numpy as np
 from ..census.arrays import I64
 from ..limits import ACCOUNT_REMAINDERS, ACCOUNT_ROWS
 from .labels import Label
-from .spans import Tile
+from .tiling import Tile
 
 VARIOUS = "several, joined"
 
 
-class Row(NamedTuple):
+class AccountRow(NamedTuple):
     """One row of the table: ``label`` is -1 for several that were joined, ``claims`` above 1 is an overlap."""
 
     start: int
@@ -28,13 +28,13 @@ class Row(NamedTuple):
         """Whether it is an overlap, or a remainder that is not zeros."""
         return self.claims > 1 or self.nonzero > 0
 
-    def goes_on_in(self, other: Row) -> bool:
+    def goes_on_in(self, other: AccountRow) -> bool:
         """Whether the next row is only more of this one."""
         alike = (self.label, self.claims) == (other.label, other.claims)
         return alike and (self.nonzero > 0) == (other.nonzero > 0)
 
 
-class Summary:
+class AccountSummary:
     """Takes in the tiles of one file and keeps what a report shows. ``file`` is "" for the image itself."""
 
     def __init__(self, labels: list[Label], *, file: str = "", exact: bool) -> None:
@@ -42,10 +42,10 @@ class Summary:
         self.file = file
         self.exact = exact
         self.size = 0
-        self.rows: list[Row] = []
+        self.rows: list[AccountRow] = []
         self.joined = 0  # rows that are not in the table by themselves
         self.overlapping = 0  # bytes
-        self.remainders: list[Row] = []  # not zeros
+        self.remainders: list[AccountRow] = []  # not zeros
         self.remainder_count = 0
         self._lengths = np.zeros(0, np.int64)
         self._nonzero = np.zeros(0, np.int64)
@@ -71,7 +71,7 @@ class Summary:
 
     def _join(self) -> None:
         """Join what lies between notable rows; where that is not enough, everything after the first rows."""
-        kept: list[Row] = []
+        kept: list[AccountRow] = []
         for row in self.rows:
             if kept and not row.is_notable and not kept[-1].is_notable:
                 self._absorb(kept, row)
@@ -82,10 +82,10 @@ class Summary:
             self._absorb(kept, row, most - 1)
         self.rows = kept[:most]
 
-    def _absorb(self, kept: list[Row], row: Row, place: int = -1) -> None:
+    def _absorb(self, kept: list[AccountRow], row: AccountRow, place: int = -1) -> None:
         last = kept[place]
         self.joined += 1 + (last.label >= 0)
-        kept[place] = Row(last.start, row.stop, -1, 1, max(last.nonzero, 0) + max(row.nonzero, 0))
+        kept[place] = AccountRow(last.start, row.stop, -1, 1, max(last.nonzero, 0) + max(row.nonzero, 0))
 
     @property
     def nonzero(self) -> int:
@@ -124,7 +124,7 @@ class Summary:
             shown["nonzero"] = nonzero
         return shown
 
-    def _row(self, row: Row) -> dict[str, Any]:
+    def _row(self, row: AccountRow) -> dict[str, Any]:
         shown: dict[str, Any] = {"offset": row.start, "length": row.stop - row.start}
         if row.label < 0:
             shown["what"] = VARIOUS
@@ -149,6 +149,6 @@ def _added(sums: I64, labels: I64, values: I64, count: int) -> I64:
     return found
 
 
-def _rows(tiled: Tile, places: np.ndarray) -> list[Row]:
+def _rows(tiled: Tile, places: np.ndarray) -> list[AccountRow]:
     columns = (column[places].tolist() for column in tiled)
-    return [Row(*values) for values in zip(*columns, strict=True)]
+    return [AccountRow(*values) for values in zip(*columns, strict=True)]

@@ -17,7 +17,7 @@ from ..format.entries import ALL_SUBCLUSTERS_ZERO, ZERO
 from ..format.header import padded
 from ..format.image import Image
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SNAPSHOT_KNOWN_EXTRA
-from .labels import Kind, Place
+from .labels import ByteKind, Place
 from .marks import Marks
 
 
@@ -51,7 +51,7 @@ class TableClaims:
         stops = starts + counts * 8
         for owner, chosen in (("active state", slice(0, 1)), ("snapshots", slice(1, None))):
             kept = sound[chosen]
-            label = self.marks.label(Kind.L1, owner)
+            label = self.marks.label(ByteKind.L1, owner)
             rows = np.column_stack((starts[chosen], meant[chosen], stops[chosen]))[kept]
             if len(rows):
                 rows = distinct_rows(rows)  # a table that several entries name is one
@@ -85,7 +85,7 @@ class TableClaims:
         if self._left_by_savevm(named.part(inside).part(past_disk)):
             stops[past_disk] = starts[past_disk] + self.size
         for owner, chosen in (("active state", active), ("snapshots", ~active)):
-            self.marks.add_many(self.marks.label(Kind.L2, owner), starts[chosen], stops[chosen])
+            self.marks.add_many(self.marks.label(ByteKind.L2, owner), starts[chosen], stops[chosen])
             past = self.marks.label(Place.ENTRIES_PAST_END, f"L2 tables, {owner}")
             self.marks.add_many(past, stops[chosen], starts[chosen] + self.size)
 
@@ -113,19 +113,19 @@ class TableClaims:
     def _refcounts(self) -> None:
         stored = self.census.refcounts
         start = self.image.header.refcount_table_offset
-        self.marks.add(self.marks.label(Kind.REFCOUNT_TABLE), start, start + len(stored.table) * 8)
+        self.marks.add(self.marks.label(ByteKind.REFCOUNT_TABLE), start, start + len(stored.table) * 8)
         slots = np.flatnonzero((stored.offsets != 0) & ~stored.unreadable)
         blocks = stored.offsets[slots].astype(np.int64)
         counted = np.clip(self.census.clusters - slots * stored.per_block, 0, stored.per_block)
         stops = blocks + -(-counted * stored.bits // 8)
         blocks, first = np.unique(blocks, return_index=True)  # by rising slot: the first counts most
-        self.marks.add_many(self.marks.label(Kind.REFCOUNT_BLOCK), blocks, stops[first])
+        self.marks.add_many(self.marks.label(ByteKind.REFCOUNT_BLOCK), blocks, stops[first])
         self.marks.add_many(self.marks.label(Place.REFCOUNTS_PAST_END), stops[first], blocks + self.size)
 
     # --- snapshots and bitmaps -------------------------------------------------------------------
 
     def _snapshot_table(self) -> None:
-        label, names = self.marks.label(Kind.SNAPSHOT_TABLE), "snapshot table"
+        label, names = self.marks.label(ByteKind.SNAPSHOT_TABLE), "snapshot table"
         padding = self.marks.label(Place.TABLE_PADDING, names)
         extra = self.marks.label(Place.UNKNOWN_EXTRA, names)
         unused = self.marks.label(Place.UNUSED_FIELD, "vm_state_size")
@@ -152,8 +152,8 @@ class TableClaims:
         layout, image = self.census.layout, self.image
         if layout.bitmap_directory is None:
             return
-        directory, names = self.marks.label(Kind.BITMAP_DIRECTORY), "bitmap directory"
-        tables = self.marks.label(Kind.BITMAP_TABLE)
+        directory, names = self.marks.label(ByteKind.BITMAP_DIRECTORY), "bitmap directory"
+        tables = self.marks.label(ByteKind.BITMAP_TABLE)
         past = self.marks.label(Place.ENTRIES_PAST_END, "bitmap tables")
         wanted: list[tuple[int, int, int]] = []  # offset of the table, entries that mean something, bytes of bits
         for entry in image.bitmaps:
@@ -178,7 +178,7 @@ class TableClaims:
 
     def _bits(self, wanted: list[tuple[int, int, int]]) -> None:
         """Claim the bits of bitmaps that have a place on the disk."""
-        label, past = self.marks.label(Kind.BITMAP_DATA), self.marks.label(Place.BITS_PAST_END)
+        label, past = self.marks.label(ByteKind.BITMAP_DATA), self.marks.label(Place.BITS_PAST_END)
         offsets, counts = [one[0] for one in wanted], [one[1] for one in wanted]
         needed = np.asarray([one[2] for one in wanted], np.int64)
         found: list[U64] = []

@@ -10,7 +10,7 @@ from ..account.account import Account
 from ..account.labels import KEY_MATERIAL, Label, Place
 from ..account.shown import ShownBytes
 from ..account.streams import Decoded
-from ..account.summary import Summary
+from ..account.summary import AccountSummary
 from ..errors import Qcow2Error, Unsupported, reason
 from ..findings import Severity
 from ..residue.accounted import cut_streams, kind_of, pieces_of
@@ -30,7 +30,7 @@ class Accounted(NamedTuple):
     """The account of the image, what it adds up to, and the remainders that this chapter reports, by their kind."""
 
     account: Account
-    summary: Summary
+    summary: AccountSummary
     groups: dict[str, Group]
 
 
@@ -40,7 +40,7 @@ def accounted(facts: Facts) -> Accounted:
     census = facts.census if facts.has_census and facts.census_error is None else None
     decoded = _decoded(facts) if deep and census is not None else None
     account = Account(facts.image, census, decoded, read=deep)
-    summary, groups = Summary(account.labels, exact=account.is_exact), defaultdict[str, Group](Group)
+    summary, groups = AccountSummary(account.labels, exact=account.is_exact), defaultdict[str, Group](Group)
     for tiled in account.tiles():
         summary.add(tiled)
         if deep:
@@ -85,7 +85,7 @@ def _data_file(facts: Facts) -> Iterator[dict[str, Any]]:
             if data is None:
                 return
             account = DataFileAccount(facts.image, data)
-            summary = Summary(account.labels, file="data", exact=True)
+            summary = AccountSummary(account.labels, file="data", exact=True)
             for tiled in account.tiles():
                 summary.add(tiled)
             yield summary.to_dict()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.header import Header
+from ..format.header_rules import Problem
 from ..format.image import Image
-from ..format.rules import Problem
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import DEFAULT_LIMITS, REPORTED_CHARACTERS, Limits
 from ..reader.resolver import Resolver

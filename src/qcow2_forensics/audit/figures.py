@@ -203,15 +203,15 @@ def lineage(facts: Facts) -> dict[str, Any]:
     if facts.image.backing_name:
         nodes.append({"kind": "backing", "name": facts.image.backing_name, "note": "backing file", "parent": None})
     root = 0 if nodes else None
-    states: list[live_mappings.State] = []
+    states: list[live_mappings.StateTable] = []
     history = _history(facts)
     for entry, note in history[-_STATES:]:
         kind = "deleted" if entry.index < 0 else "snapshot"
         ident, name = shortened(entry.id), shortened(entry.name)
         nodes.append({"kind": kind, "id": ident, "name": name, "date": _shown_date(entry), "note": note})
-        states.append(live_mappings.State(entry, entry.l1_table_offset, entry.l1_size))
+        states.append(live_mappings.StateTable(entry, entry.l1_table_offset, entry.l1_size))
     nodes.append({"kind": "active", "name": "active state", "note": ""})
-    states.append(live_mappings.State(None, facts.header.l1_table_offset, facts.header.l1_size))
+    states.append(live_mappings.StateTable(None, facts.header.l1_table_offset, facts.header.l1_size))
     first = len(nodes) - len(states)
     for number, parent in enumerate(_parents(facts, states)):
         nodes[first + number]["parent"] = root if parent is None else first + parent
@@ -234,7 +234,7 @@ def _note(entry: SnapshotEntry) -> str:
     return f"VM state of {entry.vm_state_size / MiB:.1f} MiB" if entry.vm_state_size else ""
 
 
-def _parents(facts: Facts, states: list[live_mappings.State]) -> list[int | None]:
+def _parents(facts: Facts, states: list[live_mappings.StateTable]) -> list[int | None]:
     """Return for each state the earlier one with most clusters at the same places, None for none."""
     compared = states[-STATES_COMPARED:]
     skipped = len(states) - len(compared)

@@ -15,8 +15,8 @@ from ..errors import Qcow2Error
 from ..findings import Evidence
 from ..format.codecs import Codec
 from ..format.header import Header
+from ..format.header_rules import header_problems
 from ..format.image import Image
-from ..format.rules import header_problems
 from ..residue.structure_detection import Geometry, l2_rows
 from .facts import Facts
 

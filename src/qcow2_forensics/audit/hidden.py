@@ -101,7 +101,7 @@ def _in_a_snapshot(facts: Facts, piece: Piece) -> bool:
     for snapshot in facts.image.snapshots:
         if snapshot.disk_size is None or snapshot.disk_size < piece.guest_offset + piece.length:
             continue
-        state = live_mappings.State(snapshot, snapshot.l1_table_offset, snapshot.l1_size)
+        state = live_mappings.StateTable(snapshot, snapshot.l1_table_offset, snapshot.l1_size)
         entry = live_mappings.l2_entry(facts.image, state, cluster)
         if int(entry.hosts[0]) == host and not entry.zero_flags[0]:
             return True

@@ -7,7 +7,7 @@ from functools import partial
 
 from ..errors import Qcow2Error
 from ..findings import Evidence, Severity
-from ..format.rules import MAX_DISK_BYTES
+from ..format.header_rules import MAX_DISK_BYTES
 from ..format.source import BytesSource
 from ..limits import MiB
 from ..reader.disk import Disk

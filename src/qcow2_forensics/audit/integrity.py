@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..census import GUEST_DATA, METADATA
 from ..census.issues import Item
-from ..findings import Evidence, Selection, Severity
+from ..findings import BoundedSample, Evidence, Severity
 from ..format.header import Incompatible
 from .entry_evidence import (
     describe_value,
@@ -139,7 +139,7 @@ def check_leaks(facts: Facts) -> Iterator[OneFinding]:
     if not leaks:
         return
     found = [Evidence("leaks", leaks)]
-    runs: Selection[tuple[int, int]] = Selection()
+    runs: BoundedSample[tuple[int, int]] = BoundedSample()
     for run in census.leaked():
         runs.add(run, run[0])
     for offset, length in runs.items:

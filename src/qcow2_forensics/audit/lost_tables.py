@@ -19,7 +19,7 @@ import numpy as np
 from ..census import Tables
 from ..census.arrays import I64, U64, Mask
 from ..census.columns import big_endian
-from ..findings import Evidence, Selection, Severity
+from ..findings import BoundedSample, Evidence, Severity
 from ..limits import LEAKED_TABLES_SEARCHED
 from ..reader.host_holes import host_runs
 from ..residue import content
@@ -69,7 +69,7 @@ def l2_table_lost(facts: Facts) -> Iterator[OneFinding]:
     if not leaks and not any(census.issues[kind].count for kind in _SYMPTOMS):
         return
     leaked = _Leaked(facts)
-    found: Selection[_Lost] = Selection()
+    found: BoundedSample[_Lost] = BoundedSample()
     is_extended = facts.header.extended_l2
     misread = 0  # tables that are sound with entries of the other kind
     for batch in census.tables():
@@ -211,7 +211,7 @@ def l1_table_lost(facts: Facts) -> Iterator[OneFinding]:
         return
     if bool((census.named.active > 0).any()):
         return
-    found: Selection[int] = Selection()
+    found: BoundedSample[int] = BoundedSample()
     for offset in _leaked_tables(facts):
         found.add(offset, offset)
     if found.count:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..census import GUEST_DATA, METADATA, Owner, structure_of
 from ..census.arrays import ranges
-from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
+from ..findings import EVIDENCE_LIMIT, BoundedSample, Evidence, Severity
 from ..format.entries import end_of_data, is_compressed, stored_extent
 from .applied_vm_state import applied_vm_state
 from .entry_evidence import entry_evidence, item_evidence, referrer_evidence, snapshot_id
@@ -50,7 +50,7 @@ def data_over_metadata(facts: Facts) -> Iterator[OneFinding]:
 
 def _clusters_owned_by(facts: Facts, *masks: int) -> tuple[list[int], int]:
     """Return host clusters that have an owner in each mask, spread over the file, and how many there are."""
-    found: Selection[int] = Selection()
+    found: BoundedSample[int] = BoundedSample()
     count = 0
     for starts, stops, owners in facts.census.owner_runs():
         chosen = np.ones(len(owners), dtype=np.bool_)

@@ -9,7 +9,7 @@ import numpy as np
 from ..census import IndexMap, Tables
 from ..census.arrays import Places, distinct
 from ..census.issues import Item
-from ..findings import Evidence, Selection, Severity
+from ..findings import BoundedSample, Evidence, Severity
 from ..format.header import SECTOR
 from ..format.image import Image
 from ..limits import ENCRYPTED_SAMPLES, KiB
@@ -73,7 +73,7 @@ def plaintext_content(facts: Facts) -> Iterator[Evidence]:
     if not facts.header.crypt_method or facts.header.external_data or facts.cluster_size < _SAMPLE:
         return
     hosts = facts.census.seen(StoredClusters).offsets()
-    found: Selection[tuple[int, float]] = Selection()
+    found: BoundedSample[tuple[int, float]] = BoundedSample()
     chosen = evenly(hosts[hosts + _SAMPLE <= facts.image.file_size], ENCRYPTED_SAMPLES)
     for first in range(0, len(chosen), _BATCH):
         batch = chosen[first : first + _BATCH]

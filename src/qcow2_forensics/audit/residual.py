@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..findings import EVIDENCE_LIMIT, Evidence, Selection, Severity
+from ..findings import EVIDENCE_LIMIT, BoundedSample, Evidence, Severity
 from ..format.bitmap_directory import BitmapEntry
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import DELETED_SNAPSHOTS_FOLLOWED, RESIDUE_RANGES_DRAWN
@@ -35,8 +35,8 @@ class Group:
     """
 
     def __init__(self) -> None:
-        self._telling: Selection[Piece] = Selection()
-        self._others: Selection[Piece] = Selection()
+        self._telling: BoundedSample[Piece] = BoundedSample()
+        self._others: BoundedSample[Piece] = BoundedSample()
         self.nonzero = 0
 
     @property
@@ -73,7 +73,7 @@ class Group:
             mine.count += theirs.count - len(theirs.items)
         self.nonzero += other.nonzero
 
-    def _selection(self, piece: Piece) -> Selection[Piece]:
+    def _selection(self, piece: Piece) -> BoundedSample[Piece]:
         return self._telling if is_telling(piece) else self._others
 
 
@@ -252,7 +252,7 @@ rule(
 def residual_snapshot_entry(facts: Facts) -> Iterator[OneFinding]:
     found = survey_of(facts).deleted
     if found:
-        listed: Selection[SnapshotEntry] = Selection()
+        listed: BoundedSample[SnapshotEntry] = BoundedSample()
         for item in sorted(found, key=lambda item: not item.l1_intact):  # those that lead to tables first
             listed.add(item.entry, item.entry.l1_table_offset)
         yield OneFinding(map(_entry_evidence, listed.items), count=len(found))

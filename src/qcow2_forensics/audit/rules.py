@@ -29,7 +29,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from ..errors import Qcow2Error
-from ..findings import EVIDENCE_LIMIT, Evidence, Finding, Selection, Severity, place_of
+from ..findings import EVIDENCE_LIMIT, BoundedSample, Evidence, Finding, Severity, place_of
 from ..limits import FINDINGS_PER_RULE
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ _NOTHING = Outcome([], 0, None)  # what most rules give
 def apply(entry: Rule, facts: Facts) -> Outcome:
     """Run one rule; of too many findings the worst are kept, of evidence a selection spread over structures."""
     findings: defaultdict[Severity, list[Finding]] = defaultdict(list)
-    kept: Selection[Evidence | Deferred] = Selection()
+    kept: BoundedSample[Evidence | Deferred] = BoundedSample()
     failure: Qcow2Error | OSError | None = None
     total = 0
     try:
@@ -237,7 +237,7 @@ def _finding(entry: Rule, item: OneFinding, cluster_size: int) -> Finding:
     evidence = tuple(islice(rest, EVIDENCE_LIMIT + 1))
     count = len(evidence)
     if count > EVIDENCE_LIMIT:
-        kept: Selection[Evidence] = Selection()
+        kept: BoundedSample[Evidence] = BoundedSample()
         for one in chain(evidence, rest):
             kept.add(one, place_of(one, cluster_size))
         evidence, count = kept.items, kept.count

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..errors import Qcow2Error, reason
+from ..format.header_rules import INT64_MAX
 from ..format.image import Image
-from ..format.rules import INT64_MAX
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import FINDINGS_PER_RULE, Budget, MiB
 from ..reader.disk import Disk

@@ -19,14 +19,14 @@ from ..format.header import QCOW1_HEADER_LENGTH, V2_HEADER_LENGTH, V3_HEADER_LEN
 from .facts import Facts
 
 
-class Layout(NamedTuple):
+class WriterLayout(NamedTuple):
     """A writer, and the header field whose value shows it."""
 
     writer: str
     field: str
 
 
-def layout(facts: Facts) -> Layout | None:
+def layout(facts: Facts) -> WriterLayout | None:
     """Return the writer whose layout an image has, None where it is that of none."""
     version = facts.header.version
     if version == 1:
@@ -74,19 +74,19 @@ def _first_two(facts: Facts, offset: int, count: int) -> tuple[int, int]:
     return next(found, 0), next(found, 0)
 
 
-def _version1(facts: Facts) -> Layout | None:
+def _version1(facts: Facts) -> WriterLayout | None:
     header = facts.header
     has_name = header.backing_file_offset == QCOW1_HEADER_LENGTH
     behind_name = QCOW1_HEADER_LENGTH + (header.backing_file_size if has_name else 0)
     bits = header.cluster_bits, header.l2_bits
     if header.l1_table_offset == padded(behind_name) and bits in ((12, 9), (9, 12)):
-        return Layout("QEMU's QCOW version 1 writer", "l1_table_offset")
+        return WriterLayout("QEMU's QCOW version 1 writer", "l1_table_offset")
     if header.l1_table_offset == header.cluster_size and bits == (12, 9):
-        return Layout("FreeBSD's mkimg (version 1)", "l1_table_offset")
+        return WriterLayout("FreeBSD's mkimg (version 1)", "l1_table_offset")
     return None
 
 
-def _refcounts_first(facts: Facts, tables: _Tables) -> Layout | None:
+def _refcounts_first(facts: Facts, tables: _Tables) -> WriterLayout | None:
     # QEMU itself wrote bytes of version 3 after the header of version 2 for years.
     is_bare = facts.header.version == 2 and not any(facts.read(V2_HEADER_LENGTH, 4096 - V2_HEADER_LENGTH))
     if not is_bare:
@@ -95,22 +95,22 @@ def _refcounts_first(facts: Facts, tables: _Tables) -> Layout | None:
         writer = "Xen Orchestra's streaming writer"
     else:
         writer = "QEMU or Xen Orchestra's streaming writer"
-    return Layout(writer, "refcount_table_offset")
+    return WriterLayout(writer, "refcount_table_offset")
 
 
-def _l1_first(facts: Facts, tables: _Tables) -> Layout | None:
+def _l1_first(facts: Facts, tables: _Tables) -> WriterLayout | None:
     if tables.first_block == tables.behind_refcount_table:
-        return Layout("QEMU before 1.1", "l1_table_offset")
+        return WriterLayout("QEMU before 1.1", "l1_table_offset")
     if tables.first_l2 == tables.behind_refcount_table and facts.header.cluster_bits == 16:
-        return Layout("FreeBSD's mkimg (version 2)", "l1_table_offset")
+        return WriterLayout("FreeBSD's mkimg (version 2)", "l1_table_offset")
     if tables.first_l2 == tables.behind_refcount_table + tables.size:
-        return Layout("e2image of e2fsprogs", "l1_table_offset")
+        return WriterLayout("e2image of e2fsprogs", "l1_table_offset")
     return None
 
 
-def _version3(facts: Facts) -> Layout | None:
+def _version3(facts: Facts) -> WriterLayout | None:
     if facts.header.header_length == V3_HEADER_LENGTH and not facts.image.extensions:
-        return Layout("the crosvm family (crosvm, Cloud Hypervisor)", "l1_table_offset")
+        return WriterLayout("the crosvm family (crosvm, Cloud Hypervisor)", "l1_table_offset")
     return None
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..format.image import Image
 from .arrays import I64, U64, Mask
-from .checked_metadata import Layout, Reason
+from .checked_metadata import MetadataLayout, Reason
 from .claims import Claims
 from .index_map import IndexMap, Values
 from .issues import Issues, Item
@@ -46,7 +46,7 @@ class Census:
         self,
         image: Image,
         claims: Claims,
-        layout: Layout,
+        layout: MetadataLayout,
         named: L2Tables,
         walked: L2Tables,
         structures: list[Structures],

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from ..format.bitmap_directory import BitmapFlag, read_bitmap_directory
 from ..format.extensions import BITMAPS_EXTENSION, ExtensionType, parse_bitmaps_extension
 from ..format.header import Crypt, padded
+from ..format.header_rules import DISK, INT64_MAX, REFCOUNTS
 from ..format.image import Image
-from ..format.rules import DISK, INT64_MAX, REFCOUNTS
 from ..format.snapshot_table import SNAPSHOT_ENTRY_LENGTH, SnapshotEntry, Window, parse_snapshot_head
 
 
@@ -51,7 +51,7 @@ class BitmapPlace(NamedTuple):
 
 
 @dataclass
-class Layout:
+class MetadataLayout:
     """Where all metadata but the L2 tables is."""
 
     snapshots: list[SnapshotEntry | SnapshotL1] = field(default_factory=list)
@@ -67,9 +67,9 @@ class Layout:
 _TOLERATED = frozenset({"refcount_table_clusters"})
 
 
-def read_layout(image: Image) -> Layout:
+def read_layout(image: Image) -> MetadataLayout:
     """Return where the metadata is, and what would stop QEMU's check."""
-    layout = Layout()
+    layout = MetadataLayout()
     for problem in image.header_problems:
         tolerated = problem.field in _TOLERATED and not problem.value
         if problem.blocks & {DISK, REFCOUNTS} and not tolerated:
@@ -82,7 +82,7 @@ def read_layout(image: Image) -> Layout:
     return layout
 
 
-def _snapshots(image: Image, layout: Layout) -> None:
+def _snapshots(image: Image, layout: MetadataLayout) -> None:
     header, limits = image.header, image.limits
     start = header.snapshots_offset
     if header.nb_snapshots > limits.snapshots:
@@ -118,7 +118,7 @@ def _snapshots(image: Image, layout: Layout) -> None:
     layout.snapshot_table_length = at - start
 
 
-def _bitmaps(image: Image, layout: Layout) -> None:
+def _bitmaps(image: Image, layout: MetadataLayout) -> None:
     extension = image.extension(ExtensionType.BITMAPS)
     if extension is None:
         return

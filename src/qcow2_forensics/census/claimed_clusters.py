@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..format.header_rules import INT64_MAX
 from ..format.image import Image
-from ..format.rules import INT64_MAX
 from ..limits import L1_ENTRIES
 from .arrays import U64, merged
-from .checked_metadata import Layout
+from .checked_metadata import MetadataLayout
 from .index_map import IndexMap
 from .refcounts import StoredRefcounts
 from .walk import L1Chunk, L2TableCollector, L2Tables, batches, l1_chunks, walkable
@@ -26,7 +26,9 @@ _ROWS = 1 << 20  # runs gathered before they are merged
 Runs = tuple[U64, U64]
 
 
-def index_map_for(image: Image, layout: Layout, refcounts: StoredRefcounts, length: int, clusters: int) -> IndexMap:
+def index_map_for(
+    image: Image, layout: MetadataLayout, refcounts: StoredRefcounts, length: int, clusters: int
+) -> IndexMap:
     """Return the indices for a census of a file of ``length`` bytes, in whole sectors."""
     if clusters <= _ALWAYS:
         return IndexMap(clusters)
@@ -38,7 +40,7 @@ def index_map_for(image: Image, layout: Layout, refcounts: StoredRefcounts, leng
     return IndexMap(clusters, runs) if gathered.room >= 0 else IndexMap(clusters)
 
 
-def _claims(image: Image, layout: Layout, refcounts: StoredRefcounts, length: int) -> Iterator[Runs]:
+def _claims(image: Image, layout: MetadataLayout, refcounts: StoredRefcounts, length: int) -> Iterator[Runs]:
     """Yield the first and last clusters of whatever the census may count, and of some it will not."""
     header = image.header
     size, bits = np.uint64(header.cluster_size), np.uint64(header.cluster_bits)

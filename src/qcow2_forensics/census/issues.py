@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..findings import EVIDENCE_LIMIT, Selection
+from ..findings import EVIDENCE_LIMIT, BoundedSample
 from ..limits import ISSUES_PER_BATCH
 from .arrays import Places, run_starts
 
@@ -58,12 +58,12 @@ class Issues:
 
     def __init__(self, cluster_bits: int) -> None:
         self._cluster_bits = cluster_bits
-        self._found: dict[str, Selection[Item]] = {}
+        self._found: dict[str, BoundedSample[Item]] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, kind: str, items: Iterable[Item], count: int | None = None) -> None:
         """Note items of a kind; ``count`` when there are more than the iterable gives."""
-        kept = self._found.setdefault(kind, Selection())
+        kept = self._found.setdefault(kind, BoundedSample())
         seen = 0
         for item in items if count is None else islice(items, ISSUES_PER_BATCH):
             seen += 1

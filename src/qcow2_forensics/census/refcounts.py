@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from ..format.header_rules import INT64_MAX, REFCOUNTS
 from ..format.image import Image
-from ..format.rules import INT64_MAX, REFCOUNTS
 from ..reader.cache import Fifo
 from .arrays import I64, U64, Mask, run_starts, stretches
 from .columns import refcount_block_offsets

@@ -10,12 +10,12 @@ import numpy as np
 from ..errors import FormatError, LimitExceeded
 from ..format.entries import named_offset
 from ..format.header import SECTOR
+from ..format.header_rules import INT64_MAX
 from ..format.image import Image
-from ..format.rules import INT64_MAX
 from ..limits import HOST_CLUSTERS, L1_ENTRIES
 from .arrays import U64, Mask, Places, distinct, run_starts
 from .census import Census, Structures
-from .checked_metadata import BitmapPlace, Layout, Reason, read_layout
+from .checked_metadata import BitmapPlace, MetadataLayout, Reason, read_layout
 from .claimed_clusters import index_map_for
 from .claims import Claims
 from .columns import has_reserved_bitmap, has_reserved_refcount_table_bits
@@ -55,7 +55,7 @@ def take_census(image: Image, subscribers: Iterable[type[Subscriber]] = ()) -> C
 class _Survey:
     """The steps, in the order of QEMU's check."""
 
-    def __init__(self, image: Image, claims: Claims, layout: Layout, subscribers: Iterable[Subscriber]) -> None:
+    def __init__(self, image: Image, claims: Claims, layout: MetadataLayout, subscribers: Iterable[Subscriber]) -> None:
         self.image = image
         self.claims = claims
         self.layout = layout

@@ -34,7 +34,7 @@ from . import audit, diff, memory, residue, snapshots, timeline
 _NOT_WHOLE = ("QCOW2-UNREADABLE", "QCOW2-AUDIT-INCOMPLETE", "QCOW2-AUDIT-LIMITED")  # the audit did not see everything
 
 
-class Outcome(NamedTuple):
+class PartResult(NamedTuple):
     """What a part gave: exit code, files by name, what it prints about itself, and plain data for the page."""
 
     code: int
@@ -43,10 +43,10 @@ class Outcome(NamedTuple):
     facts: Mapping[str, Any] = {}
 
 
-Work = Callable[[argparse.Namespace, Path, str], Outcome]  # arguments, folder, stem of the names of files
+Work = Callable[[argparse.Namespace, Path, str], PartResult]  # arguments, folder, stem of the names of files
 
 
-class State(NamedTuple):
+class ListedState(NamedTuple):
     """A state of an image: how it is called, how it is chosen, and whether it holds memory."""
 
     label: str
@@ -54,16 +54,16 @@ class State(NamedTuple):
     has_memory: bool
 
 
-def states_of(path: str) -> tuple[list[State], list[State]]:
+def states_of(path: str) -> tuple[list[ListedState], list[ListedState]]:
     """Return the states of the disk in the order of the snapshot table, the active one last, and those with memory."""
     with Image(path) as image:
         label, spelling = labels(image.snapshots), spellings(image.snapshots)
-        taken = [State(label(entry), spelling(entry), bool(entry.vm_state_size)) for entry in image.snapshots]
+        taken = [ListedState(label(entry), spelling(entry), bool(entry.vm_state_size)) for entry in image.snapshots]
         with_memory = [state for state in taken if state.has_memory]
         if leftover_vm_state(image) is not None:
-            with_memory.append(State("leftover", "leftover", True))
-        below = [State("backing", "backing", False)] if image.backing_name is not None else []
-        return [*below, *taken, State("active", "active", False)], with_memory
+            with_memory.append(ListedState("leftover", "leftover", True))
+        below = [ListedState("backing", "backing", False)] if image.backing_name is not None else []
+        return [*below, *taken, ListedState("active", "active", False)], with_memory
 
 
 def _written(folder: Path, stem: str, contents: Mapping[str, str]) -> tuple[str, ...]:
@@ -73,17 +73,17 @@ def _written(folder: Path, stem: str, contents: Mapping[str, str]) -> tuple[str,
     return tuple(f"{stem}.{suffix}" for suffix in contents)
 
 
-def run_audit(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+def run_audit(args: argparse.Namespace, folder: Path, stem: str) -> PartResult:
     """Audit the image: a page and JSON."""
     report = audit.report_of(args, args.images[0])
     missing = audit.why_missing(report)
     if missing:
-        return Outcome(2, notes=(missing,))
+        return PartResult(2, notes=(missing,))
     contents = {"html": render(report, "html"), "json": render(without_pictures(report), "json")}
     files = _written(folder, stem, contents)
     unseen = [finding for finding in report.findings if finding.code in _NOT_WHOLE]
     notes = [*audit.left_out(report), *(_sentence(finding.title, finding.evidence) for finding in unseen)]
-    return Outcome(2 if unseen else 0, files, tuple(notes), _audit_facts(report, files[0]))
+    return PartResult(2 if unseen else 0, files, tuple(notes), _audit_facts(report, files[0]))
 
 
 def _sentence(title: str, evidence: Any) -> str:
@@ -118,15 +118,15 @@ def _audit_facts(report: Report, page: str) -> dict[str, Any]:
     }
 
 
-def run_snapshots(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+def run_snapshots(args: argparse.Namespace, folder: Path, stem: str) -> PartResult:
     """List snapshots, deleted ones, or recovered states as JSON."""
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         code = snapshots.run(args)
     text = shown.getvalue()
-    return Outcome(code, _written(folder, stem, {"json": text}), facts={"rows": json.loads(text)})
+    return PartResult(code, _written(folder, stem, {"json": text}), facts={"rows": json.loads(text)})
 
 
-def run_diff(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+def run_diff(args: argparse.Namespace, folder: Path, stem: str) -> PartResult:
     """Compare two states: a page and JSON. Where there is no file system, ranges alone."""
     notes: list[str] = []
     started = datetime.now(UTC)
@@ -142,10 +142,10 @@ def run_diff(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     files = _written(folder, stem, {"html": page, "json": json.dumps(data, indent=2) + "\n"})
     changes = Counter(item["change"] for item in data["files"]) if "files" in data else None
     facts = {"summary": data["summary"], "files": None if changes is None else dict(changes)}
-    return Outcome(result.code, files, (*notes, *result.notes), facts)
+    return PartResult(result.code, files, (*notes, *result.notes), facts)
 
 
-def run_timeline(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+def run_timeline(args: argparse.Namespace, folder: Path, stem: str) -> PartResult:
     """Gather the dated facts: a page and JSON lines."""
     started = datetime.now(UTC)
     events: list[dict[str, Any]] = []
@@ -153,26 +153,26 @@ def run_timeline(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
     code = timeline.write(args, timeline.Output(events.append, None, notes.append))
     lines = "".join(json.dumps(event) + "\n" for event in events)
     files = _written(folder, stem, {"html": timeline.as_page(args, events, notes, started), "jsonl": lines})
-    return Outcome(code, files, tuple(notes), {"events": len(events)})
+    return PartResult(code, files, tuple(notes), {"events": len(events)})
 
 
-def run_memory(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+def run_memory(args: argparse.Namespace, folder: Path, stem: str) -> PartResult:
     """Say what a memory is, as JSON."""
     facts = memory.facts_of(args)
     files = _written(folder, stem, {"json": json.dumps(facts, indent=1) + "\n"})
     notes = [f"{facts['missing_bytes']} bytes of RAM are not in the stream"] if facts["missing_bytes"] else []
-    return Outcome(0 if facts["complete"] else 2, files, tuple(notes), facts)
+    return PartResult(0 if facts["complete"] else 2, files, tuple(notes), facts)
 
 
-def run_deleted_memory(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+def run_deleted_memory(args: argparse.Namespace, folder: Path, stem: str) -> PartResult:
     """Say what the memory of a deleted snapshot is; that it is gone is an answer too."""
     try:
         return run_memory(args, folder, stem)
     except Qcow2Error as error:
-        return Outcome(0, notes=(f"it cannot be opened any more: {error}",))
+        return PartResult(0, notes=(f"it cannot be opened any more: {error}",))
 
 
-def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> PartResult:
     """Index what nothing points at, and write the pieces where that was asked for."""
     args.folder = str(folder / stem)
     summary = residue.write_folder(args)
@@ -185,21 +185,23 @@ def run_residue(args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
         "kinds": {kind: {"pieces": count, "bytes": total} for kind, (count, total) in summary.by_kind.items()},
         "deleted": list(summary.deleted),
     }
-    return Outcome(2 if summary.unseen else 0, (f"{stem}/index.csv", f"{stem}/index.json"), tuple(notes), facts)
+    return PartResult(2 if summary.unseen else 0, (f"{stem}/index.csv", f"{stem}/index.json"), tuple(notes), facts)
 
 
-def attempt(work: Work, args: argparse.Namespace, folder: Path, stem: str) -> Outcome:
+def attempt(work: Work, args: argparse.Namespace, folder: Path, stem: str) -> PartResult:
     """Run a part; what ends it early is its note and exit code 2, and the other parts still run."""
     try:
         return work(args, folder, stem)
     except Qcow2Error as error:
-        return Outcome(2, notes=(str(error),))
+        return PartResult(2, notes=(str(error),))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # nothing that follows could be written either
         name = f"{error.filename}: " if error.filename else ""
-        return Outcome(2, notes=(printable(f"{name}{error.strerror or reason(error)}"),))
+        return PartResult(2, notes=(printable(f"{name}{error.strerror or reason(error)}"),))
     except ImportError as error:
-        return Outcome(2, notes=(printable(f"a package is missing: {error}"),))
+        return PartResult(2, notes=(printable(f"a package is missing: {error}"),))
     except Exception as error:  # noqa: BLE001 - a defect in one part must not cost the others; it is reported
-        return Outcome(2, notes=(printable(f"a defect of this tool ended this part: {type(error).__name__}: {error}"),))
+        return PartResult(
+            2, notes=(printable(f"a defect of this tool ended this part: {type(error).__name__}: {error}"),)
+        )

@@ -20,7 +20,7 @@ _ENTRIES_READ = 1_000_000  # each comparison reads the snapshot table, and an im
 _MEMORIES = 50  # looked at, the latest
 
 
-class Step(NamedTuple):
+class PlannedPart(NamedTuple):
     """One part that is going to run: the command line it is, and who runs it."""
 
     kind: str
@@ -30,7 +30,7 @@ class Step(NamedTuple):
     work: parts.Work
 
 
-def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
+def plan(args: Namespace, path: str) -> tuple[list[PlannedPart], list[str]]:
     """Return the parts to run over an image, and why some are not."""
     image = _typed(path)
     folders, case = _options(args, "backing_dir"), _options(args, "case", "examiner", "note")
@@ -49,13 +49,13 @@ def plan(args: Namespace, path: str) -> tuple[list[Step], list[str]]:
     timeline = ("timeline", image, "--no-files", "--deleted", "--format", "html", *case, *disk)
     residue = ("residue", image, "residue", *(_options(args, "limit") if args.pieces else ["--index-only"]), *folders)
     steps = [
-        Step("audit", "audit", "audit", audit, parts.run_audit),
+        PlannedPart("audit", "audit", "audit", audit, parts.run_audit),
         _snapshots("snapshots", "snapshots, deleted ones included", image, "--deleted"),
         _snapshots("recovered", "recovered states", image, "--recovered", *_options(args, "virtual_size")),
         *_differences(args, image, states, [*case, *disk], unseen),
-        Step("timeline", "timeline of the image, without its files", "timeline", timeline, parts.run_timeline),
+        PlannedPart("timeline", "timeline of the image, without its files", "timeline", timeline, parts.run_timeline),
         *_memories(args, image, memories, unseen),
-        Step("residue", "residue", "residue", residue, parts.run_residue),
+        PlannedPart("residue", "residue", "residue", residue, parts.run_residue),
     ]
     return steps, unseen
 
@@ -72,13 +72,13 @@ def _locked(args: Namespace, path: str) -> Iterator[str]:
             pass  # for the parts to report
 
 
-def _snapshots(kind: str, title: str, image: str, *options: str) -> Step:
-    return Step(kind, title, kind, ("snapshots", image, *options, "--format", "json"), parts.run_snapshots)
+def _snapshots(kind: str, title: str, image: str, *options: str) -> PlannedPart:
+    return PlannedPart(kind, title, kind, ("snapshots", image, *options, "--format", "json"), parts.run_snapshots)
 
 
 def _differences(
-    args: Namespace, image: str, states: list[parts.State], options: list[str], unseen: list[str]
-) -> Iterator[Step]:
+    args: Namespace, image: str, states: list[parts.ListedState], options: list[str], unseen: list[str]
+) -> Iterator[PlannedPart]:
     """Yield what compares each state with the next."""
     with_files = len(states) > 1 and _with_files(args, unseen)
     files = ["--files"] if with_files else []
@@ -90,24 +90,28 @@ def _differences(
     for number, (before, after) in pairs[-most:]:
         choice = (f"--from={before.choice}", f"--to={after.choice}", *files)
         command = ("diff", image, *choice, "--format", "html", *options, *guest)
-        yield Step("diff", f"{before.label} → {after.label}", f"diff-{number}", command, parts.run_diff)
+        yield PlannedPart("diff", f"{before.label} → {after.label}", f"diff-{number}", command, parts.run_diff)
 
 
-def _memories(args: Namespace, image: str, memories: list[parts.State], unseen: list[str]) -> Iterator[Step]:
+def _memories(
+    args: Namespace, image: str, memories: list[parts.ListedState], unseen: list[str]
+) -> Iterator[PlannedPart]:
     """Yield what shows each memory."""
     if len(memories) > _MEMORIES:
         left = plural(len(memories) - _MEMORIES, "memory", "memories")
         unseen.append(f"{left} before the last {_MEMORIES}: qcow2-forensics memory shows one by one")
     for number, state in list(enumerate(memories, 1))[-_MEMORIES:]:
         command = _memory_command(args, image, state.choice)
-        yield Step("memory", f"memory of {state.label}", f"memory-{number}", command, parts.run_memory)
+        yield PlannedPart("memory", f"memory of {state.label}", f"memory-{number}", command, parts.run_memory)
 
 
 def _memory_command(args: Namespace, image: str, choice: str) -> tuple[str, ...]:
     return ("memory", image, f"--snapshot={choice}", "--summary", "json", *_options(args, "passphrase_file", "assume"))
 
 
-def deleted_memories(args: Namespace, path: str, rows: Iterable[Mapping[str, Any]], unseen: list[str]) -> list[Step]:
+def deleted_memories(
+    args: Namespace, path: str, rows: Iterable[Mapping[str, Any]], unseen: list[str]
+) -> list[PlannedPart]:
     """Return the parts for deleted snapshots that held memory."""
     held = [row for row in rows if row.get("deleted") and row["open_as"] and row["vm_state_size"]]
     if len(held) > _MEMORIES:
@@ -116,7 +120,7 @@ def deleted_memories(args: Namespace, path: str, rows: Iterable[Mapping[str, Any
     for number, row in enumerate(held[:_MEMORIES], 1):
         command = _memory_command(args, _typed(path), row["open_as"])
         title = f"memory of the deleted snapshot {row['name'] or row['id']}"
-        steps.append(Step("memory", title, f"memory-deleted-{number}", command, parts.run_deleted_memory))
+        steps.append(PlannedPart("memory", title, f"memory-deleted-{number}", command, parts.run_deleted_memory))
     return steps
 
 

@@ -82,7 +82,7 @@ def layout_lines(facts: Mapping[str, Any], *, zeros: bool = False) -> Iterator[s
 
 def processor_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines about :func:`processor_facts`."""
-    from ..memory.records import REGISTERS_SHOWN  # here: it brings numpy
+    from ..memory.model import REGISTERS_SHOWN  # here: it brings numpy
 
     yield f"stream: {'complete' if facts['complete'] else 'cut off'}, {size(facts['stream_bytes'])}"
     for cpu in facts["processors"][:_CPUS_SHOWN]:

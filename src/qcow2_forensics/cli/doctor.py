@@ -45,7 +45,7 @@ _SECONDS = 120  # for one framework
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PlugIn:
     """The plug-in in one framework. ``version`` is None where the framework is not installed."""
 
     framework: str
@@ -76,7 +76,7 @@ class Diagnosis:
     hook: str  # "running", "off" or "missing"
     hook_file: str
     plugin_folder: str
-    frameworks: tuple[Part, ...]
+    frameworks: tuple[PlugIn, ...]
     libraries: tuple[Library, ...]
 
     @property
@@ -135,9 +135,9 @@ def _hook() -> tuple[str, str, str]:
     return state, str(module.__file__), str(module.plugin_folder())
 
 
-def _examine(framework: str, name: str, extra: str, ask: Callable[[str], str], sample: str, otherwise: str) -> Part:
+def _examine(framework: str, name: str, extra: str, ask: Callable[[str], str], sample: str, otherwise: str) -> PlugIn:
     if not _is_there(name):
-        return Part(framework, None, False, "", "not installed", f"pip install 'qcow2-forensics[{extra}]'")
+        return PlugIn(framework, None, False, "", "not installed", f"pip install 'qcow2-forensics[{extra}]'")
     version = _version(name) or "unknown version"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
@@ -145,8 +145,8 @@ def _examine(framework: str, name: str, extra: str, ask: Callable[[str], str], s
             where = ask(sample)
         except Exception as error:  # noqa: BLE001 - whatever a framework or the plug-in raises is the diagnosis
             why = str(error) if isinstance(error, _Inactive) else f"{type(error).__name__}: {error}"
-            return Part(framework, version, False, "", _seen(why, caught), _advice(otherwise))
-    return Part(framework, version, True, where, "", "")
+            return PlugIn(framework, version, False, "", _seen(why, caught), _advice(otherwise))
+    return PlugIn(framework, version, True, where, "", "")
 
 
 def _is_there(name: str) -> bool:

@@ -29,7 +29,7 @@ from ..reader.writer import whole_folder
 from ..text import cut, plural, printable
 from . import _examine_parts as parts
 from . import add_images_argument, complain
-from ._examine_plan import PAIRS, Step, deleted_memories, left_out, plan
+from ._examine_plan import PAIRS, PlannedPart, deleted_memories, left_out, plan
 from ._messages import Messages
 from .audit import add_fail_on_argument
 from .case import add_case_arguments, command_of, run_of
@@ -216,7 +216,7 @@ def _why(notes: Sequence[str]) -> str:
     return (f"{shown}; and {plural(more, 'more note')}" if more > 0 else shown) or "it ended with exit code 2"
 
 
-def _run(step: Step, asked: Sequence[bytes], folder: Path) -> dict[str, Any]:
+def _run(step: PlannedPart, asked: Sequence[bytes], folder: Path) -> dict[str, Any]:
     """Run one part and return what is known of it."""
     from . import build_parser
 

@@ -17,8 +17,8 @@ from .options import add_disk_arguments, open_from, open_with, passphrases_of, r
 
 if TYPE_CHECKING:
     from ..findings import Report
-    from ..mount.files import Content
     from ..mount.folder import ImageFolder
+    from ..mount.served_files import FileContent
     from ..recovery import RecoveredState
 
 HELP = "show every state as a read-only raw file in a folder (FUSE)"
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve the images until they are unmounted; 2 when a state of them could not be served."""
-    from ..mount.files import UniqueNames, safe_name
     from ..mount.filesystem import need_fuse, serve
+    from ..mount.served_files import UniqueNames, safe_name
 
     need_fuse()
     point = Path(args.folder).absolute()
@@ -93,9 +93,9 @@ def _open(args: argparse.Namespace, path: str) -> ImageFolder:
         opened.adopt_keys(keys)
         return opened
 
-    def memory(selector: SnapshotName) -> Content:
+    def memory(selector: SnapshotName) -> FileContent:
         from ..memory import open_guest_memory
-        from ..mount.files import MemoryContent
+        from ..mount.served_files import MemoryContent
 
         return MemoryContent(open_guest_memory(path, selector, passphrases_of(here), assume=dict(args.assume)))
 

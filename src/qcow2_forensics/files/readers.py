@@ -15,15 +15,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from ..format.lvm import Segment
+from ..format.lvm import PositionalReader, Segment
 from .records import Span
 
 
-class Reader(Protocol):
-    """Positional bytes of one volume."""
-
-    @property
-    def size(self) -> int: ...
+class Reader(PositionalReader, Protocol):
+    """Positional bytes of one volume, and what could not be read of its disk."""
 
     @property
     def errors(self) -> list[str]:
@@ -33,10 +30,6 @@ class Reader(Protocol):
     @property
     def unreadable(self) -> list[tuple[int, int]]:
         """Ranges (offset, length) of the disk that were read as zeros."""
-        ...
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes, fewer only at the end; raises ``Qcow2Error`` or ``OSError``."""
         ...
 
     def place(self, offset: int, length: int) -> Iterator[Span]:

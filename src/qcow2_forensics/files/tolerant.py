@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..errors import Qcow2Error
 from ..limits import READ_ERRORS_KEPT, UNREADABLE_RANGES_KEPT
-from ..reader.layers import Layer
+from ..reader.chain_layers import Layer
 from ..reader.salvage import Missing, read_with_zeros
 from .records import Span
 

@@ -15,7 +15,7 @@ from ..limits import Limits
 from ..text import decoded
 from .extensions import BITMAPS_EXTENSION, Extension, ExtensionType, Metadata, parse_bitmaps_extension
 from .header import SECTOR, Header, padded
-from .rules import BITMAPS, Problem
+from .header_rules import BITMAPS, Problem
 
 _ONLY_BITMAPS = frozenset({BITMAPS})  # one for all: there may be 65,535 problems
 _BITMAP = struct.Struct(">QIIBBHI")

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from ..limits import Limits
 from .header import Crypt, Header, padded
-from .rules import BITMAPS, DISK, EXTENSIONS, Problem
+from .header_rules import BITMAPS, DISK, EXTENSIONS, Problem
 
 _MAX_FORMAT_NAME = 15  # bytes, what QEMU accepts
 

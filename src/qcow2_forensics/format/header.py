@@ -1,7 +1,7 @@
 """The header: its fields, feature bits and the values they may have ("Header").
 
 Everything on disk is big-endian. Parsing never refuses: which values are acceptable is for
-:mod:`.rules` to say.
+:mod:`.header_rules` to say.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from .bitmap_directory import BitmapEntry, read_bitmap_directory
 from .entries import parse_entries
 from .extensions import CRYPTO_EXTENSION, Extension, ExtensionType, read_extensions
 from .header import MAGIC, SECTOR, Autoclear, Crypt, FeatureName, Header, parse_feature_names, parse_header
+from .header_rules import BACKING, BACKING_NAME, BITMAPS, DISK, EXTENSIONS, SNAPSHOTS, Problem, header_problems
 from .other_files import described
-from .rules import BACKING, BACKING_NAME, BITMAPS, DISK, EXTENSIONS, SNAPSHOTS, Problem, header_problems
 from .snapshot_table import SnapshotEntry, read_snapshot_table
 from .source import ClosedOnError, Closing, PathOrSource, Source, as_source, close_source, source_name
 

@@ -36,7 +36,7 @@ Value: TypeAlias = "str | int | list[str | int] | dict[str, Value]"
 Section: TypeAlias = "dict[str, Value]"
 
 
-class Reader(Protocol):
+class PositionalReader(Protocol):
     """Positional bytes of one volume."""
 
     @property
@@ -92,7 +92,7 @@ class Texts:
         self._parsed = Budget.up_to("bytes of different LVM metadata", LVM_TEXT_BYTES)
         self._sections = {} if sections is None else sections
 
-    def read(self, reader: Reader, offset: int, length: int) -> bytes:
+    def read(self, reader: PositionalReader, offset: int, length: int) -> bytes:
         """Return bytes of a text; raises :class:`LimitExceeded` where texts are read again and again."""
         self._read.spend(length)
         return reader.read(offset, length)
@@ -117,7 +117,7 @@ def _label_at(head: bytes) -> int | None:
     return None
 
 
-def physical_volume(reader: Reader, known: Texts | None = None) -> PhysicalVolume | None:
+def physical_volume(reader: PositionalReader, known: Texts | None = None) -> PhysicalVolume | None:
     """Return the physical volume in a volume, None when there is none; ``known`` are the texts of its disk so far.
 
     Raises :class:`LvmError`, and :class:`LimitExceeded` where the disk has more metadata than any group.
@@ -156,7 +156,7 @@ def _metadata_areas(header: bytes) -> Iterator[tuple[int, int]]:
             yield offset, size
 
 
-def _texts(reader: Reader, area: int, area_size: int, known: Texts) -> Iterator[Section]:
+def _texts(reader: PositionalReader, area: int, area_size: int, known: Texts) -> Iterator[Section]:
     header = reader.read(area, _MDA_HEADER) if area + _MDA_HEADER <= reader.size else b""
     if len(header) < _MDA_HEADER or header[4:20] != _MDA_MAGIC:
         raise LvmError(f"its metadata area at {area:#x} has no LVM2 header")

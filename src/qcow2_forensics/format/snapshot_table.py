@@ -13,7 +13,7 @@ from ..limits import KiB, Limits
 from ..text import decoded
 from .extensions import Metadata
 from .header import Header, padded
-from .rules import INT64_MAX, SNAPSHOTS, Problem, snapshot_part
+from .header_rules import INT64_MAX, SNAPSHOTS, Problem, snapshot_part
 
 _CHUNK = 256 * KiB
 _SNAPSHOT = struct.Struct(">QIHHIIQII")

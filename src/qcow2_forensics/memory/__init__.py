@@ -31,7 +31,7 @@ from .guest_memory import GuestMemory
 from .kernel import Kernel, find_kernel, uses_five_levels
 from .kernel_place import SYMBOLS as KERNEL_SYMBOLS
 from .kernel_place import LinuxPlace, place_linux
-from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
+from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 from .sections import MAGIC
 from .shared_scan import Finder, Match, pattern_finder, scan_memories
 

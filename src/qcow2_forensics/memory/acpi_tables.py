@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from ..limits import ACPI_BYTES, PCI_WINDOWS, SRAT_CANDIDATES, SRAT_RANGES, GiB
-from .records import Block
+from .model import Block
 
 _TABLES: Final = "/rom@etc/acpi/tables"
 _QWORD_MEMORY = re.compile(rb"\x8a\x2b\x00\x00", re.DOTALL)  # QWord address space descriptor, 43 bytes, of memory

@@ -10,30 +10,30 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .model import Region
 from .page_index import RunIndex, column
-from .records import Region
 
 
-class Spans(NamedTuple):
+class AddressRanges(NamedTuple):
     """Ranges that are sorted, apart from each other and never empty, as two columns."""
 
     starts: array[int]
     ends: array[int]
 
 
-def recorded(regions: Sequence[Region], index: Mapping[str, RunIndex], page_size: int) -> Spans:
+def recorded(regions: Sequence[Region], index: Mapping[str, RunIndex], page_size: int) -> AddressRanges:
     """Return where the stream holds guest memory."""
     return _spans(regions, index, page_size, zero=False, minimum=1)
 
 
-def zeros(regions: Sequence[Region], index: Mapping[str, RunIndex], page_size: int, minimum: int) -> Spans:
+def zeros(regions: Sequence[Region], index: Mapping[str, RunIndex], page_size: int, minimum: int) -> AddressRanges:
     """Return where the stream holds runs of zero pages of at least ``minimum`` bytes."""
     return _spans(regions, index, page_size, zero=True, minimum=minimum)
 
 
 def _spans(
     regions: Sequence[Region], index: Mapping[str, RunIndex], page_size: int, *, zero: bool, minimum: int
-) -> Spans:
+) -> AddressRanges:
     starts: list[npt.NDArray[np.int64]] = []
     ends: list[npt.NDArray[np.int64]] = []
     for region in regions:
@@ -56,10 +56,10 @@ def _spans(
         low, high = low[begins], high[np.concatenate((begins[1:], [True]))]
         long = high - low >= minimum
         low, high = low[long], high[long]
-    return Spans(column(low), column(high))
+    return AddressRanges(column(low), column(high))
 
 
-def clip(spans: Spans, address: int, length: int | None) -> Iterator[tuple[int, int]]:
+def clip(spans: AddressRanges, address: int, length: int | None) -> Iterator[tuple[int, int]]:
     """Yield ``(address, length)`` of the parts of spans inside a range; to the end when ``length`` is None."""
     end = None if length is None else address + length
     for number in range(max(0, bisect_right(spans.starts, address) - 1), len(spans.starts)):

@@ -7,9 +7,9 @@ import io
 import numpy as np
 
 from ..format.source import Source
+from .model import NotInMemory
 from .page_codecs import MISSING, decode, is_special, stored
 from .page_index import RunIndex
-from .records import NotInMemory
 
 _FEW = 16  # pages up to which pieces are joined; more are written into their place
 _PIECE = 256  # pages taken from the stream at once: little enough for the allocator to use again

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..format.source import Source
 from ..limits import ARM_REGISTERS, DESCRIPTION_BYTES_PER_STRUCTURE, DESCRIPTION_CANDIDATES, DESCRIPTION_DEPTH, Limits
 from ..text import decoded
-from .records import Cpu, Device
+from .model import Cpu, Device
 from .sections import FOOTER, FULL
 
 _DESCRIPTION = re.compile(rb'\x7e....\x00\x06(....)\{"', re.DOTALL)

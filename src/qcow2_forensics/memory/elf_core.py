@@ -19,7 +19,7 @@ from ..limits import VMCOREINFO_BYTES, MiB
 from ..reader.writer import Writer
 from .dump import need_regions, write_ranges
 from .guest_memory import GuestMemory
-from .records import Cpu
+from .model import Cpu
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM = struct.Struct("<IIQQQQQQ")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ..errors import FormatError
 from ..text import cut, quoted
-from .placement import ADDRESSES, Placement
-from .records import Block, Region
+from .layout_draft import ADDRESSES, LayoutDraft
+from .model import Block, Region
 
 _PAGE = 4096
 _REASON = "stated by the examiner"
@@ -55,7 +55,7 @@ def as_text(given: Given) -> str:
     )
 
 
-def apply(given: Given, blocks: Sequence[Block], made: Placement) -> None:
+def apply(given: Given, blocks: Sequence[Block], made: LayoutDraft) -> None:
     """Place what is stated. A part of a block ends where the next stated part of it begins.
 
     Raises :class:`FormatError` for a block that the stream does not have, and for places that cannot be.

@@ -13,9 +13,9 @@ from ..text import cut, quoted
 from . import address_ranges, tpm
 from .block_reader import read_pages
 from .given_layout import parse as parse_layout
+from .model import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 from .page_codecs import MISSING, is_special, page_of
 from .page_index import RunIndex
-from .records import Block, Chunk, Cpu, Device, Layout, MemoryRun, NotInMemory, Region
 from .stream_analysis import Analysis, analyse
 
 _CACHED_PAGES = 8192  # for the scattered small reads of page-table walks: 32 MiB at most

@@ -19,9 +19,9 @@ from typing import Any, Final
 
 from ..errors import FormatError, LimitExceeded
 from ..limits import Limits
+from .model import Block, Cpu, Device, Layout, Region
 from .page_codecs import MISSING, is_special, offset_of
 from .page_index import RunIndex
-from .records import Block, Cpu, Device, Layout, Region
 from .stream_analysis import Analysis
 
 FORMAT_VERSION: Final = 4  # raise it with every change of meaning here, in layout or in devices

@@ -22,17 +22,17 @@ from ..text import quoted
 from . import modules, system_ram
 from .acpi_tables import Affinity, memory_affinities, pci_windows, read_tables
 from .given_layout import Given, apply
-from .layout_check import Evidence, Examiner, conclude
-from .placement import FOUR_GIB, Placement, tile
-from .records import Block, Layout, Region
-from .system_ram import Facts, Order
+from .layout_check import Examiner, PageTableEvidence, conclude
+from .layout_draft import FOUR_GIB, LayoutDraft, tile
+from .model import Block, Layout, Region
+from .system_ram import Order, RamEvidence
 
 _LEFT_OUT = 64 << 20  # of RAM at the top of the part below 4 GiB, that the firmware keeps to itself
 
 
-def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, ...]]:
+def place(facts: RamEvidence, given: Given = ()) -> tuple[str, Layout, tuple[Region, ...]]:
     """Return the architecture, how the layout was decided, and the regions in order of address."""
-    made = Placement()
+    made = LayoutDraft()
     examiner = Examiner(facts.cpus, facts.read_block)
     apply(given, facts.blocks, made)
     tables = read_tables(facts.blocks, facts.read_block)
@@ -65,7 +65,7 @@ def place(facts: Facts, given: Given = ()) -> tuple[str, Layout, tuple[Region, .
     return _result(architecture, facts.blocks, examiner, evidence, made)
 
 
-def _given_whole(block: Block, made: Placement) -> bool:
+def _given_whole(block: Block, made: LayoutDraft) -> bool:
     return sum(region.length for region in made.regions if region.block == block.name) == block.size
 
 
@@ -73,9 +73,9 @@ def _modules(
     waiting: list[Block],
     ranges: Sequence[Affinity],
     end: int,
-    facts: Facts,
-    evidence: Evidence | None,
-    made: Placement,
+    facts: RamEvidence,
+    evidence: PageTableEvidence | None,
+    made: LayoutDraft,
 ) -> None:
     windows = modules.windows_for(waiting, ranges, end, facts, made)
     if not windows:
@@ -98,12 +98,12 @@ class _Machine:
 
     def __init__(
         self,
-        facts: Facts,
+        facts: RamEvidence,
         ranges: Sequence[Affinity],
         windows: Sequence[tuple[int, int]],
         order: Order,
         examiner: Examiner,
-        made: Placement,
+        made: LayoutDraft,
     ) -> None:
         self._facts = facts
         self._ranges = ranges
@@ -166,7 +166,7 @@ class _Machine:
     def _spans(self) -> list[tuple[int, int]]:
         return [(0, self._made.below), (self._made.above_base, self._made.above)]
 
-    def _evidence(self, spans: Sequence[tuple[int, int]]) -> Evidence | None:
+    def _evidence(self, spans: Sequence[tuple[int, int]]) -> PageTableEvidence | None:
         return self._examiner.examine([*self._made.regions, *tile(self._blocks, spans)])
 
     def _choose_base(self, others: Sequence[int]) -> None:
@@ -232,7 +232,11 @@ class _Machine:
 
 
 def _result(
-    architecture: str, blocks: Sequence[Block], examiner: Examiner, evidence: Evidence | None, made: Placement
+    architecture: str,
+    blocks: Sequence[Block],
+    examiner: Examiner,
+    evidence: PageTableEvidence | None,
+    made: LayoutDraft,
 ) -> tuple[str, Layout, tuple[Region, ...]]:
     assumptions, doubts = conclude(examiner, evidence, made)
     regions = tuple(sorted(made.regions))

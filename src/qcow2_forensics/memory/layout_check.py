@@ -17,9 +17,9 @@ import numpy as np
 from ..limits import PAGE_TABLES, MiB
 from ..text import listed
 from . import page_tables
+from .layout_draft import LayoutDraft, span
+from .model import Cpu, Region
 from .page_tables import DirectMap, Root, UInt64s, Walk
-from .placement import Placement, span
-from .records import Cpu, Region
 
 _LOCAL_APIC: Final = 0xFEE00000  # never RAM: a map that holds it is of all addresses, not of RAM
 _LISTED = 8  # ranges named in a sentence
@@ -27,7 +27,7 @@ _NOTICED = 2 * MiB  # of RAM that no block answers for; smaller pieces are table
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class PageTableEvidence:
     """What the page tables show when they are read through a layout."""
 
     starts: tuple[Root, ...]
@@ -79,7 +79,7 @@ class Examiner:
             for root in page_tables.roots(cpu)
         )  # fmt: skip
 
-    def examine(self, regions: Iterable[Region]) -> Evidence | None:
+    def examine(self, regions: Iterable[Region]) -> PageTableEvidence | None:
         """Return what the page tables show; None when there are none."""
         if not self.starts:
             return None
@@ -97,10 +97,12 @@ class Examiner:
         direct = page_tables.direct_map(walk)
         if direct is not None and direct.covered(_LOCAL_APIC, 4096):
             direct = None
-        return Evidence(self.starts, walk, direct)
+        return PageTableEvidence(self.starts, walk, direct)
 
 
-def conclude(examiner: Examiner, evidence: Evidence | None, made: Placement) -> tuple[list[str], list[tuple[int, int]]]:
+def conclude(
+    examiner: Examiner, evidence: PageTableEvidence | None, made: LayoutDraft
+) -> tuple[list[str], list[tuple[int, int]]]:
     """Record what the check found; return the remaining assumptions, as sentences, and the ranges in doubt."""
     doubts: list[tuple[int, int]] = []
     sentences: list[str] = []
@@ -123,7 +125,9 @@ def conclude(examiner: Examiner, evidence: Evidence | None, made: Placement) -> 
     return sentences, _joined(doubts)
 
 
-def _confirmed(evidence: Evidence | None, regions: Sequence[Region], item: tuple[int, int], order: bool) -> bool:
+def _confirmed(
+    evidence: PageTableEvidence | None, regions: Sequence[Region], item: tuple[int, int], order: bool
+) -> bool:
     if evidence is None or evidence.bad:
         return False
     address, length = item
@@ -139,7 +143,7 @@ def _why_not(examiner: Examiner) -> str:
     return "no processor has paging enabled: there are no page tables to check the layout with"
 
 
-def _account(evidence: Evidence) -> list[str]:
+def _account(evidence: PageTableEvidence) -> list[str]:
     walk = evidence.walk
     starts = sorted({(root.register, root.address) for root in evidence.starts})
     named = listed([f"{register} {address:#x}" for register, address in starts], 4)
@@ -155,7 +159,7 @@ def _account(evidence: Evidence) -> list[str]:
     return lines
 
 
-def _contradictions(evidence: Evidence, made: Placement, sentences: list[str]) -> list[tuple[int, int]]:
+def _contradictions(evidence: PageTableEvidence, made: LayoutDraft, sentences: list[str]) -> list[tuple[int, int]]:
     """Return the ranges that the page tables contradict, and note them."""
     doubts = []
     regions = sorted(made.regions)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from ..limits import LIBVIRT_DESCRIPTION_BYTES, LIBVIRT_MEMORY_ELEMENTS
-from .records import Block
+from .model import Block
 
 _MEMORY = re.compile(rb"<memory model=['\"](?:dimm|nvdimm)['\"](?:(?!</memory>).)*</memory>", re.DOTALL)
 _ALIAS = re.compile(rb"<alias name=['\"]([A-Za-z0-9_-]{1,64})['\"]")

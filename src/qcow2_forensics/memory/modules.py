@@ -13,9 +13,9 @@ from typing import Final
 from ..limits import MODULE_DEVICES, MODULE_LAYOUTS, MODULE_SECTION_BYTES, MODULES, GiB, KiB, MiB
 from ..text import plural, quoted
 from .acpi_tables import Affinity
-from .placement import FOUR_GIB, Placement, natural, span
-from .records import Block, Region
-from .system_ram import Facts, version
+from .layout_draft import FOUR_GIB, LayoutDraft, natural, span
+from .model import Block, Region
+from .system_ram import RamEvidence, version
 
 _ALIGN = 2 * MiB  # what QEMU aligns a module to
 _SMALLEST_UNIT = 64 * KiB  # of virtio-mem: a page of the host at least
@@ -25,7 +25,7 @@ _ENDLESS: Final = 1 << 50
 Ranges = Sequence[tuple[int, int]]
 
 
-def exact(found: Sequence[Block], ranges: Sequence[Affinity], facts: Facts, made: Placement) -> None:
+def exact(found: Sequence[Block], ranges: Sequence[Affinity], facts: RamEvidence, made: LayoutDraft) -> None:
     """Place what states its own address: as libvirt does, as a virtio-mem device does, and as the SRAT has NVDIMMs."""
     for block in found:
         if (address := facts.modules.get(block.name)) is not None and _waits(block, made):
@@ -39,12 +39,12 @@ def exact(found: Sequence[Block], ranges: Sequence[Affinity], facts: Facts, made
             made.put(Region(item.base, item.length, block.name, 0), "the SRAT has a non-volatile module here")
 
 
-def _waits(block: Block, made: Placement) -> bool:
+def _waits(block: Block, made: LayoutDraft) -> bool:
     return all(region.block != block.name for region in made.regions)
 
 
 def windows_for(
-    waiting: Sequence[Block], ranges: Sequence[Affinity], end: int, facts: Facts, made: Placement
+    waiting: Sequence[Block], ranges: Sequence[Affinity], end: int, facts: RamEvidence, made: LayoutDraft
 ) -> list[tuple[int, int]]:
     """Return the ranges in which modules can be, less what is taken; [] when the machine has no room for any.
 
@@ -64,7 +64,7 @@ def windows_for(
     return made.free(address, room)
 
 
-def place_modules(waiting: Sequence[Block], windows: Ranges, shown: Ranges, whole: bool, made: Placement) -> None:
+def place_modules(waiting: Sequence[Block], windows: Ranges, shown: Ranges, whole: bool, made: LayoutDraft) -> None:
     """Place modules of unknown address inside ``windows``.
 
     ``shown`` are ranges of the windows in which the guest's page tables have RAM; ``whole`` says that they show all of it.
@@ -142,7 +142,7 @@ def _ways(modules: list[Block], ranges: list[tuple[int, int]]) -> Iterator[tuple
             yield (Region(address, block.size, block.name, 0), *way)
 
 
-def _virtio_mem(facts: Facts, made: Placement) -> None:
+def _virtio_mem(facts: RamEvidence, made: LayoutDraft) -> None:
     """Place virtio-mem blocks: their devices write address, size and unit one after the other.
 
     Block and device carry the same path in front of their names.

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ..census.arrays import distinct
 from ..limits import PAGE_TABLES
-from .records import Cpu
+from .model import Cpu
 
 _HIGHEST: Final = 1 << 46  # physical addresses above this are taken for damage: QEMU's default is 40 bits
 

@@ -13,11 +13,11 @@ from .block_reader import read_pages
 from .devices import DeviceStates
 from .given_layout import Given
 from .libvirt_domain import module_addresses
+from .model import Block, Cpu, Device, Layout, Region
 from .page_codecs import MISSING
 from .page_index import RunIndex, build
-from .records import Block, Cpu, Device, Layout, Region
 from .sections import read_stream
-from .system_ram import Facts
+from .system_ram import RamEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def analyse(source: Source, limits: Limits, allow_truncated: bool, given: Given)
     cmos = states.clock_ram() if states else None
     bodies = [*stream.early, *(states.bodies("virtio-mem") if states else ())]
     domain = bytes(getattr(source, "domain", b""))
-    facts = Facts(stream.machine, blocks, cmos, read_block, cpus, bodies, module_addresses(domain, blocks))
+    facts = RamEvidence(stream.machine, blocks, cmos, read_block, cpus, bodies, module_addresses(domain, blocks))
     architecture, placed, regions = layout.place(facts, given)
     notes = [*placed.notes, *(cut(note) for note in stream.notes)]
     notes += states.notes if states else ()

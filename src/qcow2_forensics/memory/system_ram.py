@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 from ..limits import GiB, KiB, MiB
 from ..text import quoted
 from .acpi_tables import Affinity
-from .placement import FOUR_GIB, Placement, natural, span
-from .records import Block, Cpu, Region
+from .layout_draft import FOUR_GIB, LayoutDraft, natural, span
+from .model import Block, Cpu, Region
 
 DEFAULT_NAMES: Final = ("pc.ram", "microvm.ram", "mach-virt.ram")
 _HOLE = 0xA0000, 0x100000  # QEMU leaves this out of node 0 in the SRAT
@@ -43,7 +43,7 @@ _DEVICES = re.compile(r"tpm-(ppi|crb-cmd)|.*\.secure-ram|erst\S*")
 _SMALLEST_MODULE = MiB
 
 
-class Facts(NamedTuple):
+class RamEvidence(NamedTuple):
     """What a stream offers as evidence."""
 
     machine: str
@@ -57,7 +57,7 @@ class Facts(NamedTuple):
     """Addresses of modules by the names of their blocks, as a libvirt domain states them."""
 
 
-def candidates(facts: Facts, made: Placement) -> list[Block]:
+def candidates(facts: RamEvidence, made: LayoutDraft) -> list[Block]:
     """Return the blocks that can be RAM: the machine's own, or a module's."""
     found = []
     split = cmos_split(facts.cmos)
@@ -80,7 +80,7 @@ def candidates(facts: Facts, made: Placement) -> list[Block]:
     return found
 
 
-def architecture(facts: Facts) -> tuple[str, int]:
+def architecture(facts: RamEvidence) -> tuple[str, int]:
     """Return the architecture and where its RAM starts."""
     machine, blocks = facts.machine, facts.blocks
     for pattern, name, base in _BASES:
@@ -109,7 +109,7 @@ class Order(NamedTuple):
     """Whether blocks of different sizes could change places too."""
 
 
-def system_blocks(found: list[Block], ranges: Sequence[Affinity], facts: Facts, made: Placement) -> Order:
+def system_blocks(found: list[Block], ranges: Sequence[Affinity], facts: RamEvidence, made: LayoutDraft) -> Order:
     """Choose the blocks the machine started with, in the order of their addresses."""
     named = [block for block in found if block.name in DEFAULT_NAMES]
     if len(named) == 1:
@@ -147,7 +147,7 @@ def _by_offsets(found: list[Block]) -> list[Block]:
     return [block for _, block in known] if len(known) == len(found) else []
 
 
-def _by_nodes(found: list[Block], ranges: Sequence[Affinity], facts: Facts, made: Placement) -> Order | None:
+def _by_nodes(found: list[Block], ranges: Sequence[Affinity], facts: RamEvidence, made: LayoutDraft) -> Order | None:
     """Give every NUMA node the block of its size, nodes in order; None when the sizes do not match.
 
     The stream lists blocks by size, and those of one size in the order they were made.
@@ -179,7 +179,7 @@ def _by_nodes(found: list[Block], ranges: Sequence[Affinity], facts: Facts, made
     return Order(chosen, "blocks of one size are taken to lie in the order they were made" if unsure else "", kept)
 
 
-def _holds_firmware(block: Block, facts: Facts) -> bool:
+def _holds_firmware(block: Block, facts: RamEvidence) -> bool:
     """Return whether a PC's reset jump and the date after it are 16 bytes below 1 MiB of the block."""
     if block.size < _HOLE[1]:
         return False
@@ -195,7 +195,7 @@ def cmos_split(cmos: bytes | None) -> tuple[int, int] | None:
     return low, _UNIT * int.from_bytes(cmos[0x5B:0x5E], "little")
 
 
-def split(facts: Facts, total: int, ranges: Sequence[Affinity], made: Placement) -> None:
+def split(facts: RamEvidence, total: int, ranges: Sequence[Affinity], made: LayoutDraft) -> None:
     """Decide how much of x86 RAM lies below the PCI hole."""
     machine, wanted = facts.machine, cmos_split(facts.cmos)
     if wanted and wanted[0] <= total and wanted[0] < FOUR_GIB and (total - sum(wanted)) % _CMOS_WRAPS < _UNIT:
@@ -225,7 +225,7 @@ def split(facts: Facts, total: int, ranges: Sequence[Affinity], made: Placement)
 
 
 def base_above(
-    facts: Facts, ranges: Sequence[Affinity], windows: Sequence[tuple[int, int]], made: Placement
+    facts: RamEvidence, ranges: Sequence[Affinity], windows: Sequence[tuple[int, int]], made: LayoutDraft
 ) -> tuple[int, ...]:
     """Decide where the RAM above 4 GiB starts, and return the other places where it may.
 
@@ -272,7 +272,7 @@ def version(machine: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (99, 0)
 
 
-def covered_by_srat(regions: Sequence[Region], ranges: Sequence[Affinity], made: Placement) -> None:
+def covered_by_srat(regions: Sequence[Region], ranges: Sequence[Affinity], made: LayoutDraft) -> None:
     """Compare the result with the SRAT, which knows every address but not the blocks."""
     fixed = [item for item in ranges if not item.hotplug]
     if not fixed or not regions:

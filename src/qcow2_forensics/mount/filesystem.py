@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import Qcow2Error
 from ..limits import MOUNT_MESSAGES
-from .files import File, seek_data, seek_hole
+from .served_files import File, seek_data, seek_hole
 
 Folder = Mapping[str, File]
 
@@ -50,7 +50,7 @@ def need_fuse() -> None:
         raise Unmountable(f"{_DEVICE} may not be opened by this user")
 
 
-class StateFiles:
+class FuseOperations:
     """The operations FUSE asks for: look up, list, read, seek to data and holes. Everything else is refused."""
 
     use_ns = True  # times are integers in nanoseconds
@@ -166,7 +166,7 @@ def serve(
     more = {"max_idle_threads": 10} if mfusepy.fuse_version_major == 3 else {}
     try:
         Mount(
-            StateFiles(folders, say),
+            FuseOperations(folders, say),
             mount_point,
             foreground=foreground,
             nothreads=False,

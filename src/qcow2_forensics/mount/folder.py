@@ -21,7 +21,7 @@ from ..reader.disk import Disk
 from ..reader.states import Rebuilt, SnapshotName
 from ..reader.vm_state import VmState
 from ..text import __version__, printable, short_date, short_time, size, snapshot_time
-from .files import Content, DiskContent, File, MemoryContent, TextContent, UniqueNames, safe_name
+from .served_files import DiskContent, File, FileContent, MemoryContent, TextContent, UniqueNames, safe_name
 
 if TYPE_CHECKING:
     from ..recovery import RecoveredState
@@ -46,7 +46,7 @@ Examples (read-only, without replaying a journal):
 """
 
 
-class State(NamedTuple):
+class ServedState(NamedTuple):
     """A state to be served: how to open it, what its files are called, what it is."""
 
     selector: SnapshotName
@@ -67,7 +67,7 @@ class Openers:
     """
 
     disk: Callable[[SnapshotName, Disk | None], Disk]
-    memory: Callable[[SnapshotName], Content] | None
+    memory: Callable[[SnapshotName], FileContent] | None
     report: Callable[[], Report] | None
     deleted: bool = False
     recovered: Callable[[], list[RecoveredState]] | None = None  # looks for states that no table leads to
@@ -109,7 +109,7 @@ class ImageFolder(Closing):
                 self._add(_AUDIT, "", content, modified, "what the auditor observed")
         self._add(_README, "", TextContent(self._readme()), modified, "this page")
 
-    def _add_state(self, state: State) -> None:
+    def _add_state(self, state: ServedState) -> None:
         if state.gone:
             self._gone.append(state.description)
             return
@@ -128,7 +128,7 @@ class ImageFolder(Closing):
         if state.entry is not None and state.entry.vm_state_size:
             self._add_memory(state, disk)
 
-    def _add_memory(self, state: State, disk: Disk | None) -> None:
+    def _add_memory(self, state: ServedState, disk: Disk | None) -> None:
         """Add the guest memory of a state, unless no memory is wanted; ``disk`` is that of the state where it is open."""
         if self._openers.memory is None:
             return
@@ -140,7 +140,7 @@ class ImageFolder(Closing):
         else:
             self._add(state.stem, ".memory.raw", content, state.time, description)
 
-    def _add(self, stem: str, suffix: str, content: Content, time: int, description: str) -> None:
+    def _add(self, stem: str, suffix: str, content: FileContent, time: int, description: str) -> None:
         name = self._names.of(stem, suffix)
         self.files[name] = File(name, content, time)
         self._lines.append((name, f"{description}, {size(content.size)}" if suffix else description))
@@ -165,19 +165,19 @@ class ImageFolder(Closing):
         self._undo.close()
 
 
-def _memory(disk: Disk) -> Content:
+def _memory(disk: Disk) -> FileContent:
     """Return the guest memory of the snapshot at which ``disk`` is open."""
     from ..memory import open_guest_memory
 
     return MemoryContent(open_guest_memory(VmState(disk)))
 
 
-def _states(path: str, modified: int, openers: Openers) -> Iterator[State]:
+def _states(path: str, modified: int, openers: Openers) -> Iterator[ServedState]:
     """Yield the active state, each snapshot in the order of its table, then what is deleted and what is recovered.
 
     An image without a usable header has no states but the recovered ones; where those are not asked for, it raises.
     """
-    yield State(None, "active", f"the disk as it is now, modified {short_time(modified)} UTC", modified, None)
+    yield ServedState(None, "active", f"the disk as it is now, modified {short_time(modified)} UTC", modified, None)
     try:
         with Image(path) as image:
             yield from _listed(image, deleted=openers.deleted)
@@ -188,10 +188,10 @@ def _states(path: str, modified: int, openers: Openers) -> Iterator[State]:
         what = (
             f"recovered state {found.number}: {found.what}, {found.confidence.label}; its size from {found.size_from}"
         )
-        yield State(found, f"recovered-{found.number}", what, modified, None)
+        yield ServedState(found, f"recovered-{found.number}", what, modified, None)
 
 
-def _listed(image: Image, *, deleted: bool) -> Iterator[State]:
+def _listed(image: Image, *, deleted: bool) -> Iterator[ServedState]:
     for entry in image.snapshots:
         yield _snapshot("snapshot", entry, entry, "")
     if not deleted:
@@ -203,11 +203,11 @@ def _listed(image: Image, *, deleted: bool) -> Iterator[State]:
         yield state._replace(gone=item.is_gone)
 
 
-def _snapshot(kind: str, entry: SnapshotEntry, selector: SnapshotName, left: str) -> State:
+def _snapshot(kind: str, entry: SnapshotEntry, selector: SnapshotName, left: str) -> ServedState:
     seconds, nanoseconds = entry.date_sec, entry.date_nsec
     stem = "-".join(part for part in (kind, safe_name(entry.id), safe_name(entry.name)) if part)
     what = f"{kind} snapshot" if kind != "snapshot" else kind
     description = (
         f'{what} {printable(entry.id)} "{printable(entry.name)}" of {short_date(seconds, nanoseconds, " UTC")}{left}'
     )
-    return State(selector, stem, description, snapshot_time(seconds, nanoseconds), entry)
+    return ServedState(selector, stem, description, snapshot_time(seconds, nanoseconds), entry)

@@ -16,8 +16,8 @@ from ..errors import (
     Unsupported,
 )
 from ..format.header import MAGIC, Crypt
+from ..format.header_rules import DISK
 from ..format.image import Image
-from ..format.rules import DISK
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import ClosedOnError, Source, close_source, source_name
 from ..limits import Limits

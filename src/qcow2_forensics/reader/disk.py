@@ -16,13 +16,13 @@ from ..errors import FormatError, Locked, Qcow2Error
 from ..format.codecs import codec_of
 from ..format.entries import OFFSET_MASK
 from ..format.header import SECTOR, Crypt
+from ..format.header_rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.image import Image
-from ..format.rules import DISK, SNAPSHOTS, snapshot_part
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import Closing, FileSource, Source, close_source, source_name
 from ..text import cut, plural, printable
+from .chain_layers import Extent, Layer, RawDisk
 from .clusters import Clusters
-from .layers import Extent, Layer, RawDisk
 from .mapping import Kind, Mapping, Run
 from .parts import Part, Parts, fill, gatherable, gathered, layer_parts
 

@@ -19,8 +19,8 @@ from ..format.other_files import format_of
 from ..format.source import Source, close_source, source_name
 from ..limits import KiB, MiB
 from ..text import cut
+from .chain_layers import Extent
 from .foreign_map import foreign_map
-from .layers import Extent
 from .mapping import Kind
 from .stream import SourceStream
 

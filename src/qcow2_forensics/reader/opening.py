@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..errors import Qcow2Error, SnapshotNotFound
+from ..format.header_rules import DISK
 from ..format.image import Image
-from ..format.rules import DISK
 from ..format.snapshot_table import SnapshotEntry
 from ..format.source import PathOrSource, as_source, close_source
 from ..limits import DEFAULT_LIMITS, Limits

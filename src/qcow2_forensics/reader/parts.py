@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, TypeAlias, cast
 
 from ..errors import Qcow2Error
 from ..format.source import Source
-from .layers import Layer, RawDisk
+from .chain_layers import Layer, RawDisk
 from .runs import Kind
 
 _SPAN_CLUSTER_BITS = 4  # sixteen clusters are looked at together: what the first random read of a span pays for

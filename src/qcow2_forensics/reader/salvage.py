@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from ..errors import FormatError, Locked, Qcow2Error, ReadError
 from ..format.header import SECTOR
+from .chain_layers import Extent
 from .disk import Disk, Layer, RawDisk, images_of, layers_of
-from .layers import Extent
 from .runs import Kind, joined
 
 _L2_ENTRY = "l2_entry"  # the field of errors that concern one cluster; others concern all that a table maps

@@ -12,7 +12,7 @@
 from ..reader.damage_options import ASSUMPTIONS
 from .assumptions import assumed
 from .confidence import Confidence, SureRange
-from .ranges import confidence_of
+from .range_confidence import confidence_of
 from .recovered_states import choose_recovered, has_tables, open_recovered, recovered_states, select_recovered
 from .state import RecoveredState
 

@@ -26,7 +26,7 @@ from ..limits import (
 from ..reader.disk import Disk
 
 if TYPE_CHECKING:
-    from .content import TableReader
+    from .table_contents import TableReader
 
 Bits = npt.NDArray[np.int8]
 USED, FREE, UNKNOWN = 1, 0, -1

@@ -10,13 +10,13 @@ from ..format.lvm import Section
 from ..limits import L1_ENTRIES, PLACEMENT_TRIALS
 from ..residue.structure_detection import Geometry
 from .allocation import Expected, PlacedDisk, VolumeMap, cluster_use
-from .content import TableReader, read_contents
-from .evidence import EXACT, GUESSED, Votes
 from .ext_volume import ext_expected, ext_map
 from .ntfs_volume import ntfs_expected, ntfs_map
 from .partition_map import partition_map
 from .placement import Placement, Unplaced, Use, in_file_order, place
-from .volumes import PlacedVolume, Volume, Volumes, disk_size_of, first_volumes, volumes_of
+from .slot_evidence import EXACT, GUESSED, Votes
+from .table_contents import TableReader, read_contents
+from .volumes import PlacedVolume, VolumeBytes, Volumes, disk_size_of, first_volumes, volumes_of
 from .xfs_volume import xfs_map
 
 _ROUNDS = (
@@ -110,7 +110,7 @@ def _use(
     reader: TableReader,
     geometry: Geometry,
     placed: Mapping[int, int],
-    first: Sequence[Volume],
+    first: Sequence[VolumeBytes],
     sections: dict[bytes, Section],
 ) -> Use | None:
     span = geometry.l2_span
@@ -124,7 +124,7 @@ def _expected_votes(
     tables: list[Unplaced],
     settled: Set[int],
     disk: PlacedDisk,
-    volumes: Sequence[Volume],
+    volumes: Sequence[VolumeBytes],
     span: int,
 ) -> dict[int, dict[int, dict[str, float]]]:
     """Return what file systems must have at some places, found in tables that are not ``settled``: the bits by host offset.
@@ -183,7 +183,7 @@ def _slots_by_content(reader: TableReader, tables: list[Unplaced], span: int) ->
     return None
 
 
-def _maps(disk: PlacedDisk, volumes: Sequence[Volume]) -> list[VolumeMap]:
+def _maps(disk: PlacedDisk, volumes: Sequence[VolumeBytes]) -> list[VolumeMap]:
     """Return what is known of the file systems in volumes, in one map for each piece of the disk."""
     found: list[VolumeMap] = []
     for volume in volumes:
@@ -194,7 +194,7 @@ def _maps(disk: PlacedDisk, volumes: Sequence[Volume]) -> list[VolumeMap]:
     return [*found, *([partitioned] if partitioned is not None else ())]
 
 
-def _pieces(whole: VolumeMap, volume: Volume) -> Iterator[VolumeMap]:
+def _pieces(whole: VolumeMap, volume: VolumeBytes) -> Iterator[VolumeMap]:
     """Yield the parts of a map that are in one piece on the disk."""
     for start, length, below in volume.segments:
         first = -(-start // whole.block)

@@ -31,7 +31,7 @@ _ROUNDS = 8
 _CHANCE = 0.1  # that a part has a wrong link: the most that is risked after the last table of known slot
 
 
-class Chain(NamedTuple):
+class TableChain(NamedTuple):
     """Tables by number, each of which continues the one before; ``before`` and ``after`` are slots of what surrounds them."""
 
     tables: tuple[int, ...]
@@ -54,7 +54,7 @@ def trusted_steps(slots: Sequence[int], pairs: Iterable[tuple[int, int]]) -> int
     return int(_CHANCE / wrong)
 
 
-def chains_of(count: int, slots: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[Chain]:
+def chains_of(count: int, slots: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[TableChain]:
     """Return ``count`` tables as chains; numbers in ``pairs`` from ``count`` on are tables that have ``slots``.
 
     A table that two others continue, or that continues two, is linked to neither.
@@ -72,12 +72,12 @@ def chains_of(count: int, slots: Sequence[int], pairs: Iterable[tuple[int, int]]
             (other,) = after[table]
             if other >= 0 and before[other] == {table}:
                 followers[table] = other
-    result: list[Chain] = []
+    result: list[TableChain] = []
     for start in sorted(set(range(count)) - set(followers.values())):
         tables = [start]
         while tables[-1] in followers:
             tables.append(followers[tables[-1]])
-        result.append(Chain(tuple(tables), _slot(before[start]), _slot(after[tables[-1]])))
+        result.append(TableChain(tuple(tables), _slot(before[start]), _slot(after[tables[-1]])))
     return result
 
 
@@ -88,7 +88,7 @@ def _slot(near: set[int]) -> int | None:
 
 
 def arrange(
-    chains: Sequence[Chain], slots: int, taken: set[int], scores: Scores | None, steps: int
+    chains: Sequence[TableChain], slots: int, taken: set[int], scores: Scores | None, steps: int
 ) -> dict[int, tuple[int, str]]:
     """Return the slot of each table that has one by its neighbours or by what fits, and why.
 
@@ -118,7 +118,7 @@ def arrange(
 
 
 def _parts(
-    chain: Chain, clear: Mapping[int, int], slots: int, used: set[int], scores: Scores | None, steps: int
+    chain: TableChain, clear: Mapping[int, int], slots: int, used: set[int], scores: Scores | None, steps: int
 ) -> Iterator[_Part]:
     """Yield the parts of a chain that get slots: between two tables of known slot, and before the first and after the last."""
     anchors = [] if chain.before is None else [(-1, chain.before)]
@@ -135,7 +135,7 @@ def _parts(
 
 
 def _part(
-    chain: Chain, places: range, first: int, is_between: bool, slots: int, used: set[int], scores: Scores | None
+    chain: TableChain, places: range, first: int, is_between: bool, slots: int, used: set[int], scores: Scores | None
 ) -> Iterator[_Part]:
     """Yield a part of a chain whose first table has or would have the slot ``first``, where nothing contradicts it."""
     found = {chain.tables[place]: first + place for place in places}

@@ -22,12 +22,12 @@ from ..limits import LOST_TABLES_REBUILT
 from ..residue.structure_detection import Geometry, l2_rows
 from .allocation import Bits
 from .confidence import Confidence
-from .content import TableReader
 from .geometry import compression_of
 from .patched_source import Patch, PatchedSource
 from .placement import Placement, Use
 from .rebuilt_metadata import l2_place, stored_l2
 from .structures import partitions
+from .table_contents import TableReader
 from .table_search import table_words
 
 _TABLES_ASKED = 16  # whether they hold compressed clusters
@@ -35,7 +35,7 @@ _ROUNDS = 4  # of finding the file system in what was put together so far
 UseOf = Callable[[TableReader, Mapping[int, int]], Use | None]
 
 
-class Rebuilt(NamedTuple):
+class RebuiltTables(NamedTuple):
     """L2 tables in place of lost ones: their bytes by host offset, and which slot each is for."""
 
     patches: tuple[Patch, ...]
@@ -69,7 +69,7 @@ def rebuild(
     older: Mapping[int, Placement],
     leaks: U64,
     use_of: UseOf,
-) -> Rebuilt:
+) -> RebuiltTables:
     """Return tables for the slots that lost theirs; ``targets`` are the tables that L1 names, by slot.
 
     ``older`` are other versions of tables, by slot. ``use_of`` says what file systems use, given a reader and
@@ -101,7 +101,7 @@ def rebuild(
     for number, slot in enumerate(hosts):
         reason = "its table is lost: clusters without an owner, in the order of the file"
         placements[slot] = Placement(slot, l2_place(number, geometry), Confidence.GUESS, reason)
-    return Rebuilt(tuple(patches), tuple(placements[slot] for slot in sorted(placements)))
+    return RebuiltTables(tuple(patches), tuple(placements[slot] for slot in sorted(placements)))
 
 
 def _holds_streams(reader: TableReader, source: Source, geometry: Geometry, tables: list[int], leaks: U64) -> bool:

@@ -27,7 +27,7 @@ from .allocation import Bits
 from .chains import arrange, chains_of, trusted_steps
 from .confidence import Confidence
 from .continuation import continuations, written_in_order
-from .evidence import ENOUGH, Choice, Votes, choices
+from .slot_evidence import ENOUGH, Choice, Votes, choices
 
 _ROUNDS = 3
 _ORDER = "the order in the file only"

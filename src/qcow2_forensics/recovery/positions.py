@@ -32,8 +32,8 @@ import numpy as np
 
 from ..format.header import SECTOR
 from ..limits import PARTITIONS_LOOKED_AT, MiB
-from .evidence import position_bits
 from .ntfs_volume import data_runs, with_fixups
+from .slot_evidence import position_bits
 from .structures import (
     LogicalPartition,
     ext_geometry,
@@ -46,7 +46,7 @@ from .structures import (
     partitions,
     raid_member,
 )
-from .volumes import Holds, Volume
+from .volumes import Holds, VolumeBytes
 
 ABSOLUTE = "GPT header"  # the structure that counts from the start of the disk
 _RECORDS = (1024, 2048, 4096)  # sizes of an NTFS file record
@@ -59,7 +59,7 @@ _MAGICS = [
 ]
 _AREA = int.from_bytes(b" LVM", "big")  # after a checksum
 _TABLE_GAP = 2 * MiB  # at most between a logical partition and the table of the next one
-_DISK = Volume.at(0)
+_DISK = VolumeBytes.at(0)
 _COUNT_FROM = {
     Holds.FILE_SYSTEM: (Holds.FILE_SYSTEM, Holds.NOTHING_KNOWN),
     Holds.LOGICAL_PARTITIONS: (Holds.LOGICAL_PARTITIONS,),
@@ -233,10 +233,12 @@ def _inode_places(known: FileSystems, head: bytes) -> Iterator[int]:
             yield (group * blocks + within) * block + slot * inode_size
 
 
-def slots(found: Iterable[Position], volumes: Sequence[Volume], span: int, count: int) -> dict[int, dict[str, float]]:
+def slots(
+    found: Iterable[Position], volumes: Sequence[VolumeBytes], span: int, count: int
+) -> dict[int, dict[str, float]]:
     """Return which L1 slots (below ``count``) some structures of one table agree with, and which structures."""
     votes: dict[int, dict[str, float]] = {}
-    candidates: dict[tuple[bool, Holds, int], Sequence[Volume]] = {}
+    candidates: dict[tuple[bool, Holds, int], Sequence[VolumeBytes]] = {}
     for position in found:
         asked = position.absolute, position.inside, position.size
         if asked not in candidates:
@@ -249,7 +251,7 @@ def slots(found: Iterable[Position], volumes: Sequence[Volume], span: int, count
     return votes
 
 
-def _candidates(position: Position, volumes: Sequence[Volume]) -> Sequence[Volume]:
+def _candidates(position: Position, volumes: Sequence[VolumeBytes]) -> Sequence[VolumeBytes]:
     """Return the volumes that a structure may count from.
 
     A file system is never larger than its volume. The label of what holds volumes says how large its own is, to the MiB.

@@ -21,8 +21,8 @@ import numpy as np
 
 from ..errors import LimitExceeded, Qcow2Error, SnapshotNotFound
 from ..format.header import MAGIC, SECTOR
+from ..format.header_rules import DISK
 from ..format.image import Image
-from ..format.rules import DISK
 from ..format.source import PathOrSource, Source, as_source, close_source
 from ..limits import INNER_IMAGES_SEARCHED, RECOVERED_TABLES, RECOVERY_HINT_BYTES, Budget, MiB
 from ..reader.disk import Disk

@@ -19,7 +19,7 @@ _MD_MAGIC = b"\xfc\x4e\x2b\xa9"
 MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 
 
-class Partition(NamedTuple):
+class PartitionRange(NamedTuple):
     """A partition in bytes. ``holds_volumes`` says that by its type there is no file system in it but LVM or a RAID member."""
 
     start: int
@@ -45,7 +45,7 @@ class Raid(NamedTuple):
     data_size: int
 
 
-class Label(NamedTuple):
+class LvmLabel(NamedTuple):
     """Label of an LVM2 physical volume: where it is in the volume, and the size of that, in bytes."""
 
     place: int
@@ -57,12 +57,12 @@ def little_endian(data: bytes, at: int, size: int) -> int:
     return int.from_bytes(data[at : at + size], "little")
 
 
-def partitions(head: bytes) -> tuple[Partition, ...]:
+def partitions(head: bytes) -> tuple[PartitionRange, ...]:
     """Return the partitions of a partition table in the first sectors of a disk, by where they start."""
     if head[510:512] != b"\x55\xaa" or head[3:11] == b"NTFS    ":
         return ()
     header, table = head[SECTOR : 2 * SECTOR], head[2 * SECTOR :]
-    found: set[Partition] = set()
+    found: set[PartitionRange] = set()
     if header[:8] == b"EFI PART":
         size, count = little_endian(header, 84, 4), little_endian(header, 80, 4)
         if 128 <= size <= 4096:
@@ -71,14 +71,14 @@ def partitions(head: bytes) -> tuple[Partition, ...]:
                 if any(kind):
                     first, last = little_endian(table, at + 32, 8), little_endian(table, at + 40, 8)
                     length = max(0, last + 1 - first) * SECTOR
-                    found.add(Partition(first * SECTOR, length, holds_volumes=kind in _HOLDING_GUIDS))
+                    found.add(PartitionRange(first * SECTOR, length, holds_volumes=kind in _HOLDING_GUIDS))
         return tuple(sorted(found))
     for at in range(446, 510, 16):
         kind_, first, length = head[at + 4], little_endian(head, at + 8, 4), little_endian(head, at + 12, 4)
         if head[at] not in (0, 0x80):
             return ()
         if kind_ and first and length:
-            found.add(Partition(first * SECTOR, length * SECTOR, kind_ in EXTENDED_TYPES, kind_ in _HOLDING_TYPES))
+            found.add(PartitionRange(first * SECTOR, length * SECTOR, kind_ in EXTENDED_TYPES, kind_ in _HOLDING_TYPES))
     return tuple(sorted(found))
 
 
@@ -107,13 +107,13 @@ def raid_member(sector: bytes) -> Raid | None:
     return Raid(level, own * SECTOR, data * SECTOR, size * SECTOR)
 
 
-def lvm_label(sector: bytes) -> Label | None:
+def lvm_label(sector: bytes) -> LvmLabel | None:
     """Return the label of a physical volume, None where there is none."""
     if sector[:8] != b"LABELONE" or sector[24:32] != b"LVM2 001":
         return None
     place, header = little_endian(sector, 8, 8), little_endian(sector, 20, 4)
     return (
-        Label(place * SECTOR, little_endian(sector, header + 32, 8))
+        LvmLabel(place * SECTOR, little_endian(sector, header + 32, 8))
         if place < 4 and 32 <= header <= SECTOR - 40
         else None
     )

@@ -24,7 +24,7 @@ from ..format.lvm import Segment
 from ..limits import FILE_SYSTEM_STARTS, LVM_SEGMENTS, PARTITIONS_LOOKED_AT, Budget, MiB
 from .allocation import PlacedDisk
 from .structures import (
-    Partition,
+    PartitionRange,
     holds_file_system,
     implied_sizes,
     logical_partition,
@@ -58,7 +58,7 @@ class Holds(Enum):
 CONTAINERS = (Holds.LOGICAL_VOLUMES, Holds.MIRRORED_DATA)
 
 
-class Volume(NamedTuple):
+class VolumeBytes(NamedTuple):
     """Bytes of the disk that follow each other in a volume, in rising segments; ``length`` is None where it is not known.
 
     ``holds_volumes`` says that a partition table calls it a part of LVM or of a RAID.
@@ -70,7 +70,7 @@ class Volume(NamedTuple):
     holds_volumes: bool = False
 
     @classmethod
-    def at(cls, start: int, length: int | None = None) -> Volume:
+    def at(cls, start: int, length: int | None = None) -> VolumeBytes:
         """Return the volume from a place on the disk on."""
         return cls((Segment(0, _UNBOUNDED if length is None else length, start),), length)
 
@@ -96,7 +96,7 @@ class Volume(NamedTuple):
         """Whether it has the size, which is rounded down to a MiB at most, that the label of a container states."""
         return self.length is not None and 0 <= self.length - size < MiB
 
-    def labelled(self, labels: Iterable[tuple[Holds, int]]) -> Volume:
+    def labelled(self, labels: Iterable[tuple[Holds, int]]) -> VolumeBytes:
         """Return it as what a label says, of some (kind, size), that was found on the disk and is that of a volume of its size."""
         kinds = {kind for kind, size in labels if self.is_sized(size)}
         return self._replace(holds=kinds.pop()) if len(kinds) == 1 else self
@@ -113,14 +113,14 @@ class Volume(NamedTuple):
 class Volumes(NamedTuple):
     """The volumes of a disk. ``are_all`` says whether everything was read that may hold further ones."""
 
-    found: tuple[Volume, ...]
+    found: tuple[VolumeBytes, ...]
     are_all: bool
 
 
 class PlacedVolume(PlacedDisk):
     """The bytes of a volume, as far as L2 tables are placed."""
 
-    def __init__(self, disk: PlacedDisk, volume: Volume) -> None:
+    def __init__(self, disk: PlacedDisk, volume: VolumeBytes) -> None:
         self._below = disk
         self._volume = volume
 
@@ -160,7 +160,7 @@ class _Reader(NamedTuple):
         return data
 
 
-def first_volumes(heads: Iterable[bytes]) -> tuple[Volume, ...]:
+def first_volumes(heads: Iterable[bytes]) -> tuple[VolumeBytes, ...]:
     """Return the partitions of a disk, by the first sectors under each L2 table.
 
     One of them is the start of the disk: a partition table says it all, and without one a file system that
@@ -171,11 +171,11 @@ def first_volumes(heads: Iterable[bytes]) -> tuple[Volume, ...]:
         if found := partitions(head):
             return tuple(_of_partition(partition) for partition in found)
         whole = whole or holds_file_system(head) or _label_in(head)
-    return tuple(Volume.at(start) for start in ((0,) if whole else _STARTS))
+    return tuple(VolumeBytes.at(start) for start in ((0,) if whole else _STARTS))
 
 
-def _of_partition(partition: Partition) -> Volume:
-    volume = Volume.at(partition.start, partition.length)
+def _of_partition(partition: PartitionRange) -> VolumeBytes:
+    volume = VolumeBytes.at(partition.start, partition.length)
     if partition.is_extended:
         return volume._replace(holds=Holds.LOGICAL_PARTITIONS)
     return volume._replace(holds_volumes=partition.holds_volumes)
@@ -208,18 +208,20 @@ def disk_size_of(read: ReadGuest) -> tuple[int, str] | None:
 # --- volumes inside others ------------------------------------------------------------------------
 
 
-def volumes_of(disk: PlacedDisk, first: Sequence[Volume], sections: dict[bytes, lvm.Section] | None = None) -> Volumes:
+def volumes_of(
+    disk: PlacedDisk, first: Sequence[VolumeBytes], sections: dict[bytes, lvm.Section] | None = None
+) -> Volumes:
     """Return volumes and those inside them, as far as tables are placed; crafted ones end with a number of volumes.
 
     ``sections`` keeps LVM2 metadata that was parsed.
     """
-    found: list[Volume] = []
+    found: list[VolumeBytes] = []
     are_all = True
     texts = lvm.Texts(sections)
     room = Budget.up_to("pieces of volumes inside volumes", LVM_SEGMENTS)
     pending = list(first)
     while pending:
-        physical: list[tuple[lvm.PhysicalVolume, Volume]] = []
+        physical: list[tuple[lvm.PhysicalVolume, VolumeBytes]] = []
         while pending:
             volume = pending.pop(0)
             if len(found) == FILE_SYSTEM_STARTS:
@@ -243,7 +245,7 @@ def volumes_of(disk: PlacedDisk, first: Sequence[Volume], sections: dict[bytes, 
                 are_all &= raid.level == _MIRROR
                 if raid.level == _MIRROR:
                     data = pieces_of(volume, [Segment(0, raid.data_size, raid.data)], room)
-                    pending += [Volume(data, raid.data_size)] if data else []
+                    pending += [VolumeBytes(data, raid.data_size)] if data else []
             elif holds is Holds.FILE_SYSTEM:  # a label beside it is a former one
                 pass
             elif _label_in(head):
@@ -258,9 +260,9 @@ def volumes_of(disk: PlacedDisk, first: Sequence[Volume], sections: dict[bytes, 
     return Volumes(tuple(found), are_all)
 
 
-def _logical_partitions(placed: PlacedVolume, volume: Volume) -> list[Volume | None]:
+def _logical_partitions(placed: PlacedVolume, volume: VolumeBytes) -> list[VolumeBytes | None]:
     """Return the logical partitions of an extended one, None in place of what is after a table that cannot be read."""
-    found: list[Volume | None] = []
+    found: list[VolumeBytes | None] = []
     at = 0
     for _ in range(PARTITIONS_LOOKED_AT):
         table = logical_partition(placed.read(at, SECTOR) or b"")
@@ -269,7 +271,7 @@ def _logical_partitions(placed: PlacedVolume, volume: Volume) -> list[Volume | N
             break
         start, length = at + table.first * SECTOR, table.length * SECTOR
         segments = tuple(volume.part([Segment(0, length, start)]))
-        found.append(Volume(segments, length) if segments else None)
+        found.append(VolumeBytes(segments, length) if segments else None)
         if table.next * SECTOR <= at:
             break
         at = table.next * SECTOR
@@ -283,7 +285,7 @@ def _physical(placed: PlacedVolume, texts: lvm.Texts) -> lvm.PhysicalVolume | No
         return None
 
 
-def pieces_of(volume: Volume, segments: Iterable[Segment], room: Budget) -> tuple[Segment, ...]:
+def pieces_of(volume: VolumeBytes, segments: Iterable[Segment], room: Budget) -> tuple[Segment, ...]:
     """Return segments of what is in a volume as segments of the disk, none where there is no room for them."""
     found = []
     try:
@@ -295,18 +297,20 @@ def pieces_of(volume: Volume, segments: Iterable[Segment], room: Budget) -> tupl
     return tuple(found)
 
 
-def _logical_volumes(physical: Sequence[tuple[lvm.PhysicalVolume, Volume]], room: Budget) -> tuple[list[Volume], bool]:
+def _logical_volumes(
+    physical: Sequence[tuple[lvm.PhysicalVolume, VolumeBytes]], room: Budget
+) -> tuple[list[VolumeBytes], bool]:
     """Return the logical volumes that are in one piece after another on some physical ones, and whether that is all."""
     below = {part.uuid: volume for part, volume in reversed(physical)}
     are_all = len(below) == len(physical)  # a clone has the same UUIDs
-    found: list[Volume] = []
+    found: list[VolumeBytes] = []
     try:
         for logical in lvm.logical_volumes(part for part, _ in physical):
             pieces = [pieces_of(below[uuid], [segment], room) for uuid, segment in logical.parts if not logical.why]
             is_read = bool(pieces) and all(pieces)
             are_all &= is_read
             if is_read:
-                found.append(Volume(tuple(sorted(piece for some in pieces for piece in some)), logical.size))
+                found.append(VolumeBytes(tuple(sorted(piece for some in pieces for piece in some)), logical.size))
     except (lvm.LvmError, LimitExceeded):
         are_all = False
     return found, are_all

@@ -27,7 +27,6 @@ from ..reader.notes import log_note
 from ..residue.structure_detection import Geometry
 from .arrangement import arranged, use_by_file_systems
 from .confidence import Confidence
-from .content import TableReader
 from .l1_tables import (
     is_l1,
     names_counted,
@@ -43,6 +42,7 @@ from .placement import Placement, Unplaced, Use, place
 from .rebuilt_metadata import stored_l1, with_l1
 from .refcounts import FoundRefcounts
 from .state import RecoveredState
+from .table_contents import TableReader
 from .table_search import entries_of, search_tables
 from .vm_states import vm_states
 

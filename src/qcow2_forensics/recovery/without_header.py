@@ -20,7 +20,6 @@ from ..limits import L1_ENTRIES, REBUILT_L1_BYTES, RECOVERED_STATES, RECOVERY_TA
 from ..reader.opening import open_disk
 from ..residue.structure_detection import Geometry
 from .arrangement import arranged
-from .content import TableReader
 from .geometry import compression_type_of, find_geometry
 from .l1_tables import (
     left_out_notes,
@@ -36,6 +35,7 @@ from .placement import Placement
 from .rebuilt_metadata import REBUILT_AT, new_header, stored_l1
 from .refcounts import FoundRefcounts, find_refcounts
 from .state import END_OF_DATA, RecoveredState
+from .table_contents import TableReader
 from .table_search import FoundTables, L1Candidate, entries_of, search_tables, table_words
 from .volumes import disk_size_of
 

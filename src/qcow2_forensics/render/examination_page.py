@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..findings import Severity
-from ..memory.records import REGISTERS_SHOWN
+from ..memory.model import REGISTERS_SHOWN
 from ..text import cut, html_only, listed, markup, plural, sentence, shown_value, size
 from .fleet_page import render_fleet
 from .page import Row, badge, fact_table, page, run_facts, severity_class, table

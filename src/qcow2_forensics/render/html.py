@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from ..findings import Evidence, Finding, Report, Selection, Severity, place_of
+from ..findings import BoundedSample, Evidence, Finding, Report, Severity, place_of
 from ..text import hexadecimal, html_only, markup, sentence, shown_value
 from .account import section as account_section
 from .allocation_map import draw_map
@@ -101,7 +101,7 @@ def _finding(finding: Finding, report: Report, anchors: Anchors) -> Iterator[str
     yield from _words(finding, report)
     if finding.evidence:
         size = report.image.get("cluster_size")
-        shown: Selection[Evidence] = Selection(_ITEMS)
+        shown: BoundedSample[Evidence] = BoundedSample(_ITEMS)
         for item in finding.evidence:
             shown.add(item, place_of(item, size if isinstance(size, int) else 65536))
         yield from _evidence(shown.items, anchors)

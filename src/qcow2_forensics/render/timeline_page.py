@@ -29,7 +29,7 @@ _TIMES = {
 }  # of files, in words that fit beside each other
 
 
-class Fact(NamedTuple):
+class DatedFact(NamedTuple):
     """One dated fact; those of one kind sort by their message."""
 
     time: int  # microseconds of the epoch
@@ -58,7 +58,7 @@ def render_timeline(
     return page(title, parts, kinds=[(kind, _LABELS.get(kind, kind)) for kind in KINDS if kind in known])
 
 
-def _gathered(events: Iterable[Mapping[str, Any]]) -> tuple[list[Fact], dict[str, int]]:
+def _gathered(events: Iterable[Mapping[str, Any]]) -> tuple[list[DatedFact], dict[str, int]]:
     """Return facts in order of time, and how many were left out of the image and of files."""
     found: dict[str, dict[_Key, _Stated]] = {"the image": {}, "files": {}}
     dropped = dict.fromkeys(found, 0)
@@ -80,7 +80,7 @@ def _gathered(events: Iterable[Mapping[str, Any]]) -> tuple[list[Fact], dict[str
         dropped[origin] += _thin(facts)
         for (time, kind, message, name), (date, states) in facts.items():
             joined.setdefault((time, kind, message, tuple(states), date), []).append(_TIMES.get(name, name))
-    return sorted(Fact(*key, tuple(names)) for key, names in joined.items()), dropped
+    return sorted(DatedFact(*key, tuple(names)) for key, names in joined.items()), dropped
 
 
 def _thin(facts: dict[_Key, _Stated]) -> int:
@@ -91,7 +91,7 @@ def _thin(facts: dict[_Key, _Stated]) -> int:
     return len(earliest)
 
 
-def _head(facts: Sequence[Fact], dropped: Mapping[str, int], notes: Sequence[str]) -> Iterator[str]:
+def _head(facts: Sequence[DatedFact], dropped: Mapping[str, int], notes: Sequence[str]) -> Iterator[str]:
     yield f"<p>{plural(len(facts), 'dated fact')}. Times of files that are equal share a row, and so do states that agree.</p>"
     earlier = [
         f"{plural(count, 'earlier time')} of {origin}: timeline --format body or jsonl lists all."
@@ -101,14 +101,14 @@ def _head(facts: Sequence[Fact], dropped: Mapping[str, int], notes: Sequence[str
     yield from warning("Not on this page", [*earlier, *map(html_only, notes)])
 
 
-def _section(facts: Sequence[Fact], folded: bool) -> Iterator[str]:
+def _section(facts: Sequence[DatedFact], folded: bool) -> Iterator[str]:
     open_ = "" if folded and all(fact.kind == "file" for fact in facts) else " open"
     yield f"<section><h2>{markup(facts[0].date[:10])}</h2><details{open_}><summary>{plural(len(facts), 'fact')}</summary>"
     yield from table(_COLUMNS, map(_row, facts), narrow=_COLUMNS[:1])
     yield "</details></section>"
 
 
-def _row(fact: Fact) -> Row:
+def _row(fact: DatedFact) -> Row:
     time = fact.date[11:19] if fact.time % 1_000_000 == 0 else fact.date[11:26]
     named = listed([markup(state, 80) for state in fact.states], _STATES)
     cells = (markup(time), markup(", ".join(fact.names)), markup(fact.message, 8192), named)

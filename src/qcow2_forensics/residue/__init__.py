@@ -6,6 +6,7 @@
         for piece in found.pieces():          # runs: offset, length, kind, what it looks like
             found.open(piece).read()          # and streams
         found.deleted_snapshots()             # snapshots that no table lists, many of which can be opened
+        write(found, Path("residue"))         # a folder: every piece, and an index
     open_disk("disk.qcow2", snapshot="deleted:2")
 
 ``reader.states`` asks :func:`select_deleted` here what ``deleted:X`` means.
@@ -22,6 +23,7 @@ from .model import Piece
 
 if TYPE_CHECKING:
     from .inventory import Residue, deleted_snapshots, open_deleted, residue
+    from .output import write
     from .snapshot_entries import DeletedSnapshot, choose_deleted
 
 
@@ -32,7 +34,16 @@ def select_deleted(image: Image, wanted: str) -> SnapshotEntry:
     return inventory.select_deleted(image, wanted)
 
 
-__all__ = ["DeletedSnapshot", "Piece", "Residue", "choose_deleted", "deleted_snapshots", "open_deleted", "residue"]
+__all__ = [
+    "DeletedSnapshot",
+    "Piece",
+    "Residue",
+    "choose_deleted",
+    "deleted_snapshots",
+    "open_deleted",
+    "residue",
+    "write",
+]
 
 # What needs the census and numpy is loaded on first use: triage needs only header slack.
 __getattr__ = at_first_use(
@@ -44,5 +55,6 @@ __getattr__ = at_first_use(
         "deleted_snapshots": "inventory",
         "open_deleted": "inventory",
         "residue": "inventory",
+        "write": "output",
     },
 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..account.account import Account
 from ..account.labels import Label, Place
 from ..account.shown import ShownBytes
-from ..account.spans import Tile
+from ..account.tiling import Tile
 from ..format.codecs import codec_of
 from ..format.entries import compressed_descriptor
 from ..limits import MiB

@@ -27,7 +27,7 @@ _LEVEL2 = Owner.L2 | Owner.SNAPSHOT_L2
 _TABLES = _LEVEL2 | Owner.REFCOUNT_BLOCK
 
 
-class Clusters(NamedTuple):
+class ClusterRows(NamedTuple):
     """Clusters of a file that are not all zeros, one to a row; one that the file cuts off is filled with zeros."""
 
     offsets: Counts
@@ -107,7 +107,7 @@ class Recogniser:
         self.targets = Targets(image)
         self._entries = FORMER_ENTRIES
 
-    def look(self, clusters: Clusters) -> Seen:
+    def look(self, clusters: ClusterRows) -> Seen:
         """Return what clusters look like."""
         looks, behind = Looks.data(len(clusters.offsets)), self._behind(clusters)
         width = clusters.data.shape[1] // 8
@@ -176,7 +176,7 @@ class Recogniser:
     def _numbers(self, offsets: U64) -> Counts:
         return (offsets >> np.uint64(self._geometry.cluster_bits)).astype(np.intp)
 
-    def _with_entries(self, looks: Looks, clusters: Clusters, behind: Bytes, words: U64) -> Seen:
+    def _with_entries(self, looks: Looks, clusters: ClusterRows, behind: Bytes, words: U64) -> Seen:
         """Add the clusters that hold snapshot or bitmap entries; ``words`` are those of each cluster and of the bytes after it."""
         *places, left_out = structure_detection.entry_places(words, self._geometry, clusters.data.shape[1] // 8)
         snapshots: dict[int, list[SnapshotEntry]] = {}
@@ -195,7 +195,7 @@ class Recogniser:
                 looks.intact[row], looks.zero_only[row] = 0, False
         return Seen(looks, snapshots, bitmaps, left_out)
 
-    def _behind(self, clusters: Clusters) -> Bytes:
+    def _behind(self, clusters: ClusterRows) -> Bytes:
         """Return the first bytes after each cluster; zeros where the next cluster is not one of these."""
         size = self._geometry.cluster_size
         behind = np.zeros((len(clusters.offsets), structure_detection.BEHIND), np.uint8)

@@ -169,7 +169,7 @@ def tail(image: Image) -> Iterator[Piece]:
     inside = image.disk_size % image.cluster_size
     if not inside or header.version == 1 or header.external_data or header.crypt_method:
         return
-    active = live_mappings.State(None, header.l1_table_offset, header.l1_size)
+    active = live_mappings.StateTable(None, header.l1_table_offset, header.l1_size)
     entry = live_mappings.l2_entry(image, active, image.disk_size // image.cluster_size)
     host = int(entry.hosts[0])
     if host and not entry.zero_flags[0]:

@@ -16,7 +16,7 @@ from ..limits import Budget
 _L1_CHUNK = 1 << 16  # entries handled at once
 
 
-class State(NamedTuple):
+class StateTable(NamedTuple):
     """One L1 table: the active one (``snapshot`` None) or a snapshot's."""
 
     snapshot: SnapshotEntry | None
@@ -29,23 +29,23 @@ class State(NamedTuple):
         return "" if self.snapshot is None else self.snapshot.id
 
 
-def states(image: Image) -> Iterator[State]:
+def states(image: Image) -> Iterator[StateTable]:
     """Yield the active state, then every snapshot whose L1 table can be read.
 
     Snapshots that share one L1 table count once: a crafted table of 65,536 entries costs no more
     than one.
     """
     header = image.header
-    yield State(None, header.l1_table_offset, header.l1_size)
+    yield StateTable(None, header.l1_table_offset, header.l1_size)
     seen = {(header.l1_table_offset, header.l1_size)}
     for entry in image.snapshots:
         key = (entry.l1_table_offset, entry.l1_size)
         if key not in seen:
             seen.add(key)
-            yield State(entry, *key)
+            yield StateTable(entry, *key)
 
 
-def l1_tables(image: Image) -> Iterator[tuple[State, U64]]:
+def l1_tables(image: Image) -> Iterator[tuple[StateTable, U64]]:
     """Yield the L1 table of every state.
 
     Tables that do not overlap fit in the file together; a crafted image whose tables overlap so
@@ -57,7 +57,7 @@ def l1_tables(image: Image) -> Iterator[tuple[State, U64]]:
         yield state, l1_table(image, state)
 
 
-def l1_table(image: Image, state: State) -> U64:
+def l1_table(image: Image, state: StateTable) -> U64:
     """Return the host offsets in an L1 table; entries past the end of the file or the limit are left out."""
     table = np.empty(_l1_entries(image, state), np.uint64)
     for at in range(0, len(table), _L1_CHUNK):
@@ -67,7 +67,7 @@ def l1_table(image: Image, state: State) -> U64:
     return table
 
 
-def _l1_entries(image: Image, state: State) -> int:
+def _l1_entries(image: Image, state: StateTable) -> int:
     count = min(state.l1_size, image.limits.l1_bytes // 8)
     return max(0, min(count, (image.file_size - state.l1_table_offset) // 8))
 
@@ -80,7 +80,7 @@ def l2_table(image: Image, offset: int) -> Columns | None:
     return Columns.of(big_endian(image.read(offset, length)), image.header)
 
 
-def l2_entry(image: Image, state: State, cluster: int) -> Columns:
+def l2_entry(image: Image, state: StateTable, cluster: int) -> Columns:
     """Return the L2 entry of one guest cluster, alone in its columns; zero where no table is or the file ends."""
     header = image.header
     slot, place = divmod(cluster, header.l2_entries)

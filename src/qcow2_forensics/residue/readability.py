@@ -16,8 +16,8 @@ from ..census import Census
 from ..census.arrays import I64, U64, Mask, distinct, merged, ranges, run_starts
 from ..census.columns import Columns, big_endian, compressed_extents, table_offsets
 from ..errors import LimitExceeded
+from ..format.header_rules import INT64_MAX
 from ..format.image import Image
-from ..format.rules import INT64_MAX
 from ..format.snapshot_table import SnapshotEntry
 from ..limits import Budget
 from ..reader.host_holes import host_runs

@@ -24,7 +24,7 @@ from ..limits import MiB
 from ..reader.host_holes import host_runs
 from . import content
 from .former_guests import UNKNOWN, FormerGuests
-from .former_tables import LOOKS, Clusters, FormerTables, Looks, Recogniser, Seen
+from .former_tables import LOOKS, ClusterRows, FormerTables, Looks, Recogniser, Seen
 from .model import Piece
 from .structure_detection import Counts
 
@@ -64,7 +64,7 @@ def unclaimed(image: Image, census: Census, former: FormerTables, guests: Former
     yield from scanner.end()
 
 
-def _batches(image: Image, census: Census) -> Iterator[Clusters]:
+def _batches(image: Image, census: Census) -> Iterator[ClusterRows]:
     """Yield the clusters nothing refers to and that are not all zeros, many at a time."""
     batch: list[_Stretch] = []
     room = most = max(1, _BATCH // image.cluster_size) * image.cluster_size
@@ -80,7 +80,7 @@ def _batches(image: Image, census: Census) -> Iterator[Clusters]:
     yield from _read(image, batch)
 
 
-def _read(image: Image, stretches: list[_Stretch]) -> Iterator[Clusters]:
+def _read(image: Image, stretches: list[_Stretch]) -> Iterator[ClusterRows]:
     """Yield the clusters of some stretches that are not all zeros, if there are any."""
     size = image.cluster_size
     table = np.asarray(stretches, dtype=np.intp).reshape(-1, 3)
@@ -94,7 +94,7 @@ def _read(image: Image, stretches: list[_Stretch]) -> Iterator[Clusters]:
         offsets = firsts[rows] + rows * size
         bytes_of = np.frombuffer(data, np.uint8).reshape(-1, size)
         whole = len(rows) == len(bytes_of)  # nothing to leave out, nothing to copy
-        yield Clusters(offsets, bytes_of if whole else bytes_of[rows], np.repeat(table[:, 2], numbers)[rows])
+        yield ClusterRows(offsets, bytes_of if whole else bytes_of[rows], np.repeat(table[:, 2], numbers)[rows])
 
 
 def _stretches(image: Image, census: Census) -> Iterator[_Stretch]:
@@ -130,7 +130,7 @@ class _Scanner:
         self._guests = guests
         self._open: tuple[Piece, Counts] | None = None  # data the next cluster may go on with, how often each byte came
 
-    def look(self, clusters: Clusters) -> Iterator[Piece]:
+    def look(self, clusters: ClusterRows) -> Iterator[Piece]:
         """Yield the pieces that end in a batch."""
         looks = self._former.at(clusters.offsets)
         guests = np.where(looks.looks != 0, UNKNOWN, self._guests.at(clusters.offsets))
@@ -199,7 +199,7 @@ class _Scanner:
         ends = before.offset + before.length, before.kind, guest
         return (piece.offset, piece.kind, piece.guest_offset) == ends and piece.signature in content.NO_START
 
-    def _starts(self, clusters: Clusters, looks: Looks, guests: Counts, signatures: dict[int, str]) -> Counts:
+    def _starts(self, clusters: ClusterRows, looks: Looks, guests: Counts, signatures: dict[int, str]) -> Counts:
         """Return the rows where a piece starts, the first among them."""
         table = looks.looks != 0
         shifts = np.where(guests == UNKNOWN, UNKNOWN, guests - clusters.offsets)

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     nonzero: I64
 
 
-class Spans:
+class LabelledRanges:
     """Gathers ranges [start, stop), each with a label."""
 
     def __init__(self) -> None:

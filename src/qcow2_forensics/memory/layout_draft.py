@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from ..limits import GiB
 from ..text import quoted
-from .records import Block, Region
+from .model import Block, Region
 
 FOUR_GIB: Final = 4 * GiB
 ADDRESSES: Final = 1 << 52  # the guest-physical address space of x86-64 and aarch64
@@ -28,7 +28,7 @@ class Assumption(NamedTuple):
 
 
 @dataclass(slots=True)
-class Placement:
+class LayoutDraft:
     """Everything decided so far."""
 
     method: str = "none"

@@ -30,7 +30,7 @@ from .positions import (
 )
 from .rebuilt_metadata import REBUILT_AT, new_header, with_l1
 from .table_search import entries_of
-from .volumes import CONTAINERS, Holds, Volume, Volumes, are_known, first_volumes
+from .volumes import CONTAINERS, Holds, VolumeBytes, Volumes, are_known, first_volumes
 
 _STORED = (Kind.DATA, Kind.COMPRESSED)
 _HEAD = 64 * SECTOR
@@ -119,7 +119,7 @@ class Contents(NamedTuple):
     """
 
     tables: list[tuple[int, U64, list[Position]]]
-    volumes: tuple[Volume, ...]
+    volumes: tuple[VolumeBytes, ...]
     are_starts_known: bool
 
     def unplaced(self, span: int, count: int, volumes: Volumes) -> list[Unplaced]:

@@ -20,7 +20,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _NAME_LENGTH = 80  # of each part; with what is added it stays far below the 255 bytes of a file name
 
 
-class Content(Protocol):
+class FileContent(Protocol):
     """What a file holds. ``data_ranges`` yields (offset, end) of what may be anything but zeros, in order."""
 
     @property
@@ -96,16 +96,16 @@ class File:
     """One file of the mount; ``time`` is in nanoseconds since 1970."""
 
     name: str
-    content: Content
+    content: FileContent
     time: int
 
 
-def seek_data(content: Content, offset: int) -> int | None:
+def seek_data(content: FileContent, offset: int) -> int | None:
     """Return where the next byte that may be anything but zero is, None when there is none (``SEEK_DATA``)."""
     return next((start for start, _ in content.data_ranges(offset)), None)
 
 
-def seek_hole(content: Content, offset: int) -> int:
+def seek_hole(content: FileContent, offset: int) -> int:
     """Return where the next hole starts, at the latest the end of the file (``SEEK_HOLE``)."""
     for start, end in content.data_ranges(offset):
         if start > offset:
