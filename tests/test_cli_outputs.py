@@ -1,10 +1,10 @@
-"""Where the commands write: ``-o FILE``, folders that do not exist, and files that are evidence."""
+"""What the commands write where: ``-o FILE``, folders that do not exist, and files that are evidence; options that exclude each other."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -268,3 +268,22 @@ def test_what_no_command_takes_is_a_mistake(line: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         build_parser(words[:1]).parse_args(words)
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "IMAGE", "OUT", "--hash", "md5", "--no-hash"),
+        ("timeline", "IMAGE", "--no-files", "--state", "active"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_another_one_makes_void_is_refused(
+    words: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"IMAGE": str(qemu.create(tmp_path / "a.qcow2", "1M")), "OUT": str(tmp_path / "out")}
+    with pytest.raises(SystemExit) as ended:
+        main([places.get(word, word) for word in words])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out, "not allowed with argument" in printed.err) == (2, "", True)
+    assert not (tmp_path / "out").exists()

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help='the raw file to write; "-" for standard output')
     add_disk_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT when it exists")
-    parser.add_argument(
+    hashing = parser.add_mutually_exclusive_group()
+    hashing.add_argument(
         "--hash",
         dest="hashes",
         choices=HASHES,
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a hash of the raw bytes to compute (repeatable; default: sha256). sha256-tree hashes each MiB and then the "
         "hashes in pairs, as Amazon S3 Glacier does; holes cost it nothing",
     )
-    parser.add_argument("--no-hash", action="store_true", help="compute no hash of the raw bytes")
+    hashing.add_argument("--no-hash", action="store_true", help="compute no hash of the raw bytes")
     parser.add_argument(
         "--salvage",
         action="store_true",

@@ -63,7 +63,8 @@ class ImageEvent(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``timeline`` takes."""
     add_image_argument(parser)
-    parser.add_argument(
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument(
         "--state",
         metavar="STATE",
         action="append",
@@ -71,10 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='a state whose files to list: the ID or name of a snapshot, "active", "backing" or others as in "diff" '
         "(repeatable; default: all)",
     )
+    files.add_argument("--no-files", action="store_true", help="only what the image itself dates")
     parser.add_argument(
         "--deleted", action="store_true", help="also date the snapshots that no table lists any more (slow)"
     )
-    parser.add_argument("--no-files", action="store_true", help="only what the image itself dates")
     parser.add_argument(
         "--format",
         choices=FORMATS,
