@@ -261,6 +261,6 @@ def explain(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         entry = RULES.get(finding.code)
         causes = entry.explained_by if entry else ()
         found = tuple(dict.fromkeys(code for code in causes if code in present))
-        linked.append(dataclasses.replace(finding, explained_by=found))
+        linked.append(dataclasses.replace(finding, explained_by=found) if found else finding)
     linked.sort(key=lambda finding: (-finding.severity, bool(finding.explained_by)))
     return tuple(linked)
