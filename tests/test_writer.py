@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import hashlib
+import inspect
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,9 +31,10 @@ from qcow2_forensics.errors import Qcow2Error
 from qcow2_forensics.format.source import FileSource, remembering_sources
 from qcow2_forensics.reader.salvage import SalvagedDisk, mapfile
 from qcow2_forensics.reader.tree_hash import TreeHash
-from qcow2_forensics.reader.writer import Writer, atomic_writer, data_stretches, whole_folder, writing
+from qcow2_forensics.reader.writer import Writer, atomic_writer, cache_file, data_stretches, whole_folder, writing
 from tests import qemu
 from tests.image_builder import Builder, Poke, base_b
+from tests.tiers import quick
 
 MiB = 1 << 20
 BLOCK = 4096
@@ -113,6 +122,77 @@ def test_what_does_not_end_well_leaves_nothing(kind: str, error: BaseException, 
     with pytest.raises(type(error)), manager(tmp_path / "out"):
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def _interrupted_at(step: int, work: Callable[[], None]) -> bool:
+    """Do ``work`` with Ctrl-C at one of its steps, a line or a border of a function; return whether there are so many."""
+    left = step
+    followed = {
+        Writer.data.__code__.co_filename,
+        contextlib.__file__,
+        __file__,
+    }  # a step inside others is one for these
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal left
+        # No signal is looked at where a generator yields or is gone on with; what is raised there, no handler sees.
+        left -= event == "line" or (event in ("call", "return") and not frame.f_code.co_flags & inspect.CO_GENERATOR)
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return trace if frame.f_code.co_filename in followed else None
+
+    before = sys.gettrace()
+    gc.disable()  # in what others have called by the collector, an exception ends nothing
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+        gc.enable()
+    return left <= 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "former", "fails"),
+    quick(
+        itertools.product(["file", "stream", "folder", "cache"], [False, True], [False, True]),
+        [("folder", False, False), ("file", True, True)],
+        unpack=True,
+    ),
+)
+def test_ctrl_c_at_any_moment_leaves_what_was_there_or_what_is_whole(
+    kind: str, former: bool, fails: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    held = target / "file" if kind == "folder" else target
+    options = {} if kind == "cache" else {"replace" if kind == "folder" else "force": True}
+    manager: Any = {"file": writing, "stream": atomic_writer, "folder": whole_folder, "cache": cache_file}[kind]
+
+    def work() -> None:
+        with contextlib.suppress(OSError), manager(target, **options) as inside:
+            if kind == "folder":
+                (inside / "file").write_bytes(b"new")
+            else:
+                (inside.data if kind == "file" else inside.write)(b"new")
+            if fails:
+                raise OSError(errno.ENOSPC, "No space left")
+
+    for step in itertools.count(1):
+        if former:
+            held.parent.mkdir(exist_ok=True)
+            held.write_bytes(b"former")
+        goes_on = _interrupted_at(step, work)
+        assert sorted(tmp_path.iterdir()) in ([target], [] if not former else [target]), step
+        allowed = [b"former"] if former else []
+        allowed += [] if fails else [b"new"]
+        assert not target.exists() or held.read_bytes() in allowed, step
+        if not goes_on:
+            assert step > 50
+            break
+        if target.exists():
+            shutil.rmtree(target) if kind == "folder" else target.unlink()
 
 
 @pytest.mark.parametrize("kind", ["file", "stream", "folder"])

@@ -101,13 +101,14 @@ if TYPE_CHECKING:
     from .reader.resolver import Remedies as Remedies
     from .reader.resolver import Resolver as Resolver
     from .reader.resolver import folders_from_environment as folders_from_environment
+    from .reader.signals import ended_by_signals as ended_by_signals
+    from .reader.signals import signals_wait as signals_wait
     from .reader.states import SnapshotName as SnapshotName
     from .reader.states import assuming as assuming
     from .reader.states import is_recovered_state as is_recovered_state
     from .reader.stream import SourceStream as SourceStream
     from .reader.vm_state import VmState as VmState
     from .reader.writer import cache_file as cache_file
-    from .reader.writer import ended_by_signals as ended_by_signals
     from .residue import residue as residue
     from .text import __version__ as __version__
 
@@ -136,10 +137,11 @@ _NAMES = {  # by the module that has them
     "reader.passphrases": "KEY_FILE_VARIABLE PASSPHRASE_VARIABLE passphrases_from_environment passphrases_from_files",
     "reader.references": "Role base_name json_options parse_reference",
     "reader.resolver": "ALONE_VARIABLE BACKING_VARIABLE Remedies Resolver folders_from_environment",
+    "reader.signals": "ended_by_signals signals_wait",
     "reader.states": "SnapshotName assuming is_recovered_state",
     "reader.stream": "SourceStream",
     "reader.vm_state": "VmState",
-    "reader.writer": "cache_file ended_by_signals",
+    "reader.writer": "cache_file",
     "residue": "residue",
     "text": "__version__",
 }

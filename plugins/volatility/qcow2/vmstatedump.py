@@ -91,12 +91,13 @@ class VmStateDump(EvidencePlugin):
 
     def _write(self, name: str, size: int, read: Callable[[int, int], bytes]) -> str:
         """Write a file that gets its name when it is whole, and return the name; what is unfinished is removed."""
+        from qcow2_forensics import signals_wait
         from qcow2_forensics.text import cut, printable
 
         wanted = self.open.sanitize_filename(name)
         file: Any = None
         try:
-            with _to_output():
+            with _to_output(), signals_wait():
                 file = self.open(f"{wanted}.partial")
             for offset in range(0, size, _PIECE):
                 self._progress_callback(100 * offset / size, f"Writing {printable(wanted, 60)}")
@@ -108,7 +109,8 @@ class VmStateDump(EvidencePlugin):
                 file.close()
         except BaseException as error:
             if file is not None:
-                _discard(file)
+                with signals_wait():
+                    _discard(file)
             if isinstance(error, _NotWritten):
                 reason = error.strerror or str(error)
             elif isinstance(error, KeyboardInterrupt):

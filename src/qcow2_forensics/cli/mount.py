@@ -125,13 +125,13 @@ def _open(args: argparse.Namespace, path: str) -> ImageFolder:
 def _mount_point(point: Path) -> Any:
     """Make sure of an empty folder to mount at; remove it afterwards if it was made here."""
     made = not point.exists()
-    if made:
-        point.mkdir()
-    elif not point.is_dir():
+    if not made and not point.is_dir():
         raise Qcow2Error(f"{cut(str(point))} is not a folder")
-    elif any(point.iterdir()):
+    if not made and any(point.iterdir()):
         raise Qcow2Error(f"{cut(str(point))} is not empty: what is in it would be hidden")
     try:
+        if made:
+            point.mkdir()
         yield
     finally:
         if made:

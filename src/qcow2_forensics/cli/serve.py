@@ -15,7 +15,8 @@ from ..reader.damage_options import assumptions_from_environment, virtual_size_f
 from ..reader.opening import open_disk
 from ..reader.passphrases import KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE
 from ..reader.resolver import ALONE_VARIABLE, Remedies, Resolver, folders_from_environment
-from ..reader.writer import ended_by_signals, refuse_missing_folder
+from ..reader.signals import ended_by_signals
+from ..reader.writer import refuse_missing_folder
 from ..text import cut, printable
 from . import add_image_argument
 from .options import KEY_HELP, add_backing_folders, add_key_arguments, passphrases_of

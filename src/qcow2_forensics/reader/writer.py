@@ -11,19 +11,18 @@ import contextlib
 import hashlib
 import os
 import shutil
-import signal
 import stat
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 from ..errors import Qcow2Error
 from ..format.source import is_being_read
 from ..limits import KiB, MiB
 from ..text import cut
+from .signals import unfinished
 from .tree_hash import TreeHash
 
 HASHES = ("sha256", "sha1", "md5", "blake2b", "sha256-tree")
@@ -240,19 +239,19 @@ def whole_folder(path: Path_, *, replace: bool = False) -> Iterator[Path]:
         raise Qcow2Error(f"{cut(str(target))} exists; name a new folder")
     refuse_missing_folder(target)
     partial = _partial(target)
-    with ended_by_signals():
+
+    def make() -> Path:
         with _errors_name(target):
             partial.mkdir(parents=False)
-        try:
-            yield partial
-            with _errors_name(target):
-                if replace and target.exists():
-                    _replace_folder(target, partial)
-                else:
-                    partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        return partial
+
+    with unfinished(make, lambda folder: shutil.rmtree(folder, ignore_errors=True)):
+        yield partial
+        with _errors_name(target):
+            if replace and target.exists():
+                _replace_folder(target, partial)
+            else:
+                partial.rename(target)
 
 
 def _replace_folder(target: Path, new: Path) -> None:
@@ -277,20 +276,19 @@ def _whole(target: Path, *, force: bool, evidence: Collection[Path_]) -> Iterato
     """Yield the descriptor of an empty file that gets its name when the block ends well."""
     refuse_existing(target, force=force, evidence=evidence)
     partial = _partial(target)
-    with ended_by_signals():
+
+    def make() -> int:
         with _errors_name(target):
-            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            return os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+
+    with unfinished(make, lambda _: partial.unlink(missing_ok=True)) as descriptor:
         try:
-            try:
-                yield descriptor
-            finally:
-                os.close(descriptor)  # may be the first to say that the disk is full
-            refuse_evidence(target, evidence)  # what was opened since the beginning, too
-            with _errors_name(target):
-                os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+            yield descriptor
+        finally:
+            os.close(descriptor)  # may be the first to say that the disk is full
+        refuse_evidence(target, evidence)  # what was opened since the beginning, too
+        with _errors_name(target):
+            os.replace(partial, target)
 
 
 @contextlib.contextmanager
@@ -299,15 +297,18 @@ def cache_file(target: Path) -> Iterator[BinaryIO]:
     import tempfile  # takes time to import, which the writers of outputs do not need
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with ended_by_signals():
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
-        try:
-            with open(handle, "wb") as file:
-                yield file
-            os.replace(partial, target)
-        except BaseException:
-            os.unlink(partial)
-            raise
+
+    def make() -> tuple[int, str]:
+        return tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
+
+    def remove(made: tuple[int, str]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made[1])
+
+    with unfinished(make, remove) as (handle, partial):
+        with open(handle, "wb") as file:
+            yield file
+        os.replace(partial, target)
 
 
 def refuse_missing_folder(target: Path) -> None:
@@ -344,25 +345,3 @@ def _sequential(path: Path_) -> int | None:
     if not stat.S_ISFIFO(mode) and not stat.S_ISCHR(mode):
         return None
     return os.open(path, os.O_WRONLY)
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as an exception, so that what is unfinished is removed.
-
-    Only where nobody else handles them, and in the main thread, which alone gets them.
-    """
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    mine = threading.current_thread() is threading.main_thread()
-    taken = [number for number in numbers if mine and signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, _end)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _end(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
