@@ -1,4 +1,4 @@
-"""What the commands write where: ``-o FILE``, folders that do not exist, and files that are evidence; options that exclude each other."""
+"""Where the commands write: ``-o FILE``, folders that do not exist, files that are evidence; and how they are typed."""
 
 from __future__ import annotations
 

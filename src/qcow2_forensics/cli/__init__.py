@@ -39,8 +39,16 @@ COMMANDS = (
 
 # They compute over whole tables. numpy is imported for them before anything else is: where many calls are under way,
 # CPython may map and unmap a piece of its stack at each of thousands more, a tenth of the time of a short command.
-_COMPUTING = frozenset({"audit", "diff", "examine", "memory", "residue", "timeline"})
-_NOT_COMPUTING = frozenset({"-h", "--help", "triage", "--depth=triage", "--no-files"})
+# With any of the words beside them they do not.
+_HELP = frozenset({"-h", "--help"})
+_COMPUTING = {
+    "audit": _HELP | {"triage", "--depth=triage"},
+    "diff": _HELP,
+    "examine": _HELP,
+    "memory": _HELP,
+    "residue": _HELP,
+    "timeline": _HELP | {"--no-files"},
+}
 
 _DAMAGED = (
     "; --salvage writes what can be read, qcow2-forensics snapshots IMAGE --recovered lists what may be put together"
@@ -144,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = given[:1] if given and given[0] in COMMANDS else COMMANDS
     args = argparse.Namespace()
     try:
-        if _COMPUTING.issuperset(commands) and _NOT_COMPUTING.isdisjoint(given):
+        if all(command in _COMPUTING and _COMPUTING[command].isdisjoint(given) for command in commands):
             importlib.import_module("numpy")
         args = build_parser(commands).parse_args(given)  # imports the command's module, which takes its time
         args.given = given
