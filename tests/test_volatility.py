@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("volatility3.framework", reason="volatility3 is absent")
@@ -227,7 +227,11 @@ class Derived(scanners.RegExScanner):
         (scanners.RegExScanner(rb"abc[^x]{5000}"), elision.Skip.WHOLE),
         (scanners.RegExScanner(rb"(?=abc\x00{9999})a"), elision.Skip.WHOLE),
         (scanners.RegExScanner(rb"^abc$"), elision.Skip.WHOLE),
-        (scanners.RegExScanner(rb"\babc\b"), elision.Skip.INSIDE),
+        (scanners.RegExScanner(rb"\babc\b"), elision.Skip.WHOLE),
+        (scanners.RegExScanner(rb"abc(?=\x00)"), elision.Skip.INSIDE),
+        (scanners.RegExScanner(rb"abc(?!x)"), elision.Skip.INSIDE),
+        (scanners.RegExScanner(rb"(?<=\x00)abc"), elision.Skip.WHOLE),
+        (scanners.RegExScanner(rb"(?<!x)abc"), elision.Skip.WHOLE),
         (scanners.RegExScanner(rb"(a|b)\1"), elision.Skip.WHOLE),
         (scanners.MultiStringScanner([b"abc", b"abd", b"x\0y"]), elision.Skip.INSIDE),
         (Stateful(b"abc"), elision.Skip.NOTHING),
@@ -260,6 +264,7 @@ PATTERNS = [
     rb"(?<=\x00)a",
     rb"[ab]\x00{2,9}",
     rb"\bab",
+    rb"(?<!a)ab",
 ]
 
 
@@ -268,6 +273,9 @@ PATTERNS = [
     st.sampled_from(PATTERNS),
     st.sampled_from([4096, 65536, MiB]),
 )
+@example({496: 0}, rb"(?<=\x00)a", 65536)  # at the start of a chunk, where nothing is before it
+@example({495: 4095, 496: 0}, rb"\bab", 65536)
+@example({495: 4095, 496: 0}, rb"(?<!a)ab", 65536)
 def test_skipping_zeros_changes_no_result(places: dict[int, int], pattern: bytes, chunk: int) -> None:
     size = 6 * MiB
     pages = {page: (bytes(at) + b"aba\0\0b")[:4096].ljust(4096, b"\0") for page, at in places.items()}

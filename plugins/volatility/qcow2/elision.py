@@ -3,8 +3,9 @@
 There are two ways to skip, and each needs its own proof:
 
 * ``INSIDE``: leave out the inside of long zero runs, but for the scanner's overlap at both ends.
-  Right when no match, and nothing looked at on the way to one, can span so many zeros. For the
-  three scanners of Volatility that search for bytes this is read off the pattern.
+  Right when no match, and nothing looked at on the way to one, can span so many zeros, and nothing
+  before a match is looked at: chunks begin elsewhere than without skipping. For the three scanners
+  of Volatility that search for bytes this is read off the pattern.
 * ``WHOLE``: leave out chunks that are nothing but zeros, of the same grid of chunks as ever. Right
   for every scanner that keeps no state and finds nothing in such a chunk, which is tried once.
 
@@ -100,11 +101,10 @@ def _zeros_of(code: str, value: Any) -> int:
         return _zeros(value[3])
     if code == "ATOMIC_GROUP":
         return _zeros(value)
-    if code in ("ASSERT", "ASSERT_NOT"):
+    if code in ("ASSERT", "ASSERT_NOT") and value[0] > 0:
         return _zeros(value[1])
-    if code == "AT" and str(value) in ("AT_BOUNDARY", "AT_NON_BOUNDARY"):
-        return 1
-    raise _UnboundedError  # anchors depend on where a chunk ends, references on what was matched
+    # What looks back, as boundaries of words do, and anchors depend on where a chunk is cut; references on what was matched.
+    raise _UnboundedError
 
 
 def _may_be_zero(kind: str, item: Any) -> bool:
